@@ -1,0 +1,103 @@
+"""What a drafter is made of, as data: `config.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FUSIONS = ("dgf", "fc")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of a drafter; everything but `fusion`, `blocks` and `draft_vocab_size` follows the target.
+
+    hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
+    feature_size: D, width of the target's feature (the input of its lm_head).
+    draft_vocab_size: K, tokens the drafter can propose, the target's most frequent ones.
+    """
+
+    vocab_size: int
+    draft_vocab_size: int
+    hidden_size: int
+    feature_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    fusion: str = "dgf"
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion {self.fusion!r} is unknown: choose one of {', '.join(FUSIONS)}")
+        for name in ("vocab_size", "hidden_size", "feature_size", "intermediate_size", "head_dim", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range: it must be 1 or more")
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {self.draft_vocab_size} is out of range: it must lie in 1..{self.vocab_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads do not divide into {self.num_key_value_heads} "
+                "key-value heads: choose a divisor"
+            )
+        if self.hidden_size != self.feature_size:
+            raise ValueError(
+                f"feature size {self.feature_size} differs from hidden size {self.hidden_size}: "
+                "a drafter's output must fit the target's lm_head"
+            )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DrafterConfig:
+        """Build from JSON; an unknown or missing key raises ValueError."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"drafter config has unknown key {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"drafter config is incomplete: {error}") from error
+
+    @classmethod
+    def for_target(cls, target: dict[str, Any], draft_vocab_size: int, fusion: str, blocks: int) -> DrafterConfig:
+        """Take widths, heads and RoPE from the target's `config.json`.
+
+        Scaled RoPE (YaRN, Llama 3's) is refused rather than approximated.
+        """
+        target = target.get("text_config", target)
+        rope = target.get("rope_parameters") or target.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", None):
+            raise ValueError(f"RoPE type {kind!r} of the target is not supported for a drafter: only 'default' is")
+        heads = target["num_attention_heads"]
+        return cls(
+            vocab_size=target["vocab_size"],
+            draft_vocab_size=min(draft_vocab_size, target["vocab_size"]),
+            hidden_size=target["hidden_size"],
+            feature_size=target["hidden_size"],
+            intermediate_size=target["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=target.get("num_key_value_heads") or heads,
+            head_dim=target.get("head_dim") or target["hidden_size"] // heads,
+            max_position_embeddings=target["max_position_embeddings"],
+            rope_theta=float(rope.get("rope_theta") or target.get("rope_theta") or 10000.0),
+            rms_norm_eps=float(target.get("rms_norm_eps", 1e-5)),
+            fusion=fusion,
+            blocks=blocks,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` into `folder`."""
+        (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> DrafterConfig:
+        """Read `config.json` from `folder`."""
+        return cls.from_dict(json.loads((folder / "config.json").read_text()))

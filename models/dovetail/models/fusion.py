@@ -1,0 +1,70 @@
+"""How the target's feature and the next token's embedding become the drafter's input.
+
+Axes: B batch, T positions, H hidden = feature size.  f: feature [B, T, H], e: embedding [B, T, H].
+A fusion is an nn.Module with `forward(f, e) -> [B, T, H]`; `FUSIONS` names the members of the seam.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 so that a float16 graph stays safe."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size], any float dtype, kept."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class DynamicGatingFusion(nn.Module):
+    """Dynamic gating fusion (Dovetail, arXiv 2412.18934, section 3.2).
+
+    h1 = f W1, h2 = SiLU(RMSNorm(e) W2), z = sigmoid([h1; h2] Wz), out = z h1 + (1 - z) h2.
+    No biases, Xavier initialisation; weights are nn.Linear's (out, in), the paper's files store (in, out).
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.input_layernorm = RMSNorm(size, eps)
+        self.w1 = nn.Linear(size, size, bias=False)
+        self.w2 = nn.Linear(size, size, bias=False)
+        self.wz = nn.Linear(2 * size, size, bias=False)
+        for linear in (self.w1, self.w2, self.wz):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, f: Tensor, e: Tensor) -> Tensor:
+        """f, e: [B, T, H] -> [B, T, H]."""
+        h1 = self.w1(f)
+        h2 = F.silu(self.w2(self.input_layernorm(e)))
+        z = torch.sigmoid(self.wz(torch.cat([h1, h2], dim=-1)))
+        return z * h1 + (1 - z) * h2
+
+
+class ConcatFusion(nn.Module):
+    """EAGLE's fusion: one linear layer over [e; f] (arXiv 2401.15077), for ablation and import."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.fc = nn.Linear(2 * size, size, bias=False)
+        nn.init.xavier_uniform_(self.fc.weight)
+
+    def forward(self, f: Tensor, e: Tensor) -> Tensor:
+        """f, e: [B, T, H] -> [B, T, H]."""
+        out: Tensor = self.fc(torch.cat([e, f], dim=-1))
+        return out
+
+
+FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {
+    "dgf": DynamicGatingFusion,
+    "fc": ConcatFusion,
+}
