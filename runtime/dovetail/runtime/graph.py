@@ -1,0 +1,97 @@
+"""Graph surgery on OpenVINO IRs: find and add the feature tap, turn a stateful IR into a tree verifier.
+
+Axes: T new tokens of all sequences, R rows whose logits are wanted, V vocabulary, D feature size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ExportError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+FEATURES = "features"
+LOGITS = "logits"
+SAMPLED = "sampled_tokens_indices"
+RT_INFO_TAP = ["dovetail", "tap"]
+
+# What may stand between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
+_AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
+
+
+def find_head(model: ov.Model) -> ov.Node:
+    """The MatMul of the lm_head; its first input is the feature that drafters read.
+
+    Raises ExportError when the graph has no "logits" output fed by a MatMul.
+    """
+    for result in model.outputs:
+        if LOGITS not in result.get_names():
+            continue
+        node = result.node.input_value(0).get_node()
+        while node.get_type_name() in _AFTER_HEAD:
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "MatMul":
+            return node
+        raise ExportError(
+            f"no tap point: the logits come from {node.get_type_name()} {node.get_friendly_name()!r}, not from an "
+            "lm_head MatMul: export the model with task text-generation-with-past"
+        )
+    names = ", ".join(sorted(name for o in model.outputs for name in o.get_names())) or "none"
+    raise ExportError(f"no tap point: the graph has no 'logits' output (it has: {names}): is it a causal language model?")
+
+
+def add_tap(model: ov.Model) -> str:
+    """Add the output "features" [.., D], the lm_head's input, once; returns the tapped node's name."""
+    from openvino import opset13 as ops
+
+    feature = find_head(model).input_value(0)
+    name: str = feature.get_node().get_friendly_name()
+    if not has_tap(model):
+        # A node of its own: the tensor may carry other names already, and a Result's name is its tensor's.
+        tap = ops.convert(feature, "f32")
+        tap.output(0).get_tensor().set_names({FEATURES})
+        model.add_results([ops.result(tap)])
+        model.set_rt_info(name, RT_INFO_TAP)
+    return name
+
+
+def has_tap(model: ov.Model) -> bool:
+    """Whether the graph already has the "features" output."""
+    return any(FEATURES in output.get_names() for output in model.outputs)
+
+
+def read_model(xml: Path) -> ov.Model:
+    """Read an IR; an unreadable one raises ExportError in one line."""
+    import openvino as ov
+
+    try:
+        return ov.Core().read_model(xml)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ExportError(f"cannot read the OpenVINO IR {xml}: {reason}: export it again") from error
+
+
+def to_paged(model: ov.Model) -> None:
+    """Turn a stateful IR with a tap into a paged tree verifier, in place.
+
+    Afterwards the inputs are those of DESIGN section 3: flat `input_ids` [T], block tables, `qq_bias`,
+    and `sampled_tokens_indices` [R] that selects which rows reach the lm_head: logits [R, 1, V], while
+    features stay [T, 1, D].  Done at every load: a saved paged IR loses runtime information that the
+    CPU plugin needs, and the operator's inputs change between releases.
+    """
+    import numpy as np
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import paged_attention_transformation
+
+    allow_qq_bias = True
+    paged_attention_transformation(model, False, False, False, False, False, False, allow_qq_bias)
+    head = find_head(model)
+    rows = ops.parameter([-1], np.int64, name=SAMPLED)
+    rows.output(0).get_tensor().set_names({SAMPLED})
+    gathered = ops.gather(head.input_value(0), rows, ops.constant(np.int64(0)))
+    head.input(0).replace_source_output(gathered.output(0))
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()
