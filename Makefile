@@ -1,0 +1,51 @@
+# make run     set up, then stream an answer from SmolLM2 (PROMPT="..." asks something else)
+# make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them)
+# make lock    resolve requirements.lock anew
+# make clean   remove the environment and every cache
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+export PROMPT ?= Explain in a few sentences how speculative decoding makes a language model faster.
+PYTEST_ARGS ?=
+UV_ARGS ?=
+# The release that `make lock` pins: the newest one with a CPU build where the lock is made.
+TORCH ?= 2.13.0
+
+.PHONY: run test lint types lock clean
+.DELETE_ON_ERROR:
+
+run: $(READY)
+	@$(BIN)/dovetail-run "$$PROMPT"
+
+test: lint types
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# The lock is complete, hence --no-deps. A CUDA build of torch needs libraries that a CPU build, which the lock was made
+# with, does not: where pip found such a build, its own dependencies are installed with it.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	@touch $@
+
+lock:
+	echo 'torch==$(TORCH)' | uv pip compile pyproject.toml - --extra export --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
+	  --no-emit-package torchvision --no-emit-package pillow --no-emit-package pip $(UV_ARGS) \
+	  | sed 's/^\(torch==[0-9.]*\)+cpu$$/\1/' > requirements.body
+	{ sed -n '/^#/p' requirements.lock; cat requirements.body; } > requirements.new
+	mv requirements.new requirements.lock && rm requirements.body
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find exporter models runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +
