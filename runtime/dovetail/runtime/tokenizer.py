@@ -1,0 +1,259 @@
+"""Text to token ids and back, from the files of a target folder.
+
+Reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special tokens, and the chat template
+of older folders), `chat_template.jinja`, and the end-of-sequence ids of `generation_config.json` or `config.json`.
+`tokenizers` and `jinja2` are imported when a tokenizer is read and when a template is rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from .chat_template import ChatTemplate, Message
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+
+
+class Tokenizer:
+    """A target's tokenizer: encode, decode, chat template, end-of-sequence ids."""
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """`tokenizer_json`: the bytes of the file. Raises ValueError where `tokenizers` cannot read them."""
+        self._backend = _parse_backend(tokenizer_json)
+        self._digest = hashlib.sha256(tokenizer_json).hexdigest()
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None
+        self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids)) or self._eos_by_name()
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        bytes_by_name = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._byte_ids = frozenset(token for token in bytes_by_name if token is not None)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """Read the tokenizer of a target folder. Raises IntegrityError for a missing or malformed file."""
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        try:
+            return cls(
+                content,
+                special_tokens=_special_tokens({**_read_json(folder / "special_tokens_map.json"), **config}),
+                chat_template=_chat_template(folder, config),
+                eos_token_ids=_eos_token_ids(folder),
+            )
+        except ValueError as error:
+            raise IntegrityError(f"{file} is no tokenizer ({_one_line(error)}): export the target again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a target's logits may be padded beyond it."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source is not None
+
+    def digest(self) -> str:
+        """SHA-256 of tokenizer.json, hexadecimal: equal digests, equal token ids."""
+        return self._digest
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens spelled out in it are recognised.
+
+        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS). False for the output of
+        `apply_chat_template`, which spells out what it wants. Raises InputError for text that is not valid Unicode.
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InputError(f"the prompt is not valid Unicode text ({type(error).__name__}): pass a str") from error
+
+    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+        """Token ids of `apply_chat_template(messages, **kwargs)`, nothing added."""
+        return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids beyond the vocabulary have none."""
+        return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt text of a conversation, ending where the assistant begins.
+
+        Further keywords reach the template. Raises InputError: no template, messages of the wrong shape, or
+        messages that the template refuses.
+        """
+        if self._template_source is None:
+            raise InputError("this target has no chat template: pass a plain string with raw=True")
+        if self._template is None:
+            from .chat_template import ChatTemplate
+
+            self._template = ChatTemplate(self._template_source, self.special_tokens)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+        """A fresh detokenizer for one answer."""
+        return IncrementalDetokenizer(
+            decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
+            is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
+            byte_ids=self._byte_ids,
+        )
+
+    def _is_hidden(self, token: int, skip_special_tokens: bool) -> bool:
+        """True for a token that `decode` leaves out: a special one, or an id beyond the vocabulary."""
+        return (skip_special_tokens and token in self._special_ids) or self._backend.id_to_token(token) is None
+
+    def _eos_by_name(self) -> tuple[int, ...]:
+        name = self.special_tokens.get("eos_token")
+        token = None if name is None else self._backend.token_to_id(name)
+        return () if token is None else (int(token),)
+
+
+class IncrementalDetokenizer:
+    """Token by token to text; the pieces, `flush` included, concatenate to `Tokenizer.decode` of all tokens.
+
+    A token's text depends on its neighbours (a UTF-8 character over several tokens, a leading space), so each piece
+    is the difference of two decodes of a short window: its first `_read` tokens were emitted and give context, the
+    others are pending. Text is held back while its last character may still change.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], is_hidden: Callable[[int], bool], byte_ids: frozenset[int]
+    ) -> None:
+        """`byte_ids`: tokens that are one byte each (byte fallback); empty for byte-level vocabularies."""
+        self._decode = decode
+        self._is_hidden = is_hidden
+        self._byte_ids = byte_ids
+        self._window: list[int] = []  # visible tokens: those just emitted, then the pending ones
+        self._read = 0  # tokens of the window already emitted
+        self._context = ""  # their text
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes, "" while there is none."""
+        token = int(token_id)
+        if self._is_hidden(token):
+            return ""
+        self._window.append(token)
+        if token in self._byte_ids:
+            return ""  # a run of byte tokens is decoded as a whole: one bad byte spoils all of it
+        text = self._decode(self._window)
+        if len(text) <= len(self._context):
+            return ""
+        if text.endswith(_REPLACEMENT):
+            return self._emit_before_last(text)
+        return self._emit(text, len(self._window))
+
+    def flush(self) -> str:
+        """What is left, an unfinished character as U+FFFD; the detokenizer is as new afterwards."""
+        rest = self._decode(self._window)[len(self._context) :]
+        self._window, self._read, self._context = [], 0, ""
+        return rest
+
+    def _emit_before_last(self, text: str) -> str:
+        """Let go of what precedes the last token where that token continues no character.
+
+        Without this a stream of invalid bytes would be held back, and decoded again, until its end.
+        """
+        head, last = self._window[:-1], self._window[-1:]
+        before = self._decode(head)
+        if self._byte_ids or len(before) <= len(self._context) or before + self._decode(last) != text:
+            return ""
+        return self._emit(before, len(head))
+
+    def _emit(self, text: str, read: int) -> str:
+        """Emit the window's text up to token `read` and slide the window to what was pending."""
+        piece = text[len(self._context) :]
+        self._window, self._read = self._window[self._read :], read - self._read
+        self._context = self._decode(self._window[: self._read])
+        return piece
+
+
+def _parse_backend(tokenizer_json: bytes) -> Any:
+    from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # ships stubs without py.typed
+
+    try:
+        backend = Backend.from_str(tokenizer_json.decode("utf-8"))
+    except Exception as error:  # `tokenizers` raises bare Exception for everything that it cannot parse
+        raise ValueError(str(error)) from error
+    backend.no_truncation()  # a saved training setting must not cut or pad prompts
+    backend.no_padding()
+    return backend
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, {} where there is no file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{file} holds a {type(content).__name__}, not an object: export the target again")
+    return content
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens; each is written as a string or as an object with a `content`."""
+    named: dict[str, str] = {}
+    for name in _NAMED_TOKENS:
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the config's template; of several named ones, `default`."""
+    file = folder / "chat_template.jinja"
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        template = config.get("chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of the generation config, else of the model's config, else none."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise IntegrityError(f"{folder / name}: eos_token_id {value!r} is no token id: export the target again")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
