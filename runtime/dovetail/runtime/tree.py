@@ -3,17 +3,23 @@
 Axes: N nodes, node 0 is the root: the last known token, not yet in the target's KV cache.
 Nodes are in verification order: the principal chain (the most probable child at each step) first,
 so that accepting it needs no move of KV rows; parents always precede children.
+While it grows, a tree is in draft order instead: rows of the drafter's buffers, in order of expansion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from heapq import heappush, heapreplace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+
+_NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,12 @@ class TreeLimits:
                 raise InputError(f"tree {name} {value!r} is out of range: give a whole number, {low} or more")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DraftTree:
     """A token tree in verification order.
 
     tokens: [N] int64, target vocabulary.
-    parents: [N] int64, parents[0] = -1, parents[i] < i.
+    parents: [N] int64, parents[0] = -1, 0 <= parents[i] < i.
     logprobs: [N] float32, the drafter's cumulative path log-probability, 0 for the root.
     """
 
@@ -49,7 +55,175 @@ class DraftTree:
     parents: NDArray[np.int64]
     logprobs: NDArray[np.float32]
 
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or not self.tokens.shape == self.parents.shape == self.logprobs.shape:
+            shapes = self.tokens.shape, self.parents.shape, self.logprobs.shape
+            raise InputError(f"tree arrays of shapes {shapes} do not match: give tokens, parents and logprobs [N]")
+        parents: list[int] = self.parents.tolist()
+        if parents[:1] != [-1] or not all(0 <= parent < node for node, parent in enumerate(parents[1:], 1)):
+            raise InputError(
+                f"tree parents {parents} are out of order: give -1 for the root, then parents before children"
+            )
+
     @classmethod
     def root(cls, token: int) -> DraftTree:
         """The tree of plain decoding: the known token alone."""
         return cls(np.array([token], np.int64), np.array([-1], np.int64), np.zeros(1, np.float32))
+
+    def __len__(self) -> int:
+        """Nodes, root included."""
+        return len(self.tokens)
+
+    @cached_property
+    def _children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) -> node; of siblings with one token the first."""
+        edges = list(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))
+        return {edges[node]: node for node in range(len(edges) - 1, 0, -1)}
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that carries `token`, if there is one."""
+        return self._children.get((node, token))
+
+    def attention(self) -> NDArray[np.uint8]:
+        """[N, N] uint8, row i: 1 where node i may attend, which is itself and its ancestors."""
+        mask = np.eye(len(self), dtype=np.uint8)
+        for node, parent in enumerate(self.parents.tolist()[1:], 1):
+            mask[node] |= mask[parent]
+        return mask
+
+    def depths(self) -> NDArray[np.int64]:
+        """[N] int64, levels below the root: node i has position (root's position) + depths[i]."""
+        depths = [0]
+        for parent in self.parents.tolist()[1:]:
+            depths.append(depths[parent] + 1)
+        return np.array(depths, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Children that the drafter offers: the K best next tokens of each of n nodes.
+
+    logprobs: [n, K] float32, log-probability given the node; -inf or nan is no candidate.
+    ids: [n, K] integers, target vocabulary.
+    """
+
+    logprobs: NDArray[np.float32]
+    ids: NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Nodes of one depth that the drafter runs next, in draft order: row 0 is the root, which is never among them.
+
+    depth: levels below the root, from 1.
+    rows: [n] int64, the buffer row of each node: 1, 2, 3, ... over the levels of one tree.
+    parent_rows: [n] int64, 0 for children of the root.
+    tokens: [n] int64, target vocabulary.
+    attend: [n, slots] bool, the rows a node attends to: itself and its ancestors below the root.
+    """
+
+    depth: int
+    rows: NDArray[np.int64]
+    parent_rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    attend: NDArray[np.bool_]
+
+
+Expand = Callable[[Level], Candidates]
+
+
+def grow_tree(root_token: int, first: Candidates, expand: Expand, limits: TreeLimits, *, slots: int = 64) -> DraftTree:
+    """Grow the tree of the `width - 1` nodes with the best cumulative log-probability.
+
+    first: [1, K], the root's children. expand: called at most depth - 1 times, level by level, with at most
+    top_k nodes; not called for nodes whose children could not be among the best any more.
+    slots: buffer rows of the drafter, root's included; what would not fit is not expanded.
+    Source: EAGLE-2's expansion and reranking, without sampling: the tree depends on the candidates alone.
+    """
+    growth = _Growth(root_token, limits, slots)
+    frontier = growth.add([0], first) if limits.width > 1 and limits.depth > 0 else []
+    for depth in range(1, limits.depth):
+        frontier = growth.expandable(frontier)
+        if not frontier:
+            break
+        frontier = growth.add(frontier, expand(growth.level(frontier, depth)))
+    return growth.tree()
+
+
+class _Growth:
+    """The nodes found so far, in order of discovery: parents before children, so ties keep ancestors first.
+
+    Plain lists: a few dozen nodes a round are cheaper in Python than in many small numpy calls.
+    """
+
+    def __init__(self, root_token: int, limits: TreeLimits, slots: int) -> None:
+        self.limits, self.slots = limits, slots
+        self.budget = limits.width - 1
+        self.tokens, self.parents, self.logprobs = [root_token], [-1], [0.0]
+        self.best: list[float] = []  # min-heap: log-probabilities of the best `budget` nodes
+        self.rows: dict[int, int] = {0: 0}  # node -> draft row, for nodes that were expanded
+        self.lineage: dict[int, list[int]] = {0: []}  # node -> rows it attends to
+
+    def add(self, nodes: list[int], found: Candidates) -> list[int]:
+        """Append the children of `nodes` that are among the best so far; returns them."""
+        best, budget, top_k, start = self.best, self.budget, self.limits.top_k, len(self.tokens)
+        for node, row, ids in zip(nodes, found.logprobs.tolist(), found.ids.tolist(), strict=True):
+            above = self.logprobs[node]
+            for logprob, token in zip(row[:top_k], ids[:top_k], strict=True):
+                total = above + min(logprob, 0.0)  # rounding must not lift a child over its parent
+                if not total > _NEVER:
+                    continue
+                if len(best) < budget:
+                    heappush(best, total)
+                elif total > best[0]:
+                    heapreplace(best, total)
+                else:
+                    continue  # neither it nor its descendants can be kept
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.logprobs.append(total)
+        return list(range(start, len(self.tokens)))
+
+    def expandable(self, frontier: list[int]) -> list[int]:
+        """The best top_k of `frontier` whose children may still be kept, as far as there are rows."""
+        if len(self.best) == self.budget:
+            frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
+        count = min(self.limits.top_k, self.slots - len(self.rows))
+        return self.ranked(frontier)[:count]
+
+    def level(self, nodes: list[int], depth: int) -> Level:
+        """Give `nodes` their draft rows and describe them to the drafter."""
+        attend = np.zeros((len(nodes), self.slots), np.bool_)
+        for index, node in enumerate(nodes):
+            row = self.rows[node] = len(self.rows)
+            self.lineage[node] = [*self.lineage[self.parents[node]], row]
+            attend[index, self.lineage[node]] = True
+        return Level(
+            depth=depth,
+            rows=np.array([self.rows[node] for node in nodes], np.int64),
+            parent_rows=np.array([self.rows[self.parents[node]] for node in nodes], np.int64),
+            tokens=np.array([self.tokens[node] for node in nodes], np.int64),
+            attend=attend,
+        )
+
+    def ranked(self, nodes: Iterable[int]) -> list[int]:
+        """Best first; ties in order of discovery."""
+        logprobs = self.logprobs
+        return sorted(nodes, key=lambda node: -logprobs[node])
+
+    def tree(self) -> DraftTree:
+        """The best nodes in verification order: principal chain, then the rest by rank."""
+        kept = self.ranked(range(1, len(self.tokens)))[: self.budget]
+        order, tip = [0], 0
+        for node in kept:  # by rank: the first child of the tip met here is its best, and its own children follow
+            if self.parents[node] == tip:
+                order.append(node)
+                tip = node
+        chain = set(order)
+        order += [node for node in kept if node not in chain]
+        place = {node: index for index, node in enumerate(order)}
+        return DraftTree(
+            tokens=np.array([self.tokens[node] for node in order], np.int64),
+            parents=np.array([-1, *(place[self.parents[node]] for node in order[1:])], np.int64),
+            logprobs=np.array([self.logprobs[node] for node in order], np.float32),
+        )
