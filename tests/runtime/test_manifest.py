@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from dovetail.runtime.errors import DovetailError, IntegrityError, ManifestError, MismatchError
 from dovetail.runtime.manifest import (
     MANIFEST_NAME,

@@ -163,7 +163,8 @@ def parse_manifest(raw: object) -> Manifest:
 
 def write_manifest(pair: Path, manifest: Manifest) -> None:
     """Write `pair`/dovetail.json whole or not at all. Raises OSError (full disk, permissions)."""
-    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+    data = {"format_version": manifest.format_version, **asdict(manifest)}  # the version comes first
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     write_atomically(Path(pair) / MANIFEST_NAME, text.encode("utf-8"))
 
 

@@ -1,0 +1,66 @@
+"""`dovetail-export`: build, train, complete and check pairs.
+
+Each subcommand lives in its own module `cli_<name>` and is imported when it is called, so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dovetail.runtime.errors import DovetailError
+
+COMMANDS = {
+    "target": "Export a target LLM: a Hub id, a folder, a GGUF file or an OpenVINO IR.",
+    "train": "Train a drafter for an exported target.",
+    "drafter": "Add a trained drafter to an exported target.",
+    "pair": "Build a reference pair, from download to manifest.",
+    "check": "Re-validate a pair: files, graphs, tokenizer and a short run.",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"dovetail.exporter.cli_{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dovetail-spec")
+def cli() -> None:
+    """Build Dovetail pairs: a target LLM for the CPU and the drafter that speeds it up."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors are one line on stderr."""
+    try:
+        result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except DovetailError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was left half-written", err=True)
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The target: any source becomes a stateful IR with a feature tap, its tokenizer and its facts.
+
+Two stages: "weights" converts a checkpoint (long, needs torch; skipped for an IR), "target" adds the tap,
+takes the tokenizer from its source and proves that it survived.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dovetail.exporter.sources import IR_XML, Source, resolve_source
+from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.weights import WeightOptions, convert
+from dovetail.runtime.errors import ExportError, InputError, SourceError
+from dovetail.runtime.graph import LOGITS, add_tap, find_head, read_model, to_paged
+from dovetail.runtime.manifest import Manifest, TargetFacts, sha256_file
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+PACKAGES = (
+    "dovetail-spec", "openvino", "optimum-intel", "optimum", "nncf", "transformers", "tokenizers", "torch", "gguf",
+    "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How to export a target.
+
+    tokenizer: a folder (or GGUF file) to take the tokenizer from, when the source has none or a broken one.
+    max_context: tokens, when the source's configuration does not say. trust_remote_code: run its Python code.
+    """
+
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    tokenizer: Path | None = None
+    max_context: int | None = None
+    trust_remote_code: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_context is not None and self.max_context < 1:
+            raise InputError(f"--max-context {self.max_context} is out of range: give 1 or more")
+        if self.tokenizer is not None and not self.tokenizer.exists():
+            raise InputError(f"--tokenizer {self.tokenizer} does not exist: give a folder or a GGUF file")
+
+
+def export_target(
+    location: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    options: TargetOptions | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Export the target at `location` (see sources) as a pair without a drafter at `out`.
+
+    Raises SourceError, InputError or ExportError; `out` then is what it was before.
+    """
+    options = options or TargetOptions()
+    with PairBuild(out, resume=resume, force=force, progress=progress) as build:
+        progress(f"looking at {location}")
+        source = resolve_source(location, revision)
+        facts = build_target(build, source, options)
+        provenance = {**describe_tools(), "target": describe_target(source, options)}
+        return build.finish(Manifest(name or out.name, facts, None, {}, provenance=provenance))
+
+
+def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
+    """Run the stages of the target; returns its facts. Raises SourceError, InputError or ExportError."""
+    tokenizer = options.tokenizer or (source.path if source.kind == "gguf" else source.folder)
+    inputs = {
+        **_weights_inputs(source, options),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "max_context": options.max_context,
+    }
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        ir = _weights_folder(build, source, options)
+        return asdict(_fill_target(ir, source, tokenizer, folder, options, build.progress))
+
+    return target_facts(build.run(Stage("target", inputs, fill)))
+
+
+def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
+    """Facts as they come back from a stage's record."""
+    return TargetFacts(**{**raw, "taps": tuple(raw["taps"]), "eos_token_ids": tuple(raw["eos_token_ids"])})
+
+
+def describe_target(source: Source, options: TargetOptions) -> dict[str, Any]:
+    """Provenance of a target: where it came from and how it was exported."""
+    return {
+        "source": {"location": source.location, **source.identity},
+        "options": {
+            **({} if source.kind == "ir" else options.weights.to_json()),
+            "tokenizer": str(options.tokenizer) if options.tokenizer else None,
+            "trust_remote_code": options.trust_remote_code,
+        },
+    }
+
+
+def describe_tools() -> dict[str, Any]:
+    """Provenance of any export: when, by which command, with which versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": sys.version.split()[0],
+        "packages": versions(*PACKAGES),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; a package that is not installed is left out. Imports none of them."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _weights_inputs(source: Source, options: TargetOptions) -> dict[str, Any]:
+    if source.kind == "ir":
+        return {"source": source.identity, "packages": versions("openvino")}
+    packages = versions("openvino", "optimum-intel", "nncf", "transformers", "torch")
+    return {"source": source.identity, "weights": options.weights.to_json(), "packages": packages}
+
+
+def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) -> Path:
+    """The untapped IR: the source itself, or what the "weights" stage made of it."""
+    if source.kind == "ir":
+        return source.path
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        convert(source, folder, options.weights, options.trust_remote_code, build.progress, options.verbose)
+        return {}
+
+    build.run(Stage("weights", _weights_inputs(source, options), fill, intermediate=True))
+    return build.folder("weights")
+
+
+def _fill_target(
+    ir: Path, source: Source, tokenizer: Path, folder: Path, options: TargetOptions, progress: Progress
+) -> TargetFacts:
+    from dovetail.exporter.gguf_tokenizer import write_gguf_tokenizer
+    from dovetail.exporter.tokenizer_probe import copy_tokenizer, probe_tokenizer
+
+    progress("target: adding the feature tap")
+    model = read_model(ir / IR_XML)
+    tap = add_tap(model)
+    _check_verifiable(model)
+    progress("target: writing the graph")
+    save_ir(model, folder / IR_XML)
+    for name in ("config.json", "generation_config.json"):
+        own = source.folder / name
+        if (origin := own if source.kind != "gguf" and own.is_file() else ir / name).is_file():
+            shutil.copyfile(origin, folder / name)
+    progress("target: taking and proving the tokenizer")
+    eos_token_ids: tuple[int, ...] = ()
+    if tokenizer.is_file():
+        eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
+    else:
+        copy_tokenizer(tokenizer, folder)
+    probe_tokenizer(folder)
+    return _facts(model, tap, folder, source, options, eos_token_ids)
+
+
+def _facts(
+    model: ov.Model, tap: str, folder: Path, source: Source, options: TargetOptions, eos_token_ids: tuple[int, ...]
+) -> TargetFacts:
+    config = _read_json(folder / "config.json")
+    inner = config.get("text_config", config)
+    context = options.max_context or next((inner[key] for key in _CONTEXT_KEYS if inner.get(key)), None)
+    try:
+        return TargetFacts(
+            model_type=str(config["model_type"]),
+            hidden_size=_first(inner, "hidden_size", "n_embd", "d_model"),
+            feature_size=_static(find_head(model).input_value(0).get_partial_shape(), "features"),
+            vocab_size=_static(model.output(LOGITS).get_partial_shape(), "logits"),
+            num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers"),
+            max_context=int(context) if context else _unknown_context(source),
+            weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
+            taps=(tap,),
+            eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
+            tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
+        )
+    except KeyError as error:
+        raise SourceError(f"config.json of {source.location} has no {error}: it is no causal language model") from error
+
+
+def detect_weight_format(model: ov.Model) -> str:
+    """The format that most bytes of a graph's constants are stored in, as optimum names it."""
+    names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8", "u4": "int4", "i4": "int4"}
+    sizes: dict[str, int] = {}
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant":
+            kind = node.get_element_type().get_type_name()
+            sizes[kind] = sizes.get(kind, 0) + node.get_byte_size()
+    largest = max(sizes, key=lambda kind: sizes[kind])
+    return names.get(largest, largest)
+
+
+def save_ir(model: ov.Model, xml: Path) -> None:
+    """Write an IR as it is (no compression). Raises OSError; OpenVINO itself hides a full disk."""
+    import openvino as ov
+
+    needed = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
+    try:
+        ov.save_model(model, xml, compress_to_fp16=False)
+    except RuntimeError as error:
+        if shutil.disk_usage(xml.parent).free < needed + 2**24:
+            raise OSError(28, "No space left on device", str(xml)) from error
+        raise ExportError(f"OpenVINO could not write {xml}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _check_verifiable(model: ov.Model) -> None:
+    """A target must be stateful and of a shape that OpenVINO's paged attention understands."""
+    if not model.get_sinks():
+        raise ExportError(
+            "the IR is not stateful (its KV cache is among the inputs): export it without --disable-stateful"
+        )
+    try:
+        to_paged(model.clone())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ExportError(f"OpenVINO cannot turn this graph into a tree verifier: {reason}") from error
+
+
+def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence ids: the generation config's, else the model's."""
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    ids = generation.get("eos_token_id")
+    ids = config.get("eos_token_id") if ids is None else ids
+    return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
+
+
+def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
+    if tokenizer.is_file():
+        return {tokenizer.name: sha256_file(tokenizer)}
+    names = (*TOKENIZER_FILES, "generation_config.json")
+    return {name: sha256_file(tokenizer / name) for name in names if (tokenizer / name).is_file()}
+
+
+def _static(shape: ov.PartialShape, what: str) -> int:
+    last = shape[len(shape) - 1]
+    if last.is_dynamic:
+        raise ExportError(f"the size of the {what} is not fixed in the graph: export the model again with optimum")
+    return int(last.get_length())
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> int:
+    for key in keys:
+        if key in config:
+            return int(config[key])
+    raise KeyError(keys[0])
+
+
+def _unknown_context(source: Source) -> int:
+    raise SourceError(f"config.json of {source.location} names no context length: give --max-context")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(
+            f"{path.name} of the source is not valid JSON ({error}): copy or download it again"
+        ) from error
+    return data
