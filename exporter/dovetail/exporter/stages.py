@@ -128,6 +128,10 @@ class PairBuild:
         self.records[name] = record
         self._kept.add(name)
 
+    def kept(self, name: str) -> bool:
+        """Whether the stage `name` stands unchanged in the finished pair."""
+        return name in self._kept
+
     def folder(self, name: str) -> Path:
         """Where the finished output of a stage of this build lies."""
         return (self.out if name in self._kept else self.work / "pair") / name
@@ -197,7 +201,7 @@ class PairBuild:
         """Bring into the new folder what stays of the old one: kept stages, and files that are not ours."""
         new = self.work / "pair"
         new.mkdir(exist_ok=True)
-        for name in {entry.name for entry in new.iterdir()} - parts:  # intermediate stages
+        for name in {entry.name for entry in new.iterdir()} - (parts - self._kept):  # intermediate or superseded
             shutil.rmtree(new / name, ignore_errors=True)
         if self.finished is None:
             return

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.sources import IR_XML, Source, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import WeightOptions, convert
 from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.graph import LOGITS, add_tap, find_head, read_model, to_paged
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 PACKAGES = (
     "dovetail-spec", "openvino", "optimum-intel", "optimum", "nncf", "transformers", "tokenizers", "torch", "gguf",
     "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
-)  # fmt: skip
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-    "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -78,7 +75,7 @@ def export_target(
         progress(f"looking at {location}")
         source = resolve_source(location, revision)
         facts = build_target(build, source, options)
-        provenance = {**describe_tools(), "target": describe_target(source, options)}
+        provenance = {"target": describe_target(build, source, options)}
         return build.finish(Manifest(name or out.name, facts, None, {}, provenance=provenance))
 
 
@@ -103,8 +100,11 @@ def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
     return TargetFacts(**{**raw, "taps": tuple(raw["taps"]), "eos_token_ids": tuple(raw["eos_token_ids"])})
 
 
-def describe_target(source: Source, options: TargetOptions) -> dict[str, Any]:
-    """Provenance of a target: where it came from and how it was exported."""
+def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
+    """Provenance of a target: where it came from, how, when and with what it was exported."""
+    if build.finished and build.kept("target") and "target" in build.finished.provenance:
+        kept: dict[str, Any] = build.finished.provenance["target"]
+        return kept
     return {
         "source": {"location": source.location, **source.identity},
         "options": {
@@ -112,6 +112,7 @@ def describe_target(source: Source, options: TargetOptions) -> dict[str, Any]:
             "tokenizer": str(options.tokenizer) if options.tokenizer else None,
             "trust_remote_code": options.trust_remote_code,
         },
+        **describe_tools(),
     }
 
 
@@ -159,13 +160,10 @@ def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) ->
 def _fill_target(
     ir: Path, source: Source, tokenizer: Path, folder: Path, options: TargetOptions, progress: Progress
 ) -> TargetFacts:
-    from dovetail.exporter.gguf_tokenizer import write_gguf_tokenizer
-    from dovetail.exporter.tokenizer_probe import copy_tokenizer, probe_tokenizer
-
     progress("target: adding the feature tap")
     model = read_model(ir / IR_XML)
     tap = add_tap(model)
-    _check_verifiable(model)
+    check_verifiable(model)
     progress("target: writing the graph")
     save_ir(model, folder / IR_XML)
     for name in ("config.json", "generation_config.json"):
@@ -174,11 +172,14 @@ def _fill_target(
             shutil.copyfile(origin, folder / name)
     progress("target: taking and proving the tokenizer")
     eos_token_ids: tuple[int, ...] = ()
+    encode = None
     if tokenizer.is_file():
+        from dovetail.exporter.gguf_tokenizer import write_gguf_tokenizer  # gguf is needed for GGUF files alone
+
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
     else:
-        copy_tokenizer(tokenizer, folder)
-    probe_tokenizer(folder)
+        encode = copy_tokenizer(tokenizer, folder)
+    probe_tokenizer(folder, encode)
     return _facts(model, tap, folder, source, options, eos_token_ids)
 
 
@@ -192,8 +193,8 @@ def _facts(
         return TargetFacts(
             model_type=str(config["model_type"]),
             hidden_size=_first(inner, "hidden_size", "n_embd", "d_model"),
-            feature_size=_static(find_head(model).input_value(0).get_partial_shape(), "features"),
-            vocab_size=_static(model.output(LOGITS).get_partial_shape(), "logits"),
+            feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
+            vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
             num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers"),
             max_context=int(context) if context else _unknown_context(source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
@@ -230,7 +231,7 @@ def save_ir(model: ov.Model, xml: Path) -> None:
         raise ExportError(f"OpenVINO could not write {xml}: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _check_verifiable(model: ov.Model) -> None:
+def check_verifiable(model: ov.Model) -> None:
     """A target must be stateful and of a shape that OpenVINO's paged attention understands."""
     if not model.get_sinks():
         raise ExportError(
@@ -259,7 +260,7 @@ def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
     return {name: sha256_file(tokenizer / name) for name in names if (tokenizer / name).is_file()}
 
 
-def _static(shape: ov.PartialShape, what: str) -> int:
+def static_size(shape: ov.PartialShape, what: str) -> int:
     last = shape[len(shape) - 1]
     if last.is_dynamic:
         raise ExportError(f"the size of the {what} is not fixed in the graph: export the model again with optimum")

