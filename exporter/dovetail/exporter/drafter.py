@@ -1,0 +1,137 @@
+"""A drafter checkpoint to the pair's `drafter/` folder: float16 for CUDA, INT8 for the CPU, both checked.
+
+checkpoint + target's rows -> torch module -> ONNX float16 and INT8 -> parity with torch -> files in place
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from dovetail.models.checkpoint import CheckpointError, load_checkpoint
+from dovetail.models.drafter import Drafter
+from dovetail.runtime.errors import ExportError, SourceError
+from dovetail.runtime.manifest import DrafterFacts, sha256_file
+
+from .drafter_checks import TOLERANCES, Parity, check_parity, check_static
+from .drafter_graph import to_onnx
+from .onnx_int8 import quantize
+from .target_weights import read_embedding_and_head
+
+TREE_SLOTS = 64  # T: KV rows for tree nodes
+TOP_K = 10  # children returned per row; the paper's largest
+FILES = {"cuda": "drafter.fp16.onnx", "cpu": "drafter.int8.onnx"}
+PRECISION = {"cuda": "float16", "cpu": "int8"}
+CONFIG = "config.json"
+ONE_FILE_BYTES = 3 << 29  # 1.5 GiB; protobuf ends at 2 GiB, beyond this weights go to a .data file beside
+
+Progress = Callable[[str], None]
+
+
+def export_drafter(
+    checkpoint: Path,
+    target_dir: Path,
+    out_dir: Path,
+    *,
+    tree_slots: int = TREE_SLOTS,
+    top_k: int = TOP_K,
+    progress: Progress | None = None,
+) -> DrafterFacts:
+    """Write both ONNX files and the config into `out_dir` (a pair's `drafter` folder); returns their facts.
+
+    target_dir: the pair's `target` folder, whose rows and tokenizer the drafter shares.  progress is told
+    each stage, and the parity of each file.  The files appear only after every check has passed.
+    Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk).
+    """
+    tell = progress or _silent
+    tell("reading the target's embedding and head")
+    drafter = load_drafter(Path(checkpoint), Path(target_dir))
+    facts = drafter_facts(drafter, Path(target_dir), Path(out_dir).name, tree_slots, top_k)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as scratch:
+            _write_files(drafter, Path(scratch), facts, tell)
+            for report in check_files(drafter, Path(scratch), facts):
+                tell(str(report))
+            shutil.copyfile(Path(checkpoint) / CONFIG, Path(scratch) / CONFIG)
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.suffix == ".onnx"):  # .data before .onnx
+                os.replace(file, out_dir / file.name)
+    except OSError as error:
+        raise ExportError(f"cannot write the drafter to {out_dir}: {error.strerror or error}") from error
+    return facts
+
+
+def load_drafter(checkpoint: Path, target_dir: Path) -> Drafter:
+    """The torch module on the rows of the target's IR, float32.  Raises SourceError, ExportError."""
+    embed, head = read_embedding_and_head(target_dir / "openvino_model.xml")
+    try:
+        return load_checkpoint(checkpoint, torch.from_numpy(embed), torch.from_numpy(head)).eval()
+    except CheckpointError as error:
+        raise SourceError(str(error)) from error
+    except ValueError as error:  # embedding of another shape than the config says
+        raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
+
+
+def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
+    """What the manifest says about this drafter; files lie in `folder` of the pair.  Raises SourceError."""
+    config = drafter.config
+    tokenizer = target_dir / "tokenizer.json"
+    try:
+        tokenizer_sha256 = sha256_file(tokenizer)
+    except OSError as error:
+        raise SourceError(f"cannot read {tokenizer} ({error.strerror}): export the target again") from error
+    return DrafterFacts(
+        fusion=config.fusion,
+        blocks=config.blocks,
+        hidden_size=config.hidden_size,
+        feature_size=config.feature_size,
+        target_vocab_size=config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=config.head_dim,
+        top_k=min(top_k, config.draft_vocab_size),
+        tree_slots=tree_slots,
+        max_context=config.max_position_embeddings,
+        tokenizer_sha256=tokenizer_sha256,
+        files={device: f"{folder}/{name}" for device, name in FILES.items()},
+    )
+
+
+def check_files(drafter: Drafter, folder: Path, facts: DrafterFacts) -> list[Parity]:
+    """Compare every file in `folder` with torch, and see that the CUDA file can be captured.
+
+    Raises ExportError with all failures of all files.
+    """
+    check_static(folder / FILES["cuda"], tokens=8, slots=facts.tree_slots + 256)
+    reports = [
+        check_parity(drafter, folder / name, TOLERANCES[PRECISION[device]], tree_slots=facts.tree_slots)
+        for device, name in FILES.items()
+    ]
+    if failures := [line for report in reports for line in report.failures]:
+        raise ExportError("the exported drafter differs from torch: " + "; ".join(failures))
+    return reports
+
+
+def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, tell: Progress) -> None:
+    for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
+        tell(f"exporting {FILES[device]}")
+        model = to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
+        if device == "cpu":
+            quantize(model)
+        save(model, folder / FILES[device])
+
+
+def save(model: ir.Model, file: Path) -> None:
+    """Write a model as one file, or with a `.data` file beside it where protobuf would not hold it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, file, external_data=f"{file.name}.data" if size > ONE_FILE_BYTES else None)
+
+
+def _silent(_: str) -> None:
+    """Nobody listens."""
