@@ -1,0 +1,218 @@
+"""The loop, on token ids and the two seams alone: prefill, draft, verify, accept, commit, yield.
+
+Axes: P prompt tokens, N nodes, D feature size. The position arithmetic is that of sessions.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from .accept import accept
+from .errors import ContextOverflow, DeviceError, InputError
+from .metrics import Meter
+from .sampling import Sampler, SamplingParams
+from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
+from .tree import DraftTree, TreeLimits
+
+FinishReason = Literal["stop", "length"]
+
+_CHUNK = 256  # prompt tokens per pass
+_PLAIN = TreeLimits(width=1, depth=0, top_k=1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation on token ids.
+
+    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
+    stop_tokens: end the answer and are no part of it. limits: None, width 1 or depth 0 is plain decoding.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_tokens: frozenset[int] = frozenset()
+    limits: TreeLimits | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InputError("the prompt is empty: give at least one token")
+        count = self.max_new_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(f"max_new_tokens {count!r} is out of range: give a whole number, 1 or more")
+
+    def check_room(self, max_context: int) -> int:
+        """Tokens that the answer may have. Raises ContextOverflow when there is room for none."""
+        count = len(self.prompt)
+        if count >= max_context:
+            raise ContextOverflow(
+                f"a prompt of {count} tokens leaves no room for an answer in the context of {max_context} tokens: "
+                "shorten the prompt"
+            )
+        return min(self.max_new_tokens, max_context - count)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens found in one round (or, first, by the prefill), and why there are no more."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+
+
+class Conversation:
+    """Both sessions of one conversation, and what they are known to hold.
+
+    tokens: ids whose KV may be kept, then at most one known token more.
+    target_length, drafter_length: entries that are certain. They grow after a session's call and shrink before it,
+    so an interruption at any point leaves them right, and `rewind` brings the sessions back to them.
+    draft_context: pairs that the drafter can hold, None for as many as the target; beyond it decoding is plain.
+    """
+
+    def __init__(self, target: TargetSession, drafter: DraftSession | None, draft_context: int | None = None) -> None:
+        self.target, self.drafter = target, drafter
+        self.draft_context = min(draft_context or target.max_context, target.max_context)
+        self.tokens: list[int] = []
+        self.target_length = self.drafter_length = 0
+
+    def rewind(self) -> None:
+        """Reset the sessions to the certain entries; an unverified tree is forgotten."""
+        self.target.reset(self.target_length)
+        lengths = [(self.target.length, self.target_length)]
+        if self.drafter is not None:
+            self.drafter.reset(self.drafter_length)
+            lengths.append((self.drafter.length, self.drafter_length))
+        for length, certain in lengths:
+            if length != certain:
+                raise DeviceError(f"a session holds {length} entries after a reset to {certain}: open the engine again")
+
+    def reuse(self, prompt: Sequence[int], speculate: bool) -> int:
+        """Keep the KV of the common prefix; returns its length, which is less than P.
+
+        The last common token is read again: its feature goes with the first token that differs.
+        """
+        keep = min(_common_prefix(self.tokens, prompt) - 1, self.target_length, self.target.length)
+        if self.drafter is not None and speculate:
+            keep = min(keep, self.drafter_length, self.drafter.length)
+        self.target_length = max(keep, 0)
+        self.drafter_length = min(self.drafter_length, self.target_length)
+        self.tokens = list(prompt)
+        self.rewind()
+        return self.target_length
+
+    def prefill(self, speculate: bool) -> TargetPass:
+        """Run what is left of the prompt; returns the pass of the last chunk, which the drafter has yet to be told."""
+        while True:
+            begin, end = self.target_length, min(self.target_length + _CHUNK, len(self.tokens))
+            result = self.target.prefill(np.array(self.tokens[begin:end], np.int64))
+            self.target_length = end
+            if end == len(self.tokens):
+                return result
+            if speculate:
+                self.extend(result.features)
+
+    def extend(self, features: FloatArray) -> None:
+        """Tell the drafter the next pairs: `features` [n, D] with the n tokens that follow theirs."""
+        if self.drafter is not None:
+            begin, end = self.drafter_length, self.drafter_length + len(features)
+            self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), features)
+            self.drafter_length = end
+
+    def draft(self, limits: TreeLimits) -> DraftTree:
+        """A tree below the known token: the drafter's, or that token alone."""
+        known = self.tokens[-1]
+        if self.drafter is None or limits.width == 1:
+            return DraftTree.root(known)
+        tree = self.drafter.propose(limits)
+        if tree.tokens[0] != known or len(tree) > limits.width:
+            raise DeviceError(
+                f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
+                f"{limits.width}: its session is out of step, open the engine again"
+            )
+        return tree
+
+    def commit(self, path: TokenArray, tokens: Sequence[int]) -> None:
+        """Keep the nodes of `path`; `tokens` follow its root."""
+        self.target.commit(path)
+        self.tokens += tokens
+        self.target_length += len(path)
+
+    def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
+        """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
+        if asked is None or self.drafter is None:
+            return _PLAIN
+        depth = min(asked.depth, tokens_left - 1)  # a path of d nodes gives d + 1 tokens
+        width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
+        if depth < 1 or width < 2 or known + depth > self.draft_context:
+            return _PLAIN
+        return replace(asked, width=width, depth=depth)
+
+
+def decode(conversation: Conversation, request: Request, meter: Meter) -> Generator[Step, None, None]:
+    """Generate: one Step from the prefill, then one per round; the last one says why it ended.
+
+    May be abandoned at any point, an interrupt within a session's call included: the conversation stays usable.
+    Raises ContextOverflow, and what the sessions raise.
+    """
+    talk, count = conversation, len(request.prompt)
+    tokens_left = request.check_room(talk.target.max_context)
+    limits = talk.limits(request.limits, count + 1, tokens_left - 1)
+    sampler = Sampler(request.sampling)
+    meter.prompt_tokens = count
+    try:
+        # prefill: the rest of the prompt, and the first token
+        meter.cached_tokens = talk.reuse(request.prompt, limits.width > 1)
+        result = talk.prefill(limits.width > 1)
+        first = sampler.pick(result.logits[-1], count, talk.tokens)
+        step = _cut((first,), tokens_left, request.stop_tokens)
+        talk.tokens += step.tokens
+        if limits.width > 1 and step.finish is None:
+            talk.extend(result.features)
+        meter.new_tokens = len(step.tokens)
+        meter.lap("prefill")
+        meter.first_token()
+        yield step
+
+        while step.finish is None:
+            meter.resume()
+            tokens_left -= len(step.tokens)
+            tree = talk.draft(limits)
+            meter.lap("draft")
+
+            result = talk.target.verify(tree)
+            meter.lap("verify")
+
+            verdict = accept(tree, result.logits, sampler, len(talk.tokens), talk.tokens)
+            step = _cut(verdict.tokens, tokens_left, request.stop_tokens)
+            features = result.features[verdict.path]  # [A + 1, D], a copy: commit may reuse the pass's memory
+            meter.lap("other")
+
+            talk.commit(verdict.path[: len(step.tokens) + 1], step.tokens)
+            meter.lap("verify")
+
+            limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
+            if limits.width > 1 and step.finish is None:
+                talk.extend(features)
+            meter.lap("draft")
+            meter.add_round(len(tree) - 1, min(verdict.accepted, len(step.tokens)))
+            meter.new_tokens += len(step.tokens)
+            yield step
+    finally:
+        talk.rewind()
+
+
+def _cut(tokens: tuple[int, ...], tokens_left: int, stop_tokens: frozenset[int]) -> Step:
+    """What counts of a round: up to a stop token, itself left out, or up to the allowed length."""
+    for index, token in enumerate(tokens[:tokens_left]):
+        if token in stop_tokens:
+            return Step(tokens[:index], "stop")
+    return Step(tokens[:tokens_left], "length" if len(tokens) >= tokens_left else None)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -1,0 +1,292 @@
+"""The embeddable front: a pair folder or a pair of sessions, text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Protocol, Self, TypedDict, Unpack
+
+from .decode import Conversation, FinishReason, Request, Step, decode
+from .errors import InputError
+from .metrics import GenerationMetrics, Meter
+from .sampling import SamplingParams
+from .sessions import DraftSession, TargetSession
+from .stops import StopFilter, check_stop_strings
+from .tree import TreeLimits
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Prompt = str | Sequence[Message]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of SamplingParams, where their defaults are."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+class Detokenizer(Protocol):
+    """Token by token to text; what `add` and the final `flush` return concatenates to the text of all tokens."""
+
+    def add(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextTokenizer(Protocol):
+    """What an Engine needs of a tokenizer; dovetail.runtime.tokenizer.Tokenizer and ScriptedTokenizer have it."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer: one round's tokens, and the text that is certain by now (it may be empty).
+
+    finish_reason, metrics: on the last chunk. "stop": a stop token or stop string, "length": no room for more.
+    seed: the one in use, drawn if none was given; None when greedy.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    seed: int | None = None
+    finish_reason: FinishReason | None = None
+    metrics: GenerationMetrics | None = None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A whole answer. text: without the stop string; token_ids: all that were decoded for it, no stop token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seed: int | None
+    metrics: GenerationMetrics
+
+
+class Engine:
+    """Generates text with a target and, where there is one, a drafter; keeps the KV of the last conversation.
+
+    One generation runs at a time. An abandoned stream, by Ctrl-C too, leaves the engine usable.
+    """
+
+    def __init__(
+        self,
+        target: TargetSession,
+        drafter: DraftSession | None,
+        tokenizer: TextTokenizer,
+        *,
+        tree: TreeLimits | None = None,
+        stop_tokens: Iterable[int] | None = None,
+        draft_context: int | None = None,
+    ) -> None:
+        """tree: default limits. stop_tokens: default the tokenizer's end-of-sequence ids.
+
+        draft_context: (feature, token) pairs that the drafter can hold; longer texts go on without drafting.
+        """
+        self.tokenizer = tokenizer
+        self.tree = tree or TreeLimits()
+        self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
+        self.target_device = target.device
+        self.drafter_device = drafter.device if drafter else None
+        self.max_context = target.max_context
+        self._conversation: Conversation | None = Conversation(target, drafter, draft_context)
+        self._busy = Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        drafter_device: str = "auto",
+        threads: int | None = None,
+        tree: TreeLimits | None = None,
+    ) -> Self:
+        """Open a pair folder: every file is checked before a weight is loaded.
+
+        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. threads: of each engine, None for theirs.
+        tree: limits in place of the pair's. Raises PairError, DeviceError, InputError.
+        """
+        if drafter_device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
+        from .manifest import check_pair, read_manifest, verify_files
+        from .onnx_drafter import OnnxDrafter
+        from .openvino_target import OpenVINOTarget
+        from .tokenizer import Tokenizer
+
+        pair = Path(path)
+        manifest = read_manifest(pair)
+        check_pair(manifest)
+        verify_files(pair, manifest)
+        tokenizer = Tokenizer.from_folder(pair / "target")
+        target = OpenVINOTarget.open(pair, manifest, threads=threads)
+        drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None
+        return cls(
+            target,
+            drafter,
+            tokenizer,
+            tree=tree or manifest.tree,
+            stop_tokens={*tokenizer.eos_token_ids, *manifest.target.eos_token_ids},
+            draft_context=manifest.drafter.max_context if manifest.drafter else None,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        speculate: bool = True,
+        raw: bool = False,
+        tree: TreeLimits | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> GenerationResult:
+        """The whole answer to `prompt`; arguments as for `stream`."""
+        chunks = list(
+            self.stream(prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree, **sampling)
+        )
+        last = chunks[-1]
+        assert last.finish_reason and last.metrics  # a stream that ran to its end
+        return GenerationResult(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=last.finish_reason,
+            seed=last.seed,
+            metrics=last.metrics,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        speculate: bool = True,
+        raw: bool = False,
+        tree: TreeLimits | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generator[Chunk, None, None]:
+        """The answer to `prompt`, chunk by chunk; close the generator, or drop it, to end it early.
+
+        prompt: messages of a conversation, or a string: one user turn where the target has a chat template,
+        the text itself with raw=True or without a template. stop: strings that end the answer.
+        speculate: False decodes without drafting. tree: limits for this answer. sampling: see SamplingParams.
+        Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
+        """
+        conversation, meter = self._open_conversation(), Meter()
+        if tree is not None and not isinstance(tree, TreeLimits):
+            raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
+        stops = check_stop_strings(stop)
+        request = Request(
+            prompt=tuple(self._encode(prompt, raw)),
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingParams(**sampling).seeded(),
+            stop_tokens=self.stop_tokens,
+            limits=(tree or self.tree) if speculate else None,
+        )
+        request.check_room(self.max_context)
+        meter.lap("other")
+        return self._run(conversation, request, StopFilter(stops), meter)
+
+    def close(self) -> None:
+        """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
+        self._conversation = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_conversation(self) -> Conversation:
+        if self._conversation is None:
+            raise InputError("this engine is closed: open another with Engine.from_pretrained")
+        return self._conversation
+
+    def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if raw or not self.tokenizer.has_chat_template:
+                return self.tokenizer.encode(prompt)
+            if not prompt.strip():
+                raise InputError("the prompt is empty: give some text")
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        if raw:
+            raise InputError("raw=True takes the prompt as it is: give a string, not messages")
+        if not self.tokenizer.has_chat_template:
+            raise InputError("this target has no chat template: give the prompt as a string, not as messages")
+        return self.tokenizer.encode_chat(_check_messages(prompt))
+
+    def _run(
+        self, conversation: Conversation, request: Request, stops: StopFilter, meter: Meter
+    ) -> Generator[Chunk, None, None]:
+        if not self._busy.acquire(blocking=False):
+            raise InputError("another generation of this engine is running: end or close its stream first")
+        try:
+            meter.resume()
+            text = _Text(self.tokenizer.detokenizer(), stops)
+            with closing(decode(conversation, request, meter)) as steps:
+                for step in steps:
+                    meter.resume()
+                    chunk = text.chunk(step, request.sampling.seed, meter)
+                    yield chunk
+                    if chunk.finish_reason:
+                        return
+        finally:
+            self._busy.release()
+
+
+class _Text:
+    """From steps to chunks: detokenise, look for stop strings, say when it is over."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopFilter) -> None:
+        self.detokenizer, self.stops = detokenizer, stops
+
+    def chunk(self, step: Step, seed: int | None, meter: Meter) -> Chunk:
+        pieces, used = list[str](), 0
+        for token in step.tokens:
+            pieces.append(self.stops.add(self.detokenizer.add(token)))
+            used += 1
+            if self.stops.stopped:
+                break
+        finish = step.finish
+        if finish and not self.stops.stopped:
+            pieces += [self.stops.add(self.detokenizer.flush()), self.stops.flush()]
+        if self.stops.stopped:
+            finish = "stop"
+            meter.new_tokens -= len(step.tokens) - used
+        meter.lap("other")
+        return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
+
+
+def _check_messages(messages: object) -> Sequence[Message]:
+    if not isinstance(messages, Sequence) or isinstance(messages, bytes) or not messages:
+        raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise InputError(
+                f'message {message!r:.60} lacks role or content: give {{"role": "user", "content": "..."}}'
+            )
+    return messages

@@ -1,0 +1,106 @@
+"""What a generation cost and what drafting gave: one record per generation.
+
+Equivalents in vLLM's metrics: rounds = num_drafts, drafted = num_draft_tokens, accepted = num_accepted_tokens,
+accepted_per_position = num_accepted_tokens_per_pos, acceptance_length = mean acceptance length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from time import perf_counter
+from typing import Literal
+
+Phase = Literal["prefill", "draft", "verify", "other"]
+
+
+@dataclass(frozen=True)
+class GenerationMetrics:
+    """One generation in numbers. Times are milliseconds and leave out what the consumer of a stream takes.
+
+    prompt_tokens: all of the prompt; cached_tokens: those whose KV was still there.
+    new_tokens: tokens of the answer; the first comes from the prefill, the others from rounds. A stop token is
+    not counted, nor is what was found in the same round beyond the end of the answer.
+    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over all rounds.
+    accepted_per_position: how often the i-th drafted token of a path was accepted.
+    acceptance_length: 1 + accepted / rounds, tokens per round; 1 without rounds and for plain decoding.
+    prefill_ms: target and drafter read the prompt. draft_ms: extend and propose. verify_ms: verify and commit.
+    other_ms: all else, text and sampling included. total_ms: their sum.
+    time_to_first_token_ms: up to the first token. decode_ms: from there to the end.
+    tokens_per_second: tokens after the first, over decode_ms; 0 when there are none.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    accepted_per_position: tuple[int, ...]
+    acceptance_length: float
+    prefill_ms: float
+    draft_ms: float
+    verify_ms: float
+    other_ms: float
+    total_ms: float
+    time_to_first_token_ms: float
+    decode_ms: float
+    tokens_per_second: float
+
+
+@dataclass
+class Meter:
+    """Counts and times one generation while it runs; `resume` ... `lap(phase)` surrounds what is timed."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    spent_ms: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "other": 0})
+    first_token_ms: float = 0.0
+    _mark: float = field(default_factory=perf_counter)
+
+    def resume(self) -> None:
+        """Start the clock anew: what passed since the last lap belongs to nobody here."""
+        self._mark = perf_counter()
+
+    def lap(self, phase: Phase) -> None:
+        """Book the time since the last lap or resume."""
+        now = perf_counter()
+        self.spent_ms[phase] += (now - self._mark) * 1e3
+        self._mark = now
+
+    def first_token(self) -> None:
+        self.first_token_ms = sum(self.spent_ms.values())
+
+    def add_round(self, drafted: int, accepted: int) -> None:
+        """Count a verified tree: nodes below its root, and how many of them were kept."""
+        self.rounds += 1
+        self.drafted += drafted
+        pairs = zip_longest(self.accepted_per_position, [1] * accepted, fillvalue=0)
+        self.accepted_per_position = [total + one for total, one in pairs]
+
+    def metrics(self) -> GenerationMetrics:
+        """The record of what was counted so far."""
+        accepted, total_ms = sum(self.accepted_per_position), sum(self.spent_ms.values())
+        decode_ms, later = total_ms - self.first_token_ms, self.new_tokens - 1
+        return GenerationMetrics(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            new_tokens=self.new_tokens,
+            rounds=self.rounds,
+            drafted=self.drafted,
+            accepted=accepted,
+            accepted_per_position=tuple(self.accepted_per_position),
+            acceptance_length=1 + accepted / max(self.rounds, 1),
+            prefill_ms=self.spent_ms["prefill"],
+            draft_ms=self.spent_ms["draft"],
+            verify_ms=self.spent_ms["verify"],
+            other_ms=self.spent_ms["other"],
+            total_ms=total_ms,
+            time_to_first_token_ms=self.first_token_ms,
+            decode_ms=decode_ms,
+            tokens_per_second=later / decode_ms * 1e3 if later > 0 and decode_ms > 0 else 0.0,
+        )
