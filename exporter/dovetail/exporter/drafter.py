@@ -8,21 +8,20 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
+from dovetail.exporter.drafter_checks import TOLERANCES, Parity, check_parity, check_static
+from dovetail.exporter.drafter_graph import to_onnx
+from dovetail.exporter.onnx_int8 import quantize
+from dovetail.exporter.stages import Progress, silent
+from dovetail.exporter.target_weights import read_embedding_and_head
 from dovetail.models.checkpoint import CheckpointError, load_checkpoint
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import ExportError, SourceError
 from dovetail.runtime.manifest import DrafterFacts, sha256_file
-
-from .drafter_checks import TOLERANCES, Parity, check_parity, check_static
-from .drafter_graph import to_onnx
-from .onnx_int8 import quantize
-from .target_weights import read_embedding_and_head
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children returned per row; the paper's largest
@@ -30,8 +29,6 @@ FILES = {"cuda": "drafter.fp16.onnx", "cpu": "drafter.int8.onnx"}
 PRECISION = {"cuda": "float16", "cpu": "int8"}
 CONFIG = "config.json"
 ONE_FILE_BYTES = 3 << 29  # 1.5 GiB; protobuf ends at 2 GiB, beyond this weights go to a .data file beside
-
-Progress = Callable[[str], None]
 
 
 def export_drafter(
@@ -41,7 +38,7 @@ def export_drafter(
     *,
     tree_slots: int = TREE_SLOTS,
     top_k: int = TOP_K,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> DrafterFacts:
     """Write both ONNX files and the config into `out_dir` (a pair's `drafter` folder); returns their facts.
 
@@ -49,16 +46,15 @@ def export_drafter(
     each stage, and the parity of each file.  The files appear only after every check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk).
     """
-    tell = progress or _silent
-    tell("reading the target's embedding and head")
+    progress("reading the target's embedding and head")
     drafter = load_drafter(Path(checkpoint), Path(target_dir))
     facts = drafter_facts(drafter, Path(target_dir), Path(out_dir).name, tree_slots, top_k)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as scratch:
-            _write_files(drafter, Path(scratch), facts, tell)
+            _write_files(drafter, Path(scratch), facts, progress)
             for report in check_files(drafter, Path(scratch), facts):
-                tell(str(report))
+                progress(str(report))
             shutil.copyfile(Path(checkpoint) / CONFIG, Path(scratch) / CONFIG)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.suffix == ".onnx"):  # .data before .onnx
                 os.replace(file, out_dir / file.name)
@@ -118,9 +114,9 @@ def check_files(drafter: Drafter, folder: Path, facts: DrafterFacts) -> list[Par
     return reports
 
 
-def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, tell: Progress) -> None:
+def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: Progress) -> None:
     for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
-        tell(f"exporting {FILES[device]}")
+        progress(f"exporting {FILES[device]}")
         model = to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
         if device == "cpu":
             quantize(model)
@@ -131,7 +127,3 @@ def save(model: ir.Model, file: Path) -> None:
     """Write a model as one file, or with a `.data` file beside it where protobuf would not hold it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     ir.save(model, file, external_data=f"{file.name}.data" if size > ONE_FILE_BYTES else None)
-
-
-def _silent(_: str) -> None:
-    """Nobody listens."""

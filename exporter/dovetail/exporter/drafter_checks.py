@@ -19,10 +19,9 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from dovetail.exporter.drafter_graph import BLOCKED
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import ExportError
-
-from .drafter_graph import BLOCKED
 
 Array = NDArray[np.generic]
 DYNAMIC_OPS = {"If", "Loop", "Scan", "Shape", "Size", "NonZero", "Range"}

@@ -10,16 +10,13 @@ will read.  Both are inputs and outputs of one buffer each, so that the caller c
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
-from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from dovetail.exporter.progress import quiet
 from dovetail.models.drafter import Block, Drafter, rope_table
 
 OPSET = 20
@@ -117,7 +114,7 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
     kv_shape = (rows, 2, config.num_key_value_heads, config.head_dim)
     kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(config.blocks)]
     layers = [f"kv.{i}" for i in range(config.blocks)]
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet():  # the exporter narrates, and warns about its own internals
         program = torch.onnx.export(
             graph,
             (*(value for value, _ in arguments.values()), kv),
@@ -131,11 +128,3 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
         )
     assert program is not None
     return program.model
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter narrates on stdout and warns about its own internals."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
