@@ -94,6 +94,11 @@ def test_nucleus_is_the_fewest_best_tokens_on_a_large_vocabulary(top_p: float) -
         assert probs.sum() == pytest.approx(1, abs=1e-12)
 
 
+def test_of_tied_tokens_the_nucleus_takes_the_first() -> None:
+    probs = Sampler(SamplingParams(temperature=1.0, top_p=0.6, seed=0)).distribution(np.zeros(4, np.float32), [])
+    assert probs == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
 def test_processors_agree_with_transformers() -> None:
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers.generation.logits_process")
