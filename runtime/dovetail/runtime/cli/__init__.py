@@ -1,0 +1,1 @@
+"""The `dovetail-run` command."""

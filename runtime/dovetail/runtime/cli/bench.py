@@ -1,0 +1,128 @@
+"""`dovetail-run bench`: how much faster speculative decoding is than plain decoding, here and on these prompts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..engine import Engine
+from ..errors import InputError
+from ..manifest import write_atomically
+from . import machine
+from .benchmark import Paired, measure, summary
+from .options import EngineFlags, RequestFlags, engine_options, sampling_options
+from .pairs import DEFAULT_PAIR
+from .prompts import Conversation, read_prompts
+
+
+@click.command(short_help="Measure plain against speculative decoding.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), required=True,
+              help="JSONL file; each row has `prompt`, or `turns` as in spec_bench.")  # fmt: skip
+@click.option("--limit", type=int, help="Only the first rows.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON to stdout.")
+@sampling_options(max_new_tokens=128, speculate=False)
+@engine_options
+def bench(
+    file: Path, limit: int | None, output: Path | None, as_json: bool, engine_flags: EngineFlags, request: RequestFlags
+) -> None:
+    """Measure plain against speculative decoding, interleaved in one process.
+
+    A progress bar and a table of the results go to stderr.
+    """
+    conversations = read_prompts(file, limit)
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}, make it first")
+    engine = engine_flags.open()
+    pairs = run(engine, conversations, request)
+    report = {**summary(pairs), **circumstances(engine, engine_flags, file, request)}
+    show(report)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    if output is not None:
+        write(output, text)
+    if as_json:
+        click.echo(text)
+
+
+def run(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags) -> list[Paired]:
+    """Measure every conversation, with a progress bar that shows the speedup so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pairs: list[Paired] = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("warm-up", total=len(conversations))
+        for pair in measure(engine, conversations, request):
+            pairs.append(pair)
+            speedup = summary(pairs)["speedup"]
+            progress.update(task, advance=1, description="speedup -" if speedup is None else f"speedup {speedup:.2f}x")
+    return pairs
+
+
+def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: RequestFlags) -> dict[str, Any]:
+    """What the figures depend on: pair, settings, devices, machine, versions, date, command."""
+    return {
+        "pair": flags.pair or DEFAULT_PAIR,
+        "prompts_file": str(file),
+        "settings": {name: value for name, value in asdict(request).items() if name not in ("speculate", "raw")},
+        "tree": asdict(engine.tree),
+        "target_device": engine.target_device,
+        "drafter_device": engine.drafter_device,
+        "peak_rss_mb": machine.peak_rss_mb(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["dovetail-run", *sys.argv[1:]]),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The table on stderr: a row for each prompt, then all of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("prompt", title=f"{report['pair']}: speculative against plain decoding")
+    for name in ("tokens", "plain tok/s", "tok/s", "speedup", "acceptance", "same text"):
+        table.add_column(name, justify="right")
+    for row in report["prompts"]:
+        at = row["first_divergence"]
+        same = "yes" if at is None else f"until token {at}"
+        table.add_row(row["name"], str(row["new_tokens"]), *_speeds(row), same)
+    same = f"{report['same_tokens']} of {len(report['prompts'])}"
+    table.add_section()
+    table.add_row("all (median speedup)", str(report["new_tokens"]), *_speeds(report), same)
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(
+        f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "
+        f"other {report['other_ms']:.1f} ms; peak RSS {report['peak_rss_mb']:.0f} MiB; "
+        f"target {report['target_device']}, drafter {report['drafter_device']}",
+        highlight=False,
+    )
+
+
+def write(output: Path, text: str) -> None:
+    """Write the results whole or not at all. Raises InputError naming the file."""
+    try:
+        write_atomically(output, (text + "\n").encode())
+    except OSError as err:
+        raise InputError(f"--output {output} cannot be written ({err.strerror}): name another file") from None
+
+
+def _speeds(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+    return (
+        f"{row['plain_tokens_per_second']:.1f}",
+        f"{row['tokens_per_second']:.1f}",
+        speedup,
+        f"{row['acceptance_length']:.2f}",
+    )

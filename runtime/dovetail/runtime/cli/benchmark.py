@@ -1,0 +1,189 @@
+"""Plain against speculative decoding, prompt by prompt in one process, so that both see the same machine.
+
+Each conversation is generated in both modes, one right after the other, with nothing of the first left in the
+caches; which mode begins alternates. What is compared is the speed of decoding: prefill is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from statistics import median
+from typing import Any
+
+from ..engine import Engine, Prompt
+from ..metrics import GenerationMetrics
+from .options import RequestFlags
+from .prompts import Conversation
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over generations of one mode; times in ms, decode_ms from the first token of each answer to its end."""
+
+    new_tokens: int = 0
+    later_tokens: int = 0  # those after the first of each answer, which is the prefill's
+    decode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    other_ms: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, metrics: GenerationMetrics) -> Totals:
+        return cls(
+            new_tokens=metrics.new_tokens,
+            later_tokens=max(metrics.new_tokens - 1, 0),
+            decode_ms=metrics.decode_ms,
+            prefill_ms=metrics.prefill_ms,
+            draft_ms=metrics.draft_ms,
+            verify_ms=metrics.verify_ms,
+            other_ms=metrics.other_ms,
+            rounds=metrics.rounds,
+            drafted=metrics.drafted,
+            accepted=metrics.accepted,
+            accepted_per_position=tuple(metrics.accepted_per_position),
+        )
+
+    def __add__(self, other: Totals) -> Totals:
+        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in vars(self)}
+        return Totals(**{**numbers, "accepted_per_position": tuple(a + b for a, b in pairs)})
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.later_tokens / self.decode_ms * 1e3 if self.decode_ms else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + self.accepted / max(self.rounds, 1)
+
+    def per_round(self, total: float) -> float:
+        return total / max(self.rounds, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversation in one mode: the token ids of each answer, and the sums."""
+
+    answers: tuple[tuple[int, ...], ...]
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One conversation in both modes."""
+
+    conversation: Conversation
+    plain: Run
+    speculative: Run
+
+    @property
+    def speedup(self) -> float | None:
+        """Ratio of decoded tokens per second; None where an answer had no token after its first."""
+        plain, speculative = self.plain.totals.tokens_per_second, self.speculative.totals.tokens_per_second
+        return speculative / plain if plain and speculative else None
+
+    @property
+    def first_divergence(self) -> int | None:
+        """Index, over all answers in a row, of the first token that differs; None where all are equal."""
+        offset = 0
+        for ours, theirs in zip(self.plain.answers, self.speculative.answers, strict=True):
+            if ours != theirs:
+                return offset + common_prefix(ours, theirs)
+            offset += len(ours)
+        return None
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    unequal = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(unequal, min(len(left), len(right)))
+
+
+def measure(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags) -> Iterator[Paired]:
+    """Run every conversation in both modes, after a warm-up; yields each as it is done."""
+    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+    for speculate in (False, True):
+        converse(engine, conversations[0].turns[:1], short, speculate)
+    for index, conversation in enumerate(conversations):
+        order = (False, True) if index % 2 == 0 else (True, False)
+        runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
+        yield Paired(conversation, plain=runs[False], speculative=runs[True])
+
+
+def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, speculate: bool) -> Run:
+    """Ask the turns one after the other, from an empty cache; each sees the answers before it."""
+    forget(engine)
+    messages: list[dict[str, str]] = []
+    answers, totals = [], Totals()
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        asked: Prompt = turn if len(messages) == 1 else list(messages)
+        result = engine.generate(asked, **replace(request, speculate=speculate).keywords())
+        messages.append({"role": "assistant", "content": result.text})
+        answers.append(tuple(int(token) for token in result.token_ids))
+        totals += Totals.of(result.metrics)
+    return Run(tuple(answers), totals)
+
+
+def forget(engine: Engine) -> None:
+    """Leave nothing of the last conversation in the engine's caches: a prompt that shares no prefix replaces it."""
+    engine.generate("\n", max_new_tokens=1, raw=True, speculate=False)
+
+
+def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
+    """The figures of a benchmark.
+
+    speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
+    tokens over all decoding time. accepted_per_position: per round. Times of speculative rounds: ms per round.
+    """
+    plain = sum((pair.plain.totals for pair in pairs), Totals())
+    ours = sum((pair.speculative.totals for pair in pairs), Totals())
+    ratios = [pair.speedup for pair in pairs if pair.speedup is not None]
+    return {
+        "speedup": _rounded(median(ratios)) if ratios else None,
+        "acceptance_length": _rounded(ours.acceptance_length),
+        "accepted_per_position": [_rounded(ours.per_round(count)) for count in ours.accepted_per_position],
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second),
+        "tokens_per_second": _rounded(ours.tokens_per_second),
+        "draft_ms": _rounded(ours.per_round(ours.draft_ms)),
+        "verify_ms": _rounded(ours.per_round(ours.verify_ms)),
+        "other_ms": _rounded(ours.per_round(ours.other_ms)),
+        "plain_verify_ms": _rounded(plain.per_round(plain.verify_ms)),
+        "plain_other_ms": _rounded(plain.per_round(plain.other_ms)),
+        "prefill_ms": _rounded(ours.prefill_ms / max(len(pairs), 1)),
+        "rounds": ours.rounds,
+        "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
+        "new_tokens": ours.new_tokens,
+        "same_tokens": sum(pair.first_divergence is None for pair in pairs),
+        "prompts": [prompt_json(pair) for pair in pairs],
+    }
+
+
+def prompt_json(pair: Paired) -> dict[str, Any]:
+    """One conversation's figures; first_divergence: index of the first token that differs between the modes."""
+    plain, ours = pair.plain.totals, pair.speculative.totals
+    return {
+        "name": pair.conversation.name,
+        "speedup": None if pair.speedup is None else _rounded(pair.speedup),
+        "acceptance_length": _rounded(ours.acceptance_length),
+        "new_tokens": ours.new_tokens,
+        "plain_new_tokens": plain.new_tokens,
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second),
+        "tokens_per_second": _rounded(ours.tokens_per_second),
+        "rounds": ours.rounds,
+        "same_tokens": pair.first_divergence is None,
+        "first_divergence": pair.first_divergence,
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4)

@@ -1,0 +1,86 @@
+"""`dovetail-run chat`: a conversation on the terminal; its KV is kept from turn to turn."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+
+import click
+
+from ..engine import Engine
+from ..errors import DovetailError
+from .options import EngineFlags, RequestFlags, engine_options, sampling_options
+from .streaming import Answer, stream_answer
+
+HELP = (
+    "/reset forgets the conversation, /stats tells of the last answer, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
+)
+
+
+@click.command(short_help="Talk on the terminal.")
+@click.option("--system", metavar="TEXT", help="System message at the start of the conversation.")
+@sampling_options()
+@engine_options
+def chat(system: str | None, engine_flags: EngineFlags, request: RequestFlags) -> None:
+    """Talk to the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
+    with contextlib.suppress(ImportError):  # line editing and history, where Python has them
+        import readline  # noqa: F401
+    Talk(engine_flags.open(), request, system).loop()
+
+
+@dataclass
+class Talk:
+    """One conversation: what was said so far, and the last answer."""
+
+    engine: Engine
+    request: RequestFlags
+    system: str | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    last: Answer | None = None
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said, but for the system message."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def loop(self) -> None:
+        """Read lines until the input ends or /exit."""
+        click.echo(HELP, err=True)
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                click.echo(err=True)
+                return
+            except KeyboardInterrupt:
+                click.echo("\n(/exit or Ctrl-D leaves)", err=True)
+                continue
+            if line == "/exit":
+                return
+            if line:
+                self.obey(line) if line.startswith("/") else self.answer(line)
+
+    def obey(self, command: str) -> None:
+        """Run one slash command; an unknown one gets the list."""
+        if command == "/reset":
+            self.reset()
+            click.echo("(forgotten)", err=True)
+        elif command == "/stats":
+            click.echo(self.last.statistics() if self.last else "(no answer yet)", err=True)
+        else:
+            click.echo(HELP if command == "/help" else f"{command} is no command: {HELP}", err=True)
+
+    def answer(self, line: str) -> None:
+        """Stream the answer to `line`. An error leaves the conversation as it was; a stopped answer is kept."""
+        asked = [*self.messages, {"role": "user", "content": line}]
+        try:
+            self.last = said = stream_answer(self.engine, asked, self.request)
+        except DovetailError as err:
+            click.echo(f"error: {err}", err=True)
+            return
+        if said.interrupted:
+            click.echo("(stopped)", err=True)
+        self.messages = [*asked, {"role": "assistant", "content": said.text}]

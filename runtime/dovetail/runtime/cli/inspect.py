@@ -1,0 +1,113 @@
+"""`dovetail-run inspect`: what a pair folder holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..manifest import Manifest, check_pair, read_manifest, verify_files
+from .pairs import resolve_pair
+
+TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
+DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
+
+
+@click.command(short_help="Show what a pair holds and check its files.")
+@click.argument("pair", required=False, metavar="[PAIR]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(pair: str | None, as_json: bool) -> None:
+    """Show the facts of PAIR (a folder or a known name) and check every file's digest.
+
+    Exit code 3 when the pair is not whole or its parts do not belong together.
+    """
+    folder = resolve_pair(pair)
+    manifest = read_manifest(folder)
+    check_pair(manifest)
+    verify_files(folder, manifest, remember=False)
+    facts = describe(folder, manifest)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Everything about a verified pair, as JSON."""
+    return {
+        "pair": str(folder),
+        "name": manifest.name,
+        "format_version": manifest.format_version,
+        "target": asdict(manifest.target),
+        "drafter": asdict(manifest.drafter) if manifest.drafter else None,
+        "tree": asdict(manifest.tree),
+        "files": {name: entry.size for name, entry in manifest.files.items()},
+        "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
+        "digests_ok": True,  # verify_files raises otherwise
+        "memory": expected_memory(folder, manifest),
+        "provenance": manifest.provenance,
+    }
+
+
+def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
+    """What a run holds in MiB, from sizes: weights as stored, KV caches at the full context.
+
+    target_kv is None where the target's config does not tell its KV heads.
+    """
+    weights = sum(
+        entry.size for name, entry in manifest.files.items() if name.startswith("target/") and name.endswith(".bin")
+    )
+    per_token = target_kv_bytes(folder, manifest)
+    memory = {
+        "target_weights_mb": _mib(weights),
+        "target_kv_mb": None if per_token is None else _mib(per_token * manifest.target.max_context),
+    }
+    drafter = manifest.drafter
+    if drafter is None:
+        return memory
+    for device, file in drafter.files.items():
+        row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES.get(device, 4)
+        memory[f"drafter_{device}_weights_mb"] = _mib(manifest.files[file].size)
+        memory[f"drafter_{device}_kv_mb"] = _mib(row * (drafter.tree_slots + drafter.max_context))
+    return memory
+
+
+def target_kv_bytes(folder: Path, manifest: Manifest) -> int | None:
+    """Bytes of KV per token, all layers, from target/config.json."""
+    try:
+        config = json.loads((folder / "target" / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_size = int(config.get("head_dim") or manifest.target.hidden_size // heads)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return manifest.target.num_layers * 2 * kv_heads * head_size * TARGET_KV_BYTES
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The same for a person, one fact a line."""
+    target, drafter, tree = facts["target"], facts["drafter"], facts["tree"]
+    rows = [
+        ("pair", f"{facts['name']} ({facts['pair']}), format {facts['format_version']}"),
+        ("target", f"{target['model_type']}, {target['weight_format']}, {target['num_layers']} layers, "
+                   f"hidden {target['hidden_size']}"),
+        ("sizes", f"vocabulary {target['vocab_size']}, context {target['max_context']} tokens"),
+        ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
+        ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
+        ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}"),
+        ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
+        *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
+          for name, size in facts["memory"].items()),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _drafter_line(drafter: dict[str, Any]) -> str:
+    return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
+            f"draft vocabulary {drafter['draft_vocab_size']}, for {', '.join(drafter['files'])}")  # fmt: skip
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)

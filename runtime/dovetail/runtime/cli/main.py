@@ -1,0 +1,85 @@
+"""`dovetail-run`: one command group, one place where errors become one line and an exit code.
+
+Exit codes: 0 done, 1 other errors, 2 bad input, 3 a pair that cannot be used, 4 to 6 a build that failed,
+7 an engine or device that is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from ..errors import DovetailError
+from .bench import bench
+from .chat import chat
+from .doctor import doctor
+from .generate import generate
+from .inspect import inspect
+
+INTERRUPTED = 130
+OWN_FLAGS = ("--help", "-h", "--version")
+
+
+class DefaultGroup(click.Group):
+    """A group whose first word may be left out: what is no command is a prompt for `generate`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and sys.stdin.isatty():
+            args = ["--help"]
+        elif not args or (args[0] not in self.commands and args[0] not in OWN_FLAGS):
+            args = ["generate", *args]
+        return super().parse_args(ctx, args)
+
+    def main(  # type: ignore[override]  # click's overloads tell the return type by standalone_mode
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
+        """Run, then exit: every error is one line on stderr, a closed pipe is quiet (click sees to that)."""
+        extra.pop("standalone_mode", None)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except DovetailError as err:
+            code = fail(str(err), err.exit_code)
+        except click.UsageError as err:
+            command = err.ctx.command_path if err.ctx else "dovetail-run"
+            code = fail(f"{err.format_message()} (see {command} --help)", err.exit_code)
+        except click.ClickException as err:
+            code = fail(err.format_message(), err.exit_code)
+        except click.Abort:
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Say `message` as one line on stderr; gives the exit code back."""
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return exit_code
+
+
+@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dovetail-spec", prog_name="dovetail-run")
+def cli() -> None:
+    """Stream text from a target on the CPU, sped up by a small drafter.
+
+    \b
+      dovetail-run "Why is the sky blue?"     answer one prompt (the command `generate`)
+      cat notes.txt | dovetail-run            the prompt from standard input
+      dovetail-run chat                       talk
+
+    The first use without --pair builds the SmolLM2-135M pair in your cache.
+    """
+
+
+for command in (generate, chat, bench, inspect, doctor):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    cli.main(prog_name="dovetail-run")
+
+
+if __name__ == "__main__":
+    main()

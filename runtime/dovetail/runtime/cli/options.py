@@ -1,0 +1,154 @@
+"""Flags that the commands share, and the records they become. Names follow llama.cpp and optimum-cli.
+
+Values are checked where they belong (SamplingParams, TreeLimits, the engine), so that a flag and the
+embedding API say the same one line.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import click
+
+from ..engine import Engine
+from ..errors import InputError
+from ..manifest import read_manifest
+from ..sampling import SamplingParams
+from ..tree import TreeLimits
+from .pairs import DEFAULT_PAIR, resolve_pair
+
+Record = TypeVar("Record")
+Command = Callable[..., Any]
+
+DEVICES = ("auto", "cpu", "cuda")
+SAMPLING = SamplingParams()
+
+
+class Opener(Protocol):
+    """How a command gets its engine; the click context's `obj`, so that tests bring scripted sessions."""
+
+    def __call__(
+        self, pair: Path, /, *, drafter_device: str, threads: int | None, tree: TreeLimits | None
+    ) -> Engine: ...
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Which pair, on what, with which tree. None: what the pair's manifest or the engine says."""
+
+    pair: str | None
+    drafter_device: str
+    threads: int | None
+    width: int | None
+    depth: int | None
+    tree_top_k: int | None
+
+    def __post_init__(self) -> None:
+        """Bad values are told before a pair is built or loaded."""
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads {self.threads} is out of range: give 1 or more")
+        TreeLimits(**self.tree_values())
+
+    def tree_values(self) -> dict[str, int]:
+        """The limits that were given, by their names in TreeLimits."""
+        named = {"width": self.width, "depth": self.depth, "top_k": self.tree_top_k}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def open(self) -> Engine:
+        """The engine, loaded; the reference pair is built first where none is named and none is there."""
+        opener: Opener = click.get_current_context().obj or Engine.from_pretrained
+        pair = resolve_pair(self.pair)
+        return opener(pair, drafter_device=self.drafter_device, threads=self.threads, tree=self.tree(pair))
+
+    def tree(self, pair: Path) -> TreeLimits | None:
+        """The manifest's tree with the flags' values put in; None without such a flag."""
+        given = self.tree_values()
+        return replace(read_manifest(pair).tree, **given) if given else None
+
+
+@dataclass(frozen=True)
+class RequestFlags:
+    """One generation's settings, as `Engine.stream` and `Engine.generate` take them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    speculate: bool = True
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        """Bad values are told before a pair is built or loaded."""
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {self.max_new_tokens} is out of range: give 1 or more")
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(SamplingParams)})
+
+    def keywords(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def engine_options(command: Command) -> Command:
+    """Flags of EngineFlags; the command gets them as `engine_flags`."""
+    pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
+    return _apply(
+        _bundled(command, EngineFlags, "engine_flags"),
+        click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
+        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
+        click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
+                     help="Where the drafter runs; auto takes the GPU where there is one."),
+        click.option("--width", type=int, help="Nodes verified in one pass, root included.  [default: the pair's]"),
+        click.option("--depth", type=int, help="Tree levels below the root.  [default: the pair's]"),
+        click.option("--tree-top-k", type=int, help="Children per tree node; 1 drafts a chain.  [default: the pair's]"),
+    )  # fmt: skip
+
+
+def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Callable[[Command], Command]:
+    """Flags of RequestFlags, with this default of -n; the command gets them as `request`.
+
+    speculate: whether the command has --speculate/--no-speculate.
+    """
+    shared = [
+        click.option("-n", "--max-new-tokens", "--n-predict", type=int, default=max_new_tokens, show_default=True,
+                     help="Tokens to generate at most."),
+        click.option("--temperature", "--temp", type=float, default=SAMPLING.temperature, show_default=True,
+                     help="0 is greedy."),
+        click.option("--top-k", type=int, default=SAMPLING.top_k, show_default=True, help="0 is off."),
+        click.option("--top-p", type=float, default=SAMPLING.top_p, show_default=True, help="1 is off."),
+        click.option("--min-p", type=float, default=SAMPLING.min_p, show_default=True, help="0 is off."),
+        click.option("--repetition-penalty", "--repeat-penalty", type=float, default=SAMPLING.repetition_penalty,
+                     show_default=True, help="1 is off."),
+        click.option("-s", "--seed", type=int, help="Same seed, same text.  [default: random]"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+    ]  # fmt: skip
+    if speculate:
+        words = "Draft and verify trees, or decode plainly."
+        shared.append(click.option("--speculate/--no-speculate", default=True, show_default=True, help=words))
+    return lambda command: _apply(_bundled(command, RequestFlags, "request"), *shared)
+
+
+def _apply(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """Decorate `command` so that --help lists the options in this order."""
+    return functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
+def _bundled(command: Command, record: Callable[..., Record], name: str) -> Command:
+    """`command`, with the flags that are fields of `record` handed over as that record."""
+    names: Sequence[str] = [field.name for field in fields(record)]  # type: ignore[arg-type]  # a dataclass, always
+
+    @functools.wraps(command)
+    def bundled(*args: Any, **flags: Any) -> Any:
+        values = {field: flags.pop(field) for field in names if field in flags}
+        return command(*args, **{name: record(**values)}, **flags)
+
+    return bundled

@@ -1,0 +1,216 @@
+"""`generate`: where the prompt comes from, what reaches the engine, what is printed, and every way to be refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dovetail.runtime.cli.pairs import DEFAULT_PAIR
+from dovetail.runtime.tree import TreeLimits
+
+KEYS = {
+    "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "tokens_per_second", "acceptance_length",
+    "rounds", "prefill_ms", "draft_ms", "verify_ms", "other_ms", "target_device", "drafter_device",
+}  # fmt: skip
+STATISTICS = re.compile(
+    r"\[(\d+) tokens, [\d.]+ tok/s, acceptance length ([\d.]+) over (\d+) rounds \| prefill \d+ ms, draft \d+ ms, "
+    r"verify \d+ ms, other \d+ ms \| target scripted, drafter scripted\]\n"
+)
+
+
+def ask(invoke, pair: Path, opener, *args: str, input: str | bytes | None = None):
+    return invoke(*args, "--pair", str(pair), obj=opener, input=input)
+
+
+def test_text_streams_to_stdout_and_statistics_to_stderr(invoke, pair, opener) -> None:
+    result = ask(invoke, pair, opener, "Hello", "-n", "40")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == opener.engine.generate("Hello", 40).text + "\n"
+    tokens, length, rounds = STATISTICS.fullmatch(result.stderr).groups()
+    assert int(tokens) == 40 and float(length) == pytest.approx(1 + (39 - int(rounds)) / int(rounds), abs=0.05)
+
+
+def test_json_is_one_object_with_the_same_answer(invoke, pair, opener) -> None:
+    result = ask(invoke, pair, opener, "Hello", "-n", "40", "--json")
+    answer = json.loads(result.stdout)
+    assert set(answer) >= KEYS | {"seed", "accepted_per_position"}
+    assert answer["text"] + "\n" == ask(invoke, pair, opener, "Hello", "-n", "40").stdout
+    assert (answer["new_tokens"], len(answer["token_ids"]), answer["finish_reason"]) == (40, 40, "length")
+    assert result.stderr == ""
+
+
+def test_plain_decoding_gives_the_same_text_and_names_no_drafter(invoke, pair, opener) -> None:
+    speculative = json.loads(ask(invoke, pair, opener, "Hello", "-n", "40", "--json").stdout)
+    plain = json.loads(ask(invoke, pair, opener, "Hello", "-n", "40", "--json", "--no-speculate").stdout)
+    assert plain["token_ids"] == speculative["token_ids"]
+    assert plain["drafter_device"] is None and plain["acceptance_length"] == 1 < speculative["acceptance_length"]
+
+
+def test_a_seed_is_reported_and_repeats_the_text(invoke, pair, opener) -> None:
+    first = json.loads(ask(invoke, pair, opener, "Hello", "-n", "20", "--temp", "1", "--json").stdout)
+    again = json.loads(
+        ask(invoke, pair, opener, "Hello", "-n", "20", "--temp", "1", "--json", "-s", str(first["seed"])).stdout
+    )
+    assert again["text"] == first["text"] and again["seed"] == first["seed"]
+
+
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        (["two\nlines"], None),
+        (["generate", "two\nlines"], None),
+        (["--", "two\nlines"], None),
+        (["-"], "two\nlines\n"),
+        ([], "two\nlines\n"),
+        (["--file", "prompt.txt"], None),
+    ],
+)
+def test_the_prompt_comes_from_anywhere(
+    invoke, pair, opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], given: str | None
+) -> None:
+    (tmp_path / "prompt.txt").write_text("two\nlines\n")
+    monkeypatch.chdir(tmp_path)
+    front, rest = (args[:1], args[1:]) if args[:1] == ["generate"] else ([], args)
+    result = invoke(*front, "--pair", str(pair), "-n", "2", *rest, obj=opener, input=given)
+    assert result.exit_code == 0, result.output
+    assert opener.engine.asked[0][0] == "two\nlines"
+
+
+def test_a_command_word_can_be_a_prompt(invoke, pair, opener) -> None:
+    assert ask(invoke, pair, opener, "generate", "chat", "-n", "3").exit_code == 0
+    assert opener.engine.asked[0][0] == "chat"
+
+
+def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
+    flags = "-n 7 --temp 0.5 --top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 -s 4 --stop AB --stop CD"
+    assert ask(invoke, pair, opener, "Hello", *flags.split(), "--raw", "--no-speculate").exit_code == 0
+    assert opener.engine.asked == [
+        ("Hello", {
+            "max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1,
+            "repetition_penalty": 1.2, "seed": 4, "stop": ("AB", "CD"), "raw": True, "speculate": False,
+        })
+    ]  # fmt: skip
+
+
+def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
+    flags = "-t 3 --drafter-device cpu --width 5 --tree-top-k 1 -n 2"
+    assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
+    tree = TreeLimits(width=5, depth=6, top_k=1)  # depth is the pair's
+    assert opener.calls == [(pair, {"drafter_device": "cpu", "threads": 3, "tree": tree})]
+
+
+def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
+    ask(invoke, pair, opener, "Hello", "-n", "2")
+    assert opener.calls == [(pair, {"drafter_device": "auto", "threads": None, "tree": None})]
+
+
+def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
+    assert ask(invoke, pair, opener, "Hello", "--system", "Be brief", "-n", "2").exit_code == 0
+    assert opener.engine.asked[0][0] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hello"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--temperature", "-1"], "temperature -1"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--temperature", "warm"], "'warm'"),
+        (["--top-p", "0"], "top_p 0"),
+        (["--top-p", "1.5"], "top_p 1.5"),
+        (["--top-k", "-1"], "top_k -1"),
+        (["--min-p", "2"], "min_p 2"),
+        (["--repetition-penalty", "0"], "repetition_penalty 0"),
+        (["--seed", "-1"], "seed -1"),
+        (["-n", "0"], "max_new_tokens 0"),
+        (["--threads", "0"], "threads 0"),
+        (["--width", "0"], "width 0"),
+        (["--depth", "-1"], "depth -1"),
+        (["--tree-top-k", "0"], "top_k 0"),
+        (["--drafter-device", "tpu"], "'tpu'"),
+        (["--system", "x", "--raw"], "--system"),
+        (["--file", "x.txt"], "leave one out"),
+        (["--beams", "4"], "--beams"),
+        (["more"], "more"),
+    ],
+)
+def test_bad_flags_are_one_line_before_anything_is_opened(invoke, pair, opener, args: list[str], named: str) -> None:
+    result = ask(invoke, pair, opener, "Hello", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and named in result.stderr
+    assert opener.calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "named"),
+    [
+        ([""], None, "empty"),
+        ([" \n"], None, "empty"),
+        (["-"], "", "empty"),
+        ([], "", "empty"),
+        (["-"], b"\xff\xfe", "not UTF-8"),
+        (["--file", "missing.txt"], None, "missing.txt"),
+        (["--file", "."], None, "cannot be read"),
+    ],
+)
+def test_no_usable_prompt(invoke, pair, opener, args: list[str], given: str | bytes | None, named: str) -> None:
+    result = ask(invoke, pair, opener, "generate", *args, input=given)
+    assert (result.exit_code, result.stdout) == (2, "") and named in result.stderr
+    assert opener.calls == []
+
+
+def test_what_the_engine_refuses_is_one_line(invoke, pair, make_opener) -> None:
+    result = ask(invoke, pair, make_opener(max_context=8), "Hello out there")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and "context" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_unknown_pair_name_names_the_known_ones(invoke, opener, cache: Path, make_pair) -> None:
+    make_pair(cache / "pairs" / "mine")
+    result = invoke("Hello", "--pair", "yours", obj=opener)
+    assert (
+        result.exit_code == 2
+        and f"'yours' is unknown: name a pair folder, or one of mine, {DEFAULT_PAIR}" in result.stderr
+    )
+    assert invoke("Hello", "--pair", "mine", "-n", "2", obj=opener).exit_code == 0
+    assert opener.calls[0][0] == cache / "pairs" / "mine"
+
+
+def test_a_folder_that_is_no_pair_is_exit_3(invoke, tmp_path: Path) -> None:
+    result = invoke("Hello", "--pair", str(tmp_path))  # the real Engine.from_pretrained
+    assert result.exit_code == 3 and "dovetail.json is missing" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_keeps_the_text_so_far_and_exits_130(invoke, pair, opener, interrupted_opener) -> None:
+    whole = ask(invoke, pair, opener, "Hello", "-n", "60").stdout
+    result = ask(invoke, pair, interrupted_opener(120), "Hello", "-n", "60")
+    assert result.exit_code == 130
+    text = result.stdout.removesuffix("\n")
+    assert text and whole.startswith(text) and len(text) < len(whole) - 1
+    assert re.fullmatch(r"\[stopped \| \d+ tokens, [\d.]+ tok/s, acceptance length .*\]\n", result.stderr)
+
+
+BROKEN_PIPE = """
+import runpy, sys
+conftest = runpy.run_path(sys.argv[1])
+from dovetail.runtime.cli.main import cli
+cli.main(["Hello", "--pair", sys.argv[2], "-n", "3000"], obj=conftest["FakeOpener"]())
+"""
+
+
+def test_a_closed_pipe_is_quiet(pair: Path) -> None:
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    command = [sys.executable, "-c", BROKEN_PIPE, conftest, str(pair)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == b"" and process.returncode == 1
