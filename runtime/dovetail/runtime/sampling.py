@@ -170,14 +170,14 @@ def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     Tokens below (1 - top_p) / S hold less than 1 - top_p together, so none of them is needed: only the rest,
     a few hundred of a large vocabulary, is sorted. Half of it as the bound leaves room for rounding.
     """
-    likely = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
+    likely: NDArray[np.int64] = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
     values = probs[likely]
     ranked = np.sort(values)[::-1]  # values alone: several times faster than argsort
     count = min(int(ranked.cumsum().searchsorted(top_p)) + 1, len(ranked))  # the token that reaches top_p is in
     last = ranked[count - 1]
     kept = values > last
     kept[np.flatnonzero(values == last)[: count - np.count_nonzero(kept)]] = True  # of ties the first ids
-    return likely[kept]
+    return likely.compress(kept)
 
 
 def _check_finite(best: float) -> None:
