@@ -117,6 +117,11 @@ def test_an_interrupted_benchmark_writes_nothing(
     assert result.exit_code == 130 and not output.exists()
 
 
+def test_a_pair_without_a_drafter_has_nothing_to_compare(invoke, pair, make_opener, prompts: Path) -> None:
+    result = bench(invoke, pair, make_opener(drafter=False), prompts)
+    assert result.exit_code == 3 and "no drafter" in result.stderr
+
+
 def test_output_that_cannot_be_written_is_one_error(invoke, pair, opener, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     result = bench(invoke, pair, opener, prompts, "--limit", "1", "--output", str(tmp_path / "taken"))

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ..engine import Engine
-from ..errors import InputError
+from ..errors import InputError, PairError
 from ..manifest import write_atomically
 from . import machine
 from .benchmark import Paired, measure, summary
@@ -42,6 +42,10 @@ def bench(
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}, make it first")
     engine = engine_flags.open()
+    if engine.drafter_device is None:
+        raise PairError(
+            "this pair has no drafter, so there is nothing to compare: add one with dovetail-export drafter"
+        )
     pairs = run(engine, conversations, request)
     report = {**summary(pairs), **circumstances(engine, engine_flags, file, request)}
     show(report)
