@@ -1,0 +1,163 @@
+"""Tiny random models, made once per run: a Llama checkpoint, its exported target, a plain optimum IR of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: Llama of width 32 with 2 layers, random weights, a byte-level tokenizer."""
+    from dovetail.exporter.progress import quiet
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    with quiet():
+        import torch
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")
+        fast.chat_template = CHAT_TEMPLATE
+        fast.save_pretrained(folder)
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(alphabet) + 6,  # padded, as real vocabularies are
+            max_position_embeddings=256,
+            bos_token_id=len(alphabet),
+            eos_token_id=len(alphabet) + 1,
+            tie_word_embeddings=False,
+            initializer_range=0.5,  # random logits that are not all alike
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pair folder (INT8 target, no drafter) that `dovetail-export target` makes of `tiny_llama`: read only."""
+    from dovetail.exporter.target import export_target
+
+    pair = tmp_path_factory.mktemp("exported") / "tiny"
+    export_target(str(tiny_llama), pair)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tiny_pair: Path) -> Path:
+    """The `target` folder of `tiny_pair`, an INT8 IR with the feature tap: read only."""
+    return tiny_pair / "target"
+
+
+@pytest.fixture(scope="session")
+def plain_ir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `optimum-cli export openvino --weight-format int8` makes of `tiny_llama`: read only."""
+    from dovetail.exporter.progress import quiet
+
+    folder = tmp_path_factory.mktemp("optimum") / "ir"
+    model = ["-m", str(tiny_llama), "--task", "text-generation-with-past"]  # local folders must name their task
+    arguments = ["optimum-cli", "export", "openvino", *model, "--weight-format", "int8", str(folder)]
+    before, sys.argv = sys.argv, arguments
+    try:
+        with quiet():
+            from optimum.commands.optimum_cli import main
+
+            main()
+    finally:
+        sys.argv = before
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights and the tokenizer of `tiny_llama` as a GGUF file, as llama.cpp's converter lays them out."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config = json.loads((tiny_llama / "config.json").read_text())
+    tokens = json.loads((tiny_llama / "tokenizer.json").read_text())
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    vocabulary = {**tokens["model"]["vocab"], **{t["content"]: t["id"] for t in tokens["added_tokens"]}}
+    names = sorted(vocabulary, key=lambda token: vocabulary[token])
+    padding = config["vocab_size"] - len(names)
+    special = len(tokens["added_tokens"])
+    kinds = [gguf.TokenType.NORMAL] * (len(names) - special) + [gguf.TokenType.CONTROL] * special
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names + [f"[PAD{i}]" for i in range(padding)])
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * padding)
+    writer.add_token_merges(["a b"] if "ab" in vocabulary else [])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_chat_template(CHAT_TEMPLATE)
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for name, tensor in load_file(tiny_llama / "model.safetensors").items():
+        short = mapping.get_name(name, try_suffixes=(".weight",))
+        if count := heads.get(short.split(".")[-2]):  # llama.cpp interleaves the two halves of the rotation
+            rows, width = tensor.shape
+            tensor = tensor.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width)
+        writer.add_tensor(short, tensor.astype("float32").copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random drafter checkpoint for `tiny_llama`: gated fusion, one block, 64 draft tokens."""
+    import torch
+
+    from dovetail.models import Drafter, DrafterConfig, save_checkpoint
+
+    torch.manual_seed(0)
+    target = json.loads((tiny_llama / "config.json").read_text())
+    config = DrafterConfig.for_target(target, draft_vocab_size=64, fusion="dgf", blocks=1)
+    rows = torch.randn(config.vocab_size, config.hidden_size)
+    d2t = torch.arange(config.draft_vocab_size) * 2
+    folder = tmp_path_factory.mktemp("drafter")
+    save_checkpoint(Drafter(config, rows, rows[d2t], d2t), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_full_pair(tiny_pair: Path, tiny_drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_pair` with `tiny_drafter` added: read only."""
+    from dovetail.exporter.pair import add_drafter
+
+    pair = tmp_path_factory.mktemp("full") / "tiny"
+    shutil.copytree(tiny_pair, pair)
+    add_drafter(tiny_drafter, pair)
+    return pair
