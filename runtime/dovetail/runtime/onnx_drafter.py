@@ -310,7 +310,7 @@ def _cuda_missing(facts: DrafterFacts) -> str | None:
 
 def _options(ort: Any) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; they reach the user as exceptions
+    options.log_severity_level = 4  # errors reach the user as exceptions, not on stderr as well
     return options
 
 
@@ -334,14 +334,14 @@ def _bind_array(bind: Any, name: str, array: Array) -> None:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions have no common base but Exception."""
+    """What ONNX Runtime raises: its own exceptions have no common base; a run with bindings raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (
         "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
         "RuntimeException",
     )  # fmt: skip
-    return tuple(getattr(state, name) for name in names)
+    return (RuntimeError, *(getattr(state, name) for name in names))
 
 
 def _one_line(error: Exception) -> str:

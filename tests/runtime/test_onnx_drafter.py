@@ -1,0 +1,307 @@
+"""OnnxDrafter is the drafter of training, run incrementally: chunks, trees, rollback and growth change nothing.
+
+A tiny random drafter is exported once; in float32 it must equal torch, in INT8 it must stay close.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference is the torch drafter")
+
+import onnx_ir as ir  # noqa: E402
+
+from dovetail.exporter.drafter_graph import to_onnx  # noqa: E402
+from dovetail.exporter.onnx_int8 import quantize  # noqa: E402
+from dovetail.models import Drafter, DrafterConfig  # noqa: E402
+from dovetail.runtime import onnx_drafter  # noqa: E402
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError  # noqa: E402
+from dovetail.runtime.manifest import DrafterFacts, Manifest, TargetFacts  # noqa: E402
+from dovetail.runtime.onnx_drafter import BLOCKED, CHUNK, PREFIX_STEP, CpuRunner, OnnxDrafter  # noqa: E402
+from dovetail.runtime.sessions import DraftSession  # noqa: E402
+from dovetail.runtime.tree import DraftTree, TreeLimits  # noqa: E402
+
+TREE_SLOTS, TOP_K, MAX_CONTEXT = 16, 5, 600
+CONFIG = DrafterConfig(
+    vocab_size=90, draft_vocab_size=40, hidden_size=32, feature_size=32, intermediate_size=48, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=MAX_CONTEXT, blocks=2,
+)  # fmt: skip
+LIMITS = TreeLimits(width=12, depth=4, top_k=3)
+
+
+@dataclass
+class Tiny:
+    """The torch drafter, and a pair folder whose "cpu" file is float32 (exact) or INT8."""
+
+    drafter: Drafter
+    pair: Path
+
+    def manifest(self, file: str, **facts: object) -> Manifest:
+        c = CONFIG
+        drafter = DrafterFacts(
+            c.fusion, c.blocks, c.hidden_size, c.feature_size, c.vocab_size, c.draft_vocab_size, c.num_key_value_heads,
+            c.head_dim, TOP_K, TREE_SLOTS, MAX_CONTEXT, "t", {"cpu": file, "cuda": "absent.onnx"},
+        )  # fmt: skip
+        target = TargetFacts("llama", 32, 32, c.vocab_size, 2, MAX_CONTEXT, "int8", ("tap",), (1,), "t")
+        return Manifest("tiny", target, replace(drafter, **facts), {})
+
+    def open(self, file: str = "f32.onnx") -> OnnxDrafter:
+        return OnnxDrafter.open(self.pair, self.manifest(file), device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    torch.manual_seed(0)
+    embed = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size)
+    d2t = torch.randperm(CONFIG.vocab_size)[: CONFIG.draft_vocab_size]
+    drafter = Drafter(CONFIG, embed, torch.randn(CONFIG.draft_vocab_size, CONFIG.feature_size), d2t).eval()
+    folder = tmp_path_factory.mktemp("pair")
+    model = to_onnx(drafter, torch.float32, tree_slots=TREE_SLOTS, top_k=TOP_K)
+    ir.save(model, folder / "f32.onnx")
+    quantize(model)
+    ir.save(model, folder / "int8.onnx")
+    return Tiny(drafter, folder)
+
+
+@pytest.fixture
+def stream() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, CONFIG.vocab_size, 400), rng.standard_normal((400, 32)).astype(np.float32)
+
+
+def path_to(tree: DraftTree, node: int) -> list[int]:
+    nodes = []
+    while node > 0:
+        nodes.append(int(tree.tokens[node]))
+        node = int(tree.parents[node])
+    return nodes[::-1]
+
+
+@torch.no_grad()
+def chain_logprob(drafter: Drafter, tokens: np.ndarray, features: np.ndarray, path: list[int]) -> float:
+    """Cumulative log-probability of `path` after the pairs, by the unrolled steps of training."""
+    length, total = len(tokens), 0.0
+    ids = torch.tensor([*tokens.tolist(), *path])[None]
+    x = torch.zeros(1, len(ids[0]), CONFIG.feature_size)
+    x[0, :length] = torch.from_numpy(features)
+    caches: list = [[] for _ in drafter.layers]
+    draft_id = {target: i for i, target in enumerate(drafter.d2t.tolist())}
+    for step, token in enumerate(path):
+        x = drafter.step(x if step == 0 else x.roll(1, dims=1), ids, caches)
+        logprobs = torch.log_softmax(drafter.logits(x[0, length - 1 + step]), dim=-1)
+        total += float(logprobs[draft_id[token]])
+    return total
+
+
+def assert_same_tree(a: DraftTree, b: DraftTree, atol: float = 1e-4) -> None:
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.parents, b.parents)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=atol)
+
+
+def test_is_a_draft_session(tiny: Tiny) -> None:
+    session = tiny.open()
+    assert isinstance(session, DraftSession)
+    assert (session.device, session.length) == ("CPU (int8)", 0)
+
+
+@pytest.mark.parametrize("length", [1, 7, CHUNK, CHUNK + 1, PREFIX_STEP + 44])
+def test_every_node_has_the_log_probability_of_its_path_run_as_a_chain(tiny: Tiny, stream, length: int) -> None:
+    tokens, features = stream[0][:length], stream[1][:length]
+    session = tiny.open()
+    session.extend(tokens, features)
+    tree = session.propose(LIMITS)
+    assert len(tree) == LIMITS.width and int(tree.depths().max()) >= 2
+    for node in range(1, len(tree)):
+        expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
+        assert tree.logprobs[node] == pytest.approx(expected, abs=1e-3)
+
+
+def test_first_level_is_torch_s_best_children(tiny: Tiny, stream) -> None:
+    tokens, features = stream[0][:20], stream[1][:20]
+    session = tiny.open()
+    session.extend(tokens, features)
+    tree = session.propose(TreeLimits(width=TOP_K + 1, depth=1, top_k=TOP_K))
+    with torch.no_grad():
+        out = tiny.drafter(torch.from_numpy(features)[None], torch.from_numpy(tokens)[None])[0, -1]
+        best = tiny.drafter.logits(out).topk(TOP_K).indices
+    assert tree.tokens[1:].tolist() == tiny.drafter.d2t[best].tolist()
+    assert tree.tokens[0] == tokens[-1]
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (5, 130, 131, 256, 257), tuple(range(1, 40))])
+def test_chunked_extends_equal_one_extend(tiny: Tiny, stream, cuts: tuple[int, ...]) -> None:
+    tokens, features = stream[0][:300], stream[1][:300]
+    whole, pieces = tiny.open(), tiny.open()
+    whole.extend(tokens, features)
+    for start, end in zip((0, *cuts), (*cuts, 300), strict=True):
+        pieces.extend(tokens[start:end], features[start:end])
+        pieces.propose(LIMITS)  # trees in between leave no trace
+    assert pieces.length == whole.length == 300
+    assert_same_tree(pieces.propose(LIMITS), whole.propose(LIMITS))
+
+
+def test_reset_forgets_what_came_after(tiny: Tiny, stream) -> None:
+    tokens, features = stream
+    used, fresh = tiny.open(), tiny.open()
+    used.extend(tokens[:290], features[:290])
+    used.propose(LIMITS)
+    used.reset(20)
+    assert used.length == 20
+    with pytest.raises(InputError, match="extend the drafter"):
+        used.propose(LIMITS)
+    fresh.extend(tokens[:20], features[:20])
+    for session in (used, fresh):
+        session.extend(tokens[300:303], features[300:303])
+    assert_same_tree(used.propose(LIMITS), fresh.propose(LIMITS))
+
+
+def test_reset_to_its_own_length_keeps_the_root(tiny: Tiny, stream) -> None:
+    session = tiny.open()
+    session.extend(stream[0][:9], stream[1][:9])
+    before = session.propose(LIMITS)
+    session.reset(9)
+    assert_same_tree(session.propose(LIMITS), before, atol=0)
+
+
+def test_bound_prefix_grows_with_the_context(tiny: Tiny, stream) -> None:
+    """One pair at a time over the boundary: nothing is lost when a longer prefix is bound."""
+    tokens, features = stream
+    session, whole = tiny.open(), tiny.open()
+    session.extend(tokens[: PREFIX_STEP - 2], features[: PREFIX_STEP - 2])
+    runner = session._runner
+    assert isinstance(runner, CpuRunner)
+    bound = []
+    for i in range(PREFIX_STEP - 2, PREFIX_STEP + 3):
+        session.extend(tokens[i : i + 1], features[i : i + 1])
+        bound.append(runner._lanes[1][0] - TREE_SLOTS)
+    assert bound == [PREFIX_STEP, PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP]
+    whole.extend(tokens[: PREFIX_STEP + 3], features[: PREFIX_STEP + 3])
+    assert_same_tree(session.propose(LIMITS), whole.propose(LIMITS))
+
+
+def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
+    """ONNX Runtime writes the rows of this call into our own arrays, and touches no other row."""
+    session = tiny.open()
+    runner = session._runner
+    assert isinstance(runner, CpuRunner)
+    session.extend(stream[0][:4], stream[1][:4])
+    outputs = runner._lanes[4][1].get_outputs()
+    buffers = [runner.rows.top_logprobs, runner.rows.top_ids, runner._bank, *runner._kv]
+    assert sorted(o.data_ptr() for o in outputs) == sorted(b.ctypes.data for b in buffers)
+    marks = [buffer.copy() for buffer in runner._kv]
+    for mark, buffer in zip(marks, runner._kv, strict=True):
+        written = np.flatnonzero(np.abs(buffer).max(axis=(1, 2, 3)))
+        assert written.tolist() == [TREE_SLOTS + j for j in range(4)]
+        buffer[TREE_SLOTS + 300 :] = mark[TREE_SLOTS + 300 :] = 7.0  # beyond what is bound
+    session.extend(stream[0][4:5], stream[1][4:5])
+    for mark, buffer in zip(marks, runner._kv, strict=True):
+        changed = np.flatnonzero(np.abs(buffer - mark).max(axis=(1, 2, 3)))
+        assert changed.tolist() == [TREE_SLOTS + 4]
+
+
+def test_padding_rows_change_nothing(tiny: Tiny, stream) -> None:
+    """A bucket's unused rows attend to nothing and write where nobody reads."""
+    exact, padded = tiny.open(), tiny.open()
+    for session in (exact, padded):
+        session.extend(stream[0][:6], stream[1][:6])
+    run = padded._runner.run
+
+    def in_a_bucket(n: int, context: int, *, upload_features: bool):
+        padded._rows.pad(n, 8, TREE_SLOTS)
+        found = run(8, context, upload_features=upload_features)
+        return replace(found, logprobs=found.logprobs[:n], ids=found.ids[:n])
+
+    padded._runner.run = in_a_bucket  # type: ignore[method-assign]  # the CUDA runner's buckets, on the CPU
+    for session in (exact, padded):
+        session.extend(stream[0][6:9], stream[1][6:9])
+    assert (padded._rows.tree_mask[3:8] == BLOCKED).all()
+    assert_same_tree(exact.propose(LIMITS), padded.propose(LIMITS))
+
+
+def test_proposals_stay_in_the_draft_vocabulary(tiny: Tiny, stream) -> None:
+    session = tiny.open("int8.onnx")
+    session.extend(stream[0][:50], stream[1][:50])
+    tree = session.propose(LIMITS)
+    assert set(tree.tokens[1:].tolist()) <= set(tiny.drafter.d2t.tolist())
+
+
+def test_int8_stays_close_to_float(tiny: Tiny, stream) -> None:
+    tokens, features = stream[0][:30], stream[1][:30]
+    session = tiny.open("int8.onnx")
+    session.extend(tokens, features)
+    tree = session.propose(LIMITS)
+    for node in range(1, len(tree)):
+        expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
+        assert tree.logprobs[node] == pytest.approx(expected, abs=0.15 * len(path_to(tree, node)) + 0.15)
+
+
+def test_cuda_asked_for_and_missing_is_one_typed_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: "no NVIDIA driver: install it")
+    with pytest.raises(DeviceError, match="cannot run on CUDA: no NVIDIA driver") as caught:
+        OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"), device="cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_falls_back_to_the_cpu_and_says_why(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: "no NVIDIA driver: install it")
+    session = OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"))
+    assert session.device == "CPU (int8)"
+    assert "no NVIDIA driver" in session.device_note
+
+
+def test_cuda_that_refuses_at_load_falls_back_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise DeviceError("out of memory")
+
+    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
+    monkeypatch.setattr(onnx_drafter, "CudaRunner", refuse)
+    session = OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"))
+    assert session.device == "CPU (int8)" and "out of memory" in session.device_note
+
+
+def test_bad_input_is_refused_and_changes_nothing(tiny: Tiny, stream) -> None:
+    tokens, features = stream
+    session = tiny.open()
+    session.extend(tokens[:5], features[:5])
+    before = session.propose(LIMITS)
+    with pytest.raises(InputError, match="features"):
+        session.extend(tokens[:3], features[:2])
+    with pytest.raises(InputError, match="vocabulary"):
+        session.extend(np.array([CONFIG.vocab_size]), features[:1])
+    with pytest.raises(ContextOverflow, match=str(MAX_CONTEXT)):
+        session.extend(np.zeros(MAX_CONTEXT, np.int64), np.zeros((MAX_CONTEXT, 32), np.float32))
+    with pytest.raises(InputError, match="top_k 6"):
+        session.propose(TreeLimits(top_k=TOP_K + 1))
+    with pytest.raises(InputError, match="keep 6"):
+        session.reset(6)
+    assert session.length == 5
+    assert_same_tree(session.propose(LIMITS), before, atol=0)
+
+
+def test_unusable_files_and_devices(tiny: Tiny) -> None:
+    (tiny.pair / "broken.onnx").write_bytes((tiny.pair / "f32.onnx").read_bytes()[:5000])
+    with pytest.raises(DeviceError, match=r"broken\.onnx"):
+        tiny.open("broken.onnx")
+    with pytest.raises(DeviceError, match=r"missing\.onnx"):
+        tiny.open("missing.onnx")
+    with pytest.raises(InputError, match="tpu"):
+        OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"), device="tpu")
+    with pytest.raises(PairError, match="no drafter"):
+        OnnxDrafter.open(tiny.pair, replace(tiny.manifest("f32.onnx"), drafter=None))
+
+
+def test_a_failure_in_a_run_is_one_typed_line(
+    tiny: Tiny, stream, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    session = tiny.open()
+    session.extend(stream[0][:5], stream[1][:5])
+    monkeypatch.setattr(session, "_length", 10**6)  # rows far outside the buffer
+    with pytest.raises(DeviceError, match="the drafter failed") as caught:
+        session._extend(stream[0][:1], stream[1][:1])
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
