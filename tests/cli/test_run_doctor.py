@@ -89,6 +89,17 @@ def test_the_real_engines_are_found_here() -> None:
     assert "CPUExecutionProvider" in doctor.onnxruntime_providers()[0]
 
 
+def test_missing_cuda_libraries_are_one_sentence_and_no_noise(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if doctor.nvidia_gpus():
+        pytest.skip("CUDA may well work here")
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: None)  # a driver and a device, but nothing else
+    problem = doctor.why_no_cuda()
+    assert problem and "dovetail-spec[cuda]" in problem
+    assert capfd.readouterr() == ("", "")
+
+
 def test_probe_model_runs() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(doctor.PROBE_MODEL, providers=["CPUExecutionProvider"])

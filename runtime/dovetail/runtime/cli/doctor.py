@@ -7,7 +7,9 @@ import json
 import platform
 import shutil
 import subprocess
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 
 import click
 
@@ -134,11 +136,11 @@ def why_no_cuda() -> str | None:
     problem = cuda_problem()
     if problem is not None:
         return problem
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # the reason for a failure is many lines long, on stderr
-    if hasattr(onnxruntime, "preload_dlls"):
+    onnxruntime.set_default_logger_severity(4)  # a failure is told below, in one line instead of many
+    with redirect_stdout(StringIO()):  # preload_dlls prints what it does not find
         onnxruntime.preload_dlls()
-    session = onnxruntime.InferenceSession(PROBE_MODEL, options, providers=[CUDA, "CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(PROBE_MODEL, providers=[CUDA, "CPUExecutionProvider"])
+    onnxruntime.set_default_logger_severity(2)
     if CUDA in session.get_providers():
         return None
     return 'the libraries of CUDA or cuDNN do not load: pip install "dovetail-spec[cuda]"'
