@@ -56,6 +56,13 @@ def test_both_modes_agree_at_temperature_0(invoke, pair, opener, prompts: Path) 
     assert all(row["same_tokens"] and row["first_divergence"] is None for row in report["prompts"])
 
 
+def test_sampled_modes_share_one_seed_that_is_reported(invoke, pair, opener, prompts: Path) -> None:
+    report = json.loads(bench(invoke, pair, opener, prompts, "--temp", "1", "--json").stdout)
+    seeds = {options["seed"] for _, options in opener.engine.asked if options.get("temperature")}
+    assert seeds == {report["settings"]["seed"]} and None not in seeds
+    assert report["same_tokens"] == 3
+
+
 def test_modes_take_turns_in_beginning_and_turns_see_those_before(invoke, pair, opener, prompts: Path) -> None:
     bench(invoke, pair, opener, prompts)
     assert conversations(opener.engine.asked) == [

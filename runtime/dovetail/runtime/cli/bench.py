@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def bench(
         raise PairError(
             "this pair has no drafter, so there is nothing to compare: add one with dovetail-export drafter"
         )
+    request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
     pairs = run(engine, conversations, request)
     report = {**summary(pairs), **circumstances(engine, engine_flags, file, request)}
     show(report)
