@@ -40,8 +40,9 @@ class Tolerance:
     feature: float
 
 
-# float16 rounds at 5e-4; INT8 weights and activations in blocks of 32 give 1 to 2% of a layer's output.
-TOLERANCES = {"float16": Tolerance(logprob=0.01, feature=0.01), "int8": Tolerance(logprob=0.3, feature=0.06)}
+# Measured with random weights, H = 32 and 576, 1 and 2 blocks: float16 up to 0.0021 sd and 0.05%, INT8 up to 0.11 sd
+# and 3.1%.  A weight matrix turned upside down shows in INT8 as 0.27 to 4.4 sd: what is subtler float16 must catch.
+TOLERANCES = {"float16": Tolerance(logprob=0.01, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.06)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Script:
         self.columns = {int(target): draft for draft, target in enumerate(drafter.d2t.tolist())}
         self.tokens = rng.integers(0, config.vocab_size, 20)
         self.features = rng.standard_normal((20, config.feature_size)).astype(np.float32)
-        self.features[:, :: max(1, config.feature_size // 4)] *= 15  # a target's features have such outliers
+        self.features[:, ::128] *= 15  # a target's features have such outliers, a few in hundreds
         self.level1, self.level2 = rng.integers(0, config.vocab_size, (2, 2))
 
     @torch.no_grad()
