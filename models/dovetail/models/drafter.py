@@ -132,35 +132,36 @@ class Drafter(nn.Module):
         """Causal pass over true features: f [B, T, H], tokens [B, T] (x[t+1]) -> output features [B, T, H]."""
         return self.step(f, tokens, [[] for _ in self.layers])
 
-    def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache]) -> Tensor:
+    def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache], start: int = 0) -> Tensor:
         """One unrolled step (EAGLE-3's training-time test); appends this step's keys and values to `caches`.
 
         Step j = len(caches[0]) replays drafting level j at every position at once.  f: [B, T, H] is the
         target's feature for j = 0, else the previous step's output shifted right by one.  A query at t
         attends, in step 0's keys, to positions <= t - j (true features) and, for 0 < i <= j, to step i's
-        key at t - j + i (its own drafted ancestors): the diagonal.
+        key at t - j + i (its own drafted ancestors): the diagonal.  Steps after the first may run on the
+        positions from `start` on alone; f and tokens are then that slice, and its first j rows are void.
         """
         x = self.fusion(f, F.embedding(tokens, self.embed_tokens))
-        cos, sin = rope_table(self.config, torch.arange(x.shape[1], device=x.device))
+        cos, sin = rope_table(self.config, torch.arange(start, start + x.shape[1], device=x.device))
         for block, cache in zip(self.blocks(), caches, strict=True):
             q, k, v = block.self_attn.project(block.input_layernorm(x), cos, sin)
             cache.append((k, v))
-            x = block.finish(x, unrolled_attention(q, cache))
+            x = block.finish(x, unrolled_attention(q, cache, start))
         return x
 
 
-def unrolled_attention(q: Tensor, cache: StepCache) -> Tensor:
-    """Attention of unrolled step j = len(cache) - 1.  q: [B, T, h, d] -> [B, T, h, d].
+def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:
+    """Attention of unrolled step j = len(cache) - 1.  q: [B, T, h, d] of positions start.. -> [B, T, h, d].
 
-    Positions t < j have no such step: their rows attend to themselves alone and carry no loss.
+    Rows t < j (from `start`) have no such ancestors: they are void and carry no loss.
     """
     step = len(cache) - 1
-    batch, length, heads, size = q.shape
-    groups = cache[0][0].shape[2]
-    q = q.unflatten(2, (groups, heads // groups)) * size**-0.5  # [B, T, g, r, d]
+    _, rows, heads, size = q.shape
     base_k, base_v = cache[0]
+    length, groups = base_k.shape[1:3]
+    q = q.unflatten(2, (groups, heads // groups)) * size**-0.5  # [B, T, g, r, d]
     scores = torch.einsum("btgrd,bsgd->bgrts", q, base_k)
-    past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril(-step)
+    past = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(start - step)
     scores = scores.masked_fill(~past, torch.finfo(scores.dtype).min)
     diagonal = [shift(pair, step - i) for i, pair in enumerate(cache) if i > 0]
     own = [torch.einsum("btgrd,btgd->bgrt", q, k).unsqueeze(-1) for k, _ in diagonal]

@@ -1,0 +1,110 @@
+"""Training text as token ids, and the draft vocabulary counted from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import TrainError
+
+from .synth import Conversation
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Conversations, concatenated.
+
+    tokens: [total] int64.  lengths, prompt_lengths: [conversations] int64; the answer starts at prompt_length.
+    """
+
+    tokens: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != len(self.prompt_lengths) or int(self.lengths.sum()) != len(self.tokens):
+            raise TrainError(
+                f"corpus is inconsistent: {len(self.tokens)} tokens, lengths add up to {int(self.lengths.sum())}: "
+                "write it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each conversation starts: [conversations + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens written by the target itself."""
+        return int((self.lengths - self.prompt_lengths).sum())
+
+    @classmethod
+    def of(cls, conversations: Iterable[Conversation]) -> Corpus:
+        """Gather conversations."""
+        found = list(conversations)
+        return cls(
+            np.array([token for c in found for token in c.tokens], np.int64),
+            np.array([len(c.tokens) for c in found], np.int64),
+            np.array([c.prompt_length for c in found], np.int64),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Corpus:
+        """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
+        try:
+            with np.load(path) as data:
+                return cls(*(data[key].astype(np.int64) for key in ("tokens", "lengths", "prompt_lengths")))
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise TrainError(f"cannot read corpus {path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the .npz atomically."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                tokens=self.tokens.astype(np.uint32),
+                lengths=self.lengths.astype(np.int32),
+                prompt_lengths=self.prompt_lengths.astype(np.int32),
+            )
+        os.replace(temporary, path)
+
+    def select(self, indices: NDArray[np.int64]) -> Corpus:
+        """The conversations `indices`, in that order."""
+        starts = self.offsets
+        parts = [self.tokens[starts[i] : starts[i + 1]] for i in indices]
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return Corpus(tokens, self.lengths[indices], self.prompt_lengths[indices])
+
+    def __add__(self, other: Corpus) -> Corpus:
+        return Corpus(
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.lengths, other.lengths]),
+            np.concatenate([self.prompt_lengths, other.prompt_lengths]),
+        )
+
+
+def draft_vocabulary(corpus: Corpus, size: int, vocab_size: int) -> NDArray[np.int64]:
+    """`d2t`: the `size` most frequent tokens, sorted by id; unseen ones follow by id (BPE's merge order).
+
+    Answers count fully, prompts a tenth: answers are what will be drafted.
+    """
+    if corpus.tokens.size and int(corpus.tokens.max()) >= vocab_size:
+        raise TrainError(
+            f"corpus has token {int(corpus.tokens.max())}, the target's vocabulary ends at {vocab_size - 1}: "
+            "it was written by another target"
+        )
+    position = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], corpus.lengths)
+    weight = np.where(position >= np.repeat(corpus.prompt_lengths, corpus.lengths), 1.0, 0.1)
+    counts = np.bincount(corpus.tokens, weights=weight, minlength=vocab_size)
+    order = np.lexsort((np.arange(vocab_size), -counts))
+    return np.sort(order[:size]).astype(np.int64)

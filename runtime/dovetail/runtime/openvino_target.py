@@ -1,0 +1,110 @@
+"""The target on the CPU: OpenVINO paged attention verifies a whole token tree in one pass.
+
+Axes: N nodes, T new tokens, V target vocabulary, D feature size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ContextOverflow, DeviceError
+from .manifest import Manifest
+from .paged import BLOCK, Batch, PagedModel
+from .sessions import TargetPass, TokenArray
+from .tree import DraftTree
+
+# A pass over one token goes through another kernel, whose logits differ from every other width's (by up
+# to 0.4): a lone token is run beside a copy of itself, whose row is dropped.
+_MIN_WIDTH = 2
+
+
+class OpenVINOTarget:
+    """One conversation of the target LLM; implements `TargetSession`.
+
+    KV slots are positions: committed token t lies in slot t, a tree's node i in slot `length + i`.
+    """
+
+    device = "CPU"
+
+    def __init__(self, model: PagedModel, max_context: int):
+        self.model = model
+        self.max_context = max_context
+        self._length = 0
+        self._width = 0  # nodes of the verified, uncommitted tree
+
+    @classmethod
+    def open(cls, pair: Path, manifest: Manifest, *, threads: int | None = None) -> OpenVINOTarget:
+        """Load the target of a pair; `threads` defaults to what OpenVINO finds best."""
+        model = PagedModel(pair / "target" / "openvino_model.xml", threads=threads)
+        return cls(model, manifest.target.max_context)
+
+    @property
+    def length(self) -> int:
+        """Tokens committed to the KV cache."""
+        return self._length
+
+    def prefill(self, tokens: TokenArray) -> TargetPass:
+        """Append and commit tokens [T]; logits [1, V] of the last one, features [T, D]."""
+        count = len(tokens)
+        self._width = 0
+        positions = np.arange(self._length, self._length + max(count, _MIN_WIDTH), dtype=np.int64)
+        logits, features = self._run(tokens, positions, np.array([count - 1], np.int64), None)
+        self._length += count
+        return TargetPass(logits, features[:count])
+
+    def verify(self, tree: DraftTree) -> TargetPass:
+        """All nodes in one pass: logits [N, V], features [N, D]."""
+        width = len(tree.tokens)
+        mask = None if width == 1 else tree.attention().ravel()
+        depths = tree.depths() if width > 1 else np.arange(_MIN_WIDTH, dtype=np.int64)
+        wanted = np.arange(width, dtype=np.int64)
+        logits, features = self._run(tree.tokens, self._length + depths, wanted, mask)
+        self._width = width
+        return TargetPass(logits, features[:width])
+
+    def commit(self, path: NDArray[np.int64]) -> None:
+        """Keep the rows of `path`, root first; only rows that are not yet in place move."""
+        if not self._width or len(path) > self._width:
+            raise DeviceError(f"commit of {len(path)} nodes without a verified tree of that size: call verify first")
+        slots = np.arange(len(path), dtype=np.int64)
+        moved = path != slots
+        if moved.any():
+            self.model.move_rows(self._length + path[moved], self._length + slots[moved])
+        self._length += len(path)
+        self._width = 0
+
+    def reset(self, keep: int = 0) -> None:
+        """Forget everything after the first `keep` tokens: their slots are simply written again."""
+        self._length = min(self._length, keep)
+        self._width = 0
+
+    def _run(
+        self,
+        tokens: TokenArray,
+        positions: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        mask: NDArray[np.uint8] | None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if len(tokens) < _MIN_WIDTH:
+            tokens = np.repeat(tokens, _MIN_WIDTH)
+        count = len(tokens)
+        end = self._length + count
+        if int(positions[-1]) >= self.max_context + _MIN_WIDTH:
+            raise ContextOverflow(
+                f"{end} tokens exceed the context of {self.max_context}: shorten the prompt or ask for fewer tokens"
+            )
+        self.model.reserve(-(-end // BLOCK))
+        batch = Batch(
+            tokens=np.ascontiguousarray(tokens, np.int64),
+            positions=positions,
+            past=np.array([self._length], np.int32),
+            begins=np.array([0, count], np.int32),
+            blocks=np.arange(self.model.blocks, dtype=np.int32),
+            block_begins=np.array([0, self.model.blocks], np.int32),
+            wanted=wanted,
+            mask=mask,
+        )
+        return self.model.run(batch)

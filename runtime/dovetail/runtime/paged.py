@@ -1,0 +1,156 @@
+"""A compiled paged-attention model and the KV blocks it works on.
+
+Axes: T new tokens of all sequences, S sequences, R rows whose logits are wanted, V vocabulary,
+D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and one value per layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DeviceError
+from .graph import FEATURES, LOGITS, SAMPLED, read_model, to_paged
+
+BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
+
+# A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
+# moved, and a row's result would depend on its neighbours.
+PROPERTIES = {"KV_CACHE_PRECISION": "f16", "PERFORMANCE_HINT": "LATENCY"}
+
+_EMPTY_MASK = np.zeros(0, np.uint8)
+_EMPTY_BEGINS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The new tokens of one pass.
+
+    tokens, positions: [T] int64.  past: [S] int32, tokens already cached per sequence.
+    begins: [S+1] int32, where each sequence's new tokens begin.  blocks: block ids of all sequences, flat;
+    block_begins: [S+1] int32.  wanted: [R] int64, rows of T whose logits are wanted.
+    mask: None for causal attention, else u8 [n*n] row-major for a single sequence's n new tokens.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    past: NDArray[np.int32]
+    begins: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    block_begins: NDArray[np.int32]
+    wanted: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None = None
+
+
+@dataclass
+class _KVGroup:
+    """All KV tensors of one shape, in one array [tensors, blocks, heads, BLOCK, size] of 16-bit words."""
+
+    names: list[str]
+    element_type: Any
+    heads: int
+    size: int
+    data: NDArray[np.uint16] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = np.zeros((len(self.names), 0, self.heads, BLOCK, self.size), np.uint16)
+
+
+class PagedModel:
+    """One compiled model, one inference request, and the KV blocks it owns."""
+
+    def __init__(self, xml: Path, *, threads: int | None = None, properties: dict[str, Any] | None = None):
+        import openvino as ov
+
+        model = read_model(xml)
+        to_paged(model)
+        settings: dict[str, Any] = {**PROPERTIES, **(properties or {})}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self.compiled = ov.Core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
+        self.request = self.compiled.create_infer_request()
+        self._groups = self._kv_groups()
+        self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
+        self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks allocated."""
+        return int(self._groups[0].data.shape[1])
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held by the KV blocks."""
+        return sum(group.data.nbytes for group in self._groups)
+
+    def _kv_groups(self) -> list[_KVGroup]:
+        by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)
+        for port in self.compiled.inputs:
+            if "_cache." in port.any_name:
+                _, heads, block, size = (dim.get_length() if dim.is_static else 0 for dim in port.partial_shape)
+                if block != BLOCK or port.element_type.size != 2:
+                    raise DeviceError(
+                        f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected 16-bit "
+                        f"floats in blocks of {BLOCK}: use an OpenVINO release in the supported range"
+                    )
+                by_shape[heads, size].append(port)
+        return [
+            _KVGroup([port.any_name for port in ports], ports[0].element_type, heads, size)
+            for (heads, size), ports in by_shape.items()
+        ]
+
+    def reserve(self, blocks: int) -> None:
+        """Have at least `blocks` KV blocks, at least doubling, and keep what they hold."""
+        import openvino as ov
+
+        if blocks <= self.blocks:
+            return
+        blocks = max(blocks, 2 * self.blocks)
+        for group in self._groups:
+            grown = np.zeros((len(group.names), blocks, group.heads, BLOCK, group.size), np.uint16)
+            grown[:, : self.blocks] = group.data
+            # Hand the new tensors over before the old array goes: the request holds raw pointers.
+            for name, array in zip(group.names, grown, strict=True):
+                self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
+            group.data = grown
+
+    def move_rows(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        """Copy KV rows of slots `source` to slots `target`, in all layers, for an identity block table."""
+        for group in self._groups:
+            rows = group.data[:, source // BLOCK, :, source % BLOCK]
+            group.data[:, target // BLOCK, :, target % BLOCK] = rows
+
+    def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
+        import openvino as ov
+
+        longest = int((batch.past + np.diff(batch.begins)).max())
+        mask = _EMPTY_MASK if batch.mask is None else batch.mask
+        mask_begins = _EMPTY_BEGINS if batch.mask is None else np.array([0, mask.size], np.int32)
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
+            "past_lens": batch.past,
+            "subsequence_begins": batch.begins,
+            "block_indices": batch.blocks,
+            "block_indices_begins": batch.block_begins,
+            "max_context_len": np.array(longest, np.int32),
+            "qq_bias": mask,
+            "qq_bias_begins": mask_begins,
+            SAMPLED: batch.wanted,
+        }
+        for name, array in inputs.items():
+            self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        self.request.infer()
+        logits = self.request.get_tensor(LOGITS).data
+        features = self.request.get_tensor(FEATURES).data
+        return logits[:, 0], features[:, 0]
