@@ -33,7 +33,9 @@ class _Bars:
 @click.command("train")
 @click.argument("pair", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with `prompt` rows.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with `prompt` rows."
+)
 @click.option("--own-prompts", type=click.IntRange(min=0), default=0, help="Prompts that the target writes itself.")
 @click.option(
     "--corpus",
@@ -81,9 +83,7 @@ def command(
     """
     if not (prompts or own_prompts or corpora):
         own_prompts = 1000
-    fit = FitOptions(
-        epochs=epochs, unroll=unroll, window=window, batch=batch, learning_rate=learning_rate, seed=seed
-    )
+    fit = FitOptions(epochs=epochs, unroll=unroll, window=window, batch=batch, learning_rate=learning_rate, seed=seed)
     plan = TrainPlan(
         prompts=prompts,
         own_prompts=own_prompts,

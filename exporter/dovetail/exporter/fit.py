@@ -109,11 +109,18 @@ class Batches:
     """Seeded batches without end, by step number: a resumed run sees what an unbroken one would have seen."""
 
     def __init__(
-        self, corpus: Corpus, features: NDArray[np.float16], d2t: NDArray[np.int64], vocab_size: int, options: FitOptions
+        self,
+        corpus: Corpus,
+        features: NDArray[np.float16],
+        d2t: NDArray[np.int64],
+        vocab_size: int,
+        options: FitOptions,
     ):
         usable = np.flatnonzero((corpus.lengths - corpus.prompt_lengths >= 2) & (corpus.lengths >= 4))
         if len(usable) < options.batch:
-            raise TrainError(f"{len(usable)} usable conversations are too few for a batch of {options.batch}: add prompts")
+            raise TrainError(
+                f"{len(usable)} usable conversations are too few for a batch of {options.batch}: add prompts"
+            )
         self.corpus, self.features, self.options, self.usable = corpus, features, options, usable
         self.per_epoch = len(usable) // options.batch
         self.proposable = np.zeros(vocab_size, bool)

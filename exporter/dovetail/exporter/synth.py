@@ -123,7 +123,7 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     Raises TrainError when the target has no chat template.
     """
     if not tokenizer.has_chat_template:
-        raise TrainError("the target has no chat template to write prompts from: give prompts with --prompts FILE.jsonl")
+        raise TrainError("the target has no chat template to write prompts from: give --prompts FILE.jsonl")
     marker = "DOVETAIL-PROMPT-GOES-HERE"
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": marker}])
     return tuple(tokenizer.encode(rendered.split(marker)[0]))

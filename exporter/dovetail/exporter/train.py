@@ -137,7 +137,7 @@ def _claim(out: Path, work: Path, plan: TrainPlan, resume: bool) -> None:
         if not resume:
             raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
         if json.loads(mine.read_text()) != json.loads(json.dumps(plan.as_dict())):
-            raise TrainError(f"{work} was started with other options (see plan.json there): repeat them or start afresh")
+            raise TrainError(f"{work} was started with other options (see its plan.json): repeat them or start afresh")
         return
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(mine, json.dumps(plan.as_dict(), indent=1).encode())
@@ -238,8 +238,13 @@ def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
 
 
 def _to(windows: Windows, device: str) -> Windows:
-    tensors = (windows.features, windows.tokens, windows.following, windows.answer)
-    return Windows(*(tensor.to(device) for tensor in tensors), windows.start)
+    return Windows(
+        windows.features.to(device),
+        windows.tokens.to(device),
+        windows.following.to(device),
+        windows.answer.to(device),
+        windows.start,
+    )
 
 
 def _save_state(work: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, state: FitState) -> None:

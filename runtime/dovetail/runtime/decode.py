@@ -141,6 +141,19 @@ class Conversation:
         self.tokens += tokens
         self.target_length += len(path)
 
+    def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
+        """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
+        self.reuse(prompt, speculate=False)
+        try:
+            logits = self.prefill(speculate=False).logits[-1]
+            for token in answer:
+                self.tokens.append(token)
+                logits = self.target.verify(DraftTree.root(token)).logits[0]
+                self.commit(np.zeros(1, np.int64), ())
+        finally:
+            self.rewind()
+        return logits.copy()
+
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
         if asked is None or self.drafter is None:

@@ -14,7 +14,7 @@ from .decode import Conversation, FinishReason, Request, Step, decode
 from .errors import InputError
 from .metrics import GenerationMetrics, Meter
 from .sampling import SamplingParams
-from .sessions import DraftSession, TargetSession
+from .sessions import DraftSession, FloatArray, TargetSession
 from .stops import StopFilter, check_stop_strings
 from .tree import TreeLimits
 
@@ -208,6 +208,21 @@ class Engine:
         request.check_room(self.max_context)
         meter.lap("other")
         return self._run(conversation, request, StopFilter(stops), meter)
+
+    def next_logits(self, prompt: Prompt, answer: Sequence[int] = (), *, raw: bool = False) -> FloatArray:
+        """The target's logits [V] float32 for the token after `prompt` and the token ids `answer`.
+
+        Bit for bit what plain decoding from an empty cache sees there: it shows how close a decision was.
+        """
+        conversation = self._open_conversation()
+        tokens = self._encode(prompt, raw)
+        Request(tuple(tokens), max_new_tokens=len(answer) + 1).check_room(self.max_context)
+        if not self._busy.acquire(blocking=False):
+            raise InputError("another generation of this engine is running: end or close its stream first")
+        try:
+            return conversation.replay(tokens, answer)
+        finally:
+            self._busy.release()
 
     def close(self) -> None:
         """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""

@@ -40,7 +40,9 @@ def find_head(model: ov.Model) -> ov.Node:
             "lm_head MatMul: export the model with task text-generation-with-past"
         )
     names = ", ".join(sorted(name for o in model.outputs for name in o.get_names())) or "none"
-    raise ExportError(f"no tap point: the graph has no 'logits' output (it has: {names}): is it a causal language model?")
+    raise ExportError(
+        f"no tap point: the graph has no 'logits' output (it has: {names}): export a causal language model"
+    )
 
 
 def add_tap(model: ov.Model) -> str:

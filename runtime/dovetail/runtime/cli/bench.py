@@ -100,7 +100,8 @@ def show(report: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in report["prompts"]:
         at = row["first_divergence"]
-        same = "yes" if at is None else f"until token {at}"
+        margin = row["divergence_margin"]
+        same = "yes" if at is None else f"until token {at}" + (f" (tie: {margin:.2f})" if margin is not None else "")
         table.add_row(row["name"], str(row["new_tokens"]), *_speeds(row), same)
     same = f"{report['same_tokens']} of {len(report['prompts'])}"
     table.add_section()

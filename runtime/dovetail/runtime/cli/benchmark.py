@@ -84,6 +84,7 @@ class Paired:
     conversation: Conversation
     plain: Run
     speculative: Run
+    margin: float | None = None  # by how many logits the target preferred its own token where the two first differ
 
     @property
     def speedup(self) -> float | None:
@@ -116,7 +117,24 @@ def measure(engine: Engine, conversations: Sequence[Conversation], request: Requ
     for index, conversation in enumerate(conversations):
         order = (False, True) if index % 2 == 0 else (True, False)
         runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
-        yield Paired(conversation, plain=runs[False], speculative=runs[True])
+        pair = Paired(conversation, plain=runs[False], speculative=runs[True])
+        greedy_turn = request.temperature == 0 and len(conversation.turns) == 1
+        at = pair.first_divergence if greedy_turn else None
+        yield pair if at is None else replace(pair, margin=divergence_margin(engine, pair, at))
+
+
+def divergence_margin(engine: Engine, pair: Paired, at: int) -> float | None:
+    """Logits between the two tokens at the first divergence: a near-tie is the only honest reason for one.
+
+    Slots off the principal chain see sums in another order than plain decoding, which moves a logit by up to 0.4.
+    None when one answer merely ended.
+    """
+    plain, ours = pair.plain.answers[0], pair.speculative.answers[0]
+    if at >= min(len(plain), len(ours)):
+        return None
+    forget(engine)
+    logits = engine.next_logits(pair.conversation.turns[0], plain[:at])
+    return float(abs(logits[plain[at]] - logits[ours[at]]))
 
 
 def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, speculate: bool) -> Run:
@@ -182,6 +200,7 @@ def prompt_json(pair: Paired) -> dict[str, Any]:
         "rounds": ours.rounds,
         "same_tokens": pair.first_divergence is None,
         "first_divergence": pair.first_divergence,
+        "divergence_margin": None if pair.margin is None else _rounded(pair.margin),
     }
 
 

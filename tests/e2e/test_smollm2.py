@@ -1,0 +1,130 @@
+"""The real pair, SmolLM2-135M-Instruct with its shipped drafter, on the real engines, from download to text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dovetail.runtime import Engine, TreeLimits
+from dovetail.runtime.cli.benchmark import divergence_margin, measure
+from dovetail.runtime.cli.options import RequestFlags
+from dovetail.runtime.cli.prompts import Conversation
+
+pytestmark = pytest.mark.real
+
+PROMPTS = (
+    'Complete the following Python function.\n\ndef mean(xs):\n    """Return the arithmetic mean of a list."""\n',
+    "Complete the code I provided.\n\ndef is_prime(n):\n",
+    "Name three fruits and say one sentence about each.",
+)
+NEAR_TIE = 0.5  # logits: what another order of additions can move
+
+
+def flags(**changes: object) -> RequestFlags:
+    values = dict(
+        max_new_tokens=64,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=None,
+        stop=(),
+    )
+    return RequestFlags(**{**values, **changes})  # type: ignore[arg-type]  # checked by RequestFlags itself
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference pair, built as a user builds it; a cache that was built before is used again."""
+    from dovetail.runtime.cli.pairs import resolve_pair
+
+    return resolve_pair(None)
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Path) -> Iterator[Engine]:
+    with Engine.from_pretrained(pair, drafter_device="cpu") as engine:
+        yield engine
+
+
+CONVERSATIONS = [Conversation(str(i), (prompt,)) for i, prompt in enumerate(PROMPTS)]
+
+
+def test_chains_give_token_for_token_what_plain_decoding_gives(engine: Engine) -> None:
+    engine.tree = TreeLimits(width=6, depth=5, top_k=1)
+    for run in measure(engine, CONVERSATIONS, flags()):
+        assert run.plain.answers == run.speculative.answers, run.conversation.name
+
+
+def test_trees_differ_at_near_ties_alone_and_pay(engine: Engine) -> None:
+    engine.tree = TreeLimits()
+    accepted = rounds = 0
+    for run in measure(engine, CONVERSATIONS, flags()):
+        at = run.first_divergence
+        if at is not None:
+            margin = divergence_margin(engine, run, at)
+            assert margin is not None and margin < NEAR_TIE, (run.conversation.name, at, margin)
+        totals = run.speculative.totals
+        accepted, rounds = accepted + totals.accepted, rounds + totals.rounds
+        assert totals.other_ms < 0.1 * (totals.draft_ms + totals.verify_ms)
+    assert 1 + accepted / rounds > 1.5, "the shipped drafter does not fit this target"
+
+
+def test_a_seed_gives_one_text_with_and_without_speculation(engine: Engine) -> None:
+    engine.tree = TreeLimits(width=5, depth=4, top_k=1)
+    for run in measure(engine, CONVERSATIONS, flags(temperature=0.8, top_p=0.95, seed=11, max_new_tokens=48)):
+        assert run.plain.answers == run.speculative.answers, run.conversation.name
+
+
+def test_a_conversation_goes_on_from_its_kv(engine: Engine) -> None:
+    engine.tree = TreeLimits()
+    first = engine.generate(PROMPTS[2], max_new_tokens=24)
+    messages = [
+        {"role": "user", "content": PROMPTS[2]},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Thank you. Which one is red?"},
+    ]
+    second = engine.generate(messages, max_new_tokens=8)
+    assert second.metrics.cached_tokens > 30
+    assert second.text
+
+
+def test_the_command_streams_an_answer_and_its_statistics(pair: Path) -> None:
+    command = [sys.executable, "-m", "dovetail.runtime.cli.main", "-m", str(pair), "-n", "16"]
+    told = subprocess.run([*command, "What is a fig?"], capture_output=True, text=True, check=True, timeout=300)
+    assert told.stdout.strip()
+    assert "tok/s" in told.stderr
+    asked = subprocess.run(
+        [*command, "--json"], input="What is a fig?", capture_output=True, text=True, check=True, timeout=300
+    )
+    answer = json.loads(asked.stdout)
+    assert answer["text"].strip() == told.stdout.strip()
+    assert answer["new_tokens"] == 16 and answer["finish_reason"] == "length"
+
+
+def test_a_built_pair_runs_where_torch_is_not_installed(pair: Path) -> None:
+    """The runtime alone: importing torch, transformers or optimum fails in that process."""
+    code = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "optimum"):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Blocker())
+from dovetail.runtime import Engine
+with Engine.from_pretrained(sys.argv[1]) as engine:
+    print(engine.generate("Say hello.", max_new_tokens=8).text)
+assert not {"torch", "transformers", "optimum"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pair)], capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

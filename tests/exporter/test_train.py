@@ -1,0 +1,141 @@
+"""Training: the target's own text goes in, a drafter that follows it comes out, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from dovetail.exporter.corpus import Corpus, draft_vocabulary
+from dovetail.exporter.fit import FitOptions
+from dovetail.exporter.synth import BatchWriter, Conversation, Request, bare_prefix, read_prompts
+from dovetail.exporter.train import TrainPlan, train
+from dovetail.runtime.errors import InputError, TrainError
+from dovetail.runtime.paged import PagedModel
+from dovetail.runtime.tokenizer import Tokenizer
+
+
+def quiet(stage: str, done: float, total: float, note: str) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_target: Path) -> PagedModel:
+    return PagedModel(tiny_target / "openvino_model.xml")
+
+
+@pytest.fixture(scope="module")
+def corpus_file(model: PagedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 greedy conversations of the tiny target."""
+    rng = np.random.default_rng(0)
+    requests = [Request(tuple(map(int, rng.integers(0, 200, 6))), 0.0, 40) for _ in range(24)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.npz"
+    Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, rng)).save(path)
+    return path
+
+
+def plan(corpus: Path, **changes: Any) -> TrainPlan:
+    fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
+    return TrainPlan(corpora=(corpus,), draft_vocab=128, held_out=0.1, fit=fit, **changes)
+
+
+def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> None:
+    """Continuous batching changes the order of answers, not one token of them."""
+    rng = np.random.default_rng(1)
+    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
+    together = set(BatchWriter(model, [7], slots=3, max_length=40).write(requests, rng))
+    alone = {c for r in requests for c in BatchWriter(model, [7], slots=2, max_length=40).write([r], rng)}
+    assert together == alone
+    assert all(c.tokens[-1] == 7 or len(c.tokens) - c.prompt_length == 12 for c in together)
+
+
+def test_training_learns_and_says_so(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    result = train(tiny_pair, tmp_path / "out", plan(corpus_file), quiet)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert log["held_out"]["acceptance_length"] == result.acceptance_length >= 1
+    assert log["updates"] == 4 * (22 // 4)
+    weights = load_file(tmp_path / "out" / "drafter.safetensors")
+    assert weights["d2t"].shape == (128,)
+    longer = train(tiny_pair, tmp_path / "long", plan(corpus_file, minutes=0.1), quiet)
+    assert longer.acceptance_length > 1.05
+
+
+@pytest.mark.parametrize("stage", ["features", "fit"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    tiny_pair: Path, corpus_file: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dovetail.exporter.train.CURVE_EVERY", 5)
+    monkeypatch.setattr("dovetail.exporter.train.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dovetail.exporter.features.PASS_TOKENS", 200)
+    train(tiny_pair, tmp_path / "whole", plan(corpus_file), quiet)
+
+    def interrupt(at: str, done: float, total: float, note: str) -> None:
+        if at == stage and done > total / 4:
+            raise KeyboardInterrupt
+
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_pair, broken, plan(corpus_file), interrupt)
+    assert not (broken / "drafter.safetensors").exists()
+    with pytest.raises(TrainError, match="--resume"):
+        train(tiny_pair, broken, plan(corpus_file), quiet)
+    with pytest.raises(TrainError, match="other options"):
+        train(tiny_pair, broken, plan(corpus_file, fusion="fc"), quiet, resume=True)
+    train(tiny_pair, broken, plan(corpus_file), quiet, resume=True)
+    whole, resumed = (load_file(tmp_path / name / "drafter.safetensors") for name in ("whole", "broken"))
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+    with pytest.raises(TrainError, match="already holds a trained drafter"):
+        train(tiny_pair, broken, plan(corpus_file), quiet, resume=True)
+
+
+def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path) -> None:
+    """No data set at all: prompts from the bare chat prefix, or those of a file."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
+    made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
+    train(tiny_pair, tmp_path / "out", made, quiet)
+    corpus = Corpus.load(tmp_path / "out" / "work" / "corpus.npz")
+    tokenizer = Tokenizer.from_folder(tiny_pair / "target")
+    assert len(corpus) == 12
+    starts = corpus.offsets
+    texts = {
+        tokenizer.decode(list(corpus.tokens[starts[i] : starts[i] + corpus.prompt_lengths[i]])) for i in range(12)
+    }
+    assert len(texts) == 12 and all("say" in text for text in texts)
+    assert tokenizer.decode(list(bare_prefix(tokenizer)), skip_special_tokens=False).endswith("user\n")
+
+
+def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
+    corpus = Corpus.of([Conversation((9, 9, 9, 9, 5, 5, 3), 4), Conversation((8, 5, 3, 3), 1)])
+    assert draft_vocabulary(corpus, 2, 20).tolist() == [3, 5]
+    assert draft_vocabulary(corpus, 4, 20).tolist() == [3, 5, 8, 9]
+    assert draft_vocabulary(corpus, 6, 20).tolist() == [0, 1, 3, 5, 8, 9]
+    with pytest.raises(TrainError, match="another target"):
+        draft_vocabulary(corpus, 2, 9)
+
+
+@pytest.mark.parametrize("row", ["{", "[]", '{"prompt": ""}', '{"prompt": 3}', '{"turns": []}', '{"question": "x"}'])
+def test_a_bad_prompt_row_is_named_by_its_line(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + row + "\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:3: "):
+        read_prompts(path)
+
+
+def test_bad_plans_and_corpora_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="nothing to train on"):
+        TrainPlan()
+    with pytest.raises(TrainError, match="minutes 0"):
+        TrainPlan(own_prompts=1, minutes=0)
+    with pytest.raises(TrainError, match="unroll 0"):
+        FitOptions(unroll=0)
+    with pytest.raises(TrainError, match="epochs nan"):
+        FitOptions(epochs=float("nan"))
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(TrainError, match="cannot read corpus"):
+        Corpus.load(tmp_path / "bad.npz")

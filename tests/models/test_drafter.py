@@ -1,0 +1,139 @@
+"""The drafter module: unrolled steps are drafting, and a checkpoint holds what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dovetail.models import CheckpointError, Drafter, DrafterConfig, load_checkpoint, save_checkpoint
+
+CONFIG = DrafterConfig(
+    vocab_size=60,
+    draft_vocab_size=24,
+    hidden_size=32,
+    feature_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
+
+
+def make_drafter(config: DrafterConfig, seed: int = 0) -> Drafter:
+    torch.manual_seed(seed)
+    d2t = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
+    embedding = torch.randn(config.vocab_size, config.hidden_size)
+    return Drafter(config, embedding, embedding[d2t].clone(), d2t)
+
+
+@pytest.mark.parametrize("fusion", ["dgf", "fc"])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("start", [0, 3])
+@torch.no_grad()
+def test_unrolled_steps_equal_drafting_a_chain(fusion: str, blocks: int, start: int) -> None:
+    """Step j at position t is what drafting from t - j on the drafter's own features gives."""
+    drafter = make_drafter(replace(CONFIG, fusion=fusion, blocks=blocks))
+    features, tokens = torch.randn(2, 12, 32), torch.randint(0, 60, (2, 12))
+    caches: list = [[] for _ in drafter.layers]
+    steps = [drafter.step(features, tokens, caches)]
+    own = torch.nn.functional.pad(steps[0], (0, 0, 1, 0))[:, start:-1]
+    for _ in range(3):
+        out = drafter.step(own, tokens[:, start:], caches, start)
+        steps.append(torch.nn.functional.pad(out, (0, 0, start, 0)))
+        own = torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1]
+    root = 7
+    chain = features.clone()
+    for j in range(1, 4):
+        chain[:, root + j] = steps[j - 1][:, root + j - 1]
+        drafted = drafter(chain, tokens)[:, root + j]
+        torch.testing.assert_close(drafted, steps[j][:, root + j], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_never_see_the_future() -> None:
+    drafter = make_drafter(CONFIG)
+    features, tokens = torch.randn(1, 10, 32), torch.randint(0, 60, (1, 10))
+    before = drafter(features, tokens)
+    features[:, 6:], tokens[:, 6:] = 0, 0
+    torch.testing.assert_close(drafter(features, tokens)[:, :6], before[:, :6])
+
+
+@torch.no_grad()
+def test_gated_fusion_is_the_papers_formula() -> None:
+    """Written out with the paper's (in, out) matrices."""
+    fusion = make_drafter(CONFIG).fusion
+    f, e = torch.randn(5, 32), torch.randn(5, 32)
+    w1, w2, wz = (getattr(fusion, name).weight.T for name in ("w1", "w2", "wz"))
+    norm = e / (e.square().mean(-1, keepdim=True) + CONFIG.rms_norm_eps).sqrt() * fusion.input_layernorm.weight
+    h1, h2 = f @ w1, torch.nn.functional.silu(norm @ w2)
+    z = torch.sigmoid(torch.cat([h1, h2], -1) @ wz)
+    torch.testing.assert_close(fusion(f, e), z * h1 + (1 - z) * h2)
+
+
+def test_checkpoint_round_trip_keeps_only_what_was_trained(tmp_path: Path) -> None:
+    drafter = make_drafter(CONFIG)
+    save_checkpoint(drafter, tmp_path, torch.float32)
+    stored = load_file(tmp_path / "drafter.safetensors")
+    assert set(stored) == {name for name, _ in drafter.named_parameters()} | {"d2t"}
+    loaded = load_checkpoint(tmp_path, drafter.embed_tokens, drafter.embed_tokens)
+    f, tokens = torch.randn(1, 6, 32), torch.randint(0, 60, (1, 6))
+    torch.testing.assert_close(loaded.logits(loaded(f, tokens)), drafter.logits(drafter(f, tokens)))
+
+
+@pytest.mark.parametrize("damage", ["extra key", "missing key", "shape", "truncated", "no d2t", "d2t range"])
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
+    drafter = make_drafter(CONFIG)
+    save_checkpoint(drafter, tmp_path)
+    path = tmp_path / "drafter.safetensors"
+    tensors = load_file(path)
+    if damage == "extra key":
+        tensors["fc.weight"] = torch.zeros(2)
+    elif damage == "missing key":
+        del tensors["fusion.w1.weight"]
+    elif damage == "shape":
+        tensors["fusion.w1.weight"] = torch.zeros(32, 16)
+    elif damage == "no d2t":
+        del tensors["d2t"]
+    elif damage == "d2t range":
+        tensors["d2t"][0] = 60
+    save_file(tensors, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, drafter.embed_tokens, drafter.embed_tokens)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_targets_head_is_refused(tmp_path: Path) -> None:
+    drafter = make_drafter(CONFIG)
+    save_checkpoint(drafter, tmp_path)
+    other = torch.randn(80, 32)
+    with pytest.raises(CheckpointError, match="use the target that it was trained for"):
+        load_checkpoint(tmp_path, other, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion": "sum"}, "choose one of"),
+        ({"blocks": 0}, "1 or more"),
+        ({"draft_vocab_size": 61}, "1..60"),
+        ({"num_key_value_heads": 3}, "divisor"),
+        ({"feature_size": 64}, "lm_head"),
+    ],
+)
+def test_configs_check_themselves(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_unknown_config_key_and_scaled_rope_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown key 'colour'"):
+        DrafterConfig.from_dict({"colour": 1})
+    with pytest.raises(ValueError, match="yarn"):
+        DrafterConfig.for_target({"rope_parameters": {"rope_type": "yarn"}}, 8, "dgf", 1)
