@@ -60,9 +60,9 @@ def assert_nothing_left(out: Path) -> None:
 def test_exported_target_has_facts_files_and_provenance(tiny_pair: Path, tiny_llama: Path) -> None:
     manifest = check_pair_folder(tiny_pair)
     facts = manifest.target
-    assert (facts.hidden_size, facts.feature_size, facts.vocab_size, facts.num_layers) == (32, 32, 262, 2)
+    assert (facts.hidden_size, facts.feature_size, facts.vocab_size, facts.num_layers) == (32, 32, 263, 2)
     assert (facts.model_type, facts.max_context, facts.weight_format) == ("llama", 256, "int8")
-    assert facts.eos_token_ids == (257,)
+    assert facts.eos_token_ids == (258,)
     names = {Path(name).name for name in manifest.files}
     assert {"openvino_model.xml", "openvino_model.bin", "config.json", "generation_config.json", "tokenizer.json",
             "tokenizer_config.json", "chat_template.jinja"} <= names  # fmt: skip

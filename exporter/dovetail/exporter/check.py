@@ -159,8 +159,7 @@ def _run_drafter(path: Path, facts: DrafterFacts) -> NDArray[np.float32]:
     if (found := {port.name for port in session.get_inputs()}) != expected:
         odd = ", ".join(sorted(found ^ expected))
         raise MismatchError(f"{path.name} has other inputs than this Dovetail gives ({odd}): export the drafter again")
-    outputs = dict(zip((port.name for port in session.get_outputs()), session.run(None, inputs), strict=True))
-    logprobs, ids = outputs["top_logprobs"], outputs["top_ids"]
+    logprobs, ids = _run_onnx(session, inputs, path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
         raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, the manifest says {facts.top_k}")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
@@ -169,6 +168,16 @@ def _run_drafter(path: Path, facts: DrafterFacts) -> NDArray[np.float32]:
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
     result: NDArray[np.float32] = logprobs
     return result
+
+
+def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        return list(session.run(["top_logprobs", "top_ids"], inputs))
+    except (state.InvalidArgument, state.Fail, state.RuntimeException) as error:
+        reason = " ".join(str(error).split())
+        raise MismatchError(f"{path.name} does not run with the manifest's sizes ({reason}): export again") from error
 
 
 def _load_onnx(path: Path) -> ort.InferenceSession:

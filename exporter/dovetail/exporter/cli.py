@@ -48,6 +48,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on stderr."""
+    decline_telemetry()
     try:
         result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except DovetailError as error:
@@ -60,6 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def decline_telemetry() -> None:
+    """Keep openvino and nncf from reporting each conversion to Google Analytics, which they do unasked.
+
+    Every report is a fork of a process that holds a model, and a wait of a second where there is no network.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import
 
 
 if __name__ == "__main__":

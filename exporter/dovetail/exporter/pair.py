@@ -9,7 +9,14 @@ from typing import Any
 
 from dovetail.exporter.reference import Origin, fetch_target, find_reference, shipped_drafter
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
-from dovetail.exporter.target import TargetOptions, build_target, describe_target, describe_tools, versions
+from dovetail.exporter.target import (
+    WEIGHTS_FILE,
+    TargetOptions,
+    build_target,
+    describe_target,
+    describe_tools,
+    versions,
+)
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_pair, sha256_file
 
@@ -69,10 +76,9 @@ def add_drafter(checkpoint: Path, pair: Path, *, force: bool = False, progress: 
 
 def build_drafter(build: PairBuild, checkpoint: Path) -> DrafterFacts:
     """Run the drafter's stage on the build's target; returns its facts."""
-    target = build.records["target"].files
     inputs = {
         "checkpoint": _checkpoint_digest(checkpoint),
-        "target": {path: entry.sha256 for path, entry in target.items() if "openvino_model" in path},
+        "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes
         "packages": versions(*DRAFTER_PACKAGES),
     }
 

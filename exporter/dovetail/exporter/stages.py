@@ -95,6 +95,8 @@ class PairBuild:
                 self._check_out()
                 self._clean()
         except BaseException:
+            if self._lock and not any((self.work / name).exists() for name in ("records", "old")):
+                shutil.rmtree(self.work, ignore_errors=True)
             self._release_lock()
             raise
         return self
@@ -102,7 +104,7 @@ class PairBuild:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unfinished = kind is not None and (self.work / "records").is_dir() and any((self.work / "records").iterdir())
+        unfinished = kind is not None and (self.work / "records").exists()
         shutil.rmtree(self.work / "temporary" if unfinished else self.work, ignore_errors=True)
         self._release_lock()
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,7 @@ PACKAGES = (
     "dovetail-spec", "openvino", "optimum-intel", "optimum", "nncf", "transformers", "tokenizers", "torch", "gguf",
     "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
+WEIGHTS_FILE = "target/openvino_model.bin"
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
@@ -76,7 +77,21 @@ def export_target(
         source = resolve_source(location, revision)
         facts = build_target(build, source, options)
         provenance = {"target": describe_target(build, source, options)}
+        if resume and not force and build.finished:
+            return build.finish(_repaired(build, build.finished, facts, provenance, name))
         return build.finish(Manifest(name or out.name, facts, None, {}, provenance=provenance))
+
+
+def _repaired(
+    build: PairBuild, old: Manifest, facts: TargetFacts, provenance: dict[str, Any], name: str | None
+) -> Manifest:
+    """The pair `old` with its target built again: drafter, tree and name stay when the target is the same."""
+    if old.drafter:
+        # Weights alone: node names in the .xml are counted anew by every conversion.
+        if build.records["target"].files[WEIGHTS_FILE] != old.files.get(WEIGHTS_FILE):
+            raise ExportError(f"{build.out}: the target came out different, its drafter would not fit: use --force")
+        build.keep("drafter")
+    return replace(old, name=name or old.name, target=facts, provenance={**old.provenance, **provenance})
 
 
 def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
