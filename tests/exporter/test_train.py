@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,19 @@ def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> No
     assert all(c.tokens[-1] == 7 or len(c.tokens) - c.prompt_length == 12 for c in together)
 
 
-def test_training_learns_and_says_so(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
-    result = train(tiny_pair, tmp_path / "out", plan(corpus_file), quiet)
+def test_training_learns_and_says_so(
+    tiny_pair: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dovetail.exporter.train.CURVE_EVERY", 10)
+    long = replace(plan(corpus_file), fit=FitOptions(epochs=16, unroll=2, window=48, warmup=2, learning_rate=3e-3))
+    result = train(tiny_pair, tmp_path / "out", long, quiet)
     log = json.loads((tmp_path / "out" / "training.json").read_text())
     assert log["held_out"]["acceptance_length"] == result.acceptance_length >= 1
-    assert log["updates"] == 4 * (22 // 4)
-    weights = load_file(tmp_path / "out" / "drafter.safetensors")
-    assert weights["d2t"].shape == (128,)
-    longer = train(tiny_pair, tmp_path / "long", plan(corpus_file, minutes=0.1), quiet)
-    assert longer.acceptance_length > 1.05
+    assert log["updates"] == 16 * (22 // 4)
+    first, last = log["curve"][0], log["curve"][-1]
+    assert last["loss"] < 0.9 * first["loss"]
+    assert all(late > early for late, early in zip(last["agreement"], first["agreement"], strict=True))
+    assert load_file(tmp_path / "out" / "drafter.safetensors")["d2t"].shape == (128,)
 
 
 @pytest.mark.parametrize("stage", ["features", "fit"])
@@ -103,9 +108,7 @@ def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path
     tokenizer = Tokenizer.from_folder(tiny_pair / "target")
     assert len(corpus) == 12
     starts = corpus.offsets
-    texts = {
-        tokenizer.decode(list(corpus.tokens[starts[i] : starts[i] + corpus.prompt_lengths[i]])) for i in range(12)
-    }
+    texts = {tokenizer.decode(list(corpus.tokens[starts[i] : starts[i] + corpus.prompt_lengths[i]])) for i in range(12)}
     assert len(texts) == 12 and all("say" in text for text in texts)
     assert tokenizer.decode(list(bare_prefix(tokenizer)), skip_special_tokens=False).endswith("user\n")
 

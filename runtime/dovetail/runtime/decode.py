@@ -152,7 +152,7 @@ class Conversation:
                 self.commit(np.zeros(1, np.int64), ())
         finally:
             self.rewind()
-        return logits.copy()
+        return np.array(logits)
 
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
