@@ -177,6 +177,24 @@ def test_a_conversation_is_not_read_twice() -> None:
     assert same_text(engine().generate(prompt, 30), second)
 
 
+def test_a_reset_engine_reads_from_the_first_token() -> None:
+    one = engine()
+    first = one.generate("abc", 30)
+    one.reset()
+    again = one.generate("abc", 30)
+    assert again.metrics.cached_tokens == 0 and same_text(again, first)
+
+
+def test_next_logits_are_those_that_plain_decoding_decided_by() -> None:
+    one = engine()
+    answer = one.generate("abc", 20).token_ids
+    for at in (0, 1, 19):
+        assert int(one.next_logits("abc", answer[:at]).argmax()) == answer[at]
+    assert one.generate("abc", 20).token_ids == answer
+    with pytest.raises(ContextOverflow):
+        engine(max_context=8).next_logits("abc", [0] * 6)
+
+
 @pytest.mark.parametrize("after", range(4))
 def test_an_abandoned_stream_leaves_the_engine_usable(after: int) -> None:
     one = engine()

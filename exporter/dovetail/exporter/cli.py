@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 from dovetail.runtime.errors import DovetailError
+from dovetail.runtime.telemetry import decline_telemetry
 
 COMMANDS = {
     "target": "Export a target LLM: a Hub id, a folder, a GGUF file or an OpenVINO IR.",
@@ -61,14 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
-
-
-def decline_telemetry() -> None:
-    """Keep openvino and nncf from reporting each conversion to Google Analytics, which they do unasked.
-
-    Every report is a fork of a process that holds a model, and a wait of a second where there is no network.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import
 
 
 if __name__ == "__main__":

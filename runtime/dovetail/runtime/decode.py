@@ -90,6 +90,11 @@ class Conversation:
             if length != certain:
                 raise DeviceError(f"a session holds {length} entries after a reset to {certain}: open the engine again")
 
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.tokens, self.target_length, self.drafter_length = [], 0, 0
+        self.rewind()
+
     def reuse(self, prompt: Sequence[int], speculate: bool) -> int:
         """Keep the KV of the common prefix; returns its length, which is less than P.
 

@@ -21,6 +21,8 @@ from .tree import TreeLimits
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
 
+_RUNNING = "another generation of this engine is running: end or close its stream first"
+
 
 class SamplingOptions(TypedDict, total=False):
     """Fields of SamplingParams, where their defaults are."""
@@ -218,9 +220,19 @@ class Engine:
         tokens = self._encode(prompt, raw)
         Request(tuple(tokens), max_new_tokens=len(answer) + 1).check_room(self.max_context)
         if not self._busy.acquire(blocking=False):
-            raise InputError("another generation of this engine is running: end or close its stream first")
+            raise InputError(_RUNNING)
         try:
             return conversation.replay(tokens, answer)
+        finally:
+            self._busy.release()
+
+    def reset(self) -> None:
+        """Forget the last conversation: the next prompt is read from its first token."""
+        conversation = self._open_conversation()
+        if not self._busy.acquire(blocking=False):
+            raise InputError(_RUNNING)
+        try:
+            conversation.forget()
         finally:
             self._busy.release()
 
@@ -258,7 +270,7 @@ class Engine:
         self, conversation: Conversation, request: Request, stops: StopFilter, meter: Meter
     ) -> Generator[Chunk, None, None]:
         if not self._busy.acquire(blocking=False):
-            raise InputError("another generation of this engine is running: end or close its stream first")
+            raise InputError(_RUNNING)
         try:
             meter.resume()
             text = _Text(self.tokenizer.detokenizer(), stops)

@@ -132,14 +132,14 @@ def divergence_margin(engine: Engine, pair: Paired, at: int) -> float | None:
     plain, ours = pair.plain.answers[0], pair.speculative.answers[0]
     if at >= min(len(plain), len(ours)):
         return None
-    forget(engine)
+    engine.reset()
     logits = engine.next_logits(pair.conversation.turns[0], plain[:at])
     return float(abs(logits[plain[at]] - logits[ours[at]]))
 
 
 def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, speculate: bool) -> Run:
     """Ask the turns one after the other, from an empty cache; each sees the answers before it."""
-    forget(engine)
+    engine.reset()
     messages: list[dict[str, str]] = []
     answers, totals = [], Totals()
     for turn in turns:
@@ -150,11 +150,6 @@ def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, specul
         answers.append(tuple(int(token) for token in result.token_ids))
         totals += Totals.of(result.metrics)
     return Run(tuple(answers), totals)
-
-
-def forget(engine: Engine) -> None:
-    """Leave nothing of the last conversation in the engine's caches: a prompt that shares no prefix replaces it."""
-    engine.generate("\n", max_new_tokens=1, raw=True, speculate=False)
 
 
 def summary(pairs: Sequence[Paired]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import DovetailError
+from ..telemetry import decline_telemetry
 from .bench import bench
 from .chat import chat
 from .doctor import doctor
@@ -78,6 +79,7 @@ for command in (generate, chat, bench, inspect, doctor):
 
 def main() -> NoReturn:
     """The console script."""
+    decline_telemetry()
     cli.main(prog_name="dovetail-run")
 
 
