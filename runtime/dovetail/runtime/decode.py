@@ -155,9 +155,9 @@ class Conversation:
                 self.tokens.append(token)
                 logits = self.target.verify(DraftTree.root(token)).logits[0]
                 self.commit(np.zeros(1, np.int64), ())
+            return np.array(logits)
         finally:
             self.rewind()
-        return np.array(logits)
 
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
