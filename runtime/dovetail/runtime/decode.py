@@ -150,14 +150,14 @@ class Conversation:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
         self.reuse(prompt, speculate=False)
         try:
-            logits = self.prefill(speculate=False).logits[-1]
+            logits = self.prefill(speculate=False).logits[-1].copy()
             for token in answer:
                 self.tokens.append(token)
-                logits = self.target.verify(DraftTree.root(token)).logits[0]
+                logits = self.target.verify(DraftTree.root(token)).logits[0].copy()  # the next call may reuse it
                 self.commit(np.zeros(1, np.int64), ())
-            return np.array(logits)
         finally:
             self.rewind()
+        return logits
 
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
