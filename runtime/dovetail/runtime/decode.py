@@ -150,10 +150,10 @@ class Conversation:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
         self.reuse(prompt, speculate=False)
         try:
-            logits = self.prefill(speculate=False).logits[-1].copy()
+            logits = np.array(self.prefill(speculate=False).logits[-1])
             for token in answer:
                 self.tokens.append(token)
-                logits = self.target.verify(DraftTree.root(token)).logits[0].copy()  # the next call may reuse it
+                logits = np.array(self.target.verify(DraftTree.root(token)).logits[0])  # the next call may reuse it
                 self.commit(np.zeros(1, np.int64), ())
         finally:
             self.rewind()

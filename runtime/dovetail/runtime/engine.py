@@ -218,7 +218,7 @@ class Engine:
         """
         conversation = self._open_conversation()
         tokens = self._encode(prompt, raw)
-        Request(tuple(tokens), max_new_tokens=len(answer) + 1).check_room(self.max_context)
+        Request((*tokens, *answer), max_new_tokens=1).check_room(self.max_context)
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:
