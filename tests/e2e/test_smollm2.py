@@ -15,6 +15,7 @@ from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.cli.benchmark import divergence_margin, measure
 from dovetail.runtime.cli.options import RequestFlags
 from dovetail.runtime.cli.prompts import Conversation
+from dovetail.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -41,7 +42,7 @@ def flags(**changes: object) -> RequestFlags:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair() -> Path:
     """The reference pair, built as a user builds it; a cache that was built before is used again."""
     from dovetail.runtime.cli.pairs import resolve_pair
 
@@ -94,6 +95,19 @@ def test_a_conversation_goes_on_from_its_kv(engine: Engine) -> None:
     second = engine.generate(messages, max_new_tokens=8)
     assert second.metrics.cached_tokens > 30
     assert second.text
+
+
+def test_the_built_pair_passes_its_own_check(pair: Path) -> None:
+    from dovetail.exporter.check import check_pair_folder
+
+    assert check_pair_folder(pair).drafter is not None
+
+
+def test_text_survives_the_tokenizer_and_digits_stand_alone(pair: Path) -> None:
+    tokenizer = Tokenizer.from_folder(pair / "target")
+    assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|im_end|>")) == (2,)
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode("In 2024 there\n\n1")]
+    assert pieces == ["In", " ", "2", "0", "2", "4", " there", "\n\n", "1"]
 
 
 def test_the_command_streams_an_answer_and_its_statistics(pair: Path) -> None:

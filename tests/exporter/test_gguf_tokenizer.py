@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter, TokenType
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from dovetail.exporter.gguf_tokenizer import gguf_facts, write_gguf_tokenizer
 from dovetail.exporter.tokenizer_probe import probe_tokenizer
@@ -279,16 +278,3 @@ def test_missing_file_and_other_formats_are_source_errors(tmp_path: Path) -> Non
     (tmp_path / "text.gguf").write_text("not a model " * 100)
     with pytest.raises(SourceError, match="no complete GGUF"):
         gguf_facts(tmp_path / "text.gguf")
-
-
-@pytest.mark.real
-def test_smollm2_keeps_text_and_splits_digits(tmp_path: Path) -> None:
-    path = os.environ.get("DOVETAIL_SMOLLM2_GGUF")
-    if not path:
-        pytest.skip("DOVETAIL_SMOLLM2_GGUF does not name the SmolLM2-135M-Instruct GGUF file")
-    tokenizer = converted(tmp_path, Path(path))
-    probe_tokenizer(tmp_path / "target")
-    assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|im_end|>")) == (2,)
-    assert pieces(tokenizer, "In 2024 there\n\n1") == ["In", " ", "2", "0", "2", "4", " there", "\n\n", "1"]
-    words = pre_tokenizers.Split(Regex(" "), behavior="removed").pre_tokenize_str("the quick brown fox")
-    assert pieces(tokenizer, "the quick brown fox") == ["the", *(" " + word for word, _ in words[1:])]
