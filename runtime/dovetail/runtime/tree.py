@@ -31,9 +31,9 @@ class TreeLimits:
     top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
     """
 
-    width: int = 12
-    depth: int = 6
-    top_k: int = 4
+    width: int = 10
+    depth: int = 5
+    top_k: int = 3
 
     def __post_init__(self) -> None:
         for name, low in (("width", 1), ("depth", 0), ("top_k", 1)):
