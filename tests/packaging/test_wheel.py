@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -29,6 +30,9 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 import dovetail.runtime
 
+if len(sys.argv) > 3:
+    with dovetail.runtime.Engine.from_pretrained(sys.argv[3], drafter_device="cpu") as engine:
+        print(len(engine.generate("hello", max_new_tokens=12).token_ids))
 loaded = {name.partition(".")[0] for name in sys.modules}
 print(json.dumps({"path": list(dovetail.runtime.__path__), "loaded": sorted(loaded)}))
 """
@@ -99,3 +103,24 @@ def test_runtime_imports_without_the_export_stack_and_costs_numpy_alone(installe
     engines = {"openvino", "onnxruntime", "tokenizers", "jinja2"}
     export_stack = {"torch", "transformers", "optimum"}
     assert not (engines | export_stack) & set(seen["loaded"])
+
+
+def test_the_wheels_runtime_generates_without_the_export_stack(
+    installed: Path, tiny_full_pair: Path, tmp_path: Path
+) -> None:
+    roots = json.dumps([str(root) for root in SOURCE_ROOTS])
+    command = (sys.executable, "-I", "-W", "ignore", "-c", IMPORT_RUNTIME, installed, roots, tiny_full_pair)
+    count, told = run(*command, cwd=tmp_path).splitlines()
+    assert 0 < int(count) <= 12
+    seen = json.loads(told)
+    assert seen["path"] == [str(installed / "dovetail" / "runtime")]
+    assert {"openvino", "onnxruntime"} <= set(seen["loaded"])
+    assert not {"torch", "transformers", "optimum"} & set(seen["loaded"])
+
+
+def test_the_readme_is_whole_and_its_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "models").rglob("README.md")):
+        text = page.read_text()
+        assert "@@" not in text
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        assert all((page.parent / link).exists() for link in links), (page, links)

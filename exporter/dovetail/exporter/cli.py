@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import click
 
-from dovetail.runtime.errors import DovetailError
+from dovetail.runtime.errors import DovetailError, ExportError
 from dovetail.runtime.telemetry import decline_telemetry
 
 COMMANDS = {
@@ -55,11 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DovetailError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dovetail-export"
+        click.echo(f"error: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
         return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        return error.exit_code
+    except ImportError as error:
+        if not error.name or error.name.startswith("dovetail"):
+            raise
+        click.echo(f"error: {error.name} is not installed: pip install 'dovetail-spec[export]'", err=True)
+        return ExportError.exit_code
+    except OSError as error:  # a full disk, a folder without rights
+        what = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {what}{error.strerror or error}: mend that, then repeat with --resume", err=True)
+        return ExportError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was left half-written", err=True)
+        click.echo("interrupted; finished pairs are as they were, --resume goes on", err=True)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,6 @@ class FitOptions:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise TrainError(f"{name} {value} is out of range: give a number above 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the training log and for telling a resumed run from another one."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

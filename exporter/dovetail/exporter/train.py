@@ -1,7 +1,8 @@
 """`dovetail-export train`: prompts -> answers -> features -> fit -> held-out evaluation -> checkpoint.
 
 Everything is learned from the INT8 target that will verify: its answers, its features, its distribution.
-Each stage leaves its result in `OUT/work/`, so a stopped run goes on where it was.
+Each stage leaves its result in `OUT/work/`: a stopped run goes on with the block of answers, the pass of
+features or the minute of fitting in which it stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.manifest import Manifest, read_manifest, write_atomically
+from dovetail.runtime.manifest import Manifest, read_manifest, verify_files, write_atomically
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ from .fit import Batches, FitOptions, StepReport, Windows, learning_rate, unroll
 from .synth import BatchWriter, answer_requests, read_prompts, write_prompts
 from .target_weights import read_embedding_and_head
 
+ANSWER_BLOCK = 256  # prompts whose answers are saved together
 CURVE_EVERY = 25  # updates per point of the learning curve
 SAVE_SECONDS = 60.0
 
@@ -86,8 +88,9 @@ class FitState:
 def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
     manifest = read_manifest(pair)
+    verify_files(pair, manifest)
     work = out / "work"
-    _claim(out, work, plan, resume)
+    _claim(out, work, plan.as_dict() | {"target": manifest.files["target/openvino_model.bin"].sha256}, resume)
     model = PagedModel(pair / "target" / "openvino_model.xml")
     corpus = _corpus(work, pair, manifest, model, plan, progress)
     total = len(corpus.tokens)
@@ -100,7 +103,6 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     held, kept = _split(corpus, plan)
     state = _fit(drafter, corpus.select(kept), _rows(features, corpus, kept), plan, work, progress)
     result = chain_acceptance(drafter, corpus.select(held), _rows(features, corpus, held))
-    save_checkpoint(drafter, out)
     log = {
         "plan": plan.as_dict(),
         "corpus": {"conversations": len(corpus), "tokens": total, "answer_tokens": corpus.answer_tokens},
@@ -112,6 +114,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
         "curve": state.curve,
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
+    save_checkpoint(drafter, out)  # last: a folder with weights is a finished one
     return result
 
 
@@ -128,19 +131,22 @@ def build_drafter(pair: Path, corpus: Corpus, plan: TrainPlan, manifest: Manifes
     return Drafter(config, torch.from_numpy(embedding), torch.from_numpy(head[d2t]), torch.from_numpy(d2t))
 
 
-def _claim(out: Path, work: Path, plan: TrainPlan, resume: bool) -> None:
-    """Own `out` for this plan: a finished drafter is never overwritten, another plan's work never mixed in."""
+def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Own `out` for this plan and target: never overwrite a finished drafter, never mix in another plan's work."""
     if (out / "drafter.safetensors").exists():
         raise TrainError(f"{out} already holds a trained drafter: give another folder")
     mine = work / "plan.json"
     if mine.exists():
         if not resume:
             raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
-        if json.loads(mine.read_text()) != json.loads(json.dumps(plan.as_dict())):
-            raise TrainError(f"{work} was started with other options (see its plan.json): repeat them or start afresh")
+        if json.loads(mine.read_text()) != json.loads(json.dumps(plan)):
+            raise TrainError(
+                f"{work} was started with other options or for another target (see its plan.json): repeat them or "
+                "give another folder"
+            )
         return
     work.mkdir(parents=True, exist_ok=True)
-    write_atomically(mine, json.dumps(plan.as_dict(), indent=1).encode())
+    write_atomically(mine, json.dumps(plan, indent=1).encode())
 
 
 def _corpus(
@@ -155,19 +161,51 @@ def _corpus(
         corpus = corpus + Corpus.load(given)
     if plan.prompts or plan.own_prompts:
         tokenizer = Tokenizer.from_folder(pair / "target")
-        rng = np.random.default_rng(plan.fit.seed)
         writer = BatchWriter(model, manifest.target.eos_token_ids)
-        prompts = read_prompts(plan.prompts) if plan.prompts else []
-        if plan.own_prompts:
-            prompts += write_prompts(
-                writer, tokenizer, plan.own_prompts, rng, lambda n: progress("prompts", n, plan.own_prompts, "")
-            )
-        conversations = []
-        for conversation in writer.write(answer_requests(tokenizer, prompts, rng, plan.max_new_tokens), rng):
-            conversations.append(conversation)
-            progress("answers", len(conversations), len(prompts), "")
-        corpus = corpus + Corpus.of(conversations)
+        corpus = corpus + _answers(
+            work, tokenizer, writer, _prompts(work, tokenizer, writer, plan, progress), plan, progress
+        )
+    if len(corpus) < 2:
+        raise TrainError(f"{len(corpus)} conversations are too few to train on and to hold out: add prompts")
     corpus.save(path)
+    return corpus
+
+
+def _prompts(work: Path, tokenizer: Tokenizer, writer: BatchWriter, plan: TrainPlan, progress: Progress) -> list[str]:
+    """The user's prompts and the target's own, cached as prompts.json."""
+    path = work / "prompts.json"
+    if path.exists():
+        cached: list[str] = json.loads(path.read_text())
+        return cached
+    prompts = read_prompts(plan.prompts) if plan.prompts else []
+    if plan.own_prompts:
+        rng = np.random.default_rng((plan.fit.seed, 2))
+        own = write_prompts(
+            writer, tokenizer, plan.own_prompts, rng, lambda n: progress("prompts", n, plan.own_prompts, "")
+        )
+        if len(own) < plan.own_prompts:
+            progress("prompts", len(own), plan.own_prompts, f"only {len(own)} were usable")
+        prompts += own
+    write_atomically(path, json.dumps(prompts).encode())
+    return prompts
+
+
+def _answers(
+    work: Path, tokenizer: Tokenizer, writer: BatchWriter, prompts: list[str], plan: TrainPlan, progress: Progress
+) -> Corpus:
+    """The target's answers, written in blocks, each cached as answers-N.npz and seeded by itself."""
+    corpus = Corpus.of([])
+    for start in range(0, len(prompts), ANSWER_BLOCK):
+        part = work / f"answers-{start}.npz"
+        if not part.exists():
+            rng = np.random.default_rng((plan.fit.seed, 3, start))
+            block = prompts[start : start + ANSWER_BLOCK]
+            written = []
+            for conversation in writer.write(answer_requests(tokenizer, block, rng, plan.max_new_tokens), rng):
+                written.append(conversation)
+                progress("answers", start + len(written), len(prompts), "")
+            Corpus.of(written).save(part)
+        corpus = corpus + Corpus.load(part)
     return corpus
 
 

@@ -147,8 +147,10 @@ def _gguf_to_hf(source: Source, progress: Progress) -> Path:
 @contextmanager
 def _one_line_errors(source: Source) -> Iterator[None]:
     """What the libraries raise on a checkpoint they cannot convert, as one line; OSError passes."""
-    from safetensors import SafetensorError
-
+    try:
+        from safetensors import SafetensorError
+    except ImportError as error:
+        raise ExportError("converting a checkpoint needs safetensors: pip install 'dovetail-spec[export]'") from error
     try:
         yield
     except DovetailError:

@@ -148,7 +148,8 @@ class Conversation:
 
     def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
-        self.reuse(prompt, speculate=False)
+        self.forget()
+        self.tokens = list(prompt)
         try:
             logits = np.array(self.prefill(speculate=False).logits[-1])
             for token in answer:

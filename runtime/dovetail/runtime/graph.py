@@ -79,7 +79,7 @@ def read_model(xml: Path) -> ov.Model:
 def to_paged(model: ov.Model) -> None:
     """Turn a stateful IR with a tap into a paged tree verifier, in place.
 
-    Afterwards the inputs are those of DESIGN section 3: flat `input_ids` [T], block tables, `qq_bias`,
+    Afterwards the inputs are flat `input_ids` and `position_ids` [T], block tables, `qq_bias` (u8, row-major),
     and `sampled_tokens_indices` [R] that selects which rows reach the lm_head: logits [R, 1, V], while
     features stay [T, 1, D].  Done at every load: a saved paged IR loses runtime information that the
     CPU plugin needs, and the operator's inputs change between releases.

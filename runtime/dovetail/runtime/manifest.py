@@ -1,4 +1,4 @@
-"""`dovetail.json`: the contract of a pair folder. Facts come from here, never from a file name.
+"""`dovetail.json`: the record of a pair folder. Facts come from here, never from a file name.
 
 The manifest is written last and atomically, so that an interrupted export never looks finished.
 A pair without a drafter (a target that waits for one) is a valid pair with `drafter=None`.
@@ -90,6 +90,8 @@ class DrafterFacts:
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise ManifestError(f"drafter.fusion {self.fusion!r} is unknown: one of {', '.join(FUSIONS)}")
+        if "cpu" not in self.files:
+            raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
         _require_positive(
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
@@ -241,6 +243,8 @@ def check_pair(manifest: Manifest) -> None:
         raise MismatchError(
             f"draft vocabulary {drafter.draft_vocab_size} exceeds the target's {target.vocab_size}: train it again"
         )
+    if tree.top_k > drafter.top_k:
+        raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it or export again")
     if tree.width > drafter.tree_slots:
         raise MismatchError(
             f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it or export again"

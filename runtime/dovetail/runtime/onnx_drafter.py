@@ -6,12 +6,14 @@ arrays are the host side of device tensors, in buckets of rows, each captured as
 
 Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size.
 KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
-node i's; row T takes what nobody will read.  Source: DESIGN section 4.
+node i's; row T takes what nobody will read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -247,7 +249,8 @@ class CudaRunner:
         import onnxruntime as ort
 
         self._ort, self._trash = ort, facts.tree_slots
-        ort.preload_dlls()  # CUDA and cuDNN from their wheels, where those are installed
+        with redirect_stdout(StringIO()):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where those are installed
         options = _options(ort)
         kv_shapes = _kv_shapes(facts)
         options.add_free_dimension_override_by_name("slots", kv_shapes[0][0])
@@ -267,9 +270,12 @@ class CudaRunner:
         bucket = next(size for size in BUCKETS if size >= n)
         self.rows.pad(n, bucket, self._trash)
         tensors, binding, run_options = self._graphs[bucket]
-        for name in Rows.INPUTS:
-            if upload_features or name != "features":
-                tensors[name].update_inplace(getattr(self.rows, name)[:bucket])
+        try:
+            for name in Rows.INPUTS:
+                if upload_features or name != "features":
+                    tensors[name].update_inplace(getattr(self.rows, name)[:bucket])
+        except _failures() as error:
+            raise DeviceError(f"the CUDA device failed: {_one_line(error)}: use --drafter-device cpu") from error
         _call(self._session, binding, run_options)
         return Candidates(tensors["top_logprobs"].numpy()[:n], tensors["top_ids"].numpy()[:n])
 
@@ -293,7 +299,10 @@ class CudaRunner:
         return tensors, binding, run_options
 
     def _to_device(self, array: Array) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+        try:
+            return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+        except _failures() as error:  # out of memory, most likely
+            raise DeviceError(f"{array.nbytes} bytes do not fit on the CUDA device: {_one_line(error)}") from error
 
 
 def _kv_shapes(facts: DrafterFacts) -> list[tuple[int, ...]]:

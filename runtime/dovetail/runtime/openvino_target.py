@@ -50,7 +50,7 @@ class OpenVINOTarget:
         """Append and commit tokens [T]; logits [1, V] of the last one, features [T, D]."""
         count = len(tokens)
         self._width = 0
-        positions = np.arange(self._length, self._length + max(count, _MIN_WIDTH), dtype=np.int64)
+        positions = np.arange(self._length, self._length + count, dtype=np.int64)
         logits, features = self._run(tokens, positions, np.array([count - 1], np.int64), None)
         self._length += count
         return TargetPass(logits, features[:count])
@@ -59,9 +59,8 @@ class OpenVINOTarget:
         """All nodes in one pass: logits [N, V], features [N, D]."""
         width = len(tree.tokens)
         mask = None if width == 1 else tree.attention().ravel()
-        depths = tree.depths() if width > 1 else np.arange(_MIN_WIDTH, dtype=np.int64)
         wanted = np.arange(width, dtype=np.int64)
-        logits, features = self._run(tree.tokens, self._length + depths, wanted, mask)
+        logits, features = self._run(tree.tokens, self._length + tree.depths(), wanted, mask)
         self._width = width
         return TargetPass(logits, features[:width])
 
@@ -88,14 +87,15 @@ class OpenVINOTarget:
         wanted: NDArray[np.int64],
         mask: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if int(positions.max()) >= self.max_context:
+            raise ContextOverflow(
+                f"{self._length + len(tokens)} tokens exceed the context of {self.max_context}: shorten the prompt or "
+                "ask for fewer tokens"
+            )
         if len(tokens) < _MIN_WIDTH:
-            tokens = np.repeat(tokens, _MIN_WIDTH)
+            tokens, positions = np.repeat(tokens, _MIN_WIDTH), np.repeat(positions, _MIN_WIDTH)
         count = len(tokens)
         end = self._length + count
-        if int(positions[-1]) >= self.max_context + _MIN_WIDTH:
-            raise ContextOverflow(
-                f"{end} tokens exceed the context of {self.max_context}: shorten the prompt or ask for fewer tokens"
-            )
         self.model.reserve(-(-end // BLOCK))
         batch = Batch(
             tokens=np.ascontiguousarray(tokens, np.int64),

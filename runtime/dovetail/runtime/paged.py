@@ -68,29 +68,23 @@ class PagedModel:
         import openvino as ov
 
         model = read_model(xml)
-        to_paged(model)
         settings: dict[str, Any] = {**PROPERTIES, **(properties or {})}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
+            to_paged(model)
             self.compiled = ov.Core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
         self._groups = self._kv_groups()
-        self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
 
     @property
     def blocks(self) -> int:
         """KV blocks allocated."""
         return int(self._groups[0].data.shape[1])
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes held by the KV blocks."""
-        return sum(group.data.nbytes for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:
         by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)
@@ -150,7 +144,11 @@ class PagedModel:
         }
         for name, array in inputs.items():
             self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-        self.request.infer()
+        try:
+            self.request.infer()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DeviceError(f"the target failed on the CPU: {reason}: open the engine again") from error
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]

@@ -118,7 +118,7 @@ def measure(engine: Engine, conversations: Sequence[Conversation], request: Requ
         order = (False, True) if index % 2 == 0 else (True, False)
         runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
         pair = Paired(conversation, plain=runs[False], speculative=runs[True])
-        greedy_turn = request.temperature == 0 and len(conversation.turns) == 1
+        greedy_turn = request.temperature == 0 and request.repetition_penalty == 1 and len(conversation.turns) == 1
         at = pair.first_divergence if greedy_turn else None
         yield pair if at is None else replace(pair, margin=divergence_margin(engine, pair, at))
 
@@ -132,7 +132,6 @@ def divergence_margin(engine: Engine, pair: Paired, at: int) -> float | None:
     plain, ours = pair.plain.answers[0], pair.speculative.answers[0]
     if at >= min(len(plain), len(ours)):
         return None
-    engine.reset()
     logits = engine.next_logits(pair.conversation.turns[0], plain[:at])
     return float(abs(logits[plain[at]] - logits[ours[at]]))
 
