@@ -61,7 +61,7 @@ class Corpus:
     def load(cls, path: Path) -> Corpus:
         """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
         try:
-            with np.load(path) as data:
+            with path.open("rb") as file, np.load(file) as data:
                 return cls(*(data[key].astype(np.int64) for key in ("tokens", "lengths", "prompt_lengths")))
         except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise TrainError(f"cannot read corpus {path}: {error}") from error
