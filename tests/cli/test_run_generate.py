@@ -100,7 +100,7 @@ def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
 def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
     flags = "-t 3 --drafter-device cpu --width 5 --tree-top-k 1 -n 2"
     assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
-    tree = TreeLimits(width=5, depth=6, top_k=1)  # depth is the pair's
+    tree = TreeLimits(width=5, depth=TreeLimits().depth, top_k=1)  # depth is the pair's
     assert opener.calls == [(pair, {"drafter_device": "cpu", "threads": 3, "tree": tree})]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from dovetail.runtime.cli.pairs import DEFAULT_PAIR
+from dovetail.runtime.tree import TreeLimits
 
 
 def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
@@ -13,7 +15,7 @@ def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["digests_ok"] is True
-    assert facts["tree"] == {"width": 12, "depth": 6, "top_k": 4}
+    assert facts["tree"] == asdict(TreeLimits())
     assert facts["target"]["vocab_size"] == 32 and facts["drafter"]["fusion"] == "dgf"
     # 2 layers, key and value, 2 KV heads of 4, 16 bits, 1,048,576 tokens of context
     assert facts["memory"]["target_kv_mb"] == 2 * 2 * 2 * 4 * 2
@@ -23,7 +25,7 @@ def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
 def test_text_names_the_pair_and_its_tree(invoke, pair: Path) -> None:
     result = invoke("inspect", str(pair))
     assert result.exit_code == 0, result.output
-    assert "tiny" in result.stdout and "width 12, depth 6, top-k 4" in result.stdout
+    assert "tiny" in result.stdout and "width 10, depth 5, top-k 3" in result.stdout
 
 
 def test_flipped_byte_is_one_line_and_exit_3(invoke, pair: Path) -> None:
