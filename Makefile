@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-export PROMPT ?= Explain in a few sentences how speculative decoding makes a language model faster.
+export PROMPT ?= Write a Python function that returns the mean of a list of numbers, and explain it.
 PYTEST_ARGS ?=
 UV_ARGS ?=
 # The release that `make lock` pins: the newest one with a CPU build where the lock is made.

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except DovetailError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "dovetail-export"

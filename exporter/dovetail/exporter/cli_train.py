@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Self
 
 import click
 from rich.console import Console
@@ -16,13 +17,22 @@ from .train import TrainPlan, train
 
 
 class _Bars:
-    """One rich progress bar per stage, on stderr."""
+    """One rich progress bar per stage, on stderr; nothing is printed before the first."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._tasks:
+            self._progress.stop()
+
     def __call__(self, stage: str, done: float, total: float, note: str) -> None:
+        if not self._tasks:
+            self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
@@ -103,8 +113,8 @@ def command(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr)) as bars:
-        result = train(pair, out, plan, _Bars(bars), resume=resume)
+    with _Bars(Progress(*columns, console=Console(file=sys.stderr))) as bars:
+        result = train(pair, out, plan, bars, resume=resume)
     rates = " ".join(f"{rate:.2f}" for rate in result.accepted_per_position)
     click.echo(f"held-out acceptance length {result.acceptance_length:.2f} (chain; per position {rates})")
     click.echo(f"checkpoint: {out}; add it to the target with: dovetail-export drafter {pair} --checkpoint {out}")

@@ -142,7 +142,7 @@ def read_prompts(path: Path) -> list[str]:
         try:
             row = json.loads(line)
             prompt = row["prompt"] if "prompt" in row else row["turns"][0]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(f"{path}:{number}: expected a JSON object with `prompt` or `turns`") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"{path}:{number}: the prompt is empty or not a string")

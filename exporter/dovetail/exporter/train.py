@@ -89,10 +89,12 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
+    prompts = read_prompts(plan.prompts) if plan.prompts else []
+    given = [Corpus.load(path) for path in plan.corpora]
     work = out / "work"
     _claim(out, work, plan.as_dict() | {"target": manifest.files["target/openvino_model.bin"].sha256}, resume)
     model = PagedModel(pair / "target" / "openvino_model.xml")
-    corpus = _corpus(work, pair, manifest, model, plan, progress)
+    corpus = _corpus(work, pair, manifest, model, (given, prompts), plan, progress)
     total = len(corpus.tokens)
     size = feature_bytes(corpus, model.feature_size) / 1e6
     features = write_features(
@@ -150,44 +152,47 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
 
 
 def _corpus(
-    work: Path, pair: Path, manifest: Manifest, model: PagedModel, plan: TrainPlan, progress: Progress
+    work: Path,
+    pair: Path,
+    manifest: Manifest,
+    model: PagedModel,
+    given: tuple[list[Corpus], list[str]],
+    plan: TrainPlan,
+    progress: Progress,
 ) -> Corpus:
     """Conversations given, and answers to the prompts given or self-written; cached as corpus.npz."""
     path = work / "corpus.npz"
     if path.exists():
         return Corpus.load(path)
-    corpus = Corpus.of([])
-    for given in plan.corpora:
-        corpus = corpus + Corpus.load(given)
-    if plan.prompts or plan.own_prompts:
+    corpora, prompts = given
+    corpus = sum(corpora, Corpus.of([]))
+    if prompts or plan.own_prompts:
         tokenizer = Tokenizer.from_folder(pair / "target")
         writer = BatchWriter(model, manifest.target.eos_token_ids)
-        corpus = corpus + _answers(
-            work, tokenizer, writer, _prompts(work, tokenizer, writer, plan, progress), plan, progress
-        )
+        prompts = prompts + _own_prompts(work, tokenizer, writer, plan, progress)
+        corpus = corpus + _answers(work, tokenizer, writer, prompts, plan, progress)
     if len(corpus) < 2:
         raise TrainError(f"{len(corpus)} conversations are too few to train on and to hold out: add prompts")
     corpus.save(path)
     return corpus
 
 
-def _prompts(work: Path, tokenizer: Tokenizer, writer: BatchWriter, plan: TrainPlan, progress: Progress) -> list[str]:
-    """The user's prompts and the target's own, cached as prompts.json."""
+def _own_prompts(
+    work: Path, tokenizer: Tokenizer, writer: BatchWriter, plan: TrainPlan, progress: Progress
+) -> list[str]:
+    """Prompts that the target writes, as many as the plan says; cached as prompts.json."""
+    if not plan.own_prompts:
+        return []
     path = work / "prompts.json"
     if path.exists():
         cached: list[str] = json.loads(path.read_text())
         return cached
-    prompts = read_prompts(plan.prompts) if plan.prompts else []
-    if plan.own_prompts:
-        rng = np.random.default_rng((plan.fit.seed, 2))
-        own = write_prompts(
-            writer, tokenizer, plan.own_prompts, rng, lambda n: progress("prompts", n, plan.own_prompts, "")
-        )
-        if len(own) < plan.own_prompts:
-            progress("prompts", len(own), plan.own_prompts, f"only {len(own)} were usable")
-        prompts += own
-    write_atomically(path, json.dumps(prompts).encode())
-    return prompts
+    wanted, rng = plan.own_prompts, np.random.default_rng((plan.fit.seed, 2))
+    own = write_prompts(writer, tokenizer, wanted, rng, lambda n: progress("prompts", n, wanted, ""))
+    if len(own) < wanted:
+        progress("prompts", len(own), wanted, f"only {len(own)} were usable")
+    write_atomically(path, json.dumps(own).encode())
+    return own
 
 
 def _answers(

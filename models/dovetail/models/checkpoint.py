@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .config import DrafterConfig
@@ -30,7 +30,7 @@ def save_checkpoint(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.f
     tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)
     drafter.config.save(folder)
     temporary = folder / (WEIGHTS + ".tmp")
-    save_file(tensors, temporary)
+    temporary.write_bytes(save(tensors))  # not save_file: its files are for their owner alone
     os.replace(temporary, folder / WEIGHTS)
 
 

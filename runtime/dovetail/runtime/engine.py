@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -139,7 +139,7 @@ class Engine:
 
         pair = Path(path)
         manifest = read_manifest(pair)
-        check_pair(manifest)
+        check_pair(manifest if tree is None else replace(manifest, tree=tree))
         verify_files(pair, manifest)
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads)

@@ -19,6 +19,8 @@ from .errors import InputError, IntegrityError, ManifestError, MismatchError
 from .tree import TreeLimits
 
 FORMAT_VERSION = 1
+# Without these there is no target.
+TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "target/tokenizer.json")
 MANIFEST_NAME = "dovetail.json"
 FUSIONS = ("dgf", "fc")
 
@@ -130,7 +132,7 @@ def read_manifest(pair: Path) -> Manifest:
         raise ManifestError(f"{path} is missing: {remedy}") from None
     except OSError as err:
         raise ManifestError(f"{path} cannot be read ({err.strerror}): check its permissions") from None
-    except ValueError as err:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as err:  # not JSON, nested without end, or not UTF-8
         raise ManifestError(f"{path} is not valid JSON ({err}): export the pair again") from None
     try:
         return parse_manifest(raw)
@@ -213,9 +215,9 @@ def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> No
 
     Raises IntegrityError naming the first file that is not. `remember`: see sha256_file.
     """
-    for relative in manifest.drafter.files.values() if manifest.drafter else ():
+    for relative in (*TARGET_FILES, *(manifest.drafter.files.values() if manifest.drafter else ())):
         if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
     for relative, entry in manifest.files.items():
         _verify_file(Path(pair) / relative, entry, remember)
 

@@ -9,6 +9,8 @@ from .errors import InputError
 
 def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     """One string or several; raises InputError for an empty one or something else."""
+    if not isinstance(stop, Sequence):
+        raise InputError(f"stop {stop!r} cannot be used: give a string, or several in a list")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:

@@ -18,6 +18,7 @@ from ..engine import Engine
 from ..errors import InputError
 from ..manifest import read_manifest
 from ..sampling import SamplingParams
+from ..stops import check_stop_strings
 from ..tree import TreeLimits
 from .pairs import DEFAULT_PAIR, resolve_pair
 
@@ -89,6 +90,7 @@ class RequestFlags:
         """Bad values are told before a pair is built or loaded."""
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is out of range: give 1 or more")
+        check_stop_strings(self.stop)
         self.sampling()
 
     def sampling(self) -> SamplingParams:

@@ -34,6 +34,8 @@ def resolve_pair(named: str | None) -> Path:
 
     Raises InputError for an unknown name or a missing export stack, ExportError for a build that failed.
     """
+    if named == "":
+        raise InputError(f"pair '' is unknown: name a pair folder, or one of {', '.join(known_pairs())}")
     if named is not None and (os.sep in named or named in (".", "..") or Path(named).is_dir()):
         return Path(named)
     name = DEFAULT_PAIR if named is None else named

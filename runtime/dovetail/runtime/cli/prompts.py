@@ -40,7 +40,7 @@ def parse_row(line: str, where: str, number: int) -> Conversation:
     """One row. Raises InputError that starts with `where`."""
     try:
         row = json.loads(line)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise InputError(f"{where} is not JSON ({err}): give one object a line") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("turns" in row):
         raise InputError(f"{where} needs either `prompt` (a text) or `turns` (a list of texts)")
