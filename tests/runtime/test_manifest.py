@@ -17,6 +17,7 @@ from dovetail.runtime.manifest import (
     Manifest,
     TargetFacts,
     cache_dir,
+    check_listed,
     check_pair,
     file_entry,
     read_manifest,
@@ -237,3 +238,9 @@ def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/b/dovetail")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "dovetail"
+
+
+def test_a_target_whose_graph_is_not_listed_is_refused(pair: Path) -> None:
+    """Its digest could not be checked, so an altered graph would run."""
+    with pytest.raises(IntegrityError, match=r"openvino_model\.xml has no digest"):
+        check_listed(read_manifest(pair))

@@ -132,7 +132,7 @@ class Engine:
             raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
-        from .manifest import check_pair, read_manifest, verify_files
+        from .manifest import check_listed, check_pair, read_manifest, verify_files
         from .onnx_drafter import OnnxDrafter
         from .openvino_target import OpenVINOTarget
         from .tokenizer import Tokenizer
@@ -140,6 +140,7 @@ class Engine:
         pair = Path(path)
         manifest = read_manifest(pair)
         check_pair(manifest if tree is None else replace(manifest, tree=tree))
+        check_listed(manifest)
         verify_files(pair, manifest)
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads)

@@ -215,11 +215,18 @@ def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> No
 
     Raises IntegrityError naming the first file that is not. `remember`: see sha256_file.
     """
-    for relative in (*TARGET_FILES, *(manifest.drafter.files.values() if manifest.drafter else ())):
+    for relative in manifest.drafter.files.values() if manifest.drafter else ():
         if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")
     for relative, entry in manifest.files.items():
         _verify_file(Path(pair) / relative, entry, remember)
+
+
+def check_listed(manifest: Manifest) -> None:
+    """Check that the files a target cannot do without have digests. Raises IntegrityError naming one that has none."""
+    for relative in TARGET_FILES:
+        if relative not in manifest.files:
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
 
 
 def check_pair(manifest: Manifest) -> None:
