@@ -110,6 +110,7 @@ class Engine:
         self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
         self.target_device = target.device
         self.drafter_device = drafter.device if drafter else None
+        self.drafter_note: str | None = getattr(drafter, "device_note", None)  # why it runs there, where it says so
         self.max_context = target.max_context
         self._conversation: Conversation | None = Conversation(target, drafter, draft_context)
         self._busy = Lock()

@@ -82,6 +82,7 @@ def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: Reque
         "tree": asdict(engine.tree),
         "target_device": engine.target_device,
         "drafter_device": engine.drafter_device,
+        "drafter_note": engine.drafter_note,
         "peak_rss_mb": machine.peak_rss_mb(),
         "machine": machine.describe(),
         "versions": machine.versions(),
