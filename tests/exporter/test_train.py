@@ -125,6 +125,17 @@ def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path
     assert tokenizer.decode(list(bare_prefix(tokenizer)), skip_special_tokens=False).endswith("user\n")
 
 
+def test_a_prompt_too_long_to_answer_is_told_of(tiny_pair: Path, tmp_path: Path) -> None:
+    prompts, told = tmp_path / "prompts.jsonl", []
+    rows = [{"prompt": f"say {i}"} for i in range(8)] + [{"prompt": "x" * 1000}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
+    made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
+    train(tiny_pair, tmp_path / "out", made, lambda stage, done, total, note: told.append(note))
+    assert len(Corpus.load(tmp_path / "out" / "work" / "corpus.npz")) == 8
+    assert any(note.startswith("1 left out") for note in told)
+
+
 def test_a_target_that_is_given_nothing_writes_its_prompts(tiny_pair: Path, model: PagedModel) -> None:
     """From the bare chat prefix; only texts that the target itself ended count, each once."""
     tokenizer = Tokenizer.from_folder(tiny_pair / "target")
@@ -187,7 +198,7 @@ def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
 def test_a_bad_prompt_row_is_named_by_its_line(tmp_path: Path, row: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + row + "\n")
-    with pytest.raises(InputError, match=r"prompts\.jsonl:3: "):
+    with pytest.raises(InputError, match=r"prompts\.jsonl line 3\b"):
         read_prompts(path)
 
 

@@ -6,15 +6,15 @@ A conversation is kept as token ids with the length of its prompt; the drafter i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import InputError, TrainError
+from dovetail.runtime.cli import prompts as prompt_files
+from dovetail.runtime.errors import TrainError
 from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
@@ -43,7 +43,6 @@ class _Slot:
     request: Request
     tokens: list[int]
     cached: int = 0
-    done: bool = field(default=False)
 
 
 class BatchWriter:
@@ -58,7 +57,10 @@ class BatchWriter:
         model.reserve(slots * self.blocks_per_slot)
 
     def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[Conversation]:
-        """Continue every request; conversations come in the order in which they finish."""
+        """Continue every request; conversations come in the order in which they finish.
+
+        A prompt that fills `max_length` by itself gets no answer and no conversation: count what comes back.
+        """
         waiting = iter(requests)
         while True:
             self._admit(waiting)
@@ -130,26 +132,8 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file: rows with `prompt`, or `turns` (the first is taken)."""
-    prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = row["prompt"] if "prompt" in row else row["turns"][0]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: expected a JSON object with `prompt` or `turns`") from error
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{path}:{number}: the prompt is empty or not a string")
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"{path} has no prompts: give one JSON object with `prompt` per line")
-    return prompts
+    """Prompts of a JSONL file, in the layout that `dovetail-run bench` reads; of `turns` the first is taken."""
+    return [conversation.turns[0] for conversation in prompt_files.read_prompts(path)]
 
 
 def write_prompts(

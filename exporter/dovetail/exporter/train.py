@@ -210,6 +210,9 @@ def _answers(
                 written.append(conversation)
                 progress("answers", start + len(written), len(prompts), "")
             Corpus.of(written).save(part)
+            if lost := len(block) - len(written):
+                note = f"{lost} left out: a prompt fills {writer.max_length} tokens by itself"
+                progress("answers", start + len(block), len(prompts), note)
         corpus = corpus + Corpus.load(part)
     return corpus
 
