@@ -20,7 +20,8 @@ from dovetail.exporter.stages import Progress, silent
 from dovetail.exporter.target_weights import read_embedding_and_head
 from dovetail.models.checkpoint import CheckpointError, load_checkpoint
 from dovetail.models.drafter import Drafter
-from dovetail.runtime.errors import ExportError, SourceError
+from dovetail.runtime.calibration import CALIBRATION_NAME, Calibration
+from dovetail.runtime.errors import ExportError, PairError, SourceError
 from dovetail.runtime.manifest import DrafterFacts, sha256_file
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
@@ -40,12 +41,14 @@ def export_drafter(
     top_k: int = TOP_K,
     progress: Progress = silent,
 ) -> DrafterFacts:
-    """Write both ONNX files and the config into `out_dir` (a pair's `drafter` folder); returns their facts.
+    """Write both ONNX files, the config and, where the checkpoint has one, the calibration; returns the facts.
 
-    target_dir: the pair's `target` folder, whose rows and tokenizer the drafter shares.  progress is told
-    each stage, and the parity of each file.  The files appear only after every check has passed.
+    out_dir: a pair's `drafter` folder.  target_dir: the pair's `target` folder, whose rows and tokenizer the
+    drafter shares.  progress is told each stage, and the parity of each file.  The files appear only after every
+    check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk).
     """
+    copied = [CONFIG, CALIBRATION_NAME] if read_calibration(Path(checkpoint)) else [CONFIG]
     progress("reading the target's embedding and head")
     drafter = load_drafter(Path(checkpoint), Path(target_dir))
     facts = drafter_facts(drafter, Path(target_dir), Path(out_dir).name, tree_slots, top_k)
@@ -55,7 +58,8 @@ def export_drafter(
             _write_files(drafter, Path(scratch), facts, progress)
             for report in check_files(drafter, Path(scratch), facts):
                 progress(str(report))
-            shutil.copyfile(Path(checkpoint) / CONFIG, Path(scratch) / CONFIG)
+            for name in copied:
+                shutil.copyfile(Path(checkpoint) / name, Path(scratch) / name)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.suffix == ".onnx"):  # .data before .onnx
                 os.replace(file, out_dir / file.name)
     except OSError as error:
@@ -72,6 +76,14 @@ def load_drafter(checkpoint: Path, target_dir: Path) -> Drafter:
         raise SourceError(str(error)) from error
     except ValueError as error:  # embedding of another shape than the config says
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
+
+
+def read_calibration(checkpoint: Path) -> Calibration | None:
+    """The checkpoint's calibration; None for a drafter that was trained without.  Raises SourceError."""
+    try:
+        return Calibration.load(checkpoint)
+    except PairError as error:
+        raise SourceError(str(error)) from error
 
 
 def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
