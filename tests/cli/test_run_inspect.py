@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from dovetail.runtime.calibration import Calibration, DepthCalibration
 from dovetail.runtime.cli.pairs import DEFAULT_PAIR
+from dovetail.runtime.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.tree import TreeLimits
 
 
@@ -54,3 +56,27 @@ def test_unknown_name_names_the_known_ones(invoke) -> None:
 def test_unknown_config_leaves_the_kv_size_open(invoke, make_pair) -> None:
     result = invoke("inspect", str(make_pair(config="{}")), "--json")
     assert json.loads(result.stdout)["memory"]["target_kv_mb"] is None
+
+
+def test_a_calibration_is_a_line_per_depth(invoke, pair: Path) -> None:
+    fits = [DepthCalibration(1.5, 0.2, 900, 0.04, error, (0.0, 1.0), (900,), (0.1,), (0.2,)) for error in (0.01, 0.02)]
+    Calibration(10, tuple(fits)).save(pair / "drafter")
+    assert (
+        json.loads(invoke("inspect", str(pair), "--json").stdout)["calibration"] is None
+    )  # not listed: not the pair's
+
+    manifest, name = read_manifest(pair), "drafter/calibration.json"
+    write_manifest(pair, replace(manifest, files={**manifest.files, name: file_entry(pair / name)}))
+    facts = json.loads(invoke("inspect", str(pair), "--json").stdout)
+    assert [depth["error_after"] for depth in facts["calibration"]["depths"]] == [0.01, 0.02]
+    lines = [line for line in invoke("inspect", str(pair)).stdout.splitlines() if "calibration error" in line]
+    assert [line.split()[:2] for line in lines] == [["depth", "1"], ["depth", "2"]]
+    assert "0.0400, 0.0200 after the fit, over 900 candidates" in lines[1]
+
+
+def test_a_calibration_that_cannot_be_read_is_exit_3(invoke, pair: Path) -> None:
+    manifest, name = read_manifest(pair), "drafter/calibration.json"
+    (pair / name).write_text("{")
+    write_manifest(pair, replace(manifest, files={**manifest.files, name: file_entry(pair / name)}))
+    result = invoke("inspect", str(pair))
+    assert (result.exit_code, result.stderr.count("\n")) == (3, 1) and "calibration.json" in result.stderr

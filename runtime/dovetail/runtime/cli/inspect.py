@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..calibration import CALIBRATION_NAME, Calibration
 from ..manifest import Manifest, check_pair, read_manifest, verify_files
 from .pairs import resolve_pair
 
@@ -33,13 +34,15 @@ def inspect(pair: str | None, as_json: bool) -> None:
 
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Everything about a verified pair, as JSON."""
+    """Everything about a verified pair, as JSON.  calibration: None where the drafter brought none."""
+    calibration = read_calibration(folder, manifest)
     return {
         "pair": str(folder),
         "name": manifest.name,
         "format_version": manifest.format_version,
         "target": asdict(manifest.target),
         "drafter": asdict(manifest.drafter) if manifest.drafter else None,
+        "calibration": asdict(calibration) if calibration else None,
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
@@ -47,6 +50,12 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "memory": expected_memory(folder, manifest),
         "provenance": manifest.provenance,
     }
+
+
+def read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
+    """The drafter's calibration, if the manifest lists one: a file without a digest is not the pair's."""
+    listed = f"drafter/{CALIBRATION_NAME}" in manifest.files
+    return Calibration.load(folder / "drafter") if listed else None
 
 
 def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
@@ -95,6 +104,7 @@ def render(facts: dict[str, Any]) -> str:
         ("sizes", f"vocabulary {target['vocab_size']}, context {target['max_context']} tokens"),
         ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
+        *_calibration_rows(facts["calibration"]),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
@@ -107,6 +117,15 @@ def render(facts: dict[str, Any]) -> str:
 def _drafter_line(drafter: dict[str, Any]) -> str:
     return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
             f"draft vocabulary {drafter['draft_vocab_size']}, for {', '.join(drafter['files'])}")  # fmt: skip
+
+
+def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """A line per depth: how far off the drafter's probabilities are, and after the fit."""
+    return [
+        (f"depth {number}", f"calibration error {fit['error_before']:.4f}, {fit['error_after']:.4f} after the fit, "
+                            f"over {fit['candidates']} candidates")
+        for number, fit in enumerate(calibration["depths"] if calibration else (), 1)
+    ]  # fmt: skip
 
 
 def _mib(size: int) -> float:
