@@ -12,7 +12,7 @@ from dovetail.runtime.cli.prompts import Conversation
 
 KEYS = {
     "speedup", "acceptance_length", "accepted_per_position", "plain_tokens_per_second", "tokens_per_second", "draft_ms",
-    "verify_ms", "other_ms", "prompts", "peak_rss_mb", "machine", "versions", "date", "command",
+    "verify_ms", "other_ms", "prompts", "acceptance_per_depth", "peak_rss_mb", "machine", "versions", "date", "command",
 }  # fmt: skip
 PROMPT_KEYS = {"speedup", "acceptance_length", "new_tokens", "same_tokens", "first_divergence"}
 
@@ -87,6 +87,30 @@ def test_nothing_cached_is_used_across_modes(invoke, pair, opener, prompts: Path
     bench(invoke, pair, opener, prompts)
     assert all(tokens == 0 for first_turn, tokens in cached if first_turn)
     assert all(tokens > 0 for first_turn, tokens in cached if not first_turn)  # a second turn keeps its own
+
+
+def test_without_plain_only_drafting_is_measured(invoke, pair, opener, prompts: Path) -> None:
+    compared = json.loads(bench(invoke, pair, opener, prompts, "--json").stdout)
+    opener.engine.asked.clear()
+    result = bench(invoke, pair, opener, prompts, "--no-plain", "--json")
+    assert result.exit_code == 0 and all(
+        options["speculate"] for _, options in opener.engine.asked if "stop" in options
+    )
+    report = json.loads(result.stdout)
+    assert report.keys() == compared.keys() and report["prompts"][0].keys() == compared["prompts"][0].keys()
+    for key in ("acceptance_length", "acceptance_per_depth", "accepted_per_position", "rounds", "new_tokens"):
+        assert report[key] == compared[key]
+    plain = {name for name in report if name.startswith("plain_")} | {"speedup", "same_tokens"}
+    assert len(plain) == 5 and {report[name] for name in plain} == {None}
+    assert all(row[name] is None for row in report["prompts"] for name in plain & row.keys())
+    assert "speedup" not in result.stderr and "tok/s" in result.stderr and "plain tok" not in result.stderr
+
+
+def test_without_plain_a_seed_samples_the_same(invoke, pair, opener, prompts: Path) -> None:
+    flags = ("--temp", "1", "--seed", "5", "--json")
+    compared = json.loads(bench(invoke, pair, opener, prompts, *flags).stdout)
+    alone = json.loads(bench(invoke, pair, opener, prompts, *flags, "--no-plain").stdout)
+    assert alone["acceptance_length"] == compared["acceptance_length"] > 1
 
 
 def test_table_and_progress_go_to_stderr(invoke, pair, opener, prompts: Path) -> None:
@@ -176,3 +200,4 @@ def test_totals_add_up_position_by_position() -> None:
         rounds=1, accepted=1, accepted_per_position=(1,)
     )
     assert total.accepted_per_position == (3, 1) and total.acceptance_length == pytest.approx(1 + 4 / 3)
+    assert total.acceptance_per_depth == pytest.approx((3 / 3, 1 / 3)) and Totals().acceptance_per_depth == ()

@@ -27,12 +27,20 @@ from .prompts import Conversation, read_prompts
 @click.option("--prompts", "file", type=click.Path(path_type=Path), required=True,
               help="JSONL file; each row has `prompt`, or `turns` as in spec_bench.")  # fmt: skip
 @click.option("--limit", type=int, help="Only the first rows.")
+@click.option("--plain/--no-plain", default=True, show_default=True,
+              help="Compare with plain decoding, or measure acceptance lengths and speed alone.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON to stdout.")
 @sampling_options(max_new_tokens=128, speculate=False)
 @engine_options
 def bench(
-    file: Path, limit: int | None, output: Path | None, as_json: bool, engine_flags: EngineFlags, request: RequestFlags
+    file: Path,
+    limit: int | None,
+    plain: bool,
+    output: Path | None,
+    as_json: bool,
+    engine_flags: EngineFlags,
+    request: RequestFlags,
 ) -> None:
     """Measure plain against speculative decoding, interleaved in one process.
 
@@ -44,10 +52,10 @@ def bench(
     engine = engine_flags.open()
     if engine.drafter_device is None:
         raise PairError(
-            "this pair has no drafter, so there is nothing to compare: add one with dovetail-export drafter"
+            "this pair has no drafter, so there is nothing to measure: add one with dovetail-export drafter"
         )
     request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
-    pairs = run(engine, conversations, request)
+    pairs = run(engine, conversations, request, plain)
     report = {**summary(pairs), **circumstances(engine, engine_flags, file, request)}
     show(report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
@@ -57,8 +65,8 @@ def bench(
         click.echo(text)
 
 
-def run(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags) -> list[Paired]:
-    """Measure every conversation, with a progress bar that shows the speedup so far."""
+def run(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags, plain: bool) -> list[Paired]:
+    """Measure every conversation, with a progress bar that shows the speedup or acceptance length so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,10 +74,11 @@ def run(engine: Engine, conversations: Sequence[Conversation], request: RequestF
     pairs: list[Paired] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("warm-up", total=len(conversations))
-        for pair in measure(engine, conversations, request):
+        for pair in measure(engine, conversations, request, plain=plain):
             pairs.append(pair)
-            speedup = summary(pairs)["speedup"]
-            progress.update(task, advance=1, description="speedup -" if speedup is None else f"speedup {speedup:.2f}x")
+            so_far = summary(pairs)
+            compared, alone = f"speedup {_times(so_far['speedup'])}", f"acceptance {so_far['acceptance_length']:.2f}"
+            progress.update(task, advance=1, description=compared if plain else alone)
     return pairs
 
 
@@ -92,21 +101,21 @@ def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: Reque
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table on stderr: a row for each prompt, then all of them."""
+    """The table on stderr: a row for each prompt, then all of them; no comparison where plain was left out."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("prompt", title=f"{report['pair']}: speculative against plain decoding")
-    for name in ("tokens", "plain tok/s", "tok/s", "speedup", "acceptance", "same text"):
+    compared = report["plain_tokens_per_second"] is not None
+    title = "speculative against plain decoding" if compared else "speculative decoding"
+    table = Table("prompt", title=f"{report['pair']}: {title}")
+    both = ("tokens", "plain tok/s", "tok/s", "speedup", "acceptance", "same text")
+    for name in both if compared else ("tokens", "tok/s", "acceptance"):
         table.add_column(name, justify="right")
     for row in report["prompts"]:
-        at = row["first_divergence"]
-        margin = row["divergence_margin"]
-        same = "yes" if at is None else f"until token {at}" + (f" (tie: {margin:.2f})" if margin is not None else "")
-        table.add_row(row["name"], str(row["new_tokens"]), *_speeds(row), same)
+        table.add_row(row["name"], *_cells(row, _same_text(row), compared))
     same = f"{report['same_tokens']} of {len(report['prompts'])}"
     table.add_section()
-    table.add_row("all (median speedup)", str(report["new_tokens"]), *_speeds(report), same)
+    table.add_row("all (median speedup)" if compared else "all", *_cells(report, same, compared))
     console = Console(stderr=True)
     console.print(table)
     console.print(
@@ -125,11 +134,18 @@ def write(output: Path, text: str) -> None:
         raise InputError(f"--output {output} cannot be written ({err.strerror}): name another file") from None
 
 
-def _speeds(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-    return (
-        f"{row['plain_tokens_per_second']:.1f}",
-        f"{row['tokens_per_second']:.1f}",
-        speedup,
-        f"{row['acceptance_length']:.2f}",
-    )
+def _cells(row: dict[str, Any], same: str, compared: bool) -> tuple[str, ...]:
+    tokens, speed = str(row["new_tokens"]), f"{row['tokens_per_second']:.1f}"
+    acceptance = f"{row['acceptance_length']:.2f}"
+    if not compared:
+        return tokens, speed, acceptance
+    return tokens, f"{row['plain_tokens_per_second']:.1f}", speed, _times(row["speedup"]), acceptance, same
+
+
+def _same_text(row: dict[str, Any]) -> str:
+    at, margin = row["first_divergence"], row["divergence_margin"]
+    return "yes" if at is None else f"until token {at}" + (f" (tie: {margin:.2f})" if margin is not None else "")
+
+
+def _times(speedup: float | None) -> str:
+    return "-" if speedup is None else f"{speedup:.2f}x"

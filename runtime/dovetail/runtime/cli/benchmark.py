@@ -2,13 +2,14 @@
 
 Each conversation is generated in both modes, one right after the other, with nothing of the first left in the
 caches; which mode begins alternates. What is compared is the speed of decoding: prefill is left out.
+Where only acceptance lengths are asked for, the plain mode is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from statistics import median
 from typing import Any
 
@@ -65,6 +66,12 @@ class Totals:
     def acceptance_length(self) -> float:
         return 1 + self.accepted / max(self.rounds, 1)
 
+    @property
+    def acceptance_per_depth(self) -> tuple[float, ...]:
+        """How often the i-th drafted token of a path was kept where all before it were."""
+        reached = (self.rounds, *self.accepted_per_position)
+        return tuple(kept / max(tried, 1) for tried, kept in pairwise(reached))
+
     def per_round(self, total: float) -> float:
         return total / max(self.rounds, 1)
 
@@ -79,22 +86,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Paired:
-    """One conversation in both modes."""
+    """One conversation in both modes; plain is None where it was left out, and with it every comparison."""
 
     conversation: Conversation
-    plain: Run
+    plain: Run | None
     speculative: Run
     margin: float | None = None  # by how many logits the target preferred its own token where the two first differ
 
     @property
     def speedup(self) -> float | None:
         """Ratio of decoded tokens per second; None where an answer had no token after its first."""
+        if self.plain is None:
+            return None
         plain, speculative = self.plain.totals.tokens_per_second, self.speculative.totals.tokens_per_second
         return speculative / plain if plain and speculative else None
 
     @property
     def first_divergence(self) -> int | None:
         """Index, over all answers in a row, of the first token that differs; None where all are equal."""
+        if self.plain is None:
+            return None
         offset = 0
         for ours, theirs in zip(self.plain.answers, self.speculative.answers, strict=True):
             if ours != theirs:
@@ -109,15 +120,17 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next(unequal, min(len(left), len(right)))
 
 
-def measure(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags) -> Iterator[Paired]:
-    """Run every conversation in both modes, after a warm-up; yields each as it is done."""
-    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
-    for speculate in (False, True):
-        converse(engine, conversations[0].turns[:1], short, speculate)
+def measure(
+    engine: Engine, conversations: Sequence[Conversation], request: RequestFlags, *, plain: bool = True
+) -> Iterator[Paired]:
+    """Run every conversation in both modes, or without `plain` in the speculative one; yields each as it is done."""
+    modes = (False, True) if plain else (True,)
+    for speculate in modes:
+        warm_up(engine, conversations[0], request, speculate)
     for index, conversation in enumerate(conversations):
-        order = (False, True) if index % 2 == 0 else (True, False)
+        order = modes if index % 2 == 0 else modes[::-1]
         runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
-        pair = Paired(conversation, plain=runs[False], speculative=runs[True])
+        pair = Paired(conversation, plain=runs.get(False), speculative=runs[True])
         greedy_turn = request.temperature == 0 and request.repetition_penalty == 1 and len(conversation.turns) == 1
         at = pair.first_divergence if greedy_turn else None
         yield pair if at is None else replace(pair, margin=divergence_margin(engine, pair, at))
@@ -129,11 +142,18 @@ def divergence_margin(engine: Engine, pair: Paired, at: int) -> float | None:
     Slots off the principal chain see sums in another order than plain decoding, which moves a logit by up to 0.4.
     None when one answer merely ended.
     """
+    assert pair.plain is not None  # there would be no divergence
     plain, ours = pair.plain.answers[0], pair.speculative.answers[0]
     if at >= min(len(plain), len(ours)):
         return None
     logits = engine.next_logits(pair.conversation.turns[0], plain[:at])
     return float(abs(logits[plain[at]] - logits[ours[at]]))
+
+
+def warm_up(engine: Engine, conversation: Conversation, request: RequestFlags, speculate: bool) -> None:
+    """A short answer that nobody counts: the first passes of an engine are slower."""
+    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+    converse(engine, conversation.turns[:1], short, speculate)
 
 
 def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, speculate: bool) -> Run:
@@ -155,44 +175,47 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
     """The figures of a benchmark.
 
     speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
-    tokens over all decoding time. accepted_per_position: per round. Times of speculative rounds: ms per round.
+    tokens over all decoding time. accepted_per_position: per round; acceptance_per_depth: per round that came so far.
+    Times of speculative rounds: ms per round. What needs the plain mode is None where that was left out.
     """
-    plain = sum((pair.plain.totals for pair in pairs), Totals())
+    plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
+    compared = all(pair.plain for pair in pairs)
     ours = sum((pair.speculative.totals for pair in pairs), Totals())
     ratios = [pair.speedup for pair in pairs if pair.speedup is not None]
     return {
         "speedup": _rounded(median(ratios)) if ratios else None,
         "acceptance_length": _rounded(ours.acceptance_length),
         "accepted_per_position": [_rounded(ours.per_round(count)) for count in ours.accepted_per_position],
-        "plain_tokens_per_second": _rounded(plain.tokens_per_second),
+        "acceptance_per_depth": [_rounded(rate) for rate in ours.acceptance_per_depth],
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if compared else None,
         "tokens_per_second": _rounded(ours.tokens_per_second),
         "draft_ms": _rounded(ours.per_round(ours.draft_ms)),
         "verify_ms": _rounded(ours.per_round(ours.verify_ms)),
         "other_ms": _rounded(ours.per_round(ours.other_ms)),
-        "plain_verify_ms": _rounded(plain.per_round(plain.verify_ms)),
-        "plain_other_ms": _rounded(plain.per_round(plain.other_ms)),
+        "plain_verify_ms": _rounded(plain.per_round(plain.verify_ms)) if compared else None,
+        "plain_other_ms": _rounded(plain.per_round(plain.other_ms)) if compared else None,
         "prefill_ms": _rounded(ours.prefill_ms / max(len(pairs), 1)),
         "rounds": ours.rounds,
         "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
         "new_tokens": ours.new_tokens,
-        "same_tokens": sum(pair.first_divergence is None for pair in pairs),
+        "same_tokens": sum(pair.first_divergence is None for pair in pairs) if compared else None,
         "prompts": [prompt_json(pair) for pair in pairs],
     }
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
     """One conversation's figures; first_divergence: index of the first token that differs between the modes."""
-    plain, ours = pair.plain.totals, pair.speculative.totals
+    plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
     return {
         "name": pair.conversation.name,
         "speedup": None if pair.speedup is None else _rounded(pair.speedup),
         "acceptance_length": _rounded(ours.acceptance_length),
         "new_tokens": ours.new_tokens,
-        "plain_new_tokens": plain.new_tokens,
-        "plain_tokens_per_second": _rounded(plain.tokens_per_second),
+        "plain_new_tokens": plain.new_tokens if plain else None,
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if plain else None,
         "tokens_per_second": _rounded(ours.tokens_per_second),
         "rounds": ours.rounds,
-        "same_tokens": pair.first_divergence is None,
+        "same_tokens": pair.first_divergence is None if plain else None,
         "first_divergence": pair.first_divergence,
         "divergence_margin": None if pair.margin is None else _rounded(pair.margin),
     }
