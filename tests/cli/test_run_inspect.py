@@ -61,9 +61,8 @@ def test_unknown_config_leaves_the_kv_size_open(invoke, make_pair) -> None:
 def test_a_calibration_is_a_line_per_depth(invoke, pair: Path) -> None:
     fits = [DepthCalibration(1.5, 0.2, 900, 0.04, error, (0.0, 1.0), (900,), (0.1,), (0.2,)) for error in (0.01, 0.02)]
     Calibration(10, tuple(fits)).save(pair / "drafter")
-    assert (
-        json.loads(invoke("inspect", str(pair), "--json").stdout)["calibration"] is None
-    )  # not listed: not the pair's
+    unlisted = json.loads(invoke("inspect", str(pair), "--json").stdout)
+    assert unlisted["calibration"] is None  # a file without a digest is not the pair's
 
     manifest, name = read_manifest(pair), "drafter/calibration.json"
     write_manifest(pair, replace(manifest, files={**manifest.files, name: file_entry(pair / name)}))
