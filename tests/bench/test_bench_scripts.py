@@ -1,0 +1,180 @@
+"""The benchmark scripts, on scripted sessions and made-up logs: a killed run goes on to the same figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import InputError, PairError
+from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.\n "
+LOGITS = MarkovLogits(len(ALPHABET), seed=3)
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+acceptance, curve = script("acceptance"), script("curve")
+
+
+class Opener:
+    """Stands in for Engine.from_pretrained; counts the answers, and is killed before number `last` + 1."""
+
+    def __init__(self, drafter: bool = True, last: int = 10**6) -> None:
+        self.drafter, self.last, self.answers, self.opened = drafter, last, 0, 0
+
+    def __call__(self, pair: Path, /, **options: Any) -> Engine:
+        self.opened += 1
+        opener = self
+
+        class Counting(Engine):
+            def generate(self, *args: Any, **kwargs: Any) -> Any:
+                opener.answers += 1
+                if opener.answers > opener.last:
+                    raise SystemExit(137)
+                return super().generate(*args, **kwargs)
+
+        drafter = ScriptedDrafter.copy_of(LOGITS, noise=1.0) if self.drafter else None
+        tokenizer = ScriptedTokenizer(ALPHABET, has_chat_template=True)
+        return Counting(ScriptedTarget(LOGITS), drafter, tokenizer, tree=options["tree"])
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A pair folder that only has a manifest, and two tasks of 3 and 2 prompts."""
+    from dovetail.runtime.manifest import DrafterFacts, Manifest, TargetFacts, write_manifest
+
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
+    pair, tasks = tmp_path / "pair", tmp_path / "tasks"
+    pair.mkdir()
+    tasks.mkdir()
+    target = TargetFacts("llama", 16, 16, 32, 2, 4096, "int8", ("norm",), (0,), "0" * 64)
+    drafter = DrafterFacts("dgf", 1, 16, 16, 32, 8, 2, 4, 4, 64, 4096, "0" * 64, {"cpu": "drafter/x.onnx"})
+    write_manifest(pair, Manifest("tiny", target, drafter, {}))
+    rows = {"chat": [["One"], ["Two", "Three"], ["Four"]], "sums": [["Five"], ["Six"]]}
+    for name, turns in rows.items():
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    return pair, tasks
+
+
+def run(folders: tuple[Path, Path], out: Path, *flags: str, opener: Opener | None = None) -> Result:
+    arguments = [*map(str, folders), "--out", str(out), "-n", "12", "--temperature", "0", "--temperature", "1", *flags]
+    return CliRunner().invoke(acceptance.acceptance, arguments, obj=opener or Opener())
+
+
+def steady(file: Path) -> dict[str, Any]:
+    """Results without what the clock says."""
+    data = json.loads(file.read_text())
+    for score in data["scores"]:
+        del score["tokens_per_second"]
+    for rows in data["rows"].values():
+        for row in rows:
+            row["totals"] = {name: value for name, value in row["totals"].items() if not name.endswith("_ms")}
+    return data
+
+
+def test_every_task_at_every_temperature_through_one_engine(folders, tmp_path: Path) -> None:
+    opener = Opener()
+    result = run(folders, tmp_path / "out.json", opener=opener)
+    assert result.exit_code == 0, result.output
+    assert (opener.opened, opener.answers) == (1, 1 + 2 * (4 + 2))  # a warm-up; one conversation has two turns
+    lines = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()]
+    assert [(line[0], line[1], line[-1]) for line in lines[2:]] == [
+        ("chat", "0", "3"), ("sums", "0", "2"), ("chat", "1", "3"), ("sums", "1", "2"),
+        ("mean of tasks", "0", "5"), ("mean of tasks", "1", "5"),
+    ]  # fmt: skip
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]
+    assert all(score["acceptance_length"] > 1 and 0 < score["acceptance_per_depth"][0] <= 1 for score in scores)
+    assert scores[4]["acceptance_length"] == pytest.approx(
+        (scores[0]["acceptance_length"] + scores[1]["acceptance_length"]) / 2, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 9])
+def test_a_killed_run_goes_on_to_the_same_figures(folders, tmp_path: Path, last: int) -> None:
+    run(folders, tmp_path / "whole.json")
+    assert run(folders, tmp_path / "out.json", opener=Opener(last=last)).exit_code == 137
+    opener = Opener()
+    assert run(folders, tmp_path / "out.json", opener=opener).exit_code == 0
+    assert opener.answers < 14
+    assert steady(tmp_path / "out.json") == steady(tmp_path / "whole.json")
+
+
+def test_a_finished_run_is_only_told_and_a_limit_may_be_raised(folders, tmp_path: Path) -> None:
+    run(folders, tmp_path / "out.json", "--limit", "1")
+    opener = Opener()
+    assert run(folders, tmp_path / "out.json", "--limit", "1", opener=opener).exit_code == 0 and opener.answers == 0
+    run(folders, tmp_path / "out.json")
+    run(folders, tmp_path / "whole.json")
+    assert steady(tmp_path / "out.json") == steady(tmp_path / "whole.json")
+
+
+def test_other_settings_prompts_or_files_are_refused(folders, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run(folders, out)
+    other = run(folders, out, "--width", "8").exception
+    assert isinstance(other, InputError) and "measured with tree" in str(other)
+    (folders[1] / "sums.jsonl").write_text('{"prompt": "Seven"}\n')
+    changed = run(folders, out).exception
+    assert isinstance(changed, InputError) and "prompt 1 of sums@0" in str(changed)
+    out.write_text("[]")
+    assert isinstance(run(folders, out).exception, InputError)
+    assert isinstance(run(folders, tmp_path / "missing" / "out.json").exception, InputError)
+    assert isinstance(run((folders[0], tmp_path / "nowhere"), out).exception, InputError)
+
+
+def test_a_pair_without_a_drafter_is_refused(folders, tmp_path: Path) -> None:
+    assert isinstance(run(folders, tmp_path / "out.json", opener=Opener(drafter=False)).exception, PairError)
+
+
+def training_log(folder: Path, held_out: bool) -> Path:
+    minutes = {"text_and_features": 9.9, "fit": 1.2} if held_out else 1.2
+    points = [
+        {"update": n, "seconds": 30.0 * n, "positions": 1000 * n, "loss": 1.0, "agreement": [0.5]} for n in (1, 2)
+    ]
+    if held_out:
+        points[1]["held_out"] = 1.7
+    log = {"curve": points, "corpus": {"answer_tokens": 288}, "held_out": {"acceptance_length": 1.8},
+           "positions_seen": 2500, "minutes": minutes}  # fmt: skip
+    folder.mkdir()
+    (folder / "training.json").write_text(json.dumps(log))
+    return folder / "training.json"
+
+
+def test_a_run_is_its_held_out_points_and_its_end(tmp_path: Path) -> None:
+    file = training_log(tmp_path / "long", held_out=True)
+    assert curve.read_curve(file, "tokens") == curve.Curve("long (288 answer tokens)", ((2000.0, 1.7),), (2500.0, 1.8))
+    assert curve.read_curve(file, "minutes") == curve.Curve("long (288 answer tokens)", ((1.0, 1.7),), (1.2, 1.8))
+    assert curve.read_curve(file, "corpus") == curve.Curve("long (288 answer tokens)", (), (288.0, 1.8))
+
+
+@pytest.mark.parametrize("over", ["tokens", "minutes", "corpus"])
+def test_several_runs_share_one_picture(tmp_path: Path, over: str) -> None:
+    pytest.importorskip("matplotlib", reason="the dev extra has matplotlib")
+    files = [str(training_log(tmp_path / name, held_out=name == "long")) for name in ("long", "short")]
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        result = CliRunner().invoke(curve.curve, [*files, "-o", str(tmp_path / name), "--over", over])
+        assert result.exit_code == 0, result.output
+        pictures.append((tmp_path / name).read_text())
+    assert "long (288" in pictures[0] and "short (288" in pictures[0] and pictures[0] == pictures[1]
+
+
+def test_what_is_no_training_log_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text('{"curve": []}')
+    result = CliRunner().invoke(curve.curve, [str(tmp_path / "training.json"), "-o", str(tmp_path / "c.svg")])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1) and "training.json" in result.stderr
