@@ -14,20 +14,23 @@ from safetensors.torch import load_file
 from tokenizers import processors
 
 from dovetail.exporter.corpus import Corpus, draft_vocabulary
-from dovetail.exporter.evaluate import chain_acceptance
-from dovetail.exporter.fit import FitOptions
+from dovetail.exporter.evaluate import evaluate
+from dovetail.exporter.features import FeatureStore, Part
+from dovetail.exporter.fit import Batches, FitOptions, unrolled_loss
+from dovetail.exporter.overlap import Forbidden
 from dovetail.exporter.synth import (
     BatchWriter,
     Conversation,
     Request,
     bare_prefix,
     chat_prompt,
-    read_prompts,
+    fingerprint,
     write_prompts,
 )
+from dovetail.exporter.text import split
 from dovetail.exporter.train import TrainPlan, train
 from dovetail.models import Drafter, DrafterConfig
-from dovetail.runtime.errors import InputError, TrainError
+from dovetail.runtime.errors import TrainError
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
@@ -69,12 +72,15 @@ def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> No
 def test_training_learns_and_says_so(
     tiny_pair: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovetail.exporter.train.CURVE_EVERY", 10)
+    monkeypatch.setattr("dovetail.exporter.fitting.CURVE_EVERY", 10)
     long = replace(plan(corpus_file), fit=FitOptions(epochs=16, unroll=2, window=48, warmup=2, learning_rate=3e-3))
     result = train(tiny_pair, tmp_path / "out", long, quiet)
     log = json.loads((tmp_path / "out" / "training.json").read_text())
     assert log["held_out"]["acceptance_length"] == result.acceptance_length
-    assert log["updates"] == 16 * (22 // 4)
+    assert log["updates"] == 16 * (23 // 4)
+    assert len([point for point in log["curve"] if "held_out" in point]) >= 4
+    assert log["curve"][-1]["held_out"] == round(result.acceptance_length, 3)
+    assert (tmp_path / "out" / "calibration.json").exists()
     first, last = log["curve"][0], log["curve"][-1]
     assert last["loss"] < 0.9 * first["loss"]
     assert all(late > early for late, early in zip(last["agreement"], first["agreement"], strict=True))
@@ -85,8 +91,8 @@ def test_training_learns_and_says_so(
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     tiny_pair: Path, corpus_file: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovetail.exporter.train.CURVE_EVERY", 5)
-    monkeypatch.setattr("dovetail.exporter.train.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dovetail.exporter.fitting.CURVE_EVERY", 5)
+    monkeypatch.setattr("dovetail.exporter.fitting.SAVE_SECONDS", 0.0)
     monkeypatch.setattr("dovetail.exporter.features.PASS_TOKENS", 200)
     train(tiny_pair, tmp_path / "whole", plan(corpus_file), quiet)
 
@@ -116,13 +122,34 @@ def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
     train(tiny_pair, tmp_path / "out", made, quiet)
-    corpus = Corpus.load(tmp_path / "out" / "work" / "corpus.npz")
+    corpus = Corpus.load(tmp_path / "out" / "work" / "text" / "answers-0000.npz")
     tokenizer = Tokenizer.from_folder(tiny_pair / "target")
     assert len(corpus) == 12
     starts = corpus.offsets
     texts = {tokenizer.decode(list(corpus.tokens[starts[i] : starts[i] + corpus.prompt_lengths[i]])) for i in range(12)}
     assert len(texts) == 12 and all("say" in text for text in texts)
     assert tokenizer.decode(list(bare_prefix(tokenizer)), skip_special_tokens=False).endswith("user\n")
+
+
+def test_text_interrupted_goes_on_to_the_same_text(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dovetail.exporter.text.PART_PROMPTS", 6)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(16)))
+    fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
+    made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
+
+    def interrupt(stage: str, done: float, total: float, note: str) -> None:
+        if stage == "answers" and done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_pair, tmp_path / "broken", made, interrupt)
+    train(tiny_pair, tmp_path / "broken", made, quiet, resume=True)
+    train(tiny_pair, tmp_path / "whole", made, quiet)
+    whole, broken = (load_file(tmp_path / name / "drafter.safetensors") for name in ("whole", "broken"))
+    assert all((whole[key] == broken[key]).all() for key in whole)
 
 
 def test_a_prompt_too_long_to_answer_is_told_of(tiny_pair: Path, tmp_path: Path) -> None:
@@ -132,18 +159,163 @@ def test_a_prompt_too_long_to_answer_is_told_of(tiny_pair: Path, tmp_path: Path)
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
     train(tiny_pair, tmp_path / "out", made, lambda stage, done, total, note: told.append(note))
-    assert len(Corpus.load(tmp_path / "out" / "work" / "corpus.npz")) == 8
+    assert len(Corpus.load(tmp_path / "out" / "work" / "text" / "answers-0000.npz")) == 8
     assert any(note.startswith("1 left out") for note in told)
 
 
-def test_a_target_that_is_given_nothing_writes_its_prompts(tiny_pair: Path, model: PagedModel) -> None:
-    """From the bare chat prefix; only texts that the target itself ended count, each once."""
+def test_the_target_writes_its_own_prompts(tiny_pair: Path, model: PagedModel) -> None:
+    """From the bare chat prefix and an opening; only texts that the target itself ended count, each once."""
     tokenizer = Tokenizer.from_folder(tiny_pair / "target")
     writer = BatchWriter(model, range(0, 258, 20), slots=8, max_length=128)
-    seen: list[int] = []
-    prompts = write_prompts(writer, tokenizer, 5, np.random.default_rng(3), seen.append)
-    assert len(prompts) == len(set(prompts)) == 5 <= len(seen)
-    assert all(len(prompt) >= 16 for prompt in prompts)
+    seen: set[str] = set()
+    prompts = write_prompts(writer, tokenizer, ["", "the cat"], 20, np.random.default_rng(3), seen)
+    assert prompts and all(len(prompt) >= 16 for prompt in prompts)
+    assert len({fingerprint(prompt) for prompt in prompts}) == len(prompts) == len(seen)
+    assert 0 < sum(prompt.startswith("the cat") for prompt in prompts) < len(prompts)
+    assert not write_prompts(writer, tokenizer, ["", "the cat"], 20, np.random.default_rng(3), seen)
+
+
+def test_features_that_come_with_the_text_are_those_of_a_later_pass(model: PagedModel, tmp_path: Path) -> None:
+    """Row for row, but for what a pass over other rows rounds; the last token's row is never read."""
+    rng = np.random.default_rng(4)
+    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 40)]
+    written = list(BatchWriter(model, [7], slots=3, max_length=64, keep_features=True).write(requests, rng))
+    corpus = Corpus.of(written)
+    store = FeatureStore(tmp_path, [Part("a", corpus)], model.feature_size, lambda: model, 1e9)
+    store.hold(0, lambda tokens: None)
+    for conversation, start, end in zip(written, corpus.offsets, corpus.offsets[1:], strict=False):
+        assert conversation.features is not None
+        later = store[slice(int(start), int(end) - 1)].astype(np.float32)
+        difference = conversation.features.astype(np.float32) - later
+        assert np.linalg.norm(difference) < 0.1 * np.linalg.norm(later)  # another width, another kernel: 4% here
+
+
+def test_features_stay_within_their_disk(model: PagedModel, corpus_file: Path, tmp_path: Path) -> None:
+    """Parts take turns; each batch reads the rows that an unlimited store holds."""
+    corpus = Corpus.load(corpus_file)
+    cuts = [0, 7, 15, 24]
+    parts = [Part(f"p{i}", corpus.select(np.arange(cuts[i], cuts[i + 1]))) for i in range(3)]
+    size = 2 * model.feature_size * len(corpus.tokens)
+    whole = FeatureStore(tmp_path / "whole", parts, model.feature_size, lambda: model, 1e9)
+    tight = FeatureStore(tmp_path / "tight", parts, model.feature_size, lambda: model, size * 0.7)
+    assert len(whole.groups) == 1 and len(tight.groups) == 2
+    whole.hold(0, lambda tokens: None)
+    drafter = tiny_drafter(model.feature_size)
+    options = FitOptions(batch=2, window=48)
+    batches = Batches(corpus, tight, np.arange(24), drafter, options)
+    reference = Batches(corpus, whole, np.arange(24), drafter, options)
+    held: list[int] = []
+
+    def hold(group: int) -> None:
+        tight.hold(group, lambda tokens: None)
+        held.append(group)
+
+    seen = set()
+    for (step, windows), (_, rows) in zip(batches.stream(0, hold), batches.order(0), strict=False):
+        seen |= set(rows.tolist())
+        assert torch.equal(windows.features, reference.batch(rows).features)
+        assert sum(f.stat().st_size for f in (tmp_path / "tight").glob("*.f16")) <= size * 0.7
+        if step == batches.per_epoch - 1:
+            break
+    assert sorted(held) == [0, 1] and len(seen) >= 22
+    with pytest.raises(TrainError, match="--disk"):
+        FeatureStore(tmp_path / "none", parts, model.feature_size, lambda: model, 100)
+
+
+def tiny_drafter(width: int, layers: tuple[int, ...] = ()) -> Drafter:
+    torch.manual_seed(0)
+    config = DrafterConfig(264, 64, width, width, 2 * width, 4, 2, width // 4, 256, feature_layers=layers)
+    rows = torch.randn(264, width)
+    return Drafter(config, rows, rows[:64], torch.arange(64))
+
+
+def test_text_that_repeats_a_benchmark_is_left_out(tiny_pair: Path, tmp_path: Path) -> None:
+    """Thirteen words in a row, whatever the layout; the run says how many conversations it cost."""
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    forbidden = Forbidden([words, "a prompt of just seven words here"])
+    assert forbidden.touches(f"Begin: {words.upper().replace(' ', ', ')}.")
+    assert forbidden.touches("x a prompt, of just -- seven words here y")
+    assert not forbidden.touches(words.replace("seven", "sept"))
+    assert not Forbidden(["hi there"]).touches("hi there")
+    prompts, benchmark = tmp_path / "prompts.jsonl", tmp_path / "bench.jsonl"
+    rows = [f"say {i}" for i in range(11)] + [f"please {words}"]
+    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    benchmark.write_text(json.dumps({"turns": ["hello", words]}) + "\n")
+    fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
+    made = TrainPlan(prompts=prompts, exclude=(benchmark,), max_new_tokens=8, draft_vocab=64, fit=fit)
+    train(tiny_pair, tmp_path / "out", made, quiet)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert log["corpus"]["left_out_for_overlap"] == 1
+    assert log["corpus"]["trained_on"]["conversations"] + log["corpus"]["held_out_conversations"] == 11
+
+
+def test_minutes_are_all_that_is_needed(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target writes text for a third of the time; fitting fixes its number of updates early and keeps it."""
+    monkeypatch.setattr("dovetail.exporter.text.PART_PROMPTS", 8)
+    monkeypatch.setattr("dovetail.exporter.train.BatchWriter", BatchWriterThatStops)
+    made = TrainPlan(minutes=0.05, max_new_tokens=24, draft_vocab=64, fit=FitOptions(unroll=1, window=64, batch=2))
+    stages: list[str] = []
+    train(tiny_pair, tmp_path / "out", made, lambda stage, *rest: stages.append(stage))
+    assert {"prompts", "answers", "features", "fit", "evaluate"} <= set(stages)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert log["updates"] >= 20 and log["corpus"]["conversations"] >= 8
+
+
+class BatchWriterThatStops(BatchWriter):
+    """A random model seldom ends a text by itself: more tokens count as the end."""
+
+    def __init__(self, model: PagedModel, stop: Any, **options: Any):
+        super().__init__(model, [*stop, *range(0, 258, 20)], slots=8, max_length=128, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        FitOptions(unroll=2, teacher_top_k=4),
+        FitOptions(unroll=1, regression=10.0),
+        FitOptions(unroll=2, optimizer="muon", learning_rate=1e-2),
+    ],
+    ids=["top-k teacher", "the paper's loss", "muon"],
+)
+def test_every_recipe_learns(tiny_pair: Path, corpus_file: Path, tmp_path: Path, options: FitOptions) -> None:
+    fit = replace(options, epochs=16, window=48, warmup=2, learning_rate=max(3e-3, options.learning_rate))
+    train(tiny_pair, tmp_path / "out", replace(plan(corpus_file), fit=fit), quiet)
+    curve = json.loads((tmp_path / "out" / "training.json").read_text())["curve"]
+    assert curve[-1]["agreement"][0] > 1.3 * curve[0]["agreement"][0]
+
+
+def test_the_paper_s_loss_adds_the_distance_of_features(model: PagedModel, corpus_file: Path, tmp_path: Path) -> None:
+    corpus = Corpus.load(corpus_file)
+    store = FeatureStore(tmp_path, [Part("a", corpus)], model.feature_size, lambda: model, 1e9)
+    store.hold(0, lambda tokens: None)
+    drafter = tiny_drafter(model.feature_size)
+    windows = Batches(corpus, store, np.arange(24), drafter, FitOptions()).batch(np.arange(4))
+    plain, _ = unrolled_loss(drafter, windows, FitOptions(unroll=1))
+    both, _ = unrolled_loss(drafter, windows, FitOptions(unroll=1, regression=2.0))
+    g = drafter(windows.features, windows.tokens)[windows.answer].detach()
+    distance = torch.nn.functional.smooth_l1_loss(g, windows.following[windows.answer])
+    assert float((both - plain).detach()) == pytest.approx(2 * float(distance), rel=1e-4)
+
+
+def test_a_drafter_goes_on_from_another(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    train(tiny_pair, tmp_path / "first", plan(corpus_file), quiet)
+    go_on = replace(
+        plan(corpus_file, init=tmp_path / "first"), fit=FitOptions(epochs=0.2, window=48, batch=4, unroll=2)
+    )
+    train(tiny_pair, tmp_path / "second", go_on, quiet)
+    first, second = (json.loads((tmp_path / n / "training.json").read_text())["curve"] for n in ("first", "second"))
+    assert second[0]["loss"] < first[0]["loss"]
+    with pytest.raises(TrainError, match="cannot"):
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path), quiet)
+
+
+def test_a_given_corpus_is_cut_into_parts(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.exporter.text.PART_TOKENS", 100)
+    corpus = Corpus.load(corpus_file)
+    parts = split("given-0", corpus)
+    assert len(parts) > 5 and len({part.name for part in parts}) == len(parts)
+    assert np.array_equal(np.concatenate([part.corpus.tokens for part in parts]), corpus.tokens)
+    assert all(len(part.corpus.tokens) <= 100 for part in parts)
 
 
 def test_a_prompt_is_encoded_as_the_engine_encodes_it(tiny_pair: Path) -> None:
@@ -179,7 +351,7 @@ def test_held_out_acceptance_is_what_drafting_each_chain_gives() -> None:
                 break
             kept += 1
             f, fed = torch.cat([f, out], 1), torch.cat([fed, torch.tensor([[token]])], 1)
-    found = chain_acceptance(drafter, corpus, features, depth)
+    found = evaluate(drafter, corpus, features, depth)
     assert found.positions == len(starts)
     assert kept > 0
     assert found.acceptance_length == pytest.approx(1 + kept / len(starts))
@@ -194,14 +366,6 @@ def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
         draft_vocabulary(corpus, 2, 9)
 
 
-@pytest.mark.parametrize("row", ["{", "[]", '{"prompt": ""}', '{"prompt": 3}', '{"turns": []}', '{"question": "x"}'])
-def test_a_bad_prompt_row_is_named_by_its_line(tmp_path: Path, row: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "fine"}\n\n' + row + "\n")
-    with pytest.raises(InputError, match=r"prompts\.jsonl line 3\b"):
-        read_prompts(path)
-
-
 def test_bad_plans_and_corpora_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="nothing to train on"):
         TrainPlan()
@@ -211,6 +375,10 @@ def test_bad_plans_and_corpora_are_refused(tmp_path: Path) -> None:
         FitOptions(unroll=0)
     with pytest.raises(TrainError, match="epochs nan"):
         FitOptions(epochs=float("nan"))
+    with pytest.raises(TrainError, match="optimizer 'sgd'"):
+        FitOptions(optimizer="sgd")
+    with pytest.raises(TrainError, match="disk_gb 0"):
+        TrainPlan(own_prompts=1, disk_gb=0)
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(TrainError, match="cannot read corpus"):
         Corpus.load(tmp_path / "bad.npz")

@@ -15,8 +15,16 @@ from dovetail.exporter.stages import Progress, silent
 from dovetail.exporter.target import check_verifiable, static_size
 from dovetail.exporter.tokenizer_probe import probe_tokenizer
 from dovetail.runtime.errors import DovetailError, IntegrityError, MismatchError, PairError
-from dovetail.runtime.graph import FEATURES, LOGITS, find_head, has_tap, read_model
-from dovetail.runtime.manifest import DrafterFacts, Manifest, check_pair, read_manifest, sha256_file, verify_files
+from dovetail.runtime.graph import FEATURES, LOGITS, FeatureMix, find_head, has_tap, read_model
+from dovetail.runtime.manifest import (
+    DEVICES,
+    DrafterFacts,
+    Manifest,
+    check_pair,
+    read_manifest,
+    sha256_file,
+    verify_files,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -141,7 +149,10 @@ def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDAr
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
     """Each graph has the promised inputs and outputs, runs, and the graphs agree with each other."""
-    best = {device: _run_drafter(pair / relative, facts) for device, relative in facts.files.items()}
+    if "features" in facts.files:
+        FeatureMix.load(pair / facts.files["features"])
+    graphs = {device: facts.files[device] for device in DEVICES if device in facts.files}
+    best = {device: _run_drafter(pair / relative, facts) for device, relative in graphs.items()}
     reference, *others = best.items()
     for device, logprobs in others:
         if (difference := float(np.abs(logprobs - reference[1]).max())) > LOGPROB_TOLERANCE:

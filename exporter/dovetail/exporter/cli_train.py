@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import click
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from dovetail.models.config import FUSIONS
 
-from .fit import FitOptions
+from .fit import OPTIMIZERS, FitOptions
 from .train import TrainPlan, train
 
 
@@ -41,12 +42,25 @@ class _Bars:
 
 
 @click.command("train")
-@click.argument("pair", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--target",
+    "pair",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Pair folder whose target the drafter is for.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="[default: TARGET-drafter]")
+@click.option("--minutes", type=float, help="Time for everything; a third goes into writing text when none is given.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with `prompt` rows."
 )
 @click.option("--own-prompts", type=click.IntRange(min=0), default=0, help="Prompts that the target writes itself.")
+@click.option(
+    "--opening",
+    "openings",
+    multiple=True,
+    help="How its own prompts may begin, such as 'Write a Python function'; repeatable.  [default: as it likes]",
+)
 @click.option(
     "--corpus",
     "corpora",
@@ -54,58 +68,46 @@ class _Bars:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Conversations the same target wrote earlier (.npz); repeatable.",
 )
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSONL of benchmark prompts; text that shares 13 words with one is left out; repeatable.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=320, show_default=True, help="Answer length.")
-@click.option("--minutes", type=float, help="Time for fitting; else --epochs decides.")
-@click.option("--epochs", type=float, default=8.0, show_default=True)
+@click.option("--epochs", type=float, default=4.0, show_default=True, help="Without --minutes: how often text is seen.")
+@click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="Most GB for features.")
+@click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Go on from this.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
 @click.option("--fusion", type=click.Choice(FUSIONS), default="dgf", show_default=True)
+@click.option(
+    "--feature-layers/--last-feature",
+    default=True,
+    show_default=True,
+    help="Read three blocks of the target beside its last feature.",
+)
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
 @click.option("--unroll", type=click.IntRange(1, 8), default=3, show_default=True, help="Steps on its own outputs.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
 @click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Positions of each.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True)
+@click.option("--teacher-top-k", type=click.IntRange(min=0), default=0, help="Learn from so many of its best tokens.")
+@click.option("--regression", type=float, default=0.0, help="Weight of the distance to the target's features.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--resume", is_flag=True, help="Go on with a stopped run in OUT.")
-def command(
-    pair: Path,
-    out: Path,
-    prompts: Path | None,
-    own_prompts: int,
-    corpora: tuple[Path, ...],
-    max_new_tokens: int,
-    minutes: float | None,
-    epochs: float,
-    draft_vocab: int,
-    fusion: str,
-    blocks: int,
-    unroll: int,
-    batch: int,
-    window: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-    resume: bool,
-) -> None:
-    """Train a drafter for the target of PAIR and leave its checkpoint in OUT.
+@click.option("--resume", is_flag=True, help="Go on with a stopped run.")
+def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> None:
+    """Train a drafter for the target of a pair.
 
-    Without --prompts and --corpus the target writes 1,000 prompts of its own.
+    Without --prompts and --corpus the target writes its own text: as much as --minutes allow, else 1,000 prompts.
     """
-    if not (prompts or own_prompts or corpora):
-        own_prompts = 1000
-    fit = FitOptions(epochs=epochs, unroll=unroll, window=window, batch=batch, learning_rate=learning_rate, seed=seed)
-    plan = TrainPlan(
-        prompts=prompts,
-        own_prompts=own_prompts,
-        corpora=corpora,
-        max_new_tokens=max_new_tokens,
-        minutes=minutes,
-        draft_vocab=draft_vocab,
-        fusion=fusion,
-        blocks=blocks,
-        device=device,
-        fit=fit,
-    )
+    if not (options["prompts"] or options["own_prompts"] or options["corpora"] or options["minutes"]):
+        options["own_prompts"] = 1000
+    options["openings"] = options["openings"] or ("",)
+    fit = FitOptions(**{name: options.pop(name) for name in [f.name for f in fields(FitOptions)] if name in options})
+    plan = TrainPlan(**options, fit=fit)
+    out = output or pair.resolve().with_name(f"{pair.resolve().name}-drafter")
     columns = (
         TextColumn("{task.description:>9}"),
         BarColumn(),

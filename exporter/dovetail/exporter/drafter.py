@@ -22,12 +22,14 @@ from dovetail.models.checkpoint import CheckpointError, load_checkpoint
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.calibration import CALIBRATION_NAME, Calibration
 from dovetail.runtime.errors import ExportError, PairError, SourceError
+from dovetail.runtime.graph import FeatureMix
 from dovetail.runtime.manifest import DrafterFacts, sha256_file
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children returned per row; the paper's largest
 FILES = {"cuda": "drafter.fp16.onnx", "cpu": "drafter.int8.onnx"}
 PRECISION = {"cuda": "float16", "cpu": "int8"}
+FEATURE_MIX = "feature_mix.npz"
 CONFIG = "config.json"
 ONE_FILE_BYTES = 3 << 29  # 1.5 GiB; protobuf ends at 2 GiB, beyond this weights go to a .data file beside
 
@@ -56,6 +58,8 @@ def export_drafter(
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as scratch:
             _write_files(drafter, Path(scratch), facts, progress)
+            if drafter.mix:
+                feature_mix(drafter).save(Path(scratch) / FEATURE_MIX)
             for report in check_files(drafter, Path(scratch), facts):
                 progress(str(report))
             for name in copied:
@@ -86,6 +90,13 @@ def read_calibration(checkpoint: Path) -> Calibration | None:
         raise SourceError(str(error)) from error
 
 
+def feature_mix(drafter: Drafter) -> FeatureMix:
+    """What the target's graph adds to its last feature for this drafter."""
+    assert drafter.mix is not None
+    weight = drafter.mix.proj.weight.detach().cpu().numpy()
+    return FeatureMix(drafter.config.feature_layers, weight, drafter.config.rms_norm_eps)
+
+
 def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
     """What the manifest says about this drafter; files lie in `folder` of the pair.  Raises SourceError."""
     config = drafter.config
@@ -94,6 +105,7 @@ def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: i
         tokenizer_sha256 = sha256_file(tokenizer)
     except OSError as error:
         raise SourceError(f"cannot read {tokenizer} ({error.strerror}): export the target again") from error
+    files = FILES | ({"features": FEATURE_MIX} if config.feature_layers else {})
     return DrafterFacts(
         fusion=config.fusion,
         blocks=config.blocks,
@@ -107,7 +119,8 @@ def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: i
         tree_slots=tree_slots,
         max_context=config.max_position_embeddings,
         tokenizer_sha256=tokenizer_sha256,
-        files={device: f"{folder}/{name}" for device, name in FILES.items()},
+        files={name: f"{folder}/{file}" for name, file in files.items()},
+        feature_layers=config.feature_layers,
     )
 
 

@@ -1,13 +1,13 @@
 """Held-out quality of a drafter before any engine runs it: what it would have accepted, and whether its q are true.
 
-Axes: T positions of one conversation, D feature size, n positions of one depth, k candidates.
+Axes: T positions of one conversation, D size of what is read of the target, n positions of one depth, k candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,12 @@ from .calibrate import fit_depth
 from .corpus import Corpus
 
 CANDIDATES = 10  # k: children that an exported graph returns per row
+
+
+class Rows(Protocol):
+    """Features [total, D] of a corpus, a conversation's at a time: an array, or a FeatureStore."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.float16]: ...
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,11 @@ class Candidates:
 
 
 @torch.no_grad()
-def evaluate(
-    drafter: Drafter, corpus: Corpus, features: NDArray[np.float16], depth: int = 6, window: int = 512
-) -> HeldOut:
+def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, window: int = 512) -> HeldOut:
     """Draft at every answer position at once and compare with the target's own text.
 
     A greedy chain starts wherever `depth` tokens follow; candidates count at every answer position.
-    features: [total, D], row i belongs to corpus.tokens[i].
+    features: row i belongs to corpus.tokens[i].
     """
     k = min(CANDIDATES, drafter.config.draft_vocab_size)
     found = [[Candidates(np.zeros((0, k), np.float32), np.zeros((0, k), bool))] for _ in range(depth)]
@@ -99,7 +103,7 @@ def candidates(
     features: [1, T-1, D], tokens: [T].  Row i of every step belongs to the chain that starts at first + i.
     """
     caches: list[Any] = [[] for _ in drafter.layers]
-    g = features
+    g = drafter.read(features)
     for j in range(depth):
         g = drafter.step(g if j == 0 else torch.nn.functional.pad(g, (0, 0, 1, 0))[:, :-1], tokens[None, 1:], caches)
         best = torch.log_softmax(drafter.logits(g[0, first + j : -1]).float(), dim=-1).topk(k)

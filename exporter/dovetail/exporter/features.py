@@ -1,20 +1,25 @@
-"""The target's features of a corpus, written once to disk in float16.
+"""The target's features of a training corpus, on disk in float16 and never more of them than was agreed.
 
 Axes: T tokens of the corpus, D feature size.  2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
+
+A corpus comes in parts.  When the features of all parts fit into the budget, they are computed once.  When they
+do not, parts form groups that fit: fitting works through group after group, and a group's features are computed
+again whenever its turn comes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.manifest import write_atomically
 from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 
 from .corpus import Corpus
@@ -22,44 +27,139 @@ from .corpus import Corpus
 PASS_TOKENS = 1024  # tokens per pass: past this the CPU gains nothing
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of a run's conversations, whose features lie in one file `name`.f16."""
+
+    name: str
+    corpus: Corpus
+
+
 def feature_bytes(corpus: Corpus, feature_size: int) -> int:
-    """Disk that `write_features` takes."""
+    """Disk that the features of `corpus` take."""
     return 2 * len(corpus.tokens) * feature_size
 
 
-def write_features(
-    model: PagedModel, corpus: Corpus, path: Path, progress: Callable[[int], None]
-) -> NDArray[np.float16]:
-    """Compute f for every token of every conversation, from the model that will verify.
+class FeatureStore:
+    """Rows [T, D] float16 of all parts in a row, of which one group at a time is on disk.
 
-    Returns a read-only memory map [T, D] float16.  Resumable: `path`.progress says how many conversations
-    are done.  Raises TrainError when the disk has no room, before anything is written.
+    folder: holds one file per part, `NAME.f16`.  open_model: the target; called when features are missing.
+    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget or the disk has no
+    room for the largest group.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        feature_size: int,
+        open_model: Callable[[], PagedModel],
+        budget_bytes: float,
+    ):
+        self.folder, self.parts, self.feature_size, self.open_model = folder, list(parts), feature_size, open_model
+        sizes = [feature_bytes(part.corpus, feature_size) for part in self.parts]
+        self.starts = np.concatenate([[0], np.cumsum([len(part.corpus.tokens) for part in self.parts])])
+        self.groups = _groups(sizes, budget_bytes)
+        self.bytes = sum(sizes)
+        self._rows: dict[int, NDArray[np.float16]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
+        present = sum(file.stat().st_size for file in folder.glob("*.f16"))
+        free = shutil.disk_usage(folder).free + present
+        if largest > free:
+            raise TrainError(
+                f"features need {largest / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free: make room, or give "
+                f"--disk {free / 2e9:.1f}"
+            )
+
+    def hold(self, group: int, progress: Callable[[int], None]) -> None:
+        """Have the features of one group on disk, and of no other; resumable in mid-part.
+
+        progress is told how many tokens of the group are done.
+        """
+        wanted = self.groups[group]
+        for index, part in enumerate(self.parts):
+            if index not in wanted:
+                self._rows.pop(index, None)
+                for file in self.folder.glob(f"{part.name}.f16*"):
+                    file.unlink()
+        model: PagedModel | None = None
+        done = 0
+        for index in wanted:
+            corpus, file = self.parts[index].corpus, self.folder / f"{self.parts[index].name}.f16"
+            if not is_complete(file, corpus, self.feature_size):
+                model = model or self.open_model()
+                for tokens in write_features(model, corpus, file):
+                    progress(done + tokens)
+            if index not in self._rows:
+                self._rows[index] = np.memmap(file, np.float16, "r", shape=(len(corpus.tokens), self.feature_size))
+            done += len(corpus.tokens)
+            progress(done)
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float16]:
+        """Rows of one conversation: it lies within one part, whose group is held."""
+        part = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
+        start = int(self.starts[part])
+        return self._rows[part][rows.start - start : rows.stop - start]
+
+    def group_of(self, row: int) -> int:
+        """The group that holds row `row`."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return next(index for index, group in enumerate(self.groups) if part in group)
+
+
+def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
+    """Parts in order, cut where the budget is full."""
+    groups: list[list[int]] = []
+    room = 0.0
+    for part, size in enumerate(sizes):
+        if size > budget_bytes:
+            raise TrainError(
+                f"features of one part need {size / 1e9:.2f} GB, --disk allows {budget_bytes / 1e9:.2f}: "
+                f"give --disk {size / 1e9 + 0.01:.2f} or more"
+            )
+        if not groups or size > room:
+            groups.append([])
+            room = budget_bytes
+        groups[-1].append(part)
+        room -= size
+    return groups
+
+
+def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
+    """Whether `file` holds the features of all of `corpus`."""
+    if not file.exists() or file.stat().st_size != feature_bytes(corpus, feature_size):
+        return False
+    mark = _mark(file)
+    return not mark.exists() or int(json.loads(mark.read_text())) == len(corpus)
+
+
+def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:
+    """Compute f for every token of every conversation, from the model that will verify; yields tokens done.
+
+    Resumable: `file`.progress says how many conversations are done.
     """
     shape = (len(corpus.tokens), model.feature_size)
-    mark = path.with_name(path.name + ".progress")
-    done = int(json.loads(mark.read_text())) if mark.exists() and path.exists() else 0
+    mark = _mark(file)
+    done = int(json.loads(mark.read_text())) if mark.exists() and file.exists() else 0
     if not done:
-        need, free = feature_bytes(corpus, model.feature_size), shutil.disk_usage(path.parent).free
-        if need > free:
-            raise TrainError(
-                f"features need {need / 1e6:.0f} MB in {path.parent}, {free / 1e6:.0f} MB are free: "
-                "make room or train on fewer prompts"
-            )
-    out = np.memmap(path, np.float16, "r+" if done else "w+", shape=shape)
+        write_atomically(mark, b"0")
+    out = np.memmap(file, np.float16, "r+" if done else "w+", shape=shape)
     offsets = corpus.offsets
     while done < len(corpus):
-        group = _group(corpus, done)
-        out[offsets[done] : offsets[group]] = _features(model, corpus, done, group)
-        done = group
+        last = _pass_end(corpus, done)
+        out[offsets[done] : offsets[last]] = _features(model, corpus, done, last)
+        done = last
         out.flush()
-        temporary = mark.with_name(mark.name + ".tmp")
-        temporary.write_text(json.dumps(done))
-        os.replace(temporary, mark)
-        progress(int(offsets[done]))
-    return np.memmap(path, np.float16, "r", shape=shape)
+        write_atomically(mark, json.dumps(done).encode())
+        yield int(offsets[done])
 
 
-def _group(corpus: Corpus, first: int) -> int:
+def _mark(file: Path) -> Path:
+    return file.with_name(file.name + ".progress")
+
+
+def _pass_end(corpus: Corpus, first: int) -> int:
     """The end of a run of conversations that fill one pass."""
     last, total = first, 0
     while last < len(corpus) and (last == first or total + corpus.lengths[last] <= PASS_TOKENS):

@@ -6,18 +6,18 @@ A conversation is kept as token ids with the length of its prompt; the drafter i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.cli import prompts as prompt_files
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
+PROMPT_TOKENS = 200  # longest prompt that the target writes itself
 PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers do not stall
 
 
@@ -32,10 +32,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Conversation:
-    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts."""
+    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts.
+
+    features: [len(tokens) - 1, D] float16 if the writer keeps them: the last token is never run.
+    """
 
     tokens: tuple[int, ...]
     prompt_length: int
+    features: NDArray[np.float16] | None = None
 
 
 @dataclass
@@ -43,16 +47,32 @@ class _Slot:
     request: Request
     tokens: list[int]
     cached: int = 0
+    features: list[NDArray[np.float16]] = field(default_factory=list)
 
 
 class BatchWriter:
-    """Continuous batching over one PagedModel: a finished sequence makes room for the next at once."""
+    """Continuous batching over one PagedModel: a finished sequence makes room for the next at once.
 
-    def __init__(self, model: PagedModel, stop: Iterable[int], *, slots: int = 48, max_length: int = 768):
+    kv_bytes: memory for keys and values; it decides how many sequences are in flight, at most `slots`.
+    keep_features: hand out the target's features with each conversation, as they come with every pass anyway.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        stop: Iterable[int],
+        *,
+        slots: int = 128,
+        max_length: int = 768,
+        kv_bytes: float = 3e9,
+        keep_features: bool = False,
+    ):
         self.model = model
         self.stop = frozenset(stop)
         self.max_length = max_length
+        self.keep_features = keep_features
         self.blocks_per_slot = -(-max_length // BLOCK)
+        slots = max(2, min(slots, int(kv_bytes / (model.block_bytes * self.blocks_per_slot))))
         self._slots: list[_Slot | None] = [None] * slots
         model.reserve(slots * self.blocks_per_slot)
 
@@ -67,16 +87,22 @@ class BatchWriter:
             active = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
             if not active:
                 return
-            logits, _ = self.model.run(self._batch(active))
-            for (index, slot), row in zip(active, logits, strict=True):
-                token = _choose(row, slot.request.temperature, rng)
+            batch = self._batch(active)
+            logits, features = self.model.run(batch)
+            best = logits.argmax(-1)
+            for row, (index, slot) in enumerate(active):
+                if self.keep_features:
+                    slot.features.append(features[batch.begins[row] : batch.begins[row + 1]].astype(np.float16))
+                temperature = slot.request.temperature
+                token = draw(logits[row], temperature, rng) if temperature else int(best[row])
                 slot.cached = len(slot.tokens)
                 slot.tokens.append(token)
                 new = len(slot.tokens) - len(slot.request.prompt)
                 full = len(slot.tokens) >= self.max_length or new >= slot.request.max_new_tokens
                 if full or token in self.stop:
                     self._slots[index] = None
-                    yield Conversation(tuple(slot.tokens), len(slot.request.prompt))
+                    kept = np.concatenate(slot.features) if self.keep_features else None
+                    yield Conversation(tuple(slot.tokens), len(slot.request.prompt), kept)
 
     def _admit(self, waiting: Iterator[Request]) -> None:
         budget = PREFILL_TOKENS
@@ -105,11 +131,11 @@ class BatchWriter:
         )
 
 
-def _choose(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
-    """Greedy, or one draw at `temperature` by the Gumbel trick.  logits: [V]."""
-    if temperature == 0:
-        return int(logits.argmax())
-    return int((logits / temperature - np.log(rng.exponential(size=logits.shape))).argmax())
+def draw(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
+    """One draw at `temperature` by inverting the distribution function.  logits: [V]."""
+    weights = np.exp((logits - logits.max()) / temperature)
+    edges = np.cumsum(weights, dtype=np.float64)
+    return int(np.searchsorted(edges, rng.random() * edges[-1], side="right").clip(max=len(logits) - 1))
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -131,29 +157,36 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode(rendered.split(marker)[0], add_special_tokens=False))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a JSONL file, in the layout that `dovetail-run bench` reads; of `turns` the first is taken."""
-    return [conversation.turns[0] for conversation in prompt_files.read_prompts(path)]
-
-
 def write_prompts(
-    writer: BatchWriter, tokenizer: Tokenizer, count: int, rng: np.random.Generator, progress: Callable[[int], None]
+    writer: BatchWriter,
+    tokenizer: Tokenizer,
+    openings: Sequence[str],
+    count: int,
+    rng: np.random.Generator,
+    seen: set[str],
 ) -> list[str]:
-    """Let the target write `count` different prompts from the bare chat prefix, sampled at temperature 1."""
+    """Let the target write about `count` prompts from the bare chat prefix, sampled at temperature 1.
+
+    openings: how prompts may begin, one drawn for each; "" leaves the beginning to the target too.
+    seen: prompts there already, in their `fingerprint`; grows.  Duplicates, fragments and prompts of fewer than
+    16 or more than 1,200 characters are dropped, so fewer than `count` may come back.
+    """
     prefix = bare_prefix(tokenizer)
-    found: dict[str, None] = {}
-    for _ in range(4):  # duplicates and fragments cost a few rounds at most
-        missing = count - len(found)
-        if missing <= 0:
-            break
-        requests = (Request(prefix, 1.0, 160) for _ in range(missing))
-        for conversation in writer.write(requests, rng):
-            text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
-            ended = conversation.tokens[-1] in writer.stop
-            if ended and 16 <= len(text) <= 1200:
-                found.setdefault(text)
-                progress(len(found))
-    return list(found)[:count]
+    starts = [prefix + tuple(tokenizer.encode(text, add_special_tokens=False)) for text in openings]
+    requests = (Request(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
+    found = []
+    for conversation in writer.write(requests, rng):
+        text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
+        ended = conversation.tokens[-1] in writer.stop
+        if ended and 16 <= len(text) <= 1200 and (mark := fingerprint(text)) not in seen:
+            seen.add(mark)
+            found.append(text)
+    return found
+
+
+def fingerprint(prompt: str) -> str:
+    """What two prompts share that differ in case, spaces or punctuation alone."""
+    return " ".join(re.findall(r"\w+", prompt.lower()))
 
 
 def answer_requests(

@@ -1,16 +1,14 @@
-"""`dovetail-export train`: prompts -> answers -> features -> fit -> held-out evaluation -> checkpoint.
+"""`dovetail-export train`: text -> features -> fit -> evaluate -> checkpoint.
 
 Everything is learned from the INT8 target that will verify: its answers, its features, its distribution.
-Each stage leaves its result in `OUT/work/`: a stopped run goes on with the block of answers, the pass of
-features or the minute of fitting in which it stopped.
+Each stage leaves its result in `OUT/work/`: a stopped run goes on with the part of text, the pass of features
+or the minute of fitting in which it stopped, and ends with the weights of an unbroken run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,27 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint
+from dovetail.models.checkpoint import CheckpointError, load_checkpoint
+from dovetail.models.config import low_middle_high
+from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.manifest import Manifest, read_manifest, verify_files, write_atomically
+from dovetail.runtime.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
 from .corpus import Corpus, draft_vocabulary
-from .evaluate import HeldOut, chain_acceptance
-from .features import feature_bytes, write_features
-from .fit import Batches, FitOptions, StepReport, Windows, learning_rate, unrolled_loss
-from .synth import BatchWriter, answer_requests, read_prompts, write_prompts
+from .evaluate import HeldOut, evaluate
+from .features import FeatureStore, Part
+from .fit import Batches, FitOptions
+from .fitting import Fitting, Progress
+from .overlap import Forbidden
+from .synth import BatchWriter
 from .target_weights import read_embedding_and_head
+from .text import TextWriter, split
 
-ANSWER_BLOCK = 256  # prompts whose answers are saved together
-CURVE_EVERY = 25  # updates per point of the learning curve
-SAVE_SECONDS = 60.0
-
-# progress(stage, done, total, note)
-Progress = Callable[[str, float, float, str], None]
+TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
+FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
+HELD_OUT_MOST = 200  # conversations
 
 
 @dataclass(frozen=True)
@@ -45,92 +46,246 @@ class TrainPlan:
     """What to train, on what.
 
     prompts: JSONL of the user's, or None.  own_prompts: how many the target writes itself.
+    openings: how its own prompts may begin, each as likely as the others; "" leaves the beginning to it.
+    feature_layers: read three blocks of the target beside its last feature.
     corpora: .npz files of conversations that the same target wrote earlier.
-    minutes: time for fitting; overrides `fit.epochs` as the length of the run.
+    exclude: JSONL files of benchmark prompts that no training text may repeat.
+    minutes: time for the whole run; without any text given, a third of it goes into writing some.  It overrides
+    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint of the same shape to go on from.
     """
 
     prompts: Path | None = None
     own_prompts: int = 0
+    openings: tuple[str, ...] = ("",)
     corpora: tuple[Path, ...] = ()
+    exclude: tuple[Path, ...] = ()
     max_new_tokens: int = 320
     minutes: float | None = None
+    disk_gb: float = 20.0
     draft_vocab: int = 8192
     fusion: str = "dgf"
+    feature_layers: bool = True
     blocks: int = 1
+    init: Path | None = None
     held_out: float = 0.05
     device: str = "cpu"
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
-        if not (self.prompts or self.own_prompts or self.corpora):
-            raise TrainError("nothing to train on: give --prompts FILE.jsonl, --own-prompts N or --corpus FILE.npz")
-        if self.minutes is not None and not self.minutes > 0:
-            raise TrainError(f"minutes {self.minutes} is out of range: give a number above 0")
+        if not (self.prompts or self.own_prompts or self.corpora or self.minutes):
+            raise TrainError(
+                "nothing to train on: give --minutes M, --prompts FILE.jsonl, --own-prompts N or --corpus FILE.npz"
+            )
+        for name in ("minutes", "disk_gb"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrainError(f"{name} {value} is out of range: give a number above 0")
+        if not self.openings:
+            raise TrainError("openings are empty: give at least one, '' leaves the beginning to the target")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise TrainError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, for the training log and to tell whether a stopped run was this one."""
-        plan = asdict(self) | {"prompts": str(self.prompts) if self.prompts else None}
-        return plan | {"corpora": [str(path) for path in self.corpora]}
+        plan: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plan
 
 
-@dataclass
-class FitState:
-    """Where fitting stands; what `state.pt` holds."""
+@dataclass(frozen=True)
+class Text:
+    """All conversations of a run in the order of their parts, and which are for what.
 
-    step: int = 0
-    seconds: float = 0.0
-    positions: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    kept, held_out: indices of conversations to train on and to judge by.  repeated: how many were left out
+    because they share 13 words with an excluded prompt.
+    """
+
+    parts: list[Part]
+    corpus: Corpus
+    kept: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    repeated: int
+
+    def describe(self, plan: TrainPlan) -> dict[str, Any]:
+        """For the training log."""
+        training = self.corpus.select(self.kept)
+        return {
+            "conversations": len(self.corpus),
+            "tokens": len(self.corpus.tokens),
+            "answer_tokens": self.corpus.answer_tokens,
+            "trained_on": {"conversations": len(training), "answer_tokens": training.answer_tokens},
+            "held_out_conversations": len(self.held_out),
+            "excluded": [str(path) for path in plan.exclude],
+            "left_out_for_overlap": self.repeated,
+        }
 
 
 def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
-    prompts = read_prompts(plan.prompts) if plan.prompts else []
-    given = [Corpus.load(path) for path in plan.corpora]
-    work = out / "work"
-    _claim(out, work, plan.as_dict() | {"target": manifest.files["target/openvino_model.bin"].sha256}, resume)
-    model = PagedModel(pair / "target" / "openvino_model.xml")
-    corpus = _corpus(work, pair, manifest, model, (given, prompts), plan, progress)
-    total = len(corpus.tokens)
-    size = feature_bytes(corpus, model.feature_size) / 1e6
-    features = write_features(
-        model, corpus, work / "features.f16", lambda n: progress("features", n, total, f"{size:.0f} MB on disk")
-    )
-    del model  # its KV blocks and weights are not needed while fitting
-    drafter = build_drafter(pair, corpus, plan, manifest).to(plan.device)
-    held, kept = _split(corpus, plan)
-    state = _fit(drafter, corpus.select(kept), _rows(features, corpus, kept), plan, work, progress)
-    result = chain_acceptance(drafter, corpus.select(held), _rows(features, corpus, held))
+    work = _Work(pair, manifest, plan, out / "work", progress)
+    forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
+    prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
+    given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
+    _claim(out, work.folder, plan.as_dict() | work.inputs(), resume)
+    clock = _Clock(work.folder / "seconds.json")
+    text = work.sort(given + work.write(prompts), forbidden)
+    features, held_out = work.features(text)
+    clock.stop()
+    drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
+    held_corpus = text.corpus.select(text.held_out)
+    batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
+    fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
+    seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
+    state = fitting.run(seconds, lambda: evaluate(drafter, held_corpus, held_out).acceptance_length)
+    progress("evaluate", 0, 1, "")
+    result = evaluate(drafter, held_corpus, held_out)
+    progress("evaluate", 1, 1, "")
     log = {
         "plan": plan.as_dict(),
-        "corpus": {"conversations": len(corpus), "tokens": total, "answer_tokens": corpus.answer_tokens},
+        "corpus": text.describe(plan),
         "parameters": sum(p.numel() for p in drafter.parameters()),
         "updates": state.step,
         "positions_seen": state.positions,
-        "minutes": round(state.seconds / 60, 2),
+        "minutes": {"text_and_features": round(clock.seconds / 60, 2), "fit": round(state.seconds / 60, 2)},
         "held_out": asdict(result),
         "curve": state.curve,
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
+    result.calibration.save(out)
     save_checkpoint(drafter, out)  # last: a folder with weights is a finished one
     return result
 
 
-def build_drafter(pair: Path, corpus: Corpus, plan: TrainPlan, manifest: Manifest) -> Drafter:
-    """A fresh drafter on the target's own embedding and head rows, seeded."""
-    embedding, head = read_embedding_and_head(pair / "target" / "openvino_model.xml")
+def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
+    """A drafter on the target's own embedding and head rows: fresh and seeded, or with the weights of `plan.init`."""
+    embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / "target/openvino_model.xml"))
+    if plan.init:
+        try:
+            return load_checkpoint(plan.init, embedding, head)
+        except CheckpointError as error:
+            raise TrainError(f"cannot go on from {plan.init}: {error}") from error
     target = json.loads((pair / "target" / "config.json").read_text())
-    d2t = draft_vocabulary(corpus, min(plan.draft_vocab, len(head)), manifest.target.vocab_size)
+    vocabulary = min(plan.draft_vocab, len(head))
+    d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
     try:
-        config = DrafterConfig.for_target(target, len(d2t), plan.fusion, plan.blocks)
+        config = DrafterConfig.for_target(target, len(d2t), plan.fusion, plan.blocks, layers=plan.feature_layers)
     except (KeyError, ValueError) as error:
         raise TrainError(f"cannot shape a drafter after this target: {error}") from error
     torch.manual_seed(plan.fit.seed)
-    return Drafter(config, torch.from_numpy(embedding), torch.from_numpy(head[d2t]), torch.from_numpy(d2t))
+    return Drafter(config, embedding, head[d2t], torch.from_numpy(d2t))
+
+
+@dataclass
+class _Work:
+    """The work folder of one run: text in `text/`, features in `features/` and `held-out/`."""
+
+    pair: Path
+    manifest: Manifest
+    plan: TrainPlan
+    folder: Path
+    progress: Progress
+
+    def inputs(self) -> dict[str, Any]:
+        """Digests of everything that the plan names: what is cached here was made from these."""
+        plan = self.plan
+        files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
+        if plan.init:
+            files.append(plan.init / "drafter.safetensors")
+        target = self.manifest.files["target/openvino_model.bin"].sha256
+        try:
+            return {"target": target, "digests": {str(file): sha256_file(file) for file in files}}
+        except OSError as error:
+            raise TrainError(f"cannot read {error.filename} ({error.strerror}): check the path") from error
+
+    def open_model(self) -> PagedModel:
+        """The target that will verify."""
+        return PagedModel(self.pair / "target" / "openvino_model.xml", layers=self.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of the target whose outputs are read beside its last feature."""
+        if self.plan.init:
+            return self._initial_config(self.plan.init).feature_layers
+        return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
+
+    def _initial_config(self, folder: Path) -> DrafterConfig:
+        try:
+            return DrafterConfig.load(folder)
+        except (OSError, ValueError) as error:
+            raise TrainError(f"cannot go on from {folder}: {error}") from error
+
+    def open_writer(self) -> BatchWriter:
+        return BatchWriter(self.open_model(), self.manifest.target.eos_token_ids)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.pair / "target")
+
+    def write(self, prompts: list[str]) -> list[Part]:
+        """Answers to the prompts given, and to as many of the target's own as the plan says or has time for."""
+        plan = self.plan
+        for name in ("text", "features"):
+            (self.folder / name).mkdir(exist_ok=True)
+        writer = TextWriter(
+            self.folder / "text", self.folder / "features", plan.disk_gb * 1e9, self.tokenizer, self.open_writer,
+            plan.fit.seed, plan.max_new_tokens, self.progress,
+        )  # fmt: skip
+        parts = writer.answers(prompts)
+        if plan.own_prompts:
+            parts += writer.own(plan.own_prompts, plan.openings)
+        elif plan.minutes and not plan.corpora and not prompts:
+            parts += writer.own_for(60 * plan.minutes * TEXT_SHARE, plan.openings)
+        return parts
+
+    def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
+        """Leave out what repeats a benchmark, and hold out some of the rest, seeded."""
+        plan = self.plan
+        corpus = sum((part.corpus for part in parts), Corpus.of([]))
+        repeats = self._repeats(corpus, forbidden)
+        usable = np.flatnonzero(~repeats)
+        if len(usable) < 2:
+            raise TrainError(f"{len(usable)} conversations are too few to train on and to hold out: add prompts")
+        order = np.random.default_rng((plan.fit.seed, 1)).permutation(usable)
+        held = min(HELD_OUT_MOST, max(1, round(plan.held_out * len(usable))))
+        return Text(parts, corpus, np.sort(order[held:]), np.sort(order[:held]), int(repeats.sum()))
+
+    def _repeats(self, corpus: Corpus, forbidden: Forbidden) -> NDArray[np.bool_]:
+        """Which conversations share a run of words with an excluded prompt."""
+        out = np.zeros(len(corpus), bool)
+        if forbidden:
+            tokenizer, starts = self.tokenizer, corpus.offsets
+            for i in range(len(corpus)):
+                out[i] = forbidden.touches(tokenizer.decode(corpus.tokens[starts[i] : starts[i + 1]].tolist()))
+            self.progress("overlap", len(corpus), len(corpus), f"{int(out.sum())} left out")
+        return out
+
+    def features(self, text: Text) -> tuple[FeatureStore, FeatureStore]:
+        """(of all parts, of the held-out conversations), computed as far as the disk allows."""
+        size = self.manifest.target.feature_size * (len(self.layers) + 1)
+        held = [Part("held-out", text.corpus.select(text.held_out))]
+        held_out = FeatureStore(self.folder / "held-out", held, size, self.open_model, float("inf"))
+        features = FeatureStore(self.folder / "features", text.parts, size, self.open_model, self.plan.disk_gb * 1e9)
+        note = f"{features.bytes / 1e6:.0f} MB on disk"
+        if len(features.groups) > 1:
+            note = f"{features.bytes / 1e9:.1f} GB in {len(features.groups)} turns of {self.plan.disk_gb:g} GB each"
+        total = len(text.corpus.tokens)
+        held_out.hold(0, lambda n: self.progress("held out", n, len(held[0].corpus.tokens), ""))
+        features.hold(0, lambda n: self.progress("features", n, total, note))
+        return features, held_out
+
+
+class _Clock:
+    """Seconds that the stages before fitting took, over all starts of a run."""
+
+    def __init__(self, file: Path):
+        self.file, self._begun = file, time.monotonic()
+        self.seconds = float(json.loads(file.read_text())) if file.exists() else 0.0
+
+    def stop(self) -> None:
+        """Book the time since the start and remember it."""
+        self.seconds += time.monotonic() - self._begun
+        write_atomically(self.file, json.dumps(self.seconds).encode())
 
 
 def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
@@ -149,162 +304,3 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(mine, json.dumps(plan, indent=1).encode())
-
-
-def _corpus(
-    work: Path,
-    pair: Path,
-    manifest: Manifest,
-    model: PagedModel,
-    given: tuple[list[Corpus], list[str]],
-    plan: TrainPlan,
-    progress: Progress,
-) -> Corpus:
-    """Conversations given, and answers to the prompts given or self-written; cached as corpus.npz."""
-    path = work / "corpus.npz"
-    if path.exists():
-        return Corpus.load(path)
-    corpora, prompts = given
-    corpus = sum(corpora, Corpus.of([]))
-    if prompts or plan.own_prompts:
-        tokenizer = Tokenizer.from_folder(pair / "target")
-        writer = BatchWriter(model, manifest.target.eos_token_ids)
-        prompts = prompts + _own_prompts(work, tokenizer, writer, plan, progress)
-        corpus = corpus + _answers(work, tokenizer, writer, prompts, plan, progress)
-    if len(corpus) < 2:
-        raise TrainError(f"{len(corpus)} conversations are too few to train on and to hold out: add prompts")
-    corpus.save(path)
-    return corpus
-
-
-def _own_prompts(
-    work: Path, tokenizer: Tokenizer, writer: BatchWriter, plan: TrainPlan, progress: Progress
-) -> list[str]:
-    """Prompts that the target writes, as many as the plan says; cached as prompts.json."""
-    if not plan.own_prompts:
-        return []
-    path = work / "prompts.json"
-    if path.exists():
-        cached: list[str] = json.loads(path.read_text())
-        return cached
-    wanted, rng = plan.own_prompts, np.random.default_rng((plan.fit.seed, 2))
-    own = write_prompts(writer, tokenizer, wanted, rng, lambda n: progress("prompts", n, wanted, ""))
-    if len(own) < wanted:
-        progress("prompts", len(own), wanted, f"only {len(own)} were usable")
-    write_atomically(path, json.dumps(own).encode())
-    return own
-
-
-def _answers(
-    work: Path, tokenizer: Tokenizer, writer: BatchWriter, prompts: list[str], plan: TrainPlan, progress: Progress
-) -> Corpus:
-    """The target's answers, written in blocks, each cached as answers-N.npz and seeded by itself."""
-    corpus = Corpus.of([])
-    for start in range(0, len(prompts), ANSWER_BLOCK):
-        part = work / f"answers-{start}.npz"
-        if not part.exists():
-            rng = np.random.default_rng((plan.fit.seed, 3, start))
-            block = prompts[start : start + ANSWER_BLOCK]
-            written = []
-            for conversation in writer.write(answer_requests(tokenizer, block, rng, plan.max_new_tokens), rng):
-                written.append(conversation)
-                progress("answers", start + len(written), len(prompts), "")
-            Corpus.of(written).save(part)
-            if lost := len(block) - len(written):
-                note = f"{lost} left out: a prompt fills {writer.max_length} tokens by itself"
-                progress("answers", start + len(block), len(prompts), note)
-        corpus = corpus + Corpus.load(part)
-    return corpus
-
-
-def _split(corpus: Corpus, plan: TrainPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(held out, trained on), seeded, at least one conversation each."""
-    order = np.random.default_rng((plan.fit.seed, 1)).permutation(len(corpus))
-    held = max(1, round(plan.held_out * len(corpus)))
-    return np.sort(order[:held]), np.sort(order[held:])
-
-
-def _rows(features: NDArray[np.float16], corpus: Corpus, chosen: NDArray[np.int64]) -> NDArray[np.float16]:
-    """Feature rows of the chosen conversations, in memory, in their order."""
-    offsets = corpus.offsets
-    return np.concatenate([features[offsets[i] : offsets[i + 1]] for i in chosen])
-
-
-def _fit(
-    drafter: Drafter, corpus: Corpus, features: NDArray[np.float16], plan: TrainPlan, work: Path, progress: Progress
-) -> FitState:
-    """Update until the plan's time or epochs are used up; saves its state every minute."""
-    options = plan.fit
-    batches = Batches(corpus, features, drafter.d2t.cpu().numpy(), drafter.config.vocab_size, options)
-    optimizer = torch.optim.AdamW(drafter.parameters(), betas=(0.9, 0.95), weight_decay=options.weight_decay)
-    state = _load_state(work, drafter, optimizer, plan.device)
-    total = options.epochs * batches.per_epoch
-    recent: list[StepReport] = []
-    saved = started = time.monotonic()
-    before = state.seconds
-    for step, windows in batches.stream(state.step):
-        share = state.seconds / (60 * plan.minutes) if plan.minutes else step / total
-        if share >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, share, options)
-        loss, report = unrolled_loss(drafter, _to(windows, plan.device), options)
-        if not torch.isfinite(loss):
-            raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
-        loss.backward()  # type: ignore[no-untyped-call]  # torch
-        torch.nn.utils.clip_grad_norm_(drafter.parameters(), options.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        recent.append(report)
-        now = time.monotonic()
-        state.step, state.seconds = step + 1, before + now - started
-        state.positions += report.positions
-        if state.step % CURVE_EVERY == 0:
-            state.curve.append(_point(state, recent))
-            recent = []
-            agreement = " ".join(f"{a:.3f}" for a in state.curve[-1]["agreement"])
-            progress("fit", 100 * share, 100, f"loss {state.curve[-1]['loss']:.2f}  agreement {agreement}")
-        if now - saved > SAVE_SECONDS:
-            _save_state(work, drafter, optimizer, state)
-            saved = now
-    _save_state(work, drafter, optimizer, state)
-    return state
-
-
-def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
-    """One point of the learning curve: means since the last one."""
-    agreement = np.mean([report.agreement for report in recent], axis=0)
-    return {
-        "update": state.step,
-        "seconds": round(state.seconds, 1),
-        "positions": state.positions,
-        "loss": round(float(np.mean([report.loss for report in recent])), 4),
-        "agreement": [round(float(a), 4) for a in agreement],
-    }
-
-
-def _to(windows: Windows, device: str) -> Windows:
-    return Windows(
-        windows.features.to(device),
-        windows.tokens.to(device),
-        windows.following.to(device),
-        windows.answer.to(device),
-        windows.start,
-    )
-
-
-def _save_state(work: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, state: FitState) -> None:
-    temporary = work / "state.pt.tmp"
-    weights = {name: p.detach() for name, p in drafter.named_parameters()}
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "state": asdict(state)}, temporary)
-    os.replace(temporary, work / "state.pt")
-
-
-def _load_state(work: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, device: str) -> FitState:
-    path = work / "state.pt"
-    if not path.exists():
-        return FitState()
-    saved = torch.load(path, map_location=device, weights_only=True)
-    drafter.load_state_dict(saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return FitState(**saved["state"])

@@ -16,6 +16,7 @@ class DrafterConfig:
 
     hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
     feature_size: D, width of the target's feature (the input of its lm_head).
+    feature_layers: blocks of the target (0 is the first) whose outputs are read beside it; () for none.
     draft_vocab_size: K, tokens the drafter can propose, the target's most frequent ones.
     """
 
@@ -32,8 +33,12 @@ class DrafterConfig:
     rms_norm_eps: float = 1e-5
     fusion: str = "dgf"
     blocks: int = 1
+    feature_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_layers", tuple(self.feature_layers))  # a list in JSON
+        if any(layer < 0 for layer in self.feature_layers):
+            raise ValueError(f"feature_layers {list(self.feature_layers)} are out of range: blocks count from 0")
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion {self.fusion!r} is unknown: choose one of {', '.join(FUSIONS)}")
         for name in ("vocab_size", "hidden_size", "feature_size", "intermediate_size", "head_dim", "blocks"):
@@ -66,9 +71,12 @@ class DrafterConfig:
             raise ValueError(f"drafter config is incomplete: {error}") from error
 
     @classmethod
-    def for_target(cls, target: dict[str, Any], draft_vocab_size: int, fusion: str, blocks: int) -> DrafterConfig:
+    def for_target(
+        cls, target: dict[str, Any], draft_vocab_size: int, fusion: str, blocks: int, *, layers: bool = False
+    ) -> DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
+        layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
         Scaled RoPE (YaRN, Llama 3's) is refused rather than approximated.
         """
         target = target.get("text_config", target)
@@ -91,6 +99,7 @@ class DrafterConfig:
             rms_norm_eps=float(target.get("rms_norm_eps", 1e-5)),
             fusion=fusion,
             blocks=blocks,
+            feature_layers=low_middle_high(int(target["num_hidden_layers"])) if layers else (),
         )
 
     def save(self, folder: Path) -> None:
@@ -101,3 +110,8 @@ class DrafterConfig:
     def load(cls, folder: Path) -> DrafterConfig:
         """Read `config.json` from `folder`."""
         return cls.from_dict(json.loads((folder / "config.json").read_text()))
+
+
+def low_middle_high(depth: int) -> tuple[int, ...]:
+    """The blocks that EAGLE-3 reads (arXiv 2503.01840): near the bottom, in the middle, near the top."""
+    return tuple(sorted({min(2, depth - 1), depth // 2, max(depth - 3, 0)}))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DrafterConfig
-from .fusion import FUSIONS, RMSNorm
+from .fusion import FUSIONS, LayerMix, RMSNorm
 
 
 def rope_table(config: DrafterConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +116,8 @@ class Drafter(nn.Module):
         self.config = config
         self.fusion = FUSIONS[config.fusion](config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.blocks))
+        wide = len(config.feature_layers)
+        self.mix = LayerMix(config.feature_size, wide, config.rms_norm_eps) if wide else None
         self.register_buffer("embed_tokens", embed_tokens, persistent=False)
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("d2t", d2t, persistent=False)
@@ -123,6 +125,10 @@ class Drafter(nn.Module):
     def blocks(self) -> Sequence[Block]:
         """The Llama blocks, typed."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def read(self, features: Tensor) -> Tensor:
+        """What `step` takes for the target's feature, [..., D], from all that is read of it, [..., (L + 1) * D]."""
+        return features if self.mix is None else self.mix(features)
 
     def logits(self, g: Tensor) -> Tensor:
         """Draft-vocabulary logits [..., K] of output features g [..., H]."""

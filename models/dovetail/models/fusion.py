@@ -64,6 +64,28 @@ class ConcatFusion(nn.Module):
         return out
 
 
+class LayerMix(nn.Module):
+    """The feature that a fusion reads, from the outputs of L target blocks and the last feature.
+
+    f = last + P [rms(l1); ...; rms(lL)], P zero at first: a drafter starts out as one of the last feature alone,
+    and the sum stays in the space of the drafter's own outputs, which take its place after the first step.
+    The runtime adds it inside the target's graph.  Which blocks: EAGLE-3 (arXiv 2503.01840).
+    """
+
+    def __init__(self, size: int, layers: int, eps: float):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.proj = nn.Linear(layers * size, size, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [..., (L + 1) * size], the last feature at the end -> [..., size]."""
+        *layers, last = features.split(self.size, dim=-1)
+        normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) for x in layers]
+        out: Tensor = last + self.proj(torch.cat(normed, dim=-1))
+        return out
+
+
 FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {
     "dgf": DynamicGatingFusion,
     "fc": ConcatFusion,

@@ -5,10 +5,16 @@ Axes: T new tokens of all sequences, R rows whose logits are wanted, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
-from .errors import ExportError
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ExportError, IntegrityError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -18,7 +24,38 @@ LOGITS = "logits"
 SAMPLED = "sampled_tokens_indices"
 RT_INFO_TAP = ["dovetail", "tap"]
 
+
+@dataclass(frozen=True, eq=False)
+class FeatureMix:
+    """What a drafter reads of the target besides its last feature.
+
+    layers: L blocks of the target, 0 the first.  weight: [H, L * H] float32, applied to their outputs, each
+    divided by its root mean square (eps inside), and added to the last feature [.., H].
+    """
+
+    layers: tuple[int, ...]
+    weight: NDArray[np.float32]
+    eps: float
+
+    def save(self, file: Path) -> None:
+        """Write an .npz, the weight in float16."""
+        np.savez(file, layers=np.array(self.layers), weight=self.weight.astype(np.float16), eps=np.array(self.eps))
+
+    @classmethod
+    def load(cls, file: Path) -> FeatureMix:
+        """Read it back. Raises IntegrityError."""
+        try:
+            with file.open("rb") as stream, np.load(stream) as data:
+                layers, weight, eps = data["layers"], data["weight"].astype(np.float32), float(data["eps"])
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise IntegrityError(f"{file} cannot be read ({error}): export the drafter again") from error
+        if weight.ndim != 2 or not len(layers) or weight.shape[1] != len(layers) * weight.shape[0]:
+            raise IntegrityError(f"{file} holds a weight {weight.shape} for {len(layers)} layers: export it again")
+        return cls(tuple(int(layer) for layer in layers), weight, eps)
+
+
 # What may stand between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
+_BETWEEN_CONSTANT = {"Convert", "Reshape"}
 _AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
 
 
@@ -60,6 +97,92 @@ def add_tap(model: ov.Model) -> str:
     return name
 
 
+def layer_outputs(model: ov.Model) -> list[ov.Output]:
+    """The residual stream after each block of the target, first to last, each [.., H].
+
+    Walks back from the lm_head along the additions that make the stream, two a block (attention, feed-forward).
+    Raises ExportError when the graph is built in another way.
+    """
+    stream: list[ov.Output] = []
+    node = _addition_before(find_head(model).input_value(0).get_node())
+    while node is not None:
+        stream.append(node.output(0))
+        sources = [value.get_node() for value in node.input_values()]
+        node = next((source for source in sources if _adds_two_branches(source)), None)
+    if len(stream) < 2 or len(stream) % 2:
+        raise ExportError(
+            f"the graph's residual stream has {len(stream)} additions, not two a block: train a drafter without "
+            "--feature-layers for this target"
+        )
+    return stream[-2::-2]
+
+
+def widen_tap(model: ov.Model, layers: Sequence[int]) -> None:
+    """Make "features" [.., (L + 1) * H]: the outputs of `layers` (0 is the first block), then the lm_head's input."""
+    from openvino import opset13 as ops
+
+    last = find_head(model).input_value(0)
+    parts = [ops.convert(output, "f32") for output in [*_layers(model, layers), last]]
+    _replace_tap(model, ops.concat(parts, -1).output(0))
+
+
+def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
+    """Make "features" [.., H] the lm_head's input plus `mix` of the target's layers."""
+    from openvino import opset13 as ops
+
+    last = ops.convert(find_head(model).input_value(0), "f32")
+    normed = []
+    for output in _layers(model, mix.layers):
+        x = ops.convert(output, "f32")
+        square = ops.reduce_mean(ops.multiply(x, x), np.array([-1]), keep_dims=True)
+        normed.append(ops.divide(x, ops.sqrt(ops.add(square, np.float32(mix.eps)))))
+    mixed = ops.matmul(ops.concat(normed, -1), ops.constant(mix.weight.astype(np.float32)), False, True)
+    _replace_tap(model, ops.add(last, mixed).output(0))
+
+
+def _layers(model: ov.Model, layers: Sequence[int]) -> list[ov.Output]:
+    found = layer_outputs(model)
+    if missing := [layer for layer in layers if not 0 <= layer < len(found)]:
+        raise ExportError(f"layer {missing[0]} is none of the target's {len(found)}: train the drafter again")
+    return [found[layer] for layer in layers]
+
+
+def _replace_tap(model: ov.Model, value: ov.Output) -> None:
+    """Let the output "features" carry `value` instead."""
+    from openvino import opset13 as ops
+
+    old = next(result for result in model.get_results() if FEATURES in result.input_value(0).get_names())
+    tensor = old.input_value(0).get_tensor()
+    tensor.set_names(tensor.get_names() - {FEATURES})
+    model.remove_result(old)
+    value.get_tensor().set_names({FEATURES})
+    model.add_results([ops.result(value.get_node())])
+
+
+def _addition_before(node: ov.Node) -> ov.Node | None:
+    """The nearest addition of two computed branches on the way from the lm_head to the inputs: under the final norm."""
+    pending = [node]
+    while pending:
+        node = pending.pop(0)
+        if _adds_two_branches(node):
+            return node
+        pending += [value.get_node() for value in node.input_values()]
+    return None
+
+
+def _adds_two_branches(node: ov.Node) -> bool:
+    """Whether `node` is an Add that is no bias, epsilon or scale: both of its inputs depend on the tokens."""
+    if node.get_type_name() != "Add":
+        return False
+    return not any(_is_constant(value.get_node()) for value in node.input_values())
+
+
+def _is_constant(node: ov.Node) -> bool:
+    while node.get_type_name() in _BETWEEN_CONSTANT:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "Constant")
+
+
 def has_tap(model: ov.Model) -> bool:
     """Whether the graph already has the "features" output."""
     return any(FEATURES in output.get_names() for output in model.outputs)
@@ -84,7 +207,6 @@ def to_paged(model: ov.Model) -> None:
     features stay [T, 1, D].  Done at every load: a saved paged IR loses runtime information that the
     CPU plugin needs, and the operator's inputs change between releases.
     """
-    import numpy as np
     from openvino import opset13 as ops
     from openvino._offline_transformations import paged_attention_transformation
 

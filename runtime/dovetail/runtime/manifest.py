@@ -24,7 +24,10 @@ TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "targe
 MANIFEST_NAME = "dovetail.json"
 FUSIONS = ("dgf", "fc")
 
+DEVICES = ("cuda", "cpu")
+
 Record = TypeVar("Record")
+_MAY_BE_MISSING = {"may_be_missing": True}  # keys that older manifests of this format version do not have
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class DrafterFacts:
 
     top_k: children that the graph returns per row. tree_slots: rows of KV kept for tree nodes.
     max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
+    feature_layers: blocks of the target read beside its last feature; then files["features"] says how (FeatureMix).
     """
 
     fusion: str
@@ -88,12 +92,15 @@ class DrafterFacts:
     max_context: int
     tokenizer_sha256: str
     files: dict[str, str]
+    feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise ManifestError(f"drafter.fusion {self.fusion!r} is unknown: one of {', '.join(FUSIONS)}")
         if "cpu" not in self.files:
             raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
+        if bool(self.feature_layers) != ("features" in self.files):
+            raise ManifestError("drafter.feature_layers and files['features'] do not match: export the drafter again")
         _require_positive(
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
@@ -248,6 +255,11 @@ def check_pair(manifest: Manifest) -> None:
             raise MismatchError(
                 f"the drafter's {what} {ours} is not the target's {theirs}: use the drafter trained for this target"
             )
+    if max(drafter.feature_layers, default=0) >= target.num_layers:
+        raise MismatchError(
+            f"the drafter reads layer {max(drafter.feature_layers)} of a target that has {target.num_layers}: use the "
+            "drafter trained for this target"
+        )
     if drafter.draft_vocab_size > target.vocab_size:
         raise MismatchError(
             f"draft vocabulary {drafter.draft_vocab_size} exceeds the target's {target.vocab_size}: train it again"
@@ -310,12 +322,12 @@ def _mapping(raw: object, where: str) -> Mapping[str, Any]:
 
 
 def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
-    names = [f.name for f in fields(record)]
+    known = {f.name: f for f in fields(record)}
     for key in data:
-        if key not in names:
+        if key not in known:
             raise ManifestError(f"unknown key {where + key!r}: remove it, or use the Dovetail that wrote it")
-    for name in names:
-        if name not in data:
+    for name, entry in known.items():
+        if name not in data and not entry.metadata.get("may_be_missing"):
             raise ManifestError(f"key {where + name!r} is missing: export the pair again")
 
 

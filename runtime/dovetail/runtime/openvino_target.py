@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ContextOverflow, DeviceError
+from .graph import FeatureMix
 from .manifest import Manifest
 from .paged import BLOCK, Batch, PagedModel
 from .sessions import TargetPass, TokenArray
@@ -37,8 +38,13 @@ class OpenVINOTarget:
 
     @classmethod
     def open(cls, pair: Path, manifest: Manifest, *, threads: int | None = None) -> OpenVINOTarget:
-        """Load the target of a pair; `threads` defaults to what OpenVINO finds best."""
-        model = PagedModel(pair / "target" / "openvino_model.xml", threads=threads)
+        """Load the target of a pair; `threads` defaults to what OpenVINO finds best.
+
+        Where the pair's drafter reads more than the last feature, the graph gives it the mix.  Raises IntegrityError.
+        """
+        mix = manifest.drafter.files.get("features") if manifest.drafter else None
+        xml = pair / "target" / "openvino_model.xml"
+        model = PagedModel(xml, threads=threads, mix=FeatureMix.load(pair / mix) if mix else None)
         return cls(model, manifest.target.max_context)
 
     @property

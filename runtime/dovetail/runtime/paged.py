@@ -7,6 +7,7 @@ D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DeviceError
-from .graph import FEATURES, LOGITS, SAMPLED, read_model, to_paged
+from .graph import FEATURES, LOGITS, SAMPLED, FeatureMix, mix_tap, read_model, to_paged, widen_tap
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 
@@ -62,12 +63,27 @@ class _KVGroup:
 
 
 class PagedModel:
-    """One compiled model, one inference request, and the KV blocks it owns."""
+    """One compiled model, one inference request, and the KV blocks it owns.
 
-    def __init__(self, xml: Path, *, threads: int | None = None, properties: dict[str, Any] | None = None):
+    mix: what a drafter adds to the last feature; layers: blocks whose outputs come before it, as training reads them.
+    """
+
+    def __init__(
+        self,
+        xml: Path,
+        *,
+        threads: int | None = None,
+        properties: dict[str, Any] | None = None,
+        mix: FeatureMix | None = None,
+        layers: Sequence[int] = (),
+    ):
         import openvino as ov
 
         model = read_model(xml)
+        if mix:
+            mix_tap(model, mix)
+        if layers:
+            widen_tap(model, layers)
         settings: dict[str, Any] = {**PROPERTIES, **(properties or {})}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -85,6 +101,11 @@ class PagedModel:
     def blocks(self) -> int:
         """KV blocks allocated."""
         return int(self._groups[0].data.shape[1])
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one KV block over all layers."""
+        return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:
         by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)

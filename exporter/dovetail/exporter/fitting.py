@@ -1,0 +1,142 @@
+"""The fitting loop: seeded batches in, a resumable state and a learning curve out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dovetail.models import Drafter
+from dovetail.runtime.errors import TrainError
+
+from .fit import Batches, FitOptions, StepReport, Windows, learning_rate, make_optimizers, unrolled_loss
+
+CURVE_EVERY = 25  # updates per point of the learning curve
+JUDGE_EVERY = 0.1  # share of the run between two looks at held-out text
+SAVE_SECONDS = 60.0
+TIMED_UPDATES = 20  # updates after which the length of a run limited by time is fixed
+
+# progress(stage, done, total, note)
+Progress = Callable[[str, float, float, str], None]
+
+
+@dataclass
+class FitState:
+    """Where fitting stands; what `state.pt` holds.
+
+    total: updates of the whole run, 0 while not known.  judged: looks at held-out text so far.
+    """
+
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    positions: int = 0
+    judged: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Fitting:
+    """One run over `batches`; its state lives in `folder`/state.pt."""
+
+    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
+        self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
+        self.progress = progress
+        self.options: FitOptions = batches.options
+        self.optimizers = make_optimizers(drafter, self.options)
+        self.state = self._load()
+
+    def run(self, seconds: float | None, judge: Callable[[], float]) -> FitState:
+        """Update until the options' epochs are done, or for about `seconds`: the number of updates is fixed early.
+
+        judge: the held-out acceptance length, asked ten times in a run for the curve.
+        """
+        state, options = self.state, self.options
+        if seconds is None:
+            state.total = max(1, round(options.epochs * self.batches.per_epoch))
+        recent: list[StepReport] = []
+        saved = mark = time.monotonic()
+        for step, windows in self.batches.stream(state.step, self._hold):
+            if state.total and step >= state.total:
+                break
+            recent.append(self._update(step, windows))
+            now = time.monotonic()
+            state.step, state.seconds, mark = step + 1, state.seconds + now - mark, now
+            state.positions += recent[-1].positions
+            if seconds and not state.total and state.step >= TIMED_UPDATES:
+                state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
+                self._save()
+            if state.step % CURVE_EVERY == 0 or state.step == state.total:
+                recent = self._record(recent, judge)
+                mark = time.monotonic()  # judging is no fitting
+            if now - saved > SAVE_SECONDS:
+                self._save()
+                saved = now
+        self._save()
+        return state
+
+    def _update(self, step: int, windows: Windows) -> StepReport:
+        """One update of all weights."""
+        options = self.options
+        share = step / self.state.total if self.state.total else 0.0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, share, group["peak"], options.warmup)
+        loss, report = unrolled_loss(self.drafter, windows.to(self.device), options)
+        if not torch.isfinite(loss):
+            raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
+        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), options.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _record(self, recent: list[StepReport], judge: Callable[[], float]) -> list[StepReport]:
+        """Add a point to the curve, with a look at held-out text when it is time for one."""
+        state = self.state
+        state.curve.append(point := _point(state, recent))
+        due = state.total and state.step >= (state.judged + 1) * JUDGE_EVERY * state.total
+        if due or state.step == state.total:
+            state.judged = int(state.step / (JUDGE_EVERY * state.total))
+            point["held_out"] = round(judge(), 3)
+        agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
+        held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
+        self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")
+        return []
+
+    def _hold(self, group: int) -> None:
+        self.batches.features.hold(group, lambda n: self.progress("features", n, 0, "for the next turn"))
+
+    def _save(self) -> None:
+        temporary = self.file.with_name(self.file.name + ".tmp")
+        weights = {name: p.detach() for name, p in self.drafter.named_parameters()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        torch.save({"weights": weights, "optimizers": optimizers, "state": asdict(self.state)}, temporary)
+        os.replace(temporary, self.file)
+
+    def _load(self) -> FitState:
+        if not self.file.exists():
+            return FitState()
+        saved = torch.load(self.file, map_location=self.device, weights_only=True)
+        self.drafter.load_state_dict(saved["weights"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return FitState(**saved["state"])
+
+
+def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
+    """One point of the learning curve: means since the last one."""
+    agreement = np.mean([report.agreement for report in recent], axis=0)
+    return {
+        "update": state.step,
+        "seconds": round(state.seconds, 1),
+        "positions": state.positions,
+        "loss": round(float(np.mean([report.loss for report in recent])), 4),
+        "agreement": [round(float(a), 4) for a in agreement],
+    }

@@ -1,0 +1,45 @@
+"""Does training text repeat a benchmark's prompts?  Word n-grams say so.
+
+A conversation that shares one run of 13 words with a prompt of a benchmark is left out of training; a prompt
+of fewer words counts as one run, one of fewer than 6 says nothing of its own and is not looked for.  Words are
+letters and digits in lower case: layout does not hide a copy.
+Source: the 13-gram rule of GPT-3's contamination study (arXiv 2005.14165, appendix C).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+N = 13
+SHORTEST = 6
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+class Forbidden:
+    """The word runs of texts that training must not contain."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._runs: dict[int, set[tuple[str, ...]]] = {}  # run length -> runs
+        for text in texts:
+            words = _words(text)
+            if len(words) >= SHORTEST:
+                size = min(N, len(words))
+                self._runs.setdefault(size, set()).update(_runs(words, size))
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def touches(self, text: str) -> bool:
+        """Whether `text` contains one of the runs."""
+        words = _words(text)
+        return any(not runs.isdisjoint(_runs(words, size)) for size, runs in self._runs.items())
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _runs(words: list[str], size: int) -> Iterable[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(size)), strict=False)
