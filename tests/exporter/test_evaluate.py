@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,18 @@ def test_a_damaged_calibration_stops_the_export_before_it_begins(
     with pytest.raises(SourceError, match=CALIBRATION_NAME) as caught:
         export_drafter(calibrated, tiny_target, tmp_path / "drafter")
     assert "\n" not in str(caught.value) and not (tmp_path / "drafter").exists()
+
+
+@torch.no_grad()
+def test_blocks_read_beside_the_last_feature_are_mixed_in_once() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(20, 16)
+    config = DrafterConfig(20, 12, 16, 16, 24, 2, 1, 8, 64, feature_layers=(0, 1))
+    wide = Drafter(config, rows, rows[:12], torch.arange(12))
+    wide.mix.proj.weight.normal_()
+    plain = Drafter(replace(config, feature_layers=()), rows, rows[:12], torch.arange(12))
+    plain.load_state_dict({name: value for name, value in wide.state_dict().items() if not name.startswith("mix.")})
+    corpus, _ = conversations([20, 14], [4, 5])
+    features = torch.randn(34, 48).half()
+    mixed = wide.read(features.float()).numpy()
+    assert evaluate(wide, corpus, features.numpy(), depth=3) == evaluate(plain, corpus, mixed, depth=3)

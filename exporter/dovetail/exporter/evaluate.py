@@ -83,9 +83,6 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, w
     return HeldOut(1.0 + float(rates.sum()), accepted, positions, calibrate(found))
 
 
-chain_acceptance = evaluate
-
-
 def calibrate(found: list[list[Candidates]]) -> Calibration:
     """Fit every depth on its candidates, gathered conversation by conversation."""
     fits = []
