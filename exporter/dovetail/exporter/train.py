@@ -123,7 +123,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
-    work = _Work(pair, manifest, plan, out / "work", progress)
+    work = Work(pair, manifest, plan, out / "work", progress)
     forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
     prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
     given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
@@ -177,7 +177,7 @@ def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -
 
 
 @dataclass
-class _Work:
+class Work:
     """The work folder of one run: text in `text/`, features in `features/` and `held-out/`."""
 
     pair: Path
