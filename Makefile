@@ -41,7 +41,7 @@ $(READY): requirements.lock pyproject.toml
 
 lock:
 	echo 'torch==$(TORCH)' | uv pip compile pyproject.toml - --extra export --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
-	  --no-emit-package torchvision --no-emit-package pillow --no-emit-package pip $(UV_ARGS) \
+	  --no-emit-package torchvision --no-emit-package pip $(UV_ARGS) \
 	  | sed 's/^\(torch==[0-9.]*\)+cpu$$/\1/' > requirements.body
 	{ sed -n '/^#/p' requirements.lock; cat requirements.body; } > requirements.new
 	mv requirements.new requirements.lock && rm requirements.body

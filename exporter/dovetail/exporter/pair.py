@@ -17,6 +17,7 @@ from dovetail.exporter.target import (
     describe_tools,
     versions,
 )
+from dovetail.runtime.calibration import CALIBRATION_NAME
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_pair, sha256_file
 
@@ -107,4 +108,5 @@ def _checkpoint_digest(checkpoint: Path) -> dict[str, str]:
     missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
         raise SourceError(f"{checkpoint / missing[0]} is missing: name the folder of a trained drafter")
-    return {name: sha256_file(checkpoint / name) for name in CHECKPOINT_FILES}
+    present = [*CHECKPOINT_FILES, *([CALIBRATION_NAME] if (checkpoint / CALIBRATION_NAME).is_file() else [])]
+    return {name: sha256_file(checkpoint / name) for name in present}

@@ -148,7 +148,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
         "updates": state.step,
         "positions_seen": state.positions,
         "minutes": {"text_and_features": round(clock.seconds / 60, 2), "fit": round(state.seconds / 60, 2)},
-        "held_out": asdict(result),
+        "held_out": {name: value for name, value in asdict(result).items() if name != "calibration"},
         "curve": state.curve,
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
