@@ -91,11 +91,12 @@ class Results:
 @click.option("--width", type=int, default=16, show_default=True)
 @click.option("--depth", type=int, default=6, show_default=True)
 @click.option("--tree-top-k", type=int, default=4, show_default=True)
+@click.option("--lookup", type=int, default=8, show_default=True, help="Tokens of repeated text in the tree; 0 is off.")
 @click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("-t", "--threads", type=int)
 def acceptance(
     pair: str, folder: Path, out: Path, limit: int | None, max_new_tokens: int, temperatures: tuple[float, ...],
-    seed: int, width: int, depth: int, tree_top_k: int, drafter_device: str, threads: int | None,
+    seed: int, width: int, depth: int, tree_top_k: int, lookup: int, drafter_device: str, threads: int | None,
 ) -> None:  # fmt: skip
     """Measure PAIR on every *.jsonl of FOLDER; both turns of a two-turn conversation are answered."""
     tasks = {file.stem: read_prompts(file, limit) for file in sorted(folder.glob("*.jsonl"))}
@@ -105,7 +106,7 @@ def acceptance(
         RequestFlags(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, ())
         for temperature in dict.fromkeys(temperatures)
     ]
-    flags = EngineFlags(pair, drafter_device, threads, width, depth, tree_top_k)
+    flags = EngineFlags(pair, drafter_device, threads, width, depth, tree_top_k, lookup)
     with flags.open() as engine:
         results = Results.open(out, circumstances(engine, flags, max_new_tokens, seed))
         scores = list(measure(engine, tasks, requests, results))

@@ -84,7 +84,13 @@ def autoregressive(request: Request, seed: int = 0, max_context: int = 4096) -> 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("sampling", [GREEDY, replace(GREEDY, repetition_penalty=1.5), HOT])
 def test_speculative_equals_plain_token_for_token(drafter: str | None, sampling: SamplingParams) -> None:
-    shapes = (LIMITS, TreeLimits(12, 6, 1), TreeLimits(2, 1, 1), TreeLimits(30, 3, 5), TreeLimits(1, 0, 1))
+    shapes = (
+        LIMITS,
+        TreeLimits(12, 6, 1, lookup=0),
+        TreeLimits(2, 1, 1, lookup=0),
+        TreeLimits(30, 3, 5, lookup=0),
+        TreeLimits(1, 0, 1, lookup=0),
+    )
     for seed, limits in itertools.product(range(4), shapes):
         request = Request((1, 2, 3), 40, sampling, frozenset({6}) if seed % 2 else frozenset(), limits)
         tokens, finish, _ = run(talk(seed, drafter), request)
@@ -118,8 +124,18 @@ def test_speculative_equals_plain_whatever_is_asked(
     assert metrics.new_tokens == len(tokens)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_repeated_text_saves_rounds_where_the_drafter_does_not(top_k: int) -> None:
+    """A greedy Markov text runs in circles; a chain stays a chain."""
+    request = Request((1, 2), 41, GREEDY, limits=TreeLimits(9, 4, top_k, lookup=8))
+    tokens, _, metrics = run(talk(drafter="hostile"), request)
+    assert tokens == autoregressive(request)
+    assert metrics.rounds < 25
+    assert metrics.drafted <= 8 * metrics.rounds
+
+
 def test_a_perfect_drafter_saves_rounds_and_a_hostile_one_costs_none() -> None:
-    request = Request((1, 2), 41, GREEDY, limits=TreeLimits(5, 4, 1))
+    request = Request((1, 2), 41, GREEDY, limits=TreeLimits(5, 4, 1, lookup=0))
     _, _, perfect = run(talk(drafter="perfect"), request)
     assert perfect.rounds == 8 and perfect.drafted == perfect.accepted == 32
     assert perfect.acceptance_length == 5 and perfect.accepted_per_position == (8, 8, 8, 8)
@@ -145,7 +161,7 @@ def test_accepted_tokens_beyond_the_end_are_not_counted() -> None:
     free = autoregressive(Request((1, 2), 20))
     stop = next(token for i, token in enumerate(free) if token not in free[:i] and i % 5 in (2, 3) and i > 1)
     index = free.index(stop)
-    request = Request((1, 2), 20, GREEDY, frozenset({stop}), TreeLimits(5, 4, 1))
+    request = Request((1, 2), 20, GREEDY, frozenset({stop}), TreeLimits(5, 4, 1, lookup=0))
     conversation = talk(drafter="perfect")
     tokens, finish, metrics = run(conversation, request)
     assert tokens == free[:index] and finish == "stop"
@@ -315,7 +331,7 @@ def test_an_abandoned_generator_leaves_the_conversation_usable(after: int) -> No
 def test_a_drafter_out_of_step_is_an_error() -> None:
     logits = MarkovLogits(VOCAB)
     wrong_root = ScriptedDrafter(lambda prefix, limits: DraftTree.root((prefix[-1] + 1) % VOCAB))
-    wide = TreeLimits(50, 3, 7)
+    wide = TreeLimits(50, 3, 7, lookup=0)
     too_wide = ScriptedDrafter(lambda prefix, _: ScriptedDrafter.copy_of(logits)._propose(prefix, wide))
     for drafter in (wrong_root, too_wide):
         conversation = Conversation(ScriptedTarget(logits), drafter)

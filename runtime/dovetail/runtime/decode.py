@@ -13,15 +13,16 @@ import numpy as np
 
 from .accept import accept
 from .errors import ContextOverflow, DeviceError, InputError
+from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
 from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
-from .tree import DraftTree, TreeLimits
+from .tree import DraftTree, TreeLimits, graft
 
 FinishReason = Literal["stop", "length"]
 
 _CHUNK = 256  # prompt tokens per pass
-_PLAIN = TreeLimits(width=1, depth=0, top_k=1)
+_PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Conversation:
         self.draft_context = min(draft_context or target.max_context, target.max_context)
         self.tokens: list[int] = []
         self.target_length = self.drafter_length = 0
+        self.repeats = RepeatIndex()
+        self._repeat: Repeat | None = None  # in the tree that is being verified, or left out of it as too unlikely
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
@@ -138,13 +141,22 @@ class Conversation:
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        return tree
+        self._repeat = repeat = self.repeats.find(self.tokens, limits.lookup) if limits.lookup else None
+        if repeat is None:
+            return tree
+        if limits.top_k > 1:
+            return graft(tree, repeat.tokens, repeat.logprobs, limits.width)
+        other = graft(DraftTree.root(known), repeat.tokens, repeat.logprobs, limits.width)
+        return other if other.expected_length > tree.expected_length else tree  # a chain stays a chain
 
     def commit(self, path: TokenArray, tokens: Sequence[int]) -> None:
         """Keep the nodes of `path`; `tokens` follow its root."""
         self.target.commit(path)
         self.tokens += tokens
         self.target_length += len(path)
+        if self._repeat:
+            self.repeats.judge(self._repeat, tokens)
+            self._repeat = None
 
     def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
@@ -165,10 +177,11 @@ class Conversation:
         if asked is None or self.drafter is None:
             return _PLAIN
         depth = min(asked.depth, tokens_left - 1)  # a path of d nodes gives d + 1 tokens
+        lookup = max(0, min(asked.lookup, tokens_left - 1, self.draft_context - known))
         width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
         if depth < 1 or width < 2 or known + depth > self.draft_context:
             return _PLAIN
-        return replace(asked, width=width, depth=depth)
+        return replace(asked, width=width, depth=depth, lookup=lookup)
 
 
 def decode(conversation: Conversation, request: Request, meter: Meter) -> Generator[Step, None, None]:

@@ -8,8 +8,8 @@ While it grows, a tree is in draft order instead: rows of the drafter's buffers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappush, heapreplace
 from typing import Any
@@ -29,14 +29,16 @@ class TreeLimits:
     width: nodes verified in one pass, root included; 1 is plain decoding.
     depth: levels below the root.
     top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
+    lookup: tokens of repeated text that may join the tree as a path below the root (see lookup.py); 0 is off.
     """
 
     width: int = 10
     depth: int = 5
     top_k: int = 3
+    lookup: int = field(default=8, metadata={"may_be_missing": True})  # in manifests that are older than it
 
     def __post_init__(self) -> None:
-        for name, low in (("width", 1), ("depth", 0), ("top_k", 1)):
+        for name, low in (("width", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise InputError(f"tree {name} {value!r} is out of range: give a whole number, {low} or more")
@@ -73,6 +75,11 @@ class DraftTree:
     def __len__(self) -> int:
         """Nodes, root included."""
         return len(self.tokens)
+
+    @property
+    def expected_length(self) -> float:
+        """Tokens that verifying it is expected to give, if the log-probabilities are true."""
+        return float(np.exp(self.logprobs).sum())
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
@@ -212,18 +219,46 @@ class _Growth:
         return sorted(nodes, key=lambda node: -logprobs[node])
 
     def tree(self) -> DraftTree:
-        """The best nodes in verification order: principal chain, then the rest by rank."""
-        kept = self.ranked(range(1, len(self.tokens)))[: self.budget]
-        order, tip = [0], 0
-        for node in kept:  # by rank: the first child of the tip met here is its best, and its own children follow
-            if self.parents[node] == tip:
-                order.append(node)
-                tip = node
-        chain = set(order)
-        order += [node for node in kept if node not in chain]
-        place = {node: index for index, node in enumerate(order)}
-        return DraftTree(
-            tokens=np.array([self.tokens[node] for node in order], np.int64),
-            parents=np.array([-1, *(place[self.parents[node]] for node in order[1:])], np.int64),
-            logprobs=np.array([self.logprobs[node] for node in order], np.float32),
-        )
+        """The best nodes in verification order."""
+        return best_tree(self.tokens, self.parents, self.logprobs, self.budget)
+
+
+def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budget: int) -> DraftTree:
+    """The root and the `budget` best nodes, in verification order: principal chain, then the rest by rank.
+
+    Node 0 is the root; parents come before their children and are at least as probable.  Ties keep the earlier node.
+    """
+    kept = sorted(range(1, len(tokens)), key=lambda node: -logprobs[node])[:budget]
+    order, tip = [0], 0
+    for node in kept:  # by rank: the first child of the tip met here is its best, and its own children follow
+        if parents[node] == tip:
+            order.append(node)
+            tip = node
+    chain = set(order)
+    order += [node for node in kept if node not in chain]
+    place = {node: index for index, node in enumerate(order)}
+    return DraftTree(
+        tokens=np.array([tokens[node] for node in order], np.int64),
+        parents=np.array([-1, *(place[parents[node]] for node in order[1:])], np.int64),
+        logprobs=np.array([logprobs[node] for node in order], np.float32),
+    )
+
+
+def graft(tree: DraftTree, path: Sequence[int], logprobs: Sequence[float], width: int) -> DraftTree:
+    """Put a path of tokens below the root, where it is not there yet, and keep the best `width` nodes of all.
+
+    logprobs: of the path down to each of its tokens, descending.  A node that both propose has the better one.
+    """
+    tokens, parents, known = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
+    tip = 0
+    for token, logprob in zip(path, logprobs, strict=True):
+        child = tree.child(tip, token) if tip < len(tree) else None
+        if child is None:
+            child = len(tokens)
+            tokens.append(token)
+            parents.append(tip)
+            known.append(logprob)
+        else:
+            known[child] = max(known[child], logprob)
+        tip = child
+    return best_tree(tokens, parents, known, width - 1)

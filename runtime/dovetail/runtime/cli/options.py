@@ -47,6 +47,7 @@ class EngineFlags:
     width: int | None
     depth: int | None
     tree_top_k: int | None
+    lookup: int | None
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -56,7 +57,7 @@ class EngineFlags:
 
     def tree_values(self) -> dict[str, int]:
         """The limits that were given, by their names in TreeLimits."""
-        named = {"width": self.width, "depth": self.depth, "top_k": self.tree_top_k}
+        named = {"width": self.width, "depth": self.depth, "top_k": self.tree_top_k, "lookup": self.lookup}
         return {name: value for name, value in named.items() if value is not None}
 
     def open(self) -> Engine:
@@ -112,6 +113,7 @@ def engine_options(command: Command) -> Command:
         click.option("--width", type=int, help="Nodes verified in one pass, root included.  [default: the pair's]"),
         click.option("--depth", type=int, help="Tree levels below the root.  [default: the pair's]"),
         click.option("--tree-top-k", type=int, help="Children per tree node; 1 drafts a chain.  [default: the pair's]"),
+        click.option("--lookup", type=int, help="Tokens of repeated text in a tree; 0 is off.  [default: the pair's]"),
     )  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""Repeated text in the tree: found where it occurred last, weighed by its record, and it never changes the answer."""
+
+from __future__ import annotations
+
+from math import exp
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dovetail.runtime.lookup import PRIOR, RepeatIndex
+from dovetail.runtime.tree import DraftTree, graft
+
+TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+def test_the_longest_run_decides_and_its_last_occurrence_counts() -> None:
+    found = RepeatIndex().find([7, 8, 9, 1, 5, 7, 8, 9, 2, 6, 8, 9, 3, 7, 8, 9], 3)
+    assert found is not None and found.size == 3 and found.tokens == (2, 6, 8)
+    assert RepeatIndex().find([1, 2, 3, 4, 5], 4) is None
+    assert RepeatIndex().find([1], 4) is None
+
+
+@given(TEXTS)
+def test_what_is_found_did_occur_before(text: list[int]) -> None:
+    found = RepeatIndex().find(text, 5)
+    occurrences = [
+        end for size in (4, 3, 2) for end in range(size, len(text)) if text[end - size : end] == text[-size:]
+    ]
+    assert (found is None) == (not occurrences)
+    if found is not None:
+        last = max(end for end in range(found.size, len(text)) if text[end - found.size : end] == text[-found.size :])
+        assert list(found.tokens) == text[last : last + 5]
+
+
+@given(TEXTS, TEXTS, st.integers(1, 7))
+def test_an_index_that_grows_knows_what_a_fresh_one_knows(text: list[int], other: list[int], step: int) -> None:
+    """Also when the conversation is another one all of a sudden."""
+    index = RepeatIndex()
+    for whole in (text, other):
+        for end in range(1, len(whole) + 1, step):
+            grown, fresh = index.find(whole[:end], 4), RepeatIndex().find(whole[:end], 4)
+            assert (grown and grown.tokens) == (fresh and fresh.tokens)
+
+
+def test_probabilities_follow_the_record() -> None:
+    text = [1, 2, 3, 4, 5, 6, 1, 2]
+    index = RepeatIndex()
+    before = index.find(text, 2)
+    assert before is not None and exp(before.logprobs[0]) == PRIOR[2][0]
+    for _ in range(40):
+        index.judge(before, [9])
+    hostile = index.find(text, 2)
+    assert hostile is not None and exp(hostile.logprobs[0]) < 0.05
+    for _ in range(400):
+        index.judge(before, [3, 4])
+    kind = index.find(text, 2)
+    assert kind is not None and exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
+
+
+def random_tree(rng: np.random.Generator, size: int) -> DraftTree:
+    parents, tokens, logprobs = [-1], [0], [0.0]
+    for node in range(1, size):
+        parent = int(rng.integers(0, node))
+        parents.append(parent)
+        tokens.append(100 * parent + node)  # siblings differ
+        logprobs.append(logprobs[parent] - float(rng.exponential()))
+    return DraftTree(np.array(tokens), np.array(parents), np.array(logprobs, np.float32))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(0, 6), st.integers(1, 16), st.booleans())
+def test_a_grafted_tree_holds_the_best_nodes_of_both(seed: int, size: int, count: int, width: int, same: bool) -> None:
+    rng = np.random.default_rng(seed)
+    tree = random_tree(rng, size)
+    path = [5000 + i for i in range(count)]
+    if same and size > 1:  # begins like the tree
+        path[:1] = [int(tree.tokens[tree.parents.tolist().index(0)])][: len(path)]
+    logprobs = np.cumsum(-rng.exponential(size=count)).tolist()
+    grown = graft(tree, path, logprobs, width)
+    assert len(grown) <= width
+    values: dict[tuple[int, ...], float] = {}
+    for source in (tree, chain(path, logprobs)):
+        for words, value in paths(source).items():
+            values[words] = max(value, values.get(words, -np.inf))
+    assert len(grown) == min(width, len(values))
+    kept = paths(grown)
+    assert all(abs(values[words] - value) < 1e-5 for words, value in kept.items())
+    left_out = [value for words, value in values.items() if words not in kept]
+    assert not left_out or max(left_out) <= min(kept.values()) + 1e-5
+
+
+def chain(path: list[int], logprobs: list[float]) -> DraftTree:
+    return DraftTree(np.array([0, *path]), np.arange(-1, len(path)), np.array([0.0, *logprobs], np.float32))
+
+
+def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
+    """Tokens from the root to each node -> its log-probability."""
+    found: dict[tuple[int, ...], float] = {}
+    words: list[tuple[int, ...]] = []
+    for token, parent, logprob in zip(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), strict=True):
+        words.append((*words[parent], token) if parent >= 0 else ())
+        found[words[-1]] = logprob
+    return found
