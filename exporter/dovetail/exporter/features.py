@@ -61,7 +61,8 @@ class FeatureStore:
         self.starts = np.concatenate([[0], np.cumsum([len(part.corpus.tokens) for part in self.parts])])
         self.groups = _groups(sizes, budget_bytes)
         self.bytes = sum(sizes)
-        self._rows: dict[int, NDArray[np.float16]] = {}
+        self._rows: dict[int, NDArray[np.float16]] = {}  # of the parts of the group that is held
+        self._held: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
         largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
         present = sum(file.stat().st_size for file in folder.glob("*.f16"))
@@ -77,6 +78,9 @@ class FeatureStore:
 
         progress is told how many tokens of the group are done.
         """
+        if group == self._held:
+            return
+        self._held = None
         wanted = self.groups[group]
         for index, part in enumerate(self.parts):
             if index not in wanted:
@@ -95,6 +99,7 @@ class FeatureStore:
                 self._rows[index] = np.memmap(file, np.float16, "r", shape=(len(corpus.tokens), self.feature_size))
             done += len(corpus.tokens)
             progress(done)
+        self._held = group
 
     def __getitem__(self, rows: slice) -> NDArray[np.float16]:
         """Rows of one conversation: it lies within one part, whose group is held."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint
-from dovetail.models.checkpoint import CheckpointError, load_checkpoint
+from dovetail.models.checkpoint import CheckpointError, read_checkpoint
 from dovetail.models.config import low_middle_high
 from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import TrainError
@@ -51,7 +51,7 @@ class TrainPlan:
     corpora: .npz files of conversations that the same target wrote earlier.
     exclude: JSONL files of benchmark prompts that no training text may repeat.
     minutes: time for the whole run; without any text given, a third of it goes into writing some.  It overrides
-    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint of the same shape to go on from.
+    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint with the same fusion and blocks to go on from.
     """
 
     prompts: Path | None = None
@@ -160,20 +160,34 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
 def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
     """A drafter on the target's own embedding and head rows: fresh and seeded, or with the weights of `plan.init`."""
     embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / "target/openvino_model.xml"))
-    if plan.init:
-        try:
-            return load_checkpoint(plan.init, embedding, head)
-        except CheckpointError as error:
-            raise TrainError(f"cannot go on from {plan.init}: {error}") from error
-    target = json.loads((pair / "target" / "config.json").read_text())
     vocabulary = min(plan.draft_vocab, len(head))
     d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
+    torch.manual_seed(plan.fit.seed)
+    drafter = Drafter(_shape(pair, plan, len(d2t)), embedding, head[d2t], torch.from_numpy(d2t))
+    if plan.init:
+        _load_initial(drafter, plan.init)
+    return drafter
+
+
+def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
+    target = json.loads((pair / "target" / "config.json").read_text())
     try:
-        config = DrafterConfig.for_target(target, len(d2t), plan.fusion, plan.blocks, layers=plan.feature_layers)
+        return DrafterConfig.for_target(target, vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers)
     except (KeyError, ValueError) as error:
         raise TrainError(f"cannot shape a drafter after this target: {error}") from error
-    torch.manual_seed(plan.fit.seed)
-    return Drafter(config, embedding, head[d2t], torch.from_numpy(d2t))
+
+
+def _load_initial(drafter: Drafter, checkpoint: Path) -> None:
+    """Take over trained weights.  The draft vocabulary may be another, and layers may be read that were not before."""
+    try:
+        _, tensors = read_checkpoint(checkpoint)
+        weights = {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
+        missing, unknown = drafter.load_state_dict(weights, strict=False)
+    except (CheckpointError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainError(f"cannot go on from {checkpoint}: {reason}: give the same --fusion and --blocks") from error
+    if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
+        raise TrainError(f"cannot go on from {checkpoint}: {odd[0]} does not fit: give the same --fusion and --blocks")
 
 
 @dataclass
@@ -205,15 +219,7 @@ class Work:
     @property
     def layers(self) -> tuple[int, ...]:
         """Blocks of the target whose outputs are read beside its last feature."""
-        if self.plan.init:
-            return self._initial_config(self.plan.init).feature_layers
         return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
-
-    def _initial_config(self, folder: Path) -> DrafterConfig:
-        try:
-            return DrafterConfig.load(folder)
-        except (OSError, ValueError) as error:
-            raise TrainError(f"cannot go on from {folder}: {error}") from error
 
     def open_writer(self) -> BatchWriter:
         return BatchWriter(self.open_model(), self.manifest.target.eos_token_ids)
