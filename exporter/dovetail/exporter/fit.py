@@ -218,9 +218,10 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
     following = windows.following[:, start:][answer]  # [rows, D]
     teacher, truth = _teacher(drafter, following, options.teacher_top_k)
     caches: list[Any] = [[] for _ in drafter.layers]
-    g = drafter.step(drafter.read(windows.features), windows.tokens, caches)
+    lend = max(0, start - 1)  # the row before `start` is the first parent of step 1
+    g = drafter.step(drafter.read(windows.features), windows.tokens, caches, lend=lend)
     tokens = windows.tokens[:, start:]
-    own, before = g[:, start:], g[:, start - 1 : start] if start else torch.zeros_like(g[:, :1])
+    own, before = g[:, start - lend :], g[:, :1] if start else torch.zeros_like(g[:, :1])
     total = g.new_zeros(())
     reports = []
     valid = _valid_rows(answer, options.unroll)

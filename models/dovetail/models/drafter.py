@@ -138,7 +138,7 @@ class Drafter(nn.Module):
         """Causal pass over true features: f [B, T, H], tokens [B, T] (x[t+1]) -> output features [B, T, H]."""
         return self.step(f, tokens, [[] for _ in self.layers])
 
-    def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache], start: int = 0) -> Tensor:
+    def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache], start: int = 0, lend: int = 0) -> Tensor:
         """One unrolled step (EAGLE-3's training-time test); appends this step's keys and values to `caches`.
 
         Step j = len(caches[0]) replays drafting level j at every position at once.  f: [B, T, H] is the
@@ -146,13 +146,15 @@ class Drafter(nn.Module):
         attends, in step 0's keys, to positions <= t - j (true features) and, for 0 < i <= j, to step i's
         key at t - j + i (its own drafted ancestors): the diagonal.  Steps after the first may run on the
         positions from `start` on alone; f and tokens are then that slice, and its first j rows are void.
+        The first `lend` rows only lend their keys and values: the output is [B, T - lend, H].
         """
         x = self.fusion(f, F.embedding(tokens, self.embed_tokens))
         cos, sin = rope_table(self.config, torch.arange(start, start + x.shape[1], device=x.device))
         for block, cache in zip(self.blocks(), caches, strict=True):
             q, k, v = block.self_attn.project(block.input_layernorm(x), cos, sin)
             cache.append((k, v))
-            x = block.finish(x, unrolled_attention(q, cache, start))
+            skip = lend if block is self.layers[-1] else 0
+            x = block.finish(x[:, skip:], unrolled_attention(q[:, skip:], cache, start + skip))
         return x
 
 
