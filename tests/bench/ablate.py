@@ -10,6 +10,7 @@ conversations, with the time that an update took on this machine beside it.
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,20 +27,28 @@ from dovetail.exporter.features import FeatureStore
 from dovetail.exporter.fit import Batches, FitOptions
 from dovetail.exporter.fitting import Fitting
 from dovetail.exporter.overlap import Forbidden
+from dovetail.exporter.target_weights import evaluate_constant
 from dovetail.exporter.text import split
 from dovetail.exporter.train import TrainPlan, Work, build_drafter
+from dovetail.models import Drafter
+from dovetail.runtime.graph import read_model
 from dovetail.runtime.manifest import read_manifest, write_atomically
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a recipe changes.  share: of the training conversations."""
+    """What a recipe changes.
+
+    share: of the training conversations.  copied: block 0 starts as this block of the target, -1 its last.
+    """
 
     plan: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    copied: int | None = None
 
 
+BLOCK_NAME = re.compile(r"layers\.(\d+)\.")
 PAPER = {"unroll": 1, "regression": 10.0}
 LAST = {"feature_layers": False}
 ROWS = {
@@ -68,6 +77,7 @@ ROWS = {
     "learning rate 5e-4": Row(fit={"learning_rate": 5e-4}),
     "batch 2": Row(fit={"batch": 2}),
     "batch 8": Row(fit={"batch": 8}),
+    "block copied from the target's last": Row(copied=-1),
     "half of the text": Row(share=0.5),
     "a quarter of the text": Row(share=0.25),
 }
@@ -120,6 +130,8 @@ def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], ro
     if row.share < 1:
         kept = np.sort(np.random.default_rng(5).permutation(text.kept)[: len(kept)])
     drafter = build_drafter(work.pair, text, plan, work.manifest)
+    if row.copied is not None:
+        copy_block(drafter, work.pair / "target" / "openvino_model.xml", row.copied)
     width = drafter.config.feature_size
     features, held_out = stores if plan.feature_layers else (LastFeature(store, width) for store in stores)
     batches = Batches(text.corpus, features, kept, drafter, plan.fit)  # type: ignore[arg-type]  # LastFeature does what it must
@@ -142,6 +154,20 @@ def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], ro
         "agreement": state.curve[-1]["agreement"] if state.curve else [],
         "held_out_positions": found.positions,
     }
+
+
+def copy_block(drafter: Drafter, xml: Path, block: int) -> None:
+    """Start the drafter's first block with the weights of the target's `block`, read from its graph by their names."""
+    model = read_model(xml)
+    last = max(int(found[1]) for node in model.get_ops() if (found := BLOCK_NAME.search(node.get_friendly_name())))
+    prefix = f"layers.{block % (last + 1)}."
+    ours = dict(drafter.blocks()[0].named_parameters())
+    for name in [name for name in ours if name.endswith("_proj.weight")]:
+        linear = prefix + name.removesuffix(".weight") + "/"
+        product = next(
+            node for node in model.get_ops() if node.get_type_name() == "MatMul" and linear in node.get_friendly_name()
+        )
+        ours[name].data.copy_(torch.from_numpy(evaluate_constant(product.input_value(1), xml)))
 
 
 def show(stage: str, done: float, total: float, note: str) -> None:

@@ -35,9 +35,9 @@ def read_embedding_and_head(ir_xml: Path) -> tuple[FloatArray, FloatArray]:
     model = read_model(Path(ir_xml))
     gather = _find_embedding(model)
     head = find_head(model)
-    embed = _evaluate(gather.input_value(0), ir_xml)
+    embed = evaluate_constant(gather.input_value(0), ir_xml)
     shared = gather.input_value(0) == head.input_value(1)
-    rows = embed if shared else _evaluate(head.input_value(1), ir_xml)
+    rows = embed if shared else evaluate_constant(head.input_value(1), ir_xml)
     if not head.get_attributes()["transpose_b"]:
         rows = np.ascontiguousarray(rows.T)
     if embed.ndim != 2 or embed.shape != rows.shape:
@@ -64,7 +64,7 @@ def _find_embedding(model: ov.Model) -> ov.Node:
     raise ExportError("the target's graph has no embedding indexed by 'input_ids': export it from its checkpoint")
 
 
-def _evaluate(output: ov.Output, ir_xml: Path) -> FloatArray:
+def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
     """Value of a subgraph made of constants only, float32."""
     import openvino as ov
     from openvino import opset13 as ops
