@@ -91,7 +91,9 @@ class Results:
 @click.option("--width", type=int, default=16, show_default=True)
 @click.option("--depth", type=int, default=6, show_default=True)
 @click.option("--tree-top-k", type=int, default=4, show_default=True)
-@click.option("--lookup", type=int, default=8, show_default=True, help="Tokens of repeated text in the tree; 0 is off.")
+@click.option(
+    "--lookup", type=int, default=12, show_default=True, help="Tokens of repeated text in the tree; 0 is off."
+)
 @click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("-t", "--threads", type=int)
 def acceptance(

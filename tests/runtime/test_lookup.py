@@ -14,23 +14,24 @@ from dovetail.runtime.tree import DraftTree, graft
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
-def test_the_longest_run_decides_and_its_last_occurrence_counts() -> None:
+def test_the_longest_run_comes_first_and_no_path_twice() -> None:
     found = RepeatIndex().find([7, 8, 9, 1, 5, 7, 8, 9, 2, 6, 8, 9, 3, 7, 8, 9], 3)
-    assert found is not None and found.size == 3 and found.tokens == (2, 6, 8)
-    assert RepeatIndex().find([1, 2, 3, 4, 5], 4) is None
-    assert RepeatIndex().find([1], 4) is None
+    assert [(repeat.kind, repeat.tokens) for repeat in found] == [
+        ((3, 0), (2, 6, 8)),
+        ((3, 1), (1, 5, 7)),
+        ((2, 0), (3, 7, 8)),
+    ]
+    assert RepeatIndex().find([1, 2, 3, 4, 5], 4) == [] == RepeatIndex().find([1], 4)
 
 
 @given(TEXTS)
 def test_what_is_found_did_occur_before(text: list[int]) -> None:
     found = RepeatIndex().find(text, 5)
-    occurrences = [
-        end for size in (4, 3, 2) for end in range(size, len(text)) if text[end - size : end] == text[-size:]
-    ]
-    assert (found is None) == (not occurrences)
-    if found is not None:
-        last = max(end for end in range(found.size, len(text)) if text[end - found.size : end] == text[-found.size :])
-        assert list(found.tokens) == text[last : last + 5]
+    assert bool(found) == (text[-1] in text[:-1])
+    for repeat in found:
+        size, age = repeat.kind
+        ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
+        assert list(repeat.tokens) == text[ends[-1 - age] : ends[-1 - age] + 5]
 
 
 @given(TEXTS, TEXTS, st.integers(1, 7))
@@ -39,23 +40,22 @@ def test_an_index_that_grows_knows_what_a_fresh_one_knows(text: list[int], other
     index = RepeatIndex()
     for whole in (text, other):
         for end in range(1, len(whole) + 1, step):
-            grown, fresh = index.find(whole[:end], 4), RepeatIndex().find(whole[:end], 4)
-            assert (grown and grown.tokens) == (fresh and fresh.tokens)
+            assert index.find(whole[:end], 4) == RepeatIndex().find(whole[:end], 4)
 
 
 def test_probabilities_follow_the_record() -> None:
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     index = RepeatIndex()
-    before = index.find(text, 2)
-    assert before is not None and exp(before.logprobs[0]) == PRIOR[2][0]
+    [before] = index.find(text, 2)
+    assert before.kind == (2, 0) and abs(exp(before.logprobs[0]) - PRIOR[2, 0][0]) < 1e-9
     for _ in range(40):
         index.judge(before, [9])
-    hostile = index.find(text, 2)
-    assert hostile is not None and exp(hostile.logprobs[0]) < 0.05
+    [hostile] = index.find(text, 2)
+    assert exp(hostile.logprobs[0]) < 0.05
     for _ in range(400):
         index.judge(before, [3, 4])
-    kind = index.find(text, 2)
-    assert kind is not None and exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
+    [kind] = index.find(text, 2)
+    assert exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
 
 
 def random_tree(rng: np.random.Generator, size: int) -> DraftTree:

@@ -80,7 +80,7 @@ class Conversation:
         self.tokens: list[int] = []
         self.target_length = self.drafter_length = 0
         self.repeats = RepeatIndex()
-        self._repeat: Repeat | None = None  # in the tree that is being verified, or left out of it as too unlikely
+        self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
@@ -141,22 +141,23 @@ class Conversation:
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        self._repeat = repeat = self.repeats.find(self.tokens, limits.lookup) if limits.lookup else None
-        if repeat is None:
-            return tree
-        if limits.top_k > 1:
-            return graft(tree, repeat.tokens, repeat.logprobs, limits.width)
-        other = graft(DraftTree.root(known), repeat.tokens, repeat.logprobs, limits.width)
-        return other if other.expected_length > tree.expected_length else tree  # a chain stays a chain
+        self._found = self.repeats.find(self.tokens, limits.lookup) if limits.lookup else []
+        if limits.top_k == 1:  # a chain stays a chain: the best of them all
+            root = DraftTree.root(known)
+            chains = [tree, *(graft(root, found.tokens, found.logprobs, limits.width) for found in self._found)]
+            return max(chains, key=lambda chain: chain.expected_length)
+        for found in self._found:
+            tree = graft(tree, found.tokens, found.logprobs, limits.width)
+        return tree
 
     def commit(self, path: TokenArray, tokens: Sequence[int]) -> None:
         """Keep the nodes of `path`; `tokens` follow its root."""
         self.target.commit(path)
         self.tokens += tokens
         self.target_length += len(path)
-        if self._repeat:
-            self.repeats.judge(self._repeat, tokens)
-            self._repeat = None
+        for found in self._found:
+            self.repeats.judge(found, tokens)
+        self._found = []
 
     def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""

@@ -35,7 +35,7 @@ class TreeLimits:
     width: int = 10
     depth: int = 5
     top_k: int = 3
-    lookup: int = field(default=8, metadata={"may_be_missing": True})  # in manifests that are older than it
+    lookup: int = field(default=12, metadata={"may_be_missing": True})  # in manifests that are older than it
 
     def __post_init__(self) -> None:
         for name, low in (("width", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):
