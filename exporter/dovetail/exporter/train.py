@@ -39,6 +39,7 @@ from .text import TextWriter, split
 TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
 FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
 HELD_OUT_MOST = 200  # conversations
+JUDGED = 40  # of them, while fitting
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
     fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
     seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
-    state = fitting.run(seconds, lambda: evaluate(drafter, held_corpus, held_out).acceptance_length)
+    glance = held_corpus.select(np.arange(min(JUDGED, len(held_corpus))))  # its rows are the store's first
+    state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
     progress("evaluate", 0, 1, "")
     result = evaluate(drafter, held_corpus, held_out)
     progress("evaluate", 1, 1, "")
