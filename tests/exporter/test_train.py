@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,20 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import processors
 
-from dovetail.exporter.corpus import Corpus, draft_vocabulary
+from dovetail.exporter.corpus import Conversation, Corpus, draft_vocabulary
 from dovetail.exporter.evaluate import evaluate
-from dovetail.exporter.features import FeatureStore, Part
+from dovetail.exporter.features import FeatureStore, Part, to_float16
 from dovetail.exporter.fit import Batches, FitOptions, unrolled_loss
 from dovetail.exporter.overlap import Forbidden
 from dovetail.exporter.synth import (
     BatchWriter,
-    Conversation,
     Request,
     bare_prefix,
     chat_prompt,
     fingerprint,
     write_prompts,
 )
-from dovetail.exporter.text import split
+from dovetail.exporter.text import TextWriter, split
 from dovetail.exporter.train import TrainPlan, train
 from dovetail.models import Drafter, DrafterConfig
 from dovetail.runtime.errors import TrainError
@@ -217,7 +217,8 @@ def test_features_stay_within_their_disk(model: PagedModel, corpus_file: Path, t
         assert sum(f.stat().st_size for f in (tmp_path / "tight").glob("*.f16")) <= size * 0.7
         if step == batches.per_epoch - 1:
             break
-    assert sorted(held) == [0, 1] and len(seen) >= 22
+    assert held == [0, 1] and len(seen) >= 22
+    assert batches.order(1)[0][0] == 1, "an epoch begins with the group whose features are there"
     with pytest.raises(TrainError, match="--disk"):
         FeatureStore(tmp_path / "none", parts, model.feature_size, lambda: model, 100)
 
@@ -307,6 +308,99 @@ def test_a_drafter_goes_on_from_another(tiny_pair: Path, corpus_file: Path, tmp_
     assert second[0]["loss"] < first[0]["loss"]
     with pytest.raises(TrainError, match="cannot"):
         train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path), quiet)
+    with pytest.raises(TrainError, match="give --fusion dgf"):
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", fusion="fc"), quiet)
+    with pytest.raises(TrainError, match="leave out --last-feature"):
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", feature_layers=False), quiet)
+
+
+def test_a_smaller_disk_is_no_other_run(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    """The remedy of a disk that is too small can be followed: the text stays."""
+    with pytest.raises(TrainError, match="--disk"):
+        train(tiny_pair, tmp_path / "out", plan(corpus_file, disk_gb=1e-6), quiet)
+    train(tiny_pair, tmp_path / "out", plan(corpus_file), quiet, resume=True)
+
+
+def test_the_same_prompt_is_never_held_out_and_trained_on(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.npz"
+    shutil.copyfile(corpus_file, twice)
+    made = replace(plan(corpus_file), corpora=(corpus_file, twice), fit=FitOptions(epochs=0.2, unroll=1, window=48))
+    train(tiny_pair, tmp_path / "out", made, quiet)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())["corpus"]
+    assert log["left_out_as_doubles"] == 24
+    assert log["trained_on"]["conversations"] + log["held_out_conversations"] == 24
+
+
+def test_a_later_part_asks_what_an_unbroken_run_asked(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the target wrote beyond a part's share counts as never written, also in memory."""
+    written = iter(range(10_000))
+    kinds: list[set[str]] = []
+
+    def ask(writer: Any, tokenizer: Any, openings: Any, count: int, rng: Any, seen: set[str]) -> list[str]:
+        kinds.append(set(seen))
+        prompts = [f"prompt number {next(written)}" for _ in range(count)]
+        seen.update(map(fingerprint, prompts))
+        return prompts
+
+    monkeypatch.setattr("dovetail.exporter.text.write_prompts", ask)
+    monkeypatch.setattr("dovetail.exporter.text.PART_PROMPTS", 6)
+    writer = text_writer(tiny_pair, tmp_path)
+    parts = writer.own(12, [""])
+    assert [len(part.corpus) for part in parts] == [6, 6]
+    kept = json.loads((tmp_path / "own-0000.prompts.json").read_text())
+    assert kinds[1] == set(map(fingerprint, kept))
+
+
+def test_prompts_without_time_are_told_of_and_left_out(tiny_pair: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    writer = text_writer(tiny_pair, tmp_path, lambda stage, done, total, note: told.append(note))
+    parts = writer.answers([f"say {i}" for i in range(200)], seconds=0.01)
+    assert [len(part.corpus) for part in parts] == [64]
+    assert "no time for the last 136 prompts" in told
+    again = text_writer(tiny_pair, tmp_path).answers([f"say {i}" for i in range(200)], seconds=0.01)
+    assert [part.name for part in again] == [part.name for part in parts]
+
+
+def text_writer(pair: Path, folder: Path, progress: Any = quiet) -> TextWriter:
+    tokenizer = Tokenizer.from_folder(pair / "target")
+    xml = pair / "target" / "openvino_model.xml"
+    return TextWriter(folder, folder, 0, tokenizer, lambda: BatchWriter(PagedModel(xml), [7]), 0, 8, progress)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros((2, 12), int)}, "must be lists"),
+        ({"tokens": np.full(24, -3)}, "token -3"),
+        ({"lengths": np.array([12, 13])}, "add up to 25"),
+        ({"prompt_lengths": np.array([0, 4])}, "conversation 0"),
+        ({"prompt_lengths": np.array([4, 40])}, "40 prompt tokens of 12"),
+    ],
+)
+def test_a_corpus_checks_itself(change: dict[str, Any], message: str) -> None:
+    whole = {"tokens": np.arange(24), "lengths": np.array([12, 12]), "prompt_lengths": np.array([4, 4])}
+    with pytest.raises(TrainError, match=message):
+        Corpus(**{**whole, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nonsense", b"\x93NUMPY"])
+def test_a_file_that_is_no_corpus_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(TrainError, match=r"bad\.npz"):
+        Corpus.load(tmp_path / "bad.npz")
+
+
+def test_an_array_is_no_corpus(tmp_path: Path) -> None:
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.arange(4))
+    with pytest.raises(TrainError, match=r"array\.npz"):
+        Corpus.load(tmp_path / "array.npz")
+
+
+def test_enormous_values_stay_finite() -> None:
+    assert np.isfinite(to_float16(np.array([1e6, -1e9, 1.5], np.float32))).all()
 
 
 def test_a_given_corpus_is_cut_into_parts(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +473,7 @@ def test_bad_plans_and_corpora_are_refused(tmp_path: Path) -> None:
         FitOptions(optimizer="sgd")
     with pytest.raises(TrainError, match="disk_gb 0"):
         TrainPlan(own_prompts=1, disk_gb=0)
-    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 nonsense")
-    with pytest.raises(TrainError, match="cannot read corpus"):
-        Corpus.load(tmp_path / "bad.npz")
+    with pytest.raises(TrainError, match="minutes inf"):
+        TrainPlan(minutes=float("inf"))
+    with pytest.raises(TrainError, match="--own-prompts"):
+        TrainPlan(prompts=tmp_path / "prompts.jsonl", openings=("Write",))

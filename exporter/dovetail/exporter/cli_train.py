@@ -117,6 +117,8 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
     )
     with _Bars(Progress(*columns, console=Console(file=sys.stderr))) as bars:
         result = train(pair, out, plan, bars, resume=resume)
+    if not result.positions:
+        click.echo("held-out answers are too short to measure an acceptance length: give --max-new-tokens 32 or more")
     rates = " ".join(f"{rate:.2f}" for rate in result.accepted_per_position)
     click.echo(f"held-out acceptance length {result.acceptance_length:.2f} (chain; per position {rates})")
     click.echo(f"checkpoint: {out}; add it to the target with: dovetail-export drafter {pair} --checkpoint {out}")

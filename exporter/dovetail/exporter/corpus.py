@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,17 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
 
-from .synth import Conversation
+
+@dataclass(frozen=True)
+class Conversation:
+    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts.
+
+    features: [len(tokens) - 1, D] float16 if the writer keeps them: the last token is never run.
+    """
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+    features: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,20 @@ class Corpus:
     prompt_lengths: NDArray[np.int64]
 
     def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or self.lengths.ndim != 1 or self.lengths.shape != self.prompt_lengths.shape:
+            raise TrainError("corpus is inconsistent: tokens, lengths and prompt_lengths must be lists: write it again")
         if len(self.lengths) != len(self.prompt_lengths) or int(self.lengths.sum()) != len(self.tokens):
             raise TrainError(
                 f"corpus is inconsistent: {len(self.tokens)} tokens, lengths add up to {int(self.lengths.sum())}: "
                 "write it again"
+            )
+        if len(self.tokens) and int(self.tokens.min()) < 0:
+            raise TrainError(f"corpus has token {int(self.tokens.min())}: token ids count from 0, write it again")
+        odd = np.flatnonzero((self.prompt_lengths < 1) | (self.prompt_lengths > self.lengths))
+        if len(odd):
+            raise TrainError(
+                f"conversation {odd[0]} of the corpus has {self.prompt_lengths[odd[0]]} prompt tokens of "
+                f"{self.lengths[odd[0]]}: give 1 or more, and no more than there are"
             )
 
     def __len__(self) -> int:
@@ -63,8 +84,10 @@ class Corpus:
         try:
             with path.open("rb") as file, np.load(file) as data:
                 return cls(*(data[key].astype(np.int64) for key in ("tokens", "lengths", "prompt_lengths")))
-        except (OSError, KeyError, ValueError, BadZipFile) as error:
-            raise TrainError(f"cannot read corpus {path}: {error}") from error
+        except TrainError as error:
+            raise TrainError(f"{path}: {error}") from error
+        except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError, BadZipFile, zlib.error) as error:
+            raise TrainError(f"cannot read corpus {path} ({error}): give an .npz that `train` can write") from error
 
     def save(self, path: Path) -> None:
         """Write the .npz atomically."""
@@ -84,6 +107,16 @@ class Corpus:
         parts = [self.tokens[starts[i] : starts[i + 1]] for i in indices]
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         return Corpus(tokens, self.lengths[indices], self.prompt_lengths[indices])
+
+    def doubles(self) -> NDArray[np.bool_]:
+        """[conversations]: whether the same prompt came before, which would tell a held-out answer in training."""
+        seen: set[bytes] = set()
+        out = np.zeros(len(self), bool)
+        for i, (start, size) in enumerate(zip(self.offsets[:-1], self.prompt_lengths, strict=True)):
+            prompt = self.tokens[start : start + size].tobytes()
+            out[i] = prompt in seen
+            seen.add(prompt)
+        return out
 
     def __add__(self, other: Corpus) -> Corpus:
         return Corpus(

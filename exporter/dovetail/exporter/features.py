@@ -10,6 +10,7 @@ again whenever its turn comes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 
 from .corpus import Corpus
 
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 PASS_TOKENS = 1024  # tokens per pass: past this the CPU gains nothing
 
 
@@ -44,8 +46,7 @@ class FeatureStore:
     """Rows [T, D] float16 of all parts in a row, of which one group at a time is on disk.
 
     folder: holds one file per part, `NAME.f16`.  open_model: the target; called when features are missing.
-    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget or the disk has no
-    room for the largest group.
+    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget.
     """
 
     def __init__(
@@ -63,15 +64,8 @@ class FeatureStore:
         self.bytes = sum(sizes)
         self._rows: dict[int, NDArray[np.float16]] = {}  # of the parts of the group that is held
         self._held: int | None = None
+        self.largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
         folder.mkdir(parents=True, exist_ok=True)
-        largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
-        present = sum(file.stat().st_size for file in folder.glob("*.f16"))
-        free = shutil.disk_usage(folder).free + present
-        if largest > free:
-            raise TrainError(
-                f"features need {largest / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free: make room, or give "
-                f"--disk {free / 2e9:.1f}"
-            )
 
     def hold(self, group: int, progress: Callable[[int], None]) -> None:
         """Have the features of one group on disk, and of no other; resumable in mid-part.
@@ -85,7 +79,7 @@ class FeatureStore:
         for index, part in enumerate(self.parts):
             if index not in wanted:
                 self._rows.pop(index, None)
-                for file in self.folder.glob(f"{part.name}.f16*"):
+                for file in sorted(self.folder.glob(f"{part.name}.f16*")):  # the mark goes last
                     file.unlink()
         model: PagedModel | None = None
         done = 0
@@ -113,6 +107,18 @@ class FeatureStore:
         return next(index for index, group in enumerate(self.groups) if part in group)
 
 
+def check_room(stores: Sequence[FeatureStore]) -> None:
+    """Raise TrainError when the disk has no room for the largest group of each store, less what is there."""
+    needed = sum(store.largest for store in stores)
+    present = sum(512 * file.stat().st_blocks for store in stores for file in store.folder.glob("*.f16"))
+    free = shutil.disk_usage(stores[0].folder).free
+    if needed > free + present:
+        raise TrainError(
+            f"features need {needed / 1e6:.0f} MB in {stores[0].folder.parent}, {(free + present) / 1e6:.0f} MB are "
+            "free: make room, or give a smaller --disk, and --resume"
+        )
+
+
 def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
     """Parts in order, cut where the budget is full."""
     groups: list[list[int]] = []
@@ -120,8 +126,8 @@ def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
     for part, size in enumerate(sizes):
         if size > budget_bytes:
             raise TrainError(
-                f"features of one part need {size / 1e9:.2f} GB, --disk allows {budget_bytes / 1e9:.2f}: "
-                f"give --disk {size / 1e9 + 0.01:.2f} or more"
+                f"features of one part need {size / 1e9:.3f} GB, --disk allows {budget_bytes / 1e9:.3f}: "
+                f"give --disk {size / 1e9 + 0.001:.3f} or more, and --resume"
             )
         if not groups or size > room:
             groups.append([])
@@ -149,15 +155,22 @@ def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[in
     done = int(json.loads(mark.read_text())) if mark.exists() and file.exists() else 0
     if not done:
         write_atomically(mark, b"0")
-    out = np.memmap(file, np.float16, "r+" if done else "w+", shape=shape)
+    with file.open("r+b" if done else "wb") as reserved:  # a full disk is told here, not by a signal later
+        os.posix_fallocate(reserved.fileno(), 0, feature_bytes(corpus, model.feature_size))
+    out = np.memmap(file, np.float16, "r+", shape=shape)
     offsets = corpus.offsets
     while done < len(corpus):
         last = _pass_end(corpus, done)
-        out[offsets[done] : offsets[last]] = _features(model, corpus, done, last)
+        out[offsets[done] : offsets[last]] = to_float16(_features(model, corpus, done, last))
         done = last
         out.flush()
         write_atomically(mark, json.dumps(done).encode())
         yield int(offsets[done])
+
+
+def to_float16(features: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded, and cut where float16 ends: some blocks of some targets have a few enormous values."""
+    return features.clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
 
 
 def _mark(file: Path) -> Path:

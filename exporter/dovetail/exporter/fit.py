@@ -157,9 +157,10 @@ class Batches:
 
     def order(self, epoch: int) -> list[tuple[int, NDArray[np.int64]]]:
         """per_epoch times (group, [batch] conversations)."""
-        rng = np.random.default_rng((self.options.seed, epoch))
+        rng = np.random.default_rng((self.options.seed, 6, epoch))
         batches = []
-        for group in rng.permutation(len(self.members)).tolist():
+        # There and back: an epoch begins with the group that ended the last one, whose features are there.
+        for group in list(range(len(self.members)))[:: -1 if epoch % 2 else 1]:
             batches += [(group, rows) for rows in self._shuffled(self.members[group], rng)]
         return batches
 
@@ -235,7 +236,7 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
             losses = losses + options.regression * distance
         usable = valid[j]
         total = total + options.decay**j * (losses * usable).sum() / usable.sum().clamp(min=1)
-        reports.append(float((top == truth)[usable].float().mean()))
+        reports.append(float((top == truth)[usable].float().mean()) if usable.any() else float("nan"))
     return total, StepReport(float(total.detach()), tuple(reports), int(answer.sum()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +14,7 @@ import torch
 
 from dovetail.models import Drafter
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.manifest import write_atomically
 
 from .fit import Batches, FitOptions, StepReport, Windows, learning_rate, make_optimizers, unrolled_loss
 
@@ -60,20 +61,20 @@ class Fitting:
         if seconds is None:
             state.total = max(1, round(options.epochs * self.batches.per_epoch))
         recent: list[StepReport] = []
-        saved = mark = time.monotonic()
+        saved = time.monotonic()
         for step, windows in self.batches.stream(state.step, self._hold):
             if state.total and step >= state.total:
                 break
+            begun = time.monotonic()  # features of a next turn and looks at held-out text are no fitting
             recent.append(self._update(step, windows))
             now = time.monotonic()
-            state.step, state.seconds, mark = step + 1, state.seconds + now - mark, now
+            state.step, state.seconds = step + 1, state.seconds + now - begun
             state.positions += recent[-1].positions
             if seconds and not state.total and state.step >= TIMED_UPDATES:
                 state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
                 self._save()
             if state.step % CURVE_EVERY == 0 or state.step == state.total:
                 recent = self._record(recent, judge)
-                mark = time.monotonic()  # judging is no fitting
             if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
@@ -114,11 +115,11 @@ class Fitting:
         self.batches.features.hold(group, lambda n: self.progress("features", n, 0, "for the next turn"))
 
     def _save(self) -> None:
-        temporary = self.file.with_name(self.file.name + ".tmp")
         weights = {name: p.detach() for name, p in self.drafter.named_parameters()}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        torch.save({"weights": weights, "optimizers": optimizers, "state": asdict(self.state)}, temporary)
-        os.replace(temporary, self.file)
+        buffer = io.BytesIO()
+        torch.save({"weights": weights, "optimizers": optimizers, "state": asdict(self.state)}, buffer)
+        write_atomically(self.file, buffer.getvalue())
 
     def _load(self) -> FitState:
         if not self.file.exists():
@@ -132,7 +133,7 @@ class Fitting:
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
     """One point of the learning curve: means since the last one."""
-    agreement = np.mean([report.agreement for report in recent], axis=0)
+    agreement = np.nan_to_num([report.agreement for report in recent]).mean(axis=0)  # nan: no position in a batch
     return {
         "update": state.step,
         "seconds": round(state.seconds, 1),

@@ -17,6 +17,9 @@ from dovetail.runtime.errors import TrainError
 from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
+from .corpus import Conversation
+from .features import to_float16
+
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
 PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers do not stall
 
@@ -28,18 +31,6 @@ class Request:
     prompt: tuple[int, ...]
     temperature: float
     max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts.
-
-    features: [len(tokens) - 1, D] float16 if the writer keeps them: the last token is never run.
-    """
-
-    tokens: tuple[int, ...]
-    prompt_length: int
-    features: NDArray[np.float16] | None = None
 
 
 @dataclass
@@ -92,7 +83,7 @@ class BatchWriter:
             best = logits.argmax(-1)
             for row, (index, slot) in enumerate(active):
                 if self.keep_features:
-                    slot.features.append(features[batch.begins[row] : batch.begins[row + 1]].astype(np.float16))
+                    slot.features.append(to_float16(features[batch.begins[row] : batch.begins[row + 1]]))
                 temperature = slot.request.temperature
                 token = draw(logits[row], temperature, rng) if temperature else int(best[row])
                 slot.cached = len(slot.tokens)

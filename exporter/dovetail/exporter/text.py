@@ -7,11 +7,14 @@ in which it stopped, and gets the text that an unbroken run would have got.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -19,13 +22,14 @@ from dovetail.runtime.errors import TrainError
 from dovetail.runtime.manifest import write_atomically
 from dovetail.runtime.tokenizer import Tokenizer
 
-from .corpus import Corpus
+from .corpus import Conversation, Corpus
 from .features import Part
 from .fitting import Progress
-from .synth import BatchWriter, Conversation, answer_requests, fingerprint, write_prompts
+from .synth import BatchWriter, answer_requests, fingerprint, write_prompts
 
 PART_PROMPTS = 512  # prompts answered together
 PART_TOKENS = 1 << 18  # tokens of a part of a given corpus
+FIRST_PROMPTS = 64  # of the first part under a time limit
 ASK_MORE = 1.4  # own prompts begun for each one wanted: some are duplicates or fragments
 ROUNDS = 4  # of asking for the rest, before a part is taken as it is
 
@@ -55,52 +59,99 @@ class TextWriter:
             self._writer = self.open_writer()
         return self._writer
 
-    def answers(self, prompts: Sequence[str]) -> list[Part]:
-        """Parts of the target's answers to given prompts."""
-        blocks = range(0, len(prompts), PART_PROMPTS)
-        return [
-            self._part(f"answers-{index:04}", (3, index), prompts[start : start + PART_PROMPTS], start, len(prompts))
-            for index, start in enumerate(blocks)
-        ]
+    def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:
+        """Parts of the target's answers to given prompts; those that `seconds` leave no time for are left out."""
 
-    def own(self, count: int, openings: Sequence[str]) -> list[Part]:
-        """Parts of answers to `count` prompts that the target writes itself."""
-        parts: list[Part] = []
-        seen: set[str] = set()
-        for index, start in enumerate(range(0, count, PART_PROMPTS)):
-            parts.append(self._own_part(index, min(PART_PROMPTS, count - start), start, count, openings, seen))
+        def ask(index: int, start: int, count: int) -> Sequence[str]:
+            return prompts[start : start + count]
+
+        parts = self._parts("answers", 3, ask, len(prompts), seconds)
+        if left := len(prompts) - sum(self._sizes("answers", len(parts))):
+            self.progress("answers", len(prompts) - left, len(prompts), f"no time for the last {left} prompts")
         return parts
 
-    def own_for(self, seconds: float, openings: Sequence[str]) -> list[Part]:
-        """Parts like `own`, until writing them has taken `seconds`, at least one; their number is kept in own.json."""
-        memory = self.folder / "own.json"
-        spent: list[float] = json.loads(memory.read_text())["seconds"] if memory.exists() else []
-        parts: list[Part] = []
+    def own(self, count: int | None, openings: Sequence[str], seconds: float | None = None) -> list[Part]:
+        """Parts of answers to prompts that the target writes itself: `count`, or as many as `seconds` allow."""
         seen: set[str] = set()
-        while True:
-            index = len(parts)
-            if index >= len(spent) and spent and sum(spent) + sum(spent) / len(spent) / 2 > seconds:
-                return parts
-            begun = time.monotonic()
-            start = index * PART_PROMPTS
-            total = max(start + PART_PROMPTS, round(seconds / (sum(spent) / len(spent)) * PART_PROMPTS) if spent else 0)
-            parts.append(self._own_part(index, PART_PROMPTS, start, total, openings, seen))
-            if index >= len(spent):
-                spent.append(time.monotonic() - begun)
-                write_atomically(memory, json.dumps({"seconds": spent}).encode())
 
-    def _own_part(
-        self, index: int, count: int, start: int, total: int, openings: Sequence[str], seen: set[str]
-    ) -> Part:
-        name = f"own-{index:04}"
-        path = self.folder / f"{name}.prompts.json"
-        if path.exists():
-            prompts: list[str] = json.loads(path.read_text())
-            seen.update(map(fingerprint, prompts))
-        else:
-            prompts = self._ask(count, openings, np.random.default_rng((self.seed, 2, index)), seen, start, total)
+        def ask(index: int, start: int, wanted: int) -> Sequence[str]:
+            path = self.folder / f"own-{index:04}.prompts.json"
+            if path.exists():
+                kept: list[str] = json.loads(path.read_text())
+                seen.update(map(fingerprint, kept))
+                return kept
+            rng = np.random.default_rng((self.seed, 2, index))
+            prompts = self._ask(wanted, openings, rng, seen, start, count or 0)
             write_atomically(path, json.dumps(prompts).encode())
-        return self._part(name, (4, index), prompts, start, total)
+            return prompts
+
+        parts = self._parts("own", 4, ask, count, seconds)
+        if not parts:
+            raise TrainError("the target wrote no usable prompt of its own: give --prompts FILE.jsonl")
+        return parts
+
+    def _parts(
+        self,
+        kind: str,
+        key: int,
+        ask: Callable[[int, int, int], Sequence[str]],
+        total: int | None,
+        seconds: float | None,
+    ) -> list[Part]:
+        """Part after part until `total` prompts are answered, `seconds` are over, or `ask` has none left.
+
+        With a time limit the first part is small and tells how fast the target is; `KIND.json` keeps the size and
+        the seconds of each part, so that a stopped run goes on with the same ones.
+        """
+        parts: list[Part] = []
+        start = 0
+        while total is None or start < total:
+            index = len(parts)
+            size = self._size(kind, index, None if total is None else total - start, seconds)
+            begun = time.monotonic()
+            if not size or not (prompts := ask(index, start, size)):
+                break
+            expected = total or self._expected(kind, start, seconds)
+            parts.append(self._part(f"{kind}-{index:04}", (key, index), prompts, start, expected))
+            self._book(kind, index, size, time.monotonic() - begun)
+            start += size
+        return parts
+
+    def _size(self, kind: str, index: int, left: int | None, seconds: float | None) -> int:
+        """Prompts of part `index`: as remembered, else all that are left, PART_PROMPTS, or what there is time for."""
+        memory = self._memory(kind)
+        if index < len(memory):
+            return int(memory[index]["prompts"])
+        most = PART_PROMPTS if left is None else min(PART_PROMPTS, left)
+        if seconds is None:
+            return most
+        if not memory:
+            return min(FIRST_PROMPTS, most)
+        time_left = seconds - sum(part["seconds"] for part in memory)
+        affordable = int(time_left * sum(part["prompts"] for part in memory) / sum(part["seconds"] for part in memory))
+        return min(most, affordable) if affordable >= FIRST_PROMPTS // 2 else 0
+
+    def _expected(self, kind: str, start: int, seconds: float | None) -> int:
+        """Prompts that there will be, by the speed so far; 0 while unknown."""
+        memory = self._memory(kind)
+        spent = sum(part["seconds"] for part in memory)
+        return max(start, round((seconds or 0) * sum(part["prompts"] for part in memory) / spent)) if spent else 0
+
+    def _memory(self, kind: str) -> list[dict[str, float]]:
+        path = self.folder / f"{kind}.json"
+        memory: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
+        return memory
+
+    def _sizes(self, kind: str, count: int) -> list[int]:
+        return [int(part["prompts"]) for part in self._memory(kind)[:count]]
+
+    def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
+        """Remember a part; one that was begun by an earlier start took at least as long per prompt as the others."""
+        memory = self._memory(kind)
+        if index >= len(memory):
+            rate = max((part["seconds"] / part["prompts"] for part in memory), default=0.0)
+            memory.append({"prompts": prompts, "seconds": max(seconds, 0.5 * rate * prompts)})
+            write_atomically(self.folder / f"{kind}.json", json.dumps(memory).encode())
 
     def _ask(
         self, count: int, openings: Sequence[str], rng: np.random.Generator, seen: set[str], start: int, total: int
@@ -114,8 +165,7 @@ class TextWriter:
                 break
             prompts += write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen)
             self.progress("prompts", start + min(len(prompts), count), total, "")
-        if not prompts:
-            raise TrainError("the target wrote no usable prompt of its own: give --prompts FILE.jsonl")
+        seen.difference_update(map(fingerprint, prompts[count:]))  # as a later start, which reads the rest back, has it
         return prompts[:count]
 
     def _part(self, name: str, key: tuple[int, int], prompts: Sequence[str], start: int, total: int) -> Part:
@@ -124,33 +174,56 @@ class TextWriter:
         if path.exists():
             return Part(name, Corpus.load(path))
         file = self.features / f"{name}.f16"
-        used = sum(f.stat().st_size for f in self.features.glob("*.f16") if f != file)
-        longest = 2 * len(prompts) * self.writer.max_length * self.writer.model.feature_size
-        self.writer.keep_features = used + longest <= self.feature_budget
+        keep = self.writer.keep_features = self._has_room(file, len(prompts))
         rng = np.random.default_rng((self.seed, *key))
+        requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
         written: list[Conversation] = []
-        for conversation in self.writer.write(answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens), rng):
-            written.append(conversation)
-            self.progress("answers", start + len(written), total, "")
+        with FeatureFile(file) if keep else nullcontext() as rows:
+            for conversation in self.writer.write(requests, rng):
+                if rows:
+                    rows.add(conversation)
+                written.append(replace(conversation, features=None))
+                self.progress("answers", start + len(written), total, "")
         if lost := len(prompts) - len(written):
             note = f"{lost} left out: a prompt fills {self.writer.max_length} tokens by itself"
             self.progress("answers", start + len(prompts), total, note)
         corpus = Corpus.of(written)
-        if self.writer.keep_features and written:
-            _save_features(file, written)
         corpus.save(path)
         return Part(name, corpus)
 
+    def _has_room(self, file: Path, prompts: int) -> bool:
+        """Whether the features of so many conversations fit into the budget and on the disk, at their longest."""
+        longest = 2 * prompts * self.writer.max_length * self.writer.model.feature_size
+        used = sum(other.stat().st_size for other in self.features.glob("*.f16") if other != file)
+        return used + longest <= self.feature_budget and longest < shutil.disk_usage(self.features).free
 
-def _save_features(file: Path, written: Sequence[Conversation]) -> None:
-    """[T, D] float16 in the corpus's order; the last token's row, which no pass computed, is zero and never read."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as out:
-        for conversation in written:
-            assert conversation.features is not None
-            conversation.features.tofile(out)
-            np.zeros_like(conversation.features[:1]).tofile(out)
-    temporary.replace(file)
+
+class FeatureFile:
+    """Features of conversations as they end, [T, D] float16; the file appears when the block that writes it is done.
+
+    The last token's row, which no pass computed, is zero and never read.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.temporary = file, file.with_name(file.name + ".tmp")
+        self._out = self.temporary.open("wb")
+
+    def add(self, conversation: Conversation) -> None:
+        """Append one conversation's rows. Raises OSError."""
+        rows = conversation.features
+        assert rows is not None
+        self._out.write(rows.tobytes())
+        self._out.write(bytes(rows[:1].nbytes))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        self._out.close()
+        if kind is None:
+            self.temporary.replace(self.file)
+        else:
+            self.temporary.unlink(missing_ok=True)
 
 
 def split(name: str, corpus: Corpus) -> list[Part]:

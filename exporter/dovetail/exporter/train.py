@@ -8,14 +8,16 @@ or the minute of fitting in which it stopped, and ends with the weights of an un
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint
 from dovetail.models.checkpoint import CheckpointError, read_checkpoint
@@ -28,7 +30,7 @@ from dovetail.runtime.tokenizer import Tokenizer
 
 from .corpus import Corpus, draft_vocabulary
 from .evaluate import HeldOut, evaluate
-from .features import FeatureStore, Part
+from .features import FeatureStore, Part, check_room
 from .fit import Batches, FitOptions
 from .fitting import Fitting, Progress
 from .overlap import Forbidden
@@ -38,6 +40,7 @@ from .text import TextWriter, split
 
 TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
 FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
+BOOK_SECONDS = 5.0
 HELD_OUT_MOST = 200  # conversations
 JUDGED = 40  # of them, while fitting
 
@@ -79,10 +82,12 @@ class TrainPlan:
             )
         for name in ("minutes", "disk_gb"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise TrainError(f"{name} {value} is out of range: give a number above 0")
         if not self.openings:
             raise TrainError("openings are empty: give at least one, '' leaves the beginning to the target")
+        if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:
+            raise TrainError(f"opening {self.openings[0]!r} needs prompts that the target writes: give --own-prompts N")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise TrainError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
 
@@ -96,8 +101,8 @@ class TrainPlan:
 class Text:
     """All conversations of a run in the order of their parts, and which are for what.
 
-    kept, held_out: indices of conversations to train on and to judge by.  repeated: how many were left out
-    because they share 13 words with an excluded prompt.
+    kept, held_out: indices of conversations to train on and, in random order, to judge by.  repeated: how many were
+    left out because they share 13 words with an excluded prompt.  doubled: because their prompt was there before.
     """
 
     parts: list[Part]
@@ -105,6 +110,7 @@ class Text:
     kept: NDArray[np.int64]
     held_out: NDArray[np.int64]
     repeated: int
+    doubled: int
 
     def describe(self, plan: TrainPlan) -> dict[str, Any]:
         """For the training log."""
@@ -117,6 +123,7 @@ class Text:
             "held_out_conversations": len(self.held_out),
             "excluded": [str(path) for path in plan.exclude],
             "left_out_for_overlap": self.repeated,
+            "left_out_as_doubles": self.doubled,
         }
 
 
@@ -128,12 +135,17 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
     prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
     given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
+    _shape(pair, plan, min(plan.draft_vocab, manifest.target.vocab_size))  # what cannot be shaped is told at once
+    if plan.init:
+        _read_initial(plan)
+    for part in given:
+        draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
     _claim(out, work.folder, plan.as_dict() | work.inputs(), resume)
-    clock = _Clock(work.folder / "seconds.json")
-    text = work.sort(given + work.write(prompts), forbidden)
-    features, held_out = work.features(text)
-    clock.stop()
-    drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
+    with Clock(work.folder / "seconds.json") as clock:
+        work.progress = clock.watch(progress)
+        text = work.sort(given + work.write(prompts), forbidden)
+        drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
+        features, held_out = work.features(text)
     held_corpus = text.corpus.select(text.held_out)
     batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
     fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
@@ -167,7 +179,7 @@ def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -
     torch.manual_seed(plan.fit.seed)
     drafter = Drafter(_shape(pair, plan, len(d2t)), embedding, head[d2t], torch.from_numpy(d2t))
     if plan.init:
-        _load_initial(drafter, plan.init)
+        _load_initial(drafter, plan)
     return drafter
 
 
@@ -179,17 +191,31 @@ def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
         raise TrainError(f"cannot shape a drafter after this target: {error}") from error
 
 
-def _load_initial(drafter: Drafter, checkpoint: Path) -> None:
-    """Take over trained weights.  The draft vocabulary may be another, and layers may be read that were not before."""
+def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
+    """Trained weights to go on from.  The draft vocabulary may be another, and layers may be read that were not."""
+    assert plan.init is not None
     try:
-        _, tensors = read_checkpoint(checkpoint)
-        weights = {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
-        missing, unknown = drafter.load_state_dict(weights, strict=False)
-    except (CheckpointError, RuntimeError) as error:
+        config, tensors = read_checkpoint(plan.init)
+    except CheckpointError as error:
+        raise TrainError(f"cannot go on from {plan.init}: {error}") from error
+    for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
+        if found != asked:
+            raise TrainError(
+                f"cannot go on from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
+            )
+    if config.feature_layers and not plan.feature_layers:
+        raise TrainError(f"cannot go on from {plan.init}: it reads layers of the target, leave out --last-feature")
+    return {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
+
+
+def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
+    try:
+        missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrainError(f"cannot go on from {checkpoint}: {reason}: give the same --fusion and --blocks") from error
+        raise TrainError(f"cannot go on from {plan.init}: {reason}: it is for another target") from error
     if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
-        raise TrainError(f"cannot go on from {checkpoint}: {odd[0]} does not fit: give the same --fusion and --blocks")
+        raise TrainError(f"cannot go on from {plan.init}: {odd[0]} does not fit: it reads other parts of the target")
 
 
 @dataclass
@@ -239,24 +265,25 @@ class Work:
             self.folder / "text", self.folder / "features", plan.disk_gb * 1e9, self.tokenizer, self.open_writer,
             plan.fit.seed, plan.max_new_tokens, self.progress,
         )  # fmt: skip
-        parts = writer.answers(prompts)
+        seconds = 60 * plan.minutes * TEXT_SHARE if plan.minutes else None
+        parts = writer.answers(prompts, seconds)
         if plan.own_prompts:
-            parts += writer.own(plan.own_prompts, plan.openings)
-        elif plan.minutes and not plan.corpora and not prompts:
-            parts += writer.own_for(60 * plan.minutes * TEXT_SHARE, plan.openings)
+            parts += writer.own(plan.own_prompts, plan.openings, seconds)
+        elif seconds and not plan.corpora and not prompts:
+            parts += writer.own(None, plan.openings, seconds)
         return parts
 
     def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
         """Leave out what repeats a benchmark, and hold out some of the rest, seeded."""
         plan = self.plan
         corpus = sum((part.corpus for part in parts), Corpus.of([]))
-        repeats = self._repeats(corpus, forbidden)
-        usable = np.flatnonzero(~repeats)
+        repeats, doubles = self._repeats(corpus, forbidden), corpus.doubles()
+        usable = np.flatnonzero(~repeats & ~doubles)
         if len(usable) < 2:
             raise TrainError(f"{len(usable)} conversations are too few to train on and to hold out: add prompts")
-        order = np.random.default_rng((plan.fit.seed, 1)).permutation(usable)
+        order = np.random.default_rng((plan.fit.seed, 5)).permutation(usable)
         held = min(HELD_OUT_MOST, max(1, round(plan.held_out * len(usable))))
-        return Text(parts, corpus, np.sort(order[held:]), np.sort(order[:held]), int(repeats.sum()))
+        return Text(parts, corpus, np.sort(order[held:]), order[:held], int(repeats.sum()), int(doubles.sum()))
 
     def _repeats(self, corpus: Corpus, forbidden: Forbidden) -> NDArray[np.bool_]:
         """Which conversations share a run of words with an excluded prompt."""
@@ -277,22 +304,41 @@ class Work:
         note = f"{features.bytes / 1e6:.0f} MB on disk"
         if len(features.groups) > 1:
             note = f"{features.bytes / 1e9:.1f} GB in {len(features.groups)} turns of {self.plan.disk_gb:g} GB each"
+        check_room([features, held_out])
         total = len(text.corpus.tokens)
         held_out.hold(0, lambda n: self.progress("held out", n, len(held[0].corpus.tokens), ""))
-        features.hold(0, lambda n: self.progress("features", n, total, note))
+        if len(features.groups) == 1:  # else fitting says whose turn it is
+            features.hold(0, lambda n: self.progress("features", n, total, note))
         return features, held_out
 
 
-class _Clock:
-    """Seconds that the stages before fitting took, over all starts of a run."""
+class Clock:
+    """Seconds that the stages before fitting took, over all starts of a run, killed ones included."""
 
     def __init__(self, file: Path):
-        self.file, self._begun = file, time.monotonic()
+        self.file = file
         self.seconds = float(json.loads(file.read_text())) if file.exists() else 0.0
 
-    def stop(self) -> None:
-        """Book the time since the start and remember it."""
-        self.seconds += time.monotonic() - self._begun
+    def __enter__(self) -> Self:
+        self._mark = time.monotonic()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._book()
+
+    def watch(self, progress: Progress) -> Progress:
+        """`progress`, booking the time every few seconds."""
+
+        def watched(stage: str, done: float, total: float, note: str) -> None:
+            if time.monotonic() - self._mark > BOOK_SECONDS:
+                self._book()
+            progress(stage, done, total, note)
+
+        return watched
+
+    def _book(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
         write_atomically(self.file, json.dumps(self.seconds).encode())
 
 
@@ -304,7 +350,12 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
     if mine.exists():
         if not resume:
             raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
-        if json.loads(mine.read_text()) != json.loads(json.dumps(plan)):
+        # Where it runs and how much disk it may take is no part of what it is.
+        theirs, ours = (
+            {name: value for name, value in one.items() if name not in ("disk_gb", "device")}
+            for one in (json.loads(mine.read_text()), json.loads(json.dumps(plan)))
+        )
+        if theirs != ours:
             raise TrainError(
                 f"{work} was started with other options or for another target (see its plan.json): repeat them or "
                 "give another folder"

@@ -84,6 +84,7 @@ class Conversation:
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
+        self._found = []
         self.target.reset(self.target_length)
         lengths = [(self.target.length, self.target_length)]
         if self.drafter is not None:
@@ -94,8 +95,9 @@ class Conversation:
                 raise DeviceError(f"a session holds {length} entries after a reset to {certain}: open the engine again")
 
     def forget(self) -> None:
-        """Hold nothing."""
+        """Hold nothing, and know nothing of what repeats were worth."""
         self.tokens, self.target_length, self.drafter_length = [], 0, 0
+        self.repeats = RepeatIndex()
         self.rewind()
 
     def reuse(self, prompt: Sequence[int], speculate: bool) -> int:

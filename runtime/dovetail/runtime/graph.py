@@ -111,8 +111,8 @@ def layer_outputs(model: ov.Model) -> list[ov.Output]:
         node = next((source for source in sources if _adds_two_branches(source)), None)
     if len(stream) < 2 or len(stream) % 2:
         raise ExportError(
-            f"the graph's residual stream has {len(stream)} additions, not two a block: train a drafter without "
-            "--feature-layers for this target"
+            f"the graph's residual stream has {len(stream)} additions, not two a block: train a drafter with "
+            "--last-feature for this target"
         )
     return stream[-2::-2]
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..calibration import CALIBRATION_NAME, Calibration
-from ..manifest import Manifest, check_pair, read_manifest, verify_files
+from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
 from .pairs import resolve_pair
 
 TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
@@ -74,7 +74,7 @@ def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
     drafter = manifest.drafter
     if drafter is None:
         return memory
-    for device, file in drafter.files.items():
+    for device, file in ((device, drafter.files[device]) for device in DEVICES if device in drafter.files):
         row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES.get(device, 4)
         memory[f"drafter_{device}_weights_mb"] = _mib(manifest.files[file].size)
         memory[f"drafter_{device}_kv_mb"] = _mib(row * (drafter.tree_slots + drafter.max_context))
@@ -105,7 +105,7 @@ def render(facts: dict[str, Any]) -> str:
         ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
         *_calibration_rows(facts["calibration"]),
-        ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}"),
+        ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
           for name, size in facts["memory"].items()),
@@ -115,8 +115,10 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _drafter_line(drafter: dict[str, Any]) -> str:
+    devices = ", ".join(device for device in DEVICES if device in drafter["files"])
+    layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
     return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
-            f"draft vocabulary {drafter['draft_vocab_size']}, for {', '.join(drafter['files'])}")  # fmt: skip
+            f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}")  # fmt: skip
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
