@@ -2,15 +2,19 @@
 
     python tests/bench/ablate.py PAIR CORPUS.npz --work FOLDER [--updates 250] [--row NAME ...]
 
-Prints a Markdown table and keeps every finished row in FOLDER/rows.json, so a stopped run goes on with the next.
+Prints a Markdown table and keeps every finished row in FOLDER, so a stopped run goes on with the next; FOLDER is for one
+corpus and one target.  Rows with another batch have as many more or fewer updates, so that all see equally many windows.
 Each row starts from the same seed.  What is compared is the acceptance length of a greedy chain of six on held-out
 conversations, with the time that an update took on this machine beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +36,7 @@ from dovetail.exporter.text import split
 from dovetail.exporter.train import TrainPlan, Work, build_drafter
 from dovetail.models import Drafter
 from dovetail.runtime.graph import read_model
-from dovetail.runtime.manifest import read_manifest, write_atomically
+from dovetail.runtime.manifest import read_manifest, sha256_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def main(pair: Path, corpus: Path, folder: Path, updates: int, threads: int | No
     work = Work(pair, read_manifest(pair), plan, folder, lambda *_: None)
     text = work.sort(split("given-0", Corpus.load(corpus)), Forbidden([]))
     stores = work.features(text)
-    memory = folder / "rows.json"
+    memory = folder / f"rows-{identity(pair, corpus, updates)}.json"
     done: dict[str, Any] = json.loads(memory.read_text()) if memory.exists() else {}
     for name in names or ROWS:
         if name not in done:
@@ -121,6 +125,12 @@ def main(pair: Path, corpus: Path, folder: Path, updates: int, threads: int | No
             write_atomically(memory, json.dumps(done, indent=1).encode())
         click.echo(f"{name}: {done[name]['acceptance_length']:.3f}", err=True)
     click.echo(table({name: done[name] for name in names or ROWS}))
+
+
+def identity(pair: Path, corpus: Path, updates: int) -> str:
+    """What rows must share to stand in one table: target, text, number of updates."""
+    parts = (sha256_file(pair / "target" / "openvino_model.bin"), sha256_file(corpus), str(updates))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
 def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], row: Row, updates: int) -> dict[str, Any]:
@@ -138,11 +148,11 @@ def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], ro
     # Equal tokens: half the batch, twice the updates.
     updates = round(updates * work.plan.fit.batch / plan.fit.batch)
     batches.options = replace(plan.fit, epochs=updates / batches.per_epoch)
-    scratch = work.folder / f"fit-{list(ROWS.values()).index(row)}"
-    scratch.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="fit-", dir=work.folder))
     begun = time.monotonic()
     state = Fitting(drafter, batches, scratch, "cpu", show).run(None, lambda: 0.0)
     seconds = time.monotonic() - begun
+    shutil.rmtree(scratch)
     found = evaluate(drafter, text.corpus.select(text.held_out), held_out)  # type: ignore[arg-type]  # as above
     return {
         "acceptance_length": found.acceptance_length,
