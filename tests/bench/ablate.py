@@ -2,10 +2,10 @@
 
     python tests/bench/ablate.py PAIR CORPUS.npz --work FOLDER [--updates 250] [--row NAME ...]
 
-Prints a Markdown table and keeps every finished row in FOLDER, so a stopped run goes on with the next; FOLDER is for one
-corpus and one target.  Rows with another batch have as many more or fewer updates, so that all see equally many windows.
-Each row starts from the same seed.  What is compared is the acceptance length of a greedy chain of six on held-out
-conversations, with the time that an update took on this machine beside it.
+Prints a Markdown table and keeps every finished row in FOLDER, so a stopped run goes on with the next; FOLDER is for
+one corpus and one target.  Rows with another batch have as many more or fewer updates, so that all see equally many
+windows.  Each row starts from the same seed.  What is compared is the acceptance length of a greedy chain of six on
+held-out conversations, with the time that an update took on this machine beside it.
 """
 
 from __future__ import annotations
