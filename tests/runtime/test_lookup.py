@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.runtime.lookup import PRIOR, RepeatIndex
+from dovetail.runtime.lookup import PRIOR, Repeat, RepeatIndex
 from dovetail.runtime.tree import DraftTree, graft
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
@@ -76,7 +76,7 @@ def test_a_grafted_tree_holds_the_best_nodes_of_both(seed: int, size: int, count
     if same and size > 1:  # begins like the tree
         path[:1] = [int(tree.tokens[tree.parents.tolist().index(0)])][: len(path)]
     logprobs = np.cumsum(-rng.exponential(size=count)).tolist()
-    grown = graft(tree, path, logprobs, width)
+    grown = graft(tree, [Repeat(tuple(path), tuple(logprobs), (1, 0))], width)
     assert len(grown) <= width
     values: dict[tuple[int, ...], float] = {}
     for source in (tree, chain(path, logprobs)):
@@ -87,6 +87,14 @@ def test_a_grafted_tree_holds_the_best_nodes_of_both(seed: int, size: int, count
     assert all(abs(values[words] - value) < 1e-5 for words, value in kept.items())
     left_out = [value for words, value in values.items() if words not in kept]
     assert not left_out or max(left_out) <= min(kept.values()) + 1e-5
+
+
+def test_paths_that_begin_alike_share_their_nodes() -> None:
+    paths_ = [Repeat((5, 6, 7), (-0.1, -0.2, -0.9), (2, 0)), Repeat((5, 6, 8), (-0.3, -0.4, -0.5), (1, 0))]
+    grown = graft(DraftTree.root(1), paths_, 16)
+    assert paths(grown).keys() == {(), (5,), (5, 6), (5, 6, 7), (5, 6, 8)}
+    assert grown.tokens.tolist()[:4] == [1, 5, 6, 8]  # the principal chain takes the better end
+    assert abs(paths(grown)[5, 6] + 0.2) < 1e-6
 
 
 def chain(path: list[int], logprobs: list[float]) -> DraftTree:

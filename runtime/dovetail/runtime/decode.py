@@ -144,13 +144,12 @@ class Conversation:
                 f"{limits.width}: its session is out of step, open the engine again"
             )
         self._found = self.repeats.find(self.tokens, limits.lookup) if limits.lookup else []
-        if limits.top_k == 1:  # a chain stays a chain: the best of them all
-            root = DraftTree.root(known)
-            chains = [tree, *(graft(root, found.tokens, found.logprobs, limits.width) for found in self._found)]
-            return max(chains, key=lambda chain: chain.expected_length)
-        for found in self._found:
-            tree = graft(tree, found.tokens, found.logprobs, limits.width)
-        return tree
+        if not self._found:
+            return tree
+        if limits.top_k > 1:
+            return graft(tree, self._found, limits.width)
+        chains = [graft(DraftTree.root(known), [found], limits.width) for found in self._found]
+        return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
     def commit(self, path: TokenArray, tokens: Sequence[int]) -> None:
         """Keep the nodes of `path`; `tokens` follow its root."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappush, heapreplace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +136,16 @@ class Level:
     attend: NDArray[np.bool_]
 
 
+class Path(Protocol):
+    """Tokens that may follow the root.  logprobs: of the path down to each of them, descending."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+
+
 Expand = Callable[[Level], Candidates]
 
 
@@ -244,21 +254,23 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
     )
 
 
-def graft(tree: DraftTree, path: Sequence[int], logprobs: Sequence[float], width: int) -> DraftTree:
-    """Put a path of tokens below the root, where it is not there yet, and keep the best `width` nodes of all.
+def graft(tree: DraftTree, paths: Iterable[Path], width: int) -> DraftTree:
+    """Put paths of tokens below the root, as far as they are not there yet, and keep the best `width` nodes of all.
 
-    logprobs: of the path down to each of its tokens, descending.  A node that both propose has the better one.
+    A node that several propose has the best of their log-probabilities.
     """
-    tokens, parents, known = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
-    tip = 0
-    for token, logprob in zip(path, logprobs, strict=True):
-        child = tree.child(tip, token) if tip < len(tree) else None
-        if child is None:
-            child = len(tokens)
-            tokens.append(token)
-            parents.append(tip)
-            known.append(logprob)
-        else:
-            known[child] = max(known[child], logprob)
-        tip = child
-    return best_tree(tokens, parents, known, width - 1)
+    tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
+    children = {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
+    for path in paths:
+        tip = 0
+        for token, logprob in zip(path.tokens, path.logprobs, strict=True):
+            child = children.get((tip, token))
+            if child is None:
+                child = children[tip, token] = len(tokens)
+                tokens.append(token)
+                parents.append(tip)
+                logprobs.append(logprob)
+            else:
+                logprobs[child] = max(logprobs[child], logprob)
+            tip = child
+    return best_tree(tokens, parents, logprobs, width - 1)
