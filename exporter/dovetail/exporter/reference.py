@@ -51,7 +51,7 @@ class ReferencePair:
     name: str
     hub_id: str
     wheel: WheelSource | None
-    trained_on: Origin | Literal["gguf"]
+    trained_on: Origin
     drafter: str
 
 
@@ -67,13 +67,6 @@ REFERENCE_PAIRS = {
         ),
         trained_on="wheel",
         drafter="smollm2-135m",
-    ),
-    "qwen2.5-coder-0.5b": ReferencePair(
-        name="qwen2.5-coder-0.5b",
-        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        wheel=None,
-        trained_on="gguf",
-        drafter="qwen2.5-coder-0.5b",
     ),
 }
 
