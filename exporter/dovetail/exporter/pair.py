@@ -88,7 +88,8 @@ def build_drafter(build: PairBuild, checkpoint: Path) -> DrafterFacts:
 
         return asdict(export_drafter(checkpoint, build.folder("target"), folder, progress=build.progress))
 
-    return DrafterFacts(**build.run(Stage("drafter", inputs, fill)))
+    raw = build.run(Stage("drafter", inputs, fill))
+    return DrafterFacts(**{**raw, "feature_layers": tuple(raw.get("feature_layers", ()))})  # a list in a stage's record
 
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
