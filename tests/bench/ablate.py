@@ -136,9 +136,7 @@ def identity(pair: Path, corpus: Path, updates: int) -> str:
 def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], row: Row, updates: int) -> dict[str, Any]:
     """One recipe: `updates` updates on the same windows in the same order, then held-out text."""
     plan = replace(work.plan, **row.plan, fit=replace(work.plan.fit, **row.fit))
-    kept = text.kept[: round(row.share * len(text.kept))]
-    if row.share < 1:
-        kept = np.sort(np.random.default_rng(5).permutation(text.kept)[: len(kept)])
+    kept = np.sort(np.random.default_rng(5).permutation(text.kept)[: round(row.share * len(text.kept))])
     drafter = build_drafter(work.pair, text, plan, work.manifest)
     if row.copied is not None:
         copy_block(drafter, work.pair / "target" / "openvino_model.xml", row.copied)

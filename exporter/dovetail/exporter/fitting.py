@@ -19,7 +19,7 @@ from dovetail.runtime.manifest import write_atomically
 from .fit import Batches, FitOptions, StepReport, Windows, learning_rate, make_optimizers, unrolled_loss
 
 CURVE_EVERY = 25  # updates per point of the learning curve
-JUDGE_EVERY = 0.1  # share of the run between two looks at held-out text
+LOOKS = 10  # at held-out text in a run
 SAVE_SECONDS = 60.0
 TIMED_UPDATES = 20  # updates after which the length of a run limited by time is fixed
 
@@ -31,14 +31,13 @@ Progress = Callable[[str, float, float, str], None]
 class FitState:
     """Where fitting stands; what `state.pt` holds.
 
-    total: updates of the whole run, 0 while not known.  judged: looks at held-out text so far.
+    total: updates of the whole run, 0 while not known.
     """
 
     step: int = 0
     total: int = 0
     seconds: float = 0.0
     positions: int = 0
-    judged: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -101,10 +100,9 @@ class Fitting:
     def _record(self, recent: list[StepReport], judge: Callable[[], float]) -> list[StepReport]:
         """Add a point to the curve, with a look at held-out text when it is time for one."""
         state = self.state
+        before = state.curve[-1]["update"] if state.curve else 0
         state.curve.append(point := _point(state, recent))
-        due = state.total and state.step >= (state.judged + 1) * JUDGE_EVERY * state.total
-        if due or state.step == state.total:
-            state.judged = int(state.step / (JUDGE_EVERY * state.total))
+        if state.total and LOOKS * state.step // state.total > LOOKS * before // state.total:
             point["held_out"] = round(judge(), 3)
         agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
         held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")

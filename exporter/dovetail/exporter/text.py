@@ -66,7 +66,7 @@ class TextWriter:
             return prompts[start : start + count]
 
         parts = self._parts("answers", 3, ask, len(prompts), seconds)
-        if left := len(prompts) - sum(self._sizes("answers", len(parts))):
+        if left := len(prompts) - sum(int(part["prompts"]) for part in self._memory("answers")):
             self.progress("answers", len(prompts) - left, len(prompts), f"no time for the last {left} prompts")
         return parts
 
@@ -141,9 +141,6 @@ class TextWriter:
         path = self.folder / f"{kind}.json"
         memory: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
         return memory
-
-    def _sizes(self, kind: str, count: int) -> list[int]:
-        return [int(part["prompts"]) for part in self._memory(kind)[:count]]
 
     def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
         """Remember a part; one that was begun by an earlier start took at least as long per prompt as the others."""

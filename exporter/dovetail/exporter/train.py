@@ -276,7 +276,7 @@ class Work:
     def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
         """Leave out what repeats a benchmark, and hold out some of the rest, seeded."""
         plan = self.plan
-        corpus = sum((part.corpus for part in parts), Corpus.of([]))
+        corpus = Corpus.join([part.corpus for part in parts])
         repeats, doubles = self._repeats(corpus, forbidden), corpus.doubles()
         usable = np.flatnonzero(~repeats & ~doubles)
         if len(usable) < 2:
@@ -353,7 +353,7 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
         # Where it runs and how much disk it may take is no part of what it is.
         theirs, ours = (
             {name: value for name, value in one.items() if name not in ("disk_gb", "device")}
-            for one in (json.loads(mine.read_text()), json.loads(json.dumps(plan)))
+            for one in (json.loads(mine.read_text()), plan)
         )
         if theirs != ours:
             raise TrainError(

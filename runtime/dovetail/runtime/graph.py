@@ -54,8 +54,9 @@ class FeatureMix:
         return cls(tuple(int(layer) for layer in layers), weight, eps)
 
 
+# What may stand between a constant and the node that uses it.
+_AFTER_CONSTANT = {"Convert", "Reshape"}
 # What may stand between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
-_BETWEEN_CONSTANT = {"Convert", "Reshape"}
 _AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
 
 
@@ -178,7 +179,7 @@ def _adds_two_branches(node: ov.Node) -> bool:
 
 
 def _is_constant(node: ov.Node) -> bool:
-    while node.get_type_name() in _BETWEEN_CONSTANT:
+    while node.get_type_name() in _AFTER_CONSTANT:
         node = node.input_value(0).get_node()
     return bool(node.get_type_name() == "Constant")
 

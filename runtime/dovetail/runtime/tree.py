@@ -8,16 +8,17 @@ While it grows, a tree is in draft order instead: rows of the drafter's buffers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappush, heapreplace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .lookup import Repeat
 
 _NEVER = float("-inf")
 
@@ -136,16 +137,6 @@ class Level:
     attend: NDArray[np.bool_]
 
 
-class Path(Protocol):
-    """Tokens that may follow the root.  logprobs: of the path down to each of them, descending."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-    @property
-    def logprobs(self) -> Sequence[float]: ...
-
-
 Expand = Callable[[Level], Candidates]
 
 
@@ -254,13 +245,13 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
     )
 
 
-def graft(tree: DraftTree, paths: Iterable[Path], width: int) -> DraftTree:
+def graft(tree: DraftTree, paths: Iterable[Repeat], width: int) -> DraftTree:
     """Put paths of tokens below the root, as far as they are not there yet, and keep the best `width` nodes of all.
 
     A node that several propose has the best of their log-probabilities.
     """
     tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
-    children = {(parents[node], tokens[node]): node for node in range(len(tokens) - 1, 0, -1)}
+    children = dict(tree._children)
     for path in paths:
         tip = 0
         for token, logprob in zip(path.tokens, path.logprobs, strict=True):
