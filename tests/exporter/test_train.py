@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,25 @@ def test_features_that_come_with_the_text_are_those_of_a_later_pass(model: Paged
         later = store[slice(int(start), int(end) - 1)].astype(np.float32)
         difference = conversation.features.astype(np.float32) - later
         assert np.linalg.norm(difference) < 0.1 * np.linalg.norm(later)  # another width, another kernel: 4% here
+
+
+def test_features_cut_off_anywhere_are_completed(
+    model: PagedModel, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a pass, within a row, or never begun: bit for bit; a part without conversations has no file."""
+    monkeypatch.setattr("dovetail.exporter.features.PASS_TOKENS", 200)
+    corpus = Corpus.load(corpus_file)
+    parts = [Part("none", Corpus.join([])), Part("a", corpus)]
+    size = 2 * model.feature_size
+    contents = []
+    for cut in (None, 0, size * int(corpus.offsets[5]), size * int(corpus.offsets[5]) + 3 * size + 1):
+        store = FeatureStore(tmp_path, parts, model.feature_size, lambda: model, 1e9)
+        if cut is not None:
+            os.truncate(tmp_path / "a.f16", cut)
+        store.hold(0, lambda tokens: None)
+        contents.append(np.array(store[slice(0, len(corpus.tokens))]))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.f16"]
+    assert all(np.array_equal(other, contents[0]) for other in contents[1:])
 
 
 def test_features_stay_within_their_disk(model: PagedModel, corpus_file: Path, tmp_path: Path) -> None:

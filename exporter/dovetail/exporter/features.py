@@ -9,7 +9,6 @@ again whenever its turn comes.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.manifest import write_atomically
 from dovetail.runtime.paged import BLOCK, Batch, PagedModel
 
 from .corpus import Corpus
@@ -57,7 +55,8 @@ class FeatureStore:
         open_model: Callable[[], PagedModel],
         budget_bytes: float,
     ):
-        self.folder, self.parts, self.feature_size, self.open_model = folder, list(parts), feature_size, open_model
+        self.folder, self.feature_size, self.open_model = folder, feature_size, open_model
+        self.parts = [part for part in parts if len(part.corpus)]
         sizes = [feature_bytes(part.corpus, feature_size) for part in self.parts]
         self.starts = np.concatenate([[0], np.cumsum([len(part.corpus.tokens) for part in self.parts])])
         self.groups = _groups(sizes, budget_bytes)
@@ -79,8 +78,7 @@ class FeatureStore:
         for index, part in enumerate(self.parts):
             if index not in wanted:
                 self._rows.pop(index, None)
-                for file in sorted(self.folder.glob(f"{part.name}.f16*")):  # the mark goes last
-                    file.unlink()
+                (self.folder / f"{part.name}.f16").unlink(missing_ok=True)
         model: PagedModel | None = None
         done = 0
         for index in wanted:
@@ -110,7 +108,7 @@ class FeatureStore:
 def check_room(stores: Sequence[FeatureStore]) -> None:
     """Raise TrainError when the disk has no room for the largest group of each store, less what is there."""
     needed = sum(store.largest for store in stores)
-    present = sum(512 * file.stat().st_blocks for store in stores for file in store.folder.glob("*.f16"))
+    present = sum(file.stat().st_size for store in stores for file in store.folder.glob("*.f16"))
     free = shutil.disk_usage(stores[0].folder).free
     if needed > free + present:
         raise TrainError(
@@ -138,43 +136,36 @@ def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
 
 
 def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
-    """Whether `file` holds the features of all of `corpus`."""
-    if not file.exists() or file.stat().st_size != feature_bytes(corpus, feature_size):
-        return False
-    mark = _mark(file)
-    return not mark.exists() or int(json.loads(mark.read_text())) == len(corpus)
+    """Whether `file` holds the features of all of `corpus`: it grows pass by pass."""
+    return file.exists() and file.stat().st_size == feature_bytes(corpus, feature_size)
 
 
 def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:
     """Compute f for every token of every conversation, from the model that will verify; yields tokens done.
 
-    Resumable: `file`.progress says how many conversations are done.
+    Resumable: what `file` holds of whole passes is kept, so that the rest is computed in the same passes as without
+    an interruption, and rounded alike.  Raises OSError, a full disk's included.
     """
-    shape = (len(corpus.tokens), model.feature_size)
-    mark = _mark(file)
-    done = int(json.loads(mark.read_text())) if mark.exists() and file.exists() else 0
-    if not done:
-        write_atomically(mark, b"0")
-    with file.open("r+b" if done else "wb") as reserved:  # a full disk is told here, not by a signal later
-        os.posix_fallocate(reserved.fileno(), 0, feature_bytes(corpus, model.feature_size))
-    out = np.memmap(file, np.float16, "r+", shape=shape)
     offsets = corpus.offsets
-    while done < len(corpus):
-        last = _pass_end(corpus, done)
-        out[offsets[done] : offsets[last]] = to_float16(_features(model, corpus, done, last))
+    size = 2 * model.feature_size  # bytes of a token
+    present = file.stat().st_size // size if file.exists() else 0
+    done = 0
+    while done < len(corpus) and offsets[last := _pass_end(corpus, done)] <= present:
         done = last
-        out.flush()
-        write_atomically(mark, json.dumps(done).encode())
-        yield int(offsets[done])
+    with file.open("ab") as out:
+        out.truncate(int(offsets[done]) * size)
+        while done < len(corpus):
+            last = _pass_end(corpus, done)
+            out.write(to_float16(_features(model, corpus, done, last)).tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+            done = last
+            yield int(offsets[done])
 
 
 def to_float16(features: NDArray[np.float32]) -> NDArray[np.float16]:
     """Rounded, and cut where float16 ends: some blocks of some targets have a few enormous values."""
     return features.clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
-
-
-def _mark(file: Path) -> Path:
-    return file.with_name(file.name + ".progress")
 
 
 def _pass_end(corpus: Corpus, first: int) -> int:
