@@ -155,24 +155,22 @@ def write_prompts(
     count: int,
     rng: np.random.Generator,
     seen: set[str],
-) -> list[str]:
+) -> Iterator[str]:
     """Let the target write about `count` prompts from the bare chat prefix, sampled at temperature 1.
 
     openings: how prompts may begin, one drawn for each; "" leaves the beginning to the target too.
     seen: prompts there already, in their `fingerprint`; grows.  Duplicates, fragments and prompts of fewer than
-    16 or more than 1,200 characters are dropped, so fewer than `count` may come back.
+    16 or more than 1,200 characters are dropped, so fewer than `count` may come.
     """
     prefix = bare_prefix(tokenizer)
     starts = [prefix + tuple(tokenizer.encode(text, add_special_tokens=False)) for text in openings]
     requests = (Request(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
-    found = []
     for conversation in writer.write(requests, rng):
         text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
         ended = conversation.tokens[-1] in writer.stop
         if ended and 16 <= len(text) <= 1200 and (mark := fingerprint(text)) not in seen:
             seen.add(mark)
-            found.append(text)
-    return found
+            yield text
 
 
 def fingerprint(prompt: str) -> str:

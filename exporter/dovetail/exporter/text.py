@@ -160,8 +160,9 @@ class TextWriter:
             wanted = count - len(prompts)
             if wanted <= 0:
                 break
-            prompts += write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen)
-            self.progress("prompts", start + min(len(prompts), count), total, "")
+            for prompt in write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen):
+                prompts.append(prompt)
+                self.progress("prompts", start + min(len(prompts), count), total, "")
         seen.difference_update(map(fingerprint, prompts[count:]))  # as a later start, which reads the rest back, has it
         return prompts[:count]
 
