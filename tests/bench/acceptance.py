@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from dovetail.runtime.cli import machine
+from dovetail.runtime import machine
 from dovetail.runtime.cli.benchmark import Totals, converse, warm_up
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.cli.options import DEVICES, EngineFlags, RequestFlags

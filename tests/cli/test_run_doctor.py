@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.cli import doctor, machine
+from dovetail.runtime import machine
+from dovetail.runtime.cli import doctor
 
 CPUINFO = """processor\t: 0
 model name\t: Test CPU

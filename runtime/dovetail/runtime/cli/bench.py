@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
+from .. import machine
 from ..engine import Engine
 from ..errors import InputError, PairError
 from ..manifest import write_atomically
-from . import machine
 from .benchmark import Paired, measure, summary
 from .options import EngineFlags, RequestFlags, engine_options, sampling_options
 from .pairs import DEFAULT_PAIR

@@ -13,9 +13,9 @@ from io import StringIO
 
 import click
 
+from .. import machine
 from ..devices import cuda_problem
 from ..errors import DeviceError
-from . import machine
 
 # An ONNX model of one Identity node on one float: enough to see whether a provider really starts.
 PROBE_MODEL = base64.b64decode(
