@@ -1,0 +1,115 @@
+"""What a pass of each engine costs on this machine, by its rows and by the context before it.
+
+Axes: C context lengths, R row counts, ascending both.  Times are milliseconds.
+A pass never gets cheaper with more rows or more context: measured medians are made so by isotonic regression
+(pool adjacent violators), rows first, then contexts; the second keeps what the first did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+
+Floats = NDArray[np.float64]
+
+CONTEXT_STEP = 64  # tokens of context for which one row of predictions serves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds of a pass.
+
+    contexts: [C] tokens before it.  rows: [R] new tokens or nodes in it, from 1.  ms: [C][R], rising along both.
+    """
+
+    contexts: tuple[int, ...]
+    rows: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+    _known: dict[tuple[int, int], Floats] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, values in (("contexts", self.contexts), ("rows", self.rows)):
+            if not values or not all(low < high for low, high in pairwise((-1, *values))):
+                raise InputError(f"curve {name} {list(values)} are out of order: give them ascending, from 0")
+        if [len(line) for line in self.ms] != [len(self.rows)] * len(self.contexts):
+            raise InputError(f"curve of {len(self.contexts)} x {len(self.rows)} points has other times: measure again")
+        if not all(isfinite(value) and value > 0 for line in self.ms for value in line):
+            raise InputError("curve times must be above 0 and finite: measure again")
+
+    @classmethod
+    def fit(cls, contexts: Sequence[int], rows: Sequence[int], ms: NDArray[np.floating[Any]]) -> Curve:
+        """The curve nearest to the measured `ms` [C, R] that never falls."""
+        along_rows = np.array([isotonic(line) for line in ms])
+        rising = np.array([isotonic(column) for column in along_rows.T]).T
+        return cls(tuple(contexts), tuple(rows), tuple(tuple(map(float, line)) for line in rising))
+
+    def at(self, context: int, most: int) -> Floats:
+        """Predictions [most + 1] for 0 to `most` rows, of which 0 are free.
+
+        Linear between the points, level before the first and on with the last slope.
+        """
+        key = context // CONTEXT_STEP, most
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._predict(context, most)
+        return found
+
+    def _predict(self, context: int, most: int) -> Floats:
+        table = np.array(self.ms)
+        line = np.array([_line(self.contexts, table[:, row], np.array([context]))[0] for row in range(len(self.rows))])
+        out = _line(self.rows, line, np.arange(most + 1))
+        out[0] = 0.0
+        return out
+
+
+@dataclass(frozen=True)
+class Costs:
+    """target: verification by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows."""
+
+    target: Curve
+    draft: Curve
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
+            for name, curve in (("target", self.target), ("draft", self.draft))
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
+        """From decoded JSON.  Raises InputError, KeyError or TypeError for anything else."""
+        target, draft = (
+            Curve(tuple(curve["contexts"]), tuple(curve["rows"]), tuple(tuple(line) for line in curve["ms"]))
+            for curve in (raw["target"], raw["draft"])
+        )
+        return cls(target, draft)
+
+
+def isotonic(values: Sequence[float] | Floats) -> Floats:
+    """The rising sequence nearest to `values` in squares: neighbours that fall are pooled into their mean."""
+    pools: list[tuple[float, int]] = []  # mean, count
+    for value in values:
+        mean, count = float(value), 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        pools.append((mean, count))
+    return np.array([mean for mean, count in pools for _ in range(count)])
+
+
+def _line(at: Sequence[int], values: Floats, wanted: NDArray[np.integer[Any]]) -> Floats:
+    """`values` at points `at`, interpolated at `wanted`: level before the first point, with the last slope after it."""
+    out: Floats = np.interp(wanted, at, values)
+    if len(at) > 1:
+        slope = (values[-1] - values[-2]) / (at[-1] - at[-2])
+        out += np.maximum(wanted - at[-1], 0) * slope
+    return out
