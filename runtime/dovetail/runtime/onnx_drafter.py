@@ -35,10 +35,14 @@ Array = NDArray[Any]
 
 
 class OnnxDrafter:
-    """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why."""
+    """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why.
+
+    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.
+    """
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
         self.device, self.device_note = device, device_note
+        self.file_key, self.max_context = runner.file_key, facts.max_context
         self._facts, self._runner, self._rows = facts, runner, runner.rows
         self._length = 0
         self._root: tuple[int, Candidates] | None = None  # last known token and its children
@@ -108,6 +112,11 @@ class OnnxDrafter:
             raise InputError(f"cannot keep {keep} pairs of {self._length}: give 0 to {self._length}")
         if keep < self._length:
             self._length, self._root = keep, None
+
+    def assume(self, length: int) -> None:
+        """Behave as if extended by `length` pairs, for timing alone: their KV is whatever lies there."""
+        self._runner.touch(length)
+        self._length, self._root = length, None
 
     def _extend(self, tokens: TokenArray, features: FloatArray) -> Candidates:
         """One chunk of at most CHUNK pairs."""
@@ -183,17 +192,24 @@ class Rows:
 
 
 class Runner(Protocol):
-    """Runs the graph on `rows`, owning KV and bank."""
+    """Runs the graph on `rows`, owning KV and bank.  file_key: of the graph in DrafterFacts.files."""
 
+    file_key: str
     rows: Rows
 
     def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
         """Run the first n rows against `context` pairs; the result is valid until the next run."""
         ...
 
+    def touch(self, context: int) -> None:
+        """Have memory of its own under the KV of `context` pairs, whatever it holds."""
+        ...
+
 
 class CpuRunner:
     """INT8 graph on the CPU.  KV and bank are numpy arrays, input and output of the graph at once."""
+
+    file_key = "cpu"
 
     def __init__(self, file: Path, facts: DrafterFacts, threads: int):
         import onnxruntime as ort
@@ -221,6 +237,11 @@ class CpuRunner:
         _call(self._session, binding)
         return Candidates(self.rows.top_logprobs[:n], self.rows.top_ids[:n])
 
+    def touch(self, context: int) -> None:
+        """See Runner: pages that were never written share one page of zeros, which is read too quickly."""
+        for buffer in self._kv:
+            buffer[: self._slots + context, :, :, 0] += 0
+
     def _bind(self, n: int, kv_rows: int, binding: Any | None) -> Any:
         """Point the graph at the first n rows and the first `kv_rows` of each KV buffer."""
         if binding is None:
@@ -244,6 +265,8 @@ class CudaRunner:
     ONNX Runtime replays a captured graph without looking at shapes, so `_graphs` keeps which bucket a
     graph id was captured for, and nothing else is ever run under that id.
     """
+
+    file_key = "cuda"
 
     def __init__(self, file: Path, facts: DrafterFacts):
         import onnxruntime as ort
@@ -278,6 +301,9 @@ class CudaRunner:
             raise DeviceError(f"the CUDA device failed: {_one_line(error)}: use --drafter-device cpu") from error
         _call(self._session, binding, run_options)
         return Candidates(tensors["top_logprobs"].numpy()[:n], tensors["top_ids"].numpy()[:n])
+
+    def touch(self, context: int) -> None:
+        """See Runner: device memory is there from the start."""
 
     def _capture(self, graph_id: int, bucket: int) -> tuple[dict[str, Any], Any, Any]:
         """Device tensors, binding and run options of one bucket; the first runs capture its graph."""

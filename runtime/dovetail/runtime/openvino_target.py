@@ -86,6 +86,11 @@ class OpenVINOTarget:
         self._length = min(self._length, keep)
         self._width = 0
 
+    def assume(self, length: int) -> None:
+        """Behave as if `length` tokens were committed, for timing alone: their KV is whatever lies there."""
+        self.model.touch(-(-length // BLOCK))
+        self._length, self._width = length, 0
+
     def _run(
         self,
         tokens: TokenArray,

@@ -1,0 +1,96 @@
+"""Measured costs, kept in the cache: one file for each target, drafter and machine they were measured with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from . import machine as here
+from .costs import Costs
+from .errors import InputError
+from .manifest import Manifest, cache_dir, write_atomically
+
+WEIGHTS = "target/openvino_model.bin"
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """What costs depend on; where one of these differs they are measured anew.
+
+    target, drafter: digests of the weights.  device: key of the drafter's file, "cuda" or "cpu".
+    threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
+    """
+
+    target: str
+    drafter: str
+    device: str
+    threads: int | None
+    cpu: str
+    usable_threads: int
+    openvino: str
+    onnxruntime: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, device: str, threads: int | None) -> CostKey:
+        """The key of a pair, which must have a drafter and digests of its files, on this machine."""
+        assert manifest.drafter is not None
+        cpu, versions = here.cpu(), here.versions()
+        return cls(
+            target=manifest.files[WEIGHTS].sha256,
+            drafter=manifest.files[manifest.drafter.files[device]].sha256,
+            device=device,
+            threads=threads,
+            cpu=cpu.model,
+            usable_threads=cpu.usable,
+            openvino=versions.get("openvino", "unknown"),
+            onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
+        )
+
+    @property
+    def file(self) -> Path:
+        """Where its costs are kept."""
+        digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return cache_dir() / "costs" / f"{digest}.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Costs, and for people what they were measured on.  seconds: what it took.  date: ISO 8601, UTC."""
+
+    pair: str
+    key: CostKey
+    costs: Costs
+    seconds: float
+    date: str = field(default_factory=_now)
+    machine: Mapping[str, Any] = field(default_factory=here.describe)
+    versions: Mapping[str, str] = field(default_factory=here.versions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "costs": self.costs.as_dict()}
+
+    def store(self) -> None:
+        """Keep it in place of what is there, whole or not at all.  Raises OSError."""
+        self.key.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.key.file, (json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def recall(key: CostKey) -> Measured | None:
+    """What was measured for `key`; None where that is nothing, or a file that says something else."""
+    try:
+        raw = json.loads(key.file.read_text(encoding="utf-8"))
+        if raw["key"] != asdict(key):
+            return None
+        facts = (raw["seconds"], str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]))
+        return Measured(str(raw["pair"]), key, Costs.from_dict(raw["costs"]), *facts)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, InputError):
+        return None

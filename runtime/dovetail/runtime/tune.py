@@ -1,0 +1,204 @@
+"""Measure what a pass costs here: the target's by its nodes, a drafter's call by its rows, both by the context.
+
+All points are timed in turns, round after round in shuffled order, so that whatever else the machine does falls
+on all of them alike; a point's time is its median.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from math import isfinite
+from random import Random
+from statistics import median
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from .cost_cache import CostKey, Measured, recall
+from .costs import Costs, Curve
+from .errors import InputError
+from .manifest import Manifest
+from .onnx_drafter import CHUNK, OnnxDrafter
+from .openvino_target import OpenVINOTarget
+from .tree import DraftTree
+
+CONTEXTS = (128, 1024, 4096)
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, CHUNK)
+# On first use somebody waits for an answer.
+QUICK_CONTEXTS = (128, 1024)
+QUICK_WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+QUICK_SECONDS = 4.0
+
+SAMPLES = 2  # of every point at least
+DEPTH = 5  # of the trees that are verified
+
+Engine = Literal["target", "draft"]
+Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
+Progress = Callable[[float], None]  # is told the part that is done, 0 to 1
+
+
+def known_or_measured(
+    manifest: Manifest,
+    target: OpenVINOTarget,
+    drafter: OnnxDrafter,
+    threads: int | None,
+    *,
+    progress: Progress | None = None,
+) -> Costs:
+    """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
+
+    threads: what the sessions were opened with.  Both sessions end empty where it is measured.  Raises DeviceError.
+    """
+    key = CostKey.of(manifest, drafter.file_key, threads)
+    known = recall(key)
+    if known is not None:
+        return known.costs
+    begin = perf_counter()
+    costs = measure(
+        target, drafter, contexts=QUICK_CONTEXTS, widths=QUICK_WIDTHS, seconds=QUICK_SECONDS, progress=progress
+    )
+    with suppress(OSError):  # a cache that cannot be written costs time at the next start, not correctness
+        Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
+    return costs
+
+
+def measure(
+    target: OpenVINOTarget,
+    drafter: OnnxDrafter,
+    *,
+    contexts: Iterable[int],
+    widths: Iterable[int],
+    seconds: float,
+    progress: Progress | None = None,
+) -> Costs:
+    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`; both sessions end empty.
+
+    Contexts that a session has no room for are left out.  Where the time does not allow for SAMPLES of every point,
+    only powers of two and the largest are measured; where it does not for those either, it takes longer.
+    Raises InputError for what cannot be measured, DeviceError.
+    """
+    check_seconds(seconds)
+    begin = perf_counter()
+    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
+    every: Sizes = {
+        "target": _ascending("widths", widths, 1),
+        "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
+    }
+    few: Sizes = {engine: [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]] for engine, sizes in every.items()}
+    watch, order = _Stopwatch(target, drafter), Random(0)
+
+    def shuffled(sizes: Sizes) -> list[_Point]:
+        points = [_Point(engine, n, context) for engine in sizes for n, context in product(sizes[engine], contexts)]
+        return order.sample(points, len(points))
+
+    try:
+        watch.warm_up(few, contexts[-1])
+        for point in shuffled(few):
+            watch.time(point)
+        sizes, one_round = few, watch.predict(few, every, contexts)
+        if perf_counter() - begin + (1 + SAMPLES) * one_round / 1e3 <= seconds:
+            sizes = every
+            watch.warm_up(every, contexts[-1])
+        points, queue = shuffled(sizes), list[_Point]()
+        while (left := seconds - (perf_counter() - begin)) > 0 or watch.sampled(points) < 1:
+            queue = queue or shuffled(sizes)
+            watch.time(queue.pop())
+            if progress is not None:
+                progress(min(1 - left / seconds, watch.sampled(points)))
+        return Costs(*(watch.curve(engine, sizes[engine], contexts) for engine in ("target", "draft")))
+    finally:
+        target.reset(0)
+        drafter.reset(0)
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises InputError for a time that measuring cannot take."""
+    if not isfinite(seconds) or seconds <= 0:
+        raise InputError(f"seconds {seconds} is out of range: give more than 0")
+
+
+def timed_tree(nodes: int) -> DraftTree:
+    """A tree laid out as the loop verifies it: a chain of up to DEPTH nodes below the root, then their siblings."""
+    chain = min(nodes - 1, DEPTH)
+    parents = [-1, *range(chain), *(node % chain for node in range(nodes - 1 - chain))]
+    return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A call to be timed: a pass of `size` nodes or a drafter's call of `size` rows, after `context` tokens."""
+
+    engine: Engine
+    size: int
+    context: int
+
+
+@dataclass
+class _Stopwatch:
+    """Times calls as the loop makes them: the mask of a tree is part of its pass, growing the tree is not."""
+
+    target: OpenVINOTarget
+    drafter: OnnxDrafter
+    times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
+
+    def time(self, point: _Point) -> None:
+        """One call, whose time is noted."""
+        self.times[point].append(self.call(point))
+
+    def warm_up(self, sizes: Sizes, context: int) -> None:
+        """One call of each size that was not timed yet: the first of a shape is slower."""
+        for engine in sizes:
+            for size in reversed(sizes[engine]):
+                point = _Point(engine, size, context)
+                if point not in self.times:
+                    self.call(point)
+
+    def call(self, point: _Point) -> float:
+        """One call, in ms."""
+        if point.engine == "target":
+            self.target.assume(point.context)
+            tree = timed_tree(point.size)
+            begin = perf_counter()
+            self.target.verify(tree)
+        else:
+            self.drafter.assume(point.context)
+            tokens = np.zeros(point.size, np.int64)
+            features = np.zeros((point.size, self.target.model.feature_size), np.float32)
+            begin = perf_counter()
+            self.drafter.extend(tokens, features)
+        return (perf_counter() - begin) * 1e3
+
+    def sampled(self, points: Sequence[_Point]) -> float:
+        """The part, 0 to 1, of the times that `points` need which is there: SAMPLES of each."""
+        return sum(min(len(self.times[point]), SAMPLES) for point in points) / (SAMPLES * len(points))
+
+    def predict(self, known: Sizes, wanted: Sizes, contexts: Sequence[int]) -> float:
+        """Milliseconds of one round over `wanted`, by the times of `known`, which has the largest of each."""
+        total = 0.0
+        for engine in wanted:
+            curve = self.curve(engine, known[engine], contexts)
+            total += sum(float(curve.at(context, wanted[engine][-1])[wanted[engine]].sum()) for context in contexts)
+        return total
+
+    def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
+        """The medians, made to rise."""
+        ms = [[median(self.times[_Point(engine, size, context)]) for size in sizes] for context in contexts]
+        return Curve.fit(contexts, sizes, np.array(ms))
+
+
+def _fitting(contexts: Sequence[int], room: int) -> list[int]:
+    """The contexts of at most `room` tokens; where none fits, what fits."""
+    return [context for context in contexts if context <= room] or [max(0, room)]
+
+
+def _ascending(name: str, values: Iterable[int], low: int) -> list[int]:
+    ordered = sorted(set(values))
+    if not ordered or ordered[0] < low:
+        raise InputError(f"{name} {ordered} cannot be measured: give one or more, from {low}")
+    return ordered
