@@ -79,3 +79,11 @@ def test_a_calibration_that_cannot_be_read_is_exit_3(invoke, pair: Path) -> None
     write_manifest(pair, replace(manifest, files={**manifest.files, name: file_entry(pair / name)}))
     result = invoke("inspect", str(pair))
     assert (result.exit_code, result.stderr.count("\n")) == (3, 1) and "calibration.json" in result.stderr
+
+
+def test_weights_without_a_digest_have_no_costs(invoke, pair: Path) -> None:
+    manifest = read_manifest(pair)
+    files = {name: entry for name, entry in manifest.files.items() if not name.endswith(".bin")}
+    write_manifest(pair, replace(manifest, files=files))
+    result = invoke("inspect", str(pair), "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["costs"] is None

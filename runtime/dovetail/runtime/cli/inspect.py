@@ -10,11 +10,15 @@ from typing import Any
 import click
 
 from ..calibration import CALIBRATION_NAME, Calibration
+from ..cost_cache import WEIGHTS, CostKey, Measured, recall
+from ..costs import Costs, Curve
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
 from .pairs import resolve_pair
 
 TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
 DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
+NODES = (1, 8, 16, 32)  # of the passes whose cost is shown
+ROWS = (1, 4, 8)  # of the drafter's calls
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
@@ -34,8 +38,11 @@ def inspect(pair: str | None, as_json: bool) -> None:
 
 
 def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Everything about a verified pair, as JSON.  calibration: None where the drafter brought none."""
-    calibration = read_calibration(folder, manifest)
+    """Everything about a verified pair, as JSON.
+
+    calibration: None where the drafter brought none.  costs: None where none were measured on this machine.
+    """
+    calibration, costs = read_calibration(folder, manifest), read_costs(manifest)
     return {
         "pair": str(folder),
         "name": manifest.name,
@@ -43,6 +50,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "target": asdict(manifest.target),
         "drafter": asdict(manifest.drafter) if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
+        "costs": costs.as_dict() if costs else None,
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
@@ -56,6 +64,13 @@ def read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
     """The drafter's calibration, if the manifest lists one: a file without a digest is not the pair's."""
     listed = f"drafter/{CALIBRATION_NAME}" in manifest.files
     return Calibration.load(folder / "drafter") if listed else None
+
+
+def read_costs(manifest: Manifest) -> Measured | None:
+    """What was measured with the drafter's device and the threads left to choice: CUDA's where there is both."""
+    files = manifest.drafter.files if manifest.drafter and WEIGHTS in manifest.files else {}
+    found = (recall(CostKey.of(manifest, device, None)) for device in DEVICES if device in files)
+    return next(filter(None, found), None)
 
 
 def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
@@ -105,6 +120,7 @@ def render(facts: dict[str, Any]) -> str:
         ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
         *_calibration_rows(facts["calibration"]),
+        *_cost_rows(facts["costs"]),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
@@ -127,6 +143,25 @@ def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str
         (f"depth {number}", f"calibration error {fit['error_before']:.4f}, {fit['error_after']:.4f} after the fit, "
                             f"over {fit['candidates']} candidates")
         for number, fit in enumerate(calibration["depths"] if calibration else (), 1)
+    ]  # fmt: skip
+
+
+def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What passes and the drafter's calls take, a line per context."""
+    if measured is None:
+        return []
+    costs, device = Costs.from_dict(measured["costs"]), measured["key"]["device"]
+    return [
+        *_curve_rows("pass", NODES, "nodes", costs.target, f"(measured {measured['date'][:10]})"),
+        *_curve_rows("draft", ROWS, "rows", costs.draft, f"(on {device})"),
+    ]
+
+
+def _curve_rows(name: str, sizes: tuple[int, ...], unit: str, curve: Curve, note: str) -> list[tuple[str, str]]:
+    return [
+        (f"{name}, {'/'.join(map(str, sizes))} {unit}",
+         f"{' / '.join(f'{curve.at(context, max(sizes))[size]:.1f}' for size in sizes)} ms at {context} tokens {note}")
+        for context in curve.contexts
     ]  # fmt: skip
 
 

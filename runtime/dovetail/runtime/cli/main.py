@@ -19,6 +19,7 @@ from .chat import chat
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .tune import tune
 
 INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")
@@ -73,7 +74,7 @@ def cli() -> None:
     """
 
 
-for command in (generate, chat, bench, inspect, doctor):
+for command in (generate, chat, bench, tune, inspect, doctor):
     cli.add_command(command)
 
 

@@ -51,8 +51,7 @@ class EngineFlags:
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads {self.threads} is out of range: give 1 or more")
+        check_threads(self.threads)
         TreeLimits(**self.tree_values())
 
     def tree_values(self) -> dict[str, int]:
@@ -101,15 +100,29 @@ class RequestFlags:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def check_threads(threads: int | None) -> None:
+    """Raises InputError for a number of threads that cannot be; None leaves it to the engines."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads {threads} is out of range: give 1 or more")
+
+
+def device_options(command: Command) -> Command:
+    """Where the two engines run: `threads` and `drafter_device`."""
+    return _apply(
+        command,
+        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
+        click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
+                     help="Where the drafter runs; auto takes the GPU where there is one."),
+    )  # fmt: skip
+
+
 def engine_options(command: Command) -> Command:
     """Flags of EngineFlags; the command gets them as `engine_flags`."""
     pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
     return _apply(
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
-        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
-        click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
-                     help="Where the drafter runs; auto takes the GPU where there is one."),
+        device_options,
         click.option("--width", type=int, help="Nodes verified in one pass, root included.  [default: the pair's]"),
         click.option("--depth", type=int, help="Tree levels below the root.  [default: the pair's]"),
         click.option("--tree-top-k", type=int, help="Children per tree node; 1 drafts a chain.  [default: the pair's]"),

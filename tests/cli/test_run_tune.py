@@ -1,0 +1,84 @@
+"""`tune` measures a pair, keeps what it found where an engine looks for it, and shows it; `inspect` shows it after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dovetail.runtime.cost_cache import CostKey, recall
+from dovetail.runtime.costs import Costs
+from dovetail.runtime.manifest import read_manifest
+
+FLAGS = ("--seconds", "0.05", "--drafter-device", "cpu")
+
+
+@pytest.fixture
+def real_pair(tiny_full_pair: Path) -> Path:
+    """A pair that both engines can load."""
+    pytest.importorskip("torch", reason="a pair is exported")
+    return tiny_full_pair
+
+
+def test_json_is_what_the_cache_holds(invoke, real_pair: Path) -> None:
+    result = invoke("tune", str(real_pair), *FLAGS, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    known = recall(CostKey.of(read_manifest(real_pair), "cpu", None))
+    assert known is not None and known.as_dict() == report
+    assert Costs.from_dict(report["costs"]).target.contexts == (128,)  # the tiny target has room for 256 tokens
+    assert "measuring" in result.stderr
+
+
+def test_threads_have_costs_of_their_own(invoke, real_pair: Path, cache: Path) -> None:
+    for flags in ((), ("-t", "1")):
+        assert invoke("tune", str(real_pair), *FLAGS, *flags).exit_code == 0
+    assert len(list((cache / "costs").iterdir())) == 2
+
+
+def test_text_is_tables_and_bars_within_the_line(invoke, real_pair: Path) -> None:
+    result = invoke("tune", str(real_pair), *FLAGS)
+    lines = result.stdout.splitlines()
+    assert "a pass of the target" in lines[0] and any("a call of the drafter on the CPU" in line for line in lines)
+    assert any(line.startswith("128 ") for line in lines) and "█" in result.stdout
+    assert "kept in" in lines[-1] and max(map(len, lines[:-1])) <= 80
+
+
+def test_inspect_shows_what_was_measured_and_nothing_before(invoke, real_pair: Path) -> None:
+    assert "pass, 1/8/16/32 nodes" not in invoke("inspect", str(real_pair)).stdout
+    assert json.loads(invoke("inspect", str(real_pair), "--json").stdout)["costs"] is None
+    report = json.loads(invoke("tune", str(real_pair), *FLAGS, "--json").stdout)
+    assert json.loads(invoke("inspect", str(real_pair), "--json").stdout)["costs"] == report
+    lines = invoke("inspect", str(real_pair)).stdout.splitlines()
+    (passes,) = (line for line in lines if line.startswith("pass, 1/8/16/32 nodes"))
+    assert " ms at 128 tokens" in passes and f"measured {report['date'][:10]}" in passes
+    assert any(line.startswith("draft, 1/4/8 rows") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--seconds", "0"), "seconds 0"),
+        (("--seconds", "nan"), "seconds nan"),
+        (("-t", "0"), "threads 0"),
+        (("--drafter-device", "tpu"), "tpu"),
+        (("--width", "8"), "--width"),
+    ],
+)
+def test_bad_flags_are_one_line_before_anything_is_read(invoke, tmp_path: Path, flags, named: str) -> None:
+    result = invoke("tune", str(tmp_path), *flags)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1) and named in result.stderr
+
+
+def test_a_pair_without_a_drafter_has_nothing_to_tune(invoke, tiny_pair: Path) -> None:
+    result = invoke("tune", str(tiny_pair))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (3, "", 1) and "no drafter" in result.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(invoke, real_pair: Path, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "costs").write_text("a file where the folder should be")
+    result = invoke("tune", str(real_pair), *FLAGS, "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "DOVETAIL_CACHE" in result.stderr.splitlines()[-1]
