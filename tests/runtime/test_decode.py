@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +12,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.decode import Conversation, Request, Step, decode
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.metrics import GenerationMetrics, Meter
 from dovetail.runtime.sampling import Sampler, SamplingParams
+from dovetail.runtime.schedule import Scheduler
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.sessions import DraftSession, TargetPass, TargetSession
-from dovetail.runtime.tree import DraftTree, TreeLimits
+from dovetail.runtime.tree import DraftTree, Judge, TreeLimits, best_tree
 
 VOCAB = 7
+
+
+class Whim(Scheduler):
+    """Decides by chance: text must not depend on it."""
+
+    def __init__(self, seed: int) -> None:
+        curve = Curve((0,), (1,), ((1.0,),))
+        super().__init__(Costs(curve, curve))
+        self.rng = np.random.default_rng(seed)
+
+    def drafts(self, repeats: DraftTree, unread: int) -> bool:
+        super().drafts(repeats, unread)
+        return bool(self.rng.random() < 0.5)
+
+    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+        return bool(self.rng.random() < 0.7)
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist())
+        return best_tree(*parts, int(self.rng.integers(0, len(tree))))
+
+
 LIMITS = TreeLimits(width=8, depth=4, top_k=3)
 GREEDY = SamplingParams()
 HOT = SamplingParams(temperature=1.0, top_p=0.95, repetition_penalty=1.2, seed=11)
 
 
-def random_tree(prefix: tuple[int, ...], limits: TreeLimits) -> DraftTree:
+def random_tree(prefix: tuple[int, ...], limits: TreeLimits, judge: Judge | None) -> DraftTree:
     """Any tree of the width asked for, deeper than allowed at times, siblings with one token included."""
     rng = np.random.default_rng([len(prefix), *prefix[-3:]])
     count = int(rng.integers(1, limits.width + 1))
@@ -107,6 +131,7 @@ def test_speculative_equals_plain_token_for_token(drafter: str | None, sampling:
     max_new_tokens=st.integers(1, 30),
     drafter=st.sampled_from(sorted(DRAFTERS)),
     max_context=st.integers(10, 50),
+    scheduled=st.booleans(),
 )
 def test_speculative_equals_plain_whatever_is_asked(
     seed: int,
@@ -116,9 +141,11 @@ def test_speculative_equals_plain_whatever_is_asked(
     max_new_tokens: int,
     drafter: str,
     max_context: int,
+    scheduled: bool,
 ) -> None:
     sampling = SamplingParams(temperature=temperature, seed=seed)
-    request = Request(tuple(prompt), max_new_tokens, sampling, frozenset({0}), limits)
+    scheduler = Whim(seed) if scheduled else None
+    request = Request(tuple(prompt), max_new_tokens, sampling, frozenset({0}), limits, scheduler)
     tokens, _, metrics = run(talk(seed, drafter, max_context), request)
     assert tokens == autoregressive(request, seed, max_context)
     assert metrics.new_tokens == len(tokens)
@@ -231,13 +258,16 @@ def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
-def test_a_conversation_equals_a_fresh_start(drafter: str | None, sampling: SamplingParams) -> None:
+@pytest.mark.parametrize("scheduler", [None, Whim(7)])
+def test_a_conversation_equals_a_fresh_start(
+    drafter: str | None, sampling: SamplingParams, scheduler: Scheduler | None
+) -> None:
     rng, reused = np.random.default_rng(5), 0
     for seed in range(4):
         conversation, prompt = talk(seed, drafter), (1, 2, 3)
         for kind in rng.choice(["longer", "same", "branch", "new"], 8):
             limits = LIMITS if rng.random() < 0.7 else None  # without drafting the drafter is left behind
-            request = Request(prompt, int(rng.integers(1, 15)), sampling, frozenset({6}), limits)
+            request = Request(prompt, int(rng.integers(1, 15)), sampling, frozenset({6}), limits, scheduler)
             tokens, _, metrics = run(conversation, request)
             assert tokens == autoregressive(request, seed)
             assert metrics.cached_tokens < metrics.prompt_tokens == len(prompt)
@@ -279,8 +309,11 @@ class Interrupted:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("side", ["target", "drafter"])
 @pytest.mark.parametrize("drafter", ["perfect", "random"])
-def test_an_interrupt_within_any_call_leaves_the_conversation_usable(drafter: str, side: str, after: bool) -> None:
-    first = Request((1, 2, 3) * 100, 50, GREEDY, limits=LIMITS)
+@pytest.mark.parametrize("scheduler", [None, Whim(7)])
+def test_an_interrupt_within_any_call_leaves_the_conversation_usable(
+    drafter: str, side: str, after: bool, scheduler: Scheduler | None
+) -> None:
+    first = Request((1, 2, 3) * 100, 150, GREEDY, limits=LIMITS, scheduler=scheduler)
     for at in range(1, 14):
         conversation = talk(drafter=drafter)
         session = getattr(conversation, side)
@@ -289,7 +322,7 @@ def test_an_interrupt_within_any_call_leaves_the_conversation_usable(drafter: st
             list(decode(conversation, first, Meter()))
         setattr(conversation, side, session)
         assert consistent(conversation)
-        for request in (first, Request((1, 2, 3, 4), 12, GREEDY, limits=LIMITS)):
+        for request in (first, Request((1, 2, 3, 4), 12, GREEDY, limits=LIMITS, scheduler=scheduler)):
             assert run(conversation, request)[0] == autoregressive(request)
 
 
@@ -330,9 +363,9 @@ def test_an_abandoned_generator_leaves_the_conversation_usable(after: int) -> No
 
 def test_a_drafter_out_of_step_is_an_error() -> None:
     logits = MarkovLogits(VOCAB)
-    wrong_root = ScriptedDrafter(lambda prefix, limits: DraftTree.root((prefix[-1] + 1) % VOCAB))
+    wrong_root = ScriptedDrafter(lambda prefix, *_: DraftTree.root((prefix[-1] + 1) % VOCAB))
     wide = TreeLimits(50, 3, 7, lookup=0)
-    too_wide = ScriptedDrafter(lambda prefix, _: ScriptedDrafter.copy_of(logits)._propose(prefix, wide))
+    too_wide = ScriptedDrafter(lambda prefix, *_: ScriptedDrafter.copy_of(logits)._propose(prefix, wide, None))
     for drafter in (wrong_root, too_wide):
         conversation = Conversation(ScriptedTarget(logits), drafter)
         with pytest.raises(DeviceError, match="out of step"):

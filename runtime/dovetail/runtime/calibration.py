@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, PairError
-from .manifest import write_atomically
+from .manifest import Manifest, write_atomically
 
 CALIBRATION_NAME = "calibration.json"
 _REMEDY = "train the drafter again, or remove the file"
@@ -110,6 +110,12 @@ class Calibration:
             raise PairError(f"{path} is not valid JSON ({err}): {_REMEDY}") from None
         except PairError as err:
             raise PairError(f"{path}: {err}") from None
+
+
+def pair_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
+    """The calibration of a pair's drafter, if the manifest lists one: a file without a digest is not the pair's."""
+    listed = f"drafter/{CALIBRATION_NAME}" in manifest.files
+    return Calibration.load(folder / "drafter") if listed else None
 
 
 def parse_calibration(raw: object) -> Calibration:

@@ -16,6 +16,7 @@ from .errors import ContextOverflow, DeviceError, InputError
 from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
+from .schedule import Scheduler
 from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
@@ -31,6 +32,7 @@ class Request:
 
     prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
     stop_tokens: end the answer and are no part of it. limits: None, width 1 or depth 0 is plain decoding.
+    scheduler: shapes each tree within the limits; None lets them grow as far as the limits say.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +40,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_tokens: frozenset[int] = frozenset()
     limits: TreeLimits | None = None
+    scheduler: Scheduler | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -72,6 +75,7 @@ class Conversation:
     target_length, drafter_length: entries that are certain. They grow after a session's call and shrink before it,
     so an interruption at any point leaves them right, and `rewind` brings the sessions back to them.
     draft_context: pairs that the drafter can hold, None for as many as the target; beyond it decoding is plain.
+    The drafter is told of new pairs when it is asked for a tree; until then their features wait here.
     """
 
     def __init__(self, target: TargetSession, drafter: DraftSession | None, draft_context: int | None = None) -> None:
@@ -81,10 +85,12 @@ class Conversation:
         self.target_length = self.drafter_length = 0
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
+        self.drafted: DraftTree | None = None  # the drafter's part of it, None where it was not asked
+        self._unread: list[FloatArray] = []  # features [n, D] of pairs from drafter_length on
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
-        self._found = []
+        self._found, self.drafted = [], None
         self.target.reset(self.target_length)
         lengths = [(self.target.length, self.target_length)]
         if self.drafter is not None:
@@ -96,7 +102,7 @@ class Conversation:
 
     def forget(self) -> None:
         """Hold nothing, and know nothing of what repeats were worth."""
-        self.tokens, self.target_length, self.drafter_length = [], 0, 0
+        self.tokens, self.target_length, self.drafter_length, self._unread = [], 0, 0, []
         self.repeats = RepeatIndex()
         self.rewind()
 
@@ -107,9 +113,11 @@ class Conversation:
         """
         keep = min(_common_prefix(self.tokens, prompt) - 1, self.target_length, self.target.length)
         if self.drafter is not None and speculate:
+            if self.unread and keep > self.drafter_length:
+                self.read()
             keep = min(keep, self.drafter_length, self.drafter.length)
         self.target_length = max(keep, 0)
-        self.drafter_length = min(self.drafter_length, self.target_length)
+        self.drafter_length, self._unread = min(self.drafter_length, self.target_length), []
         self.tokens = list(prompt)
         self.rewind()
         return self.target_length
@@ -123,32 +131,64 @@ class Conversation:
             if end == len(self.tokens):
                 return result
             if speculate:
-                self.extend(result.features)
+                self.tell(result.features)
+                self.read()
 
-    def extend(self, features: FloatArray) -> None:
-        """Tell the drafter the next pairs: `features` [n, D] with the n tokens that follow theirs."""
+    @property
+    def unread(self) -> int:
+        """Pairs that the drafter has yet to be told."""
+        return sum(map(len, self._unread))
+
+    def tell(self, features: FloatArray) -> None:
+        """The next pairs for the drafter: `features` [n, D] with the n tokens that follow theirs."""
         if self.drafter is not None:
-            begin, end = self.drafter_length, self.drafter_length + len(features)
-            self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), features)
-            self.drafter_length = end
+            self._unread.append(np.array(features))  # a pass's arrays are valid until the next
 
-    def draft(self, limits: TreeLimits) -> DraftTree:
-        """A tree below the known token: the drafter's, or that token alone."""
-        known = self.tokens[-1]
+    def read(self) -> None:
+        """Let the drafter read what waits."""
+        assert self.drafter is not None
+        begin, end = self.drafter_length, self.drafter_length + self.unread
+        self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread))
+        self.drafter_length, self._unread = end, []
+
+    def draft(self, limits: TreeLimits, scheduler: Scheduler | None = None) -> DraftTree:
+        """A tree below the known token: the drafter's, with repeated text, or that token alone."""
+        known = DraftTree.root(self.tokens[-1])
+        self._found, self.drafted = [], None
         if self.drafter is None or limits.width == 1:
-            return DraftTree.root(known)
-        tree = self.drafter.propose(limits)
+            return known
+        if limits.lookup:
+            self._found = self.repeats.find(self.tokens, limits.lookup)
+        if scheduler is None:
+            self.drafted = self._propose(limits, None)
+            return self._join(self.drafted, limits)
+        scheduler.context = len(self.tokens) - 1
+        repeats = self._join(known, limits)
+        if not scheduler.drafts(repeats, self.unread):
+            return scheduler.prune(repeats)
+        self.drafted = self._propose(limits, scheduler)
+        return scheduler.prune(self._join(self.drafted, limits))
+
+    def _propose(self, limits: TreeLimits, scheduler: Scheduler | None) -> DraftTree:
+        assert self.drafter is not None
+        self.read()
+        tree = self.drafter.propose(limits, scheduler)
+        known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        self._found = self.repeats.find(self.tokens, limits.lookup) if limits.lookup else []
+        return tree
+
+    def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """`tree` and the repeats that were found."""
         if not self._found:
             return tree
         if limits.top_k > 1:
             return graft(tree, self._found, limits.width)
-        chains = [graft(DraftTree.root(known), [found], limits.width) for found in self._found]
+        root = DraftTree.root(int(tree.tokens[0]))
+        chains = [graft(root, [found], limits.width) for found in self._found]
         return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
     def commit(self, path: TokenArray, tokens: Sequence[int]) -> None:
@@ -158,7 +198,6 @@ class Conversation:
         self.target_length += len(path)
         for found in self._found:
             self.repeats.judge(found, tokens)
-        self._found = []
 
     def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
         """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
@@ -205,7 +244,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         step = _cut((first,), tokens_left, request.stop_tokens)
         talk.tokens += step.tokens
         if limits.width > 1 and step.finish is None:
-            talk.extend(result.features)
+            talk.tell(result.features)
         meter.new_tokens = len(step.tokens)
         meter.lap("prefill")
         meter.first_token()
@@ -214,11 +253,12 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         while step.finish is None:
             meter.resume()
             tokens_left -= len(step.tokens)
-            tree = talk.draft(limits)
-            meter.lap("draft")
+            unread = talk.unread
+            tree = talk.draft(limits, request.scheduler)
+            draft_ms = meter.lap("draft")
 
             result = talk.target.verify(tree)
-            meter.lap("verify")
+            verify_ms = meter.lap("verify")
 
             verdict = accept(tree, result.logits, sampler, len(talk.tokens), talk.tokens)
             step = _cut(verdict.tokens, tokens_left, request.stop_tokens)
@@ -226,12 +266,16 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             meter.lap("other")
 
             talk.commit(verdict.path[: len(step.tokens) + 1], step.tokens)
-            meter.lap("verify")
+            verify_ms += meter.lap("verify")
 
+            if request.scheduler:
+                request.scheduler.observe(
+                    talk.drafted, unread, tree, verdict.tokens, draft_ms=draft_ms, verify_ms=verify_ms
+                )
+            if limits.width > 1:
+                talk.tell(features[: len(step.tokens)])  # one for each token that is known to follow
             limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
-            if limits.width > 1 and step.finish is None:
-                talk.extend(features)
-            meter.lap("draft")
+            meter.lap("other")
             meter.add_round(len(tree) - 1, min(verdict.accepted, len(step.tokens)))
             meter.new_tokens += len(step.tokens)
             yield step

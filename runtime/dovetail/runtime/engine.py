@@ -14,6 +14,7 @@ from .decode import Conversation, FinishReason, Request, Step, decode
 from .errors import InputError
 from .metrics import GenerationMetrics, Meter
 from .sampling import SamplingParams
+from .schedule import BOUNDS, Scheduler
 from .sessions import DraftSession, FloatArray, TargetSession
 from .stops import StopFilter, check_stop_strings
 from .tree import TreeLimits
@@ -98,15 +99,18 @@ class Engine:
         tokenizer: TextTokenizer,
         *,
         tree: TreeLimits | None = None,
+        scheduler: Scheduler | None = None,
         stop_tokens: Iterable[int] | None = None,
         draft_context: int | None = None,
     ) -> None:
-        """tree: default limits. stop_tokens: default the tokenizer's end-of-sequence ids.
+        """tree: default limits. scheduler: shapes each tree within them, None lets trees grow as far as they say.
 
+        stop_tokens: default the tokenizer's end-of-sequence ids.
         draft_context: (feature, token) pairs that the drafter can hold; longer texts go on without drafting.
         """
         self.tokenizer = tokenizer
-        self.tree = tree or TreeLimits()
+        self.tree = tree or (BOUNDS if scheduler else TreeLimits())
+        self.scheduler = scheduler
         self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
         self.target_device = target.device
         self.drafter_device = drafter.device if drafter else None
@@ -127,16 +131,19 @@ class Engine:
         """Open a pair folder: every file is checked before a weight is loaded.
 
         drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. threads: of each engine, None for theirs.
-        tree: limits in place of the pair's. Raises PairError, DeviceError, InputError.
+        tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
+        machine is measured once, in seconds. Raises PairError, DeviceError, InputError.
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
+        from .calibration import pair_calibration
         from .manifest import check_listed, check_pair, read_manifest, verify_files
         from .onnx_drafter import OnnxDrafter
         from .openvino_target import OpenVINOTarget
         from .tokenizer import Tokenizer
+        from .tune import known_or_measured
 
         pair = Path(path)
         manifest = read_manifest(pair)
@@ -146,11 +153,17 @@ class Engine:
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads)
         drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None
+        scheduler = None
+        if drafter and tree is None:
+            costs = known_or_measured(manifest, target, drafter, threads)
+            scheduler = Scheduler(costs, pair_calibration(pair, manifest))
+            tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
         return cls(
             target,
             drafter,
             tokenizer,
             tree=tree or manifest.tree,
+            scheduler=scheduler,
             stop_tokens={*tokenizer.eos_token_ids, *manifest.target.eos_token_ids},
             draft_context=manifest.drafter.max_context if manifest.drafter else None,
         )
@@ -195,7 +208,8 @@ class Engine:
 
         prompt: messages of a conversation, or a string: one user turn where the target has a chat template,
         the text itself with raw=True or without a template. stop: strings that end the answer.
-        speculate: False decodes without drafting. tree: limits for this answer. sampling: see SamplingParams.
+        speculate: False decodes without drafting. tree: this answer's trees grow to these limits. sampling: see
+        SamplingParams.
         Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
         """
         conversation, meter = self._open_conversation(), Meter()
@@ -208,6 +222,7 @@ class Engine:
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
             limits=(tree or self.tree) if speculate else None,
+            scheduler=None if tree else self.scheduler,
         )
         request.check_room(self.max_context)
         meter.lap("other")

@@ -47,15 +47,15 @@ class RepeatIndex:
     _tallies: dict[tuple[int, int], list[list[float]]] = field(default_factory=dict)  # kind -> 2 x [hits, tries]
 
     def find(self, tokens: Sequence[int], count: int) -> list[Repeat]:
-        """What may follow `tokens`, at most `count` tokens each: the likeliest kinds of path first, none twice."""
+        """What may follow `tokens`, `count` tokens each: the likeliest kinds of path first, none twice."""
         self._follow(tokens)
         found: dict[int, Repeat] = {}
         for size in SIZES:
             ends = self._ends.get(tuple(self._tokens[-size:]), ()) if len(self._tokens) > size else ()
             for age, end in enumerate(ends):
                 if end not in found:
-                    path = tuple(self._tokens[end : end + count])
-                    found[end] = Repeat(path, self._logprobs((size, age), len(path)), (size, age))
+                    path = self._copy(end, count)
+                    found[end] = Repeat(path, self._logprobs((size, age), count), (size, age))
         return list(found.values())
 
     def judge(self, repeat: Repeat, truth: Sequence[int]) -> None:
@@ -81,6 +81,13 @@ class RepeatIndex:
                     run = tuple(self._tokens[end - size : end])
                     self._ends[run] = (end, *self._ends.get(run, ())[:1])
         self._indexed = max(self._indexed, len(self._tokens) - 1)
+
+    def _copy(self, start: int, count: int) -> tuple[int, ...]:
+        """`count` tokens from `start` on; past the end it goes on with what it has copied, as a loop does."""
+        path = self._tokens[start:]
+        for index in range(count - len(path)):
+            path.append(path[index])
+        return tuple(path[:count])
 
     def _logprobs(self, kind: tuple[int, int], count: int) -> tuple[float, ...]:
         first, later = (math.log(hits / tries) for hits, tries in self._tally(kind))

@@ -6,6 +6,7 @@ accepted_per_position = num_accepted_tokens_per_pos, acceptance_length = mean ac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from time import perf_counter
@@ -60,17 +61,23 @@ class Meter:
     accepted_per_position: list[int] = field(default_factory=list)
     spent_ms: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "other": 0})
     first_token_ms: float = 0.0
-    _mark: float = field(default_factory=perf_counter)
+    clock: Callable[[], float] = perf_counter  # seconds
+    _mark: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._mark = self.clock()
 
     def resume(self) -> None:
         """Start the clock anew: what passed since the last lap belongs to nobody here."""
-        self._mark = perf_counter()
+        self._mark = self.clock()
 
-    def lap(self, phase: Phase) -> None:
-        """Book the time since the last lap or resume."""
-        now = perf_counter()
-        self.spent_ms[phase] += (now - self._mark) * 1e3
+    def lap(self, phase: Phase) -> float:
+        """Book the time since the last lap or resume; returns it, in ms."""
+        now = self.clock()
+        took = (now - self._mark) * 1e3
+        self.spent_ms[phase] += took
         self._mark = now
+        return took
 
     def first_token(self) -> None:
         self.first_token_ms = sum(self.spent_ms.values())

@@ -24,7 +24,7 @@ from .devices import cuda_problem, physical_cores
 from .errors import ContextOverflow, DeviceError, InputError, PairError
 from .manifest import DrafterFacts, Manifest
 from .sessions import FloatArray, TokenArray
-from .tree import Candidates, DraftTree, Level, TreeLimits, grow_tree
+from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
 CHUNK = 128  # pairs of a prompt per call
 PREFIX_STEP = 256  # context pairs by which the bound prefix of the KV buffer grows
@@ -37,12 +37,12 @@ Array = NDArray[Any]
 class OnnxDrafter:
     """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why.
 
-    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.
+    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.  top_k: children it offers.
     """
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
         self.device, self.device_note = device, device_note
-        self.file_key, self.max_context = runner.file_key, facts.max_context
+        self.file_key, self.max_context, self.top_k = runner.file_key, facts.max_context, facts.top_k
         self._facts, self._runner, self._rows = facts, runner, runner.rows
         self._length = 0
         self._root: tuple[int, Candidates] | None = None  # last known token and its children
@@ -95,7 +95,7 @@ class OnnxDrafter:
             last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
             self._root = int(tokens[-1]), last
 
-    def propose(self, limits: TreeLimits) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
         """Grow a tree below the last token of `extend`; each level is one run of the graph."""
         if self._root is None:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
@@ -104,7 +104,7 @@ class OnnxDrafter:
                 f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it or export again"
             )
         token, first = self._root
-        return grow_tree(token, first, self._expand, limits, slots=self._facts.tree_slots)
+        return grow_tree(token, first, self._expand, limits, slots=self._facts.tree_slots, judge=judge)
 
     def reset(self, keep: int = 0) -> None:
         """Forget everything after the first `keep` pairs; drafting then needs a new `extend`."""

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from .errors import DeviceError
 from .sessions import FloatArray, TargetPass, TokenArray
-from .tree import Candidates, DraftTree, Level, TreeLimits, grow_tree
+from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
 Prefix = tuple[int, ...]
 LogitsOf = Callable[[Prefix], FloatArray]  # token ids so far -> [V]
-Propose = Callable[[Prefix, TreeLimits], DraftTree]  # token ids so far, the root last -> tree
+Propose = Callable[[Prefix, TreeLimits, Judge | None], DraftTree]  # token ids so far, the root last -> tree
 
 FEATURE_SIZE = 3
 
@@ -128,12 +128,12 @@ class ScriptedDrafter:
     @classmethod
     def copy_of(cls, logits_of: LogitsOf, noise: float = 0.0, seed: int = 0) -> ScriptedDrafter:
         """Drafts with top-k growth from the target's own logits, `noise` (a deviation) added to them."""
-        return cls(lambda prefix, limits: _grow(_noisy(logits_of, noise, seed), prefix, limits))
+        return cls(lambda prefix, limits, judge: _grow(_noisy(logits_of, noise, seed), prefix, limits, judge))
 
     @classmethod
     def hostile_to(cls, logits_of: LogitsOf) -> ScriptedDrafter:
         """Drafts what the target finds least likely."""
-        return cls(lambda prefix, limits: _grow(lambda path: -logits_of(path), prefix, limits))
+        return cls(lambda prefix, limits, judge: _grow(lambda path: -logits_of(path), prefix, limits, judge))
 
     @property
     def length(self) -> int:
@@ -149,10 +149,10 @@ class ScriptedDrafter:
             _require(tuple(feature) == _feature(tuple(self.tokens)), f"pair {self.length} has the feature of another")
             self.tokens.append(token)
 
-    def propose(self, limits: TreeLimits) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
         self.calls.append(("propose", limits.width))
         _require(self.length > 0, "propose before any extend")
-        return self._propose(tuple(self.tokens), limits)
+        return self._propose(tuple(self.tokens), limits, judge)
 
     def reset(self, keep: int = 0) -> None:
         self.calls.append(("reset", keep))
@@ -217,7 +217,7 @@ def _noisy(logits_of: LogitsOf, noise: float, seed: int) -> LogitsOf:
     return noisy if noise else logits_of
 
 
-def _grow(logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits) -> DraftTree:
+def _grow(logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits, judge: Judge | None) -> DraftTree:
     paths: dict[int, Prefix] = {0: prefix}  # draft row -> tokens up to it
 
     def candidates(rows: Sequence[int]) -> Candidates:
@@ -232,4 +232,4 @@ def _grow(logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits) -> DraftTree:
             paths[row] = (*paths[parent], token)
         return candidates(rows)
 
-    return grow_tree(prefix[-1], candidates([0]), expand, limits)
+    return grow_tree(prefix[-1], candidates([0]), expand, limits, judge=judge)

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .tree import DraftTree, TreeLimits
+from .tree import DraftTree, Judge, TreeLimits
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
@@ -79,8 +79,8 @@ class DraftSession(Protocol):
         """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D]."""
         ...
 
-    def propose(self, limits: TreeLimits) -> DraftTree:
-        """Grow a tree below the last token of `extend` (the root)."""
+    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+        """Grow a tree below the last token of `extend` (the root); `judge` as for grow_tree."""
         ...
 
     def reset(self, keep: int = 0) -> None:

@@ -8,11 +8,11 @@ While it grows, a tree is in draft order instead: rows of the drafter's buffers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappush, heapreplace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,21 +140,47 @@ class Level:
 Expand = Callable[[Level], Candidates]
 
 
-def grow_tree(root_token: int, first: Candidates, expand: Expand, limits: TreeLimits, *, slots: int = 64) -> DraftTree:
+class Judge(Protocol):
+    """Somebody who knows what a drafter's word is worth and what its calls cost."""
+
+    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities [n, K] of candidates at `depth`, given the path, as they deserve; in the same order."""
+        ...
+
+    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+        """Whether to expand nodes of `depth`, given their cumulative log-probabilities."""
+        ...
+
+
+def grow_tree(
+    root_token: int,
+    first: Candidates,
+    expand: Expand,
+    limits: TreeLimits,
+    *,
+    slots: int = 64,
+    judge: Judge | None = None,
+) -> DraftTree:
     """Grow the tree of the `width - 1` nodes with the best cumulative log-probability.
 
     first: [1, K], the root's children. expand: called at most depth - 1 times, level by level, with at most
     top_k nodes; not called for nodes whose children could not be among the best any more.
     slots: buffer rows of the drafter, root's included; what would not fit is not expanded.
+    judge: corrects the log-probabilities and may end the growth; None takes the drafter at its word.
     Source: EAGLE-2's expansion and reranking, without sampling: the tree depends on the candidates alone.
     """
     growth = _Growth(root_token, limits, slots)
-    frontier = growth.add([0], first) if limits.width > 1 and limits.depth > 0 else []
+
+    def add(nodes: list[int], found: Candidates, depth: int) -> list[int]:
+        logprobs = judge.believe(depth, found.logprobs) if judge else found.logprobs
+        return growth.add(nodes, Candidates(logprobs, found.ids))
+
+    frontier = add([0], first, 1) if limits.width > 1 and limits.depth > 0 else []
     for depth in range(1, limits.depth):
         frontier = growth.expandable(frontier)
-        if not frontier:
+        if not frontier or (judge and not judge.pays(depth, [growth.logprobs[node] for node in frontier])):
             break
-        frontier = growth.add(frontier, expand(growth.level(frontier, depth)))
+        frontier = add(frontier, expand(growth.level(frontier, depth)), depth + 1)
     return growth.tree()
 
 

@@ -89,6 +89,7 @@ def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: Reque
         "prompts_file": str(file),
         "settings": {name: value for name, value in asdict(request).items() if name not in ("speculate", "raw")},
         "tree": asdict(engine.tree),
+        "scheduled": engine.scheduler is not None,
         "target_device": engine.target_device,
         "drafter_device": engine.drafter_device,
         "drafter_note": engine.drafter_note,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..calibration import CALIBRATION_NAME, Calibration
+from ..calibration import pair_calibration
 from ..cost_cache import WEIGHTS, CostKey, Measured, recall
 from ..costs import Costs, Curve
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
@@ -42,7 +42,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
     calibration: None where the drafter brought none.  costs: None where none were measured on this machine.
     """
-    calibration, costs = read_calibration(folder, manifest), read_costs(manifest)
+    calibration, costs = pair_calibration(folder, manifest), read_costs(manifest)
     return {
         "pair": str(folder),
         "name": manifest.name,
@@ -58,12 +58,6 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "memory": expected_memory(folder, manifest),
         "provenance": manifest.provenance,
     }
-
-
-def read_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
-    """The drafter's calibration, if the manifest lists one: a file without a digest is not the pair's."""
-    listed = f"drafter/{CALIBRATION_NAME}" in manifest.files
-    return Calibration.load(folder / "drafter") if listed else None
 
 
 def read_costs(manifest: Manifest) -> Measured | None:

@@ -39,7 +39,10 @@ class Opener(Protocol):
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """Which pair, on what, with which tree. None: what the pair's manifest or the engine says."""
+    """Which pair, on what, with which tree. None: what the pair's manifest or the engine says.
+
+    Without a limit of the tree and without fixed_tree, a scheduler shapes every tree.
+    """
 
     pair: str | None
     drafter_device: str
@@ -48,6 +51,7 @@ class EngineFlags:
     depth: int | None
     tree_top_k: int | None
     lookup: int | None
+    fixed_tree: bool = False
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -66,9 +70,9 @@ class EngineFlags:
         return opener(pair, drafter_device=self.drafter_device, threads=self.threads, tree=self.tree(pair))
 
     def tree(self, pair: Path) -> TreeLimits | None:
-        """The manifest's tree with the flags' values put in; None without such a flag."""
+        """The manifest's tree with the flags' values put in; None where a scheduler is to shape each tree."""
         given = self.tree_values()
-        return replace(read_manifest(pair).tree, **given) if given else None
+        return replace(read_manifest(pair).tree, **given) if given or self.fixed_tree else None
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,12 @@ def engine_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
-        click.option("--width", type=int, help="Nodes verified in one pass, root included.  [default: the pair's]"),
-        click.option("--depth", type=int, help="Tree levels below the root.  [default: the pair's]"),
-        click.option("--tree-top-k", type=int, help="Children per tree node; 1 drafts a chain.  [default: the pair's]"),
-        click.option("--lookup", type=int, help="Tokens of repeated text in a tree; 0 is off.  [default: the pair's]"),
+        click.option("--fixed-tree", is_flag=True, help="The same limits for every tree: the pair's, or those given.  "
+                     "[default: each tree as it pays here]"),
+        click.option("--width", type=int, help="Nodes verified in one pass, root included; fixes the tree."),
+        click.option("--depth", type=int, help="Tree levels below the root; fixes the tree."),
+        click.option("--tree-top-k", type=int, help="Children per tree node, 1 drafts a chain; fixes the tree."),
+        click.option("--lookup", type=int, help="Tokens of repeated text in a tree, 0 is off; fixes the tree."),
     )  # fmt: skip
 
 

@@ -1,0 +1,240 @@
+"""The scheduler on scripted sessions with a clock of their own: the best tree, and never a loss to plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dovetail.runtime.costs import Costs, Curve
+from dovetail.runtime.decode import Conversation, Request, decode
+from dovetail.runtime.metrics import Meter
+from dovetail.runtime.sampling import SamplingParams
+from dovetail.runtime.schedule import Scheduler
+from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
+from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
+from dovetail.runtime.tree import DraftTree, Judge, TreeLimits
+
+LIMITS = TreeLimits(width=32, depth=8, top_k=4, lookup=0)
+
+
+def costs(pass_ms: float = 20.0, node_ms: float = 0.5, call_ms: float = 1.5, row_ms: float = 0.1) -> Costs:
+    """Straight lines: a pass of n nodes takes pass_ms + (n - 1) * node_ms, a call of n rows call_ms + n * row_ms."""
+    target = Curve((0, 4096), (1, 64), ((pass_ms, pass_ms + 63 * node_ms),) * 2)
+    draft = Curve((0, 4096), (1, 128), ((call_ms + row_ms, call_ms + 128 * row_ms),) * 2)
+    return Costs(target, draft)
+
+
+@dataclass
+class Clock:
+    """Seconds that the sessions' calls took; `slow` machines take a multiple."""
+
+    costs: Costs
+    now: float = 0.0
+    slow: float = 1.0
+    nodes: list[int] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def verify(self, nodes: int) -> None:
+        self.nodes.append(nodes)
+        self.now += self.slow * self.costs.target.at(0, nodes)[nodes] / 1e3
+
+    def draft(self, rows: int) -> None:
+        self.now += self.slow * self.costs.draft.at(0, rows)[rows] / 1e3
+
+
+class TimedTarget(ScriptedTarget):
+    def __init__(self, logits: Any, clock: Clock):
+        super().__init__(logits)
+        self.clock = clock
+
+    def verify(self, tree: DraftTree) -> TargetPass:
+        self.clock.verify(len(tree))
+        return super().verify(tree)
+
+
+class TimedDrafter(ScriptedDrafter):
+    clock: Clock
+
+    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+        self.clock.draft(len(tokens))
+        super().extend(tokens, features)
+
+    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+        return super().propose(limits, TimedJudge(judge, self.clock) if judge else None)
+
+
+@dataclass
+class TimedJudge:
+    """Every level that is run takes its time."""
+
+    judge: Judge
+    clock: Clock
+
+    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.judge.believe(depth, logprobs)
+
+    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+        if not self.judge.pays(depth, frontier):
+            return False
+        self.clock.draft(len(frontier))
+        return True
+
+
+def answer(
+    kind: str,
+    true: Costs,
+    believed: Costs | None = None,
+    *,
+    tokens: int = 400,
+    limits: TreeLimits = LIMITS,
+    scheduler: Scheduler | None = None,
+    slow: float = 1.0,
+    noise: float = 0.0,
+    sharpness: float = 3.0,
+    temperature: float = 0.0,
+) -> tuple[Clock, Scheduler, list[int]]:
+    """Decode `tokens` tokens; returns the clock, the scheduler and the text."""
+    logits = MarkovLogits(50, order=3, sharpness=sharpness)
+    clock = Clock(true, slow=slow)
+    made = TimedDrafter.copy_of(logits, noise) if kind == "copy" else TimedDrafter.hostile_to(logits)
+    assert isinstance(made, TimedDrafter)
+    made.clock = clock
+    scheduler = scheduler or Scheduler(believed or true)
+    request = Request(
+        (1, 2, 3), tokens, SamplingParams(temperature=temperature, seed=3), limits=limits, scheduler=scheduler
+    )
+    steps = list(decode(Conversation(TimedTarget(logits, clock), made), request, Meter(clock=clock)))
+    return clock, scheduler, [token for step in steps for token in step.tokens]
+
+
+def plain_seconds(true: Costs, tokens: int = 400) -> float:
+    return (tokens - 1) * true.target.at(0, 1)[1] / 1e3
+
+
+def test_a_hostile_drafter_costs_next_to_nothing() -> None:
+    clock, _, _ = answer("hostile", costs())
+    assert clock.now < 1.03 * plain_seconds(costs())
+
+
+def test_a_perfect_drafter_is_used_as_well_as_can_be() -> None:
+    """Against the best constant depth, computed by hand: chains of d, one call to read and d - 1 to grow."""
+    true = costs()
+    best = min(
+        (true.draft.at(0, d + 1)[d + 1] + (d - 1) * true.draft.at(0, 1)[1] + true.target.at(0, d + 1)[d + 1]) / (d + 1)
+        for d in range(1, LIMITS.depth + 1)
+    )
+    clock, _, tokens = answer("copy", true, sharpness=60.0, limits=TreeLimits(width=32, depth=8, top_k=1, lookup=0))
+    assert clock.now * 1e3 < 1.03 * best * len(tokens)
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
+def test_no_constant_tree_is_much_better(noise: float) -> None:
+    """The scheduler, which has yet to learn, against the best of a grid of fixed trees on the same text and clock."""
+    true = costs(node_ms=1.0)
+    fixed = []
+    for width, depth in ((1, 0), (3, 2), (4, 3), (6, 4), (8, 3), (10, 5), (16, 6), (24, 8)):
+        limits = TreeLimits(width=width, depth=depth, top_k=3, lookup=0)
+        fixed.append(answer("copy", true, noise=noise, limits=limits, scheduler=Everything(true))[0].now)
+    assert answer("copy", true, noise=noise)[0].now < 1.06 * min(fixed)
+
+
+@pytest.mark.parametrize("noise", [3.0, 4.0, 6.0])
+@pytest.mark.parametrize("node_ms", [0.5, 1.0, 3.0])
+def test_a_poor_drafter_is_not_slower_than_plain_decoding(noise: float, node_ms: float) -> None:
+    true = costs(node_ms=node_ms)
+    assert answer("copy", true, noise=noise)[0].now < 1.03 * plain_seconds(true)
+
+
+class Everything(Scheduler):
+    """Drafts as far as the limits go, and verifies all of it."""
+
+    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logprobs
+
+    def drafts(self, repeats: DraftTree, unread: int) -> bool:
+        return True
+
+    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+        return True
+
+    def prune(self, tree: DraftTree) -> DraftTree:
+        return tree
+
+
+def test_the_text_is_that_of_plain_decoding() -> None:
+    plain = answer("copy", costs(), limits=TreeLimits(width=1, depth=0, top_k=1, lookup=0))[2]
+    for kind in ("copy", "hostile"):
+        assert answer(kind, costs(), noise=3.0)[2] == plain
+
+
+def test_what_is_verified_is_what_is_worth_most() -> None:
+    """Against every number of nodes, best first."""
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        parents = np.array([-1, *(int(rng.integers(0, node)) for node in range(1, 20))])
+        logprobs = np.zeros(20, np.float32)
+        for node in range(1, 20):
+            logprobs[node] = logprobs[parents[node]] + np.log(rng.random() ** 2)
+        tree = DraftTree(rng.integers(0, 9, 20), parents, logprobs)
+        scheduler = Scheduler(costs(node_ms=float(rng.choice([0.1, 1.0, 5.0]))))
+        found = scheduler.prune(tree)
+        best = np.cumsum(np.sort(np.exp(logprobs.astype(float)))[::-1])
+        worth = [20 * best[n - 1] - scheduler.costs.target.at(0, n)[n] for n in range(1, 21)]
+        assert len(found) == int(np.argmax(worth)) + 1
+        assert found.expected_length == pytest.approx(best[len(found) - 1], rel=1e-5)
+
+
+def test_where_nodes_are_free_it_verifies_all_and_where_they_are_dear_none() -> None:
+    assert np.mean(answer("copy", costs(node_ms=1e-6), noise=3.0)[0].nodes) > 20
+    assert np.mean(answer("copy", costs(node_ms=40.0), noise=3.0)[0].nodes[20:]) < 1.5
+
+
+def test_a_wrong_curve_is_corrected_by_what_is_seen() -> None:
+    """The drafter turns out ten times as slow as measured: it is used less, and decoding stays near plain."""
+    true, believed = costs(call_ms=30.0), costs(call_ms=3.0)
+    clock, _, _ = answer("copy", true, believed, noise=5.0)
+    assert clock.now < 1.05 * plain_seconds(true)
+
+
+def test_a_busy_machine_changes_no_decision() -> None:
+    """Everything three times as slow: the same trees as on a quiet one, up to the first rounds."""
+    quiet, busy = answer("copy", costs(), noise=3.0)[0], answer("copy", costs(), noise=3.0, slow=3.0)[0]
+    assert np.mean(busy.nodes) == pytest.approx(np.mean(quiet.nodes), rel=0.15)
+    assert busy.now == pytest.approx(3 * quiet.now, rel=0.1)
+
+
+def test_a_drafter_that_becomes_good_again_is_found_out() -> None:
+    scheduler = answer("hostile", costs())[1]
+    clock, _, _ = answer("copy", costs(), scheduler=scheduler, sharpness=60.0)
+    assert clock.now < 0.6 * plain_seconds(costs())
+
+
+def test_repeats_save_the_drafter_its_work() -> None:
+    """Text in a loop: what repeats propose is as good, and free."""
+    logits = MarkovLogits(3, order=1, sharpness=60.0)
+    clock = Clock(costs())
+    drafter = TimedDrafter.copy_of(logits)
+    assert isinstance(drafter, TimedDrafter)
+    drafter.clock = clock
+    limits = TreeLimits(width=16, depth=6, top_k=2, lookup=12)
+    request = Request((1, 2, 0), 200, limits=limits, scheduler=Scheduler(costs()))
+    list(decode(Conversation(TimedTarget(logits, clock), drafter), request, Meter(clock=clock)))
+    rounds = len(clock.nodes)
+    assert sum(call == "propose" for call, _ in drafter.calls) < rounds / 2
+    assert 200 / rounds > 8
+
+
+def test_calibration_is_applied_before_anything_is_believed() -> None:
+    from dovetail.runtime.calibration import Calibration, DepthCalibration
+
+    none = DepthCalibration(0.0, -3.0, 1, 0.0, 0.0, (0.0, 1.0), (1,), (0.5,), (0.05,))
+    scheduler = Scheduler(costs(), Calibration(4, (none,)))
+    believed = scheduler.believe(1, np.log(np.array([[0.9, 0.1]], np.float32)))
+    assert np.exp(believed) == pytest.approx(1 / (1 + np.exp(3.0)), rel=1e-4)
