@@ -89,13 +89,13 @@ class RecordingEngine(Engine):
 
 
 class FakeOpener:
-    """Stands in for Engine.from_pretrained; remembers how it was called."""
+    """Stands in for Engine.from_pretrained; remembers how it was called, but for who is told of the progress."""
 
     def __init__(self, **engine: Any) -> None:
         self.engine = RecordingEngine(**engine)
         self.calls: list[tuple[Path, dict[str, Any]]] = []
 
-    def __call__(self, pair: Path, /, **options: Any) -> Engine:
+    def __call__(self, pair: Path, /, *, progress: Any, **options: Any) -> Engine:
         self.calls.append((pair, options))
         return self.engine
 

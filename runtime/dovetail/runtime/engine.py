@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,12 +127,14 @@ class Engine:
         drafter_device: str = "auto",
         threads: int | None = None,
         tree: TreeLimits | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
 
         drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. threads: of each engine, None for theirs.
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
-        machine is measured once, in seconds. Raises PairError, DeviceError, InputError.
+        machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
+        Raises PairError, DeviceError, InputError.
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
@@ -155,7 +157,7 @@ class Engine:
         drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None
         scheduler = None
         if drafter and tree is None:
-            costs = known_or_measured(manifest, target, drafter, threads)
+            costs = known_or_measured(manifest, target, drafter, threads, progress=progress)
             scheduler = Scheduler(costs, pair_calibration(pair, manifest))
             tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
         return cls(

@@ -33,8 +33,26 @@ class Opener(Protocol):
     """How a command gets its engine; the click context's `obj`, so that tests bring scripted sessions."""
 
     def __call__(
-        self, pair: Path, /, *, drafter_device: str, threads: int | None, tree: TreeLimits | None
+        self,
+        pair: Path,
+        /,
+        *,
+        drafter_device: str,
+        threads: int | None,
+        tree: TreeLimits | None,
+        progress: Callable[[float], None],
     ) -> Engine: ...
+
+
+class Announcement:
+    """Says on stderr, once, that the machine is being measured."""
+
+    told = False
+
+    def __call__(self, done: float) -> None:
+        if not self.told:
+            click.echo("measuring this machine for this pair, once: some seconds", err=True)
+            self.told = True
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,13 @@ class EngineFlags:
         """The engine, loaded; the reference pair is built first where none is named and none is there."""
         opener: Opener = click.get_current_context().obj or Engine.from_pretrained
         pair = resolve_pair(self.pair)
-        return opener(pair, drafter_device=self.drafter_device, threads=self.threads, tree=self.tree(pair))
+        return opener(
+            pair,
+            drafter_device=self.drafter_device,
+            threads=self.threads,
+            tree=self.tree(pair),
+            progress=Announcement(),
+        )
 
     def tree(self, pair: Path) -> TreeLimits | None:
         """The manifest's tree with the flags' values put in; None where a scheduler is to shape each tree."""
