@@ -1,0 +1,134 @@
+"""One engine in a process of its own: a line of JSON with a prompt comes in, a line with its answer's times goes out.
+
+    python tests/bench/peer_worker.py ENGINE MODEL
+
+Needs nothing of Dovetail but for its own engines: peers live in an environment of theirs.
+in: {"ids": [...], "max_new_tokens": N}.  out: {"count": .., "first_ms": .., "later_ms": .., "rss_mb": ..} and "tokens"
+or "text"; first_ms is the time to the first token, later_ms that from there to the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+Answer = dict[str, Any]
+Ask = Callable[[list[int], int], Answer]
+
+
+def dovetail(model: str, *, speculate: bool) -> Ask:
+    from dovetail.runtime.decode import Request, decode
+    from dovetail.runtime.engine import Engine
+    from dovetail.runtime.metrics import Meter
+
+    engine = Engine.from_pretrained(model)
+
+    def ask(ids: list[int], count: int) -> Answer:
+        engine.reset()
+        limits, scheduler = (engine.tree, engine.scheduler) if speculate else (None, None)
+        request = Request(tuple(ids), count, stop_tokens=engine.stop_tokens, limits=limits, scheduler=scheduler)
+        conversation, meter, tokens = engine._open_conversation(), Meter(), list[int]()
+        for step in decode(conversation, request, meter):
+            tokens += step.tokens
+        metrics = meter.metrics()
+        times = {"first_ms": metrics.time_to_first_token_ms, "later_ms": metrics.decode_ms}
+        return {"count": len(tokens), "tokens": tokens, **times}
+
+    return ask
+
+
+def genai(model: str, *, lookup: int) -> Ask:
+    """openvino-genai on the same IR; `lookup`: tokens of prompt lookup, 0 for plain decoding."""
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **({"prompt_lookup": True} if lookup else {}))
+    config = genai.GenerationConfig()
+    config.do_sample = False
+    stop = json.loads((Path(model) / "target" / "generation_config.json").read_text())["eos_token_id"]
+    config.eos_token_id, *others = stop if isinstance(stop, list) else [stop]
+    config.stop_token_ids = {config.eos_token_id, *others}
+    if lookup:
+        config.num_assistant_tokens, config.max_ngram_size = lookup, 3
+
+    def ask(ids: list[int], count: int) -> Answer:
+        config.max_new_tokens = count
+        begin = perf_counter()
+        result = pipeline.generate(ov.Tensor(np.array([ids], np.int64)), config)
+        took = (perf_counter() - begin) * 1e3
+        first = result.perf_metrics.get_ttft().mean
+        tokens = [int(token) for token in result.tokens[0]]
+        return {"count": len(tokens), "tokens": tokens, "first_ms": first, "later_ms": took - first}
+
+    return ask
+
+
+def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None) -> Ask:
+    """llama.cpp on a GGUF of the same weights.
+
+    kind: its speculation without a draft model, NONE for plain.  sizes: tokens to match and to draft, None for its own.
+    """
+    import xllamacpp as x
+
+    params = x.CommonParams()
+    params.model.path = model
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 4096, 1, 0
+    params.cpuparams.n_threads = len(os.sched_getaffinity(0))
+    params.speculative.types = [getattr(x.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
+    if sizes:
+        params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = sizes
+    params.verbosity = -1
+    server = x.Server(params)
+
+    def ask(ids: list[int], count: int) -> Answer:
+        asked = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": False}
+        result = server.handle_completions(asked)
+        times = result["timings"]
+        each = times["predicted_ms"] / max(times["predicted_n"], 1)  # the first token is counted with the others
+        return {
+            "count": result["usage"]["completion_tokens"],
+            "text": result["choices"][0]["text"],
+            "first_ms": times["prompt_ms"] + each,
+            "later_ms": times["predicted_ms"] - each,
+        }
+
+    return ask
+
+
+ENGINES: dict[str, Callable[[str], Ask]] = {
+    "dovetail, plain": lambda model: dovetail(model, speculate=False),
+    "dovetail": lambda model: dovetail(model, speculate=True),
+    "openvino-genai, plain": lambda model: genai(model, lookup=0),
+    "openvino-genai, prompt lookup 5": lambda model: genai(model, lookup=5),
+    "openvino-genai, prompt lookup 10": lambda model: genai(model, lookup=10),
+    "llama.cpp, plain": lambda model: llama(model, kind="NONE"),
+    "llama.cpp, ngram-simple": lambda model: llama(model, kind="NGRAM_SIMPLE"),
+    "llama.cpp, ngram-simple 3/10": lambda model: llama(model, kind="NGRAM_SIMPLE", sizes=(3, 10)),
+    "llama.cpp, ngram-mod": lambda model: llama(model, kind="NGRAM_MOD"),
+    "llama.cpp, ngram-map-k": lambda model: llama(model, kind="NGRAM_MAP_K"),
+}
+
+
+def main() -> None:
+    """Load, say so with an empty object, then answer line after line."""
+    name, model = sys.argv[1:]
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print is no answer
+    ask = ENGINES[name](model)
+    print("{}", file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = ask(request["ids"], request["max_new_tokens"])
+        status = Path("/proc/self/status").read_text()
+        peak = next(row.split()[1] for row in status.splitlines() if row.startswith("VmHWM"))
+        print(json.dumps(answer | {"rss_mb": int(peak) // 1024}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
