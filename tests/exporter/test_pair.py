@@ -102,6 +102,20 @@ def test_unreachable_index_and_hub_are_one_line(index: Path, tiny_drafter: Path)
     message(error)
 
 
+def test_a_pair_without_a_wheel_says_how_to_use_weights_at_hand(
+    index: Path, tiny_drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        reference.REFERENCE_PAIRS, "tiny", dataclasses.replace(reference.REFERENCE_PAIRS["tiny"], wheel=None)
+    )
+    with pytest.raises(SourceError, match="drafter my-pair --checkpoint tiny") as error:
+        build_reference_pair("tiny", checkpoint=tiny_drafter)
+    message(error)
+    with pytest.raises(InputError, match="--source hub") as error:
+        build_reference_pair("tiny", checkpoint=tiny_drafter, origin="wheel")
+    message(error)
+
+
 def test_unknown_pair_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="smollm2-135m") as error:
         build_reference_pair("smollm3", tmp_path / "pair")

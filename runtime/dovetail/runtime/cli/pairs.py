@@ -14,7 +14,7 @@ from ..errors import ExportError, InputError
 from ..manifest import MANIFEST_NAME, cache_dir
 
 DEFAULT_PAIR = "smollm2-135m"
-REFERENCE_PAIRS = (DEFAULT_PAIR,)  # names that `dovetail-export pair` builds
+REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b")  # names that `dovetail-export pair` builds
 EXPORT_EXTRA = ("torch", "transformers", "optimum")
 
 
