@@ -52,6 +52,7 @@ class Worker:
         )  # fmt: skip
         worker = cls(process)
         if worker._line() != {}:
+            worker.stop()
             raise InputError(f"{engine} does not start: run {python} {WORKER} {engine!r} {model} to see why")
         return worker
 
@@ -72,7 +73,11 @@ class Worker:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self.process.kill()
+        self.process.communicate()
 
 
 @click.command()

@@ -178,3 +178,61 @@ def test_what_is_no_training_log_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"curve": []}')
     result = CliRunner().invoke(curve.curve, [str(tmp_path / "training.json"), "-o", str(tmp_path / "c.svg")])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1) and "training.json" in result.stderr
+
+
+WORKER = """
+import json, sys
+print("{}", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    ms = 5.0 if sys.argv[1] == "dovetail" else 10.0
+    print(json.dumps({"count": 11, "tokens": asked["ids"], "first_ms": ms, "later_ms": ms, "rss_mb": 7}), flush=True)
+"""
+
+
+def test_peers_are_asked_in_turn_and_compared_by_prompt(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = script("peers")
+    worker, prompts, out = tmp_path / "worker.py", tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    worker.write_text(WORKER)
+    monkeypatch.setattr(peers, "WORKER", worker)
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    arguments = [str(tiny_target.parent), str(prompts), "--python", sys.executable, "--out", str(out)]
+    result = CliRunner().invoke(peers.main, arguments, catch_exceptions=False)
+    scores = {row["engine"]: row for row in json.loads(out.read_text())["scores"]}
+    assert list(scores) == [*peers.OURS, *peers.GENAI]
+    assert scores["dovetail"]["to_plain"] == 2.0 == 2 * scores["openvino-genai, plain"]["to_plain"]
+    assert all(row["same_text"] == row["prompts"] == 2 for row in scores.values())
+    assert "| dovetail | 2000.0 | 2.00x | 2.00x | 5 | 7 | 2 of 2 |" in result.output
+
+
+def test_a_peer_that_does_not_start_is_named(tmp_path: Path) -> None:
+    peers = script("peers")
+    with pytest.raises(InputError, match=r"'dovetail'.* to see why"):
+        peers.Worker.start(sys.executable, "dovetail", tmp_path)
+
+
+def test_a_gguf_at_eight_bits_keeps_metadata_and_weights(tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGUFReader, GGUFWriter
+    from gguf.quants import dequantize
+
+    weights = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    writer = GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_context_length(99)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("w.weight", weights)
+    writer.add_tensor("norm.weight", weights[0])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    arguments = [str(tmp_path / "in.gguf"), str(tmp_path / "out.gguf")]
+    CliRunner().invoke(script("gguf_q8").main, arguments, catch_exceptions=False)
+    reader = GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["llama.context_length"].contents() == 99
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    matrix = by_name["w.weight"]
+    assert matrix.tensor_type.name == "Q8_0"
+    assert np.abs(dequantize(matrix.data, matrix.tensor_type) - weights).max() < 0.02
+    assert (by_name["norm.weight"].data == weights[0]).all()
