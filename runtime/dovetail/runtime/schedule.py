@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from math import exp
+from math import exp, isnan, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ BOUNDS = TreeLimits(width=32, depth=8, top_k=4, lookup=24)  # of a scheduled tre
 MEMORY = 24.0  # rounds after which an average has mostly forgotten
 EVIDENCE = 60.0  # visits that the correction of a depth remembers
 PRIOR = 3.0  # visits that the drafter's own word counts for
-CERTAIN = 0.995  # no token is more probable than this: what is believed to be free is never questioned
+LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
 STRENGTHS = (1.5, 3.0)  # tokens that repeats promise: drafting is judged apart below, between and above these
 TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
@@ -124,12 +124,13 @@ class Scheduler:
         """Conditional log-probabilities [n, K] of candidates at `depth`, as far as they deserve belief."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
-        first, others = (correction.factor for correction in self._correction(depth))
-        believed: NDArray[np.float32] = logprobs + np.float32(np.log(others))
-        believed[:, :1] = logprobs[:, :1] + np.float32(np.log(first))
-        np.minimum(believed, np.float32(np.log(CERTAIN)), out=believed)
-        taken = min(float(np.nansum(np.exp(believed), axis=-1).mean()), 1.0)
-        self._children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(taken)
+        first, others = (log(correction.factor) for correction in self._correction(depth))
+        shift = np.full(logprobs.shape[-1], others, np.float32)
+        shift[0] = first
+        believed: NDArray[np.float32] = np.minimum(logprobs + shift, LOG_CERTAIN)
+        taken = float(np.exp(believed).sum()) / len(believed)
+        if not isnan(taken):  # nan is no candidate
+            self._children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(min(taken, 1.0))
         return believed
 
     def _learn(self, tree: DraftTree, tokens: Sequence[int]) -> None:

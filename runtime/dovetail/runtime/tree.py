@@ -172,8 +172,9 @@ def grow_tree(
     growth = _Growth(root_token, limits, slots)
 
     def add(nodes: list[int], found: Candidates, depth: int) -> list[int]:
-        logprobs = judge.believe(depth, found.logprobs) if judge else found.logprobs
-        return growth.add(nodes, Candidates(logprobs, found.ids))
+        if judge:
+            found = Candidates(judge.believe(depth, found.logprobs[:, : limits.top_k]), found.ids)
+        return growth.add(nodes, found)
 
     frontier = add([0], first, 1) if limits.width > 1 and limits.depth > 0 else []
     for depth in range(1, limits.depth):
