@@ -51,7 +51,8 @@ def pair() -> Path:
 
 @pytest.fixture(scope="module")
 def engine(pair: Path) -> Iterator[Engine]:
-    with Engine.from_pretrained(pair, drafter_device="cpu") as engine:
+    """With fixed trees: the same text every time."""
+    with Engine.from_pretrained(pair, drafter_device="cpu", tree=TreeLimits()) as engine:
         yield engine
 
 
@@ -64,8 +65,12 @@ def test_chains_give_token_for_token_what_plain_decoding_gives(engine: Engine) -
         assert run.plain.answers == run.speculative.answers, run.conversation.name
 
 
-def test_trees_differ_at_near_ties_alone_and_pay(engine: Engine) -> None:
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_trees_differ_at_near_ties_alone_and_pay(engine: Engine, pair: Path, scheduled: bool) -> None:
     engine.tree = TreeLimits()
+    if scheduled:
+        engine = Engine.from_pretrained(pair, drafter_device="cpu")
+        assert engine.scheduler is not None
     accepted = rounds = 0
     for run in measure(engine, CONVERSATIONS, flags()):
         at = run.first_divergence
@@ -111,7 +116,7 @@ def test_text_survives_the_tokenizer_and_digits_stand_alone(pair: Path) -> None:
 
 
 def test_the_command_streams_an_answer_and_its_statistics(pair: Path) -> None:
-    command = [sys.executable, "-m", "dovetail.runtime.cli.main", "-m", str(pair), "-n", "16"]
+    command = [sys.executable, "-m", "dovetail.runtime.cli.main", "-m", str(pair), "-n", "16", "--fixed-tree"]
     told = subprocess.run([*command, "What is a fig?"], capture_output=True, text=True, check=True, timeout=300)
     assert told.stdout.strip()
     assert "tok/s" in told.stderr

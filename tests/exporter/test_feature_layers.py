@@ -70,9 +70,8 @@ def test_the_runtime_gives_the_features_that_training_read(pair: Path, checkpoin
 def test_such_a_pair_passes_its_checks_and_speculates_without_changing_the_text(pair: Path) -> None:
     manifest = check_pair_folder(pair)
     assert manifest.drafter and manifest.drafter.feature_layers == (0, 1)
-    with Engine.from_pretrained(pair) as engine:
-        chain = TreeLimits(width=4, depth=3, top_k=1)
-        ours = engine.generate("the cat", max_new_tokens=24, raw=True, tree=chain)
+    with Engine.from_pretrained(pair, tree=TreeLimits(width=4, depth=3, top_k=1)) as engine:
+        ours = engine.generate("the cat", max_new_tokens=24, raw=True)
         plain = engine.generate("the cat", max_new_tokens=24, raw=True, speculate=False)
     assert ours.token_ids == plain.token_ids
 

@@ -106,12 +106,14 @@ def test_runtime_imports_without_the_export_stack_and_costs_numpy_alone(installe
 
 
 def test_the_wheels_runtime_generates_without_the_export_stack(
-    installed: Path, tiny_full_pair: Path, tmp_path: Path
+    installed: Path, tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))  # what passes cost is measured and kept
     roots = json.dumps([str(root) for root in SOURCE_ROOTS])
     command = (sys.executable, "-I", "-W", "ignore", "-c", IMPORT_RUNTIME, installed, roots, tiny_full_pair)
     count, told = run(*command, cwd=tmp_path).splitlines()
     assert 0 < int(count) <= 12
+    assert len(list((tmp_path / "cache" / "costs").iterdir())) == 1
     seen = json.loads(told)
     assert seen["path"] == [str(installed / "dovetail" / "runtime")]
     assert {"openvino", "onnxruntime"} <= set(seen["loaded"])
