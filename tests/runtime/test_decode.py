@@ -17,7 +17,7 @@ from dovetail.runtime.decode import Conversation, Request, Step, decode
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.metrics import GenerationMetrics, Meter
 from dovetail.runtime.sampling import Sampler, SamplingParams
-from dovetail.runtime.schedule import Scheduler
+from dovetail.runtime.schedule import BOUNDS, Scheduler
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.sessions import DraftSession, TargetPass, TargetSession
 from dovetail.runtime.tree import DraftTree, Judge, TreeLimits, best_tree
@@ -40,7 +40,7 @@ class Whim(Scheduler):
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
         return bool(self.rng.random() < 0.7)
 
-    def prune(self, tree: DraftTree) -> DraftTree:
+    def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
         parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist())
         return best_tree(*parts, int(self.rng.integers(0, len(tree))))
 
@@ -206,8 +206,12 @@ def test_never_past_max_new_tokens(drafter: str | None, count: int) -> None:
 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("room", [1, 2, 3, 9])
-def test_never_past_the_context(drafter: str | None, room: int) -> None:
-    request = Request((1, 2, 3, 4), 100, GREEDY, limits=LIMITS)  # ScriptedTarget refuses more than fits
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_never_past_the_context(drafter: str | None, room: int, scheduled: bool) -> None:
+    curve = Curve((0,), (1, 32), ((1.0, 1.1),))  # wide passes are nearly free
+    limits, scheduler = (BOUNDS, Scheduler(Costs(curve, curve))) if scheduled else (LIMITS, None)
+    # ScriptedTarget refuses more than fits
+    request = Request((1, 2, 3, 4), 100, GREEDY, limits=limits, scheduler=scheduler)
     tokens, finish, _ = run(talk(drafter=drafter, max_context=4 + room), request)
     assert len(tokens) == room and finish == "length"
 

@@ -90,6 +90,21 @@ def test_curves_rise_along_both_axes(sessions: Sessions) -> None:
     assert costs.target.rows[-1] == WIDTHS[-1] and costs.draft.rows[-1] == CHUNK
 
 
+def test_a_change_of_width_is_what_the_first_of_two_passes_takes_more(sessions: Sessions, monkeypatch) -> None:
+    spent, last = [0.0], [0]
+
+    def call(watch: object, point: tune._Point) -> float:
+        spent[0] += 1e-3
+        changed, last[0] = point.engine == "target" and last[0] != point.size, point.size
+        return 10.0 + point.size + 5.0 * changed
+
+    monkeypatch.setattr(tune, "perf_counter", lambda: spent[0])
+    monkeypatch.setattr(tune._Stopwatch, "call", call)
+    costs = measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=0.5)
+    assert costs.switch_ms == 5.0
+    assert costs.target.ms[0] == tuple(10.0 + width for width in costs.target.rows)
+
+
 def test_all_is_measured_where_there_is_time_and_less_where_there_is_not(sessions: Sessions, monkeypatch) -> None:
     ticks = iter(range(10**9))
     monkeypatch.setattr(tune, "perf_counter", lambda: next(ticks) * 1e-3)  # a call takes 1 ms, whatever it takes
@@ -99,7 +114,7 @@ def test_all_is_measured_where_there_is_time_and_less_where_there_is_not(session
         return costs.target.rows, costs.draft.rows
 
     assert sizes(1.0) == (WIDTHS, ROWS)
-    assert sizes(0.05) == ((1, 2, 4, 6), (1, 2, 4, 8, 16, 32, 64, 128))
+    assert sizes(0.05) == ((1, 4, 6), (1, 4, 8, 16, 128))
 
 
 def test_every_point_is_timed_twice_and_then_until_the_time_is_over(sessions: Sessions, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from .errors import ContextOverflow, DeviceError, InputError
 from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
-from .schedule import Scheduler
+from .schedule import FILLING, Scheduler
 from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
@@ -146,7 +146,8 @@ class Conversation:
 
     def read(self) -> None:
         """Let the drafter read what waits."""
-        assert self.drafter is not None
+        if self.drafter is None:
+            return
         begin, end = self.drafter_length, self.drafter_length + self.unread
         self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread))
         self.drafter_length, self._unread = end, []
@@ -162,16 +163,17 @@ class Conversation:
         if scheduler is None:
             self.drafted = self._propose(limits, None)
             return self._join(self.drafted, limits)
-        scheduler.context = len(self.tokens) - 1
+        scheduler.begin(len(self.tokens) - 1, limits.width)
         repeats = self._join(known, limits)
         if not scheduler.drafts(repeats, self.unread):
-            return scheduler.prune(repeats)
+            return scheduler.prune(repeats, drafted=False)
         self.drafted = self._propose(limits, scheduler)
-        return scheduler.prune(self._join(self.drafted, limits))
+        return scheduler.prune(self._join(self.drafted, limits), drafted=True)
 
     def _propose(self, limits: TreeLimits, scheduler: Scheduler | None) -> DraftTree:
         assert self.drafter is not None
-        self.read()
+        if self.unread:
+            self.read()
         tree = self.drafter.propose(limits, scheduler)
         known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
@@ -245,6 +247,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         talk.tokens += step.tokens
         if limits.width > 1 and step.finish is None:
             talk.tell(result.features)
+            talk.read()
         meter.new_tokens = len(step.tokens)
         meter.lap("prefill")
         meter.first_token()
@@ -268,15 +271,15 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             talk.commit(verdict.path[: len(step.tokens) + 1], step.tokens)
             verify_ms += meter.lap("verify")
 
-            if request.scheduler:
-                request.scheduler.observe(
-                    talk.drafted, unread, tree, verdict.tokens, draft_ms=draft_ms, verify_ms=verify_ms
-                )
             if limits.width > 1:
+                if request.scheduler:
+                    request.scheduler.observe(
+                        talk.drafted, unread, tree, verdict.tokens, draft_ms=draft_ms, verify_ms=verify_ms
+                    )
                 talk.tell(features[: len(step.tokens)])  # one for each token that is known to follow
             limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
             meter.lap("other")
-            meter.add_round(len(tree) - 1, min(verdict.accepted, len(step.tokens)))
+            meter.add_round(int((tree.logprobs > FILLING).sum()) - 1, min(verdict.accepted, len(step.tokens)))
             meter.new_tokens += len(step.tokens)
             yield step
     finally:

@@ -224,7 +224,7 @@ class Engine:
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
             limits=(tree or self.tree) if speculate else None,
-            scheduler=None if tree else self.scheduler,
+            scheduler=self.scheduler if speculate and tree is None else None,
         )
         request.check_room(self.max_context)
         meter.lap("other")

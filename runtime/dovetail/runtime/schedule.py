@@ -25,25 +25,32 @@ from .tree import DraftTree, TreeLimits, best_tree
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=4, lookup=24)  # of a scheduled tree
 MEMORY = 24.0  # rounds after which an average has mostly forgotten
+PRICE_MEMORY = 100.0  # the same for the price of a token, which is to be that of the long run
 EVIDENCE = 60.0  # visits that the correction of a depth remembers
 PRIOR = 3.0  # visits that the drafter's own word counts for
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
+WIDTHS = (1, 4, 8, 12, 16, 24, 32)  # few, as each change of width costs; 1 is plain decoding
+FILLING = -50.0  # log-probability of a node that is there for the width alone
 STRENGTHS = (1.5, 3.0)  # tokens that repeats promise: drafting is judged apart below, between and above these
+PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
+MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
 TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
+OUTLIER = 2.0  # times what is usual that a pass counts as at most: something else took the machine
 TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
 
 
 @dataclass
 class Average:
-    """A running mean that starts with the first value and then remembers about MEMORY of them."""
+    """A running mean that starts with the first value and then remembers about `memory` of them."""
 
     value: float = 0.0
     count: float = 0.0
+    memory: float = MEMORY
 
     def add(self, value: float) -> None:
-        self.count = min(self.count + 1.0, MEMORY)
+        self.count = min(self.count + 1.0, self.memory)
         self.value += (value - self.value) / self.count
 
 
@@ -101,22 +108,31 @@ class Scheduler:
 
     costs: Costs
     calibration: Calibration | None = None
-    context: int = 0  # tokens before the root, of the round at hand
+    _context: int = 0  # tokens before the root, of the round at hand
+    _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for
     # By depth: of a node's best child, and of the others.  A drafter may be too sure of the one and right in sum.
     _corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
-    # Of whole trees: the best candidates of many are not as good as each was believed to be.
-    _trees: Correction = field(default_factory=Correction)
+    # Of whole trees, without the drafter's part and with it: the best of many are not as good as each is believed.
+    _trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
     _children: dict[int, Average] = field(default_factory=dict)  # depth -> share of its nodes that their children take
-    _tokens: Average = field(default_factory=Average)  # per round
-    _time: Average = field(default_factory=Average)  # ms per round
+    _tokens: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # per round
+    _time: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # ms per round
     _drafting: tuple[Drafting, ...] = field(default_factory=lambda: tuple(Drafting() for _ in (0, *STRENGTHS)))
     _target_pace: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
+    _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
     _draft_pace: Average = field(default_factory=lambda: Average(1.0))
     _credit: float | None = None  # ms that may be lost to drafts
+    _width: int = 0  # of the last verified tree
+    _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
     _rested: int = 0  # rounds since the last draft
     _strength: int = 0  # of the repeats in the round at hand: which of `_drafting` it belongs to
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
+
+    def begin(self, context: int, most: int) -> None:
+        """A round begins: `context` tokens are committed, `most` nodes have room."""
+        self._context, self._widths = context, tuple(width for width in WIDTHS if width <= most)
+        self._calls, self._trial = 0.0, None
 
     # --- what is believed
 
@@ -161,7 +177,7 @@ class Scheduler:
     @property
     def price(self) -> float:
         """Milliseconds that a token is worth."""
-        plain = float(self._target(1)[1])
+        plain = self._pass(1)
         return min(plain, self._time.value / self._tokens.value) if self._tokens.count else plain
 
     def drafts(self, repeats: DraftTree, unread: int) -> bool:
@@ -169,15 +185,13 @@ class Scheduler:
 
         repeats: what repeated text alone proposes.  unread: pairs that the drafter has not been told yet.
         """
-        self._calls = 0.0
         self._strength = sum(repeats.expected_length > strength for strength in STRENGTHS)
-        drafting, reading, otherwise = self._drafting[self._strength], self._draft(unread), self._best(repeats)[1]
+        drafting, reading, otherwise = self._drafting[self._strength], self._draft(unread), self._otherwise(repeats)
         worth = drafting.worth(self.price) - (reading - self._draft(1))
-        self._trial = None
-        if not drafting.tokens.count or worth >= otherwise:
+        if drafting.tokens.count < PATIENCE or worth >= otherwise - MARGIN * self._pass(1):
             return True
         if self._credit is None:
-            self._credit = TRIAL_ROUNDS * float(self._target(1)[1])
+            self._credit = TRIAL_ROUNDS * self._pass(1)
         if self._credit < reading:
             return False
         self._trial = otherwise
@@ -190,19 +204,30 @@ class Scheduler:
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
         """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
         taken = self._children[depth].value if depth in self._children else CHILDREN
-        gain = self.price * sum(map(exp, frontier)) * taken * self._trees.factor
-        two = self._target(2)
-        if gain <= self._draft(len(frontier)) + two[2] - two[1]:
+        gain = self.price * sum(map(exp, frontier)) * taken * self._trees[True].factor
+        node = (self._pass(WIDTHS[-1]) - self._pass(1)) / (WIDTHS[-1] - 1)
+        if gain <= self._draft(len(frontier)) + node:
             return False
         self._calls += self._draft_alone(len(frontier))
         return True
 
-    def prune(self, tree: DraftTree) -> DraftTree:
-        """The part of `tree` whose verification is worth most."""
-        count = self._best(tree)[0]
-        if count == len(tree):
-            return tree
-        return best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), count - 1)
+    def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
+        """The part of `tree` whose verification is worth most, in one of a few widths, filled up where it is smaller.
+
+        Another width is taken when this tree alone makes the change pay, or when what staying has lost would have.
+        """
+        worth = self._worth(tree, drafted)
+        width = max(worth, key=lambda width: worth[width] - self._change(width))
+        for other in worth if width == self._width else ():
+            self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
+            if self._regret[other] > self._change(other) and worth[other] >= worth[width]:
+                width = other
+        if width != self._width:
+            self._regret = {}
+        kept = min(width, len(tree))
+        if kept < len(tree):
+            tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
+        return filled(tree, width)
 
     def observe(
         self,
@@ -220,10 +245,15 @@ class Scheduler:
         tokens: what came after the root.
         """
         nodes, took = len(verified), draft_ms + verify_ms
+        changed, self._width = self._width not in (0, nodes), nodes
         self._tokens.add(len(tokens))
         self._time.add(took)
-        self._trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
-        self._target_pace.add(verify_ms / self.costs.target.at(self.context, nodes)[nodes])
+        self._trees[drafted is not None].add(verified.expected_length - 1.0, len(tokens) - 1.0)
+        alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
+        ratio = verify_ms / (self.costs.target.at(self._context, nodes)[nodes] + changed * self.costs.switch_ms)
+        if not changed:
+            alone.add(min(ratio / self._target_pace.value, OUTLIER) if self._target_pace.count else 1.0)
+        self._target_pace.add(ratio / alone.value)
         if self._credit is not None:
             loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
             self._credit += TRIAL_SHARE * took - max(loss, 0.0)
@@ -232,20 +262,39 @@ class Scheduler:
             return
         self._rested = 0
         self._learn(drafted, tokens)
-        self._draft_pace.add(draft_ms / (self._calls + self._draft_alone(unread)))
-        self._drafting[self._strength].add(len(tokens), draft_ms, verify_ms)
+        calls = self._calls + self._draft_alone(unread)
+        if calls:  # else the drafter had read all, and its root's children were enough
+            self._draft_pace.add(draft_ms / calls)
+        # What waited for longer than a round is no cost of this one.
+        reading = max(0.0, self._draft(unread) - self._draft(len(tokens)))
+        self._drafting[self._strength].add(len(tokens), draft_ms - reading, verify_ms)
 
-    def _best(self, tree: DraftTree) -> tuple[int, float]:
-        """(nodes, worth) of the best part of a tree; one node is plain decoding."""
+    def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
+        """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
         expected = np.cumsum(np.sort(np.exp(tree.logprobs.astype(np.float64)))[::-1])  # the root's 1 first
-        expected = 1.0 + (expected - 1.0) * self._trees.factor
-        worth = self.price * expected - self._target(len(tree))[1:]
-        count = int(np.argmax(worth)) + 1
-        return count, float(worth[count - 1])
+        price, factor = self.price, self._trees[drafted].factor
+        out = {}
+        for width in self._widths:
+            tokens = 1.0 + (float(expected[min(width, len(tree)) - 1]) - 1.0) * factor
+            out[width] = price * tokens - self._pass(width)
+            if width >= len(tree):
+                break
+        if self._width in self._widths and self._width not in out:  # wider than the tree
+            out[self._width] = price * tokens - self._pass(self._width)
+        return out
 
-    def _target(self, nodes: int) -> NDArray[np.float64]:
-        """Predicted ms [nodes + 1] of verifying 0 to `nodes` nodes now."""
-        return self.costs.target.at(self.context, nodes) * self._target_pace.value
+    def _otherwise(self, repeats: DraftTree) -> float:
+        """Worth of a round without a draft, the change of width included."""
+        return max(worth - self._change(width) for width, worth in self._worth(repeats, False).items())
+
+    def _change(self, width: int) -> float:
+        """Ms that verifying this width takes more because the last pass had another."""
+        return self.costs.switch_ms * self._target_pace.value if self._width not in (0, width) else 0.0
+
+    def _pass(self, width: int) -> float:
+        """Predicted ms of a pass of the target now, after one of the same width."""
+        alone = self._width_pace[width].value if width in self._width_pace else 1.0
+        return float(self.costs.target.at(self._context, width)[width]) * self._target_pace.value * alone
 
     def _draft(self, rows: int) -> float:
         """Predicted ms of one call of the drafter now."""
@@ -253,4 +302,16 @@ class Scheduler:
 
     def _draft_alone(self, rows: int) -> float:
         """The same by the curve."""
-        return float(self.costs.draft.at(self.context, rows)[rows])
+        return float(self.costs.draft.at(self._context, rows)[rows])
+
+
+def filled(tree: DraftTree, width: int) -> DraftTree:
+    """`tree` with children of the root added until it has `width` nodes; any token will do, so it is the root's."""
+    count = width - len(tree)
+    if count <= 0:
+        return tree
+    return DraftTree(
+        np.concatenate([tree.tokens, np.full(count, tree.tokens[0])]),
+        np.concatenate([tree.parents, np.zeros(count, np.int64)]),
+        np.concatenate([tree.logprobs, np.full(count, FILLING, np.float32)]),
+    )

@@ -1,7 +1,8 @@
 """Measure what a pass costs here: the target's by its nodes, a drafter's call by its rows, both by the context.
 
 All points are timed in turns, round after round in shuffled order, so that whatever else the machine does falls
-on all of them alike; a point's time is its median.
+on all of them alike; a point's time is its median.  Each is called twice: the target's first pass of another width
+than the last takes longer, which is noted apart.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from .errors import InputError
 from .manifest import Manifest
 from .onnx_drafter import CHUNK, OnnxDrafter
 from .openvino_target import OpenVINOTarget
+from .schedule import WIDTHS
 from .tree import DraftTree
 
 CONTEXTS = (128, 1024, 4096)
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, CHUNK)
+ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
 # On first use somebody waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
-QUICK_WIDTHS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+QUICK_WIDTHS = WIDTHS
 QUICK_SECONDS = 4.0
 
+FEW = {1, 4, 8, 12, 16, CHUNK}  # sizes where there is no time for all
 SAMPLES = 2  # of every point at least
 DEPTH = 5  # of the trees that are verified
 
@@ -80,7 +83,7 @@ def measure(
     """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`; both sessions end empty.
 
     Contexts that a session has no room for are left out.  Where the time does not allow for SAMPLES of every point,
-    only powers of two and the largest are measured; where it does not for those either, it takes longer.
+    only FEW sizes and the largest are measured; where it does not for those either, it takes longer.
     Raises InputError for what cannot be measured, DeviceError.
     """
     check_seconds(seconds)
@@ -90,7 +93,7 @@ def measure(
         "target": _ascending("widths", widths, 1),
         "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
     }
-    few: Sizes = {engine: [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]] for engine, sizes in every.items()}
+    few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
     watch, order = _Stopwatch(target, drafter), Random(0)
 
     def shuffled(sizes: Sizes) -> list[_Point]:
@@ -111,7 +114,11 @@ def measure(
             watch.time(queue.pop())
             if progress is not None:
                 progress(min(1 - left / seconds, watch.sampled(points)))
-        return Costs(*(watch.curve(engine, sizes[engine], contexts) for engine in ("target", "draft")))
+        return Costs(
+            target=watch.curve("target", sizes["target"], contexts),
+            draft=watch.curve("draft", sizes["draft"], contexts),
+            switch_ms=max(0.0, median(watch.switches)),
+        )
     finally:
         target.reset(0)
         drafter.reset(0)
@@ -146,10 +153,14 @@ class _Stopwatch:
     target: OpenVINOTarget
     drafter: OnnxDrafter
     times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
+    switches: list[float] = field(default_factory=list)  # ms
 
     def time(self, point: _Point) -> None:
-        """One call, whose time is noted."""
-        self.times[point].append(self.call(point))
+        """Two calls: the time of the second is noted, and of the target's what the first took more."""
+        first, second = self.call(point), self.call(point)
+        self.times[point].append(second)
+        if point.engine == "target":
+            self.switches.append(first - second)
 
     def warm_up(self, sizes: Sizes, context: int) -> None:
         """One call of each size that was not timed yet: the first of a shape is slower."""
@@ -184,7 +195,7 @@ class _Stopwatch:
         for engine in wanted:
             curve = self.curve(engine, known[engine], contexts)
             total += sum(float(curve.at(context, wanted[engine][-1])[wanted[engine]].sum()) for context in contexts)
-        return total
+        return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
 
     def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
         """The medians, made to rise."""

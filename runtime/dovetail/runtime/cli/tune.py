@@ -15,7 +15,7 @@ from ..cost_cache import CostKey, Measured
 from ..costs import Curve
 from ..errors import InputError, PairError
 from ..manifest import Manifest, check_listed, check_pair, read_manifest, verify_files
-from ..tune import CONTEXTS, WIDTHS, check_seconds, measure
+from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from .options import check_threads, device_options
 from .pairs import resolve_pair
 
@@ -66,7 +66,7 @@ def run(folder: Path, manifest: Manifest, threads: int | None, device: str, seco
     drafter = OnnxDrafter.open(folder, manifest, device=device, threads=threads)
     begin = perf_counter()
     with progress_bar() as progress:
-        costs = measure(target, drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=seconds, progress=progress)
+        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads)
     return Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
 
