@@ -177,7 +177,8 @@ def test_unknown_pair_name_names_the_known_ones(invoke, opener, cache: Path, mak
     result = invoke("Hello", "--pair", "yours", obj=opener)
     assert (
         result.exit_code == 2
-        and f"'yours' is unknown: name a pair folder, or one of mine, qwen2.5-coder-0.5b, {DEFAULT_PAIR}" in result.stderr
+        and f"'yours' is unknown: name a pair folder, or one of mine, qwen2.5-coder-0.5b, {DEFAULT_PAIR}"
+        in result.stderr
     )
     assert invoke("Hello", "--pair", "mine", "-n", "2", obj=opener).exit_code == 0
     assert opener.calls[0][0] == cache / "pairs" / "mine"

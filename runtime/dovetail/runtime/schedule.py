@@ -36,7 +36,7 @@ STRENGTHS = (1.5, 3.0)  # tokens that repeats promise: drafting is judged apart 
 PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
 MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
 TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
-OUTLIER = 2.0  # times what is usual that a pass counts as at most: something else took the machine
+OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
 
@@ -244,15 +244,22 @@ class Scheduler:
         drafted: the drafter's own tree, None where it was not asked.  unread: pairs that it was told first.
         tokens: what came after the root.
         """
-        nodes, took = len(verified), draft_ms + verify_ms
+        nodes = len(verified)
         changed, self._width = self._width not in (0, nodes), nodes
+        switch_ms = changed * self.costs.switch_ms
+        # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
+        verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
+        calls = self._calls + self._draft_alone(unread)
+        draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value + 1.0)
+
+        took = draft_ms + verify_ms
         self._tokens.add(len(tokens))
         self._time.add(took)
         self._trees[drafted is not None].add(verified.expected_length - 1.0, len(tokens) - 1.0)
         alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
-        ratio = verify_ms / (self.costs.target.at(self._context, nodes)[nodes] + changed * self.costs.switch_ms)
-        if not changed:
-            alone.add(min(ratio / self._target_pace.value, OUTLIER) if self._target_pace.count else 1.0)
+        ratio = verify_ms / (self.costs.target.at(self._context, nodes)[nodes] + switch_ms)
+        if not changed and self._target_pace.count:
+            alone.add(ratio / self._target_pace.value)
         self._target_pace.add(ratio / alone.value)
         if self._credit is not None:
             loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
@@ -262,7 +269,6 @@ class Scheduler:
             return
         self._rested = 0
         self._learn(drafted, tokens)
-        calls = self._calls + self._draft_alone(unread)
         if calls:  # else the drafter had read all, and its root's children were enough
             self._draft_pace.add(draft_ms / calls)
         # What waited for longer than a round is no cost of this one.
