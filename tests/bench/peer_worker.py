@@ -63,7 +63,7 @@ def genai(model: str, *, lookup: int) -> Ask:
         result = pipeline.generate(ov.Tensor(np.array([ids], np.int64)), config)
         took = (perf_counter() - begin) * 1e3
         first = result.perf_metrics.get_ttft().mean
-        tokens = [int(token) for token in result.tokens[0]]
+        tokens = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
         return {"count": len(tokens), "tokens": tokens, "first_ms": first, "later_ms": took - first}
 
     return ask

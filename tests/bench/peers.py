@@ -16,6 +16,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,6 +99,8 @@ def main(
     conversations = read_prompts(prompts, limit)
     tokenizer = Tokenizer.from_folder(pair / "target")
     asked = [list(tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])) for talk in conversations]
+    if not gguf and set(engines) & set(LLAMA):
+        raise click.UsageError("llama.cpp needs the same weights as a GGUF: give --gguf")
     names = [name for name in (*OURS, *GENAI, *(LLAMA if gguf else ())) if name in (engines or (*OURS, *GENAI, *LLAMA))]
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -131,15 +134,14 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
     out = []
     for name in names:
         pairs = [(row[name], row[base]) for row in rows if speed(row[name]) and speed(row[base])]
-        ratios = [speed(ours) / speed(plain) for ours, plain in pairs]
+        ratios = [speed(ours) / speed(plain) for ours, plain in pairs] or [nan]
         out.append(
             {
                 "engine": name,
-                "tokens_per_second": median(speed(ours) for ours, _ in pairs),
+                "tokens_per_second": median([speed(ours) for ours, _ in pairs] or [nan]),
                 "to_plain": median(ratios),
                 "least": min(ratios),
                 "first_ms": median(row[name]["first_ms"] for row in rows),
-                "first_to_plain": median(row[name]["first_ms"] / row[base]["first_ms"] for row in rows),
                 "rss_mb": rows[-1][name]["rss_mb"],
                 "same_text": sum(row[name]["text"].strip() == row[base]["text"].strip() for row in rows),
                 "prompts": len(rows),

@@ -33,7 +33,7 @@ class Curve:
     contexts: tuple[int, ...]
     rows: tuple[int, ...]
     ms: tuple[tuple[float, ...], ...]
-    _known: dict[tuple[int, int], Floats] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lines: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, values in (("contexts", self.contexts), ("rows", self.rows)):
@@ -51,23 +51,20 @@ class Curve:
         rising = np.array([isotonic(column) for column in along_rows.T]).T
         return cls(tuple(contexts), tuple(rows), tuple(tuple(map(float, line)) for line in rising))
 
-    def at(self, context: int, most: int) -> Floats:
-        """Predictions [most + 1] for 0 to `most` rows, of which 0 are free.
+    def at(self, context: int, rows: int) -> float:
+        """Prediction for `rows` rows, of which 0 are free, after about `context` tokens.
 
         Linear between the points, level before the first and on with the last slope.
         """
-        key = context // CONTEXT_STEP, most
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self._predict(context, most)
-        return found
-
-    def _predict(self, context: int, most: int) -> Floats:
-        table = np.array(self.ms)
-        line = np.array([_line(self.contexts, table[:, row], np.array([context]))[0] for row in range(len(self.rows))])
-        out = _line(self.rows, line, np.arange(most + 1))
-        out[0] = 0.0
-        return out
+        if not rows:
+            return 0.0
+        step = context // CONTEXT_STEP
+        line = self._lines.get(step)
+        if line is None:
+            line = self._lines[step] = [
+                _line(self.contexts, column, step * CONTEXT_STEP) for column in zip(*self.ms, strict=True)
+            ]
+        return _line(self.rows, line, rows)
 
 
 @dataclass(frozen=True)
@@ -116,10 +113,8 @@ def isotonic(values: Sequence[float] | Floats) -> Floats:
     return np.array([mean for mean, count in pools for _ in range(count)])
 
 
-def _line(at: Sequence[int], values: Floats, wanted: NDArray[np.integer[Any]]) -> Floats:
+def _line(at: Sequence[int], values: Sequence[float], wanted: int) -> float:
     """`values` at points `at`, interpolated at `wanted`: level before the first point, with the last slope after it."""
-    out: Floats = np.interp(wanted, at, values)
-    if len(at) > 1:
-        slope = (values[-1] - values[-2]) / (at[-1] - at[-2])
-        out += np.maximum(wanted - at[-1], 0) * slope
-    return out
+    if wanted > at[-1] and len(at) > 1:
+        return values[-1] + (wanted - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2])
+    return float(np.interp(wanted, at, values))

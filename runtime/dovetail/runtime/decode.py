@@ -16,7 +16,7 @@ from .errors import ContextOverflow, DeviceError, InputError
 from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
-from .schedule import FILLING, Scheduler
+from .schedule import Scheduler
 from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
@@ -141,13 +141,11 @@ class Conversation:
 
     def tell(self, features: FloatArray) -> None:
         """The next pairs for the drafter: `features` [n, D] with the n tokens that follow theirs."""
-        if self.drafter is not None:
-            self._unread.append(np.array(features))  # a pass's arrays are valid until the next
+        self._unread.append(np.array(features))  # a pass's arrays are valid until the next
 
     def read(self) -> None:
         """Let the drafter read what waits."""
-        if self.drafter is None:
-            return
+        assert self.drafter is not None
         begin, end = self.drafter_length, self.drafter_length + self.unread
         self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread))
         self.drafter_length, self._unread = end, []
@@ -248,6 +246,8 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         if limits.width > 1 and step.finish is None:
             talk.tell(result.features)
             talk.read()
+            if request.scheduler:
+                request.scheduler.restart()
         meter.new_tokens = len(step.tokens)
         meter.lap("prefill")
         meter.first_token()
@@ -279,7 +279,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
                 talk.tell(features[: len(step.tokens)])  # one for each token that is known to follow
             limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
             meter.lap("other")
-            meter.add_round(int((tree.logprobs > FILLING).sum()) - 1, min(verdict.accepted, len(step.tokens)))
+            meter.add_round(len(tree) - 1, min(verdict.accepted, len(step.tokens)))
             meter.new_tokens += len(step.tokens)
             yield step
     finally:

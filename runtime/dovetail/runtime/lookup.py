@@ -84,10 +84,10 @@ class RepeatIndex:
 
     def _copy(self, start: int, count: int) -> tuple[int, ...]:
         """`count` tokens from `start` on; past the end it goes on with what it has copied, as a loop does."""
-        path = self._tokens[start:]
+        path = self._tokens[start : start + count]
         for index in range(count - len(path)):
             path.append(path[index])
-        return tuple(path[:count])
+        return tuple(path)
 
     def _logprobs(self, kind: tuple[int, int], count: int) -> tuple[float, ...]:
         first, later = (math.log(hits / tries) for hits, tries in self._tally(kind))

@@ -2,9 +2,9 @@
 
 Every round is worth (expected tokens) x (price of a token) - (its time).  The price is what a token has lately
 cost in milliseconds, at most a plain step: a round that beats it makes the answer faster, and only such rounds
-are run.  With nothing drafted a round is plain decoding, so decoding is slower than that only by the drafts that
-had to be tried.  (A ratio of one round, tokens per millisecond, would undervalue long trees: the next round
-begins with the same fixed costs.)
+are run.  With nothing worth drafting rounds become plain decoding, so decoding is slower than that only by the
+drafts that had to be tried and the changes of width.  (A ratio of one round, tokens per millisecond, would
+undervalue long trees: the next round begins with the same fixed costs.)
 
 Probabilities are the drafter's, calibrated when it was trained, and corrected by what came true here.
 """
@@ -80,23 +80,23 @@ class Correction:
 
 @dataclass
 class Drafting:
-    """What drafted rounds gave and took: tokens, ms of the drafter, ms of the target."""
+    """What drafted rounds gave and took, in tokens and ms.  rested: undrafted rounds since."""
 
     tokens: Average = field(default_factory=Average)
-    draft_ms: Average = field(default_factory=Average)
-    verify_ms: Average = field(default_factory=Average)
+    ms: Average = field(default_factory=Average)
+    rested: int = 0
 
-    def add(self, tokens: float, draft_ms: float, verify_ms: float) -> None:
-        for average, value in ((self.tokens, tokens), (self.draft_ms, draft_ms), (self.verify_ms, verify_ms)):
-            average.add(value)
+    def add(self, tokens: float, ms: float) -> None:
+        self.tokens.add(tokens)
+        self.ms.add(ms)
+        self.rested = 0
 
     def forget(self, rounds: float) -> None:
-        for average in (self.tokens, self.draft_ms, self.verify_ms):
-            average.count = min(average.count, rounds)
+        self.tokens.count, self.ms.count = min(self.tokens.count, rounds), min(self.ms.count, rounds)
 
     def worth(self, price: float) -> float:
         """Of such a round, in ms."""
-        return price * self.tokens.value - self.draft_ms.value - self.verify_ms.value
+        return price * self.tokens.value - self.ms.value
 
 
 @dataclass
@@ -122,12 +122,15 @@ class Scheduler:
     _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
     _draft_pace: Average = field(default_factory=lambda: Average(1.0))
     _credit: float | None = None  # ms that may be lost to drafts
-    _width: int = 0  # of the last verified tree
+    _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
-    _rested: int = 0  # rounds since the last draft
     _strength: int = 0  # of the repeats in the round at hand: which of `_drafting` it belongs to
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
+
+    def restart(self) -> None:
+        """An answer begins: the target's last pass was none of a tree."""
+        self._width, self._regret = 0, {}
 
     def begin(self, context: int, most: int) -> None:
         """A round begins: `context` tokens are committed, `most` nodes have room."""
@@ -186,16 +189,16 @@ class Scheduler:
         repeats: what repeated text alone proposes.  unread: pairs that the drafter has not been told yet.
         """
         self._strength = sum(repeats.expected_length > strength for strength in STRENGTHS)
-        drafting, reading, otherwise = self._drafting[self._strength], self._draft(unread), self._otherwise(repeats)
-        worth = drafting.worth(self.price) - (reading - self._draft(1))
+        drafting, otherwise = self._drafting[self._strength], self._otherwise(repeats)
+        worth = drafting.worth(self.price) - self._backlog(unread)
         if drafting.tokens.count < PATIENCE or worth >= otherwise - MARGIN * self._pass(1):
             return True
         if self._credit is None:
             self._credit = TRIAL_ROUNDS * self._pass(1)
-        if self._credit < reading:
+        if self._credit < self._draft(1):
             return False
         self._trial = otherwise
-        if self._rested >= MEMORY:  # what was wrong then may be right now
+        if drafting.rested >= MEMORY:  # what was wrong then may be right now
             drafting.forget(TRIAL_MEMORY)
             for correction in chain(*self._corrections.values()):
                 correction.forget(TRIAL_MEMORY)
@@ -208,7 +211,7 @@ class Scheduler:
         node = (self._pass(WIDTHS[-1]) - self._pass(1)) / (WIDTHS[-1] - 1)
         if gain <= self._draft(len(frontier)) + node:
             return False
-        self._calls += self._draft_alone(len(frontier))
+        self._calls += self.costs.draft.at(self._context, len(frontier))
         return True
 
     def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
@@ -245,11 +248,11 @@ class Scheduler:
         tokens: what came after the root.
         """
         nodes = len(verified)
-        changed, self._width = self._width not in (0, nodes), nodes
+        changed, self._width = self._width != nodes, nodes
         switch_ms = changed * self.costs.switch_ms
         # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
         verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
-        calls = self._calls + self._draft_alone(unread)
+        calls = self._calls + self.costs.draft.at(self._context, unread)
         draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value + 1.0)
 
         took = draft_ms + verify_ms
@@ -257,23 +260,21 @@ class Scheduler:
         self._time.add(took)
         self._trees[drafted is not None].add(verified.expected_length - 1.0, len(tokens) - 1.0)
         alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
-        ratio = verify_ms / (self.costs.target.at(self._context, nodes)[nodes] + switch_ms)
+        ratio = verify_ms / (self.costs.target.at(self._context, nodes) + switch_ms)
         if not changed and self._target_pace.count:
             alone.add(ratio / self._target_pace.value)
         self._target_pace.add(ratio / alone.value)
         if self._credit is not None:
             loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
-            self._credit += TRIAL_SHARE * took - max(loss, 0.0)
+            self._credit = min(self._credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS * self._pass(1))
+        drafting = self._drafting[self._strength]
         if drafted is None:
-            self._rested += 1
+            drafting.rested += 1
             return
-        self._rested = 0
         self._learn(drafted, tokens)
         if calls:  # else the drafter had read all, and its root's children were enough
             self._draft_pace.add(draft_ms / calls)
-        # What waited for longer than a round is no cost of this one.
-        reading = max(0.0, self._draft(unread) - self._draft(len(tokens)))
-        self._drafting[self._strength].add(len(tokens), draft_ms - reading, verify_ms)
+        drafting.add(len(tokens), took - self._backlog(unread))
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
@@ -295,29 +296,29 @@ class Scheduler:
 
     def _change(self, width: int) -> float:
         """Ms that verifying this width takes more because the last pass had another."""
-        return self.costs.switch_ms * self._target_pace.value if self._width not in (0, width) else 0.0
+        return self.costs.switch_ms * self._target_pace.value if self._width != width else 0.0
 
     def _pass(self, width: int) -> float:
         """Predicted ms of a pass of the target now, after one of the same width."""
         alone = self._width_pace[width].value if width in self._width_pace else 1.0
-        return float(self.costs.target.at(self._context, width)[width]) * self._target_pace.value * alone
+        return self.costs.target.at(self._context, width) * self._target_pace.value * alone
+
+    def _backlog(self, unread: int) -> float:
+        """Ms that reading `unread` pairs takes more than reading one."""
+        return max(0.0, self._draft(unread) - self._draft(1))
 
     def _draft(self, rows: int) -> float:
         """Predicted ms of one call of the drafter now."""
-        return self._draft_alone(rows) * self._draft_pace.value
-
-    def _draft_alone(self, rows: int) -> float:
-        """The same by the curve."""
-        return float(self.costs.draft.at(self._context, rows)[rows])
+        return self.costs.draft.at(self._context, rows) * self._draft_pace.value
 
 
 def filled(tree: DraftTree, width: int) -> DraftTree:
-    """`tree` with children of the root added until it has `width` nodes; any token will do, so it is the root's."""
+    """`tree` with a chain below its last node until it has `width`; any token will do there, so it is the root's."""
     count = width - len(tree)
     if count <= 0:
         return tree
     return DraftTree(
         np.concatenate([tree.tokens, np.full(count, tree.tokens[0])]),
-        np.concatenate([tree.parents, np.zeros(count, np.int64)]),
+        np.concatenate([tree.parents, np.arange(len(tree) - 1, width - 1)]),
         np.concatenate([tree.logprobs, np.full(count, FILLING, np.float32)]),
     )

@@ -37,7 +37,7 @@ QUICK_CONTEXTS = (128, 1024)
 QUICK_WIDTHS = WIDTHS
 QUICK_SECONDS = 4.0
 
-FEW = {1, 4, 8, 12, 16, CHUNK}  # sizes where there is no time for all
+FEW = {*WIDTHS, CHUNK}  # sizes where there is no time for all
 SAMPLES = 2  # of every point at least
 DEPTH = 5  # of the trees that are verified
 
@@ -88,6 +88,8 @@ def measure(
     """
     check_seconds(seconds)
     begin = perf_counter()
+    if progress is not None:
+        progress(0.0)
     contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
@@ -194,7 +196,7 @@ class _Stopwatch:
         total = 0.0
         for engine in wanted:
             curve = self.curve(engine, known[engine], contexts)
-            total += sum(float(curve.at(context, wanted[engine][-1])[wanted[engine]].sum()) for context in contexts)
+            total += sum(curve.at(context, size) for context in contexts for size in wanted[engine])
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
 
     def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:

@@ -154,7 +154,7 @@ def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
 def _curve_rows(name: str, sizes: tuple[int, ...], unit: str, curve: Curve, note: str) -> list[tuple[str, str]]:
     return [
         (f"{name}, {'/'.join(map(str, sizes))} {unit}",
-         f"{' / '.join(f'{curve.at(context, max(sizes))[size]:.1f}' for size in sizes)} ms at {context} tokens {note}")
+         f"{' / '.join(f'{curve.at(context, size):.1f}' for size in sizes)} ms at {context} tokens {note}")
         for context in curve.contexts
     ]  # fmt: skip
 

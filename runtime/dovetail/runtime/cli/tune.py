@@ -34,8 +34,8 @@ BAR = 40  # characters of the longest bar
 def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: float, as_json: bool) -> None:
     """Measure what a pass of PAIR's target and a call of its drafter cost here, and keep it in the cache.
 
-    PAIR is a folder or a known name. The first speculative answer does the same in a few seconds; this is more exact
-    and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
+    PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
+    exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
     """
     check_threads(threads)
     check_seconds(seconds)
@@ -90,6 +90,7 @@ def show(measured: Measured) -> None:
     console, where = Console(highlight=False), {"cuda": "CUDA", "cpu": "the CPU"}[measured.key.device]
     show_curve(console, f"{measured.pair}: a pass of the target, ms by nodes", measured.costs.target)
     show_curve(console, f"{measured.pair}: a call of the drafter on {where}, ms by rows", measured.costs.draft)
+    console.print(f"a pass of the target after one of another width takes {measured.costs.switch_ms:.1f} ms more")
     console.print(f"kept in {measured.key.file}", soft_wrap=True)
 
 
