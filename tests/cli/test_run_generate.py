@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.cli.pairs import DEFAULT_PAIR
+from dovetail.runtime.manifest import read_manifest
 from dovetail.runtime.tree import TreeLimits
 
 KEYS = {
@@ -215,3 +216,9 @@ def test_a_closed_pipe_is_quiet(pair: Path) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert said == b"" and process.returncode == 1
+
+
+def test_without_speculation_no_machine_is_measured(invoke, pair, opener) -> None:
+    """Limits of the pair are asked for, so that nothing is scheduled."""
+    ask(invoke, pair, opener, "Hello", "-n", "2", "--no-speculate")
+    assert opener.calls[-1][1]["tree"] == read_manifest(pair).tree

@@ -147,7 +147,7 @@ def test_no_constant_tree_is_much_better(noise: float) -> None:
     for width, depth in ((1, 0), (3, 2), (4, 3), (6, 4), (8, 3), (10, 5), (16, 6), (24, 8)):
         limits = TreeLimits(width=width, depth=depth, top_k=3, lookup=0)
         fixed.append(answer("copy", true, noise=noise, limits=limits, scheduler=Everything(true))[0].now)
-    assert answer("copy", true, noise=noise)[0].now < 1.06 * min(fixed)
+    assert answer("copy", true, noise=noise)[0].now < 1.05 * min(fixed)
 
 
 @pytest.mark.parametrize("noise", [3.0, 4.0, 6.0])
@@ -217,7 +217,7 @@ def test_a_wrong_curve_is_corrected_by_what_is_seen() -> None:
     """The drafter turns out ten times as slow as measured: it is used less, and decoding stays near plain."""
     true, believed = costs(call_ms=30.0), costs(call_ms=3.0)
     clock, _, _ = answer("copy", true, believed, noise=5.0)
-    assert clock.now < 1.08 * plain_seconds(true)
+    assert clock.now < 1.05 * plain_seconds(true)
 
 
 def test_a_busy_machine_changes_no_decision() -> None:
@@ -244,7 +244,7 @@ def test_repeats_save_the_drafter_its_work() -> None:
     request = Request((1, 2, 0), 300, limits=limits, scheduler=Scheduler(costs()))
     list(decode(Conversation(TimedTarget(logits, clock), drafter), request, Meter(clock=clock)))
     rounds = len(clock.nodes)
-    assert sum(call == "propose" for call, _ in drafter.calls) < 0.7 * rounds
+    assert sum(call == "propose" for call, _ in drafter.calls) < rounds / 2
     assert 300 / rounds > 8
 
 

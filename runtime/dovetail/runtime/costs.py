@@ -36,9 +36,9 @@ class Curve:
     _lines: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, values in (("contexts", self.contexts), ("rows", self.rows)):
-            if not values or not all(low < high for low, high in pairwise((-1, *values))):
-                raise InputError(f"curve {name} {list(values)} are out of order: give them ascending, from 0")
+        for name, values, least in (("contexts", self.contexts, 0), ("rows", self.rows, 1)):
+            if not values or not all(low < high for low, high in pairwise((least - 1, *values))):
+                raise InputError(f"curve {name} {list(values)} are out of order: give them ascending, from {least}")
         if [len(line) for line in self.ms] != [len(self.rows)] * len(self.contexts):
             raise InputError(f"curve of {len(self.contexts)} x {len(self.rows)} points has other times: measure again")
         if not all(isfinite(value) and value > 0 for line in self.ms for value in line):

@@ -131,7 +131,7 @@ class Conversation:
             if end == len(self.tokens):
                 return result
             if speculate:
-                self.tell(result.features)
+                self.tell(np.array(result.features))  # an interrupt may leave them unread past the pass's memory
                 self.read()
 
     @property
@@ -140,8 +140,8 @@ class Conversation:
         return sum(map(len, self._unread))
 
     def tell(self, features: FloatArray) -> None:
-        """The next pairs for the drafter: `features` [n, D] with the n tokens that follow theirs."""
-        self._unread.append(np.array(features))  # a pass's arrays are valid until the next
+        """The next pairs for the drafter: `features` [n, D], kept, with the n tokens that follow theirs."""
+        self._unread.append(features)
 
     def read(self) -> None:
         """Let the drafter read what waits."""
@@ -244,7 +244,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         step = _cut((first,), tokens_left, request.stop_tokens)
         talk.tokens += step.tokens
         if limits.width > 1 and step.finish is None:
-            talk.tell(result.features)
+            talk.tell(np.array(result.features))
             talk.read()
             if request.scheduler:
                 request.scheduler.restart()

@@ -141,17 +141,14 @@ class Engine:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
         from .calibration import pair_calibration
-        from .manifest import check_listed, check_pair, read_manifest, verify_files
+        from .manifest import read_sound
         from .onnx_drafter import OnnxDrafter
         from .openvino_target import OpenVINOTarget
         from .tokenizer import Tokenizer
         from .tune import known_or_measured
 
         pair = Path(path)
-        manifest = read_manifest(pair)
-        check_pair(manifest if tree is None else replace(manifest, tree=tree))
-        check_listed(manifest)
-        verify_files(pair, manifest)
+        manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads)
         drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None

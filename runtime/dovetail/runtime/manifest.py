@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -215,6 +215,18 @@ def sha256_file(path: Path, *, remember: bool = True) -> str:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memory, json.dumps({"file": identity, "sha256": digest}).encode())
     return digest
+
+
+def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
+    """The manifest of a pair that may be loaded: its parts belong together, every file is there and unaltered.
+
+    tree: limits to be used in place of its own.  Raises ManifestError, MismatchError, IntegrityError.
+    """
+    manifest = read_manifest(pair)
+    check_pair(manifest if tree is None else replace(manifest, tree=tree))
+    check_listed(manifest)
+    verify_files(pair, manifest)
+    return manifest
 
 
 def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> None:

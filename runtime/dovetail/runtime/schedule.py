@@ -38,6 +38,7 @@ MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of
 TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
 OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
+TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
 
 
@@ -140,13 +141,14 @@ class Scheduler:
     # --- what is believed
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Conditional log-probabilities [n, K] of candidates at `depth`, as far as they deserve belief."""
+        """See Judge; remembers too how much of their parents' probability the candidates take."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
         first, others = (log(correction.factor) for correction in self._correction(depth))
         shift = np.full(logprobs.shape[-1], others, np.float32)
         shift[0] = first
         believed: NDArray[np.float32] = np.minimum(logprobs + shift, LOG_CERTAIN)
+        np.minimum(believed, believed[:, :1], out=believed)  # the first stays the first
         taken = float(np.exp(believed).sum()) / len(believed)
         if not isnan(taken):  # nan is no candidate
             self._children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(min(taken, 1.0))
@@ -195,7 +197,7 @@ class Scheduler:
             return True
         if self._credit is None:
             self._credit = TRIAL_ROUNDS * self._pass(1)
-        if self._credit < self._draft(1):
+        if self._credit < self._draft(1) or drafting.rested < TRIAL_REST:
             return False
         self._trial = otherwise
         if drafting.rested >= MEMORY:  # what was wrong then may be right now
@@ -221,10 +223,10 @@ class Scheduler:
         """
         worth = self._worth(tree, drafted)
         width = max(worth, key=lambda width: worth[width] - self._change(width))
-        for other in worth if width == self._width else ():
-            self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
-            if self._regret[other] > self._change(other) and worth[other] >= worth[width]:
-                width = other
+        if width == self._width:
+            for other in worth:
+                self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
+            width = max((other for other in worth if self._regret[other] >= self._change(other)), key=worth.__getitem__)
         if width != self._width:
             self._regret = {}
         kept = min(width, len(tree))
@@ -252,8 +254,10 @@ class Scheduler:
         switch_ms = changed * self.costs.switch_ms
         # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
         verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
-        calls = self._calls + self.costs.draft.at(self._context, unread)
-        draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value + 1.0)
+        calls = self._calls + self.costs.draft.at(self._context, unread) if drafted else 0.0
+        if calls:  # else the drafter had read all, and its root's children were enough
+            self._draft_pace.add(draft_ms / calls)
+            draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value)
 
         took = draft_ms + verify_ms
         self._tokens.add(len(tokens))
@@ -272,8 +276,6 @@ class Scheduler:
             drafting.rested += 1
             return
         self._learn(drafted, tokens)
-        if calls:  # else the drafter had read all, and its root's children were enough
-            self._draft_pace.add(draft_ms / calls)
         drafting.add(len(tokens), took - self._backlog(unread))
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:

@@ -32,9 +32,8 @@ from .tree import DraftTree
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
-# On first use somebody waits for an answer.
+# When a pair is first opened somebody waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
-QUICK_WIDTHS = WIDTHS
 QUICK_SECONDS = 4.0
 
 FEW = {*WIDTHS, CHUNK}  # sizes where there is no time for all
@@ -63,9 +62,7 @@ def known_or_measured(
     if known is not None:
         return known.costs
     begin = perf_counter()
-    costs = measure(
-        target, drafter, contexts=QUICK_CONTEXTS, widths=QUICK_WIDTHS, seconds=QUICK_SECONDS, progress=progress
-    )
+    costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
     with suppress(OSError):  # a cache that cannot be written costs time at the next start, not correctness
         Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
     return costs

@@ -26,7 +26,7 @@ def chat(system: str | None, engine_flags: EngineFlags, request: RequestFlags) -
     """Talk to the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # line editing and history, where Python has them
         import readline  # noqa: F401
-    Talk(engine_flags.open(), request, system).loop()
+    Talk(engine_flags.open(speculate=request.speculate), request, system).loop()
 
 
 @dataclass

@@ -43,7 +43,7 @@ def generate(
     if system is not None and request.raw:
         raise InputError("--system needs the chat template: leave out --raw, or write it into the prompt")
     asked = text if system is None else chat_messages(system, text)
-    engine = engine_flags.open()
+    engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
         drafter_device = engine.drafter_device if request.speculate else None

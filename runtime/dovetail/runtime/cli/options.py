@@ -81,22 +81,25 @@ class EngineFlags:
         named = {"width": self.width, "depth": self.depth, "top_k": self.tree_top_k, "lookup": self.lookup}
         return {name: value for name, value in named.items() if value is not None}
 
-    def open(self) -> Engine:
-        """The engine, loaded; the reference pair is built first where none is named and none is there."""
+    def open(self, *, speculate: bool = True) -> Engine:
+        """The engine, loaded; the reference pair is built first where none is named and none is there.
+
+        speculate: whether anything will be drafted; else the machine need not be measured for it.
+        """
         opener: Opener = click.get_current_context().obj or Engine.from_pretrained
         pair = resolve_pair(self.pair)
         return opener(
             pair,
             drafter_device=self.drafter_device,
             threads=self.threads,
-            tree=self.tree(pair),
+            tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             progress=Announcement(),
         )
 
-    def tree(self, pair: Path) -> TreeLimits | None:
+    def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
         """The manifest's tree with the flags' values put in; None where a scheduler is to shape each tree."""
         given = self.tree_values()
-        return replace(read_manifest(pair).tree, **given) if given or self.fixed_tree else None
+        return replace(read_manifest(pair).tree, **given) if given or fixed else None
 
 
 @dataclass(frozen=True)

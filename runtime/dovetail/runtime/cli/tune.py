@@ -14,7 +14,7 @@ import click
 from ..cost_cache import CostKey, Measured
 from ..costs import Curve
 from ..errors import InputError, PairError
-from ..manifest import Manifest, check_listed, check_pair, read_manifest, verify_files
+from ..manifest import Manifest, read_sound
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from .options import check_threads, device_options
 from .pairs import resolve_pair
@@ -40,12 +40,9 @@ def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: fl
     check_threads(threads)
     check_seconds(seconds)
     folder = resolve_pair(pair)
-    manifest = read_manifest(folder)
-    check_pair(manifest)
+    manifest = read_sound(folder)
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
-    check_listed(manifest)
-    verify_files(folder, manifest)
     measured = run(folder, manifest, threads, drafter_device, seconds)
     try:
         measured.store()
