@@ -5,6 +5,7 @@ One tiny pair is built through the command line; the tests look at what it wrote
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from dovetail.exporter.target_weights import read_embedding_and_head  # noqa: E4
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint  # noqa: E402
 from dovetail.runtime.errors import ExportError, SourceError  # noqa: E402
 from dovetail.runtime.manifest import (  # noqa: E402
+    DATA_SUFFIX,
     Manifest,
     TargetFacts,
     check_pair,
@@ -125,7 +127,8 @@ def test_the_command_makes_a_whole_pair(pair: Path) -> None:
     assert manifest.drafter is not None
     assert manifest.drafter.files == {"cuda": "drafter/drafter.fp16.onnx", "cpu": "drafter/drafter.int8.onnx"}
     assert (manifest.drafter.blocks, manifest.drafter.draft_vocab_size, manifest.drafter.top_k) == (2, K, 10)
-    assert sorted(p.name for p in (pair / "drafter").iterdir()) == ["config.json", *sorted(FILES.values())]
+    names = {"config.json", *(graph + suffix for graph in FILES.values() for suffix in ("", DATA_SUFFIX))}
+    assert {file.name for file in (pair / "drafter").iterdir()} == names
     assert manifest.provenance["drafter"]["checkpoint"]
 
 
@@ -174,6 +177,14 @@ def test_every_linear_layer_and_the_embedding_are_int8(pair: Path, drafter: Draf
     assert all(np.prod(tensor.dims) <= CONFIG.hidden_size for tensor in floats)  # norms and scalars
 
 
+@pytest.mark.parametrize("name", FILES.values())
+def test_weights_lie_beside_the_graph(pair: Path, name: str) -> None:
+    """So that they are mapped: of the embedding only what is looked up comes into memory."""
+    model = onnx.load(pair / "drafter" / name, load_external_data=False)
+    [table] = [tensor for tensor in model.graph.initializer if tensor.dims == [V, H]]
+    assert table.data_location == TensorProto.EXTERNAL
+
+
 def test_float16_file_holds_no_float32_weight(pair: Path) -> None:
     model = onnx.load(pair / "drafter" / FILES["cuda"])
     kinds = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2 and tensor.dims[1] > 1}
@@ -194,7 +205,7 @@ def test_fixing_slots_alone_leaves_no_shape_arithmetic(pair: Path, tmp_path: Pat
     options.optimized_model_filepath = str(tmp_path / "folded.onnx")
     options.add_free_dimension_override_by_name("slots", 192)
     ort.InferenceSession(str(pair / "drafter" / FILES["cuda"]), options, providers=["CPUExecutionProvider"])
-    ops_left = {node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node}
+    ops_left = {node.op_type for node in onnx.load(tmp_path / "folded.onnx", load_external_data=False).graph.node}
     assert not ops_left & DYNAMIC_OPS
 
 
@@ -240,8 +251,8 @@ def test_a_failed_check_leaves_nothing_behind(
     pair: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def copy(drafter: object, folder: Path, *_: object) -> None:
-        for name in FILES.values():
-            (folder / name).write_bytes((pair / "drafter" / name).read_bytes())
+        for file in (pair / "drafter").glob("*.onnx*"):
+            shutil.copyfile(file, folder / file.name)
 
     monkeypatch.setattr(exporting, "_write_files", copy)
     other = write_checkpoint(tmp_path / "other", seed=3)  # the files are another drafter's: parity must fail

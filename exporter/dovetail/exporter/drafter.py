@@ -23,7 +23,7 @@ from dovetail.models.drafter import Drafter
 from dovetail.runtime.calibration import CALIBRATION_NAME, Calibration
 from dovetail.runtime.errors import ExportError, PairError, SourceError
 from dovetail.runtime.graph import FeatureMix
-from dovetail.runtime.manifest import DrafterFacts, sha256_file
+from dovetail.runtime.manifest import DATA_SUFFIX, DrafterFacts, sha256_file
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children returned per row; the paper's largest
@@ -31,7 +31,6 @@ FILES = {"cuda": "drafter.fp16.onnx", "cpu": "drafter.int8.onnx"}
 PRECISION = {"cuda": "float16", "cpu": "int8"}
 FEATURE_MIX = "feature_mix.npz"
 CONFIG = "config.json"
-ONE_FILE_BYTES = 3 << 29  # 1.5 GiB; protobuf ends at 2 GiB, beyond this weights go to a .data file beside
 
 
 def export_drafter(
@@ -149,6 +148,9 @@ def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: 
 
 
 def save(model: ir.Model, file: Path) -> None:
-    """Write a model as one file, or with a `.data` file beside it where protobuf would not hold it."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, file, external_data=f"{file.name}.data" if size > ONE_FILE_BYTES else None)
+    """Write a graph, and its weights in a `.data` file beside it.
+
+    Weights in a file of their own are mapped when the graph is loaded: of an embedding only the rows that are looked
+    up come into memory, and protobuf's limit of 2 GiB does not count.
+    """
+    ir.save(model, file, external_data=f"{file.name}{DATA_SUFFIX}")

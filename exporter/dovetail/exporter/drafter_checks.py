@@ -224,7 +224,8 @@ def check_static(file: Path, tokens: int, slots: int) -> None:
         options.add_free_dimension_override_by_name("tokens", tokens)
         options.add_free_dimension_override_by_name("slots", slots)
         ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        model = onnx.shape_inference.infer_shapes(onnx.load(folded), strict_mode=True)
+        graph = onnx.load(folded, load_external_data=False)
+        model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
     if dynamic := [node for node in model.graph.node if node.op_type in DYNAMIC_OPS]:
         raise ExportError(f"{file.name} cannot be captured: {dynamic[0].op_type} {dynamic[0].name!r} depends on data")
     shapes = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.output)}

@@ -22,8 +22,8 @@ WEIGHTS = "target/openvino_model.bin"
 class CostKey:
     """What costs depend on; where one of these differs they are measured anew.
 
-    target, drafter: digests of the weights.  device: key of the drafter's file, "cuda" or "cpu".
-    threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
+    target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
+    or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
     """
 
     target: str
@@ -42,7 +42,7 @@ class CostKey:
         cpu, versions = here.cpu(), here.versions()
         return cls(
             target=manifest.files[WEIGHTS].sha256,
-            drafter=manifest.files[manifest.drafter.files[device]].sha256,
+            drafter="".join(entry.sha256 for entry in manifest.drafter_files(device)),
             device=device,
             threads=threads,
             cpu=cpu.model,

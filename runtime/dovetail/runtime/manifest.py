@@ -24,6 +24,7 @@ TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "targe
 MANIFEST_NAME = "dovetail.json"
 FUSIONS = ("dgf", "fc")
 
+DATA_SUFFIX = ".data"  # of the file beside a graph that holds its weights
 DEVICES = ("cuda", "cpu")
 
 Record = TypeVar("Record")
@@ -124,6 +125,12 @@ class Manifest:
         for path in map(PurePosixPath, listed):
             if path.is_absolute() or ".." in path.parts or "\\" in str(path):
                 raise ManifestError(f"files: {str(path)!r} lies outside the pair: export the pair again")
+
+    def drafter_files(self, device: str) -> list[FileEntry]:
+        """The drafter's graph for `device`, which it must have, and its weights where they lie beside it."""
+        assert self.drafter is not None
+        graph = self.drafter.files[device]
+        return [self.files[name] for name in (graph, graph + DATA_SUFFIX) if name in self.files]
 
 
 def read_manifest(pair: Path) -> Manifest:

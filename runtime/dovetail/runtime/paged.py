@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .errors import DeviceError
 from .graph import FEATURES, LOGITS, SAMPLED, FeatureMix, mix_tap, read_model, to_paged, widen_tap
+from .mapped import giving_back
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds
@@ -95,6 +96,7 @@ class PagedModel:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
+        self._unpacked: Path | None = xml.with_suffix(".bin")  # until the first pass has packed its weights
         self._groups = self._kv_groups()
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
 
@@ -176,10 +178,18 @@ class PagedModel:
         for name, array in inputs.items():
             self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         try:
-            self.request.infer()
+            self._infer()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"the target failed on the CPU: {reason}: open the engine again") from error
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]
+
+    def _infer(self) -> None:
+        if self._unpacked is None:
+            self.request.infer()
+            return
+        with giving_back(self._unpacked):
+            self.request.infer()
+        self._unpacked = None

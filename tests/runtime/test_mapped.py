@@ -1,0 +1,54 @@
+"""Pages of a mapped file leave memory, and come back when they are read."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+
+from dovetail.runtime.mapped import giving_back
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+SIZE = 4 << 20
+
+
+def resident(file: Path) -> int:
+    """KiB of `file` in this process's memory."""
+    here, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(file))
+        elif here and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@linux
+def test_pages_are_given_back_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(range(256)) * (SIZE // 256))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as data:
+        whole = bytes(data)
+        assert resident(file) == SIZE >> 10
+        with giving_back(file):
+            assert bytes(data) == whole
+        assert resident(file) == 0
+        assert bytes(data) == whole
+
+
+@linux
+def test_what_was_written_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(SIZE))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+        data[:5] = b"ours!"
+        with giving_back(file):
+            pass
+        assert data[:5] == b"ours!"
+
+
+def test_an_error_inside_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), giving_back(tmp_path / "none.bin"):
+        raise KeyError
