@@ -1,5 +1,6 @@
 # make run     set up, then stream an answer from SmolLM2 (PROMPT="..." asks something else)
 # make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them)
+# make benchmark PROMPTS=FOLDER OUT=FOLDER   measure the README's table anew (PAIR="ONE TWO", BENCH_ARGS="--limit 10")
 # make lock    resolve requirements.lock anew
 # make clean   remove the environment and every cache
 
@@ -10,11 +11,15 @@ READY  := $(VENV)/.ready
 
 export PROMPT ?= Write a Python function that returns the mean of a list of numbers, and explain it.
 PYTEST_ARGS ?=
+PAIR ?= smollm2-135m
+PROMPTS ?=
+OUT ?=
+BENCH_ARGS ?=
 UV_ARGS ?=
 # The release that `make lock` pins: the newest one with a CPU build where the lock is made.
 TORCH ?= 2.13.0
 
-.PHONY: run test lint types lock clean
+.PHONY: run test lint types benchmark lock clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -28,6 +33,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+benchmark: $(READY)
+	@test -n "$(PROMPTS)" -a -n "$(OUT)" || { echo "error: name the folders, make benchmark PROMPTS=... OUT=..." >&2; exit 2; }
+	$(BIN)/python tests/bench/table.py $(PAIR) --prompts "$(PROMPTS)" --out "$(OUT)" $(BENCH_ARGS)
 
 # The lock is complete, hence --no-deps. A CUDA build of torch needs libraries that a CPU build, which the lock was made
 # with, does not: where pip found such a build, its own dependencies are installed with it.
