@@ -1,15 +1,41 @@
-"""`inspect` tells a pair's facts, and calls a pair that is not whole what it is: one line, exit code 3."""
+"""`inspect` tells a pair's facts, and calls a pair that is not whole what it is: one line, exit code 3.
+
+Costs that were measured are drawn: as bars, and with --plot in a file.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
 
 from dovetail.runtime.calibration import Calibration, DepthCalibration
 from dovetail.runtime.cli.pairs import DEFAULT_PAIR
+from dovetail.runtime.cost_cache import CostKey, Measured
+from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.tree import TreeLimits
+
+COSTS = Costs(
+    Curve((128, 1024), (1, 3, 8, 32), ((16.0, 17.0, 20.0, 40.0), (20.0, 21.0, 25.0, 60.0))),
+    Curve((128, 1024), (1, 4, 128), ((1.5, 1.75, 15.0), (1.75, 2.5, 20.0))),
+    switch_ms=8.0,
+)
+
+
+@pytest.fixture
+def measured(pair: Path, cache: Path) -> Measured:
+    """Costs of `pair` on this machine, in the cache."""
+    known = Measured("tiny", CostKey.of(read_manifest(pair), "cpu", None), COSTS, 4.0, "2026-11-22T14:35:47+00:00")
+    known.store()
+    return known
 
 
 def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
@@ -87,3 +113,90 @@ def test_weights_without_a_digest_have_no_costs(invoke, pair: Path) -> None:
     write_manifest(pair, replace(manifest, files=files))
     result = invoke("inspect", str(pair), "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["costs"] is None
+
+
+def test_what_was_measured_is_a_line_per_context_and_bars_within_80_columns(invoke, pair: Path, measured) -> None:
+    lines = invoke("inspect", str(pair)).stdout.splitlines()
+    assert any(line.startswith("costs ") and "measured 2026-11-22" in line for line in lines)
+    table = [line.split() for line in lines if line.startswith(("128 ", "1024 "))]
+    assert table == [["128", "16.0", "20.0", "40.0"], ["1024", "20.0", "25.0", "60.0"],
+                     ["128", "1.50", "1.75", "15.0"], ["1024", "1.75", "2.50", "20.0"]]  # fmt: skip
+    bars = {line.split()[0]: line.count("█") for line in lines if "█" in line}
+    assert list(bars) == ["1", "8", "32", "4", "128"] and bars["32"] == bars["128"] == 4 * bars["1"] * 2.5
+    assert max(map(len, lines[lines.index("") :])) <= 80
+
+
+def test_bars_need_no_unicode(pair: Path, measured) -> None:
+    command = (sys.executable, "-m", "dovetail.runtime.cli.main", "inspect", str(pair))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "####" in done.stdout
+
+
+def test_a_name_is_no_markup(invoke, pair: Path, measured) -> None:
+    write_manifest(pair, replace(read_manifest(pair), name="[red]tiny[/blue]"))
+    assert "[red]tiny[/blue]: a pass of the target" in invoke("inspect", str(pair)).stdout
+
+
+def test_a_plot_says_what_was_measured_where_and_when(invoke, pair: Path, measured, tmp_path: Path) -> None:
+    write_manifest(pair, replace(read_manifest(pair), name="tiny $x$ & <co>"))
+    pictures = [tmp_path / name for name in ("a.svg", "b.SVG")]
+    for file in pictures:
+        result = invoke("inspect", str(pair), "--plot", str(file))
+        assert (result.exit_code, result.stderr) == (0, "") and result.stdout == invoke("inspect", str(pair)).stdout
+    told = {text for text in ElementTree.parse(pictures[0]).getroot().itertext() if text.strip()}
+    assert told >= {"nodes in the pass", "rows in the call", "time of a pass (ms)", "time of a call (ms)"}
+    assert told >= {"128 tokens", "1024 tokens", "a call of the drafter on the CPU"}  # a line per context
+    (title,) = (text for text in told if "tiny $x$ & <co>" in text)
+    (where,) = (text for text in told if "2026-11-22" in text)
+    assert measured.key.cpu in where and title
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()  # the same costs give the same picture
+
+
+def test_a_plot_is_a_png_where_its_name_says_so_and_leaves_json_alone(invoke, pair, measured, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    result = invoke("inspect", str(pair), "--json", "--plot", str(tmp_path / "costs.png"))
+    assert result.exit_code == 0 and json.loads(result.stdout)["costs"] == measured.as_dict()
+    pixels = imread(tmp_path / "costs.png")
+    assert pixels.shape[1] > pixels.shape[0] > 300 and pixels.std() > 0
+
+
+@pytest.mark.parametrize(("file", "said"), [("costs.pdf", ".png or .svg"), ("costs", ".png or .svg"),
+                                            ("missing/costs.svg", "make it first")])  # fmt: skip
+def test_a_plot_that_cannot_be_is_one_line_before_anything_is_read(invoke, tmp_path: Path, file: str, said) -> None:
+    result = invoke("inspect", str(tmp_path / "no-pair"), "--plot", str(tmp_path / file))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert file in result.stderr and said in result.stderr
+
+
+def test_a_plot_without_matplotlib_names_the_extra(invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # "not installed" to import
+    result = invoke("inspect", str(tmp_path / "no-pair"), "--plot", str(tmp_path / "costs.svg"))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert 'pip install "dovetail-spec[plot]"' in result.stderr
+
+
+def test_only_a_plot_imports_matplotlib(pair: Path, measured) -> None:
+    code = "import sys\nfrom dovetail.runtime.cli.main import cli\ntry: cli.main()\nfinally: print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", str(pair)], capture_output=True, text=True)
+    assert done.returncode == 0 and "'rich'" in done.stdout and "matplotlib" not in done.stdout
+
+
+def test_a_plot_of_nothing_says_how_to_measure(invoke, make_pair, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "a pair")
+    result = invoke("inspect", str(pair), "--plot", str(tmp_path / "costs.svg"))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert shlex.join(["dovetail-run", "tune", str(pair)]) in result.stderr and not (tmp_path / "costs.svg").exists()
+
+
+def test_a_plot_of_a_pair_without_a_drafter_says_so(invoke, pair: Path, tmp_path: Path) -> None:
+    write_manifest(pair, replace(read_manifest(pair), drafter=None))
+    result = invoke("inspect", str(pair), "--plot", str(tmp_path / "costs.svg"))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (3, "", 1) and "no drafter" in result.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_one_line_and_leaves_nothing(invoke, pair, measured, tmp_path: Path) -> None:
+    (tmp_path / "plots" / "costs.svg").mkdir(parents=True)
+    result = invoke("inspect", str(pair), "--plot", str(tmp_path / "plots" / "costs.svg"))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1) and "costs.svg" in result.stderr
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["costs.svg"]

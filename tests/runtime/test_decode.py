@@ -89,8 +89,10 @@ def consistent(conversation: Conversation) -> bool:
     held = [target.length == conversation.target_length, target.tokens == conversation.tokens[: target.length]]
     if drafter is not None:
         assert isinstance(drafter, ScriptedDrafter)
+        start = conversation.drafter_start
         held += [drafter.length == conversation.drafter_length]
-        held += [drafter.tokens == conversation.tokens[: drafter.length + 1] or not drafter.length]
+        held += [drafter.tokens == conversation.tokens[start : start + drafter.length + 1] or not drafter.length]
+        held += [drafter.start == start or not drafter.length]
     return all(held)
 
 
@@ -253,6 +255,46 @@ def test_prompts_are_read_in_chunks() -> None:
     assert [count for call, count in conversation.target.calls if call == "prefill"] == [256, 256, 88]
 
 
+def test_of_a_long_prompt_the_drafter_reads_the_end() -> None:
+    prompt = tuple(np.random.default_rng(0).integers(0, VOCAB, 2000).tolist())
+    conversation = talk(drafter="perfect")
+    request = Request(prompt, 60, GREEDY, limits=LIMITS)
+    tokens, _, metrics = run(conversation, request)
+    assert tokens == autoregressive(request)
+    assert metrics.acceptance_length > 3
+    assert isinstance(conversation.drafter, ScriptedDrafter)
+    read = sum(count for call, count in conversation.drafter.calls if call == "extend")
+    assert 512 <= read < 512 + 256 + 60 and conversation.drafter_start > 1200
+
+
+def test_what_long_goes_undrafted_is_dropped() -> None:
+    class Never(Whim):
+        def drafts(self, repeats: DraftTree, unread: int) -> bool:
+            return False
+
+    conversation = talk()
+    list(
+        decode(
+            conversation,
+            Request((1, 2, 3), 1500, GREEDY, limits=replace(LIMITS, lookup=0), scheduler=Never(7)),
+            Meter(),
+        )
+    )
+    assert 512 <= conversation.unread < 512 + 256
+    again = Request((*conversation.tokens, 4), 20, GREEDY, limits=LIMITS)
+    assert run(conversation, again)[0] == autoregressive(again)
+
+
+def test_the_first_token_does_not_wait_for_the_drafter() -> None:
+    conversation = talk(drafter="perfect")
+    steps = decode(conversation, Request((1, 2, 3), 20, GREEDY, limits=LIMITS), Meter())
+    next(steps)
+    assert isinstance(conversation.drafter, ScriptedDrafter)
+    assert not [call for call, _ in conversation.drafter.calls if call == "extend"]
+    next(steps)
+    assert [call for call, _ in conversation.drafter.calls if call != "reset"][:2] == ["extend", "propose"]
+
+
 def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
     rng = np.random.default_rng(len(tokens))
     turn = tuple(rng.integers(0, VOCAB, 5).tolist())
@@ -263,9 +305,15 @@ def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
 @pytest.mark.parametrize("scheduler", [None, Whim(7)])
+@pytest.mark.parametrize("window", [512, 6])
 def test_a_conversation_equals_a_fresh_start(
-    drafter: str | None, sampling: SamplingParams, scheduler: Scheduler | None
+    drafter: str | None,
+    sampling: SamplingParams,
+    scheduler: Scheduler | None,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("dovetail.runtime.decode._WINDOW", window)
     rng, reused = np.random.default_rng(5), 0
     for seed in range(4):
         conversation, prompt = talk(seed, drafter), (1, 2, 3)
@@ -314,9 +362,16 @@ class Interrupted:
 @pytest.mark.parametrize("side", ["target", "drafter"])
 @pytest.mark.parametrize("drafter", ["perfect", "random"])
 @pytest.mark.parametrize("scheduler", [None, Whim(7)])
+@pytest.mark.parametrize("window", [512, 20])
 def test_an_interrupt_within_any_call_leaves_the_conversation_usable(
-    drafter: str, side: str, after: bool, scheduler: Scheduler | None
+    drafter: str,
+    side: str,
+    after: bool,
+    scheduler: Scheduler | None,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("dovetail.runtime.decode._WINDOW", window)
     first = Request((1, 2, 3) * 100, 150, GREEDY, limits=LIMITS, scheduler=scheduler)
     for at in range(1, 14):
         conversation = talk(drafter=drafter)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from .tree import DraftTree, TreeLimits, graft
 FinishReason = Literal["stop", "length"]
 
 _CHUNK = 256  # prompt tokens per pass
+_WINDOW = 512  # pairs that wait for the drafter at most: of a longer text it reads the end
 _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 
 
@@ -68,25 +69,38 @@ class Step:
     finish: FinishReason | None = None
 
 
+class _Unread(NamedTuple):
+    """Features [n, D] of pairs that the drafter has yet to be told, from pair `begin` on."""
+
+    begin: int = 0
+    parts: tuple[FloatArray, ...] = ()
+
+    @property
+    def pairs(self) -> int:
+        """n of all parts."""
+        return sum(map(len, self.parts))
+
+
 class Conversation:
     """Both sessions of one conversation, and what they are known to hold.
 
     tokens: ids whose KV may be kept, then at most one known token more.
     target_length, drafter_length: entries that are certain. They grow after a session's call and shrink before it,
     so an interruption at any point leaves them right, and `rewind` brings the sessions back to them.
+    drafter_start: pairs before the drafter's first entry, which it has not read.
     draft_context: pairs that the drafter can hold, None for as many as the target; beyond it decoding is plain.
-    The drafter is told of new pairs when it is asked for a tree; until then their features wait here.
+    The drafter is told of new pairs when it is asked for a tree; until then the last of their features wait here.
     """
 
     def __init__(self, target: TargetSession, drafter: DraftSession | None, draft_context: int | None = None) -> None:
         self.target, self.drafter = target, drafter
         self.draft_context = min(draft_context or target.max_context, target.max_context)
         self.tokens: list[int] = []
-        self.target_length = self.drafter_length = 0
+        self.target_length = self.drafter_length = self.drafter_start = 0
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
         self.drafted: DraftTree | None = None  # the drafter's part of it, None where it was not asked
-        self._unread: list[FloatArray] = []  # features [n, D] of pairs from drafter_length on
+        self._unread = _Unread()
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
@@ -102,7 +116,8 @@ class Conversation:
 
     def forget(self) -> None:
         """Hold nothing, and know nothing of what repeats were worth."""
-        self.tokens, self.target_length, self.drafter_length, self._unread = [], 0, 0, []
+        self.tokens, self._unread = [], _Unread()
+        self.target_length = self.drafter_length = self.drafter_start = 0
         self.repeats = RepeatIndex()
         self.rewind()
 
@@ -113,11 +128,12 @@ class Conversation:
         """
         keep = min(_common_prefix(self.tokens, prompt) - 1, self.target_length, self.target.length)
         if self.drafter is not None and speculate:
-            if self.unread and keep > self.drafter_length:
+            if self.unread and keep > self._read_to:
                 self.read()
-            keep = min(keep, self.drafter_length, self.drafter.length)
-        self.target_length = max(keep, 0)
-        self.drafter_length, self._unread = min(self.drafter_length, self.target_length), []
+            keep = min(keep, self._read_to)
+        self.target_length = keep = max(keep, 0)
+        self.drafter_length, self._unread = min(self.drafter_length, max(keep - self.drafter_start, 0)), _Unread()
+        self.drafter_start = min(self.drafter_start, keep)
         self.tokens = list(prompt)
         self.rewind()
         return self.target_length
@@ -131,24 +147,34 @@ class Conversation:
             if end == len(self.tokens):
                 return result
             if speculate:
-                self.tell(np.array(result.features))  # an interrupt may leave them unread past the pass's memory
-                self.read()
+                self.tell(np.array(result.features))  # the next pass may reuse its memory
 
     @property
     def unread(self) -> int:
         """Pairs that the drafter has yet to be told."""
-        return sum(map(len, self._unread))
+        return self._unread.pairs
+
+    @property
+    def _read_to(self) -> int:
+        return self.drafter_start + self.drafter_length
 
     def tell(self, features: FloatArray) -> None:
         """The next pairs for the drafter: `features` [n, D], kept, with the n tokens that follow theirs."""
-        self._unread.append(features)
+        begin, parts = self._unread if self._unread.parts else (self._read_to, ())
+        unread = _Unread(begin, (*parts, features))
+        while unread.pairs - len(unread.parts[0]) >= _WINDOW:
+            unread = _Unread(unread.begin + len(unread.parts[0]), unread.parts[1:])
+        self._unread = unread
 
     def read(self) -> None:
-        """Let the drafter read what waits."""
+        """Let the drafter read what waits; where pairs before it were dropped, it forgets those it has read."""
         assert self.drafter is not None
-        begin, end = self.drafter_length, self.drafter_length + self.unread
-        self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread))
-        self.drafter_length, self._unread = end, []
+        begin, end = self._unread.begin, self._unread.begin + self.unread
+        if begin > self._read_to:
+            self.drafter_length, self.drafter_start = 0, begin
+            self.drafter.reset()
+        self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread.parts))
+        self.drafter_length, self._unread = end - self.drafter_start, _Unread()
 
     def draft(self, limits: TreeLimits, scheduler: Scheduler | None = None) -> DraftTree:
         """A tree below the known token: the drafter's, with repeated text, or that token alone."""
@@ -218,11 +244,17 @@ class Conversation:
         if asked is None or self.drafter is None:
             return _PLAIN
         depth = min(asked.depth, tokens_left - 1)  # a path of d nodes gives d + 1 tokens
-        lookup = max(0, min(asked.lookup, tokens_left - 1, self.draft_context - known))
+        room = self.draft_context - self._pairs(known)
+        lookup = max(0, min(asked.lookup, tokens_left - 1, room))
         width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
-        if depth < 1 or width < 2 or known + depth > self.draft_context:
+        if depth < 1 or width < 2 or depth > room:
             return _PLAIN
         return replace(asked, width=width, depth=depth, lookup=lookup)
+
+    def _pairs(self, known: int) -> int:
+        """Pairs, and the known token, that the drafter holds when it has read all before `known` tokens."""
+        dropped = self._unread.begin > self._read_to
+        return known - (self._unread.begin if dropped else self.drafter_start)
 
 
 def decode(conversation: Conversation, request: Request, meter: Meter) -> Generator[Step, None, None]:
@@ -243,15 +275,20 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         first = sampler.pick(result.logits[-1], count, talk.tokens)
         step = _cut((first,), tokens_left, request.stop_tokens)
         talk.tokens += step.tokens
+        meter.new_tokens = len(step.tokens)
         if limits.width > 1 and step.finish is None:
             talk.tell(np.array(result.features))
-            talk.read()
+            limits = talk.limits(request.limits, count + 1, tokens_left - 1)  # it may read the end alone
             if request.scheduler:
                 request.scheduler.restart()
-        meter.new_tokens = len(step.tokens)
         meter.lap("prefill")
         meter.first_token()
         yield step
+
+        if talk.unread and limits.width > 1:
+            meter.resume()
+            talk.read()
+            meter.lap("prefill")
 
         while step.finish is None:
             meter.resume()

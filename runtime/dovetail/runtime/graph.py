@@ -135,9 +135,15 @@ def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
     normed = []
     for output in _layers(model, mix.layers):
         x = ops.convert(output, "f32")
-        square = ops.reduce_mean(ops.multiply(x, x), np.array([-1]), keep_dims=True)
-        normed.append(ops.divide(x, ops.sqrt(ops.add(square, np.float32(mix.eps)))))
-    mixed = ops.matmul(ops.concat(normed, -1), ops.constant(mix.weight.astype(np.float32)), False, True)
+        # In the form that OpenVINO fuses into one operation.
+        square = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
+        inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(mix.eps))))
+        normed.append(ops.multiply(ops.constant(np.ones(mix.weight.shape[0], np.float32)), ops.multiply(x, inverse)))
+    # 8 bits a weight, a scale a row, as the target's own: every pass reads them.
+    scales = np.maximum(np.abs(mix.weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    values = np.rint(mix.weight / scales).astype(np.int8)
+    weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales.astype(np.float32)))
+    mixed = ops.matmul(ops.concat(normed, -1), weight, False, True)
     _replace_tap(model, ops.add(last, mixed).output(0))
 
 

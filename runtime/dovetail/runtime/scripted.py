@@ -123,6 +123,7 @@ class ScriptedDrafter:
     def __init__(self, propose: Propose) -> None:
         self._propose = propose
         self.tokens: list[int] = []  # x[0..length], x[0] known from the first feature
+        self.start = 0  # tokens of the text before x[0], known from it too
         self.calls: list[tuple[str, int]] = []
 
     @classmethod
@@ -145,8 +146,11 @@ class ScriptedDrafter:
         _require(features.shape == (len(tokens), FEATURE_SIZE), f"features {features.shape} for {len(tokens)} tokens")
         for token, feature in zip(tokens.tolist(), features.tolist(), strict=True):
             if not self.tokens:
-                self.tokens = [int(feature[1])]
-            _require(tuple(feature) == _feature(tuple(self.tokens)), f"pair {self.length} has the feature of another")
+                self.start, self.tokens = int(feature[0]), [int(feature[1])]
+            place, *rest = _feature(tuple(self.tokens))
+            known = len(rest) if self.start == 0 else 1  # the checksum is of the whole text
+            own = [place + self.start, *rest[:known]] == feature[: known + 1]
+            _require(own, f"pair {self.length} has the feature of another")
             self.tokens.append(token)
 
     def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:

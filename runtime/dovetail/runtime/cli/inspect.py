@@ -3,46 +3,57 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from ..calibration import pair_calibration
 from ..cost_cache import WEIGHTS, CostKey, Measured, recall
-from ..costs import Costs, Curve
+from ..errors import InputError, PairError
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
+from .curves import check_plot, plot_costs, show_costs
 from .pairs import resolve_pair
 
 TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
 DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
-NODES = (1, 8, 16, 32)  # of the passes whose cost is shown
-ROWS = (1, 4, 8)  # of the drafter's calls
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(pair: str | None, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
+              help="Draw the measured costs in this .png or .svg file; needs matplotlib.")  # fmt: skip
+def inspect(pair: str | None, as_json: bool, plot: Path | None) -> None:
     """Show the facts of PAIR (a folder or a known name) and check every file's digest.
 
+    What passes cost here is shown where it was measured: by dovetail-run tune, or when the pair was first opened.
     Exit code 3 when the pair is not whole or its parts do not belong together.
     """
+    if plot is not None:
+        check_plot(plot)
     folder = resolve_pair(pair)
     manifest = read_manifest(folder)
     check_pair(manifest)
     verify_files(folder, manifest, remember=False)
-    facts = describe(folder, manifest)
+    measured = read_costs(manifest)
+    facts = describe(folder, manifest, measured)
+    if plot is not None:
+        plot_costs(plot, manifest.name, measured or nothing_to_plot(folder, manifest))
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+    if measured is not None and not as_json:
+        click.echo()
+        show_costs(manifest.name, measured)
 
 
-def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def describe(folder: Path, manifest: Manifest, measured: Measured | None) -> dict[str, Any]:
     """Everything about a verified pair, as JSON.
 
     calibration: None where the drafter brought none.  costs: None where none were measured on this machine.
     """
-    calibration, costs = pair_calibration(folder, manifest), read_costs(manifest)
+    calibration = pair_calibration(folder, manifest)
     return {
         "pair": str(folder),
         "name": manifest.name,
@@ -50,7 +61,7 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "target": asdict(manifest.target),
         "drafter": asdict(manifest.drafter) if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
-        "costs": costs.as_dict() if costs else None,
+        "costs": measured.as_dict() if measured else None,
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
@@ -65,6 +76,14 @@ def read_costs(manifest: Manifest) -> Measured | None:
     files = manifest.drafter.files if manifest.drafter and WEIGHTS in manifest.files else {}
     found = (recall(CostKey.of(manifest, device, None)) for device in DEVICES if device in files)
     return next(filter(None, found), None)
+
+
+def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
+    """Raise the error that says how to get what --plot lacks."""
+    if manifest.drafter is None:
+        raise PairError("this pair has no drafter, so there is nothing to plot: add one with dovetail-export drafter")
+    command = shlex.join(["dovetail-run", "tune", str(folder)])
+    raise InputError(f"nothing to plot, no costs of this pair were measured here with all threads: run {command}")
 
 
 def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
@@ -141,22 +160,8 @@ def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str
 
 
 def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What passes and the drafter's calls take, a line per context."""
-    if measured is None:
-        return []
-    costs, device = Costs.from_dict(measured["costs"]), measured["key"]["device"]
-    return [
-        *_curve_rows("pass", NODES, "nodes", costs.target, f"(measured {measured['date'][:10]})"),
-        *_curve_rows("draft", ROWS, "rows", costs.draft, f"(on {device})"),
-    ]
-
-
-def _curve_rows(name: str, sizes: tuple[int, ...], unit: str, curve: Curve, note: str) -> list[tuple[str, str]]:
-    return [
-        (f"{name}, {'/'.join(map(str, sizes))} {unit}",
-         f"{' / '.join(f'{curve.at(context, size):.1f}' for size in sizes)} ms at {context} tokens {note}")
-        for context in curve.contexts
-    ]  # fmt: skip
+    """When costs were measured, and whether in passing or thoroughly; they follow the facts."""
+    return [("costs", f"measured {measured['date'][:10]} for {measured['seconds']:.0f} s, below")] if measured else []
 
 
 def _mib(size: int) -> float:

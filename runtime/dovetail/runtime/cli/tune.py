@@ -7,23 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import click
 
 from ..cost_cache import CostKey, Measured
-from ..costs import Curve
 from ..errors import InputError, PairError
 from ..manifest import Manifest, read_sound
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
+from .curves import show_costs
 from .options import check_threads, device_options
 from .pairs import resolve_pair
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-IN_TABLE = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes: a line of 80 characters has no room for all
-BAR = 40  # characters of the longest bar
 
 
 @click.command(short_help="Measure what passes cost on this machine.")
@@ -51,7 +44,8 @@ def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: fl
     if as_json:
         click.echo(json.dumps(measured.as_dict(), indent=2, ensure_ascii=False))
     else:
-        show(measured)
+        show_costs(measured.pair, measured)
+        click.echo(f"kept in {measured.key.file}")
 
 
 def run(folder: Path, manifest: Manifest, threads: int | None, device: str, seconds: float) -> Measured:
@@ -78,36 +72,3 @@ def progress_bar() -> Iterator[Callable[[float], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=1.0)
         yield lambda done: progress.update(task, completed=done)
-
-
-def show(measured: Measured) -> None:
-    """Tables and bars on stdout, and where the costs are kept."""
-    from rich.console import Console
-
-    console, where = Console(highlight=False), {"cuda": "CUDA", "cpu": "the CPU"}[measured.key.device]
-    show_curve(console, f"{measured.pair}: a pass of the target, ms by nodes", measured.costs.target)
-    show_curve(console, f"{measured.pair}: a call of the drafter on {where}, ms by rows", measured.costs.draft)
-    console.print(f"a pass of the target after one of another width takes {measured.costs.switch_ms:.1f} ms more")
-    console.print(f"kept in {measured.key.file}", soft_wrap=True)
-
-
-def show_curve(console: Console, title: str, curve: Curve) -> None:
-    """A row per context, then a bar per size at the shortest one."""
-    from rich.table import Table
-
-    shown = [index for index, size in enumerate(curve.rows) if size in IN_TABLE]
-    table = Table("context", box=None, padding=(0, 1, 0, 0))
-    for index in shown:
-        table.add_column(str(curve.rows[index]), justify="right")
-    for context, line in zip(curve.contexts, curve.ms, strict=True):
-        table.add_row(str(context), *(milliseconds(line[index]) for index in shown))
-    console.print(title)
-    console.print(table)
-    for size, ms in zip(curve.rows, curve.ms[0], strict=True):
-        console.print(f"{size:>7} {'█' * max(1, round(BAR * ms / curve.ms[0][-1]))} {milliseconds(ms)}")
-    console.print()
-
-
-def milliseconds(ms: float) -> str:
-    """Three digits or so."""
-    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"

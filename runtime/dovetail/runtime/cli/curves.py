@@ -1,0 +1,100 @@
+"""Measured costs, drawn: tables and bars in the terminal, lines in a picture (which alone needs matplotlib)."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cost_cache import Measured
+from ..costs import Curve
+from ..errors import InputError
+from ..manifest import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes: a line of 80 characters has no room for all
+BAR = 40  # characters of the longest bar
+DEVICE = {"cuda": "CUDA", "cpu": "the CPU"}
+SUFFIXES = (".png", ".svg")
+
+
+def show_costs(name: str, measured: Measured) -> None:
+    """Tables and bars on stdout.  name: the pair's."""
+    from rich.console import Console
+
+    console, costs = Console(highlight=False, markup=False, emoji=False), measured.costs
+    show_curve(console, f"{name}: a pass of the target, ms by nodes", costs.target)
+    show_curve(console, f"{name}: a call of the drafter on {DEVICE[measured.key.device]}, ms by rows", costs.draft)
+    console.print(f"a pass of the target after one of another width takes {costs.switch_ms:.1f} ms more")
+
+
+def show_curve(console: Console, title: str, curve: Curve) -> None:
+    """A row per context, then a bar per size at the shortest one."""
+    from rich.table import Table
+
+    shown = [index for index, size in enumerate(curve.rows) if size in SHOWN]
+    table = Table("context", box=None, padding=(0, 1, 0, 0))
+    for index in shown:
+        table.add_column(str(curve.rows[index]), justify="right")
+    for context, line in zip(curve.contexts, curve.ms, strict=True):
+        table.add_row(str(context), *(milliseconds(line[index]) for index in shown))
+    console.print(title)
+    console.print(table)
+    block = "#" if console.options.ascii_only else "█"
+    for index in shown:
+        ms = curve.ms[0][index]
+        bar = block * max(1, round(BAR * ms / curve.ms[0][shown[-1]]))
+        console.print(f"{curve.rows[index]:>7} {bar} {milliseconds(ms)}")
+    console.print()
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits or so."""
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+
+
+def check_plot(file: Path) -> None:
+    """Raises InputError where `file` cannot be a picture, as far as can be told before there is one."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--plot {file} is of no known kind: name a file that ends in {' or '.join(SUFFIXES)}")
+    if not file.parent.is_dir():
+        raise InputError(f"--plot {file}: there is no folder {file.parent}, make it first")
+    try:
+        from matplotlib import figure  # noqa: F401  # is it there, and whole?
+    except ImportError as err:
+        raise InputError(f'--plot needs matplotlib ({err}): pip install "dovetail-spec[plot]"') from None
+
+
+def plot_costs(file: Path, name: str, measured: Measured) -> None:
+    """Write the picture whole or not at all; the same costs give the same SVG.  Raises InputError naming the file."""
+    picture = draw(name, measured, file.suffix.lower().removeprefix("."))
+    try:
+        write_atomically(file, picture)
+    except OSError as err:
+        raise InputError(f"--plot {file} cannot be written ({err.strerror}): name another file") from None
+
+
+def draw(name: str, measured: Measured, kind: str) -> bytes:
+    """A panel per engine, a line per context.  kind: png or svg."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    costs, key, picture = measured.costs, measured.key, BytesIO()
+    where = f"{key.cpu}, {key.threads or key.usable_threads} threads, measured {measured.date[:10]}"
+    with rc_context({"svg.hashsalt": "dovetail", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
+        figure.suptitle(f"{name}\n{where}", parse_math=False)
+        left, right = figure.subplots(1, 2)
+        left.set(title="a pass of the target", xlabel="nodes in the pass", ylabel="time of a pass (ms)")
+        right.set(title=f"a call of the drafter on {DEVICE[key.device]}",
+                  xlabel="rows in the call", ylabel="time of a call (ms)")  # fmt: skip
+        for axes, curve in ((left, costs.target), (right, costs.draft)):
+            for context, line in zip(curve.contexts, curve.ms, strict=True):
+                axes.plot(curve.rows, line, "o-", markersize=3, label=f"{context} tokens")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(title="context")
+        figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return picture.getvalue()
