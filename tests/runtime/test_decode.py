@@ -264,7 +264,7 @@ def test_of_a_long_prompt_the_drafter_reads_the_end() -> None:
     assert metrics.acceptance_length > 3
     assert isinstance(conversation.drafter, ScriptedDrafter)
     read = sum(count for call, count in conversation.drafter.calls if call == "extend")
-    assert 512 <= read < 512 + 256 + 60 and conversation.drafter_start > 1200
+    assert 256 <= read < 256 + 256 + 60 and conversation.drafter_start > 1450
 
 
 def test_what_long_goes_undrafted_is_dropped() -> None:
@@ -280,7 +280,7 @@ def test_what_long_goes_undrafted_is_dropped() -> None:
             Meter(),
         )
     )
-    assert 512 <= conversation.unread < 512 + 256
+    assert 256 <= conversation.unread < 256 + 256
     again = Request((*conversation.tokens, 4), 20, GREEDY, limits=LIMITS)
     assert run(conversation, again)[0] == autoregressive(again)
 
@@ -305,7 +305,7 @@ def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
 @pytest.mark.parametrize("scheduler", [None, Whim(7)])
-@pytest.mark.parametrize("window", [512, 6])
+@pytest.mark.parametrize("window", [256, 6])
 def test_a_conversation_equals_a_fresh_start(
     drafter: str | None,
     sampling: SamplingParams,
@@ -362,7 +362,7 @@ class Interrupted:
 @pytest.mark.parametrize("side", ["target", "drafter"])
 @pytest.mark.parametrize("drafter", ["perfect", "random"])
 @pytest.mark.parametrize("scheduler", [None, Whim(7)])
-@pytest.mark.parametrize("window", [512, 20])
+@pytest.mark.parametrize("window", [256, 20])
 def test_an_interrupt_within_any_call_leaves_the_conversation_usable(
     drafter: str,
     side: str,

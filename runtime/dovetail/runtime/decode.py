@@ -23,7 +23,8 @@ from .tree import DraftTree, TreeLimits, graft
 FinishReason = Literal["stop", "length"]
 
 _CHUNK = 256  # prompt tokens per pass
-_WINDOW = 512  # pairs that wait for the drafter at most: of a longer text it reads the end
+# Pairs that wait for the drafter at most: of a longer text it reads the end, no more than it was trained on at once.
+_WINDOW = 256
 _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 
 
