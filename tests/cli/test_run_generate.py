@@ -102,12 +102,12 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
     flags = "-t 3 --drafter-device cpu --width 5 --tree-top-k 1 -n 2"
     assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
     tree = TreeLimits(width=5, depth=TreeLimits().depth, top_k=1)  # depth is the pair's
-    assert opener.calls == [(pair, {"drafter_device": "cpu", "threads": 3, "tree": tree})]
+    assert opener.calls == [(pair, {"drafter_device": "cpu", "threads": 3, "tree": tree, "ov_config": {}})]
 
 
 def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     ask(invoke, pair, opener, "Hello", "-n", "2")
-    assert opener.calls == [(pair, {"drafter_device": "auto", "threads": None, "tree": None})]
+    assert opener.calls == [(pair, {"drafter_device": "auto", "threads": None, "tree": None, "ov_config": {}})]
 
 
 def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
@@ -132,6 +132,7 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--seed", "-1"], "seed -1"),
         (["-n", "0"], "max_new_tokens 0"),
         (["--threads", "0"], "threads 0"),
+        (["--ov-config", "NUM_STREAMS"], "--ov-config 'NUM_STREAMS' is no property: give NAME=VALUE"),
         (["--width", "0"], "width 0"),
         (["--depth", "-1"], "depth -1"),
         (["--tree-top-k", "0"], "top_k 0"),
@@ -216,6 +217,11 @@ def test_a_closed_pipe_is_quiet(pair: Path) -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert said == b"" and process.returncode == 1
+
+
+def test_properties_reach_the_engine(invoke, pair, opener) -> None:
+    ask(invoke, pair, opener, "Hello", "-n", "2", "--ov-config", "A=1", "--ov-config", "B=x=y")
+    assert opener.calls[-1][1]["ov_config"] == {"A": "1", "B": "x=y"}
 
 
 def test_without_speculation_no_machine_is_measured(invoke, pair, opener) -> None:

@@ -24,6 +24,7 @@ class CostKey:
 
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
+    ov_config: properties of OpenVINO that were asked for.
     """
 
     target: str
@@ -34,9 +35,12 @@ class CostKey:
     usable_threads: int
     openvino: str
     onnxruntime: str
+    ov_config: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, manifest: Manifest, device: str, threads: int | None) -> CostKey:
+    def of(
+        cls, manifest: Manifest, device: str, threads: int | None, ov_config: Mapping[str, str] | None = None
+    ) -> CostKey:
         """The key of a pair, which must have a drafter and digests of its files, on this machine."""
         assert manifest.drafter is not None
         cpu, versions = here.cpu(), here.versions()
@@ -49,6 +53,7 @@ class CostKey:
             usable_threads=cpu.usable,
             openvino=versions.get("openvino", "unknown"),
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
+            ov_config=dict(ov_config or {}),
         )
 
     @property

@@ -127,6 +127,7 @@ class Engine:
         drafter_device: str = "auto",
         threads: int | None = None,
         tree: TreeLimits | None = None,
+        ov_config: Mapping[str, str] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
@@ -134,6 +135,7 @@ class Engine:
         drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. threads: of each engine, None for theirs.
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
         machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
+        ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}.
         Raises PairError, DeviceError, InputError.
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
@@ -150,11 +152,11 @@ class Engine:
         pair = Path(path)
         manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
-        target = OpenVINOTarget.open(pair, manifest, threads=threads)
+        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config)
         drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None
         scheduler = None
         if drafter and tree is None:
-            costs = known_or_measured(manifest, target, drafter, threads, progress=progress)
+            costs = known_or_measured(manifest, target, drafter, threads, ov_config, progress=progress)
             scheduler = Scheduler(costs, pair_calibration(pair, manifest))
             tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
         return cls(

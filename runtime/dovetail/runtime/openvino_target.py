@@ -5,15 +5,16 @@ Axes: N nodes, T new tokens, V target vocabulary, D feature size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ContextOverflow, DeviceError
+from .errors import ContextOverflow, DeviceError, InputError
 from .graph import FeatureMix
 from .manifest import Manifest
-from .paged import BLOCK, Batch, PagedModel
+from .paged import BLOCK, REQUIRED, Batch, PagedModel
 from .sessions import TargetPass, TokenArray
 from .tree import DraftTree
 
@@ -37,14 +38,26 @@ class OpenVINOTarget:
         self._width = 0  # nodes of the verified, uncommitted tree
 
     @classmethod
-    def open(cls, pair: Path, manifest: Manifest, *, threads: int | None = None) -> OpenVINOTarget:
+    def open(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        ov_config: Mapping[str, str] | None = None,
+    ) -> OpenVINOTarget:
         """Load the target of a pair; `threads` defaults to what OpenVINO finds best.
 
-        Where the pair's drafter reads more than the last feature, the graph gives it the mix.  Raises IntegrityError.
+        ov_config: properties of OpenVINO's CPU plugin.  Where the pair's drafter reads more than the last feature,
+        the graph gives it the mix.  Raises IntegrityError, InputError (a property that verification depends on),
+        DeviceError (one that OpenVINO refuses).
         """
+        if taken := sorted(set(ov_config or ()) & set(REQUIRED)):
+            raise InputError(f"{taken[0]} must stay {REQUIRED[taken[0]]}, trees depend on it: leave it out")
         mix = manifest.drafter.files.get("features") if manifest.drafter else None
         xml = pair / "target" / "openvino_model.xml"
-        model = PagedModel(xml, threads=threads, mix=FeatureMix.load(pair / mix) if mix else None)
+        features = FeatureMix.load(pair / mix) if mix else None
+        model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)
         return cls(model, manifest.target.max_context)
 
     @property

@@ -7,7 +7,7 @@ D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB hold
 
 # A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
 # moved, and a row's result would depend on its neighbours.
-PROPERTIES = {"KV_CACHE_PRECISION": "f16", "PERFORMANCE_HINT": "LATENCY"}
+REQUIRED = {"KV_CACHE_PRECISION": "f16"}
+PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
 
 _EMPTY_MASK = np.zeros(0, np.uint8)
 _EMPTY_BEGINS = np.zeros(0, np.int32)
@@ -67,6 +68,7 @@ class _KVGroup:
 class PagedModel:
     """One compiled model, one inference request, and the KV blocks it owns.
 
+    properties: of OpenVINO's CPU plugin, by name, beside those that are required here.
     mix: what a drafter adds to the last feature; layers: blocks whose outputs come before it, as training reads them.
     """
 
@@ -75,7 +77,7 @@ class PagedModel:
         xml: Path,
         *,
         threads: int | None = None,
-        properties: dict[str, Any] | None = None,
+        properties: Mapping[str, Any] | None = None,
         mix: FeatureMix | None = None,
         layers: Sequence[int] = (),
     ):
@@ -86,7 +88,7 @@ class PagedModel:
             mix_tap(model, mix)
         if layers:
             widen_tap(model, layers)
-        settings: dict[str, Any] = {**PROPERTIES, **(properties or {})}
+        settings: dict[str, Any] = {**PROPERTIES, **(properties or {}), **REQUIRED}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:

@@ -8,7 +8,7 @@ than the last takes longer, which is noted apart.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -50,14 +50,16 @@ def known_or_measured(
     target: OpenVINOTarget,
     drafter: OnnxDrafter,
     threads: int | None,
+    ov_config: Mapping[str, str] | None = None,
     *,
     progress: Progress | None = None,
 ) -> Costs:
     """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
 
-    threads: what the sessions were opened with.  Both sessions end empty where it is measured.  Raises DeviceError.
+    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.
+    Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.file_key, threads)
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
     known = recall(key)
     if known is not None:
         return known.costs

@@ -7,8 +7,8 @@ embedding API say the same one line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -40,6 +40,7 @@ class Opener(Protocol):
         drafter_device: str,
         threads: int | None,
         tree: TreeLimits | None,
+        ov_config: Mapping[str, str],
         progress: Callable[[float], None],
     ) -> Engine: ...
 
@@ -70,6 +71,7 @@ class EngineFlags:
     tree_top_k: int | None
     lookup: int | None
     fixed_tree: bool = False
+    ov_config: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -93,6 +95,7 @@ class EngineFlags:
             drafter_device=self.drafter_device,
             threads=self.threads,
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
+            ov_config=self.ov_config,
             progress=Announcement(),
         )
 
@@ -125,10 +128,10 @@ class RequestFlags:
         self.sampling()
 
     def sampling(self) -> SamplingParams:
-        return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(SamplingParams)})
+        return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(SamplingParams)})
 
     def keywords(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def check_threads(threads: int | None) -> None:
@@ -138,13 +141,22 @@ def check_threads(threads: int | None) -> None:
 
 
 def device_options(command: Command) -> Command:
-    """Where the two engines run: `threads` and `drafter_device`."""
+    """Where and how the two engines run: `threads`, `drafter_device` and `ov_config`."""
     return _apply(
         command,
         click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
+        click.option("--ov-config", multiple=True, metavar="NAME=VALUE", callback=_parse_properties,
+                     help="Property of OpenVINO's CPU plugin for the target; repeatable."),
     )  # fmt: skip
+
+
+def _parse_properties(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    for one in given:
+        if not all(one.partition("=")):
+            raise InputError(f"--ov-config {one!r} is no property: give NAME=VALUE")
+    return dict(one.split("=", 1) for one in given)
 
 
 def engine_options(command: Command) -> Command:
@@ -194,11 +206,11 @@ def _apply(command: Command, *options: Callable[[Command], Command]) -> Command:
 
 def _bundled(command: Command, record: Callable[..., Record], name: str) -> Command:
     """`command`, with the flags that are fields of `record` handed over as that record."""
-    names: Sequence[str] = [field.name for field in fields(record)]  # type: ignore[arg-type]  # a dataclass, always
+    names: Sequence[str] = [each.name for each in fields(record)]  # type: ignore[arg-type]  # a dataclass, always
 
     @functools.wraps(command)
     def bundled(*args: Any, **flags: Any) -> Any:
-        values = {field: flags.pop(field) for field in names if field in flags}
+        values = {flag: flags.pop(flag) for flag in names if flag in flags}
         return command(*args, **{name: record(**values)}, **flags)
 
     return bundled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,14 @@ from .pairs import resolve_pair
 @device_options
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="Time to measure for.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: float, as_json: bool) -> None:
+def tune(
+    pair: str | None,
+    threads: int | None,
+    drafter_device: str,
+    ov_config: Mapping[str, str],
+    seconds: float,
+    as_json: bool,
+) -> None:
     """Measure what a pass of PAIR's target and a call of its drafter cost here, and keep it in the cache.
 
     PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
@@ -36,7 +43,7 @@ def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: fl
     manifest = read_sound(folder)
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
-    measured = run(folder, manifest, threads, drafter_device, seconds)
+    measured = run(folder, manifest, threads, drafter_device, ov_config, seconds)
     try:
         measured.store()
     except OSError as err:
@@ -48,17 +55,19 @@ def tune(pair: str | None, threads: int | None, drafter_device: str, seconds: fl
         click.echo(f"kept in {measured.key.file}")
 
 
-def run(folder: Path, manifest: Manifest, threads: int | None, device: str, seconds: float) -> Measured:
+def run(
+    folder: Path, manifest: Manifest, threads: int | None, device: str, ov_config: Mapping[str, str], seconds: float
+) -> Measured:
     """Open both sessions of a checked pair and measure them, with a progress bar on stderr."""
     from ..onnx_drafter import OnnxDrafter
     from ..openvino_target import OpenVINOTarget
 
-    target = OpenVINOTarget.open(folder, manifest, threads=threads)
+    target = OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=ov_config)
     drafter = OnnxDrafter.open(folder, manifest, device=device, threads=threads)
     begin = perf_counter()
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key, threads)
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
     return Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
 
 
