@@ -48,7 +48,10 @@ def genai(model: str, *, lookup: int) -> Ask:
     import openvino as ov
     import openvino_genai as genai
 
-    pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **({"prompt_lookup": True} if lookup else {}))
+    scheduling = genai.SchedulerConfig()
+    scheduling.enable_prefix_caching = False
+    options = {"scheduler_config": scheduling, **({"prompt_lookup": True} if lookup else {})}
+    pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **options)
     config = genai.GenerationConfig()
     config.do_sample = False
     stop = json.loads((Path(model) / "target" / "generation_config.json").read_text())["eos_token_id"]

@@ -108,7 +108,7 @@ def main(
             python, model = (sys.executable, pair) if name in OURS else (peers, gguf if name in LLAMA else pair)
             assert model is not None
             workers[name] = stack.enter_context(Worker.start(python, name, model))
-            workers[name].ask(asked[0], WARM_UP_TOKENS)
+            workers[name].ask(asked[0][::-1], WARM_UP_TOKENS)  # backwards: some keep the KV of what they have read
         rows = []
         for index, ids in enumerate(asked):
             order = names[index % len(names) :] + names[: index % len(names)]
