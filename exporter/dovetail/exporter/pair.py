@@ -23,6 +23,7 @@ from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_p
 
 CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
+DRAFTER_LAYOUT = 2  # of its files; with another number they are built anew
 
 
 def default_folder(name: str) -> Path:
@@ -81,6 +82,7 @@ def build_drafter(build: PairBuild, checkpoint: Path) -> DrafterFacts:
         "checkpoint": _checkpoint_digest(checkpoint),
         "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes
         "packages": versions(*DRAFTER_PACKAGES),
+        "layout": DRAFTER_LAYOUT,
     }
 
     def fill(folder: Path) -> Mapping[str, Any]:
