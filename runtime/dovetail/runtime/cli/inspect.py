@@ -83,7 +83,7 @@ def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to plot: add one with dovetail-export drafter")
     command = shlex.join(["dovetail-run", "tune", str(folder)])
-    raise InputError(f"nothing to plot, no costs of this pair were measured here with all threads: run {command}")
+    raise InputError(f"nothing to plot, no costs of this pair were measured here with default flags: run {command}")
 
 
 def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
