@@ -39,6 +39,7 @@ class Clock:
     now: float = 0.0
     slow: float = 1.0
     nodes: list[int] = field(default_factory=list)
+    stall: float = 0.0  # seconds that the next call of the drafter takes more
 
     def __call__(self) -> float:
         return self.now
@@ -49,7 +50,8 @@ class Clock:
         self.now += self.slow * (self.costs.target.at(0, nodes) + change) / 1e3
 
     def draft(self, rows: int) -> None:
-        self.now += self.slow * self.costs.draft.at(0, rows) / 1e3
+        self.now += self.slow * self.costs.draft.at(0, rows) / 1e3 + self.stall
+        self.stall = 0.0
 
 
 class TimedTarget(ScriptedTarget):
@@ -102,10 +104,11 @@ def answer(
     noise: float = 0.0,
     sharpness: float = 3.0,
     temperature: float = 0.0,
+    stall: float = 0.0,
 ) -> tuple[Clock, Scheduler, list[int]]:
     """Decode `tokens` tokens; returns the clock, the scheduler and the text."""
     logits = MarkovLogits(50, order=3, sharpness=sharpness)
-    clock = Clock(true, slow=slow)
+    clock = Clock(true, slow=slow, stall=stall)
     made = TimedDrafter.copy_of(logits, noise) if kind == "copy" else TimedDrafter.hostile_to(logits)
     assert isinstance(made, TimedDrafter)
     made.clock = clock
@@ -225,6 +228,13 @@ def test_a_busy_machine_changes_no_decision() -> None:
     quiet, busy = answer("copy", costs(), noise=3.0)[0], answer("copy", costs(), noise=3.0, slow=3.0)[0]
     assert np.mean(busy.nodes) == pytest.approx(np.mean(quiet.nodes), rel=0.15)
     assert busy.now == pytest.approx(3 * quiet.now, rel=0.1)
+
+
+@pytest.mark.parametrize("stall", [0.5, 3.0, 60.0])
+def test_a_machine_that_slept_drafts_again(stall: float) -> None:
+    """The first call of the drafter takes seconds more, once: what it costs is learnt anew."""
+    clock = answer("copy", costs(), tokens=3000, noise=1.0, stall=stall)[0]
+    assert clock.now - stall < 1.1 * answer("copy", costs(), tokens=3000, noise=1.0)[0].now
 
 
 def test_a_drafter_that_becomes_good_again_is_found_out() -> None:

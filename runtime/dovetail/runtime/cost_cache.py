@@ -95,7 +95,7 @@ def recall(key: CostKey) -> Measured | None:
         raw = json.loads(key.file.read_text(encoding="utf-8"))
         if raw["key"] != asdict(key):
             return None
-        facts = (raw["seconds"], str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]))
+        facts = (float(raw["seconds"]), str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]))
         return Measured(str(raw["pair"]), key, Costs.from_dict(raw["costs"]), *facts)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, InputError):
         return None

@@ -129,7 +129,7 @@ class Conversation:
         """
         keep = min(_common_prefix(self.tokens, prompt) - 1, self.target_length, self.target.length)
         if self.drafter is not None and speculate:
-            if self.unread and keep > self._read_to:
+            if self.unread and keep > self._unread.begin and self._pairs(self.target_length) <= self.draft_context:
                 self.read()
             keep = min(keep, self._read_to)
         self.target_length = keep = max(keep, 0)

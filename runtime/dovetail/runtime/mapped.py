@@ -45,7 +45,7 @@ def _keep_giving_back(file: str, done: Event) -> None:
 
 def _mappings(file: str) -> Iterator[tuple[int, int]]:
     """Begin and end of every mapping of `file` that nobody can have written to."""
-    for line in _MAPS.read_text().splitlines():
+    for line in _MAPS.read_text(errors="surrogateescape").splitlines():
         span, mode, *_ = line.split(maxsplit=2)
         if mode.startswith(_READ_ONLY) and line.endswith(f" {file}"):
             begin, end = span.split("-")

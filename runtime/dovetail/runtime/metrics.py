@@ -25,7 +25,8 @@ class GenerationMetrics:
     rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over all rounds.
     accepted_per_position: how often the i-th drafted token of a path was accepted.
     acceptance_length: 1 + accepted / rounds, tokens per round; 1 without rounds and for plain decoding.
-    prefill_ms: target and drafter read the prompt. draft_ms: extend and propose. verify_ms: verify and commit.
+    prefill_ms: target and drafter read the prompt, the drafter after the first token. draft_ms: extend and propose.
+    verify_ms: verify and commit.
     other_ms: all else, text and sampling included. total_ms: their sum.
     time_to_first_token_ms: up to the first token. decode_ms: from there to the end.
     tokens_per_second: tokens after the first, over decode_ms; 0 when there are none.

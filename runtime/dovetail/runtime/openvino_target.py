@@ -52,8 +52,9 @@ class OpenVINOTarget:
         the graph gives it the mix.  Raises IntegrityError, InputError (a property that verification depends on),
         DeviceError (one that OpenVINO refuses).
         """
-        if taken := sorted(set(ov_config or ()) & set(REQUIRED)):
-            raise InputError(f"{taken[0]} must stay {REQUIRED[taken[0]]}, trees depend on it: leave it out")
+        if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
+            required = REQUIRED["KV_CACHE_PRECISION"]
+            raise InputError(f"{taken[0]} must stay {required}, trees depend on it: leave it out")
         mix = manifest.drafter.files.get("features") if manifest.drafter else None
         xml = pair / "target" / "openvino_model.xml"
         features = FeatureMix.load(pair / mix) if mix else None

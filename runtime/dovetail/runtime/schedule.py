@@ -36,6 +36,7 @@ STRENGTHS = (1.5, 3.0)  # tokens that repeats promise: drafting is judged apart 
 PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
 MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
 TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
+STALL = 10.0  # times its average that one call moves the drafter's pace by at most
 OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
@@ -256,7 +257,8 @@ class Scheduler:
         verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
         calls = self._calls + self.costs.draft.at(self._context, unread) if drafted else 0.0
         if calls:  # else the drafter had read all, and its root's children were enough
-            self._draft_pace.add(draft_ms / calls)
+            # A machine that slept must not make drafting too dear ever to be tried again.
+            self._draft_pace.add(min(draft_ms / calls, STALL * self._draft_pace.value))
             draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value)
 
         took = draft_ms + verify_ms

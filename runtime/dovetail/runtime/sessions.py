@@ -5,7 +5,8 @@ Axes: N nodes of a tree, T new tokens, V target vocabulary, D feature size.
 Position arithmetic, the same on both sides: the target has committed tokens x[0..L-1] and with them
 features f[0..L-1]. The next token x[L] is known (sampled) but not committed: it is the root of the
 next tree. The drafter pairs feature f[t] with token x[t+1], so after L committed tokens and a known
-x[L] it has been extended L times.
+x[L] it has been extended L times, or less often: it may be told later, and t counts from the first pair
+that it was given.
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ def check_plot(file: Path) -> None:
         from matplotlib import figure  # noqa: F401  # is it there, and whole?
     except ImportError as err:
         raise InputError(f'--plot needs matplotlib ({err}): pip install "dovetail-spec[plot]"') from None
+    except ValueError as err:  # MPLBACKEND is read when it is imported
+        raise InputError(f"--plot: matplotlib does not start ({err}): unset MPLBACKEND") from None
 
 
 def plot_costs(file: Path, name: str, measured: Measured) -> None:

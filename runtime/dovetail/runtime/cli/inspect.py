@@ -102,7 +102,7 @@ def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
     drafter = manifest.drafter
     if drafter is None:
         return memory
-    for device in filter(drafter.files.__contains__, DEVICES):
+    for device in (device for device in DEVICES if device in drafter.files):
         row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES.get(device, 4)
         memory[f"drafter_{device}_weights_mb"] = _mib(sum(entry.size for entry in manifest.drafter_files(device)))
         memory[f"drafter_{device}_kv_mb"] = _mib(row * (drafter.tree_slots + drafter.max_context))
