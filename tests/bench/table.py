@@ -189,7 +189,7 @@ def losses(rows: list[Row], again: dict[Path, list[dict[str, Any]]]) -> list[str
                 margin = prompt["divergence_margin"]
                 apart = "margin unknown (turns, or an end)" if margin is None else f"{margin:.2f} logits apart"
                 other.append(f"{where}: from token {prompt['first_divergence']}, {apart}")
-    lost = f"Slower than plain decoding by more than {1 - SLOW:.0%} at temperature 0, and measured again:"
+    lost = f"Slower than plain decoding by more than {1 - SLOW:.0%} at temperature 0:"
     return ["", lost, "", *(slow or ["- none"]), "", "Another text at temperature 0:", "", *(other or ["- none"])]
 
 

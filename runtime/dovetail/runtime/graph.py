@@ -139,12 +139,16 @@ def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
         square = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
         inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(mix.eps))))
         normed.append(ops.multiply(ops.constant(np.ones(mix.weight.shape[0], np.float32)), ops.multiply(x, inverse)))
-    # 8 bits a weight, a scale a row, as the target's own: every pass reads them.
-    scales = np.maximum(np.abs(mix.weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
-    values = np.rint(mix.weight / scales).astype(np.int8)
-    weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales.astype(np.float32)))
+    values, scales = quantize_rows(mix.weight)  # as the target's own weights: every pass reads them
+    weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
     mixed = ops.matmul(ops.concat(normed, -1), weight, False, True)
     _replace_tap(model, ops.add(last, mixed).output(0))
+
+
+def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """weight [N, C] -> values [N, C] int8, scales [N, 1] float32, whose product is near it."""
+    scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
+    return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
 def _layers(model: ov.Model, layers: Sequence[int]) -> list[ov.Output]:

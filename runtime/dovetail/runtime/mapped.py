@@ -1,7 +1,8 @@
 """Weights once in memory: engines pack them anew for the CPU while the file stays mapped beside the copy.
 
 Pages of a file that is mapped for reading can be given back at any time; whoever still needs one reads it again
-from the page cache.
+from the page cache.  Whoever else in the process maps the same file must not unmap it in the meantime: what took its
+place would be given back.
 """
 
 from __future__ import annotations
