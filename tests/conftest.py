@@ -1,13 +1,19 @@
-"""Tiny random models, made once per run: a Llama checkpoint, its exported target, a plain optimum IR of it."""
+"""What tests share: tiny random models, made once per run, and a device for captured graphs that needs no GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
 
 # Tests use no network; openvino and nncf would report every conversion.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import
@@ -164,3 +170,80 @@ def tiny_full_pair(tiny_pair: Path, tiny_drafter: Path, tmp_path_factory: pytest
     shutil.copytree(tiny_pair, pair)
     add_drafter(tiny_drafter, pair)
     return pair
+
+
+Bytes = NDArray[np.uint8]
+
+
+class HostDevice:
+    """Device of cuda_runner on host memory, with ONNX Runtime's CPU provider: the same buffers and order of calls.
+
+    A copy down is done by `wait`, as late as a GPU may do it.
+    room: bytes that can be allocated.  fail_at: number of the `wait` that raises, 0 for none.  alter: is handed what
+    comes down, to spoil it.  deaf: what is uploaded after the first time does not arrive.
+    """
+
+    kind = "cpu"
+
+    def __init__(
+        self,
+        *,
+        provider: str = "CPUExecutionProvider",
+        room: int | None = None,
+        fail_at: int = 0,
+        alter: Callable[[Bytes], None] | None = None,
+        deaf: bool = False,
+    ):
+        self.provider, self.room, self.fail_at, self.alter, self.deaf = provider, room, fail_at, alter, deaf
+        self.blocks: dict[int, Bytes] = {}
+        self.queue: list[tuple[Bytes, int]] = []
+        self.calls: list[str] = []
+        self.arena: int | None = None
+        self.closed = False
+
+    def provider_options(self, arena: int | None) -> dict[str, str]:
+        self.arena = arena
+        return {}
+
+    def memory(self) -> tuple[int, int]:
+        return 3 << 30, 4 << 30
+
+    def allocate(self, size: int) -> int:
+        if self.room is not None and size + sum(block.nbytes for block in self.blocks.values()) > self.room:
+            raise DeviceError(f"cudaMalloc: out of memory (code 2) for {size} bytes")
+        block = np.zeros(size, np.uint8)
+        self.blocks[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def pinned(self, size: int) -> Bytes:
+        return np.zeros(size, np.uint8)
+
+    def upload(self, to: int, source: Bytes) -> None:
+        assert source.nbytes <= self.blocks[to].nbytes, "a copy up past its block"
+        self.calls.append("up")
+        if self.deaf and self.calls.count("up") > 1:
+            return
+        ctypes.memmove(to, source.ctypes.data, source.nbytes)
+
+    def download(self, to: Bytes, source: int) -> None:
+        assert to.nbytes <= self.blocks[source].nbytes, "a copy down past its block"
+        self.calls.append("down")
+        self.queue.append((to, source))
+
+    def wait(self) -> None:
+        self.calls.append("wait")
+        if self.calls.count("wait") == self.fail_at:
+            raise DeviceError("cudaStreamSynchronize: an illegal memory access was encountered (code 700)")
+        for to, source in self.queue:
+            ctypes.memmove(to.ctypes.data, source, to.nbytes)
+            if self.alter:
+                self.alter(to)
+        self.queue = []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(name="HostDevice")
+def host_device() -> type[HostDevice]:
+    return HostDevice

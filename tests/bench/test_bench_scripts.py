@@ -361,3 +361,24 @@ def test_a_gguf_at_eight_bits_keeps_metadata_and_weights(tmp_path: Path) -> None
     assert matrix.tensor_type.name == "Q8_0"
     assert np.abs(dequantize(matrix.data, matrix.tensor_type) - weights).max() < 0.02
     assert (by_name["norm.weight"].data == weights[0]).all()
+
+
+def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
+    tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host device the two ways cost the same; what is checked is that both ran, and what was counted."""
+    from dovetail.runtime.manifest import read_manifest
+    from dovetail.runtime.onnx_drafter import OnnxDrafter
+
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "used_vram_mb", lambda: None)
+    monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
+    manifest = read_manifest(tiny_full_pair)
+    drafter = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
+    graphs = dict(drafter._runner._graphs)  # type: ignore[attr-defined]
+    found = gpu.report(lambda: drafter, manifest.target.feature_size)
+    assert list(found["call_ms"]) == ["8", "16", "128"]
+    assert all(ms["captured"] > 0 and ms["uncaptured"] > 0 for ms in found["call_ms"].values())
+    assert drafter._runner._graphs == graphs  # type: ignore[attr-defined]
+    assert 0 < found["bytes_per_round"] < 64 * 1024
+    json.dumps(found)

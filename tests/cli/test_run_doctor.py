@@ -1,14 +1,24 @@
-"""`doctor` describes the machine, names what each lack costs, and exits 7 only where nothing can run."""
+"""`doctor` describes the machine, names what each lack costs, and exits 7 only where nothing can run.
+
+Of a pair it says whether it fits and what speed to expect.  There is a GPU in few places: capturing is tried on the
+CPU, through the same calls.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dovetail.runtime import machine
-from dovetail.runtime.cli import doctor
+from dovetail.runtime.cli import doctor, pairs
+from dovetail.runtime.cli.doctor import Cuda
+from dovetail.runtime.cost_cache import CostKey, Measured
+from dovetail.runtime.costs import Costs, Curve
+from dovetail.runtime.cuda import PROVIDER, cuda_problem
+from dovetail.runtime.manifest import read_manifest, write_manifest
 
 CPUINFO = """processor\t: 0
 model name\t: Test CPU
@@ -26,11 +36,13 @@ core id\t\t: 0
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both engines there, without importing them."""
+    """Both engines there, without importing them; no GPU, much memory, and 20 GB/s."""
     monkeypatch.setattr(doctor, "openvino_devices", lambda: (("CPU",), ""))
-    monkeypatch.setattr(doctor, "onnxruntime_providers", lambda: ((doctor.CUDA, "CPUExecutionProvider"), ""))
+    monkeypatch.setattr(doctor, "onnxruntime_providers", lambda: ((PROVIDER, "CPUExecutionProvider"), ""))
     monkeypatch.setattr(doctor, "nvidia_gpus", lambda: ())
-    monkeypatch.setattr(doctor, "why_no_cuda", lambda: "no NVIDIA driver")
+    monkeypatch.setattr(doctor, "try_cuda", lambda: (Cuda("13.0"), "no NVIDIA driver"))
+    monkeypatch.setattr(machine, "ram_mb", lambda: (16384, 8192))
+    monkeypatch.setattr(machine, "memory_bandwidth", lambda: 20.0)
 
 
 def test_cpuinfo_gives_model_cores_and_instruction_sets(tmp_path: Path) -> None:
@@ -74,15 +86,39 @@ def test_missing_engine_is_exit_7_and_still_reported(invoke, monkeypatch: pytest
     assert result.stderr == "error: OpenVINO cannot be imported (x): pip install openvino\n"
 
 
-@pytest.mark.usefixtures("engines")
-@pytest.mark.parametrize("problem", [None, "cuDNN does not load"])
-def test_gpu_is_used_only_when_cuda_works(invoke, monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_gpu_is_used_only_when_what_is_captured_replays(
+    invoke, monkeypatch: pytest.MonkeyPatch, HostDevice: type, deaf: bool
+) -> None:
     monkeypatch.setattr(doctor, "nvidia_gpus", lambda: (doctor.Gpu("GTX 1050", "2048 MiB", "580.1"),))
-    monkeypatch.setattr(doctor, "why_no_cuda", lambda: problem)
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: None)
+    monkeypatch.setattr(doctor, "missing_libraries", lambda: [])
+    monkeypatch.setattr(doctor, "CudaDevice", lambda: HostDevice(deaf=deaf))
     report = json.loads(invoke("doctor", "--json").stdout)
     assert report["gpus"] == [{"name": "GTX 1050", "memory": "2048 MiB", "driver": "580.1"}]
-    assert report["drafter_device"] == ("cpu" if problem else "cuda")
-    assert any("cuDNN" in note for note in report["notes"]) is bool(problem)
+    assert (report["cuda"]["free_mb"], report["cuda"]["total_mb"]) == (3072, 4096)
+    assert report["drafter_device"] == ("cpu" if deaf else "cuda") and report["cuda"]["capture"] is not deaf
+    assert any("gave 1.0 for 2.0" in note for note in report["notes"]) is deaf
+
+
+@pytest.mark.skipif(cuda_problem() is None, reason="there is a GPU")
+def test_here_there_is_no_gpu_and_it_says_why_and_what_that_costs(invoke, capfd: pytest.CaptureFixture[str]) -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0 and result.stderr == "" and capfd.readouterr() == ("", "")
+    lines = dict(line.split("  ", maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
+    assert lines["NVIDIA GPU"].strip() == "none found" and lines["drafter"].strip() == "CPU"
+    assert lines["CUDA"].strip() == f"not usable: {cuda_problem()}" and lines["capture test"].strip() == "not tried"
+    (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: No GPU"))
+    assert "smaller speedup" in note and str(cuda_problem()) in note
+
+
+@pytest.mark.skipif(cuda_problem() is None, reason="CUDA may well work here")
+def test_a_provider_that_does_not_load_is_one_sentence_and_no_noise(
+    HostDevice: type, capfd: pytest.CaptureFixture[str]
+) -> None:
+    problem = doctor.capture_problem(HostDevice(provider=PROVIDER))
+    assert problem and "dovetail-spec[cuda]" in problem and "\n" not in problem
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_real_engines_are_found_here() -> None:
@@ -90,18 +126,127 @@ def test_the_real_engines_are_found_here() -> None:
     assert "CPUExecutionProvider" in doctor.onnxruntime_providers()[0]
 
 
-def test_missing_cuda_libraries_are_one_sentence_and_no_noise(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_memory_bandwidth_is_in_gigabytes_per_second() -> None:
+    assert 0.5 < machine.memory_bandwidth() < 5000
+
+
+# --- of a pair: 2 layers of 2 KV heads of 4, 2**20 tokens of context: 64 MiB of KV, and 64 the drafter's on the CPU
+
+COSTS = Costs(
+    Curve((128, 1024), (1, 3, 8, 32), ((16.0, 17.0, 20.0, 40.0), (20.0, 21.0, 25.0, 60.0))),
+    Curve((128, 1024), (1, 4, 128), ((1.5, 1.8, 15.0), (1.8, 2.5, 20.0))),
+    switch_ms=8.0,
+)
+
+
+@pytest.fixture
+def gpu_pair(pair: Path) -> Path:
+    """`pair` with a float16 graph, for which its drafter's needs on a GPU are known."""
+    manifest = read_manifest(pair)
+    assert manifest.drafter
+    drafter = replace(
+        manifest.drafter, files={**manifest.drafter.files, "cuda": "drafter/drafter.fp16.onnx"}, workspace=(2**20, 1024)
+    )
+    write_manifest(pair, replace(manifest, drafter=drafter))
+    return pair
+
+
+@pytest.mark.usefixtures("engines")
+def test_measured_costs_give_plain_speed_and_when_trees_pay(invoke, pair: Path) -> None:
+    Measured("tiny", CostKey.of(read_manifest(pair), "cpu", None), COSTS, 4.0, "2026-11-22T14:35:47+00:00").store()
+    result = invoke("doctor", str(pair), "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    # Four nodes: a pass of 17.6 ms and three calls of 1.7 for three rows, against a plain step of 16
+    tree = {"width": 4, "verify_ms": 17.6, "draft_ms": 5.1, "acceptance_length": 1.42}
+    assert report["pair"]["speed"] == {
+        "plain_tokens_per_s": 62.5, "measured": "2026-11-22T14:35:47+00:00", "tree": tree,
+    }  # fmt: skip
+    assert any("5.1 ms, 22% of a round" in note for note in report["notes"])
+    assert "on 2026-11-22" in invoke("doctor", str(pair)).stdout
+
+
+@pytest.mark.usefixtures("engines")
+def test_without_costs_speed_is_a_bound_from_the_bandwidth_and_called_so(invoke, pair: Path) -> None:
+    speed = json.loads(invoke("doctor", str(pair), "--json").stdout)["pair"]["speed"]
+    assert speed == {"plain_tokens_per_s": 20e9 / 4096, "measured": None, "tree": None}
+    (line,) = (line for line in invoke("doctor", str(pair)).stdout.splitlines() if line.startswith("speed"))
+    assert "at most" in line and "estimate" in line and f"dovetail-run tune {pair} measures it" in line
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize(("free", "context", "exit_code"), [(278, 2**20, 0), (214, 2**19, 0), (149, 0, 7)])
+def test_ram_fits_wholly_in_part_or_not(
+    invoke, pair: Path, monkeypatch: pytest.MonkeyPatch, free: int, context: int, exit_code: int
 ) -> None:
-    if doctor.nvidia_gpus():
-        pytest.skip("CUDA may well work here")
-    monkeypatch.setattr(doctor, "cuda_problem", lambda: None)  # a driver and a device, but nothing else
-    problem = doctor.why_no_cuda()
-    assert problem and "dovetail-spec[cuda]" in problem
-    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(machine, "ram_mb", lambda: (16384, free))
+    result = invoke("doctor", str(pair), "--json")
+    report = json.loads(result.stdout)
+    ram = report["pair"]["ram"]
+    assert (ram["needed_mb"], ram["fits"], ram["context"]) == (278.0, free == 278, context)
+    assert any(f"about {context} fit" in note for note in report["notes"]) is (free == 214)
+    assert result.exit_code == exit_code
+    assert ("150.0 runtimes = 278.0 MiB" in result.stderr and result.stderr.count("\n") == 1) is bool(exit_code)
 
 
-def test_probe_model_runs() -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(doctor.PROBE_MODEL, providers=["CPUExecutionProvider"])
-    assert [entry.name for entry in session.get_inputs()] == ["x"]
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize(
+    ("free_mb", "vram", "fits", "device", "said"),
+    [
+        (None, None, None, "cpu", "would take "),
+        (None, "4GB", True, "cpu", "within --vram of 3814 MiB"),
+        (None, "100MB", False, "cpu", "does not fit 95.4 MiB of VRAM: "),
+        (3072, None, True, "cuda", "3072 MiB are free: it fits"),
+        (500, None, False, "cpu", "500 MiB are free: the drafter may have to run on the CPU"),
+        (3072, "100MB", False, "cpu", "as it is the drafter runs on the CPU"),
+    ],
+)
+def test_vram_decides_where_the_drafter_runs(
+    invoke,
+    gpu_pair: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_mb: int | None,
+    vram: str | None,
+    fits: bool | None,
+    device: str,
+    said: str,
+) -> None:
+    if free_mb is not None:
+        monkeypatch.setattr(doctor, "try_cuda", lambda: (Cuda("13.0", free_mb=free_mb, total_mb=4096), None))
+    flags = ["--vram", vram] if vram else []
+    result = invoke("doctor", str(gpu_pair), *flags, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["pair"]
+    assert (found["vram"]["fits"], found["drafter_device"]) == (fits, device)
+    assert said in found["vram"]["said"] and " = 51" in found["vram"]["said"]  # 512 MiB are CUDA's own
+    assert ("drafter_kv" in found["ram"]["parts_mb"]) is (device == "cpu")
+
+
+@pytest.mark.usefixtures("engines")
+def test_a_pair_that_does_not_tell_its_vram_is_no_error(invoke, gpu_pair: Path) -> None:
+    manifest = read_manifest(gpu_pair)
+    assert manifest.drafter
+    write_manifest(gpu_pair, replace(manifest, drafter=replace(manifest.drafter, workspace=())))
+    result = invoke("doctor", str(gpu_pair), "--json")
+    vram = json.loads(result.stdout)["pair"]["vram"]
+    assert result.exit_code == 0 and vram["fits"] is None and "export the drafter again" in vram["said"]
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["./nowhere"], 3, "dovetail.json is missing"),
+        (["smollm2-135m"], 3, "dovetail-export pair smollm2-135m builds it"),
+        (["gpt-17"], 2, "pair 'gpt-17' is unknown"),
+        (["--vram", "3GB"], 2, "name one"),
+        (["./nowhere", "--vram", "much"], 2, "size 'much' is unknown"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_nothing_is_built(
+    invoke, monkeypatch: pytest.MonkeyPatch, arguments: list[str], exit_code: int, said: str
+) -> None:
+    monkeypatch.setattr(pairs, "build_pair", lambda *_: pytest.fail("it was built"))
+    result = invoke("doctor", *arguments)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert said in result.stderr and result.stderr.count("\n") == 1

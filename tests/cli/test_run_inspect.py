@@ -50,6 +50,17 @@ def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
     assert set(facts["files"]) == {"target/openvino_model.bin", "target/config.json", "drafter/drafter.int8.onnx"}
 
 
+def test_what_a_gpu_would_be_asked_for_is_shown_with_and_without_a_limit(invoke, tiny_full_pair: Path) -> None:
+    plan = json.loads(invoke("inspect", str(tiny_full_pair), "--json").stdout)["vram"]
+    parts = ("weights_mb", "state_mb", "rows_mb", "workspace_mb", "cuda_mb")
+    assert sum(plan[part] for part in parts) == pytest.approx(plan["total_mb"], abs=0.3)
+    assert f"drafter on a GPU      {plan['text']}" in invoke("inspect", str(tiny_full_pair)).stdout
+    small = json.loads(invoke("inspect", str(tiny_full_pair), "--vram", "100MB", "--json").stdout)["vram"]
+    assert "does not fit 95.4 MiB" in small["problem"] and plan["text"] in small["problem"]
+    result = invoke("inspect", str(tiny_full_pair), "--vram", "big")
+    assert result.exit_code == 2 and result.stderr == "error: size 'big' is unknown: give e.g. 3GB or 512MiB\n"
+
+
 def test_text_names_the_pair_and_its_tree(invoke, pair: Path) -> None:
     result = invoke("inspect", str(pair))
     assert result.exit_code == 0, result.output

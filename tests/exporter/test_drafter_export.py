@@ -25,12 +25,13 @@ from openvino import opset13 as ops  # noqa: E402
 from dovetail.exporter import cli_drafter, onnx_int8  # noqa: E402
 from dovetail.exporter import drafter as exporting  # noqa: E402
 from dovetail.exporter.drafter import FILES, export_drafter, load_drafter  # noqa: E402
-from dovetail.exporter.drafter_checks import DYNAMIC_OPS, TOLERANCES, check_parity, check_static  # noqa: E402
+from dovetail.exporter.drafter_checks import DYNAMIC_OPS, TOLERANCES, check_parity, check_static, folded  # noqa: E402
 from dovetail.exporter.target_weights import read_embedding_and_head  # noqa: E402
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint  # noqa: E402
 from dovetail.runtime.errors import ExportError, SourceError  # noqa: E402
 from dovetail.runtime.manifest import (  # noqa: E402
     DATA_SUFFIX,
+    DrafterFacts,
     Manifest,
     TargetFacts,
     check_pair,
@@ -39,6 +40,7 @@ from dovetail.runtime.manifest import (  # noqa: E402
     verify_files,
     write_manifest,
 )
+from dovetail.runtime.vram import BUCKETS  # noqa: E402
 
 V, H, K = 90, 32, 40
 CONFIG = DrafterConfig(
@@ -191,9 +193,25 @@ def test_float16_file_holds_no_float32_weight(pair: Path) -> None:
     assert kinds == {TensorProto.FLOAT16}
 
 
-@pytest.mark.parametrize("tokens", [8, 16, 128])
+@pytest.mark.parametrize("tokens", BUCKETS)
 def test_every_bucket_is_static_and_free_of_control_flow(pair: Path, tokens: int) -> None:
     check_static(pair / "drafter" / FILES["cuda"], tokens=tokens, slots=64 + 128)
+
+
+# Operators for which ONNX Runtime has CUDA kernels in the types used here (its docs/OperatorKernels.md, opset 20).
+CUDA_KERNELS = {
+    "Add", "Cast", "Concat", "Cos", "Div", "Exp", "Gather", "Gemm", "Less", "LogSoftmax", "MatMul", "Mul", "Neg", "Pow",
+    "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "ScatterND", "Sigmoid", "Sin", "Slice", "Softmax",
+    "Sqrt", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", BUCKETS)
+def test_no_node_of_any_bucket_is_left_to_the_cpu(pair: Path, tokens: int) -> None:
+    """What is placed where only a GPU can tell, and the session refuses; here: nothing without a CUDA kernel."""
+    graph = folded(pair / "drafter" / FILES["cuda"], tokens, slots=64 + 128).graph
+    assert {node.op_type for node in graph.node} <= CUDA_KERNELS
+    assert not {node.domain for node in graph.node} - {"", "ai.onnx"}
 
 
 def test_fixing_slots_alone_leaves_no_shape_arithmetic(pair: Path, tmp_path: Path) -> None:
@@ -250,9 +268,10 @@ def test_block_quantisation_is_within_half_a_step(columns: int) -> None:
 def test_a_failed_check_leaves_nothing_behind(
     pair: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def copy(drafter: object, folder: Path, *_: object) -> None:
+    def copy(drafter: object, folder: Path, facts: DrafterFacts, _: object) -> DrafterFacts:
         for file in (pair / "drafter").glob("*.onnx*"):
             shutil.copyfile(file, folder / file.name)
+        return facts
 
     monkeypatch.setattr(exporting, "_write_files", copy)
     other = write_checkpoint(tmp_path / "other", seed=3)  # the files are another drafter's: parity must fail

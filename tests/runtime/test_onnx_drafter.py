@@ -18,10 +18,10 @@ import onnx_ir as ir  # noqa: E402
 from dovetail.exporter.drafter_graph import to_onnx  # noqa: E402
 from dovetail.exporter.onnx_int8 import quantize  # noqa: E402
 from dovetail.models import Drafter, DrafterConfig  # noqa: E402
-from dovetail.runtime import onnx_drafter  # noqa: E402
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError  # noqa: E402
 from dovetail.runtime.manifest import DrafterFacts, Manifest, TargetFacts  # noqa: E402
-from dovetail.runtime.onnx_drafter import BLOCKED, CHUNK, PREFIX_STEP, CpuRunner, OnnxDrafter  # noqa: E402
+from dovetail.runtime.onnx_drafter import OnnxDrafter  # noqa: E402
+from dovetail.runtime.runners import CHUNK, PREFIX_STEP, CpuRunner  # noqa: E402
 from dovetail.runtime.sessions import DraftSession  # noqa: E402
 from dovetail.runtime.tree import DraftTree, TreeLimits  # noqa: E402
 
@@ -191,36 +191,18 @@ def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
     assert isinstance(runner, CpuRunner)
     session.extend(stream[0][:4], stream[1][:4])
     outputs = runner._lanes[4][1].get_outputs()
-    buffers = [runner.rows.top_logprobs, runner.rows.top_ids, runner._bank, *runner._kv]
+    rows = runner.rows(4)
+    buffers = [rows.top_logprobs, rows.top_ids, runner._bank, *runner._kv.values()]
     assert sorted(o.data_ptr() for o in outputs) == sorted(b.ctypes.data for b in buffers)
-    marks = [buffer.copy() for buffer in runner._kv]
-    for mark, buffer in zip(marks, runner._kv, strict=True):
+    marks = [buffer.copy() for buffer in runner._kv.values()]
+    for mark, buffer in zip(marks, runner._kv.values(), strict=True):
         written = np.flatnonzero(np.abs(buffer).max(axis=(1, 2, 3)))
         assert written.tolist() == [TREE_SLOTS + j for j in range(4)]
         buffer[TREE_SLOTS + 300 :] = mark[TREE_SLOTS + 300 :] = 7.0  # beyond what is bound
     session.extend(stream[0][4:5], stream[1][4:5])
-    for mark, buffer in zip(marks, runner._kv, strict=True):
+    for mark, buffer in zip(marks, runner._kv.values(), strict=True):
         changed = np.flatnonzero(np.abs(buffer - mark).max(axis=(1, 2, 3)))
         assert changed.tolist() == [TREE_SLOTS + 4]
-
-
-def test_padding_rows_change_nothing(tiny: Tiny, stream) -> None:
-    """A bucket's unused rows attend to nothing and write where nobody reads."""
-    exact, padded = tiny.open(), tiny.open()
-    for session in (exact, padded):
-        session.extend(stream[0][:6], stream[1][:6])
-    run = padded._runner.run
-
-    def in_a_bucket(n: int, context: int, *, upload_features: bool):
-        padded._rows.pad(n, 8, TREE_SLOTS)
-        found = run(8, context, upload_features=upload_features)
-        return replace(found, logprobs=found.logprobs[:n], ids=found.ids[:n])
-
-    padded._runner.run = in_a_bucket  # type: ignore[method-assign]  # the CUDA runner's buckets, on the CPU
-    for session in (exact, padded):
-        session.extend(stream[0][6:9], stream[1][6:9])
-    assert (padded._rows.tree_mask[3:8] == BLOCKED).all()
-    assert_same_tree(exact.propose(LIMITS), padded.propose(LIMITS))
 
 
 def test_proposals_stay_in_the_draft_vocabulary(tiny: Tiny, stream) -> None:
@@ -238,30 +220,6 @@ def test_int8_stays_close_to_float(tiny: Tiny, stream) -> None:
     for node in range(1, len(tree)):
         expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
         assert tree.logprobs[node] == pytest.approx(expected, abs=0.15 * len(path_to(tree, node)) + 0.15)
-
-
-def test_cuda_asked_for_and_missing_is_one_typed_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: "no NVIDIA driver: install it")
-    with pytest.raises(DeviceError, match="cannot run on CUDA: no NVIDIA driver") as caught:
-        OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"), device="cuda")
-    assert "\n" not in str(caught.value)
-
-
-def test_auto_falls_back_to_the_cpu_and_says_why(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: "no NVIDIA driver: install it")
-    session = OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"))
-    assert session.device == "CPU (int8)"
-    assert "no NVIDIA driver" in session.device_note
-
-
-def test_cuda_that_refuses_at_load_falls_back_too(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise DeviceError("out of memory")
-
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaRunner", refuse)
-    session = OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"))
-    assert session.device == "CPU (int8)" and "out of memory" in session.device_note
 
 
 def test_bad_input_is_refused_and_changes_nothing(tiny: Tiny, stream) -> None:

@@ -20,8 +20,9 @@ from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.machine import Cpu
 from dovetail.runtime.manifest import Manifest, file_entry, read_manifest
 from dovetail.runtime.metrics import Meter
-from dovetail.runtime.onnx_drafter import CHUNK, OnnxDrafter
+from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
+from dovetail.runtime.runners import CHUNK
 from dovetail.runtime.tree import TreeLimits
 from dovetail.runtime.tune import ROWS, known_or_measured, measure, timed_tree
 
@@ -192,7 +193,7 @@ def test_a_timed_tree_is_a_chain_and_siblings_of_its_nodes(nodes: int) -> None:
 
 def test_assumed_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
     sessions.text()
-    kv = [*(group.data for group in sessions.target.model._groups), *sessions.drafter._runner._kv]
+    kv = [*(group.data for group in sessions.target.model._groups), *sessions.drafter._runner._kv.values()]
     before = [array.copy() for array in kv]
     sessions.target.assume(10)
     sessions.drafter.assume(10)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,12 +20,14 @@ from dovetail.exporter.drafter_graph import to_onnx
 from dovetail.exporter.onnx_int8 import quantize
 from dovetail.exporter.stages import Progress, silent
 from dovetail.exporter.target_weights import read_embedding_and_head
+from dovetail.exporter.vram_fit import narrowed, workspace
 from dovetail.models.checkpoint import CheckpointError, load_checkpoint
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.calibration import CALIBRATION_NAME, Calibration
-from dovetail.runtime.errors import ExportError, PairError, SourceError
+from dovetail.runtime.errors import DeviceError, ExportError, PairError, SourceError
 from dovetail.runtime.graph import FeatureMix
 from dovetail.runtime.manifest import DATA_SUFFIX, DrafterFacts, sha256_file
+from dovetail.runtime.vram import LEAST_CONTEXT, plan, plan_within
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children returned per row; the paper's largest
@@ -40,14 +44,18 @@ def export_drafter(
     *,
     tree_slots: int = TREE_SLOTS,
     top_k: int = TOP_K,
+    vram: int = 0,
+    fit: bool = False,
+    keep: Collection[int] = (),
     progress: Progress = silent,
 ) -> DrafterFacts:
     """Write both ONNX files, the config and, where the checkpoint has one, the calibration; returns the facts.
 
     out_dir: a pair's `drafter` folder.  target_dir: the pair's `target` folder, whose rows and tokenizer the
-    drafter shares.  progress is told each stage, and the parity of each file.  The files appear only after every
-    check has passed.
-    Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk).
+    drafter shares.  vram: bytes of GPU memory to keep to, 0 for no limit; fit: its context and then its draft
+    vocabulary may shrink to that, the tokens of `keep` stay.  progress is told each stage, and the parity of each
+    file.  The files appear only after every check has passed.
+    Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more than `vram`).
     """
     copied = [CONFIG, CALIBRATION_NAME] if read_calibration(Path(checkpoint)) else [CONFIG]
     progress("reading the target's embedding and head")
@@ -56,7 +64,9 @@ def export_drafter(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as scratch:
-            _write_files(drafter, Path(scratch), facts, progress)
+            facts = _write_files(drafter, Path(scratch), facts, progress)
+            if vram:
+                drafter, facts = _fitted(drafter, Path(scratch), replace(facts, vram=vram), fit, keep, progress)
             if drafter.mix:
                 feature_mix(drafter).save(Path(scratch) / FEATURE_MIX)
             for report in check_files(drafter, Path(scratch), facts):
@@ -138,13 +148,39 @@ def check_files(drafter: Drafter, folder: Path, facts: DrafterFacts) -> list[Par
     return reports
 
 
-def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: Progress) -> None:
+def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
+    """Both graphs; returns the facts with what the one for CUDA takes there."""
     for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
         progress(f"exporting {FILES[device]}")
         model = to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
         if device == "cpu":
             quantize(model)
         save(model, folder / FILES[device])
+    return replace(facts, workspace=workspace(folder / FILES["cuda"], facts.tree_slots))
+
+
+def _fitted(
+    drafter: Drafter, folder: Path, facts: DrafterFacts, fit: bool, keep: Collection[int], progress: Progress
+) -> tuple[Drafter, DrafterFacts]:
+    """The drafter in `folder` if it keeps to facts.vram, else, with `fit`, a narrower one in its place."""
+    while True:
+        try:
+            plan_within(facts, _weights(folder), facts.vram, fit=fit)
+            return drafter, facts
+        except DeviceError as error:
+            if not fit:
+                raise ExportError(str(error)) from None
+        least = plan(facts, _weights(folder), min(facts.max_context, LEAST_CONTEXT))
+        drafter = narrowed(drafter, least, facts.vram, keep)
+        size = drafter.config.draft_vocab_size
+        progress(f"keeping {size} of {facts.draft_vocab_size} draft tokens, to fit the limit of VRAM")
+        facts = replace(facts, draft_vocab_size=size, top_k=min(facts.top_k, size))
+        facts = _write_files(drafter, folder, facts, progress)
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of the graph for CUDA, as the manifest counts them."""
+    return sum(file.stat().st_size for file in folder.glob(f"{FILES['cuda']}*"))
 
 
 def save(model: ir.Model, file: Path) -> None:

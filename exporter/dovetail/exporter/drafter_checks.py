@@ -215,17 +215,7 @@ def check_static(file: Path, tokens: int, slots: int) -> None:
 
     A CUDA graph replays fixed addresses and shapes.  Raises ExportError naming the first such node.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        folded = Path(folder) / "folded.onnx"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(folded)
-        options.add_free_dimension_override_by_name("tokens", tokens)
-        options.add_free_dimension_override_by_name("slots", slots)
-        ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(folded, load_external_data=False)
-        model = onnx.shape_inference.infer_shapes(graph, strict_mode=True)
+    model = folded(file, tokens, slots)
     if dynamic := [node for node in model.graph.node if node.op_type in DYNAMIC_OPS]:
         raise ExportError(f"{file.name} cannot be captured: {dynamic[0].op_type} {dynamic[0].name!r} depends on data")
     shapes = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.output)}
@@ -235,3 +225,17 @@ def check_static(file: Path, tokens: int, slots: int) -> None:
                 raise ExportError(
                     f"{file.name} cannot be captured: the shape of {name!r} ({node.op_type}) is not fixed"
                 )
+
+
+def folded(file: Path, tokens: int, slots: int) -> onnx.ModelProto:
+    """The graph with both dimensions fixed, constants folded and every shape inferred."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "folded.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(path)
+        options.add_free_dimension_override_by_name("tokens", tokens)
+        options.add_free_dimension_override_by_name("slots", slots)
+        ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)

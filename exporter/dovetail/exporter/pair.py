@@ -23,7 +23,7 @@ from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_p
 
 CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
-DRAFTER_LAYOUT = 2  # of its files; with another number they are built anew
+DRAFTER_LAYOUT = 3  # of its files; with another number they are built anew
 
 
 def default_folder(name: str) -> Path:
@@ -61,37 +61,54 @@ def build_reference_pair(
         return _finish(build, Manifest(name, target, drafter, {}, provenance=provenance))
 
 
-def add_drafter(checkpoint: Path, pair: Path, *, force: bool = False, progress: Progress = silent) -> Manifest:
+def add_drafter(
+    checkpoint: Path,
+    pair: Path,
+    *,
+    vram: int = 0,
+    fit: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
     """Export the drafter checkpoint for the target at `pair` and make the two a pair.
 
+    vram: bytes of GPU memory that it is to keep to, 0 for no limit; fit: it may shrink to that.
     An identical drafter is a no-op; another one is replaced only with `force`.
-    Raises ExportError (no finished target, another drafter there), SourceError (unreadable checkpoint),
-    MismatchError (trained for another target).
+    Raises ExportError (no finished target, another drafter there, more than `vram`), SourceError (unreadable
+    checkpoint), MismatchError (trained for another target).
     """
     with PairBuild(pair, resume=True, force=force, progress=progress) as build:
         build.keep("target")
         assert build.finished is not None  # keep() has checked
-        drafter = build_drafter(build, checkpoint)
+        drafter = build_drafter(build, checkpoint, vram, fit, build.finished.target.eos_token_ids)
         provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
         return _finish(build, replace(build.finished, drafter=drafter, provenance=provenance))
 
 
-def build_drafter(build: PairBuild, checkpoint: Path) -> DrafterFacts:
-    """Run the drafter's stage on the build's target; returns its facts."""
+def build_drafter(
+    build: PairBuild, checkpoint: Path, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = ()
+) -> DrafterFacts:
+    """Run the drafter's stage on the build's target; returns its facts.  vram, fit, keep: see export_drafter."""
     inputs = {
         "checkpoint": _checkpoint_digest(checkpoint),
         "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes
         "packages": versions(*DRAFTER_PACKAGES),
         "layout": DRAFTER_LAYOUT,
+        "vram": vram,
+        "fit": fit,
     }
 
     def fill(folder: Path) -> Mapping[str, Any]:
         from dovetail.exporter.drafter import export_drafter
 
-        return asdict(export_drafter(checkpoint, build.folder("target"), folder, progress=build.progress))
+        target = build.folder("target")
+        return asdict(
+            export_drafter(checkpoint, target, folder, vram=vram, fit=fit, keep=keep, progress=build.progress)
+        )
 
     raw = build.run(Stage("drafter", inputs, fill))
-    return DrafterFacts(**{**raw, "feature_layers": tuple(raw.get("feature_layers", ()))})  # a list in a stage's record
+    lists = {name: tuple(raw.get(name, ())) for name in ("feature_layers", "workspace")}  # in a stage's record
+    return DrafterFacts(**{**raw, **lists})
 
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:

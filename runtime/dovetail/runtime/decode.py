@@ -151,6 +151,11 @@ class Conversation:
                 self.tell(np.array(result.features))  # the next pass may reuse its memory
 
     @property
+    def bus_bytes(self) -> int:
+        """Bytes that the drafter has moved between host and device, where it says so."""
+        return getattr(self.drafter, "bus_bytes", 0)
+
+    @property
     def unread(self) -> int:
         """Pairs that the drafter has yet to be told."""
         return self._unread.pairs
@@ -291,6 +296,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             talk.read()
             meter.lap("prefill")
 
+        moved = talk.bus_bytes
         while step.finish is None:
             meter.resume()
             tokens_left -= len(step.tokens)
@@ -318,6 +324,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
             meter.lap("other")
             meter.add_round(len(tree) - 1, min(verdict.accepted, len(step.tokens)))
+            meter.bus_bytes = talk.bus_bytes - moved
             meter.new_tokens += len(step.tokens)
             yield step
     finally:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from .decode import Conversation, FinishReason, Request, Step, decode
-from .errors import InputError
+from .errors import DeviceError, InputError
+from .manifest import Manifest, read_sound
 from .metrics import GenerationMetrics, Meter
 from .sampling import SamplingParams
 from .schedule import BOUNDS, Scheduler
@@ -113,8 +115,7 @@ class Engine:
         self.scheduler = scheduler
         self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
         self.target_device = target.device
-        self.drafter_device = drafter.device if drafter else None
-        self.drafter_note: str | None = getattr(drafter, "device_note", None)  # why it runs there, where it says so
+        self._drafter = drafter
         self.max_context = target.max_context
         self._conversation: Conversation | None = Conversation(target, drafter, draft_context)
         self._busy = Lock()
@@ -125,6 +126,8 @@ class Engine:
         path: str | Path,
         *,
         drafter_device: str = "auto",
+        vram: str | int | None = None,
+        fit: bool = False,
         threads: int | None = None,
         tree: TreeLimits | None = None,
         ov_config: Mapping[str, str] | None = None,
@@ -132,7 +135,9 @@ class Engine:
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
 
-        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. threads: of each engine, None for theirs.
+        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works; a GPU that fails later is left for the CPU,
+        with a warning in the log. vram: bytes of it that the drafter may take, or "3GB", None for what the pair says;
+        fit: its context may shrink to that. threads: of each engine, None for theirs.
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
         machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
         ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}.
@@ -143,31 +148,56 @@ class Engine:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
         from .calibration import pair_calibration
-        from .manifest import read_sound
         from .onnx_drafter import OnnxDrafter
         from .openvino_target import OpenVINOTarget
+        from .steady import SteadyDrafter
         from .tokenizer import Tokenizer
         from .tune import known_or_measured
+        from .vram import parse_size
 
         pair = Path(path)
+        room = parse_size(vram) if isinstance(vram, str) else vram
         manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config)
-        drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads) if manifest.drafter else None
+        if manifest.drafter is None:
+            return cls(target, None, tokenizer, tree=tree or manifest.tree, stop_tokens=_stops(tokenizer, manifest))
+
+        def open_cpu(note: str) -> OnnxDrafter:
+            return OnnxDrafter.open_cpu(pair, manifest, threads=threads, note=note)
+
+        drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads, vram=room, fit=fit)
         scheduler = None
-        if drafter and tree is None:
-            costs = known_or_measured(manifest, target, drafter, threads, ov_config, progress=progress)
+        if tree is None:
+            measure = partial(known_or_measured, manifest, target, threads=threads, ov_config=ov_config)
+            try:
+                costs = measure(drafter, progress=progress)
+            except DeviceError as error:
+                if drafter_device == "cuda" or drafter.file_key == "cpu":
+                    raise
+                drafter.close()
+                drafter = open_cpu(f"no CUDA: {error}")
+                costs = measure(drafter, progress=progress)
             scheduler = Scheduler(costs, pair_calibration(pair, manifest))
             tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
         return cls(
             target,
-            drafter,
+            SteadyDrafter(drafter, open_cpu if drafter.file_key == "cuda" else None),
             tokenizer,
             tree=tree or manifest.tree,
             scheduler=scheduler,
-            stop_tokens={*tokenizer.eos_token_ids, *manifest.target.eos_token_ids},
-            draft_context=manifest.drafter.max_context if manifest.drafter else None,
+            stop_tokens=_stops(tokenizer, manifest),
         )
+
+    @property
+    def drafter_device(self) -> str | None:
+        """Where the drafter runs; a GPU that fails in the middle of a text is left for the CPU."""
+        return self._drafter.device if self._drafter else None
+
+    @property
+    def drafter_note(self) -> str | None:
+        """Why it runs there, where it says so."""
+        return getattr(self._drafter, "device_note", None)
 
     def generate(
         self,
@@ -256,7 +286,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
-        self._conversation = None
+        self._conversation = self._drafter = None
 
     def __enter__(self) -> Self:
         return self
@@ -324,6 +354,10 @@ class _Text:
             meter.new_tokens -= len(step.tokens) - used
         meter.lap("other")
         return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
+
+
+def _stops(tokenizer: TextTokenizer, manifest: Manifest) -> set[int]:
+    return {*tokenizer.eos_token_ids, *manifest.target.eos_token_ids}
 
 
 def _check_messages(messages: object) -> Sequence[Message]:

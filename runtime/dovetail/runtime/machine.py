@@ -1,4 +1,7 @@
-"""What this machine is: CPU, memory, system, versions. Standard library only, nothing is measured by running it."""
+"""What this machine is: CPU, memory, system, versions.
+
+Standard library only, and nothing is measured by running it, but for `memory_bandwidth`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
+TOPOLOGY = Path("/sys/devices/system/cpu")
 
 # What makes INT8 passes quick, newest first within each family; names as in /proc/cpuinfo.
 INSTRUCTION_SETS = (
@@ -23,6 +29,9 @@ INSTRUCTION_SETS = (
 INT8_SETS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
 
 PACKAGES = ("dovetail-spec", "openvino", "onnxruntime-gpu", "onnxruntime", "tokenizers", "numpy")
+
+COPIED_BYTES = 128 << 20  # with its copy more than the caches of nearly all machines hold
+COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,18 @@ def cpu(cpuinfo: Path = CPUINFO) -> Cpu:
     )
 
 
+def physical_cores() -> int:
+    """Physical cores this process may run on; hyper-threads of one core count once."""
+    allowed = _allowed_cpus()
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add((TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip())
+        except OSError:  # no sysfs: containers, macOS
+            return len(allowed)
+    return max(1, len(cores))
+
+
 def ram_mb() -> tuple[int, int]:
     """Total and available memory in MiB."""
     if MEMINFO.exists():
@@ -62,6 +83,25 @@ def ram_mb() -> tuple[int, int]:
         return int(rows["MemTotal"].split()[0]) // 1024, int(rows["MemAvailable"].split()[0]) // 1024
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     return total, total
+
+
+def memory_bandwidth() -> float:
+    """GB/s between memory and all usable threads, reads and writes counted: the best of some copies.
+
+    It takes some tenths of a second and 256 MiB.
+    """
+    import numpy as np
+
+    threads = len(_allowed_cpus())
+    targets, sources = (np.array_split(np.empty(COPIED_BYTES, np.uint8), threads) for _ in range(2))
+    times = []
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: part.fill(1), sources))  # memory is had, and near a CPU, once it is written
+        for _ in range(COPIES):
+            begin = perf_counter()
+            list(pool.map(np.copyto, targets, sources))  # other threads run meanwhile
+            times.append(perf_counter() - begin)
+    return 2 * COPIED_BYTES / min(times) / 1e9
 
 
 def peak_rss_mb() -> float:
@@ -99,6 +139,12 @@ def describe() -> dict[str, object]:
         "ram_mb": ram_mb()[0],
         "os": platform.platform(),
     }
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _cpu_entries(cpuinfo: Path) -> Iterator[dict[str, str]]:

@@ -78,6 +78,8 @@ class DrafterFacts:
     top_k: children that the graph returns per row. tree_slots: rows of KV kept for tree nodes.
     max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
     feature_layers: blocks of the target read beside its last feature; then files["features"] says how (FeatureMix).
+    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; () where unknown.
+    vram: bytes of GPU memory that it was exported to keep to; 0 for no limit.
     """
 
     fusion: str
@@ -94,6 +96,8 @@ class DrafterFacts:
     tokenizer_sha256: str
     files: dict[str, str]
     feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
+    workspace: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
+    vram: int = field(default=0, metadata=_MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -102,6 +106,10 @@ class DrafterFacts:
             raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
         if bool(self.feature_layers) != ("features" in self.files):
             raise ManifestError("drafter.feature_layers and files['features'] do not match: export the drafter again")
+        if len(self.workspace) not in (0, 2) or min(self.workspace, default=0) < 0:
+            raise ManifestError(f"drafter.workspace {self.workspace} is no pair of sizes: export the drafter again")
+        if self.vram < 0:
+            raise ManifestError(f"drafter.vram {self.vram} is out of range: export the drafter again")
         _require_positive(
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",

@@ -30,6 +30,7 @@ class GenerationMetrics:
     other_ms: all else, text and sampling included. total_ms: their sum.
     time_to_first_token_ms: up to the first token. decode_ms: from there to the end.
     tokens_per_second: tokens after the first, over decode_ms; 0 when there are none.
+    bus_bytes: moved between host and drafter's device in all rounds, both ways; 0 for a drafter on the CPU.
     """
 
     prompt_tokens: int
@@ -48,6 +49,7 @@ class GenerationMetrics:
     time_to_first_token_ms: float
     decode_ms: float
     tokens_per_second: float
+    bus_bytes: int = 0
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Meter:
     accepted_per_position: list[int] = field(default_factory=list)
     spent_ms: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "other": 0})
     first_token_ms: float = 0.0
+    bus_bytes: int = 0
     clock: Callable[[], float] = perf_counter  # seconds
     _mark: float = field(init=False)
 
@@ -111,4 +114,5 @@ class Meter:
             time_to_first_token_ms=self.first_token_ms,
             decode_ms=decode_ms,
             tokens_per_second=later / decode_ms * 1e3 if later > 0 and decode_ms > 0 else 0.0,
+            bus_bytes=self.bus_bytes,
         )

@@ -2,7 +2,7 @@
 
 On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree level costs one run and a few
 small writes; the KV buffer is bound as a prefix that grows with the context.  On CUDA (float16) the same
-arrays are the host side of device tensors, in buckets of rows, each captured as a CUDA graph.
+rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
 
 Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size.
 KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
@@ -11,27 +11,20 @@ node i's; row T takes what nobody will read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import redirect_stdout
-from io import StringIO
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .devices import cuda_problem, physical_cores
+from .cuda import CudaDevice, cuda_problem
+from .cuda_runner import CudaRunner, Device
 from .errors import ContextOverflow, DeviceError, InputError, PairError
+from .machine import physical_cores
 from .manifest import DrafterFacts, Manifest
+from .runners import BLOCKED, CHUNK, CpuRunner, Runner
 from .sessions import FloatArray, TokenArray
 from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
-
-CHUNK = 128  # pairs of a prompt per call
-PREFIX_STEP = 256  # context pairs by which the bound prefix of the KV buffer grows
-BUCKETS = (8, 16, CHUNK)  # rows per captured CUDA graph
-BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
-
-Array = NDArray[Any]
+from .vram import plan_pair
 
 
 class OnnxDrafter:
@@ -42,18 +35,28 @@ class OnnxDrafter:
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
         self.device, self.device_note = device, device_note
-        self.file_key, self.max_context, self.top_k = runner.file_key, facts.max_context, facts.top_k
-        self._facts, self._runner, self._rows = facts, runner, runner.rows
+        self.file_key, self.max_context, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self._facts, self._runner = facts, runner
         self._length = 0
         self._root: tuple[int, Candidates] | None = None  # last known token and its children
 
     @classmethod
-    def open(cls, pair: Path, manifest: Manifest, *, device: str = "auto", threads: int | None = None) -> OnnxDrafter:
+    def open(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        vram: int | None = None,
+        fit: bool = False,
+    ) -> OnnxDrafter:
         """Load the pair's drafter: "cuda", "cpu", or "auto" (CUDA when there is one, else the CPU).
 
         threads: of the CPU session, default one per physical core.
-        Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing,
-        or ONNX Runtime refuses the file).
+        vram: bytes of GPU memory that it may take, None for what the pair says; fit: its context may shrink to that.
+        Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
+        small, or ONNX Runtime refuses the file).
         """
         facts = manifest.drafter
         if facts is None:
@@ -62,23 +65,52 @@ class OnnxDrafter:
             raise InputError(f"drafter device {device!r} is unknown: choose auto, cpu or cuda")
         note = "asked for"
         if device != "cpu":
-            problem = _cuda_missing(facts)
-            if problem is None:
-                try:
-                    runner = CudaRunner(Path(pair) / facts.files["cuda"], facts)
-                    return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
-                except DeviceError as error:
-                    problem = str(error)
-            if device == "cuda":
-                raise DeviceError(f"the drafter cannot run on CUDA: {problem}")
-            note = f"no CUDA: {problem}"
-        cpu = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or physical_cores())
-        return cls(facts, cpu, device="CPU (int8)", device_note=note)
+            try:
+                return cls.open_cuda(pair, manifest, vram=vram, fit=fit)
+            except DeviceError as error:
+                if device == "cuda":
+                    raise DeviceError(f"the drafter cannot run on CUDA: {error}") from error
+                note = f"no CUDA: {error}"
+        return cls.open_cpu(pair, manifest, threads=threads, note=note)
+
+    @classmethod
+    def open_cpu(cls, pair: Path, manifest: Manifest, *, threads: int | None, note: str) -> OnnxDrafter:
+        """The INT8 drafter; note: why it is this one.  Raises DeviceError."""
+        facts = manifest.drafter
+        assert facts is not None
+        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or physical_cores())
+        return cls(facts, runner, device="CPU (int8)", device_note=note)
+
+    @classmethod
+    def open_cuda(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        vram: int | None = None,
+        fit: bool = False,
+        new_device: Callable[[], Device] | None = None,
+    ) -> OnnxDrafter:
+        """The float16 drafter on a GPU, its graphs captured.  new_device: in place of CUDA's.  Raises DeviceError."""
+        facts = manifest.drafter
+        assert facts is not None
+        plan = plan_pair(manifest, vram, fit=fit)
+        if new_device is None and (problem := cuda_problem()):
+            raise DeviceError(problem)
+        limited = bool(vram or facts.vram)
+        device = (new_device or CudaDevice)()
+        runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limited=limited)
+        return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
 
     @property
     def length(self) -> int:
         """(feature, token) pairs it has been extended with."""
         return self._length
+
+    @property
+    def bus_bytes(self) -> int:
+        """Bytes moved so far between host and device; 0 on the CPU."""
+        return self._runner.bus_bytes
 
     def extend(self, tokens: TokenArray, features: FloatArray) -> None:
         """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
@@ -118,9 +150,15 @@ class OnnxDrafter:
         self._runner.touch(length)
         self._length, self._root = length, None
 
+    def close(self) -> None:
+        """Give a GPU's memory back; the session is not to be used any more."""
+        if isinstance(self._runner, CudaRunner):
+            self._runner.close()
+
     def _extend(self, tokens: TokenArray, features: FloatArray) -> Candidates:
         """One chunk of at most CHUNK pairs."""
-        n, start, slots, rows = len(tokens), self._length, self._facts.tree_slots, self._rows
+        n, start, slots = len(tokens), self._length, self._facts.tree_slots
+        rows = self._runner.rows(n)
         positions = np.arange(start, start + n)
         rows.input_ids[:n] = tokens
         rows.position_ids[:n] = positions
@@ -131,11 +169,12 @@ class OnnxDrafter:
         rows.bank_slots[n - 1] = 0
         rows.context_end[:n] = positions + 1
         rows.tree_mask[:n] = BLOCKED
-        return self._runner.run(n, start + n, upload_features=True)
+        return self._run(n, start + n, upload_features=True)
 
     def _expand(self, level: Level) -> Candidates:
         """One level of the tree: features of the parents come from the bank."""
-        n, length, rows = len(level.rows), self._length, self._rows
+        n, length = len(level.rows), self._length
+        rows = self._runner.rows(n)
         rows.input_ids[:n] = level.tokens
         rows.position_ids[:n] = length - 1 + level.depth
         rows.feature_rows[:n] = level.parent_rows
@@ -145,7 +184,16 @@ class OnnxDrafter:
         mask = rows.tree_mask[:n]
         mask[...] = BLOCKED
         mask[level.attend] = 0
-        return self._runner.run(n, length, upload_features=False)
+        return self._run(n, length, upload_features=False)
+
+    def _run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+        found = self._runner.run(n, context, upload_features=upload_features)
+        if not np.isfinite(found.logprobs).all():
+            raise DeviceError(
+                f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "
+                "--drafter-device, or generate without speculation"
+            )
+        return found
 
     def _check(self, tokens: TokenArray, features: FloatArray) -> None:
         facts = self._facts
@@ -153,231 +201,12 @@ class OnnxDrafter:
             raise InputError(
                 f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
             )
-        if self._length + len(tokens) > facts.max_context:
+        if self._length + len(tokens) > self.max_context:
             raise ContextOverflow(
-                f"{self._length + len(tokens)} tokens exceed the drafter's context of {facts.max_context}: shorten "
+                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.max_context}: shorten "
                 "the prompt or generate without speculation"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:
             raise InputError(
                 f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {facts.target_vocab_size}"
             )
-
-
-class Rows:
-    """Per-row inputs and outputs of a call, [CHUNK, ..] each; a call of n rows uses the first n of all."""
-
-    def __init__(self, facts: DrafterFacts, dtype: type[np.floating[Any]]):
-        def index() -> NDArray[np.int64]:
-            return np.zeros(CHUNK, np.int64)
-
-        self.input_ids, self.position_ids, self.feature_rows = index(), index(), index()
-        self.kv_slots, self.bank_slots, self.context_end = index(), index(), index()
-        self.features: Array = np.zeros((CHUNK, facts.feature_size), dtype)
-        self.tree_mask: Array = np.zeros((CHUNK, facts.tree_slots), dtype)
-        self.top_logprobs = np.zeros((CHUNK, facts.top_k), np.float32)
-        self.top_ids = np.zeros((CHUNK, facts.top_k), np.int32)
-
-    INPUTS = (
-        "input_ids", "position_ids", "features", "feature_rows", "kv_slots", "bank_slots", "context_end", "tree_mask",
-    )  # fmt: skip
-    OUTPUTS = ("top_logprobs", "top_ids")
-
-    def pad(self, n: int, bucket: int, trash: int) -> None:
-        """Make rows n..bucket harmless: they attend to nothing and write where nobody reads."""
-        self.input_ids[n:bucket] = self.position_ids[n:bucket] = self.feature_rows[n:bucket] = 0
-        self.kv_slots[n:bucket] = self.context_end[n:bucket] = 0
-        self.bank_slots[n:bucket] = trash
-        self.tree_mask[n:bucket] = BLOCKED
-
-
-class Runner(Protocol):
-    """Runs the graph on `rows`, owning KV and bank.  file_key: of the graph in DrafterFacts.files."""
-
-    file_key: str
-    rows: Rows
-
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        """Run the first n rows against `context` pairs; the result is valid until the next run."""
-        ...
-
-    def touch(self, context: int) -> None:
-        """Have memory of its own under the KV of `context` pairs, whatever it holds."""
-        ...
-
-
-class CpuRunner:
-    """INT8 graph on the CPU.  KV and bank are numpy arrays, input and output of the graph at once."""
-
-    file_key = "cpu"
-
-    def __init__(self, file: Path, facts: DrafterFacts, threads: int):
-        import onnxruntime as ort
-
-        options = _options(ort)
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # The target's threads need the cores between levels: sleep, do not spin.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self._session = _session(ort, file, options, ["CPUExecutionProvider"])
-        self._slots, self._max_context = facts.tree_slots, facts.max_context
-        self.rows = Rows(facts, np.float32)
-        # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
-        self._kv = [np.zeros(shape, np.float32) for shape in _kv_shapes(facts)]
-        self._bank = np.zeros((facts.tree_slots + 1, facts.feature_size), np.float32)
-        self._lanes: dict[int, tuple[int, Any]] = {}  # n -> (KV rows bound, binding)
-
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        """See Runner."""
-        kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self._max_context)
-        bound, binding = self._lanes.get(n, (0, None))
-        if bound != kv_rows:
-            binding = self._bind(n, kv_rows, binding)
-        _call(self._session, binding)
-        return Candidates(self.rows.top_logprobs[:n], self.rows.top_ids[:n])
-
-    def touch(self, context: int) -> None:
-        """See Runner: pages that were never written share one page of zeros, which is read too quickly."""
-        for buffer in self._kv:
-            buffer[: self._slots + context, :, :, 0] += 0
-
-    def _bind(self, n: int, kv_rows: int, binding: Any | None) -> Any:
-        """Point the graph at the first n rows and the first `kv_rows` of each KV buffer."""
-        if binding is None:
-            binding = self._session.io_binding()
-            for name in Rows.INPUTS:
-                _bind_array(binding.bind_input, name, getattr(self.rows, name)[:n])
-            for name in Rows.OUTPUTS:
-                _bind_array(binding.bind_output, name, getattr(self.rows, name)[:n])
-            _bind_array(binding.bind_input, "bank", self._bank)
-            _bind_array(binding.bind_output, "bank_out", self._bank)
-        for layer, buffer in enumerate(self._kv):
-            _bind_array(binding.bind_input, f"kv.{layer}", buffer[:kv_rows])
-            _bind_array(binding.bind_output, f"kv.{layer}.out", buffer[:kv_rows])
-        self._lanes[n] = (kv_rows, binding)
-        return binding
-
-
-class CudaRunner:
-    """float16 graph on CUDA: device tensors, one captured graph per bucket of rows, fixed KV length.
-
-    ONNX Runtime replays a captured graph without looking at shapes, so `_graphs` keeps which bucket a
-    graph id was captured for, and nothing else is ever run under that id.
-    """
-
-    file_key = "cuda"
-
-    def __init__(self, file: Path, facts: DrafterFacts):
-        import onnxruntime as ort
-
-        self._ort, self._trash = ort, facts.tree_slots
-        with redirect_stdout(StringIO()):  # it prints what it does not find
-            ort.preload_dlls()  # CUDA and cuDNN from their wheels, where those are installed
-        options = _options(ort)
-        kv_shapes = _kv_shapes(facts)
-        options.add_free_dimension_override_by_name("slots", kv_shapes[0][0])
-        self._session = _session(ort, file, options, [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
-        if self._session.get_providers()[0] != "CUDAExecutionProvider":
-            raise DeviceError(
-                "ONNX Runtime could not load its CUDA provider: pip install 'dovetail-spec[cuda]' brings CUDA and cuDNN"
-            )
-        self.rows = Rows(facts, np.float16)
-        state = {f"kv.{layer}": shape for layer, shape in enumerate(kv_shapes)}
-        state["bank"] = (facts.tree_slots + 1, facts.feature_size)
-        self._state = {name: self._to_device(np.zeros(shape, np.float16)) for name, shape in state.items()}
-        self._graphs = {bucket: self._capture(graph_id, bucket) for graph_id, bucket in enumerate(BUCKETS, 1)}
-
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        """See Runner; `context` needs no binding here, the mask says how far rows see."""
-        bucket = next(size for size in BUCKETS if size >= n)
-        self.rows.pad(n, bucket, self._trash)
-        tensors, binding, run_options = self._graphs[bucket]
-        try:
-            for name in Rows.INPUTS:
-                if upload_features or name != "features":
-                    tensors[name].update_inplace(getattr(self.rows, name)[:bucket])
-        except _failures() as error:
-            raise DeviceError(f"the CUDA device failed: {_one_line(error)}: use --drafter-device cpu") from error
-        _call(self._session, binding, run_options)
-        return Candidates(tensors["top_logprobs"].numpy()[:n], tensors["top_ids"].numpy()[:n])
-
-    def touch(self, context: int) -> None:
-        """See Runner: device memory is there from the start."""
-
-    def _capture(self, graph_id: int, bucket: int) -> tuple[dict[str, Any], Any, Any]:
-        """Device tensors, binding and run options of one bucket; the first runs capture its graph."""
-        self.rows.pad(0, bucket, self._trash)
-        names = (*Rows.INPUTS, *Rows.OUTPUTS)
-        tensors = {name: self._to_device(getattr(self.rows, name)[:bucket]) for name in names}
-        binding = self._session.io_binding()
-        for name in Rows.INPUTS:
-            binding.bind_ortvalue_input(name, tensors[name])
-        for name in Rows.OUTPUTS:
-            binding.bind_ortvalue_output(name, tensors[name])
-        for name, value in self._state.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output("bank_out" if name == "bank" else f"{name}.out", value)
-        run_options = self._ort.RunOptions()
-        run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        for _ in range(3):  # memory patterns, capture, first replay
-            _call(self._session, binding, run_options)
-        return tensors, binding, run_options
-
-    def _to_device(self, array: Array) -> Any:
-        try:
-            return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-        except _failures() as error:  # out of memory, most likely
-            raise DeviceError(f"{array.nbytes} bytes do not fit on the CUDA device: {_one_line(error)}") from error
-
-
-def _kv_shapes(facts: DrafterFacts) -> list[tuple[int, ...]]:
-    """Per block [T + S, 2, g, d] for the whole context."""
-    return [(facts.tree_slots + facts.max_context, 2, facts.num_kv_heads, facts.head_size)] * facts.blocks
-
-
-def _cuda_missing(facts: DrafterFacts) -> str | None:
-    """Why the drafter cannot run on CUDA, known before ONNX Runtime is asked: it complains on stderr."""
-    if "cuda" not in facts.files:
-        return "the pair holds no float16 drafter: export it again"
-    return cuda_problem()
-
-
-def _options(ort: Any) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors reach the user as exceptions, not on stderr as well
-    return options
-
-
-def _session(ort: Any, file: Path, options: Any, providers: Sequence[Any]) -> Any:
-    try:
-        return ort.InferenceSession(str(file), options, providers=list(providers))
-    except _failures() as error:
-        raise DeviceError(f"ONNX Runtime cannot load {file}: {_one_line(error)}: export the drafter again") from error
-
-
-def _call(session: Any, binding: Any, run_options: Any = None) -> None:
-    try:
-        session.run_with_iobinding(binding, run_options)
-    except _failures() as error:
-        raise DeviceError(f"the drafter failed: {_one_line(error)}: generate without speculation") from error
-
-
-def _bind_array(bind: Any, name: str, array: Array) -> None:
-    """Bind a numpy array by address: no copy, and the array must stay alive."""
-    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own exceptions have no common base; a run with bindings raises RuntimeError."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
-        "RuntimeException",
-    )  # fmt: skip
-    return (RuntimeError, *(getattr(state, name) for name in names))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

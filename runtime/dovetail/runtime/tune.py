@@ -24,8 +24,9 @@ from .cost_cache import CostKey, Measured, recall
 from .costs import Costs, Curve
 from .errors import InputError
 from .manifest import Manifest
-from .onnx_drafter import CHUNK, OnnxDrafter
+from .onnx_drafter import OnnxDrafter
 from .openvino_target import OpenVINOTarget
+from .runners import CHUNK
 from .schedule import WIDTHS
 from .tree import DraftTree
 

@@ -7,21 +7,23 @@ import json
 import platform
 import shutil
 import subprocess
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
 
 import click
+import numpy as np
 
 from .. import machine
-from ..devices import cuda_problem
-from ..errors import DeviceError
+from ..cuda import INSTALL, CudaDevice, cuda_problem, driver_cuda, libraries, missing_libraries
+from ..cuda_runner import Block, Device
+from ..errors import DeviceError, InputError
+from ..runners import failures, one_line, session_options
+from ..vram import parse_size
+from . import expect
 
-# An ONNX model of one Identity node on one float: enough to see whether a provider really starts.
+# An ONNX model of one Identity node, from x to y, on one float: enough to see whether a provider really runs.
 PROBE_MODEL = base64.b64decode(
     "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
 )
-CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -34,58 +36,99 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """built_for: CUDA of ONNX Runtime's build, None without.  driver: newest CUDA that the driver supports.
+
+    found, missing: libraries that the build needs.  free_mb, total_mb: VRAM.  None: not known, or not tried.
+    capture: whether a captured graph replays.
+    """
+
+    built_for: str | None = None
+    driver: str | None = None
+    found: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    free_mb: int | None = None
+    total_mb: int | None = None
+    capture: bool | None = None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
-    """Everything that `doctor` reports. problems: nothing runs until solved; notes: what it costs to leave as is."""
+    """Everything that `doctor` reports. problems: nothing runs until solved; notes: what it costs to leave as is.
+
+    memory_bandwidth: GB/s.  pair: what to expect of it, where one was named.
+    """
 
     cpu: machine.Cpu
     ram_total_mb: int
     ram_available_mb: int
+    memory_bandwidth: float
     os: str
     versions: dict[str, str]
     openvino_devices: tuple[str, ...]
     onnxruntime_providers: tuple[str, ...]
     gpus: tuple[Gpu, ...]
+    cuda: Cuda
     cuda_problem: str | None
     drafter_device: str
+    pair: expect.Expectation | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 @click.command(short_help="Report what this machine can run, and on what.")
+@click.argument("pair", required=False, metavar="[PAIR]")
+@click.option("--vram", metavar="SIZE", help="GPU memory that PAIR's drafter may take, e.g. 3GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+def doctor(pair: str | None, vram: str | None, as_json: bool) -> None:
     """Report what this machine offers, and what it costs where something lacks.
 
+    With PAIR (a folder or a known name) also whether it fits and what speed to expect.
+
     \b
-    Exit codes: 0 a pair can run here (with or without a GPU),
-                7 an engine is missing or has no CPU device.
+    Exit codes: 0 a pair, or PAIR, can run here (with or without a GPU),
+                2 a flag or the name of PAIR is wrong,
+                3 PAIR cannot be read,
+                7 an engine is missing or has no CPU device, or PAIR does not fit the memory.
     """
-    report = diagnose()
+    if vram is not None and pair is None:
+        raise InputError(f"--vram {vram} is for a pair: name one")
+    report = diagnose(pair, None if vram is None else parse_size(vram))
     click.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False) if as_json else render(report))
     if report.problems:
         raise DeviceError(report.problems[0])
 
 
-def diagnose() -> Diagnosis:
-    """Look at the CPU, both engines and the GPUs; the CUDA provider is tried on a one-node model."""
-    cpu, (total, available) = machine.cpu(), machine.ram_mb()
+def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
+    """Look at the CPU, both engines, the GPUs, and the pair if one is named; CUDA is tried on a one-node model.
+
+    vram: bytes that the pair's drafter may take, if said.  Raises InputError, PairError.
+    """
+    found = None if named is None else expect.find_pair(named)
+    cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
-    gpus = nvidia_gpus()
-    problem = onnxruntime_problem or why_no_cuda()
+    cuda, no_cuda = (Cuda(), onnxruntime_problem) if onnxruntime_problem else try_cuda()
+    pair = None
+    if found:
+        room = None if no_cuda else cuda.free_mb
+        pair = expect.expect(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,
         ram_available_mb=available,
+        memory_bandwidth=round(bandwidth, 1),
         os=platform.platform(),
         versions=machine.versions(),
         openvino_devices=devices,
         onnxruntime_providers=providers,
-        gpus=gpus,
-        cuda_problem=problem,
-        drafter_device="cpu" if problem else "cuda",
-        problems=tuple(filter(None, (openvino_problem, onnxruntime_problem))),
-        notes=tuple(notes(cpu, available, problem)),
+        gpus=nvidia_gpus(),
+        cuda=cuda,
+        cuda_problem=no_cuda,
+        drafter_device="cpu" if no_cuda else "cuda",
+        pair=pair,
+        problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
+        notes=(*notes(cpu, available, no_cuda), *(pair.notes if pair else ())),
     )
 
 
@@ -126,24 +169,64 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(*row) for row in rows if len(row) == 3)
 
 
-def why_no_cuda() -> str | None:
-    """Why the drafter cannot run on a GPU here, with the remedy; None when it can.
-
-    A driver with a device is not enough: CUDA's and cuDNN's libraries must load, so a one-node model is tried.
-    """
-    import onnxruntime
-
+def try_cuda() -> tuple[Cuda, str | None]:
+    """What there is of CUDA, and why the drafter cannot run on it, with the remedy; None when it can."""
     problem = cuda_problem()
-    if problem is not None:
-        return problem
-    onnxruntime.set_default_logger_severity(4)  # a failure is told below, in one line instead of many
-    with redirect_stdout(StringIO()):  # preload_dlls prints what it does not find
-        onnxruntime.preload_dlls()
-    session = onnxruntime.InferenceSession(PROBE_MODEL, providers=[CUDA, "CPUExecutionProvider"])
-    onnxruntime.set_default_logger_severity(2)
-    if CUDA in session.get_providers():
-        return None
-    return 'the libraries of CUDA or cuDNN do not load: pip install "dovetail-spec[cuda]"'
+    built_for = _built_for()
+    missing = missing_libraries() if built_for else []
+    found = [name for name in libraries() if name not in missing] if built_for else []
+    free = total = captures = None
+    if problem is None:
+        try:
+            device = CudaDevice()
+            try:
+                free, total = (size >> 20 for size in device.memory())
+                problem = capture_problem(device)
+                captures = problem is None
+            finally:
+                device.close()
+        except DeviceError as error:
+            problem = str(error)
+    newest = driver_cuda()
+    driver = f"{newest[0]}.{newest[1]}" if newest else None
+    return Cuda(built_for, driver, tuple(found), tuple(missing), free, total, captures), problem
+
+
+def capture_problem(device: Device) -> str | None:
+    """Why a graph that is captured does not replay with what is then uploaded; None when it does."""
+    import onnxruntime as ort
+
+    expected: tuple[type[Exception], ...] = (DeviceError, *failures())
+    ort.set_default_logger_severity(4)  # a failure is told below, in one line instead of many
+    try:
+        provider = (device.provider, device.provider_options(None))
+        session = ort.InferenceSession(PROBE_MODEL, session_options(ort), providers=[provider])
+        if device.provider not in session.get_providers():
+            return f"ONNX Runtime could not load its {device.provider}: {INSTALL}"
+        block = Block.allocate(device, {name: ((1,), np.float32) for name in ("x", "y")})
+        binding, run_options = session.io_binding(), ort.RunOptions()
+        block.bind(binding.bind_input, "x", device.kind)
+        block.bind(binding.bind_output, "y", device.kind)
+        run_options.add_run_config_entry("gpu_graph_id", "1")
+        for value in (1.0, 1.0, 2.0):  # memory patterns, capture, replay
+            block.array("x")[:] = value
+            device.upload(block.address, block.host)
+            session.run_with_iobinding(binding, run_options)
+            device.download(block.host, block.address)
+            device.wait()
+    except expected as error:
+        return f"a CUDA graph cannot be captured ({one_line(error)}): update the NVIDIA driver"
+    finally:
+        ort.set_default_logger_severity(2)
+    got = float(block.array("y")[0])
+    return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
+
+
+def _built_for() -> str | None:
+    """The CUDA version that this ONNX Runtime was built for."""
+    from onnxruntime.capi import build_and_package_info as build
+
+    return getattr(build, "cuda_version", None) or None
 
 
 def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:
@@ -158,32 +241,44 @@ def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]
     if available_mb < 2048:
         said.append(f"Only {available_mb} MiB of memory are free: a target that does not fit is slow or is killed.")
     if no_cuda:
-        said.append(f"The drafter shares the CPU with the target, which leaves a smaller speedup: {no_cuda}.")
+        said.append(
+            "No GPU can be used, so drafter and target take turns on the CPU, which leaves a smaller speedup. "
+            f"The reason: {no_cuda}."
+        )
     return said
 
 
 def render(report: Diagnosis) -> str:
     """The report for a person, one fact a line."""
+    cuda, drafter = report.cuda, report.pair.drafter_device if report.pair else report.drafter_device
     gpus = [f"{gpu.name}, {gpu.memory}, driver {gpu.driver}" for gpu in report.gpus]
+    captures = {True: "a captured graph replays", False: "fails", None: "not tried"}
+    built = f", built for CUDA {cuda.built_for}" if cuda.built_for else ", built without CUDA"
+    bandwidth = f"{report.memory_bandwidth} GB/s of copies"
     rows = [
         ("CPU", f"{report.cpu.model}: {report.cpu.cores} cores, {report.cpu.usable} usable threads"),
         ("instructions", " ".join(report.cpu.instruction_sets) or "unknown"),
-        ("memory", f"{report.ram_total_mb} MiB, {report.ram_available_mb} MiB free"),
+        ("memory", f"{report.ram_total_mb} MiB, {report.ram_available_mb} MiB free, {bandwidth}"),
         ("system", f"{report.os}, Python {report.versions['python']}"),
-        ("OpenVINO", _engine(report.versions.get("openvino"), report.openvino_devices)),
-        ("ONNX Runtime", _engine(_onnxruntime_version(report.versions), report.onnxruntime_providers)),
+        ("OpenVINO", _engine(report.versions, "openvino", "", report.openvino_devices)),
+        ("ONNX Runtime", _engine(report.versions, "onnxruntime", built, report.onnxruntime_providers)),
         ("NVIDIA GPU", "; ".join(gpus) or "none found"),
-        ("CUDA", "not usable" if report.cuda_problem else "works"),
+        ("driver", f"supports CUDA {cuda.driver}" if cuda.driver else "none found"),
+        ("CUDA", f"not usable: {report.cuda_problem}" if report.cuda_problem else "works"),
+        ("libraries", f"found {', '.join(cuda.found) or 'none'}; missing {', '.join(cuda.missing) or 'none'}"),
+        ("VRAM", "unknown" if cuda.free_mb is None else f"{cuda.total_mb} MiB, {cuda.free_mb} MiB free"),
+        ("capture test", captures[cuda.capture]),
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
-        ("drafter", "CPU" if report.cuda_problem else "GPU (CUDA)"),
+        ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", None: "none"}[drafter]),
+        *(expect.rows(report.pair) if report.pair else ()),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
-def _engine(version: str | None, devices: tuple[str, ...]) -> str:
-    return f"{version}: {', '.join(devices)}" if version else "not installed"
-
-
-def _onnxruntime_version(versions: dict[str, str]) -> str | None:
-    return versions.get("onnxruntime-gpu") or versions.get("onnxruntime")
+def _engine(versions: dict[str, str], package: str, built: str, devices: tuple[str, ...]) -> str:
+    """built: what its version does not say."""
+    found = [f"{name} {version}" for name, version in versions.items() if name.startswith(package)]
+    if not found:
+        return "not installed"
+    return f"{found[0]}{built}: {', '.join(devices)}" if devices else f"{found[0]}: nothing to run on"

@@ -12,9 +12,11 @@ import click
 
 from ..calibration import pair_calibration
 from ..cost_cache import WEIGHTS, CostKey, Measured, recall
-from ..errors import InputError, PairError
+from ..errors import DeviceError, InputError, PairError
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
+from ..vram import VramPlan, plan_pair
 from .curves import check_plot, plot_costs, show_costs
+from .options import vram_options
 from .pairs import resolve_pair
 
 TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
@@ -26,10 +28,12 @@ DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
               help="Draw the measured costs in this .png or .svg file; needs matplotlib.")  # fmt: skip
-def inspect(pair: str | None, as_json: bool, plot: Path | None) -> None:
+@vram_options
+def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None, fit: bool) -> None:
     """Show the facts of PAIR (a folder or a known name) and check every file's digest.
 
-    What passes cost here is shown where it was measured: by dovetail-run tune, or when the pair was first opened.
+    What the drafter would take of a GPU is planned, whether there is one or not. What passes cost here is shown where
+    it was measured: by dovetail-run tune, or when the pair was first opened.
     Exit code 3 when the pair is not whole or its parts do not belong together.
     """
     if plot is not None:
@@ -39,7 +43,7 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None) -> None:
     check_pair(manifest)
     verify_files(folder, manifest, remember=False)
     measured = read_costs(manifest)
-    facts = describe(folder, manifest, measured)
+    facts = describe(folder, manifest, measured, plan_vram(manifest, vram, fit))
     if plot is not None:
         plot_costs(plot, manifest.name, measured or nothing_to_plot(folder, manifest))
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
@@ -48,10 +52,11 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None) -> None:
         show_costs(manifest.name, measured)
 
 
-def describe(folder: Path, manifest: Manifest, measured: Measured | None) -> dict[str, Any]:
+def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: VramPlan | str) -> dict[str, Any]:
     """Everything about a verified pair, as JSON.
 
     calibration: None where the drafter brought none.  costs: None where none were measured on this machine.
+    vram: what the drafter takes of a GPU, in MiB, or {"problem": why it cannot run there}.
     """
     calibration = pair_calibration(folder, manifest)
     return {
@@ -67,8 +72,17 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None) -> dic
         "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
         "digests_ok": True,  # verify_files raises otherwise
         "memory": expected_memory(folder, manifest),
+        "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
         "provenance": manifest.provenance,
     }
+
+
+def plan_vram(manifest: Manifest, vram: int | None, fit: bool) -> VramPlan | str:
+    """What the drafter takes of a GPU, or why it cannot run there."""
+    try:
+        return plan_pair(manifest, vram, fit=fit)
+    except DeviceError as error:
+        return str(error)
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
@@ -138,6 +152,7 @@ def render(facts: dict[str, Any]) -> str:
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
           for name, size in facts["memory"].items()),
+        ("drafter on a GPU", facts["vram"].get("text") or f"not possible: {facts['vram']['problem']}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

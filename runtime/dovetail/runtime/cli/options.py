@@ -20,6 +20,7 @@ from ..manifest import read_manifest
 from ..sampling import SamplingParams
 from ..stops import check_stop_strings
 from ..tree import TreeLimits
+from ..vram import parse_size
 from .pairs import DEFAULT_PAIR, resolve_pair
 
 Record = TypeVar("Record")
@@ -38,6 +39,8 @@ class Opener(Protocol):
         /,
         *,
         drafter_device: str,
+        vram: int | None,
+        fit: bool,
         threads: int | None,
         tree: TreeLimits | None,
         ov_config: Mapping[str, str],
@@ -71,6 +74,8 @@ class EngineFlags:
     tree_top_k: int | None
     lookup: int | None
     fixed_tree: bool = False
+    vram: int | None = None
+    fit: bool = False
     ov_config: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,8 @@ class EngineFlags:
         return opener(
             pair,
             drafter_device=self.drafter_device,
+            vram=self.vram,
+            fit=self.fit,
             threads=self.threads,
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             ov_config=self.ov_config,
@@ -141,15 +148,30 @@ def check_threads(threads: int | None) -> None:
 
 
 def device_options(command: Command) -> Command:
-    """Where and how the two engines run: `threads`, `drafter_device` and `ov_config`."""
+    """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit` and `ov_config`."""
     return _apply(
         command,
         click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
+        vram_options,
         click.option("--ov-config", multiple=True, metavar="NAME=VALUE", callback=_parse_properties,
                      help="Property of OpenVINO's CPU plugin for the target; repeatable."),
     )  # fmt: skip
+
+
+def vram_options(command: Command) -> Command:
+    """What the drafter may take of a GPU: `vram` in bytes, None for what the pair says, and `fit`."""
+    return _apply(
+        command,
+        click.option("--vram", callback=_parse_size, metavar="SIZE",
+                     help="GPU memory that the drafter may take, e.g. 3GB.  [default: what the pair says]"),
+        click.option("--fit", is_flag=True, help="Shorten the drafter's context on the GPU to fit --vram."),
+    )  # fmt: skip
+
+
+def _parse_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
+    return None if given is None else parse_size(given)
 
 
 def _parse_properties(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:

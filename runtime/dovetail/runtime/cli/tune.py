@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 
 import click
 
 from ..cost_cache import CostKey, Measured
 from ..errors import InputError, PairError
-from ..manifest import Manifest, read_sound
+from ..manifest import read_sound
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from .curves import show_costs
 from .options import check_threads, device_options
@@ -28,6 +27,8 @@ def tune(
     pair: str | None,
     threads: int | None,
     drafter_device: str,
+    vram: int | None,
+    fit: bool,
     ov_config: Mapping[str, str],
     seconds: float,
     as_json: bool,
@@ -37,13 +38,22 @@ def tune(
     PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
     exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
     """
+    from ..onnx_drafter import OnnxDrafter
+    from ..openvino_target import OpenVINOTarget
+
     check_threads(threads)
     check_seconds(seconds)
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
-    measured = run(folder, manifest, threads, drafter_device, ov_config, seconds)
+    target = OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=ov_config)
+    drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
+    begin = perf_counter()
+    with progress_bar() as progress:
+        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
+    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
     try:
         measured.store()
     except OSError as err:
@@ -53,22 +63,6 @@ def tune(
     else:
         show_costs(measured.pair, measured)
         click.echo(f"kept in {measured.key.file}")
-
-
-def run(
-    folder: Path, manifest: Manifest, threads: int | None, device: str, ov_config: Mapping[str, str], seconds: float
-) -> Measured:
-    """Open both sessions of a checked pair and measure them, with a progress bar on stderr."""
-    from ..onnx_drafter import OnnxDrafter
-    from ..openvino_target import OpenVINOTarget
-
-    target = OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=ov_config)
-    drafter = OnnxDrafter.open(folder, manifest, device=device, threads=threads)
-    begin = perf_counter()
-    with progress_bar() as progress:
-        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
-    return Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
 
 
 @contextmanager

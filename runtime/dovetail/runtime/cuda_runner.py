@@ -1,0 +1,227 @@
+"""The float16 graph on a GPU: state that stays on the device, one captured CUDA graph per bucket of rows.
+
+A call is one copy up, one replay and one copy down, in order on one stream, and one wait for all of it.  Inputs and
+outputs of a bucket lie in one block of memory each, on the device and, pinned, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DeviceError
+from .manifest import DrafterFacts
+from .runners import (
+    INPUTS,
+    OUTPUTS,
+    Rows,
+    Spec,
+    call,
+    open_session,
+    output_name,
+    row_specs,
+    session_options,
+    state_shapes,
+)
+from .tree import Candidates
+from .vram import BUCKETS, VramPlan
+
+ALIGNMENT = 256  # bytes, of each array in a block: what cudaMalloc gives
+
+Bytes = NDArray[np.uint8]
+
+
+class Device(Protocol):
+    """Where graphs are captured: its memory by address, pinned host memory, and one stream of copies and runs.
+
+    kind: ONNX Runtime's name of where the memory is.  provider: the execution provider that runs there.
+    All but `close` raise DeviceError.
+    """
+
+    kind: str
+    provider: str
+
+    def provider_options(self, arena: int | None) -> dict[str, str]:
+        """Of the provider: it captures, runs on the stream, and keeps its arena to `arena` bytes."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes of zeros."""
+        ...
+
+    def pinned(self, size: int) -> Bytes:
+        """`size` bytes of zeros on the host."""
+        ...
+
+    def upload(self, to: int, source: Bytes) -> None:
+        """Queue a copy of pinned bytes to the address `to`."""
+        ...
+
+    def download(self, to: Bytes, source: int) -> None:
+        """Queue a copy from the address `source` to pinned bytes."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until everything queued is done."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays side by side: on the device at `address`, on the host as `host`.  offsets: in bytes, of each array."""
+
+    specs: Mapping[str, Spec]
+    offsets: Mapping[str, int]
+    address: int
+    host: Bytes
+
+    @classmethod
+    def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
+        """Both sides of it.  Raises DeviceError."""
+        offsets, size = {}, 0
+        for name, spec in specs.items():
+            offsets[name] = size
+            size += -(-_nbytes(spec) // ALIGNMENT) * ALIGNMENT
+        return cls(specs, offsets, device.allocate(size), device.pinned(size))
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The host's side of one array."""
+        shape, dtype = self.specs[name]
+        begin = self.offsets[name]
+        return self.host[begin : begin + _nbytes(self.specs[name])].view(dtype).reshape(shape)
+
+    def bind(self, to: Any, name: str, kind: str) -> None:
+        """Bind the device's side of one array as the graph's `name`."""
+        shape, dtype = self.specs[name]
+        to(name, kind, 0, dtype, shape, self.address + self.offsets[name])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One bucket's graph.  short: bytes of the inputs without features, which come last."""
+
+    rows: Rows
+    inputs: Block
+    outputs: Block
+    short: int
+    binding: Any
+    run_options: Any
+
+
+class CudaRunner:
+    """Runner on a GPU.  ONNX Runtime replays a graph by its id without looking at shapes: `_graphs` is the registry.
+
+    Raises DeviceError where the device, its libraries or the graph do not allow for it.
+    """
+
+    file_key = "cuda"
+
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limited: bool):
+        """plan: context and memory.  limited: whether the plan's sizes are a limit for ONNX Runtime too."""
+        import onnxruntime as ort
+
+        self.max_context, self.bus_bytes = plan.context, 0
+        self._ort, self._device, self._trash, self._facts = ort, device, facts.tree_slots, facts
+        self._graphs: dict[int, Captured] = {}
+        try:
+            shapes = state_shapes(facts, plan.context)
+            options = session_options(ort)
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            options.add_free_dimension_override_by_name("slots", facts.tree_slots + plan.context)
+            provider = (device.provider, device.provider_options(plan.arena if limited else None))
+            self._session = open_session(ort, file, options, [provider])
+            check_placement(self._session, device.provider)
+            self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
+            self._graphs = {bucket: self._capture(number, bucket) for number, bucket in enumerate(BUCKETS, 1)}
+        except DeviceError as error:
+            self.close()
+            raise DeviceError(f"{error} (planned: {plan})") from error
+
+    def rows(self, n: int) -> Rows:
+        """See Runner."""
+        return self._graphs[_bucket(n)].rows
+
+    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+        """See Runner; `context` needs no binding here, the mask says how far rows see."""
+        graph, device = self._graphs[_bucket(n)], self._device
+        graph.rows.pad(n, self._trash)
+        sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
+        device.upload(graph.inputs.address, sent)
+        call(self._session, graph.binding, graph.run_options)
+        device.download(graph.outputs.host, graph.outputs.address)
+        device.wait()
+        self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
+        return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
+
+    def touch(self, context: int) -> None:
+        """See Runner: device memory is there from the start."""
+
+    def close(self) -> None:
+        """Give session, memory and stream back; nothing may be run after it."""
+        self._graphs = {}
+        self._session = None
+        self._device.close()
+
+    def _capture(self, number: int, bucket: int) -> Captured:
+        """Memory and binding of one bucket; the first runs capture its graph under this number."""
+        specs = row_specs(self._facts, bucket, np.float16)
+        inputs = Block.allocate(self._device, {name: specs[name] for name in INPUTS})
+        outputs = Block.allocate(self._device, {name: specs[name] for name in OUTPUTS})
+        arrays = {name: (inputs if name in INPUTS else outputs).array(name) for name in specs}
+        binding = self._session.io_binding()
+        kind = self._device.kind
+        for name in INPUTS:
+            inputs.bind(binding.bind_input, name, kind)
+        for name in OUTPUTS:
+            outputs.bind(binding.bind_output, name, kind)
+        for name, (shape, address) in self._state.items():
+            binding.bind_input(name, kind, 0, np.float16, shape, address)
+            binding.bind_output(output_name(name), kind, 0, np.float16, shape, address)
+        run_options = self._ort.RunOptions()
+        run_options.add_run_config_entry("gpu_graph_id", str(number))
+        # The wait of `run` is for its copy down as well.
+        run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        rows = Rows(**arrays)
+        rows.pad(0, self._trash)
+        self._device.upload(inputs.address, inputs.host)
+        for _ in range(3):  # memory patterns, capture, first replay
+            call(self._session, binding, run_options)
+        self._device.wait()
+        return Captured(rows, inputs, outputs, inputs.offsets["features"], binding, run_options)
+
+
+def check_placement(session: Any, provider: str) -> None:
+    """Check that every node runs on `provider`.  Raises DeviceError naming those that do not."""
+    if session.get_providers()[0] != provider:
+        raise DeviceError(f"ONNX Runtime could not load its {provider}: run dovetail-run doctor for the reason")
+    elsewhere = [
+        f"{node.op_type} {node.name!r} on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    ]
+    if elsewhere:
+        more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
+        raise DeviceError(
+            f"the graph cannot be captured, {len(elsewhere)} nodes would not run on {provider}: "
+            f"{', '.join(elsewhere[:3])}{more}: use --drafter-device cpu"
+        )
+
+
+def _bucket(n: int) -> int:
+    return next(size for size in BUCKETS if size >= n)
+
+
+def _nbytes(spec: Spec) -> int:
+    shape, dtype = spec
+    return prod(shape) * np.dtype(dtype).itemsize

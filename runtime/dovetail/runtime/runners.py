@@ -1,0 +1,208 @@
+"""What runs a drafter's graph: the rows of a call, the seam to an engine, and the INT8 graph on the CPU.
+
+Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DeviceError
+from .manifest import DrafterFacts
+from .tree import Candidates
+
+CHUNK = 128  # rows of a call at most
+PREFIX_STEP = 256  # context pairs by which the bound prefix of the CPU's KV buffer grows
+BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
+
+Array = NDArray[Any]
+INPUTS = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "tree_mask", "features")
+OUTPUTS = ("top_logprobs", "top_ids")
+STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs and outputs of a call, one row each: [rows, ..].  Names, and their meaning, are the graph's."""
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    feature_rows: NDArray[np.int64]
+    kv_slots: NDArray[np.int64]
+    bank_slots: NDArray[np.int64]
+    context_end: NDArray[np.int64]
+    tree_mask: Array  # [rows, T] additive
+    features: Array  # [rows, D]
+    top_logprobs: NDArray[np.float32]  # [rows, K]
+    top_ids: NDArray[np.int32]  # [rows, K]
+
+    @classmethod
+    def zeros(cls, facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> Rows:
+        """Arrays of their own; `dtype` is that of the graph's activations."""
+        specs = row_specs(facts, rows, dtype)
+        arrays: dict[str, Any] = {name: np.zeros(shape, kind) for name, (shape, kind) in specs.items()}
+        return cls(**arrays)
+
+    def pad(self, n: int, trash: int) -> None:
+        """Make the rows from `n` on harmless: they attend to nothing and write where nobody reads."""
+        self.input_ids[n:] = self.position_ids[n:] = self.feature_rows[n:] = 0
+        self.kv_slots[n:] = self.context_end[n:] = 0
+        self.bank_slots[n:] = trash
+        self.tree_mask[n:] = BLOCKED
+
+
+Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
+
+
+def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
+    """Shape and dtype of every array of Rows, inputs first, features last of these."""
+    specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INPUTS[:6]}
+    specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
+    specs["features"] = ((rows, facts.feature_size), dtype)
+    specs["top_logprobs"] = ((rows, facts.top_k), np.float32)
+    specs["top_ids"] = ((rows, facts.top_k), np.int32)
+    return specs
+
+
+def state_shapes(facts: DrafterFacts, context: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what stays with the graph: per block kv.i [T + context, 2, g, d], and the bank [T + 1, D]."""
+    kv = (facts.tree_slots + context, 2, facts.num_kv_heads, facts.head_size)
+    return {**{f"kv.{i}": kv for i in range(facts.blocks)}, STATE: (facts.tree_slots + 1, facts.feature_size)}
+
+
+def output_name(state: str) -> str:
+    """Output of the graph that is bound to the memory of the input `state`."""
+    return "bank_out" if state == STATE else f"{state}.out"
+
+
+class Runner(Protocol):
+    """Runs the graph, owning KV and bank.
+
+    file_key: of the graph in DrafterFacts.files.  max_context: pairs that it holds.  bus_bytes: moved so far between
+    host and device, both ways; 0 where they are one.
+    """
+
+    file_key: str
+    max_context: int
+    bus_bytes: int
+
+    def rows(self, n: int) -> Rows:
+        """Where the inputs of a call of n rows are to be written, at least n rows each."""
+        ...
+
+    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+        """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run."""
+        ...
+
+    def touch(self, context: int) -> None:
+        """Have memory of its own under the KV of `context` pairs, whatever it holds."""
+        ...
+
+
+class CpuRunner:
+    """INT8 graph on the CPU.  KV and bank are numpy arrays, input and output of the graph at once."""
+
+    file_key = "cpu"
+    bus_bytes = 0
+
+    def __init__(self, file: Path, facts: DrafterFacts, threads: int):
+        import onnxruntime as ort
+
+        options = session_options(ort)
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # The target's threads need the cores between levels: sleep, do not spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        self._session = open_session(ort, file, options, ["CPUExecutionProvider"])
+        self.max_context, self._slots = facts.max_context, facts.tree_slots
+        self._rows = Rows.zeros(facts, CHUNK, np.float32)
+        # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
+        shapes = state_shapes(facts, facts.max_context)
+        self._bank = np.zeros(shapes.pop(STATE), np.float32)
+        self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        self._lanes: dict[int, tuple[int, Any]] = {}  # n -> (KV rows bound, binding)
+
+    def rows(self, n: int) -> Rows:
+        """See Runner."""
+        return self._rows
+
+    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+        """See Runner."""
+        kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
+        bound, binding = self._lanes.get(n, (0, None))
+        if bound != kv_rows:
+            binding = self._bind(n, kv_rows, binding)
+        call(self._session, binding)
+        return Candidates(self._rows.top_logprobs[:n], self._rows.top_ids[:n])
+
+    def touch(self, context: int) -> None:
+        """See Runner: pages that were never written share one page of zeros, which is read too quickly."""
+        for buffer in self._kv.values():
+            buffer[: self._slots + context, :, :, 0] += 0
+
+    def _bind(self, n: int, kv_rows: int, binding: Any | None) -> Any:
+        """Point the graph at the first n rows and the first `kv_rows` of each KV buffer."""
+        if binding is None:
+            binding = self._session.io_binding()
+            for name in INPUTS:
+                _bind_array(binding.bind_input, name, getattr(self._rows, name)[:n])
+            for name in OUTPUTS:
+                _bind_array(binding.bind_output, name, getattr(self._rows, name)[:n])
+            _bind_array(binding.bind_input, STATE, self._bank)
+            _bind_array(binding.bind_output, output_name(STATE), self._bank)
+        for name, buffer in self._kv.items():
+            _bind_array(binding.bind_input, name, buffer[:kv_rows])
+            _bind_array(binding.bind_output, output_name(name), buffer[:kv_rows])
+        self._lanes[n] = (kv_rows, binding)
+        return binding
+
+
+def session_options(ort: Any) -> Any:
+    """Options of a session whose errors reach the user as exceptions, and not on stderr as well."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def open_session(ort: Any, file: Path, options: Any, providers: Sequence[Any]) -> Any:
+    """Load a graph.  Raises DeviceError."""
+    try:
+        return ort.InferenceSession(str(file), options, providers=list(providers))
+    except failures() as error:
+        raise DeviceError(f"ONNX Runtime cannot load {file}: {one_line(error)}: export the drafter again") from error
+
+
+def call(session: Any, binding: Any, run_options: Any = None) -> None:
+    """Run a bound graph.  Raises DeviceError."""
+    try:
+        session.run_with_iobinding(binding, run_options)
+    except failures() as error:
+        raise DeviceError(f"the drafter failed: {one_line(error)}: generate without speculation") from error
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its own exceptions have no common base; a run with bindings raises RuntimeError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
+        "RuntimeException",
+    )  # fmt: skip
+    return (RuntimeError, *(getattr(state, name) for name in names))
+
+
+def one_line(error: Exception) -> str:
+    """What an engine says, fit for a message of ours."""
+    return " ".join(str(error).split())[:300]
+
+
+def _bind_array(bind: Any, name: str, array: Array) -> None:
+    """Bind a numpy array by address: no copy, and the array must stay alive."""
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,0 +1,123 @@
+"""What a drafter takes of a GPU's memory, known before it is loaded: the arithmetic behind --vram.
+
+Axes: n rows of a call, T tree slots, S context pairs, K draft vocabulary, D feature size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import DeviceError, InputError
+from .manifest import DrafterFacts, Manifest
+from .runners import CHUNK
+
+BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted tokens, wider levels, prompts
+CONTEXT = 4096  # pairs that the device holds; beyond, the drafter goes on with the last of them
+LEAST_CONTEXT = 1024  # a drafter reads up to 511 pairs of a prompt at once, after 256 that it reads again
+CONTEXT_STEP = 256
+HALF, SINGLE, INDEX = 2, 4, 8  # bytes
+# CUDA's own: context, kernels, cuBLAS workspaces.  An allowance, not a measurement: it differs from GPU to GPU.
+CUDA_ITSELF = 512 << 20
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """Bytes on the device.  context: pairs.  weights: of the graph.  state: KV and feature bank.
+
+    rows: inputs and outputs of all buckets.  workspace: activations of the largest call.  cuda: the allowance for CUDA
+    itself.
+    """
+
+    context: int
+    weights: int
+    state: int
+    rows: int
+    workspace: int
+    cuda: int = CUDA_ITSELF
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.rows + self.workspace + self.cuda
+
+    @property
+    def arena(self) -> int:
+        """What ONNX Runtime's arena may take."""
+        return self.weights + self.workspace
+
+    def __str__(self) -> str:
+        """The arithmetic in one line."""
+        parts = ("weights", "state", "rows", "workspace", "cuda")
+        sizes = " + ".join(f"{_mib(getattr(self, part))} {part}" for part in parts)
+        return f"{sizes} = {_mib(self.total)} MiB with a context of {self.context}"
+
+    def as_dict(self) -> dict[str, float | int]:
+        """JSON form, sizes in MiB."""
+        parts = ("weights", "state", "rows", "workspace", "cuda", "total")
+        return {"context": self.context, **{f"{part}_mb": _mib(getattr(self, part)) for part in parts}}
+
+
+def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
+    """What a drafter with `weights` bytes of float16 graph and room for `context` pairs takes."""
+    state = facts.blocks * (facts.tree_slots + context) * _pair_bytes(facts)
+    state += (facts.tree_slots + 1) * facts.feature_size * HALF
+    one_row = 6 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
+    fixed, per_pair = facts.workspace
+    return VramPlan(context, weights, state, sum(BUCKETS) * one_row, fixed + per_pair * context)
+
+
+def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
+    """The plan of a pair's drafter that keeps to `vram` bytes; None for the limit of the pair, to which it then fits.
+
+    Raises DeviceError: see plan_within; or for a pair without a float16 drafter, or exported without these facts.
+    """
+    facts = manifest.drafter
+    if facts is None or "cuda" not in facts.files:
+        raise DeviceError("the pair holds no float16 drafter: export it again")
+    weights = sum(entry.size for entry in manifest.drafter_files("cuda"))
+    return plan_within(facts, weights, vram or facts.vram, fit=fit or not vram)
+
+
+def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> VramPlan:
+    """The plan that keeps to `limit` bytes, 0 for none, with CONTEXT pairs; with `fit`, down to LEAST_CONTEXT.
+
+    Raises DeviceError with the arithmetic when there is none, or for facts without a workspace.
+    """
+    if not facts.workspace:
+        raise DeviceError("the pair does not say what its drafter takes of a GPU: export the drafter again")
+    wanted = plan(facts, weights, min(facts.max_context, CONTEXT))
+    least = plan(facts, weights, min(facts.max_context, LEAST_CONTEXT))
+    if not limit or wanted.total <= limit:
+        return wanted
+    if not fit:
+        raise DeviceError(
+            f"the drafter does not fit {_mib(limit)} MiB of VRAM: {wanted}: give a larger --vram, or --fit"
+        )
+    for context in range(wanted.context // CONTEXT_STEP * CONTEXT_STEP, least.context, -CONTEXT_STEP):
+        if (fitting := plan(facts, weights, context)).total <= limit:
+            return fitting
+    if least.total <= limit:
+        return least
+    raise DeviceError(
+        f"the drafter does not fit {_mib(limit)} MiB of VRAM with the shortest context either: {least}: give a larger "
+        "--vram, or export it with fewer draft tokens: dovetail-export drafter --vram SIZE --fit"
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "3GB", "3000MB", "512MiB", "2g" or "4096"; units of 1000, with an i of 1024.  Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise InputError(f"size {text!r} is unknown: give e.g. 3GB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _pair_bytes(facts: DrafterFacts) -> int:
+    """Bytes of one block's keys and values of a pair."""
+    return 2 * facts.num_kv_heads * facts.head_size * HALF
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)

@@ -1,0 +1,106 @@
+"""What the drafter costs on this machine's GPU: calls captured and not, bytes on the bus, VRAM.
+
+    python tests/bench/gpu.py PAIR --vram 3GB [--json]
+
+The pair's speed is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import click
+import numpy as np
+
+from dovetail.runtime import machine
+from dovetail.runtime.cli.main import fail
+from dovetail.runtime.cuda_runner import CudaRunner
+from dovetail.runtime.errors import DovetailError
+from dovetail.runtime.manifest import read_sound
+from dovetail.runtime.onnx_drafter import OnnxDrafter
+from dovetail.runtime.tree import TreeLimits
+from dovetail.runtime.vram import parse_size
+
+REPEATS = 200
+PAIRS = 9  # accepted in a round, at most, with a tree of depth 8
+
+
+def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call, by its bucket of rows: captured, and launched anew; medians, in turns."""
+    runner = drafter._runner
+    assert isinstance(runner, CudaRunner)
+    out = {}
+    for bucket, graph in runner._graphs.items():
+        launched = runner._ort.RunOptions()
+        launched.add_run_config_entry("gpu_graph_id", "-1")  # ONNX Runtime's word for: neither capture nor replay
+        ways = {"captured": graph, "uncaptured": replace(graph, run_options=launched)}
+        took: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(repeats):
+            for way, chosen in ways.items():
+                runner._graphs[bucket] = chosen
+                begin = perf_counter()
+                runner.run(bucket, 64, upload_features=False)
+                took[way].append((perf_counter() - begin) * 1e3)
+        runner._graphs[bucket] = graph
+        out[str(bucket)] = {way: round(median(times), 4) for way, times in took.items()}
+    return out
+
+
+def bytes_of_a_round(drafter: OnnxDrafter, feature_size: int) -> int:
+    """Moved both ways by one tree of 16 nodes and the pairs it may give."""
+    drafter.reset()
+    drafter.extend(np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
+    before = drafter.bus_bytes
+    drafter.propose(TreeLimits(width=16, depth=6, top_k=min(4, drafter.top_k), lookup=0))
+    drafter.extend(np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
+    return drafter.bus_bytes - before
+
+
+def used_vram_mb() -> int | None:
+    """What nvidia-smi says that this process holds; None where it says nothing."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    return next((int(used) for pid, used in rows if int(pid) == os.getpid()), None)
+
+
+def report(open_drafter: Callable[[], OnnxDrafter], feature_size: int) -> dict[str, Any]:
+    """All of it, as JSON."""
+    drafter = open_drafter()
+    return {
+        "device": drafter.device,
+        "max_context": drafter.max_context,
+        "call_ms": latencies(drafter),
+        "bytes_per_round": bytes_of_a_round(drafter, feature_size),
+        "vram_mb": used_vram_mb(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+    }
+
+
+@click.command()
+@click.argument("pair", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--vram", default="3GB", show_default=True, help="Memory that the drafter may take.")
+def main(pair: Path, vram: str) -> None:
+    """Measure the drafter of PAIR on the GPU."""
+    try:
+        manifest = read_sound(pair)
+        limit = parse_size(vram)
+        found = report(
+            lambda: OnnxDrafter.open(pair, manifest, device="cuda", vram=limit), manifest.target.feature_size
+        )
+    except DovetailError as error:
+        fail(error)
+    click.echo(json.dumps({"pair": manifest.name, "vram_limit_mb": limit >> 20, **found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The shipped drafter's float16 graph against float32 torch: the same children, the same acceptance length.
+
+The float16 graph is the file that CUDA runs, here by ONNX Runtime's CPU provider on a host device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference is the torch drafter")
+
+from dovetail.exporter.drafter import load_drafter, save  # noqa: E402
+from dovetail.exporter.drafter_graph import to_onnx  # noqa: E402
+from dovetail.exporter.reference import REFERENCE_PAIRS, shipped_drafter  # noqa: E402
+from dovetail.runtime.cli.pairs import DEFAULT_PAIR, resolve_pair  # noqa: E402
+from dovetail.runtime.decode import Conversation, Request, decode  # noqa: E402
+from dovetail.runtime.manifest import read_manifest  # noqa: E402
+from dovetail.runtime.metrics import Meter  # noqa: E402
+from dovetail.runtime.onnx_drafter import OnnxDrafter  # noqa: E402
+from dovetail.runtime.openvino_target import OpenVINOTarget  # noqa: E402
+from dovetail.runtime.sessions import TokenArray  # noqa: E402
+from dovetail.runtime.tokenizer import Tokenizer  # noqa: E402
+from dovetail.runtime.tree import DraftTree, TreeLimits  # noqa: E402
+
+pytestmark = pytest.mark.real
+
+PROMPT = 'Complete the following Python function.\n\ndef mean(xs):\n    """Return the arithmetic mean of a list."""\n'
+LIMITS = TreeLimits(width=16, depth=6, top_k=4, lookup=0)
+TOKENS = 160
+
+
+class Recorder:
+    """A drafter that drafts nothing and keeps the pairs it is told."""
+
+    device = "none"
+
+    def __init__(self) -> None:
+        self.tokens: list[TokenArray] = []
+        self.features: list[np.ndarray] = []
+        self.length = 0
+
+    def extend(self, tokens: TokenArray, features: np.ndarray) -> None:
+        self.tokens.append(tokens.copy())
+        self.features.append(features.copy())
+        self.length += len(tokens)
+
+    def propose(self, limits: TreeLimits, judge: Any = None) -> DraftTree:
+        return DraftTree.root(int(self.tokens[-1][-1]))
+
+    def reset(self, keep: int = 0) -> None: ...
+
+
+def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], Any], tmp_path: Path) -> None:
+    pair = resolve_pair(None)
+    manifest = read_manifest(pair)
+    assert manifest.drafter is not None
+    tokens, features = text_of(pair)
+    half = OnnxDrafter.open_cuda(pair, manifest, new_device=HostDevice)
+    whole = in_float32(pair, tmp_path)
+    first = agreeing = total = 0
+    gained = {"half": 0, "whole": 0}
+    rounds = range(len(tokens) - TOKENS, len(tokens) - LIMITS.depth)
+    for session in (half, whole):
+        session.extend(tokens[: rounds[0]], features[: rounds[0]])
+    for at in rounds:
+        trees = {"half": half.propose(LIMITS), "whole": whole.propose(LIMITS)}
+        for name, tree in trees.items():
+            gained[name] += 1 + accepted(tree, tokens[at:])
+        ours, theirs = (tree.tokens[tree.parents == 0].tolist() for tree in trees.values())
+        first += ours[0] == theirs[0]
+        agreeing, total = agreeing + len({*ours} & {*theirs}), total + len(theirs)
+        for session in (half, whole):
+            session.extend(tokens[at : at + 1], features[at : at + 1])
+    assert first / len(rounds) > 0.99 and agreeing / total > 0.99, (first, len(rounds), agreeing, total)
+    assert gained["half"] == pytest.approx(gained["whole"], rel=0.01)
+    assert gained["whole"] > 1.5 * len(rounds), "the shipped drafter does not fit this target"
+
+
+def text_of(pair: Path) -> tuple[TokenArray, np.ndarray]:
+    """Pairs (token, feature before it) of a prompt and its answer, as plain decoding finds them."""
+    manifest, recorder = read_manifest(pair), Recorder()
+    target = OpenVINOTarget.open(pair, manifest)
+    prompt = Tokenizer.from_folder(pair / "target").encode_chat([{"role": "user", "content": PROMPT}])
+    limits = TreeLimits(width=2, depth=1, top_k=1, lookup=0)  # so that the drafter is told
+    for _ in decode(Conversation(target, recorder), Request(tuple(prompt), TOKENS, limits=limits), Meter()):
+        pass
+    return np.concatenate(recorder.tokens), np.concatenate(recorder.features)
+
+
+def in_float32(pair: Path, folder: Path) -> OnnxDrafter:
+    """The same drafter as float32, which the export's tests hold to torch."""
+    manifest = read_manifest(pair)
+    assert manifest.drafter is not None
+    facts = replace(manifest.drafter, files={**manifest.drafter.files, "cpu": "f32.onnx"})
+    drafter = load_drafter(shipped_drafter(REFERENCE_PAIRS[DEFAULT_PAIR]), pair / "target")
+    save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
+    return OnnxDrafter.open(folder, replace(manifest, drafter=facts), device="cpu")
+
+
+def accepted(tree: DraftTree, text: TokenArray) -> int:
+    """Nodes of the path that `text` takes through the tree."""
+    node = count = 0
+    for token in text.tolist():
+        children = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
+        if not len(children):
+            break
+        node, count = int(children[0]), count + 1
+    return count
