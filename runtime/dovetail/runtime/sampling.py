@@ -22,6 +22,7 @@ from .errors import DeviceError, InputError
 Noise = Callable[[int], float]
 
 _SEED_LIMIT = 2**63
+_BLOCK = 1024  # probabilities that are summed before one is looked for among them
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def philox_noise(seed: int) -> Noise:
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """The tokens that may be chosen.  ids: [S] int64, ascending.  probs: [S] float64, sum 1."""
+    """The tokens that may be chosen.  ids: [S] int64, ascending.  probs: [S] float64, sum 1.
+
+    Both may be the sampler's own memory: valid until its next call.
+    """
 
     ids: NDArray[np.int64]
     probs: NDArray[np.float64]
@@ -98,6 +102,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, noise: Noise | None = None) -> None:
         self.params = params.seeded()
         self.noise = noise or philox_noise(self.params.seed or 0)
+        # Of the whole vocabulary, kept: fresh memory of a megabyte is slower to get than to fill.
+        self._ids, self._scores = np.empty(0, np.int64), np.empty(0, np.float64)
 
     def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
         """The token at absolute `position`.
@@ -124,18 +130,27 @@ class Sampler:
         return probs
 
     def draw(self, probs: NDArray[np.float64], position: int) -> int:
-        """Index into probs [S] by inverse CDF of the position's noise: index i has the interval of length probs[i]."""
-        cdf = probs.cumsum()
-        index = int(cdf.searchsorted(self.noise(position) * cdf[-1], side="right"))
-        return index if index < len(cdf) else int(cdf.searchsorted(cdf[-1]))  # rounded up to the very end
+        """Index into probs [S] by inverse CDF of the position's noise: index i has the interval of length probs[i].
+
+        The CDF is that of blocks, and within one of them: a running sum over a whole vocabulary takes longer than all
+        else here.
+        """
+        blocks = np.add.reduceat(probs, np.arange(0, len(probs), _BLOCK)).cumsum()
+        sought = self.noise(position) * blocks[-1]
+        block = _interval(blocks, sought)
+        begin = block * _BLOCK
+        before = blocks[block - 1] if block else 0.0
+        return begin + _interval(probs[begin : begin + _BLOCK].cumsum(), sought - before)
 
     def support(self, logits: NDArray[np.float32], context: Sequence[int]) -> Support:
         """The processed distribution at a temperature above 0."""
         params = self.params
-        scores = self._penalised(logits, context).astype(np.float64)  # a copy of our own: changed in place below
+        if len(self._ids) != len(logits):
+            self._ids, self._scores = np.arange(len(logits)), np.empty(len(logits), np.float64)
+        scores, ids = self._scores, self._ids
+        scores[:] = self._penalised(logits, context)
         top = float(scores.max())
         _check_finite(top)
-        ids = np.arange(len(scores))
         if 0 < params.top_k < len(scores):
             ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])  # keeps ties
             scores = scores[ids]
@@ -162,6 +177,12 @@ class Sampler:
         scores = penalised[seen]
         penalised[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
         return penalised
+
+
+def _interval(cdf: NDArray[np.float64], sought: float) -> int:
+    """Index of the interval of a CDF that `sought` lies in; the last that is not empty where rounding leaves none."""
+    index = int(cdf.searchsorted(sought, side="right"))
+    return index if index < len(cdf) else int(cdf.searchsorted(cdf[-1]))
 
 
 def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
