@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.runtime.cli import tune
 from dovetail.runtime.cost_cache import CostKey, recall
 from dovetail.runtime.costs import Costs
 from dovetail.runtime.manifest import read_manifest
+from dovetail.runtime.properties import Property
 
 FLAGS = ("--seconds", "0.05", "--drafter-device", "cpu")
 
@@ -81,3 +83,45 @@ def test_a_cache_that_cannot_be_written_is_one_line(invoke, real_pair: Path, cac
     result = invoke("tune", str(real_pair), *FLAGS, "--json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "DOVETAIL_CACHE" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Two candidates: one that changes nothing and one that OpenVINO does not know."""
+    tried = [Property("ENABLE_CPU_PINNING", "NO"), Property("NO_SUCH_PROPERTY", "1")]
+    monkeypatch.setattr(tune, "candidates", lambda *_: tried)
+
+
+@pytest.mark.usefixtures("few")
+def test_properties_are_a_table_that_applies_nothing(invoke, tiny_pair: Path, cache: Path) -> None:
+    result = invoke("tune", str(tiny_pair), "--properties", "--seconds", "0.05")  # a pair without a drafter
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    pinning = rows["ENABLE_CPU_PINNING=NO"]
+    assert len(pinning) == 4 and pinning[-1] == "100.0%" and all(cell.endswith("x") for cell in pinning[:-1])
+    assert rows["NO_SUCH_PROPERTY=1"] == ["refused"] and "Unsupported property NO_SUCH_PROPERTY" in result.stdout
+    assert "the defaults" in result.stdout and "Nothing was applied: --ov-config NAME=VALUE" in result.stdout
+    assert "may change the text" in " ".join(result.stdout.split())
+    assert "measuring" in result.stderr and not (cache / "costs").exists()
+
+
+@pytest.mark.usefixtures("few")
+def test_properties_are_json_beside_what_was_given(invoke, tiny_pair: Path) -> None:
+    given = ("--ov-config", "DYNAMIC_QUANTIZATION_GROUP_SIZE=64", "-t", "1")
+    result = invoke("tune", str(tiny_pair), "--properties", "--seconds", "0.05", *given, "--json")
+    report = json.loads(result.stdout)
+    assert report["ov_config"] == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"} and report["threads"] == 1
+    pinning, unknown = report["properties"]
+    assert list(pinning["speedups"]) == ["1", "8", "16"] and pinning["same"] == 1.0
+    assert unknown["same"] is None and "NO_SUCH_PROPERTY" in unknown["problem"]
+
+
+def test_a_refused_property_that_was_given_is_one_line(invoke, tiny_pair: Path) -> None:
+    result = invoke("tune", str(tiny_pair), "--properties", "--ov-config", "NO_SUCH_PROPERTY=1")
+    assert (result.exit_code, result.stdout) == (7, "")
+    assert "NO_SUCH_PROPERTY" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("times", "cell"), [((0.9, 1.1, 1.2), "~1.10x"), ((1.05, 1.1, 1.2), "1.10x")])
+def test_a_speedup_that_is_not_told_from_none_is_marked(times: tuple[float, float, float], cell: str) -> None:
+    assert tune.times(*times) == cell

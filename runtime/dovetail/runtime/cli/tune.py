@@ -1,27 +1,42 @@
-"""`dovetail-run tune`: measure thoroughly what passes cost on this machine, so that trees are sized by it."""
+"""`dovetail-run tune`: measure thoroughly what passes cost on this machine, so that trees are sized by it.
+
+With --properties: compare properties of OpenVINO's CPU plugin for the target instead.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from time import perf_counter
+from typing import Any
 
 import click
 
+from .. import machine
 from ..cost_cache import CostKey, Measured
 from ..errors import InputError, PairError
 from ..manifest import read_sound
+from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, compare
+from ..tokenizer import Tokenizer
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from .curves import show_costs
 from .options import check_threads, device_options
 from .pairs import resolve_pair
+
+APPLY = """\
+Nothing was applied: --ov-config NAME=VALUE of generate, chat, bench and tune applies one. Another property may change
+the text, even where every best token stayed the same here; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 may also make a drafted
+text differ from a plain one."""
+UNCERTAIN = "~: not told from 1.00x, passes vary too much; a quieter machine or more --seconds may tell."
 
 
 @click.command(short_help="Measure what passes cost on this machine.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @device_options
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="Time to measure for.")
+@click.option("--properties", is_flag=True, help="Compare OpenVINO properties for the target instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tune(
     pair: str | None,
@@ -31,12 +46,17 @@ def tune(
     fit: bool,
     ov_config: Mapping[str, str],
     seconds: float,
+    properties: bool,
     as_json: bool,
 ) -> None:
     """Measure what a pass of PAIR's target and a call of its drafter cost here, and keep it in the cache.
 
     PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
     exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
+
+    With --properties nothing is kept or applied, and PAIR needs no drafter: a table says for each property of
+    OpenVINO's CPU plugin that is worth a try how many times as fast passes of the target are with it as without, and
+    after how many tokens of a text the target's best token stays the same.
     """
     from ..onnx_drafter import OnnxDrafter
     from ..openvino_target import OpenVINOTarget
@@ -45,9 +65,21 @@ def tune(
     check_seconds(seconds)
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
+
+    def open_target(*more: Property) -> OpenVINOTarget:
+        config = {**ov_config, **{each.name: each.value for each in more}}
+        return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config)
+
+    if properties:
+        prompt, tried = Tokenizer.from_folder(folder / "target").encode(PROMPT), candidates(ov_config, threads)
+        with progress_bar() as progress:
+            rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
+        report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
+        show_properties(report, rows, as_json)
+        return
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
-    target = OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=ov_config)
+    target = open_target()
     drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
     with progress_bar() as progress:
@@ -63,6 +95,40 @@ def tune(
     else:
         show_costs(measured.pair, measured)
         click.echo(f"kept in {measured.key.file}")
+
+
+def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json: bool) -> None:
+    """The table or the JSON object on stdout.  given: pair, threads and ov_config, which passes are compared with."""
+    if as_json:
+        circumstances = {"context": CONTEXT, "machine": machine.describe(), "versions": machine.versions()}
+        report = {**given, **circumstances, "properties": [asdict(row) for row in rows]}
+        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    base = " ".join(f"{name}={value}" for name, value in given["ov_config"].items()) or "the defaults"
+    table = Table("property", box=None, padding=(0, 1, 0, 0))
+    for heading in (*(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES), "same token"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.same is None:
+            table.add_row(str(row), "refused")
+        else:
+            table.add_row(str(row), *(times(*row.speedups[nodes]) for nodes in NODES), f"{row.same:.1%}")
+    click.echo(f"{given['pair']} on {machine.cpu().model}: a pass of the target after {CONTEXT} tokens,")
+    click.echo(f"times as fast as with {base}")
+    Console(highlight=False, markup=False, emoji=False).print(table)
+    for row in rows:
+        if row.problem:
+            click.echo(f"{row}: {row.problem}")
+    click.echo(UNCERTAIN)
+    click.echo(APPLY)
+
+
+def times(low: float, middle: float, high: float) -> str:
+    """A speedup and the interval that it lies in, marked where that does not tell it from none."""
+    return f"{'~' if low < 1 < high else ''}{middle:.2f}x"
 
 
 @contextmanager
