@@ -38,7 +38,7 @@ def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[st
     runner = drafter._runner
     assert isinstance(runner, CudaRunner)
     out = {}
-    for bucket, graph in runner._graphs.items():
+    for bucket, graph in sorted(runner._graphs.items()):
         launched = runner._ort.RunOptions()
         launched.add_run_config_entry("gpu_graph_id", "-1")  # ONNX Runtime's word for: neither capture nor replay
         ways = {"captured": graph, "uncaptured": replace(graph, run_options=launched)}

@@ -99,10 +99,10 @@ def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
 
 
 def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
-    flags = "-t 3 --drafter-device cpu --vram 3GB --fit --width 5 --tree-top-k 1 -n 2"
+    flags = "-t 3 --drafter-device auto --vram 3GB --fit --width 5 --tree-top-k 1 -n 2"
     assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
     tree = TreeLimits(width=5, depth=TreeLimits().depth, top_k=1)  # depth is the pair's
-    device = {"drafter_device": "cpu", "vram": 3 * 10**9, "fit": True, "threads": 3, "ov_config": {}}
+    device = {"drafter_device": "auto", "vram": 3 * 10**9, "fit": True, "threads": 3, "ov_config": {}}
     assert opener.calls == [(pair, {**device, "tree": tree})]
 
 

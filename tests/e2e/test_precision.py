@@ -79,6 +79,10 @@ def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], A
             session.extend(tokens[at : at + 1], features[at : at + 1])
     assert first / len(rounds) > 0.99 and agreeing / total > 0.99, (first, len(rounds), agreeing, total)
     assert gained["half"] == pytest.approx(gained["whole"], rel=0.01)
+    before = half.bus_bytes
+    half.extend(tokens[rounds[0] : rounds[0] + 9], features[rounds[0] : rounds[0] + 9])
+    half.propose(LIMITS)
+    assert 0 < half.bus_bytes - before < 64 * 1024  # of a round: nine accepted pairs, a tree of six levels
     assert gained["whole"] > 1.5 * len(rounds), "the shipped drafter does not fit this target"
 
 

@@ -6,7 +6,9 @@ provider.  What only a GPU can show is in test_gpu.py.
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +19,20 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime import onnx_drafter, steady
+from dovetail.runtime import cuda_runner, onnx_drafter, runners, steady
 from dovetail.runtime.cuda_runner import CudaRunner, check_placement
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.manifest import Manifest, read_manifest
 from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.runners import INPUTS, OUTPUTS, row_specs
 from dovetail.runtime.steady import SteadyDrafter
 from dovetail.runtime.tokenizer import Tokenizer
 from dovetail.runtime.tree import DraftTree, TreeLimits
 from dovetail.runtime.vram import BUCKETS, plan_pair
 
 LIMITS = TreeLimits(width=12, depth=4, top_k=3, lookup=0)
+CUDA = "CUDAExecutionProvider"
 PROMPT = "the quick brown fox"
 
 
@@ -62,6 +64,39 @@ def exact(tiny_full_pair: Path, manifest: Manifest, tmp_path_factory: pytest.Tem
     save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
     in_f32 = replace(manifest, drafter=replace(facts, files={**facts.files, "cpu": "f32.onnx"}))
     return lambda: OnnxDrafter.open(folder, in_f32, device="cpu", threads=1)
+
+
+class Claims:
+    """A session that says it runs on CUDA, of which ONNX Runtime gave every node to the CPU."""
+
+    def __init__(self, session: Any):
+        self.get_provider_graph_assignment_info = session.get_provider_graph_assignment_info
+
+    def get_providers(self) -> list[str]:
+        return [CUDA]
+
+
+class Pairs:
+    """Engines over one target: with the drafter on the CPU, and on a device that may fail."""
+
+    def __init__(self, pair: Path, manifest: Manifest):
+        self.pair, self.manifest = pair, manifest
+        self.target = OpenVINOTarget.open(pair, manifest, threads=1)
+
+    def cpu(self, note: str = "asked for") -> OnnxDrafter:
+        return OnnxDrafter.open_cpu(self.pair, self.manifest, threads=1, note=note)
+
+    def engine(self, drafter: Any) -> Engine:
+        self.target.reset()
+        return Engine(self.target, drafter, Tokenizer.from_folder(self.pair / "target"), tree=LIMITS, stop_tokens=())
+
+    def text(self, drafter: Any, **sampling: Any) -> tuple[int, ...]:
+        return self.engine(drafter).generate(PROMPT, 80, raw=True, **sampling).token_ids
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_full_pair: Path, manifest: Manifest) -> Pairs:
+    return Pairs(tiny_full_pair, manifest)
 
 
 def open_on(device: Any, pair: Path, manifest: Manifest, **options: Any) -> OnnxDrafter:
@@ -106,29 +141,15 @@ def test_features_cross_the_bus_once_and_levels_only_small_rows(HostDevice, tiny
     assert 0 <= first - level - features < 256  # the block's padding
 
 
-@pytest.mark.parametrize(("name", "kib"), [("smollm2", 64), ("qwen", 64)])
-def test_a_round_of_a_real_drafter_moves_less_than_64_kib(manifest, name: str, kib: int) -> None:
-    """From the shapes: nine accepted pairs and six levels of ten nodes, each in the bucket of 16."""
-    size = {"smollm2": 576, "qwen": 896}[name]
-    assert manifest.drafter is not None
-    facts = replace(manifest.drafter, feature_size=size, tree_slots=64, top_k=10)
-    sizes = {
-        key: int(np.prod(shape)) * np.dtype(kind).itemsize
-        for key, (shape, kind) in row_specs(facts, 16, np.float16).items()
-    }
-    level = sum(sizes[key] for key in (*INPUTS, *OUTPUTS)) - sizes["features"]
-    assert 6 * level + level + sizes["features"] < kib * 1024
-
-
 def test_every_bucket_has_its_own_graph_and_memory(HostDevice, tiny_full_pair, manifest, stream) -> None:
     session = open_on(HostDevice(), tiny_full_pair, manifest)
     runner = session._runner
     assert isinstance(runner, CudaRunner)
     assert [len(runner.rows(n).input_ids) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 128, 128]
     before = {bucket: (graph.inputs.address, graph.outputs.address) for bucket, graph in runner._graphs.items()}
-    assert list(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
-    options = [graph.run_options.get_run_config_entry("gpu_graph_id") for graph in runner._graphs.values()]
-    assert options == ["1", "2", "3"]
+    assert sorted(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
+    ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._graphs.items()}
+    assert ids == {8: "1", 16: "2", 128: "3"}
     session.extend(stream[0][:150], stream[1][:150])
     assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
 
@@ -136,17 +157,13 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, tiny_full_pair, m
 def test_nodes_that_would_run_elsewhere_are_named(HostDevice, tiny_full_pair, manifest) -> None:
     session = open_on(HostDevice(), tiny_full_pair, manifest)._runner._session  # type: ignore[attr-defined]
 
-    class Claims:  # a session on CUDA of which ONNX Runtime gave every node to the CPU
-        get_providers = staticmethod(lambda: ["CUDAExecutionProvider"])
-        get_provider_graph_assignment_info = session.get_provider_graph_assignment_info
-
     with pytest.raises(
         DeviceError, match=r"\d+ nodes would not run on CUDA.*: \w+ '.+' on CPUExecutionProvider"
     ) as told:
-        check_placement(Claims, "CUDAExecutionProvider")
+        check_placement(Claims(session), CUDA)
     assert "\n" not in str(told.value) and " more: use --drafter-device cpu" in str(told.value)
     with pytest.raises(DeviceError, match="could not load its CUDAExecutionProvider"):
-        check_placement(session, "CUDAExecutionProvider")
+        check_placement(session, CUDA)
 
 
 def test_a_device_that_is_too_small_is_told_with_the_arithmetic(HostDevice, tiny_full_pair, manifest) -> None:
@@ -164,40 +181,55 @@ def test_what_is_allocated_is_what_was_planned(HostDevice, tiny_full_pair, manif
     assert plan.state + plan.rows <= held <= plan.state + plan.rows + 60 * 256  # what blocks are rounded up by
 
 
-def test_a_limit_is_the_arena_s_too(HostDevice, tiny_full_pair, manifest) -> None:
+def test_the_arena_gets_what_a_limit_leaves(HostDevice, tiny_full_pair, manifest) -> None:
     free, limited = HostDevice(), HostDevice()
     open_on(free, tiny_full_pair, manifest)
     open_on(limited, tiny_full_pair, manifest, vram=3 * 10**9)
-    assert free.arena is None and limited.arena == plan_pair(manifest).arena
+    plan = plan_pair(manifest)
+    assert free.arena is None and limited.arena == 3 * 10**9 - plan.state - plan.rows - plan.cuda > plan.weights
 
 
-def test_the_pages_of_a_device_are_given_back(HostDevice, tiny_full_pair, manifest) -> None:
-    device = HostDevice()
-    open_on(device, tiny_full_pair, manifest).close()
-    assert device.closed
+def test_nodes_that_stop_a_capture_are_named(
+    HostDevice, tiny_full_pair, manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime refuses to capture without naming a node; without capturing it tells where it placed them."""
+    opened: list[int] = []
+
+    def refuse_once(*arguments: Any) -> Any:
+        opened.append(1)
+        if len(opened) == 1:
+            raise DeviceError("This session cannot use the graph capture feature")
+        return runners.open_session(*arguments)
+
+    monkeypatch.setattr(cuda_runner, "open_session", refuse_once)
+    with pytest.raises(DeviceError, match="cannot use the graph capture"):  # all nodes are where they belong
+        open_on(HostDevice(), tiny_full_pair, manifest)
+    monkeypatch.setattr(cuda_runner, "check_placement", lambda session, _: check_placement(Claims(session), CUDA))
+    opened.clear()
+    with pytest.raises(DeviceError, match="nodes would not run on CUDAExecutionProvider: "):
+        open_on(HostDevice(), tiny_full_pair, manifest)
 
 
-class Pairs:
-    """Engines over one target: with the drafter on the CPU, and on a device that may fail."""
-
-    def __init__(self, pair: Path, manifest: Manifest):
-        self.pair, self.manifest = pair, manifest
-        self.target = OpenVINOTarget.open(pair, manifest, threads=1)
-
-    def cpu(self, note: str = "asked for") -> OnnxDrafter:
-        return OnnxDrafter.open_cpu(self.pair, self.manifest, threads=1, note=note)
-
-    def engine(self, drafter: Any) -> Engine:
-        self.target.reset()
-        return Engine(self.target, drafter, Tokenizer.from_folder(self.pair / "target"), tree=LIMITS, stop_tokens=())
-
-    def text(self, drafter: Any, **sampling: Any) -> tuple[int, ...]:
-        return self.engine(drafter).generate(PROMPT, 80, raw=True, **sampling).token_ids
-
-
-@pytest.fixture(scope="module")
-def pairs(tiny_full_pair: Path, manifest: Manifest) -> Pairs:
-    return Pairs(tiny_full_pair, manifest)
+@pytest.mark.parametrize("way", ["close", "drop", "engine", "failed"])
+def test_a_session_goes_before_its_device_and_a_failed_one_stays(HostDevice, pairs: Pairs, way: str) -> None:
+    """ONNX Runtime ends the process when it destroys a captured graph on a device that failed."""
+    device, gone = HostDevice(), []
+    drafter: Any = open_on(device, pairs.pair, pairs.manifest)
+    session = weakref.ref(drafter._runner._session)
+    close = device.close
+    device.close = lambda: (gone.append(session() is None), close())
+    if way == "engine":
+        with pairs.engine(SteadyDrafter(drafter)) as engine:
+            del drafter
+            engine.generate(PROMPT, 4, raw=True)
+    elif way == "drop":
+        del drafter
+        gc.collect()
+    else:
+        device.fail_at = 1 if way == "failed" else 0
+        drafter.close()
+        drafter.close()
+    assert device.closed and gone == [way != "failed"]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
@@ -310,3 +342,62 @@ def test_a_reset_behind_what_is_held_begins_there(short, stream) -> None:
     fresh = short()
     fresh.extend(tokens[:9], features[:9])
     assert_alike(session.propose(LIMITS), fresh.propose(LIMITS))
+
+
+@pytest.mark.parametrize("room", [300, 512, 700])
+def test_a_context_shorter_than_a_prompt_reads_its_end(pairs: Pairs, stream, room: int) -> None:
+    tokens, features = (np.concatenate([part] * 3) for part in stream)
+    assert pairs.manifest.drafter is not None
+    narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=room))
+    session = SteadyDrafter(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1))
+    begin = 0
+    for count in (511, 7, 150, 9):
+        session.extend(tokens[begin : begin + count], features[begin : begin + count])
+        begin += count
+        assert session.length == begin and 0 < session._drafter.length <= room
+        session.propose(LIMITS)
+    session.reset(600)
+    session.extend(tokens[600:610], features[600:610])
+    assert session.length == 610
+
+
+def test_an_interrupt_while_the_drafter_moves_leaves_it_on_the_cpu(HostDevice, pairs: Pairs, stream) -> None:
+    tokens, features = stream
+    device = HostDevice()
+    session = SteadyDrafter(open_on(device, pairs.pair, pairs.manifest), pairs.cpu)
+    session.extend(tokens[:100], features[:100])
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    device.close, device.fail_at = interrupted, 1
+    with pytest.raises(KeyboardInterrupt):
+        session.extend(tokens[100:105], features[100:105])
+    session.reset(100)
+    session.extend(tokens[100:120], features[100:120])
+    assert session.device == "CPU (int8)" and session.length == 120
+    fresh = pairs.cpu()
+    fresh.extend(tokens[100:120], features[100:120])
+    assert_alike(session.propose(LIMITS), fresh.propose(LIMITS))
+
+
+def test_after_an_interrupted_call_the_kept_pairs_are_still_the_last(pairs: Pairs, stream) -> None:
+    """The first of two chunks was read when Ctrl-C came: the rollback takes it from the drafter alone."""
+    tokens, features = stream
+    session = SteadyDrafter(pairs.cpu())
+    session.extend(tokens[:100], features[:100])
+    runner = session._drafter._runner
+    run, calls = runner.run, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    runner.run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.extend(tokens[100:240], features[100:240])
+    session.reset(100)
+    kept, _ = session._recent.last(100, 256)
+    np.testing.assert_array_equal(kept, tokens[:100])

@@ -8,7 +8,16 @@ import pytest
 
 from dovetail.runtime.errors import DeviceError, InputError, ManifestError
 from dovetail.runtime.manifest import DrafterFacts, FileEntry, Manifest, TargetFacts
-from dovetail.runtime.vram import BUCKETS, CONTEXT, CUDA_ITSELF, LEAST_CONTEXT, parse_size, plan, plan_pair
+from dovetail.runtime.vram import (
+    BUCKETS,
+    CONTEXT,
+    CUDA_ITSELF,
+    LEAST_CONTEXT,
+    check_limit,
+    parse_size,
+    plan,
+    plan_pair,
+)
 
 MIB = 2**20
 FACTS = DrafterFacts(
@@ -39,7 +48,9 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-3GB", "3TB", "3 G B", "1e9", "nan", "3,5GB", "0GB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-3GB", "3TB", "3 G B", "1e9", "nan", "3,5GB", "0GB", "0.5", "0.0001k", "9" * 400, "٣GB"]
+)
 def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InputError, match=r"give e\.g\. 3GB") as told:
         parse_size(text)
@@ -52,7 +63,7 @@ def test_the_sum_by_hand() -> None:
     row = 6 * 8 + (64 + 576) * 2 + 10 * (4 + 4)
     assert (got.state, got.rows, got.workspace) == (state, sum(BUCKETS) * row, 8 * MIB + 4096 * 1000)
     assert got.total == 100 + state + got.rows + got.workspace + CUDA_ITSELF
-    assert got.arena == 100 + got.workspace
+    assert got.arena(got.total) == 100 + got.workspace
 
 
 def test_a_pair_s_weights_are_graph_and_data() -> None:
@@ -100,3 +111,18 @@ def test_pairs_without_the_facts_are_told_what_to_do() -> None:
     for wrong in ({"workspace": (1,)}, {"workspace": (1, -1)}, {"vram": -1}):
         with pytest.raises(ManifestError, match="export the drafter again"):
             pair(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("vram", "fit", "device", "said"),
+    [
+        (None, True, "auto", "--fit has nothing"),
+        (5, False, "cpu", "for a drafter on a GPU"),
+        (0, False, "auto", "vram 0 is"),
+        (1.5, False, "auto", "vram 1.5 is"),
+        (True, False, "auto", "vram True is"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(vram: object, fit: bool, device: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_limit(vram, fit, device)  # type: ignore[arg-type]

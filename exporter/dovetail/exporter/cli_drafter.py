@@ -9,8 +9,7 @@ import click
 from dovetail.exporter.pair import add_drafter
 from dovetail.exporter.progress import show_progress
 from dovetail.exporter.reference import REFERENCE_PAIRS, shipped_drafter
-from dovetail.runtime.errors import InputError
-from dovetail.runtime.vram import parse_size
+from dovetail.runtime.vram import check_limit, parse_size
 
 
 @click.command()
@@ -35,8 +34,7 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
     pair is exchanged as a whole at the end, so that an interruption leaves it as it was.
     """
     limit = parse_size(vram) if vram is not None else 0
-    if fit and not limit:
-        raise InputError("--fit has nothing to fit to: give --vram SIZE")
+    check_limit(limit or None, fit, "cuda")
     with show_progress(pair.name) as progress:
         folder = Path(checkpoint)
         if checkpoint in REFERENCE_PAIRS and not folder.is_dir():

@@ -21,11 +21,27 @@ from .errors import DeviceError
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip install 'dovetail-spec[cuda]' brings CUDA and cuDNN"
 DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
-CUDNN_MAJOR = 9  # of all onnxruntime-gpu in our range
+CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # of all onnxruntime-gpu in our range
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _NON_BLOCKING = 1  # a stream that does not wait for the default one
 _OUT_OF_MEMORY = 2
+
+_POINTER, _SIZE, _OUT = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+_ARGUMENTS: dict[str, list[Any]] = {
+    "cudaStreamCreateWithFlags": [_OUT, ctypes.c_uint],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaStreamDestroy": [_POINTER],
+    "cudaMalloc": [_OUT, _SIZE],
+    "cudaFree": [_POINTER],
+    "cudaHostAlloc": [_OUT, _SIZE, ctypes.c_uint],
+    "cudaFreeHost": [_POINTER],
+    "cudaMemsetAsync": [_POINTER, ctypes.c_int, _SIZE, _POINTER],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, _SIZE, ctypes.c_int, _POINTER],
+    "cudaMemGetInfo": [ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)],
+    "cudaGetErrorString": [ctypes.c_int],
+    "cudaGetLastError": [],
+}
 
 Bytes = NDArray[np.uint8]
 
@@ -79,8 +95,9 @@ def libraries() -> list[str]:
     major = cuda_major()
     if os.name == "nt":
         named = [f"{name}64_{major}.dll" for name in ("cudart", "cublasLt", "cublas")]
-        return [*named, f"cudnn64_{CUDNN_MAJOR}.dll"]
-    return [*(f"lib{name}.so.{major}" for name in ("cudart", "cublasLt", "cublas")), f"libcudnn.so.{CUDNN_MAJOR}"]
+        return [*named, f"curand64_{CURAND_MAJOR}.dll", f"cudnn64_{CUDNN_MAJOR}.dll"]
+    named = [f"lib{name}.so.{major}" for name in ("cudart", "cublasLt", "cublas")]
+    return [*named, f"libcurand.so.{CURAND_MAJOR}", f"libcudnn.so.{CUDNN_MAJOR}"]
 
 
 def missing_libraries() -> list[str]:
@@ -121,17 +138,19 @@ class CudaDevice:
             self._cuda = ctypes.CDLL(libraries()[0])
         except OSError as error:
             raise DeviceError(f"{libraries()[0]} cannot be loaded: {INSTALL}") from error
+        for name, arguments in _ARGUMENTS.items():
+            getattr(self._cuda, name).argtypes = arguments
         self._cuda.cudaGetErrorString.restype = ctypes.c_char_p
         self._device: list[int] = []
         self._host: list[int] = []
         stream = ctypes.c_void_p()
-        self._check("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        self._check("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
         self._stream = stream
 
-    def provider_options(self, arena: int | None) -> dict[str, str]:
+    def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         """Of the execution provider: it runs on this stream, and its arena grows by what is asked, to `arena` bytes."""
         options = {
-            "enable_cuda_graph": "1",
+            "enable_cuda_graph": "1" if capture else "0",
             "user_compute_stream": str(self._stream.value),
             "arena_extend_strategy": "kSameAsRequested",
         }
@@ -146,16 +165,16 @@ class CudaDevice:
     def allocate(self, size: int) -> int:
         """Address of `size` bytes of zeros on the device."""
         pointer = ctypes.c_void_p()
-        self._check("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
+        self._check("cudaMalloc", ctypes.byref(pointer), size)
         assert pointer.value is not None
         self._device.append(pointer.value)
-        self._check("cudaMemsetAsync", pointer, ctypes.c_int(0), ctypes.c_size_t(size), self._stream)
+        self._check("cudaMemsetAsync", pointer, 0, size, self._stream)
         return pointer.value
 
     def pinned(self, size: int) -> Bytes:
         """`size` bytes of zeros on the host that the device copies from and to directly; valid until `close`."""
         pointer = ctypes.c_void_p()
-        self._check("cudaHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size), ctypes.c_uint(0))
+        self._check("cudaHostAlloc", ctypes.byref(pointer), size, 0)
         assert pointer.value is not None
         self._host.append(pointer.value)
         memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer.value))
@@ -177,24 +196,22 @@ class CudaDevice:
     def close(self) -> None:
         """Give memory and stream back; a device that failed keeps them until the process ends."""
         for pointer in self._device:
-            self._cuda.cudaFree(ctypes.c_void_p(pointer))
+            self._cuda.cudaFree(pointer)
         for pointer in self._host:
-            self._cuda.cudaFreeHost(ctypes.c_void_p(pointer))
+            self._cuda.cudaFreeHost(pointer)
         self._device, self._host = [], []
         if self._stream.value:
             self._cuda.cudaStreamDestroy(self._stream)
             self._stream = ctypes.c_void_p()
 
     def _copy(self, to: int, source: int, size: int, kind: int) -> None:
-        self._check(
-            "cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind),
-            self._stream,
-        )  # fmt: skip
+        self._check("cudaMemcpyAsync", to, source, size, kind, self._stream)
 
     def _check(self, function: str, *arguments: Any) -> None:
         code = getattr(self._cuda, function)(*arguments)
         if code == 0:
             return
+        self._cuda.cudaGetLastError()  # else the next who asks, ONNX Runtime or torch, takes it for their own
         said = (self._cuda.cudaGetErrorString(code) or b"unknown error").decode(errors="replace")
         remedy = "free VRAM, lower --vram with --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"
         raise DeviceError(f"{function}: {said} (code {code}): {remedy}, or use --drafter-device cpu")

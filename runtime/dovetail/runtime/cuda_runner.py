@@ -1,11 +1,15 @@
 """The float16 graph on a GPU: state that stays on the device, one captured CUDA graph per bucket of rows.
 
-A call is one copy up, one replay and one copy down, in order on one stream, and one wait for all of it.  Inputs and
-outputs of a bucket lie in one block of memory each, on the device and, pinned, on the host.
+A call is one copy up, one replay and one copy down, in order on one stream, and one wait at its end (ONNX Runtime may
+wait for the replay too).  Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
+the host.  ONNX Runtime keeps captured graphs per thread: the thread that opens a drafter runs it; another captures
+anew.
 """
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -47,7 +51,7 @@ class Device(Protocol):
     kind: str
     provider: str
 
-    def provider_options(self, arena: int | None) -> dict[str, str]:
+    def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         """Of the provider: it captures, runs on the stream, and keeps its arena to `arena` bytes."""
         ...
 
@@ -126,26 +130,27 @@ class CudaRunner:
 
     file_key = "cuda"
 
-    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limited: bool):
-        """plan: context and memory.  limited: whether the plan's sizes are a limit for ONNX Runtime too."""
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int = 0):
+        """plan: context and memory.  limit: bytes for all of it, 0 for none."""
         import onnxruntime as ort
 
         self.max_context, self.bus_bytes = plan.context, 0
         self._ort, self._device, self._trash, self._facts = ort, device, facts.tree_slots, facts
         self._graphs: dict[int, Captured] = {}
+        self._held: list[Any] = [self._graphs]  # what must go before the device does; and nobody else holds it
+        self._release = weakref.finalize(self, _release, self._held, device)
+        problem = None
         try:
+            self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
             shapes = state_shapes(facts, plan.context)
-            options = session_options(ort)
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            options.add_free_dimension_override_by_name("slots", facts.tree_slots + plan.context)
-            provider = (device.provider, device.provider_options(plan.arena if limited else None))
-            self._session = open_session(ort, file, options, [provider])
-            check_placement(self._session, device.provider)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
-            self._graphs = {bucket: self._capture(number, bucket) for number, bucket in enumerate(BUCKETS, 1)}
+            for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # the largest first: its memory serves the others
+                self._graphs[bucket] = self._capture(number, bucket)
         except DeviceError as error:
+            problem = str(error)
+        if problem:  # outside the handler: a traceback would keep the session, which must go before its stream
             self.close()
-            raise DeviceError(f"{error} (planned: {plan})") from error
+            raise DeviceError(f"{problem} (planned: {plan})")
 
     def rows(self, n: int) -> Rows:
         """See Runner."""
@@ -168,9 +173,33 @@ class CudaRunner:
 
     def close(self) -> None:
         """Give session, memory and stream back; nothing may be run after it."""
-        self._graphs = {}
-        self._session = None
-        self._device.close()
+        self._release()
+
+    @property
+    def _session(self) -> Any:
+        return self._held[1]
+
+    def _open(self, file: Path, plan: VramPlan, arena: int | None) -> Any:
+        """A session that captures.  Raises DeviceError, which names nodes that cannot be captured."""
+        provider, slots = self._device.provider, self._facts.tree_slots + plan.context
+
+        def options() -> Any:
+            made = session_options(self._ort)
+            made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            made.add_free_dimension_override_by_name("slots", slots)
+            return made
+
+        problem = None
+        try:
+            session = open_session(self._ort, file, options(), [(provider, self._device.provider_options(arena))])
+        except DeviceError as error:
+            problem = error.args[0]
+        if problem:  # ONNX Runtime does not say which nodes it would not capture
+            plain = (provider, self._device.provider_options(arena, capture=False))
+            check_placement(open_session(self._ort, file, options(), [plain]), provider)
+            raise DeviceError(problem)
+        check_placement(session, provider)
+        return session
 
     def _capture(self, number: int, bucket: int) -> Captured:
         """Memory and binding of one bucket; the first runs capture its graph under this number."""
@@ -198,6 +227,22 @@ class CudaRunner:
             call(self._session, binding, run_options)
         self._device.wait()
         return Captured(rows, inputs, outputs, inputs.offsets["features"], binding, run_options)
+
+
+def _release(held: list[Any], device: Device) -> None:
+    """Let go of the graphs, held[0], and the session, held[1], then of the device.
+
+    A device that failed keeps them: ONNX Runtime, destroying a captured graph there, would end the process.
+    """
+    try:
+        device.wait()
+    except DeviceError:
+        for kept in held:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    else:
+        held[0].clear()  # bindings first
+    held.clear()
+    device.close()
 
 
 def check_placement(session: Any, provider: str) -> None:

@@ -286,7 +286,12 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
-        self._conversation = self._drafter = None
+        drafter, self._conversation, self._drafter = self._drafter, None, None
+        if self._busy.acquire(blocking=False):
+            try:
+                getattr(drafter, "close", lambda: None)()
+            finally:
+                self._busy.release()
 
     def __enter__(self) -> Self:
         return self

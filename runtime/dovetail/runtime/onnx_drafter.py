@@ -11,12 +11,13 @@ node i's; row T takes what nobody will read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .cuda import CudaDevice, cuda_problem
+from .cuda import CudaDevice, cuda_problem, driver_cuda
 from .cuda_runner import CudaRunner, Device
 from .errors import ContextOverflow, DeviceError, InputError, PairError
 from .machine import physical_cores
@@ -24,7 +25,9 @@ from .manifest import DrafterFacts, Manifest
 from .runners import BLOCKED, CHUNK, CpuRunner, Runner
 from .sessions import FloatArray, TokenArray
 from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
-from .vram import plan_pair
+from .vram import check_limit, plan_pair
+
+log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
@@ -55,6 +58,7 @@ class OnnxDrafter:
 
         threads: of the CPU session, default one per physical core.
         vram: bytes of GPU memory that it may take, None for what the pair says; fit: its context may shrink to that.
+        The log is told when "auto" cannot use a GPU that is there, or that `vram` was given for.
         Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
         small, or ONNX Runtime refuses the file).
         """
@@ -63,6 +67,7 @@ class OnnxDrafter:
             raise PairError(f"{pair} has no drafter: add one with dovetail-export drafter, or run without speculation")
         if device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {device!r} is unknown: choose auto, cpu or cuda")
+        check_limit(vram, fit, device)
         note = "asked for"
         if device != "cpu":
             try:
@@ -71,6 +76,8 @@ class OnnxDrafter:
                 if device == "cuda":
                     raise DeviceError(f"the drafter cannot run on CUDA: {error}") from error
                 note = f"no CUDA: {error}"
+                if vram is not None or driver_cuda() is not None:  # somebody counts on a GPU
+                    log.warning("the drafter runs on the CPU: %s", error)
         return cls.open_cpu(pair, manifest, threads=threads, note=note)
 
     @classmethod
@@ -94,12 +101,11 @@ class OnnxDrafter:
         """The float16 drafter on a GPU, its graphs captured.  new_device: in place of CUDA's.  Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
-        plan = plan_pair(manifest, vram, fit=fit)
         if new_device is None and (problem := cuda_problem()):
             raise DeviceError(problem)
-        limited = bool(vram or facts.vram)
+        plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
         device = (new_device or CudaDevice)()
-        runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limited=limited)
+        runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
         return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
 
     @property
@@ -152,8 +158,7 @@ class OnnxDrafter:
 
     def close(self) -> None:
         """Give a GPU's memory back; the session is not to be used any more."""
-        if isinstance(self._runner, CudaRunner):
-            self._runner.close()
+        self._runner.close()
 
     def _extend(self, tokens: TokenArray, features: FloatArray) -> Candidates:
         """One chunk of at most CHUNK pairs."""

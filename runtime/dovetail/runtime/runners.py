@@ -104,6 +104,10 @@ class Runner(Protocol):
         """Have memory of its own under the KV of `context` pairs, whatever it holds."""
         ...
 
+    def close(self) -> None:
+        """Give a device's memory back; nothing may be run after it."""
+        ...
+
 
 class CpuRunner:
     """INT8 graph on the CPU.  KV and bank are numpy arrays, input and output of the graph at once."""
@@ -147,6 +151,9 @@ class CpuRunner:
         for buffer in self._kv.values():
             buffer[: self._slots + context, :, :, 0] += 0
 
+    def close(self) -> None:
+        """See Runner: memory of the host is freed with the last reference."""
+
     def _bind(self, n: int, kv_rows: int, binding: Any | None) -> Any:
         """Point the graph at the first n rows and the first `kv_rows` of each KV buffer."""
         if binding is None:
@@ -172,11 +179,14 @@ def session_options(ort: Any) -> Any:
 
 
 def open_session(ort: Any, file: Path, options: Any, providers: Sequence[Any]) -> Any:
-    """Load a graph.  Raises DeviceError."""
+    """Load a graph; providers that do not start are an error, or missing in the session.  Raises DeviceError."""
+    ort.set_default_logger_severity(4)  # what fails is told below, in one line
     try:
-        return ort.InferenceSession(str(file), options, providers=list(providers))
+        return ort.InferenceSession(str(file), options, providers=list(providers), enable_fallback=0)
     except failures() as error:
-        raise DeviceError(f"ONNX Runtime cannot load {file}: {one_line(error)}: export the drafter again") from error
+        raise _failed(f"ONNX Runtime cannot load {file}", error, "export the drafter again") from error
+    finally:
+        ort.set_default_logger_severity(2)
 
 
 def call(session: Any, binding: Any, run_options: Any = None) -> None:
@@ -184,7 +194,15 @@ def call(session: Any, binding: Any, run_options: Any = None) -> None:
     try:
         session.run_with_iobinding(binding, run_options)
     except failures() as error:
-        raise DeviceError(f"the drafter failed: {one_line(error)}: generate without speculation") from error
+        raise _failed("the drafter failed", error, "generate without speculation") from error
+
+
+def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
+    """remedy: where it is not memory that lacks."""
+    said = one_line(error)
+    if any(word in said.lower() for word in ("failed to allocate", "out of memory", "available memory")):
+        remedy = "free memory of the device, or give --vram SIZE with --fit"
+    return DeviceError(f"{what}: {said}: {remedy}")
 
 
 def failures() -> tuple[type[Exception], ...]:

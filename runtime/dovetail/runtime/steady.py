@@ -49,80 +49,105 @@ class SteadyDrafter:
         """See OnnxDrafter; a full context begins anew with the last pairs, and these."""
         length = self.length
         try:
-            if self._drafter.length + len(tokens) > self._drafter.max_context:
-                self._read_again(length)
-            self._drafter.extend(tokens, features)
-            self._recent.add(tokens, features)
+            self._extend(length, tokens, features)
         except DeviceError as error:
-            second = self._second(error)
-            self._recent.add(tokens, features)
-            self._move(second, error, length + len(tokens))
+            problem = self._movable(error)
+        else:
+            self._recent.add(length, tokens, features)
+            return
+        self._recent.add(length, tokens, features)
+        self._move(problem, length + len(tokens))
 
     def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
         """See OnnxDrafter."""
         try:
             return self._drafter.propose(limits, judge)
         except DeviceError as error:
-            self._move(self._second(error), error, self.length)
+            problem = self._movable(error)
+        self._move(problem, self.length)
         return self._drafter.propose(limits, judge)
 
     def reset(self, keep: int = 0) -> None:
         """See OnnxDrafter."""
-        self._recent.drop(max(self.length - keep, 0))
+        self._recent.cut(keep)
         self._start = min(self._start, keep)
         self._drafter.reset(keep - self._start)
 
-    def _second(self, error: DeviceError) -> OnnxDrafter:
-        """The other drafter, opened.  Raises `error` where there is none, DeviceError where it cannot be opened."""
+    def close(self) -> None:
+        """Give a GPU's memory back; the session is not to be used any more."""
+        self._drafter.close()
+
+    def _extend(self, length: int, tokens: TokenArray, features: FloatArray) -> None:
+        """Append pairs after `length`; where there is no room, after the last of those, or the end of these alone."""
+        most = self._drafter.max_context
+        if self._drafter.length + len(tokens) > most:
+            self._read_again(length, min(KEPT, most // 2, max(most - len(tokens), 0)))
+            skipped = max(len(tokens) - most, 0)
+            self._start += skipped
+            tokens, features = tokens[skipped:], features[skipped:]
+        self._drafter.extend(tokens, features)
+
+    def _movable(self, error: DeviceError) -> str:
+        """What the error says, if there is another drafter; else it is raised.
+
+        To be left behind with its traceback, whose frames hold what must go before the device does.
+        """
         if self._open_second is None:
             raise error
-        return self._open_second(f"moved there: {error}")
+        return str(error)
 
-    def _move(self, second: OnnxDrafter, error: DeviceError, length: int) -> None:
-        """Leave the first drafter for `second`, which reads the last of `length` pairs."""
-        log.warning("the drafter moves from %s to %s: %s", self.device, second.device, error)
-        self._open_second = None
+    def _move(self, problem: str, length: int) -> None:
+        """Leave the first drafter for the second, which reads the last of `length` pairs.  Raises DeviceError."""
+        assert self._open_second is not None
+        second = self._open_second(f"moved there: {problem}")
+        log.warning("the drafter moves from %s to %s: %s", self.device, second.device, problem)
         self._moved = self._drafter.bus_bytes
-        self._drafter.close()
-        self.device, self.device_note, self._drafter = second.device, second.device_note, second
-        self._read_again(length)
+        first, self._drafter, self._start = self._drafter, second, length  # whole, should an interruption come now
+        self._open_second = None
+        self.device, self.device_note = second.device, second.device_note
+        first.close()
+        self._read_again(length, min(KEPT, second.max_context))
 
-    def _read_again(self, length: int) -> None:
-        """Let the drafter hold nothing but the last of `length` pairs."""
-        tokens, features = self._recent.last(KEPT)
+    def _read_again(self, length: int, count: int) -> None:
+        """Let the drafter hold nothing but the last `count` of `length` pairs, or what was kept of them."""
+        tokens, features = self._recent.last(length, count)
         self._drafter.reset()
-        self._start = length  # in case of an interruption
+        self._start = length
         if len(tokens):
             self._drafter.extend(tokens, features)
-        self._start = length - len(tokens)
+            self._start = length - len(tokens)
 
 
 class _Recent:
-    """The last pairs, at least KEPT of them, in the parts they came in."""
+    """The last pairs, at least KEPT of them, in the parts they came in, by the number of their first."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[TokenArray, FloatArray]] = []
-        self._count = 0
+        self._parts: list[tuple[int, TokenArray, FloatArray]] = []
 
-    def add(self, tokens: TokenArray, features: FloatArray) -> None:
-        self._parts.append((tokens.copy(), features.copy()))
-        self._count += len(tokens)
-        while self._count - len(self._parts[0][0]) >= KEPT:
-            self._count -= len(self._parts.pop(0)[0])
+    def add(self, begin: int, tokens: TokenArray, features: FloatArray) -> None:
+        """Pairs from number `begin` on, after which there are no others yet."""
+        self.cut(begin)
+        if self._parts and self._end < begin:  # pairs between were never told: an interruption
+            self._parts = []
+        self._parts.append((begin, tokens.copy(), features.copy()))
+        while len(self._parts) > 1 and self._end - self._parts[1][0] >= KEPT:
+            del self._parts[0]
 
-    def drop(self, count: int) -> None:
-        """Forget the last `count` pairs."""
-        while count and self._parts:
-            tokens, features = self._parts.pop()
-            kept = max(len(tokens) - count, 0)
-            if kept:
-                self._parts.append((tokens[:kept], features[:kept]))
-            count -= len(tokens) - kept
-            self._count -= len(tokens) - kept
+    def cut(self, keep: int) -> None:
+        """Forget pair `keep` and those after it."""
+        while self._parts and self._end > keep:
+            begin, tokens, features = self._parts.pop()
+            if begin < keep:
+                self._parts.append((begin, tokens[: keep - begin], features[: keep - begin]))
 
-    def last(self, count: int) -> tuple[TokenArray, FloatArray]:
-        """Up to `count` of them: tokens [n], features [n, D]."""
-        if not self._parts:
+    def last(self, length: int, count: int) -> tuple[TokenArray, FloatArray]:
+        """Up to `count` pairs before number `length`: tokens [n], features [n, D]; none where others came last."""
+        if not count or not self._parts or self._end != length:
             return np.empty(0, np.int64), np.empty((0, 0), np.float32)
-        tokens, features = zip(*self._parts, strict=True)
+        _, tokens, features = zip(*self._parts, strict=True)
         return np.concatenate(tokens)[-count:], np.concatenate(features)[-count:]
+
+    @property
+    def _end(self) -> int:
+        begin, tokens, _ = self._parts[-1]
+        return begin + len(tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .errors import DeviceError, InputError
 from .manifest import DrafterFacts, Manifest
@@ -42,10 +43,9 @@ class VramPlan:
     def total(self) -> int:
         return self.weights + self.state + self.rows + self.workspace + self.cuda
 
-    @property
-    def arena(self) -> int:
-        """What ONNX Runtime's arena may take."""
-        return self.weights + self.workspace
+    def arena(self, limit: int) -> int:
+        """What ONNX Runtime's arena may take of a limit in bytes: weights, activations, and what is left."""
+        return limit - self.state - self.rows - self.cuda
 
     def __str__(self) -> str:
         """The arithmetic in one line."""
@@ -77,7 +77,8 @@ def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False)
     if facts is None or "cuda" not in facts.files:
         raise DeviceError("the pair holds no float16 drafter: export it again")
     weights = sum(entry.size for entry in manifest.drafter_files("cuda"))
-    return plan_within(facts, weights, vram or facts.vram, fit=fit or not vram)
+    limit = facts.vram if vram is None else vram
+    return plan_within(facts, weights, limit, fit=fit or vram is None)
 
 
 def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> VramPlan:
@@ -108,10 +109,21 @@ def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> 
 
 def parse_size(text: str) -> int:
     """Bytes of "3GB", "3000MB", "512MiB", "2g" or "4096"; units of 1000, with an i of 1024.  Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
-    if found is None or found[2] not in _UNITS or not float(found[1]):
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?i?)b?", text.strip().lower())
+    size = int(Decimal(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
         raise InputError(f"size {text!r} is unknown: give e.g. 3GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
+
+
+def check_limit(vram: int | None, fit: bool, device: str) -> None:
+    """Check that a limit in bytes, if there is one, makes sense for a drafter device.  Raises InputError."""
+    if vram is not None and (not isinstance(vram, int) or isinstance(vram, bool) or vram < 1):
+        raise InputError(f"vram {vram!r} is out of range: give bytes, 1 or more, or a text such as 3GB")
+    if fit and vram is None:
+        raise InputError("--fit has nothing to fit to: give --vram SIZE")
+    if vram is not None and device == "cpu":
+        raise InputError("--vram is for a drafter on a GPU: leave out --drafter-device cpu, or --vram")
 
 
 def _pair_bytes(facts: DrafterFacts) -> int:

@@ -200,7 +200,7 @@ def capture_problem(device: Device) -> str | None:
     ort.set_default_logger_severity(4)  # a failure is told below, in one line instead of many
     try:
         provider = (device.provider, device.provider_options(None))
-        session = ort.InferenceSession(PROBE_MODEL, session_options(ort), providers=[provider])
+        session = ort.InferenceSession(PROBE_MODEL, session_options(ort), providers=[provider], enable_fallback=0)
         if device.provider not in session.get_providers():
             return f"ONNX Runtime could not load its {device.provider}: {INSTALL}"
         block = Block.allocate(device, {name: ((1,), np.float32) for name in ("x", "y")})

@@ -46,8 +46,8 @@ def generate(
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
-        drafter_device = engine.drafter_device if request.speculate else None
-        click.echo(json.dumps(result_json(result, engine.target_device, drafter_device), ensure_ascii=False))
+        drafter = (engine.drafter_device, engine.drafter_note) if request.speculate else (None, None)
+        click.echo(json.dumps(result_json(result, engine.target_device, *drafter), ensure_ascii=False))
         return
     answer = stream_answer(engine, asked, request)
     click.echo(answer.statistics(), err=True)

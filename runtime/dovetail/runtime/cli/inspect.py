@@ -14,7 +14,7 @@ from ..calibration import pair_calibration
 from ..cost_cache import WEIGHTS, CostKey, Measured, recall
 from ..errors import DeviceError, InputError, PairError
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
-from ..vram import VramPlan, plan_pair
+from ..vram import VramPlan, check_limit, plan_pair
 from .curves import check_plot, plot_costs, show_costs
 from .options import vram_options
 from .pairs import resolve_pair
@@ -36,6 +36,7 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
     it was measured: by dovetail-run tune, or when the pair was first opened.
     Exit code 3 when the pair is not whole or its parts do not belong together.
     """
+    check_limit(vram, fit, "auto")
     if plot is not None:
         check_plot(plot)
     folder = resolve_pair(pair)

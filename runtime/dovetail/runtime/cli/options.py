@@ -20,7 +20,7 @@ from ..manifest import read_manifest
 from ..sampling import SamplingParams
 from ..stops import check_stop_strings
 from ..tree import TreeLimits
-from ..vram import parse_size
+from ..vram import check_limit, parse_size
 from .pairs import DEFAULT_PAIR, resolve_pair
 
 Record = TypeVar("Record")
@@ -81,6 +81,7 @@ class EngineFlags:
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
         check_threads(self.threads)
+        check_limit(self.vram, self.fit, self.drafter_device)
         TreeLimits(**self.tree_values())
 
     def tree_values(self) -> dict[str, int]:

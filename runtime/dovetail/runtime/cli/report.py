@@ -22,10 +22,12 @@ def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_devi
     )
 
 
-def result_json(result: GenerationResult, target_device: str, drafter_device: str | None) -> dict[str, Any]:
+def result_json(
+    result: GenerationResult, target_device: str, drafter_device: str | None, drafter_note: str | None
+) -> dict[str, Any]:
     """`generate --json`: the answer, then the metrics (times in ms, to the microsecond), then the devices.
 
-    drafter_device is None for plain decoding.
+    drafter_device is None for plain decoding; drafter_note says why it runs there.
     """
     metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(result.metrics).items()
@@ -38,4 +40,5 @@ def result_json(result: GenerationResult, target_device: str, drafter_device: st
         **metrics,
         "target_device": target_device,
         "drafter_device": drafter_device,
+        "drafter_note": drafter_note,
     }

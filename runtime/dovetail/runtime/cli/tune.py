@@ -21,6 +21,7 @@ from ..manifest import read_sound
 from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, compare
 from ..tokenizer import Tokenizer
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
+from ..vram import check_limit
 from .curves import show_costs
 from .options import check_threads, device_options
 from .pairs import resolve_pair
@@ -62,6 +63,7 @@ def tune(
     from ..openvino_target import OpenVINOTarget
 
     check_threads(threads)
+    check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
