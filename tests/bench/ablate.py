@@ -78,7 +78,6 @@ ROWS = {
     "Muon": Row(fit={"optimizer": "muon"}),
     "Muon, learning rate 3e-3": Row(fit={"optimizer": "muon", "learning_rate": 3e-3}),
     "Muon, learning rate 6e-3": Row(fit={"optimizer": "muon", "learning_rate": 6e-3}),
-    "Muon, learning rate 1e-2": Row(fit={"optimizer": "muon", "learning_rate": 1e-2}),
     "learning rate 2e-3": Row(fit={"learning_rate": 2e-3}),
     "learning rate 5e-4": Row(fit={"learning_rate": 5e-4}),
     "batch 2": Row(fit={"batch": 2}),

@@ -1,6 +1,6 @@
 """What the drafter costs on this machine's GPU: calls captured and not, bytes on the bus, VRAM.
 
-    python tests/bench/gpu.py PAIR --vram 3GB [--json]
+    python tests/bench/gpu.py PAIR --vram 3GB
 
 The pair's speed is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from dovetail.runtime.tree import TreeLimits
 from dovetail.runtime.vram import parse_size
 
 REPEATS = 200
-PAIRS = 9  # accepted in a round, at most, with a tree of depth 8
+PAIRS = 9  # new ones of a round: two more than a tree of six levels gives, as a repeat may bring
 
 
 def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
@@ -67,9 +68,11 @@ def bytes_of_a_round(drafter: OnnxDrafter, feature_size: int) -> int:
 def used_vram_mb() -> int | None:
     """What nvidia-smi says that this process holds; None where it says nothing."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]) is None:
+        return None
     done = subprocess.run(query, capture_output=True, text=True, check=False)
-    rows = [line.split(",") for line in done.stdout.splitlines()]
-    return next((int(used) for pid, used in rows if int(pid) == os.getpid()), None)
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    return next((int(row[1]) for row in rows if row[0] == str(os.getpid()) and row[1].isdigit()), None)
 
 
 def report(open_drafter: Callable[[], OnnxDrafter], feature_size: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_a_device_copies_in_order_on_its_stream_and_gives_all_back(runtime: Runt
 def test_a_full_device_and_a_failed_one_are_told_apart(runtime: Runtime) -> None:
     device = cuda.CudaDevice()
     runtime.code, runtime.good = 2, 1
-    with pytest.raises(cuda.DeviceError, match=r"cudaMalloc: out of memory \(code 2\): free VRAM, lower --vram"):
+    with pytest.raises(cuda.DeviceError, match=r"cudaMalloc: out of memory \(code 2\): free VRAM, or give --vram"):
         device.allocate(16)
     runtime.code = 719
     with pytest.raises(cuda.DeviceError, match=r"cudaStreamSynchronize: unspecified launch failure .*check nvidia-smi"):

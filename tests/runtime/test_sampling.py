@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dovetail.runtime import sampling
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.sampling import Sampler, SamplingParams, philox_noise
 
@@ -18,11 +19,18 @@ def random_logits(seed: int, vocab: int = 50) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(0, 2, vocab).astype(np.float32)
 
 
+@pytest.fixture(params=[1, 2, 4, 1024])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities that are summed before one is looked for among them: some blocks are empty, the last is short."""
+    monkeypatch.setattr(sampling, "_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("seed", range(10))
 def test_inverse_cdf_intervals_are_the_probabilities(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    probs = rng.dirichlet(np.full(6, 0.5))
-    probs[rng.integers(6)] = 0.0
+    probs = rng.dirichlet(np.full(9, 0.5))
+    probs[rng.integers(9)] = probs[2:4] = 0.0
     edges = np.concatenate([[0.0], probs.cumsum()]) / probs.sum()
     for index, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = [low + 1e-14, (low + high) / 2, high - 1e-14] if high - low > 1e-12 else []
@@ -30,6 +38,7 @@ def test_inverse_cdf_intervals_are_the_probabilities(seed: int) -> None:
             assert Sampler(SamplingParams(temperature=1.0), noise=lambda _, u=uniform: float(u)).draw(probs, 0) == index
 
 
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_tokens_without_probability_are_never_drawn(uniform: float) -> None:
     sampler = Sampler(SamplingParams(temperature=1.0), noise=lambda _: uniform)

@@ -61,13 +61,14 @@ def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]
     size = drafter.config.draft_vocab_size
     each = 2 * drafter.config.feature_size + 4  # its row of the head, and its target id
     fewer = size + (limit - plan.total) // each
-    if fewer < min(LEAST_VOCABULARY, size):
+    least = min(LEAST_VOCABULARY, size)
+    if fewer < least:
         raise ExportError(
-            f"the drafter does not fit {limit / 2**20:.1f} MiB of VRAM with {LEAST_VOCABULARY} draft tokens either: "
-            f"{plan}: give a larger --vram"
+            f"the drafter does not fit {limit / 2**20:.1f} MiB of VRAM with {least} draft tokens either: {plan}: give "
+            "a larger --vram"
         )
     kept = torch.isin(drafter.d2t, torch.tensor(sorted(keep), dtype=torch.int64))
-    kept[torch.nonzero(~kept).flatten()[: fewer - int(kept.sum())]] = True
+    kept[torch.nonzero(~kept).flatten()[: max(0, fewer - int(kept.sum()))]] = True
     config = replace(drafter.config, draft_vocab_size=int(kept.sum()))
     small = Drafter(config, drafter.embed_tokens, drafter.head[kept], drafter.d2t[kept])
     small.load_state_dict(drafter.state_dict())

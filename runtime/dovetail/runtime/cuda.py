@@ -126,7 +126,7 @@ def _loads(name: str) -> bool:
 class CudaDevice:
     """Device 0: memory, pinned host memory, and copies in order with what runs on one stream.
 
-    Raises DeviceError from every method; memory is given back by `close`.
+    Every method but `close`, which gives memory and stream back, raises DeviceError.
     """
 
     kind = "cuda"  # ONNX Runtime's name of where its memory is
@@ -213,5 +213,6 @@ class CudaDevice:
             return
         self._cuda.cudaGetLastError()  # else the next who asks, ONNX Runtime or torch, takes it for their own
         said = (self._cuda.cudaGetErrorString(code) or b"unknown error").decode(errors="replace")
-        remedy = "free VRAM, lower --vram with --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"
+        full = "free VRAM" if function == "cudaMalloc" else "free memory"
+        remedy = f"{full}, or give --vram SIZE --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"
         raise DeviceError(f"{function}: {said} (code {code}): {remedy}, or use --drafter-device cpu")

@@ -157,7 +157,7 @@ class CudaRunner:
         return self._graphs[_bucket(n)].rows
 
     def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        """See Runner; `context` needs no binding here, the mask says how far rows see."""
+        """See Runner; `context` needs no binding here, the mask says how far rows see.  Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._trash)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
@@ -232,17 +232,34 @@ class CudaRunner:
 def _release(held: list[Any], device: Device) -> None:
     """Let go of the graphs, held[0], and the session, held[1], then of the device.
 
-    A device that failed keeps them: ONNX Runtime, destroying a captured graph there, would end the process.
+    Where somebody else still holds the session, the traceback of an error that is on its way, the device waits for it.
+    """
+    if keep_on_failed(device, *held):
+        held.clear()
+        device.close()
+        return
+    held[0].clear()  # bindings first
+    session = weakref.ref(held[1]) if len(held) > 1 else None
+    held.clear()
+    alive = session() if session else None
+    if alive is None:
+        device.close()
+    else:
+        weakref.finalize(alive, device.close).atexit = False
+
+
+def keep_on_failed(device: Device, *held: Any) -> bool:
+    """Whether the device failed; then `held`, a session and what is bound to it, is kept until the process ends.
+
+    ONNX Runtime, destroying a captured graph on a device that failed, would end the process at once.
     """
     try:
         device.wait()
     except DeviceError:
         for kept in held:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-    else:
-        held[0].clear()  # bindings first
-    held.clear()
-    device.close()
+        return True
+    return False
 
 
 def check_placement(session: Any, provider: str) -> None:

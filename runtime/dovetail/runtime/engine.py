@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from .schedule import BOUNDS, Scheduler
 from .sessions import DraftSession, FloatArray, TargetSession
 from .stops import StopFilter, check_stop_strings
 from .tree import TreeLimits
+
+log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message]
@@ -108,7 +111,7 @@ class Engine:
         """tree: default limits. scheduler: shapes each tree within them, None lets trees grow as far as they say.
 
         stop_tokens: default the tokenizer's end-of-sequence ids.
-        draft_context: (feature, token) pairs that the drafter can hold; longer texts go on without drafting.
+        draft_context: (feature, token) pairs that a drafter of your own can hold; longer texts go on without drafting.
         """
         self.tokenizer = tokenizer
         self.tree = tree or (BOUNDS if scheduler else TreeLimits())
@@ -153,10 +156,11 @@ class Engine:
         from .steady import SteadyDrafter
         from .tokenizer import Tokenizer
         from .tune import known_or_measured
-        from .vram import parse_size
+        from .vram import check_limit, parse_size
 
         pair = Path(path)
         room = parse_size(vram) if isinstance(vram, str) else vram
+        check_limit(room, fit, drafter_device)
         manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
         target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config)
@@ -170,13 +174,17 @@ class Engine:
         scheduler = None
         if tree is None:
             measure = partial(known_or_measured, manifest, target, threads=threads, ov_config=ov_config)
+            problem = None
             try:
                 costs = measure(drafter, progress=progress)
             except DeviceError as error:
                 if drafter_device == "cuda" or drafter.file_key == "cpu":
                     raise
+                problem = str(error)
+            if problem:  # outside the handler, whose traceback would keep what must go before the device does
+                log.warning("the drafter runs on the CPU: %s", problem)
                 drafter.close()
-                drafter = open_cpu(f"no CUDA: {error}")
+                drafter = open_cpu(f"no CUDA: {problem}")
                 costs = measure(drafter, progress=progress)
             scheduler = Scheduler(costs, pair_calibration(pair, manifest))
             tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))

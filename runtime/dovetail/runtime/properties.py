@@ -80,7 +80,8 @@ def compare(
     """A record for each property of `tried`, measured for `seconds` in all; `base` ends empty.
 
     base: the target as it was given.  open_with: the same with one more.  prompt: tokens that a text follows.
-    It takes longer where SAMPLES of every size do.  Raises InputError for such seconds, DeviceError where `base` fails.
+    It takes longer where SAMPLES of every size do.
+    Raises InputError for such seconds, DeviceError where `base` cannot read the text.
     """
     check_seconds(seconds)
     end = perf_counter() + seconds
@@ -119,9 +120,9 @@ class _Read:
         try:
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
+            ratios = _time(self.base, candidate, until, tell)
         except DeviceError as error:
             return Compared(one.name, one.value, problem=" ".join(str(error).split()))
-        ratios = _time(self.base, candidate, until, tell)
         samples = len(ratios[NODES[0]])
         ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}

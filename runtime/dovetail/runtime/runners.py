@@ -21,6 +21,8 @@ CHUNK = 128  # rows of a call at most
 PREFIX_STEP = 256  # context pairs by which the bound prefix of the CPU's KV buffer grows
 BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
+CPU = "CPUExecutionProvider"
+
 Array = NDArray[Any]
 INPUTS = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
@@ -124,7 +126,7 @@ class CpuRunner:
         # The target's threads need the cores between levels: sleep, do not spin.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self._session = open_session(ort, file, options, ["CPUExecutionProvider"])
+        self._session = open_session(ort, file, options, [CPU])
         self.max_context, self._slots = facts.max_context, facts.tree_slots
         self._rows = Rows.zeros(facts, CHUNK, np.float32)
         # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
@@ -178,15 +180,22 @@ def session_options(ort: Any) -> Any:
     return options
 
 
-def open_session(ort: Any, file: Path, options: Any, providers: Sequence[Any]) -> Any:
-    """Load a graph; providers that do not start are an error, or missing in the session.  Raises DeviceError."""
-    ort.set_default_logger_severity(4)  # what fails is told below, in one line
+def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any]) -> Any:
+    """Load a graph; providers that do not start are an error, or missing in the session.  Raises DeviceError.
+
+    For any provider but the CPU's, ONNX Runtime's own log is silenced meanwhile, and then back at its default.
+    """
+    source, what = (str(model), model) if isinstance(model, Path) else (model, "a graph")
+    quiet = providers != [CPU]
+    if quiet:
+        ort.set_default_logger_severity(4)  # what fails is told below, in one line
     try:
-        return ort.InferenceSession(str(file), options, providers=list(providers), enable_fallback=0)
+        return ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
     except failures() as error:
-        raise _failed(f"ONNX Runtime cannot load {file}", error, "export the drafter again") from error
+        raise _failed(f"ONNX Runtime cannot load {what}", error, "export the drafter again") from error
     finally:
-        ort.set_default_logger_severity(2)
+        if quiet:
+            ort.set_default_logger_severity(2)
 
 
 def call(session: Any, binding: Any, run_options: Any = None) -> None:
@@ -201,7 +210,7 @@ def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
     """remedy: where it is not memory that lacks."""
     said = one_line(error)
     if any(word in said.lower() for word in ("failed to allocate", "out of memory", "available memory")):
-        remedy = "free memory of the device, or give --vram SIZE with --fit"
+        remedy = "free memory, or shorten the drafter's context on a GPU with --vram SIZE --fit"
     return DeviceError(f"{what}: {said}: {remedy}")
 
 

@@ -46,7 +46,10 @@ class SteadyDrafter:
         return self._start + self._drafter.length
 
     def extend(self, tokens: TokenArray, features: FloatArray) -> None:
-        """See OnnxDrafter; a full context begins anew with the last pairs, and these."""
+        """See OnnxDrafter; a full context begins anew with the last pairs, and these.
+
+        Raises InputError, and DeviceError where there is no other drafter to move to.
+        """
         length = self.length
         try:
             self._extend(length, tokens, features)
@@ -59,7 +62,7 @@ class SteadyDrafter:
         self._move(problem, length + len(tokens))
 
     def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
-        """See OnnxDrafter."""
+        """See OnnxDrafter.  Raises as `extend` does."""
         try:
             return self._drafter.propose(limits, judge)
         except DeviceError as error:
@@ -79,8 +82,8 @@ class SteadyDrafter:
 
     def _extend(self, length: int, tokens: TokenArray, features: FloatArray) -> None:
         """Append pairs after `length`; where there is no room, after the last of those, or the end of these alone."""
-        most = self._drafter.max_context
-        if self._drafter.length + len(tokens) > most:
+        most, held = self._drafter.max_context, self._drafter.length
+        if held + len(tokens) > most or (length and not held):  # an interruption may have left it empty
             self._read_again(length, min(KEPT, most // 2, max(most - len(tokens), 0)))
             skipped = max(len(tokens) - most, 0)
             self._start += skipped
@@ -111,8 +114,8 @@ class SteadyDrafter:
     def _read_again(self, length: int, count: int) -> None:
         """Let the drafter hold nothing but the last `count` of `length` pairs, or what was kept of them."""
         tokens, features = self._recent.last(length, count)
+        self._start = length  # first: an interruption then leaves no length that is too small
         self._drafter.reset()
-        self._start = length
         if len(tokens):
             self._drafter.extend(tokens, features)
             self._start = length - len(tokens)

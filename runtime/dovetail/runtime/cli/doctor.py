@@ -14,9 +14,9 @@ import numpy as np
 
 from .. import machine
 from ..cuda import INSTALL, CudaDevice, cuda_problem, driver_cuda, libraries, missing_libraries
-from ..cuda_runner import Block, Device
+from ..cuda_runner import Block, Device, keep_on_failed
 from ..errors import DeviceError, InputError
-from ..runners import failures, one_line, session_options
+from ..runners import failures, one_line, open_session, session_options
 from ..vram import parse_size
 from . import expect
 
@@ -197,10 +197,10 @@ def capture_problem(device: Device) -> str | None:
     import onnxruntime as ort
 
     expected: tuple[type[Exception], ...] = (DeviceError, *failures())
-    ort.set_default_logger_severity(4)  # a failure is told below, in one line instead of many
+    session = binding = None
     try:
         provider = (device.provider, device.provider_options(None))
-        session = ort.InferenceSession(PROBE_MODEL, session_options(ort), providers=[provider], enable_fallback=0)
+        session = open_session(ort, PROBE_MODEL, session_options(ort), [provider])
         if device.provider not in session.get_providers():
             return f"ONNX Runtime could not load its {device.provider}: {INSTALL}"
         block = Block.allocate(device, {name: ((1,), np.float32) for name in ("x", "y")})
@@ -215,9 +215,8 @@ def capture_problem(device: Device) -> str | None:
             device.download(block.host, block.address)
             device.wait()
     except expected as error:
+        keep_on_failed(device, session, binding)
         return f"a CUDA graph cannot be captured ({one_line(error)}): update the NVIDIA driver"
-    finally:
-        ort.set_default_logger_severity(2)
     got = float(block.array("y")[0])
     return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
 

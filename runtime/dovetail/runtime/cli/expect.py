@@ -204,9 +204,8 @@ def rows(pair: Expectation) -> list[tuple[str, str]]:
             f"faster than that from an acceptance length of {tree.acceptance_length} on ({tree.width} nodes: verify "
             f"{tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
         )
-    fits = (
-        "it fits" if pair.ram.fits else f"{pair.ram.context} tokens of context fit" if pair.ram.context else "too few"
-    )
+    some = f"{pair.ram.context} tokens of context fit" if pair.ram.context else "it does not fit"
+    fits = "it fits" if pair.ram.fits else some
     return [
         ("pair", f"{pair.name} ({pair.folder})"),
         ("RAM needed", f"{pair.ram}: {fits}"),

@@ -64,6 +64,8 @@ def stream_answer(engine: Engine, prompt: Prompt, request: RequestFlags) -> Answ
         write(engine.stream(prompt, **request.keywords()), answer)
     except KeyboardInterrupt:
         answer.interrupted = True
+    if request.speculate:
+        answer.drafter_device = engine.drafter_device  # it may have moved
     if not answer.text.endswith("\n"):
         click.echo()
     return answer

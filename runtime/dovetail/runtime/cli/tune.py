@@ -30,7 +30,7 @@ APPLY = """\
 Nothing was applied: --ov-config NAME=VALUE of generate, chat, bench and tune applies one. Another property may change
 the text, even where every best token stayed the same here; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 may also make a drafted
 text differ from a plain one."""
-UNCERTAIN = "~: not told from 1.00x, passes vary too much; a quieter machine or more --seconds may tell."
+UNCERTAIN = "~: too close to 1.00x to tell, passes vary too much; a quieter machine or more --seconds may tell."
 
 
 @click.command(short_help="Measure what passes cost on this machine.")
@@ -55,9 +55,9 @@ def tune(
     PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
     exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
 
-    With --properties nothing is kept or applied, and PAIR needs no drafter: a table says for each property of
-    OpenVINO's CPU plugin that is worth a try how many times as fast passes of the target are with it as without, and
-    after how many tokens of a text the target's best token stays the same.
+    With --properties nothing is kept or applied, PAIR needs no drafter, and its flags say nothing: a table says for
+    each property of OpenVINO's CPU plugin that is worth a try how many times as fast passes of the target are with it
+    as without, and after how many tokens of a text the target's best token stays the same.
     """
     from ..onnx_drafter import OnnxDrafter
     from ..openvino_target import OpenVINOTarget
