@@ -32,10 +32,11 @@ from dovetail.runtime.tokenizer import Tokenizer
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
 ROWS = (*((task, 0) for task in TASKS), ("humaneval", 1))  # (task, temperature)
 SLOW = 0.97  # of plain decoding's speed: what is slower is listed and measured again
+TIES = "At temperature 0, tokens in whose place the target prefers another where it reads its answer again:"
 COLUMNS = (
     "target", "prompts", "speed-up (median)", "least, most", "acceptance length", "plain, tok/s", "Dovetail, tok/s",
-    "same text", "draft / verify / other, ms a round", "nodes a round", "share of the achievable: all tokens, median",
-    "peak RSS, MiB", "over weights + KV + drafter, MiB",
+    "near ties, of tokens", "draft / verify / other, ms a round", "nodes a round",
+    "share of the achievable: all tokens, median", "peak RSS, MiB", "over weights + KV + drafter, MiB",
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def line(row: Row) -> str:
         Path(row.pair).name, f"{count} of {TASKS[row.task]}" + (", temperature 1" if row.temperature else ""),
         f"{facts['speedup'] or nan:.2f}x", f"{min(ratios):.2f}x, {max(ratios):.2f}x",
         f"{facts['acceptance_length']:.2f}", f"{facts['plain_tokens_per_second']:.1f}",
-        f"{facts['tokens_per_second']:.1f}", f"{facts['same_tokens']} of {count}",
+        f"{facts['tokens_per_second']:.1f}", f"{facts['other_tokens']} of {facts['new_tokens']}",
         f"{facts['draft_ms']:.1f} / {facts['verify_ms']:.1f} / {facts['other_ms']:.1f}",
         f"{facts['nodes_per_round']:.1f}", "{:.2f}, {:.2f}".format(*shares(facts)),
         f"{facts['peak_rss_mb']:.0f}", f"{facts['peak_rss_mb'] / needed:.2f}x of {needed:.0f}",
@@ -176,7 +177,7 @@ def line(row: Row) -> str:
 
 
 def losses(rows: list[Row], again: dict[Path, list[dict[str, Any]]]) -> list[str]:
-    """Every prompt that was slower than plain decoding, then every one with another text."""
+    """Every prompt that was slower than plain decoding, then every one with near ties."""
     slow, other = [], []
     for row in rows:
         second = dict(zip(row.slow(), again.get(row.file, ()), strict=False))
@@ -185,12 +186,11 @@ def losses(rows: list[Row], again: dict[Path, list[dict[str, Any]]]) -> list[str
             if index in row.slow():
                 repeated = f"{second[index]['speedup'] or nan:.2f}x" if index in second else "not measured"
                 slow.append(f"{where}: {prompt['speedup']:.2f}x, again {repeated}")
-            if not prompt["same_tokens"]:
-                margin = prompt["divergence_margin"]
-                apart = "margin unknown (turns, or an end)" if margin is None else f"{margin:.2f} logits apart"
-                other.append(f"{where}: from token {prompt['first_divergence']}, {apart}")
+            if count := prompt["other_tokens"]:
+                most, margin = prompt["new_tokens"], prompt["largest_margin"]
+                other.append(f"{where}: {count} of {most} tokens, at most {margin:.2f} logits below the best")
     lost = f"Slower than plain decoding by more than {1 - SLOW:.0%} at temperature 0:"
-    return ["", lost, "", *(slow or ["- none"]), "", "Another text at temperature 0:", "", *(other or ["- none"])]
+    return ["", lost, "", *(slow or ["- none"]), "", TIES, "", *(other or ["- none"])]
 
 
 def circumstances(rows: list[Row], notes: list[str]) -> list[str]:

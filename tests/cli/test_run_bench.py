@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dovetail.runtime.cli.benchmark import Paired, Run, Totals, summary
 from dovetail.runtime.cli.prompts import Conversation
+from dovetail.runtime.reading import Choice
 
 KEYS = {
     "speedup", "acceptance_length", "accepted_per_position", "plain_tokens_per_second", "tokens_per_second", "draft_ms",
     "verify_ms", "other_ms", "prompts", "acceptance_per_depth", "peak_rss_mb", "machine", "versions", "date", "command",
 }  # fmt: skip
-PROMPT_KEYS = {"speedup", "acceptance_length", "new_tokens", "same_tokens", "first_divergence"}
+PROMPT_KEYS = {"speedup", "acceptance_length", "new_tokens", "other_tokens", "first_other"}
 
 
 @pytest.fixture
@@ -50,17 +52,18 @@ def test_json_has_every_figure(invoke, pair, opener, prompts: Path, tmp_path: Pa
     )
 
 
-def test_both_modes_agree_at_temperature_0(invoke, pair, opener, prompts: Path) -> None:
-    report = json.loads(bench(invoke, pair, opener, prompts, "--json").stdout)
-    assert report["same_tokens"] == 3
-    assert all(row["same_tokens"] and row["first_divergence"] is None for row in report["prompts"])
+@pytest.mark.parametrize("plain", ["--plain", "--no-plain"])
+def test_every_token_is_the_target_s_own_choice(invoke, pair, opener, prompts: Path, plain: str) -> None:
+    report = json.loads(bench(invoke, pair, opener, prompts, plain, "--json").stdout)
+    for row in (report, *report["prompts"]):
+        assert (row["other_tokens"], row["largest_margin"], row.get("first_other")) == (0, None, None)
 
 
 def test_sampled_modes_share_one_seed_that_is_reported(invoke, pair, opener, prompts: Path) -> None:
     report = json.loads(bench(invoke, pair, opener, prompts, "--temp", "1", "--json").stdout)
     seeds = {options["seed"] for _, options in opener.engine.asked if options.get("temperature")}
     assert seeds == {report["settings"]["seed"]} and None not in seeds
-    assert report["same_tokens"] == 3
+    assert report["other_tokens"] == 0
 
 
 def test_modes_take_turns_in_beginning_and_turns_see_those_before(invoke, pair, opener, prompts: Path) -> None:
@@ -100,8 +103,8 @@ def test_without_plain_only_drafting_is_measured(invoke, pair, opener, prompts: 
     assert report.keys() == compared.keys() and report["prompts"][0].keys() == compared["prompts"][0].keys()
     for key in ("acceptance_length", "acceptance_per_depth", "accepted_per_position", "rounds", "new_tokens"):
         assert report[key] == compared[key]
-    plain = {name for name in report if name.startswith("plain_")} | {"speedup", "same_tokens"}
-    assert len(plain) == 5 and {report[name] for name in plain} == {None}
+    plain = {name for name in report if name.startswith("plain_")} | {"speedup"}
+    assert len(plain) == 4 and {report[name] for name in plain} == {None}
     assert all(row[name] is None for row in report["prompts"] for name in plain & row.keys())
     assert "speedup" not in result.stderr and "tok/s" in result.stderr and "plain tok" not in result.stderr
 
@@ -164,9 +167,10 @@ def paired(plain_ms: float, ours_ms: float, plain=((1, 2, 3),), ours=((1, 2, 3),
     def run(answers, decode_ms: float, rounds: int) -> Run:
         later = sum(len(answer) - 1 for answer in answers)
         totals = Totals(new_tokens=later + len(answers), later_tokens=later, decode_ms=decode_ms, rounds=rounds)
-        return Run(tuple(answers), totals)
+        return Run(("x",) * len(answers), tuple(answers), totals)
 
-    return Paired(Conversation("x", ("x",)), run(plain, plain_ms, 2), run(ours, ours_ms, 1))
+    chosen = tuple(Choice(token, 0.0) for answer in ours for token in answer)
+    return Paired(Conversation("x", ("x",)), run(plain, plain_ms, 2), run(ours, ours_ms, 1), chosen)
 
 
 def test_speedup_is_the_median_of_paired_ratios() -> None:
@@ -182,17 +186,25 @@ def test_answers_of_one_token_have_no_speedup() -> None:
     assert summary([short, paired(10, 5)])["speedup"] == 2
 
 
-@pytest.mark.parametrize(
-    ("plain", "ours", "at"),
-    [
-        (((1, 2, 3),), ((1, 2, 3),), None),
-        (((1, 2, 3),), ((1, 9, 3),), 1),
-        (((1, 2, 3),), ((1, 2),), 2),
-        (((1, 2), (3, 4)), ((1, 2), (3, 5)), 3),
-    ],
-)
-def test_first_divergence_counts_over_all_answers(plain, ours, at) -> None:
-    assert paired(1, 1, plain, ours).first_divergence == at
+def test_tokens_that_the_target_would_not_choose_are_counted_over_all_answers() -> None:
+    choices = (Choice(1, 0.0), Choice(5, 0.25), Choice(3, 0.0), Choice(7, 0.5))
+    pair = replace(paired(1, 1, ours=((1, 2), (3, 4))), choices=choices)
+    assert pair.others == {1: choices[1], 3: choices[3]}
+    report = summary([pair, replace(paired(1, 1), choices=(Choice(1, 0.0), Choice(2, 0.0), Choice(3, 0.0)))])
+    assert (report["other_tokens"], report["largest_margin"]) == (2, 0.5)
+    first, second = report["prompts"]
+    assert (first["other_tokens"], first["first_other"], first["largest_margin"]) == (2, 1, 0.5)
+    assert (second["other_tokens"], second["first_other"], second["largest_margin"]) == (0, None, None)
+
+
+def test_a_near_tie_is_shown_with_its_margin(invoke, pair, opener, prompts: Path, monkeypatch) -> None:
+    def choices(self, prompt, answer, **options):
+        return [Choice(-1 if at == 2 else token, 0.125 * (at == 2)) for at, token in enumerate(answer)]
+
+    monkeypatch.setattr(type(opener.engine), "choices", choices)
+    monkeypatch.setenv("COLUMNS", "200")
+    told = bench(invoke, pair, opener, prompts).stderr
+    assert "2 (up to 0.12)" in told and "4 (up to 0.12)" in told
 
 
 def test_totals_add_up_position_by_position() -> None:

@@ -185,14 +185,29 @@ def test_a_reset_engine_reads_from_the_first_token() -> None:
     assert again.metrics.cached_tokens == 0 and same_text(again, first)
 
 
-def test_next_logits_are_those_that_plain_decoding_decided_by() -> None:
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("count", [1, 2, 33, 34, 80])
+def test_an_answer_that_is_read_again_is_chosen_again(count: int, options: dict[str, Any]) -> None:
     one = engine()
-    answer = one.generate("abc", 20).token_ids
-    for at in (0, 1, 19):
-        assert int(one.next_logits("abc", answer[:at]).argmax()) == answer[at]
-    assert one.generate("abc", 20).token_ids == answer
+    answer = one.generate("abc", count, **options).token_ids
+    assert [choice.token for choice in one.choices("abc", answer, **options)] == list(answer)
+    assert one.generate("abc", count, **options).token_ids == answer
+
+
+def test_a_token_that_was_not_the_target_s_choice_is_told_with_its_margin() -> None:
+    one = engine()
+    answer = list(one.generate("abc", 40).token_ids)
+    answer[35] = next(token for token in range(5) if token != answer[35])
+    choices = one.choices("abc", answer)
+    assert [at for at in range(36) if choices[at].token != answer[at]] == [35]
+    assert all((choice.margin > 0) == (choice.token != token) for choice, token in zip(choices, answer, strict=True))
+    assert one.choices("abc", []) == []
+
+
+def test_an_answer_that_does_not_fit_is_not_read() -> None:
+    assert len(engine(max_context=8).choices("abc", [0] * 4)) == 4
     with pytest.raises(ContextOverflow):
-        engine(max_context=8).next_logits("abc", [0] * 6)
+        engine(max_context=8).choices("abc", [0] * 6)
 
 
 @pytest.mark.parametrize("after", range(4))

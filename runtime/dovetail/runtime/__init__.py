@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .manifest import Manifest, read_manifest
     from .metrics import GenerationMetrics, Meter
+    from .reading import Choice
     from .sampling import Sampler, SamplingParams
     from .scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
     from .sessions import DraftSession, TargetPass, TargetSession
@@ -57,6 +58,7 @@ _HOME = {
     ),
     "manifest": ("Manifest", "read_manifest"),
     "metrics": ("GenerationMetrics", "Meter"),
+    "reading": ("Choice",),
     "sampling": ("Sampler", "SamplingParams"),
     "scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
     "sessions": ("DraftSession", "TargetPass", "TargetSession"),
@@ -68,6 +70,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Candidates",
+    "Choice",
     "Chunk",
     "ContextOverflow",
     "Conversation",

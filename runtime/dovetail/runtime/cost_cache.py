@@ -14,6 +14,7 @@ from . import machine as here
 from .costs import Costs
 from .errors import InputError
 from .manifest import Manifest, cache_dir, write_atomically
+from .paged import default_properties
 
 WEIGHTS = "target/openvino_model.bin"
 
@@ -24,7 +25,7 @@ class CostKey:
 
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
-    ov_config: properties of OpenVINO that were asked for.
+    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.
     """
 
     target: str
@@ -53,7 +54,7 @@ class CostKey:
             usable_threads=cpu.usable,
             openvino=versions.get("openvino", "unknown"),
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
-            ov_config=dict(ov_config or {}),
+            ov_config={**default_properties(), **(ov_config or {})},
         )
 
     @property

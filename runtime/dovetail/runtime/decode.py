@@ -16,7 +16,7 @@ from .errors import ContextOverflow, DeviceError, InputError
 from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
-from .schedule import Scheduler
+from .schedule import Scheduler, filled
 from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
@@ -26,6 +26,7 @@ _CHUNK = 256  # prompt tokens per pass
 # Pairs that wait for the drafter at most: of a longer text it reads the end, no more than it was trained on at once.
 _WINDOW = 256
 _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
+STEADY = 2  # nodes: a target may run one alone by other kernels than trees
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Request:
     """One generation on token ids.
 
     prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
-    stop_tokens: end the answer and are no part of it. limits: None, width 1 or depth 0 is plain decoding.
-    scheduler: shapes each tree within the limits; None lets them grow as far as the limits say.
+    stop_tokens: end the answer and are no part of it. limits: None is plain decoding, a node a pass.
+    scheduler: shapes each tree within the limits; None lets them grow as far as the limits say, and gives one text
+    for one seed: every pass has two nodes at least, with limits of width 1 or depth 0 too.
     """
 
     prompt: tuple[int, ...]
@@ -231,20 +233,6 @@ class Conversation:
         for found in self._found:
             self.repeats.judge(found, tokens)
 
-    def replay(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
-        """The target's logits [V] after `prompt` and `answer`, computed as plain decoding computes them."""
-        self.forget()
-        self.tokens = list(prompt)
-        try:
-            logits = np.array(self.prefill(speculate=False).logits[-1])
-            for token in answer:
-                self.tokens.append(token)
-                logits = np.array(self.target.verify(DraftTree.root(token)).logits[0])  # the next call may reuse it
-                self.commit(np.zeros(1, np.int64), ())
-        finally:
-            self.rewind()
-        return logits
-
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""
         if asked is None or self.drafter is None:
@@ -302,6 +290,8 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             tokens_left -= len(step.tokens)
             unread = talk.unread
             tree = talk.draft(limits, request.scheduler)
+            if request.limits is not None and request.scheduler is None:
+                tree = filled(tree, STEADY)
             draft_ms = meter.lap("draft")
 
             result = talk.target.verify(tree)

@@ -16,9 +16,10 @@ from .decode import Conversation, FinishReason, Request, Step, decode
 from .errors import DeviceError, InputError
 from .manifest import Manifest, read_sound
 from .metrics import GenerationMetrics, Meter
-from .sampling import SamplingParams
+from .reading import Choice, read_again
+from .sampling import Sampler, SamplingParams
 from .schedule import BOUNDS, Scheduler
-from .sessions import DraftSession, FloatArray, TargetSession
+from .sessions import DraftSession, TargetSession
 from .stops import StopFilter, check_stop_strings
 from .tree import TreeLimits
 
@@ -143,7 +144,7 @@ class Engine:
         fit: its context may shrink to that. threads: of each engine, None for theirs.
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
         machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
-        ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}.
+        ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}.
         Raises PairError, DeviceError, InputError.
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
@@ -247,8 +248,8 @@ class Engine:
 
         prompt: messages of a conversation, or a string: one user turn where the target has a chat template,
         the text itself with raw=True or without a template. stop: strings that end the answer.
-        speculate: False decodes without drafting. tree: this answer's trees grow to these limits. sampling: see
-        SamplingParams.
+        speculate: False decodes without drafting, a token a pass. tree: this answer's trees grow to these limits; a
+        seed gives one text for all chains (top_k 1), the empty one (width 1) included. sampling: see SamplingParams.
         Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
         """
         conversation, meter = self._open_conversation(), Meter()
@@ -267,18 +268,20 @@ class Engine:
         meter.lap("other")
         return self._run(conversation, request, StopFilter(stops), meter)
 
-    def next_logits(self, prompt: Prompt, answer: Sequence[int] = (), *, raw: bool = False) -> FloatArray:
-        """The target's logits [V] float32 for the token after `prompt` and the token ids `answer`.
+    def choices(
+        self, prompt: Prompt, answer: Sequence[int], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+    ) -> list[Choice]:
+        """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
 
-        Bit for bit what plain decoding from an empty cache sees there: it shows how close a decision was.
+        Its passes are chains of tokens, as wide as trees.  sampling: as for the answer, with the seed that it had.
+        Raises InputError, ContextOverflow.
         """
-        conversation = self._open_conversation()
-        tokens = self._encode(prompt, raw)
+        conversation, tokens = self._open_conversation(), self._encode(prompt, raw)
         Request((*tokens, *answer), max_new_tokens=1).check_room(self.max_context)
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:
-            return conversation.replay(tokens, answer)
+            return read_again(conversation, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
         finally:
             self._busy.release()
 

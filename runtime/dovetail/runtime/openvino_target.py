@@ -18,9 +18,9 @@ from .paged import BLOCK, REQUIRED, Batch, PagedModel
 from .sessions import TargetPass, TokenArray
 from .tree import DraftTree
 
-# A pass over one token goes through another kernel, whose logits differ from every other width's (by up
-# to 0.4): a lone token is run beside a copy of itself, whose row is dropped.
-_MIN_WIDTH = 2
+# A pass over one token goes through another kernel, some 12% quicker, which adds in another order than those of all
+# other widths.  A prompt's last token alone is run beside a copy of itself: prompts are read alike in any pieces.
+_PROMPT_ROWS = 2
 
 
 class OpenVINOTarget:
@@ -71,12 +71,17 @@ class OpenVINOTarget:
         count = len(tokens)
         self._width = 0
         positions = np.arange(self._length, self._length + count, dtype=np.int64)
+        if count < _PROMPT_ROWS:
+            tokens, positions = np.repeat(tokens, _PROMPT_ROWS), np.repeat(positions, _PROMPT_ROWS)
         logits, features = self._run(tokens, positions, np.array([count - 1], np.int64), None)
         self._length += count
         return TargetPass(logits, features[:count])
 
     def verify(self, tree: DraftTree) -> TargetPass:
-        """All nodes in one pass: logits [N, V], features [N, D]."""
+        """All nodes in one pass: logits [N, V], features [N, D].
+
+        A row on the first path has the same bits for every N from 2 to 64; a root alone differs (by up to 0.7 logits).
+        """
         width = len(tree.tokens)
         mask = None if width == 1 else tree.attention().ravel()
         wanted = np.arange(width, dtype=np.int64)
@@ -117,8 +122,6 @@ class OpenVINOTarget:
                 f"{self._length + len(tokens)} tokens exceed the context of {self.max_context}: shorten the prompt or "
                 "ask for fewer tokens"
             )
-        if len(tokens) < _MIN_WIDTH:
-            tokens, positions = np.repeat(tokens, _MIN_WIDTH), np.repeat(positions, _MIN_WIDTH)
         count = len(tokens)
         end = self._length + count
         self.model.reserve(-(-end // BLOCK))

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from . import machine
 from .errors import DeviceError
 from .openvino_target import OpenVINOTarget
+from .paged import default_properties
 from .tree import DraftTree
 from .tune import Progress, check_seconds, timed_tree
 
 CONTEXT = 128  # tokens before a timed pass
-NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding, which the target pads to 2 rows
+NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding
 CHAIN = 16  # tokens of the text that are read in one pass
 TOKENS = 128  # of the text
 SAMPLES = 7  # of every size at least
@@ -57,15 +58,16 @@ class Compared(Property):
 
 
 def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
-    """What is worth a try on this machine, but for what was given.  threads: as the target was told, if it was."""
-    tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "64", "128")]
+    """What is worth a try on this machine, but for what it has already.  threads: as the target was told, if it was."""
+    tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
     tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
     facts, cores = machine.cpu(), machine.physical_cores()
     if facts.threads > facts.cores:
         tried.append(("ENABLE_HYPER_THREADING", "NO"))
     if threads is None and cores > 1:
         tried.append(("INFERENCE_NUM_THREADS", str(cores - 1)))  # leaves one to the drafter
-    return [Property(name, value) for name, value in tried if given.get(name) != value]
+    now = {**default_properties(), **given}
+    return [Property(name, value) for name, value in tried if now.get(name) != value]
 
 
 def compare(

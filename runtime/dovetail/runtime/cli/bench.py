@@ -109,20 +109,20 @@ def show(report: dict[str, Any]) -> None:
     compared = report["plain_tokens_per_second"] is not None
     title = "speculative against plain decoding" if compared else "speculative decoding"
     table = Table("prompt", title=f"{report['pair']}: {title}")
-    both = ("tokens", "plain tok/s", "tok/s", "speedup", "acceptance", "same text")
-    for name in both if compared else ("tokens", "tok/s", "acceptance"):
+    speeds = ("plain tok/s", "tok/s", "speedup") if compared else ("tok/s",)
+    for name in ("tokens", *speeds, "acceptance", "near ties"):
         table.add_column(name, justify="right")
     for row in report["prompts"]:
-        table.add_row(row["name"], *_cells(row, _same_text(row), compared))
-    same = f"{report['same_tokens']} of {len(report['prompts'])}"
+        table.add_row(row["name"], *_cells(row, compared))
     table.add_section()
-    table.add_row("all (median speedup)" if compared else "all", *_cells(report, same, compared))
+    table.add_row("all (median speedup)" if compared else "all", *_cells(report, compared))
     console = Console(stderr=True)
     console.print(table)
     console.print(
         f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "
         f"other {report['other_ms']:.1f} ms; peak RSS {report['peak_rss_mb']:.0f} MiB; "
-        f"target {report['target_device']}, drafter {report['drafter_device']}",
+        f"target {report['target_device']}, drafter {report['drafter_device']}\n"
+        "near ties: tokens for which the target prefers another when it reads its answer again, by how many logits",
         highlight=False,
     )
 
@@ -135,17 +135,17 @@ def write(output: Path, text: str) -> None:
         raise InputError(f"--output {output} cannot be written ({err.strerror}): name another file") from None
 
 
-def _cells(row: dict[str, Any], same: str, compared: bool) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
     tokens, speed = str(row["new_tokens"]), f"{row['tokens_per_second']:.1f}"
     acceptance = f"{row['acceptance_length']:.2f}"
-    if not compared:
-        return tokens, speed, acceptance
-    return tokens, f"{row['plain_tokens_per_second']:.1f}", speed, _times(row["speedup"]), acceptance, same
+    speeds = (f"{row['plain_tokens_per_second']:.1f}", speed, _times(row["speedup"])) if compared else (speed,)
+    return tokens, *speeds, acceptance, _ties(row)
 
 
-def _same_text(row: dict[str, Any]) -> str:
-    at, margin = row["first_divergence"], row["divergence_margin"]
-    return "yes" if at is None else f"until token {at}" + (f" (tie: {margin:.2f})" if margin is not None else "")
+def _ties(row: dict[str, Any]) -> str:
+    """Tokens in whose place the target chooses another where it reads the answer again, and by how much at most."""
+    count, margin = row["other_tokens"], row["largest_margin"]
+    return f"{count} (up to {margin:.2f})" if count else "none"
 
 
 def _times(speedup: float | None) -> str:

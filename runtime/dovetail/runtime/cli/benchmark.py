@@ -2,19 +2,21 @@
 
 Each conversation is generated in both modes, one right after the other, with nothing of the first left in the
 caches; which mode begins alternates. What is compared is the speed of decoding: prefill is left out.
-Where only acceptance lengths are asked for, the plain mode is left out.
+Where only acceptance lengths are asked for, the plain mode is left out.  The two texts may differ in near ties: plain
+decoding runs other kernels.  So the target reads every speculative answer again, and says which tokens it would choose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise, zip_longest
 from statistics import median
 from typing import Any
 
 from ..engine import Engine, Prompt
 from ..metrics import GenerationMetrics
+from ..reading import Choice
 from .options import RequestFlags
 from .prompts import Conversation
 
@@ -78,20 +80,24 @@ class Totals:
 
 @dataclass(frozen=True)
 class Run:
-    """One conversation in one mode: the token ids of each answer, and the sums."""
+    """One conversation in one mode: what was asked, the token ids of each answer, and the sums."""
 
+    asked: tuple[Prompt, ...]
     answers: tuple[tuple[int, ...], ...]
     totals: Totals
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One conversation in both modes; plain is None where it was left out, and with it every comparison."""
+    """One conversation in both modes; plain is None where it was left out, and with it the speedup.
+
+    choices: what the target chose where it read the speculative answers again, in a row.
+    """
 
     conversation: Conversation
     plain: Run | None
     speculative: Run
-    margin: float | None = None  # by how many logits the target preferred its own token where the two first differ
+    choices: tuple[Choice, ...] = ()
 
     @property
     def speedup(self) -> float | None:
@@ -102,22 +108,11 @@ class Paired:
         return speculative / plain if plain and speculative else None
 
     @property
-    def first_divergence(self) -> int | None:
-        """Index, over all answers in a row, of the first token that differs; None where all are equal."""
-        if self.plain is None:
-            return None
-        offset = 0
-        for ours, theirs in zip(self.plain.answers, self.speculative.answers, strict=True):
-            if ours != theirs:
-                return offset + common_prefix(ours, theirs)
-            offset += len(ours)
-        return None
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    unequal = (index for index, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
-    return next(unequal, min(len(left), len(right)))
+    def others(self) -> dict[int, Choice]:
+        """Tokens, by their index over all answers in a row, in whose place the target chose another."""
+        answered = chain.from_iterable(self.speculative.answers)
+        both = enumerate(zip(answered, self.choices, strict=True))
+        return {index: choice for index, (token, choice) in both if choice.token != token}
 
 
 def measure(
@@ -130,24 +125,16 @@ def measure(
     for index, conversation in enumerate(conversations):
         order = modes if index % 2 == 0 else modes[::-1]
         runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
-        pair = Paired(conversation, plain=runs.get(False), speculative=runs[True])
-        greedy_turn = request.temperature == 0 and request.repetition_penalty == 1 and len(conversation.turns) == 1
-        at = pair.first_divergence if greedy_turn else None
-        yield pair if at is None else replace(pair, margin=divergence_margin(engine, pair, at))
+        yield Paired(conversation, runs.get(False), runs[True], read_again(engine, runs[True], request))
 
 
-def divergence_margin(engine: Engine, pair: Paired, at: int) -> float | None:
-    """Logits between the two tokens at the first divergence: a near-tie is the only honest reason for one.
-
-    Slots off the principal chain see sums in another order than plain decoding, which moves a logit by up to 0.4.
-    None when one answer merely ended.
-    """
-    assert pair.plain is not None  # there would be no divergence
-    plain, ours = pair.plain.answers[0], pair.speculative.answers[0]
-    if at >= min(len(plain), len(ours)):
-        return None
-    logits = engine.next_logits(pair.conversation.turns[0], plain[:at])
-    return float(abs(logits[plain[at]] - logits[ours[at]]))
+def read_again(engine: Engine, run: Run, request: RequestFlags) -> tuple[Choice, ...]:
+    """What the target chooses in the place of each token, with all of the text before it given."""
+    sampling = asdict(request.sampling())
+    answers = zip(run.asked, run.answers, strict=True)
+    return tuple(
+        chain.from_iterable(engine.choices(asked, answer, raw=request.raw, **sampling) for asked, answer in answers)
+    )
 
 
 def warm_up(engine: Engine, conversation: Conversation, request: RequestFlags, speculate: bool) -> None:
@@ -160,15 +147,16 @@ def converse(engine: Engine, turns: Sequence[str], request: RequestFlags, specul
     """Ask the turns one after the other, from an empty cache; each sees the answers before it."""
     engine.reset()
     messages: list[dict[str, str]] = []
-    answers, totals = [], Totals()
+    prompts, answers, totals = list[Prompt](), [], Totals()
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         asked: Prompt = turn if len(messages) == 1 else list(messages)
         result = engine.generate(asked, **replace(request, speculate=speculate).keywords())
         messages.append({"role": "assistant", "content": result.text})
+        prompts.append(asked)
         answers.append(tuple(int(token) for token in result.token_ids))
         totals += Totals.of(result.metrics)
-    return Run(tuple(answers), totals)
+    return Run(tuple(prompts), tuple(answers), totals)
 
 
 def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
@@ -176,7 +164,10 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
 
     speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
     tokens over all decoding time. accepted_per_position: per round; acceptance_per_depth: per round that came so far.
-    Times of speculative rounds: ms per round. What needs the plain mode is None where that was left out.
+    Times of speculative rounds: ms per round. other_tokens: of new_tokens, those in whose place the target chooses
+    another where it reads the answers again; first_other: the index of the first, largest_margin: the most logits that
+    the target's choice is above such a token; None where there are none. What needs the plain mode is None where that
+    was left out.
     """
     plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
     compared = all(pair.plain for pair in pairs)
@@ -198,13 +189,14 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
         "rounds": ours.rounds,
         "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
         "new_tokens": ours.new_tokens,
-        "same_tokens": sum(pair.first_divergence is None for pair in pairs) if compared else None,
+        "other_tokens": sum(len(pair.others) for pair in pairs),
+        "largest_margin": _largest([choice for pair in pairs for choice in pair.others.values()]),
         "prompts": [prompt_json(pair) for pair in pairs],
     }
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
-    """One conversation's figures; first_divergence: index of the first token that differs between the modes."""
+    """One conversation's figures; other_tokens, first_other, largest_margin: see `summary`."""
     plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
     return {
         "name": pair.conversation.name,
@@ -215,10 +207,14 @@ def prompt_json(pair: Paired) -> dict[str, Any]:
         "plain_tokens_per_second": _rounded(plain.tokens_per_second) if plain else None,
         "tokens_per_second": _rounded(ours.tokens_per_second),
         "rounds": ours.rounds,
-        "same_tokens": pair.first_divergence is None if plain else None,
-        "first_divergence": pair.first_divergence,
-        "divergence_margin": None if pair.margin is None else _rounded(pair.margin),
+        "other_tokens": len(pair.others),
+        "first_other": min(pair.others, default=None),
+        "largest_margin": _largest(list(pair.others.values())),
     }
+
+
+def _largest(others: Sequence[Choice]) -> float | None:
+    return _rounded(max(choice.margin for choice in others)) if others else None
 
 
 def _rounded(value: float) -> float:

@@ -1,0 +1,61 @@
+"""An answer that its target reads again: which tokens it chooses there, and how clearly.
+
+Axes: A tokens of the answer, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .decode import STEADY, Conversation
+from .sampling import Sampler
+from .schedule import filled
+from .sessions import FloatArray
+from .tree import DraftTree
+
+_CHAIN = 32  # tokens a pass
+
+
+class Choice(NamedTuple):
+    """What the target chooses in the place of a token of an answer.
+
+    margin: logits that it is above the answer's token, 0 where it is that one; below 0 where sampling decided.
+    """
+
+    token: int
+    margin: float
+
+
+def read_again(
+    conversation: Conversation, prompt: Sequence[int], answer: Sequence[int], sampler: Sampler
+) -> list[Choice]:
+    """A Choice for each of the A tokens of `answer`; the conversation is forgotten before, and holds both afterwards.
+
+    The answer is read in chains, whose rows have the bits of a tree's first path.
+    """
+    seen, found = list(prompt), list[Choice]()
+    for token, logits in zip(answer, _logits(conversation, prompt, answer), strict=True):
+        chosen = sampler.pick(logits, len(seen), seen)
+        found.append(Choice(chosen, float(logits[chosen] - logits[token])))
+        seen.append(token)
+    return found
+
+
+def _logits(talk: Conversation, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[FloatArray]:
+    """The target's logits [V] for each token of `answer`, valid until the next is asked for."""
+    talk.forget()
+    talk.tokens = list(prompt)
+    try:
+        result = talk.prefill(speculate=False)
+        yield from result.logits[-1:][: len(answer)]
+        for begin in range(0, len(answer) - 1, _CHAIN):
+            tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
+            nodes = np.arange(len(tokens))
+            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
+            yield from talk.target.verify(filled(chain, STEADY)).logits[: len(tokens)]
+            talk.commit(nodes, tokens.tolist())
+    finally:
+        talk.rewind()
