@@ -42,7 +42,11 @@ def dovetail(model: str, *, speculate: bool) -> Ask:
     return ask
 
 
-def genai(model: str, *, lookup: int) -> Ask:
+# What Dovetail gives its target on a CPU without AMX, in place of OpenVINO's defaults.
+SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
+
+
+def genai(model: str, *, lookup: int, properties: dict[str, str] | None = None) -> Ask:
     """openvino-genai on the same IR; `lookup`: tokens of prompt lookup, 0 for plain decoding."""
     import numpy as np
     import openvino as ov
@@ -50,7 +54,7 @@ def genai(model: str, *, lookup: int) -> Ask:
 
     scheduling = genai.SchedulerConfig()
     scheduling.enable_prefix_caching = False
-    options = {"scheduler_config": scheduling, **({"prompt_lookup": True} if lookup else {})}
+    options = {"scheduler_config": scheduling, **({"prompt_lookup": True} if lookup else {}), **(properties or {})}
     pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **options)
     config = genai.GenerationConfig()
     config.do_sample = False
@@ -110,6 +114,8 @@ ENGINES: dict[str, Callable[[str], Ask]] = {
     "openvino-genai, plain": lambda model: genai(model, lookup=0),
     "openvino-genai, prompt lookup 5": lambda model: genai(model, lookup=5),
     "openvino-genai, prompt lookup 10": lambda model: genai(model, lookup=10),
+    "openvino-genai, plain, same properties": lambda model: genai(model, lookup=0, properties=SAME),
+    "openvino-genai, prompt lookup 5, same properties": lambda model: genai(model, lookup=5, properties=SAME),
     "llama.cpp, plain": lambda model: llama(model, kind="NONE"),
     "llama.cpp, ngram-simple": lambda model: llama(model, kind="NGRAM_SIMPLE"),
     "llama.cpp, ngram-simple 3/10": lambda model: llama(model, kind="NGRAM_SIMPLE", sizes=(3, 10)),

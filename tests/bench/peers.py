@@ -31,7 +31,10 @@ from dovetail.runtime.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 OURS = ("dovetail, plain", "dovetail")
-GENAI = ("openvino-genai, plain", "openvino-genai, prompt lookup 5", "openvino-genai, prompt lookup 10")
+GENAI = (
+    "openvino-genai, plain", "openvino-genai, prompt lookup 5", "openvino-genai, prompt lookup 10",
+    "openvino-genai, plain, same properties", "openvino-genai, prompt lookup 5, same properties",
+)  # fmt: skip
 LLAMA = (
     "llama.cpp, plain", "llama.cpp, ngram-simple", "llama.cpp, ngram-simple 3/10", "llama.cpp, ngram-mod",
     "llama.cpp, ngram-map-k",

@@ -113,6 +113,7 @@ class PagedModel:
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = xml.with_suffix(".bin")  # until the first pass has packed its weights
+        self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request holds
         self._groups = self._kv_groups()
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
 
@@ -174,8 +175,6 @@ class PagedModel:
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
-        import openvino as ov
-
         longest = int((batch.past + np.diff(batch.begins)).max())
         mask = _EMPTY_MASK if batch.mask is None else batch.mask
         mask_begins = _EMPTY_BEGINS if batch.mask is None else np.array([0, mask.size], np.int32)
@@ -192,7 +191,7 @@ class PagedModel:
             SAMPLED: batch.wanted,
         }
         for name, array in inputs.items():
-            self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+            self._give(name, array)
         try:
             self._infer()
         except RuntimeError as error:
@@ -202,10 +201,22 @@ class PagedModel:
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]
 
+    def _give(self, name: str, array: NDArray[Any]) -> None:
+        """Set an input; one of the same shape as in the last pass goes into the memory that the request has already."""
+        import openvino as ov
+
+        held = self._inputs.get(name)
+        if held is not None and held.shape == array.shape:
+            held[...] = array
+            return
+        held = self._inputs[name] = np.array(array)
+        self.request.set_tensor(name, ov.Tensor(held, shared_memory=True))
+
     def _infer(self) -> None:
+        """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""
         if self._unpacked is None:
-            self.request.infer()
+            self.request.infer(share_outputs=True)
             return
         with giving_back(self._unpacked):
-            self.request.infer()
+            self.request.infer(share_outputs=True)
         self._unpacked = None
