@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the reference is the torch drafter")
 
+import onnx  # noqa: E402
 import onnx_ir as ir  # noqa: E402
 
 from dovetail.exporter.drafter_graph import to_onnx  # noqa: E402
@@ -62,9 +63,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("pair")
     model = to_onnx(drafter, torch.float32, tree_slots=TREE_SLOTS, top_k=TOP_K)
     ir.save(model, folder / "f32.onnx")
+    onnx.save(answering_every_row(onnx.load(folder / "f32.onnx")), folder / "older.onnx")
     quantize(model)
     ir.save(model, folder / "int8.onnx")
     return Tiny(drafter, folder)
+
+
+def answering_every_row(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without its input `queries`: 0, 1, 2 .. in its place."""
+    constants = {"first": np.array(0), "step": np.array(1), "axis": np.array([0])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    nodes = [
+        onnx.helper.make_node("Shape", ["input_ids"], ["shape"]),
+        onnx.helper.make_node("Squeeze", ["shape", "axis"], ["end"]),
+        onnx.helper.make_node("Range", ["first", "end", "step"], ["queries"]),
+    ]
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    model.graph.input.remove(next(given for given in model.graph.input if given.name == "queries"))
+    return model
 
 
 @pytest.fixture
@@ -178,7 +195,7 @@ def test_bound_prefix_grows_with_the_context(tiny: Tiny, stream) -> None:
     bound = []
     for i in range(PREFIX_STEP - 2, PREFIX_STEP + 3):
         session.extend(tokens[i : i + 1], features[i : i + 1])
-        bound.append(runner._lanes[1][0] - TREE_SLOTS)
+        bound.append(runner._lanes[1, 1][0] - TREE_SLOTS)
     assert bound == [PREFIX_STEP, PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP]
     whole.extend(tokens[: PREFIX_STEP + 3], features[: PREFIX_STEP + 3])
     assert_same_tree(session.propose(LIMITS), whole.propose(LIMITS))
@@ -190,7 +207,7 @@ def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
     runner = session._runner
     assert isinstance(runner, CpuRunner)
     session.extend(stream[0][:4], stream[1][:4])
-    outputs = runner._lanes[4][1].get_outputs()
+    outputs = runner._lanes[4, 1][1].get_outputs()
     rows = runner.rows(4)
     buffers = [rows.top_logprobs, rows.top_ids, runner._bank, *runner._kv.values()]
     assert sorted(o.data_ptr() for o in outputs) == sorted(b.ctypes.data for b in buffers)
@@ -203,6 +220,18 @@ def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
     for mark, buffer in zip(marks, runner._kv.values(), strict=True):
         changed = np.flatnonzero(np.abs(buffer - mark).max(axis=(1, 2, 3)))
         assert changed.tolist() == [TREE_SLOTS + 4]
+
+
+def test_a_prompt_gives_the_children_of_its_last_token_alone(tiny: Tiny, stream) -> None:
+    """A graph of an older pair, which answers for every row, gives the same trees; levels have children everywhere."""
+    session, older = tiny.open(), tiny.open("older.onnx")
+    for begin, end in ((0, 50), (50, 53), (53, 54)):
+        for one in (session, older):
+            one.extend(stream[0][begin:end], stream[1][begin:end])
+        assert_same_tree(session.propose(LIMITS), older.propose(LIMITS))
+    lanes, before = session._runner._lanes.keys(), older._runner._lanes.keys()  # type: ignore[attr-defined]
+    assert lanes >= {(50, 1), (3, 1), (1, 1)} and before >= {(50, 50), (3, 3), (1, 1)}
+    assert any(rows == answers > 1 for rows, answers in lanes)
 
 
 def test_proposals_stay_in_the_draft_vocabulary(tiny: Tiny, stream) -> None:

@@ -218,6 +218,7 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts) -> dict[
         "bank_slots": np.array([slots, 0]),
         "context_end": np.array([1, 2]),
         "tree_mask": np.full((2, slots), -1e4, kind),
+        "queries": np.arange(2),
         "bank": np.zeros((slots + 1, size), kind),
         **{f"kv.{block}": kv for block in range(facts.blocks)},
     }

@@ -85,7 +85,7 @@ def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slo
         ("extend", graph.extend(script.tokens[:12], script.features[:12]), script.extended(0, 12)),
         ("level 1", graph.level([1, 2], [0, 0], script.level1, 1, [[1], [2]]), script.drafted(12, 1)),
         ("level 2", graph.level([3, 4], [1, 2], script.level2, 2, [[1, 3], [2, 4]]), script.drafted(12, 2)),
-        ("extend again", graph.extend(script.tokens[12:], script.features[12:]), script.extended(12, 20)),
+        ("extend again", graph.extend(script.tokens[12:], script.features[12:], last=True), script.extended(19, 20)),
     ]
     top1, topk, worst_logprob, worst_feature, failures = [], [], 0.0, 0.0, []
     for name, got, want in steps:
@@ -172,14 +172,14 @@ class GraphRun:
         shape = (tree_slots + context, 2, config.num_key_value_heads, config.head_dim)
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
 
-    def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32]) -> Answer:
-        """Append pairs.  The bank rows of all of them are kept apart, to be compared."""
+    def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
+        """Append pairs, of which all give children, or the last.  Their bank rows are kept apart, to be compared."""
         n, slots = len(tokens), self.tree_slots
         positions = np.arange(self.length, self.length + n)
         self.length += n
         answer = self._run(
             tokens, positions, features, slots + 1 + np.arange(n), slots + positions, 1 + np.arange(n), positions + 1,
-            np.full((n, slots), BLOCKED),
+            np.full((n, slots), BLOCKED), np.arange(n - 1 if last else 0, n),
         )  # fmt: skip
         self.bank[0] = self.bank[n]  # the last pair's output is the root's feature
         return answer
@@ -194,20 +194,21 @@ class GraphRun:
             mask[row, seen] = 0
         unused = np.zeros((n, self.bank.shape[1]), np.float32)
         positions, ends = np.full(n, self.length - 1 + depth), np.full(n, self.length)
-        return self._run(tokens, positions, unused, np.array(parents), np.array(rows), np.array(rows), ends, mask)
+        slots = np.array(rows)
+        return self._run(tokens, positions, unused, np.array(parents), slots, slots, ends, mask, np.arange(n))
 
     def _run(
         self, tokens: Array, positions: Array, features: Array, feature_rows: Array, kv_slots: Array, bank_slots: Array,
-        context_end: Array, mask: Array,
+        context_end: Array, mask: Array, queries: Array,
     ) -> Answer:  # fmt: skip
         inputs = {
             "input_ids": tokens, "position_ids": positions, "features": features.astype(self.dtype),
             "feature_rows": feature_rows, "kv_slots": kv_slots, "bank_slots": bank_slots, "context_end": context_end,
-            "tree_mask": mask.astype(self.dtype), "bank": self.bank,
+            "tree_mask": mask.astype(self.dtype), "queries": queries, "bank": self.bank,
             **{f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)},
         }  # fmt: skip
         logprobs, ids, self.bank, *self.kv = self.session.run(None, inputs)
-        return Answer(logprobs, ids.astype(np.int64), self.bank[bank_slots].astype(np.float32))
+        return Answer(logprobs, ids.astype(np.int64), self.bank[bank_slots[queries]].astype(np.float32))
 
 
 def check_static(file: Path, tokens: int, slots: int) -> None:
@@ -228,14 +229,15 @@ def check_static(file: Path, tokens: int, slots: int) -> None:
 
 
 def folded(file: Path, tokens: int, slots: int) -> onnx.ModelProto:
-    """The graph with both dimensions fixed, constants folded and every shape inferred."""
+    """The graph with all dimensions fixed, every token's children wanted, constants folded and every shape inferred."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "folded.onnx"
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
-        options.add_free_dimension_override_by_name("tokens", tokens)
+        for name in ("tokens", "queries"):
+            options.add_free_dimension_override_by_name(name, tokens)
         options.add_free_dimension_override_by_name("slots", slots)
         ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         return onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)

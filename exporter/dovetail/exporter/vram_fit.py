@@ -39,7 +39,7 @@ def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
 
     Inputs, outputs and weights are not counted; ONNX Runtime may do better, by working in place.
     """
-    fixed = {"tokens": tokens, "slots": slots}
+    fixed = {"tokens": tokens, "queries": tokens, "slots": slots}
     sizes = {value.name: _nbytes(value.type.tensor_type, fixed) for value in model.graph.value_info}
     nodes = model.graph.node
     last = {name: index for index, node in enumerate(nodes) for name in node.input}

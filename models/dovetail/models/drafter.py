@@ -54,10 +54,17 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [..., T, H] -> q [..., T, h, d], k and v [..., T, g, d]; q and k are rotated."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        return self.queries(x, cos, sin), *self.keys_and_values(x, cos, sin)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [..., T, H] -> [..., T, h, d], rotated."""
+        return rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [..., T, H] -> k, rotated, and v, both [..., T, g, d]."""
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):

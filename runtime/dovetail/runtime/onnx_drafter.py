@@ -128,7 +128,7 @@ class OnnxDrafter:
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(tokens)))
             found = self._extend(tokens[chunk], features[chunk])
-            self._length += len(found.ids)
+            self._length += len(tokens[chunk])
         if len(tokens):
             last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
             self._root = int(tokens[-1]), last
@@ -155,6 +155,12 @@ class OnnxDrafter:
         """Behave as if extended by `length` pairs, for timing alone: their KV is whatever lies there."""
         self._runner.touch(length)
         self._length, self._root = length, None
+
+    def rehearse(self, nodes: int) -> None:
+        """A tree's level of so many nodes, all below the root, for timing alone; nothing is kept of it."""
+        rows = np.minimum(np.arange(1, nodes + 1), self._facts.tree_slots - 1)
+        attend = rows[:, None] == np.arange(self._facts.tree_slots)
+        self._expand(Level(1, rows, np.zeros_like(rows), np.zeros_like(rows), attend))
 
     def close(self) -> None:
         """Give a GPU's memory back; the session is not to be used any more."""

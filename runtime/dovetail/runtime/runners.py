@@ -24,14 +24,18 @@ BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 CPU = "CPUExecutionProvider"
 
 Array = NDArray[Any]
-INPUTS = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "tree_mask", "features")
+INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "queries")
+INPUTS = (*INDEXES, "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
 STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs and outputs of a call, one row each: [rows, ..].  Names, and their meaning, are the graph's."""
+    """Inputs and outputs of a call, one row each: [rows, ..].  Names, and their meaning, are the graph's.
+
+    queries: 0, 1, 2 .., of which a call takes the rows whose children are wanted.
+    """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
@@ -39,10 +43,14 @@ class Rows:
     kv_slots: NDArray[np.int64]
     bank_slots: NDArray[np.int64]
     context_end: NDArray[np.int64]
+    queries: NDArray[np.int64]
     tree_mask: Array  # [rows, T] additive
     features: Array  # [rows, D]
     top_logprobs: NDArray[np.float32]  # [rows, K]
     top_ids: NDArray[np.int32]  # [rows, K]
+
+    def __post_init__(self) -> None:
+        self.queries[:] = np.arange(len(self.queries))
 
     @classmethod
     def zeros(cls, facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> Rows:
@@ -64,7 +72,7 @@ Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
 
 def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
     """Shape and dtype of every array of Rows, inputs first, features last of these."""
-    specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INPUTS[:6]}
+    specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INDEXES}
     specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
     specs["features"] = ((rows, facts.feature_size), dtype)
     specs["top_logprobs"] = ((rows, facts.top_k), np.float32)
@@ -99,7 +107,10 @@ class Runner(Protocol):
         ...
 
     def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run."""
+        """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run.
+
+        upload_features: they are read too; then the last row's children are wanted alone, and may be all that comes.
+        """
         ...
 
     def touch(self, context: int) -> None:
@@ -133,7 +144,9 @@ class CpuRunner:
         shapes = state_shapes(facts, facts.max_context)
         self._bank = np.zeros(shapes.pop(STATE), np.float32)
         self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-        self._lanes: dict[int, tuple[int, Any]] = {}  # n -> (KV rows bound, binding)
+        given = {port.name for port in self._session.get_inputs()}
+        self._inputs = [name for name in INPUTS if name in given]  # a graph of an older pair answers for every row
+        self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # rows and answers -> (KV rows bound, binding)
 
     def rows(self, n: int) -> Rows:
         """See Runner."""
@@ -142,11 +155,12 @@ class CpuRunner:
     def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
         """See Runner."""
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
-        bound, binding = self._lanes.get(n, (0, None))
+        answers = 1 if upload_features and "queries" in self._inputs else n
+        bound, binding = self._lanes.get((n, answers), (0, None))
         if bound != kv_rows:
-            binding = self._bind(n, kv_rows, binding)
+            binding = self._bind(n, answers, kv_rows, binding)
         call(self._session, binding)
-        return Candidates(self._rows.top_logprobs[:n], self._rows.top_ids[:n])
+        return Candidates(self._rows.top_logprobs[:answers], self._rows.top_ids[:answers])
 
     def touch(self, context: int) -> None:
         """See Runner: pages that were never written share one page of zeros, which is read too quickly."""
@@ -156,20 +170,21 @@ class CpuRunner:
     def close(self) -> None:
         """See Runner: memory of the host is freed with the last reference."""
 
-    def _bind(self, n: int, kv_rows: int, binding: Any | None) -> Any:
-        """Point the graph at the first n rows and the first `kv_rows` of each KV buffer."""
+    def _bind(self, n: int, answers: int, kv_rows: int, binding: Any | None) -> Any:
+        """Point the graph at the first n rows, the last `answers` of them, and the first `kv_rows` of each buffer."""
         if binding is None:
             binding = self._session.io_binding()
-            for name in INPUTS:
-                _bind_array(binding.bind_input, name, getattr(self._rows, name)[:n])
+            for name in self._inputs:
+                begin = n - answers if name == "queries" else 0
+                _bind_array(binding.bind_input, name, getattr(self._rows, name)[begin:n])
             for name in OUTPUTS:
-                _bind_array(binding.bind_output, name, getattr(self._rows, name)[:n])
+                _bind_array(binding.bind_output, name, getattr(self._rows, name)[:answers])
             _bind_array(binding.bind_input, STATE, self._bank)
             _bind_array(binding.bind_output, output_name(STATE), self._bank)
         for name, buffer in self._kv.items():
             _bind_array(binding.bind_input, name, buffer[:kv_rows])
             _bind_array(binding.bind_output, output_name(name), buffer[:kv_rows])
-        self._lanes[n] = (kv_rows, binding)
+        self._lanes[n, answers] = (kv_rows, binding)
         return binding
 
 

@@ -63,7 +63,7 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """What a drafter with `weights` bytes of float16 graph and room for `context` pairs takes."""
     state = facts.blocks * (facts.tree_slots + context) * _pair_bytes(facts)
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
-    one_row = 6 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
+    one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
     fixed, per_pair = facts.workspace
     return VramPlan(context, weights, state, sum(BUCKETS) * one_row, fixed + per_pair * context)
 
