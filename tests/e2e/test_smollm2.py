@@ -25,7 +25,9 @@ PROMPTS = (
     "Complete the code I provided.\n\ndef is_prime(n):\n",
     "Name three fruits and say one sentence about each.",
 )
-NEAR_TIE = 0.5  # logits: what another order of additions can move
+# Logits that another order of additions can move: that of a tree's nodes, and that of a pass over one token, which
+# scheduled rounds without a draft are (0.76 was the most in 17,000 tokens of four tasks).
+NEAR_TIE = {False: 0.5, True: 1.0}
 
 
 def flags(**changes: object) -> RequestFlags:
@@ -85,7 +87,11 @@ def test_trees_differ_at_near_ties_alone_and_pay(engine: Engine, pair: Path, sch
     for run in measure(engine, CONVERSATIONS, flags()):
         assert len(run.choices) == len(run.speculative.answers[0]) > 40
         for at, choice in run.others.items():
-            assert 0 < choice.margin < NEAR_TIE, (run.conversation.name, at, choice)
+            assert choice.margin is not None and 0 < choice.margin < NEAR_TIE[scheduled], (
+                run.conversation.name,
+                at,
+                choice,
+            )
         totals = run.speculative.totals
         accepted, rounds = accepted + totals.accepted, rounds + totals.rounds
         assert totals.other_ms < 0.1 * (totals.draft_ms + totals.verify_ms)

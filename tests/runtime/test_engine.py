@@ -201,6 +201,8 @@ def test_a_token_that_was_not_the_target_s_choice_is_told_with_its_margin() -> N
     choices = one.choices("abc", answer)
     assert [at for at in range(36) if choices[at].token != answer[at]] == [35]
     assert all((choice.margin > 0) == (choice.token != token) for choice, token in zip(choices, answer, strict=True))
+    sampled = one.choices("abc", answer, temperature=1.0, seed=1)
+    assert {choice.margin for choice in sampled} == {None} and len(sampled) == len(answer)
     assert one.choices("abc", []) == []
 
 

@@ -25,6 +25,7 @@ from dovetail.runtime.errors import TrainError
 
 from .corpus import Corpus
 from .features import FeatureStore
+from .muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -37,7 +38,7 @@ class FitOptions:
     window: positions of one conversation seen at most.  batch: conversations per update.
     teacher_top_k: learn from the target's k most probable tokens alone, renormalised; 0 from all it can propose.
     regression: weight of the smooth L1 distance between output and the target's next feature.
-    optimizer: "adamw", or "muon" (torch.optim.Muon) for matrices with AdamW for the rest.
+    optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
     """
 
     epochs: float = 4.0
@@ -273,5 +274,5 @@ def make_optimizers(drafter: Drafter, options: FitOptions) -> list[torch.optim.O
     ]
     if matrices:
         group = {"params": matrices, "peak": options.learning_rate}
-        made.append(torch.optim.Muon([group], weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        made.append(Muon([group], weight_decay=options.weight_decay))
     return made

@@ -22,11 +22,11 @@ _CHAIN = 32  # tokens a pass
 class Choice(NamedTuple):
     """What the target chooses in the place of a token of an answer.
 
-    margin: logits that it is above the answer's token, 0 where it is that one; below 0 where sampling decided.
+    margin: logits that it is above the answer's token, 0 where it is that one; None where more than logits decide.
     """
 
     token: int
-    margin: float
+    margin: float | None
 
 
 def read_again(
@@ -39,7 +39,8 @@ def read_again(
     seen, found = list(prompt), list[Choice]()
     for token, logits in zip(answer, _logits(conversation, prompt, answer), strict=True):
         chosen = sampler.pick(logits, len(seen), seen)
-        found.append(Choice(chosen, float(logits[chosen] - logits[token])))
+        clear = sampler.params.greedy and sampler.params.repetition_penalty == 1
+        found.append(Choice(chosen, float(logits[chosen] - logits[token]) if clear else None))
         seen.append(token)
     return found
 

@@ -145,7 +145,7 @@ def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
 def _ties(row: dict[str, Any]) -> str:
     """Tokens in whose place the target chooses another where it reads the answer again, and by how much at most."""
     count, margin = row["other_tokens"], row["largest_margin"]
-    return f"{count} (up to {margin:.2f})" if count else "none"
+    return (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
 
 
 def _times(speedup: float | None) -> str:

@@ -165,9 +165,9 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
     speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
     tokens over all decoding time. accepted_per_position: per round; acceptance_per_depth: per round that came so far.
     Times of speculative rounds: ms per round. other_tokens: of new_tokens, those in whose place the target chooses
-    another where it reads the answers again; first_other: the index of the first, largest_margin: the most logits that
-    the target's choice is above such a token; None where there are none. What needs the plain mode is None where that
-    was left out.
+    another where it reads the answers again; first_other: the index of the first; largest_margin: the most logits that
+    the target's choice is above such a token, None where there are none or more than logits decide.  What needs the
+    plain mode is None where that was left out.
     """
     plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
     compared = all(pair.plain for pair in pairs)
@@ -214,7 +214,8 @@ def prompt_json(pair: Paired) -> dict[str, Any]:
 
 
 def _largest(others: Sequence[Choice]) -> float | None:
-    return _rounded(max(choice.margin for choice in others)) if others else None
+    margins = [choice.margin for choice in others if choice.margin is not None]
+    return _rounded(max(margins)) if margins else None
 
 
 def _rounded(value: float) -> float:
