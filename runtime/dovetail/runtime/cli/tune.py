@@ -28,8 +28,8 @@ from .pairs import resolve_pair
 
 APPLY = """\
 Nothing was applied: --ov-config NAME=VALUE of generate, chat, bench and tune applies one. Another property may change
-the text, even where every best token stayed the same here; DYNAMIC_QUANTIZATION_GROUP_SIZE=0 may also make a drafted
-text differ from a plain one."""
+the text, even where every best token stayed the same here; with DYNAMIC_QUANTIZATION_GROUP_SIZE=0 passes of every width
+may differ from all others."""
 UNCERTAIN = "~: too close to 1.00x to tell, passes vary too much; a quieter machine or more --seconds may tell."
 
 
