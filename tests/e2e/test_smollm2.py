@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dovetail.runtime import Engine, TreeLimits
-from dovetail.runtime.cli.benchmark import measure
+from dovetail.runtime.cli.benchmark import measure, read_again
 from dovetail.runtime.cli.options import RequestFlags
 from dovetail.runtime.cli.prompts import Conversation
 from dovetail.runtime.tokenizer import Tokenizer
@@ -85,8 +85,8 @@ def test_trees_differ_at_near_ties_alone_and_pay(engine: Engine, pair: Path, sch
         assert engine.scheduler is not None
     accepted = rounds = 0
     for run in measure(engine, CONVERSATIONS, flags()):
-        assert len(run.choices) == len(run.speculative.answers[0]) > 40
-        for at, choice in run.others.items():
+        assert len(run.speculative.answers[0]) > 40
+        for at, choice in read_again(engine, run, flags()).others.items():
             assert choice.margin is not None and 0 < choice.margin < NEAR_TIE[scheduled], (
                 run.conversation.name,
                 at,

@@ -72,7 +72,7 @@ def test_such_a_pair_passes_its_checks_and_speculates_without_changing_the_text(
     assert manifest.drafter and manifest.drafter.feature_layers == (0, 1)
     with Engine.from_pretrained(pair, tree=TreeLimits(width=4, depth=3, top_k=1)) as engine:
         ours = engine.generate("the cat", max_new_tokens=24, raw=True)
-        plain = engine.generate("the cat", max_new_tokens=24, raw=True, speculate=False)
+        plain = engine.generate("the cat", max_new_tokens=24, raw=True, tree=TreeLimits(1, 0, 1, lookup=0))
     assert ours.token_ids == plain.token_ids
 
 

@@ -207,9 +207,26 @@ def test_a_token_that_was_not_the_target_s_choice_is_told_with_its_margin() -> N
 
 
 def test_an_answer_that_does_not_fit_is_not_read() -> None:
-    assert len(engine(max_context=8).choices("abc", [0] * 4)) == 4
-    with pytest.raises(ContextOverflow):
-        engine(max_context=8).choices("abc", [0] * 6)
+    one = engine(max_context=8)
+    answer = one.generate("abc", 20).token_ids
+    assert len(answer) == 5 and [choice.token for choice in one.choices("abc", answer)] == list(answer)
+    with pytest.raises(ContextOverflow, match="9 tokens"):
+        one.choices("abc", [0] * 6)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_what_is_no_token_is_refused(token: int) -> None:
+    with pytest.raises(InputError, match=f"token id {token}"):
+        engine().choices("abc", [0, token])
+
+
+def test_without_a_drafter_a_pass_has_one_row_but_where_a_tree_is_asked_for() -> None:
+    one = engine(speculative=False)
+    calls = one._conversation.target.calls  # type: ignore[union-attr]
+    for options, rows in (({}, {1}), ({"tree": TreeLimits(1, 0, 1, lookup=0)}, {2})):
+        calls.clear()
+        one.generate("abc", 5, **options)
+        assert {count for call, count in calls if call == "verify"} == rows
 
 
 @pytest.mark.parametrize("after", range(4))

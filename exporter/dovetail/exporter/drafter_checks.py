@@ -70,7 +70,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Answer:
-    """One call's result, of the file or of torch.  logprobs: [n, k] or all K; ids: [n, k]; features: [n, D]."""
+    """One call's result, of the file or of torch.  logprobs: [m, k] or all K; ids: [m, k]; features: [m, D]."""
 
     logprobs: NDArray[np.float32]
     ids: NDArray[np.int64]
@@ -212,7 +212,7 @@ class GraphRun:
 
 
 def check_static(file: Path, tokens: int, slots: int) -> None:
-    """Fix both dimensions and fold: nothing may be left whose shape or control flow depends on data.
+    """Fix all dimensions and fold: nothing may be left whose shape or control flow depends on data.
 
     A CUDA graph replays fixed addresses and shapes.  Raises ExportError naming the first such node.
     """

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from .decode import Conversation, FinishReason, Request, Step, decode
-from .errors import DeviceError, InputError
+from .errors import ContextOverflow, DeviceError, InputError
 from .manifest import Manifest, read_sound
 from .metrics import GenerationMetrics, Meter
 from .reading import Choice, read_again
@@ -261,7 +261,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
-            limits=(tree or self.tree) if speculate else None,
+            limits=(tree or (self.tree if self._drafter else None)) if speculate else None,
             scheduler=self.scheduler if speculate and tree is None else None,
         )
         request.check_room(self.max_context)
@@ -274,10 +274,13 @@ class Engine:
         """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
 
         Its passes are chains of tokens, as wide as trees.  sampling: as for the answer, with the seed that it had.
-        Raises InputError, ContextOverflow.
+        This is the last conversation from then on.  Raises InputError (no such ids, too), ContextOverflow.
         """
         conversation, tokens = self._open_conversation(), self._encode(prompt, raw)
-        Request((*tokens, *answer), max_new_tokens=1).check_room(self.max_context)
+        if (count := len(tokens) + len(answer)) > self.max_context:
+            raise ContextOverflow(
+                f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
+            )
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:

@@ -22,9 +22,10 @@ class GenerationMetrics:
     prompt_tokens: all of the prompt; cached_tokens: those whose KV was still there.
     new_tokens: tokens of the answer; the first comes from the prefill, the others from rounds. A stop token is
     not counted, nor is what was found in the same round beyond the end of the answer.
-    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over all rounds.
+    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over all rounds, those
+    that only fill a width included.
     accepted_per_position: how often the i-th drafted token of a path was accepted.
-    acceptance_length: 1 + accepted / rounds, tokens per round; 1 without rounds and for plain decoding.
+    acceptance_length: 1 + accepted / rounds, tokens per round; 1 without rounds and with speculate=False.
     prefill_ms: target and drafter read the prompt, the drafter after the first token. draft_ms: extend and propose.
     verify_ms: verify and commit.
     other_ms: all else, text and sampling included. total_ms: their sum.

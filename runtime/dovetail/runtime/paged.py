@@ -26,10 +26,10 @@ _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB hold
 # A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
 # moved, and a row's result would depend on its neighbours.
 REQUIRED = {"KV_CACHE_PRECISION": "f16"}
-# Weights are read as INT8, so bfloat16 between them only adds conversions: with float32 passes are quicker, and more
-# exact, which pays for activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md).
-PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
-_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
+# Between INT8 weights bfloat16 only adds conversions: with float32 passes are quicker, and more exact, which pays for
+# activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md; other weights were not measured).
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 _EMPTY_MASK = np.zeros(0, np.uint8)
 _EMPTY_BEGINS = np.zeros(0, np.int32)
@@ -38,11 +38,11 @@ _EMPTY_BEGINS = np.zeros(0, np.int32)
 def default_properties(instruction_sets: Collection[str] | None = None) -> dict[str, str]:
     """OpenVINO's properties for the target where nothing else is asked for.
 
-    instruction_sets: of the CPU, by default this one's.  The precision is OpenVINO's own choice where the CPU has
-    units for another (AMX), or is no x86.
+    instruction_sets: of the CPU, by default this one's.  Precision and groups are OpenVINO's own choice where the CPU
+    has units for another precision (AMX), or is no x86.
     """
     have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
-    return {**PROPERTIES, **(_FLOAT32 if "avx2" in have and "amx_bf16" not in have else {})}
+    return {**PROPERTIES, **(FLOAT32 if "avx2" in have and "amx_bf16" not in have else {})}
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,10 @@ class PagedModel:
         if held is not None and held.shape == array.shape:
             held[...] = array
             return
-        held = self._inputs[name] = np.array(array)
-        self.request.set_tensor(name, ov.Tensor(held, shared_memory=True))
+        # The request holds a raw pointer: an interrupt between these lines must not leave one to memory that is gone.
+        given = np.array(array)
+        self.request.set_tensor(name, ov.Tensor(given, shared_memory=True))
+        self._inputs[name] = given
 
     def _infer(self) -> None:
         """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""

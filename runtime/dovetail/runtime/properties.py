@@ -66,7 +66,7 @@ def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Pro
         tried.append(("ENABLE_HYPER_THREADING", "NO"))
     if threads is None and cores > 1:
         tried.append(("INFERENCE_NUM_THREADS", str(cores - 1)))  # leaves one to the drafter
-    now = {**default_properties(), **given}
+    now = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", **default_properties(), **given}  # 32 is OpenVINO's own
     return [Property(name, value) for name, value in tried if now.get(name) != value]
 
 

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import STEADY, Conversation
+from .errors import InputError
 from .sampling import Sampler
 from .schedule import filled
 from .sessions import FloatArray
 from .tree import DraftTree
 
-_CHAIN = 32  # tokens a pass
+_CHAIN = 16  # tokens a pass
 
 
 class Choice(NamedTuple):
@@ -32,12 +33,14 @@ class Choice(NamedTuple):
 def read_again(
     conversation: Conversation, prompt: Sequence[int], answer: Sequence[int], sampler: Sampler
 ) -> list[Choice]:
-    """A Choice for each of the A tokens of `answer`; the conversation is forgotten before, and holds both afterwards.
+    """A Choice for each of the A tokens of `answer`; the conversation is forgotten before, and holds what was read.
 
-    The answer is read in chains, whose rows have the bits of a tree's first path.
+    It is read in chains, whose rows have the bits of a tree's first path.  Raises InputError for ids that are none.
     """
     seen, found = list(prompt), list[Choice]()
     for token, logits in zip(answer, _logits(conversation, prompt, answer), strict=True):
+        if not 0 <= token < len(logits):
+            raise InputError(f"token id {token} is none of the target's {len(logits)}: give an answer of its own")
         chosen = sampler.pick(logits, len(seen), seen)
         clear = sampler.params.greedy and sampler.params.repetition_penalty == 1
         found.append(Choice(chosen, float(logits[chosen] - logits[token]) if clear else None))

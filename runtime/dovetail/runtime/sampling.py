@@ -3,7 +3,7 @@
 Axes: V target vocabulary, S tokens that survived the processors.
 Processors and their order are those of transformers' generate: repetition penalty, temperature, top-k,
 top-p, min-p. The noise of a token depends on the seed and the token's absolute position alone, so a seed
-gives the same text whether tokens are found one by one or as the path of a tree.
+draws the same whether tokens are found one by one or as the path of a tree.
 """
 
 from __future__ import annotations

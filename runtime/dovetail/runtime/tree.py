@@ -27,7 +27,7 @@ _NEVER = float("-inf")
 class TreeLimits:
     """How far a tree may grow. Source: EAGLE-2's top-k expansion, the paper's total / depth / top-k.
 
-    width: nodes verified in one pass, root included; 1 is plain decoding.
+    width: nodes verified in one pass, root included; 1 drafts nothing.
     depth: levels below the root.
     top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
     lookup: tokens of repeated text that may join the tree as a path below the root (see lookup.py); 0 is off.

@@ -33,7 +33,9 @@ from .tree import DraftTree
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
-LEVEL = 16  # rows of a call up to which it is a tree's level, that gives children to every row; a larger one reads
+# Rows of a call up to which it is timed as a tree's level, which gives children to every row; a larger one reads.  A
+# short read is cheaper than a level of as many rows: the scheduler's pace of drafts evens that out.
+LEVEL = 16
 # When a pair is first opened somebody waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
 QUICK_SECONDS = 4.0

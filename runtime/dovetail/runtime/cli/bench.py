@@ -17,7 +17,7 @@ from .. import machine
 from ..engine import Engine
 from ..errors import InputError, PairError
 from ..manifest import write_atomically
-from .benchmark import Paired, measure, summary
+from .benchmark import Paired, measure, read_again, summary
 from .options import EngineFlags, RequestFlags, engine_options, sampling_options
 from .pairs import DEFAULT_PAIR
 from .prompts import Conversation, read_prompts
@@ -44,7 +44,8 @@ def bench(
 ) -> None:
     """Measure plain against speculative decoding, interleaved in one process.
 
-    A progress bar and a table of the results go to stderr.
+    A progress bar and a table of the results go to stderr. In the end the target reads every answer again, and says
+    where it would now choose another token.
     """
     conversations = read_prompts(file, limit)
     if output is not None and not output.parent.is_dir():
@@ -56,7 +57,8 @@ def bench(
         )
     request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
     pairs = run(engine, conversations, request, plain)
-    report = {**summary(pairs), **circumstances(engine, engine_flags, file, request)}
+    facts = circumstances(engine, engine_flags, file, request)  # the peak of memory is that of decoding
+    report = {**summary([read_again(engine, pair, request) for pair in pairs]), **facts}
     show(report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
     if output is not None:
@@ -122,7 +124,7 @@ def show(report: dict[str, Any]) -> None:
         f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "
         f"other {report['other_ms']:.1f} ms; peak RSS {report['peak_rss_mb']:.0f} MiB; "
         f"target {report['target_device']}, drafter {report['drafter_device']}\n"
-        "near ties: tokens for which the target prefers another when it reads its answer again, by how many logits",
+        "near ties: tokens for which the target chooses another when it reads its answer again, by how many logits",
         highlight=False,
     )
 

@@ -91,13 +91,13 @@ class Run:
 class Paired:
     """One conversation in both modes; plain is None where it was left out, and with it the speedup.
 
-    choices: what the target chose where it read the speculative answers again, in a row.
+    choices: what the target chose where it read the speculative answers again, in a row; None before it has.
     """
 
     conversation: Conversation
     plain: Run | None
     speculative: Run
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[Choice, ...] | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -110,6 +110,8 @@ class Paired:
     @property
     def others(self) -> dict[int, Choice]:
         """Tokens, by their index over all answers in a row, in whose place the target chose another."""
+        if self.choices is None:
+            return {}
         answered = chain.from_iterable(self.speculative.answers)
         both = enumerate(zip(answered, self.choices, strict=True))
         return {index: choice for index, (token, choice) in both if choice.token != token}
@@ -125,16 +127,16 @@ def measure(
     for index, conversation in enumerate(conversations):
         order = modes if index % 2 == 0 else modes[::-1]
         runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
-        yield Paired(conversation, runs.get(False), runs[True], read_again(engine, runs[True], request))
+        yield Paired(conversation, runs.get(False), runs[True])
 
 
-def read_again(engine: Engine, run: Run, request: RequestFlags) -> tuple[Choice, ...]:
-    """What the target chooses in the place of each token, with all of the text before it given."""
-    sampling = asdict(request.sampling())
-    answers = zip(run.asked, run.answers, strict=True)
-    return tuple(
-        chain.from_iterable(engine.choices(asked, answer, raw=request.raw, **sampling) for asked, answer in answers)
-    )
+def read_again(engine: Engine, pair: Paired, request: RequestFlags) -> Paired:
+    """The same with what the target chooses in the place of each token, with all of the text before it given."""
+    sampling, run = asdict(request.sampling()), pair.speculative
+    found = list[Choice]()
+    for asked, answer in zip(run.asked, run.answers, strict=True):
+        found += engine.choices(asked, answer, raw=request.raw, **sampling)
+    return replace(pair, choices=tuple(found))
 
 
 def warm_up(engine: Engine, conversation: Conversation, request: RequestFlags, speculate: bool) -> None:

@@ -191,7 +191,8 @@ def engine_options(command: Command) -> Command:
         device_options,
         click.option("--fixed-tree", is_flag=True, help="The same limits for every tree: the pair's, or those given.  "
                      "[default: each tree as it pays here]"),
-        click.option("--width", type=int, help="Nodes verified in one pass, root included; fixes the tree."),
+        click.option("--width", type=int, help="Nodes verified in one pass, root included; 1 drafts nothing; "
+                     "fixes the tree."),
         click.option("--depth", type=int, help="Tree levels below the root; fixes the tree."),
         click.option("--tree-top-k", type=int, help="Children per tree node, 1 drafts a chain; fixes the tree."),
         click.option("--lookup", type=int, help="Tokens of repeated text in a tree, 0 is off; fixes the tree."),
@@ -213,7 +214,8 @@ def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Ca
         click.option("--min-p", type=float, default=SAMPLING.min_p, show_default=True, help="0 is off."),
         click.option("--repetition-penalty", "--repeat-penalty", type=float, default=SAMPLING.repetition_penalty,
                      show_default=True, help="1 is off."),
-        click.option("-s", "--seed", type=int, help="Same seed, same text.  [default: random]"),
+        click.option("-s", "--seed", type=int, help="Same seed, same noise, and with --fixed-tree one text."
+                     "  [default: random]"),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
     ]  # fmt: skip
     if speculate:
