@@ -1,8 +1,8 @@
 """Muon in float32: the direction of every matrix's update is its momentum, made orthogonal.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the step of Liu et al.,
-"Muon is scalable for LLM training" (arXiv 2502.16982).  `torch.optim.Muon` does the same in bfloat16, which takes a
-CPU several times as long.
+"Muon is scalable for LLM training" (arXiv 2502.16982).  `torch.optim.Muon` does the same in bfloat16, which took
+the CPU that this was written on twice as long.
 """
 
 from __future__ import annotations
