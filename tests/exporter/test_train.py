@@ -149,11 +149,13 @@ def test_minutes_are_all_that_is_needed(tiny_pair: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("dovetail.exporter.text.PART_PROMPTS", 8)
     monkeypatch.setattr("dovetail.exporter.train.BatchWriter", BatchWriterThatStops)
     made = TrainPlan(minutes=0.05, max_new_tokens=24, draft_vocab=64, fit=FitOptions(unroll=1, window=64, batch=2))
-    stages: list[str] = []
-    train(tiny_pair, tmp_path / "out", made, lambda stage, *rest: stages.append(stage))
-    assert {"prompts", "answers", "features", "fit", "evaluate"} <= set(stages)
+    told: list[tuple[str, float, float, str]] = []
+    train(tiny_pair, tmp_path / "out", made, lambda *progress: told.append(progress))
+    assert {"prompts", "answers", "features", "fit", "evaluate"} <= {stage for stage, *_ in told}
     log = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert log["updates"] >= 20 and log["corpus"]["conversations"] >= 8
+    prompts = next(done for stage, done, *_ in reversed(told) if stage == "answers")
+    lost = sum(int(note.split()[0]) for *_, note in told if "left out" in note)  # they fill the context by themselves
+    assert log["updates"] >= 20 and log["corpus"]["conversations"] + lost == prompts >= 8
 
 
 class BatchWriterThatStops(BatchWriter):
