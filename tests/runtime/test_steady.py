@@ -111,9 +111,8 @@ def test_a_full_context_begins_anew_with_the_last_pairs(pairs, short, stream) ->
 
 
 def test_a_text_longer_than_the_drafter_s_context_is_drafted_to_its_end(pairs, short) -> None:
-    chain = TreeLimits(
-        width=5, depth=4, top_k=1, lookup=0
-    )  # token for token what no drafts give in the same arithmetic
+    """A chain gives token for token what no drafts give in the same arithmetic."""
+    chain = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
     plain = pairs.engine(None).generate(pairs.prompt, 150, raw=True, tree=TreeLimits(1, 0, 1, lookup=0))
     engine = pairs.engine(short())
     lengths, tokens = [], list[int]()
