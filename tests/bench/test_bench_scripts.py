@@ -362,33 +362,6 @@ def test_a_gguf_at_eight_bits_keeps_metadata_and_weights(tmp_path: Path) -> None
     assert (by_name["norm.weight"].data == weights[0]).all()
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_a_text_is_read_with_every_property(
-    tiny_full_pair: Path, tiny_llama: Path, tmp_path: Path, checkpoint: bool
-) -> None:
-    import numpy as np
-
-    from dovetail.exporter.corpus import Corpus
-
-    lengths = np.array([300, 300])
-    tokens = np.random.default_rng(0).integers(1, 60, 600)
-    Corpus(tokens, lengths, lengths - 10).save(tmp_path / "corpus.npz")
-    properties = script("properties")
-    arguments = [str(tiny_full_pair), str(tmp_path / "corpus.npz"), "--windows", "2", "--samples", "1"]
-    arguments += ["--checkpoint", str(tiny_llama)] if checkpoint else []
-    result = CliRunner().invoke(properties.main, arguments, catch_exceptions=False)
-    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == len(properties.VARIANTS) + checkpoint and all(len(row) in (5, 11) for row in rows)
-    far = {tuple(row[:2]): float(row[4]) for row in rows if row[0] != "checkpoint"}
-    assert far["f32", "0"] < far["f32", "32"] < far["bf16", "32"] and (far["f32", "0"] > 0) == checkpoint
-
-
-def test_what_openvino_genai_is_given_is_what_dovetail_gives_its_target() -> None:
-    from dovetail.runtime.paged import FLOAT32
-
-    assert script("peer_worker").SAME == FLOAT32
-
-
 def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
