@@ -33,7 +33,7 @@ class Curve:
     contexts: tuple[int, ...]
     rows: tuple[int, ...]
     ms: tuple[tuple[float, ...], ...]
-    _lines: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, values, least in (("contexts", self.contexts, 0), ("rows", self.rows, 1)):
@@ -59,12 +59,11 @@ class Curve:
         if not rows:
             return 0.0
         step = context // CONTEXT_STEP
-        line = self._lines.get(step)
-        if line is None:
-            line = self._lines[step] = [
-                _line(self.contexts, column, step * CONTEXT_STEP) for column in zip(*self.ms, strict=True)
-            ]
-        return _line(self.rows, line, rows)
+        known = self._known.get((step, rows))
+        if known is None:
+            line = [_line(self.contexts, column, step * CONTEXT_STEP) for column in zip(*self.ms, strict=True)]
+            known = self._known[step, rows] = _line(self.rows, line, rows)
+        return known
 
 
 @dataclass(frozen=True)

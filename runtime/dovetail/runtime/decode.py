@@ -243,6 +243,8 @@ class Conversation:
         width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
         if depth < 1 or width < 2 or depth > room:
             return _PLAIN
+        if (width, depth, lookup) == (asked.width, asked.depth, asked.lookup):
+            return asked
         return replace(asked, width=width, depth=depth, lookup=lookup)
 
     def _pairs(self, known: int) -> int:

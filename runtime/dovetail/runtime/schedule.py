@@ -24,18 +24,20 @@ from .costs import Costs
 from .tree import DraftTree, TreeLimits, best_tree
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=4, lookup=24)  # of a scheduled tree
-MEMORY = 24.0  # rounds after which an average has mostly forgotten
-PRICE_MEMORY = 100.0  # the same for the price of a token, which is to be that of the long run
-EVIDENCE = 60.0  # visits that the correction of a depth remembers
+MEMORY = 40.0  # rounds after which an average has mostly forgotten
+PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
+EVIDENCE = 30.0  # visits that the correction of a depth remembers
 PRIOR = 3.0  # visits that the drafter's own word counts for
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
-WIDTHS = (1, 4, 8, 12, 16, 24, 32)  # few, as each change of width costs; 1 is plain decoding
+WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # of a scheduled tree; 1 is plain decoding
+FEW_WIDTHS = (1, 6, 12, 24)  # where a change from one to another is dear
+DEAR = 0.1  # of a plain step
 FILLING = -50.0  # log-probability of a node that is there for the width alone
-STRENGTHS = (1.5, 3.0)  # tokens that repeats promise: drafting is judged apart below, between and above these
 PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
 MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
-TRIAL_ROUNDS = 3.0  # plain rounds' time that may be lost to drafts before any has paid
+TRIAL_START = 1.0  # plain rounds' time that may be lost to drafts before any has paid
+TRIAL_ROUNDS = 3.0  # the same at most, later
 STALL = 10.0  # times its average that one call moves the drafter's pace by at most
 OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
@@ -111,7 +113,7 @@ class Scheduler:
     costs: Costs
     calibration: Calibration | None = None
     _context: int = 0  # tokens before the root, of the round at hand
-    _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for
+    _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for, of those that pay here
     # By depth: of a node's best child, and of the others.  A drafter may be too sure of the one and right in sum.
     _corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
     # Of whole trees, without the drafter's part and with it: the best of many are not as good as each is believed.
@@ -119,7 +121,7 @@ class Scheduler:
     _children: dict[int, Average] = field(default_factory=dict)  # depth -> share of its nodes that their children take
     _tokens: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # per round
     _time: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # ms per round
-    _drafting: tuple[Drafting, ...] = field(default_factory=lambda: tuple(Drafting() for _ in (0, *STRENGTHS)))
+    _drafting: Drafting = field(default_factory=Drafting)
     _target_pace: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
     _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
     _draft_pace: Average = field(default_factory=lambda: Average(1.0))
@@ -127,7 +129,6 @@ class Scheduler:
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
-    _strength: int = 0  # of the repeats in the round at hand: which of `_drafting` it belongs to
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
 
     def restart(self) -> None:
@@ -136,7 +137,9 @@ class Scheduler:
 
     def begin(self, context: int, most: int) -> None:
         """A round begins: `context` tokens are committed, `most` nodes have room."""
-        self._context, self._widths = context, tuple(width for width in WIDTHS if width <= most)
+        self._context = context
+        dear = self.costs.switch_ms > DEAR * self.costs.target.at(context, 1)
+        self._widths = tuple(width for width in (FEW_WIDTHS if dear else WIDTHS) if width <= most)
         self._calls, self._trial = 0.0, None
 
     # --- what is believed
@@ -191,13 +194,12 @@ class Scheduler:
 
         repeats: what repeated text alone proposes.  unread: pairs that the drafter has not been told yet.
         """
-        self._strength = sum(repeats.expected_length > strength for strength in STRENGTHS)
-        drafting, otherwise = self._drafting[self._strength], self._otherwise(repeats)
+        drafting, otherwise = self._drafting, self._otherwise(repeats)
         worth = drafting.worth(self.price) - self._backlog(unread)
         if drafting.tokens.count < PATIENCE or worth >= otherwise - MARGIN * self._pass(1):
             return True
         if self._credit is None:
-            self._credit = TRIAL_ROUNDS * self._pass(1)
+            self._credit = TRIAL_START * self._pass(1)
         if self._credit < self._draft(1) or drafting.rested < TRIAL_REST:
             return False
         self._trial = otherwise
@@ -224,7 +226,9 @@ class Scheduler:
         """
         worth = self._worth(tree, drafted)
         width = max(worth, key=lambda width: worth[width] - self._change(width))
-        if width == self._width:
+        if not drafted and len(tree) == 1:  # a draft would not pay: neither do nodes that are there for the width
+            width = 1
+        elif width == self._width:
             for other in worth:
                 self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
             width = max((other for other in worth if self._regret[other] >= self._change(other)), key=worth.__getitem__)
@@ -273,20 +277,19 @@ class Scheduler:
         if self._credit is not None:
             loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
             self._credit = min(self._credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS * self._pass(1))
-        drafting = self._drafting[self._strength]
         if drafted is None:
-            drafting.rested += 1
+            self._drafting.rested += 1
             return
         self._learn(drafted, tokens)
-        drafting.add(len(tokens), took - self._backlog(unread))
+        self._drafting.add(len(tokens), took - self._backlog(unread))
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
-        expected = np.cumsum(np.sort(np.exp(tree.logprobs.astype(np.float64)))[::-1])  # the root's 1 first
+        expected = tree.expected_lengths
         price, factor = self.price, self._trees[drafted].factor
         out = {}
         for width in self._widths:
-            tokens = 1.0 + (float(expected[min(width, len(tree)) - 1]) - 1.0) * factor
+            tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
             out[width] = price * tokens - self._pass(width)
             if width >= len(tree):
                 break
@@ -299,8 +302,13 @@ class Scheduler:
         return max(worth - self._change(width) for width, worth in self._worth(repeats, False).items())
 
     def _change(self, width: int) -> float:
-        """Ms that verifying this width takes more because the last pass had another."""
-        return self.costs.switch_ms * self._target_pace.value if self._width != width else 0.0
+        """Ms that this width costs more because the last pass had another.
+
+        Text in which plain decoding pays, or does not, seldom goes on for long: to it and from it the way back counts.
+        """
+        if self._width == width:
+            return 0.0
+        return (1 + (1 in (self._width, width))) * self.costs.switch_ms * self._target_pace.value
 
     def _pass(self, width: int) -> float:
         """Predicted ms of a pass of the target now, after one of the same width."""

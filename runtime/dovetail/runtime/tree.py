@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappush, heapreplace
+from itertools import accumulate
+from math import exp
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,10 +79,15 @@ class DraftTree:
         """Nodes, root included."""
         return len(self.tokens)
 
+    @cached_property
+    def expected_lengths(self) -> list[float]:
+        """Tokens that verifying its best 1, 2, ... N nodes is expected to give, if the log-probabilities are true."""
+        return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
+
     @property
     def expected_length(self) -> float:
-        """Tokens that verifying it is expected to give, if the log-probabilities are true."""
-        return float(np.exp(self.logprobs).sum())
+        """Tokens that verifying it is expected to give."""
+        return self.expected_lengths[-1]
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
