@@ -14,7 +14,7 @@ from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.decode import Conversation, Request, decode
 from dovetail.runtime.metrics import Meter
 from dovetail.runtime.sampling import SamplingParams
-from dovetail.runtime.schedule import WIDTHS, Scheduler
+from dovetail.runtime.schedule import FEW_WIDTHS, WIDTHS, Scheduler
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tree import DraftTree, Judge, TreeLimits
@@ -124,9 +124,10 @@ def plain_seconds(true: Costs, tokens: int = 400) -> float:
     return (tokens - 1) * true.target.at(0, 1) / 1e3
 
 
-def test_a_hostile_drafter_costs_next_to_nothing() -> None:
-    clock, _, _ = answer("hostile", costs())
-    assert clock.now < 1.03 * plain_seconds(costs())
+@pytest.mark.parametrize("switch_ms", [0.0, 16.0])
+def test_a_hostile_drafter_costs_next_to_nothing(switch_ms: float) -> None:
+    true = costs(switch_ms=switch_ms)
+    assert answer("hostile", true)[0].now < 1.03 * plain_seconds(true)
 
 
 def test_a_perfect_drafter_is_used_as_well_as_can_be() -> None:
@@ -155,8 +156,9 @@ def test_no_constant_tree_is_much_better(noise: float) -> None:
 
 @pytest.mark.parametrize("noise", [3.0, 4.0, 6.0])
 @pytest.mark.parametrize("node_ms", [0.5, 1.0, 3.0])
-def test_a_poor_drafter_is_not_slower_than_plain_decoding(noise: float, node_ms: float) -> None:
-    true = costs(node_ms=node_ms)
+@pytest.mark.parametrize("switch_ms", [0.0, 16.0])
+def test_a_poor_drafter_is_not_slower_than_plain_decoding(noise: float, node_ms: float, switch_ms: float) -> None:
+    true = costs(node_ms=node_ms, switch_ms=switch_ms)
     assert answer("copy", true, noise=noise)[0].now < 1.03 * plain_seconds(true)
 
 
@@ -209,6 +211,12 @@ def test_a_change_of_width_is_made_when_it_pays() -> None:
         seconds.append(clock.now)
     assert changes[1] < changes[0] / 3
     assert seconds[1] < 1.15 * seconds[0] < plain_seconds(costs())
+
+
+def test_few_widths_are_taken_where_changes_are_dear() -> None:
+    for switch_ms, widths in ((0.0, WIDTHS), (1.0, WIDTHS), (8.0, FEW_WIDTHS)):
+        assert {*answer("copy", costs(switch_ms=switch_ms), noise=1.0)[0].nodes} <= {*widths}
+    assert {*FEW_WIDTHS} < {*WIDTHS}
 
 
 def test_where_nodes_are_free_it_verifies_all_and_where_they_are_dear_none() -> None:
