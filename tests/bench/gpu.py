@@ -8,6 +8,7 @@ The pair's speed is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
 from __future__ import annotations
 
 import json
+import sys
 import os
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ def main(pair: Path, vram: str) -> None:
             lambda: OnnxDrafter.open(pair, manifest, device="cuda", vram=limit), manifest.target.feature_size
         )
     except DovetailError as error:
-        fail(error)
+        sys.exit(fail(str(error), error.exit_code))
     click.echo(json.dumps({"pair": manifest.name, "vram_limit_mb": limit >> 20, **found}, indent=1))
 
 

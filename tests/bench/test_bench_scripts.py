@@ -381,3 +381,8 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     assert drafter._runner._graphs == graphs  # type: ignore[attr-defined]
     assert 0 < found["bytes_per_round"] < 64 * 1024
     json.dumps(found)
+
+
+def test_the_gpu_script_says_in_one_line_what_it_cannot_do(tiny_full_pair: Path) -> None:
+    result = CliRunner().invoke(script("gpu").main, [str(tiny_full_pair), "--vram", "much"], catch_exceptions=False)
+    assert result.exit_code == 2 and "much" in result.stderr and len(result.stderr.splitlines()) == 1

@@ -1,0 +1,289 @@
+"""The scheduler on recorded drafts and a clock of measured costs: no noise, and every schedule meets the same text.
+
+    python tests/bench/replay.py record PAIR PROMPTS.jsonl --out drafts.npz
+    python tests/bench/replay.py play PAIR drafts.npz --costs tune.json
+
+What is compared with plain decoding is the time that the engines' calls take by the costs, which `dovetail-run tune
+--json` prints and table.py leaves as `*.tune.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import click
+import numpy as np
+
+from dovetail.runtime.calibration import pair_calibration
+from dovetail.runtime.cli.main import fail
+from dovetail.runtime.cli.pairs import resolve_pair
+from dovetail.runtime.cli.prompts import read_prompts
+from dovetail.runtime.costs import Costs
+from dovetail.runtime.decode import Conversation, Request, decode
+from dovetail.runtime.errors import DovetailError, InputError
+from dovetail.runtime.manifest import read_manifest
+from dovetail.runtime.metrics import Meter
+from dovetail.runtime.onnx_drafter import OnnxDrafter
+from dovetail.runtime.openvino_target import OpenVINOTarget
+from dovetail.runtime.schedule import BOUNDS, Scheduler
+from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
+from dovetail.runtime.tokenizer import Tokenizer
+from dovetail.runtime.tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
+
+WIDEST = TreeLimits(width=64, depth=BOUNDS.depth, top_k=BOUNDS.top_k, lookup=0)  # what is recorded at every place
+CHUNK = 256
+SLOW = 0.97  # of plain decoding's speed
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt, its answer by plain decoding, and what the drafter proposed after each token of that but the last."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    trees: tuple[DraftTree, ...]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Record what a drafter proposes, and replay it to the scheduler."""
+
+
+@main.command()
+@click.argument("pair")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The record, .npz.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Prompts to record.  [default: all]")
+def record(pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None) -> None:
+    """Decode the first turn of each prompt plainly, and draft at every place."""
+    try:
+        folder = resolve_pair(pair)
+        manifest = read_manifest(folder)
+        talks = read_prompts(prompts)[:limit]
+        tokenizer = Tokenizer.from_folder(folder / "target")
+        target = OpenVINOTarget.open(folder, manifest)
+        drafter = OnnxDrafter.open(folder, manifest, device="cpu")
+        records = []
+        for number, talk in enumerate(talks, 1):
+            prompt = tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])
+            records.append(follow(target, drafter, prompt, max_new_tokens, {*tokenizer.eos_token_ids}))
+            click.echo(f"{number}/{len(talks)} {talk.name}", err=True)
+        save(out, records)
+    except DovetailError as error:
+        sys.exit(fail(str(error), error.exit_code))
+
+
+@main.command()
+@click.argument("pair")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RECORD...")
+@click.option("--costs", "measured", type=click.Path(path_type=Path), multiple=True, required=True,
+              help="JSON of dovetail-run tune; repeatable.")  # fmt: skip
+@click.option("--other-ms", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="What a round takes beside the engines' calls more than a plain step does.")  # fmt: skip
+def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_ms: float) -> None:
+    """Print how much quicker than plain decoding each record is decoded where passes cost what was measured."""
+    try:
+        folder = resolve_pair(pair)
+        calibration = pair_calibration(folder, read_manifest(folder))
+        click.echo(
+            f"| record | costs | median | least | mean | below {SLOW}x | prompts |\n|---|---|--:|--:|--:|--:|--:|"
+        )
+        for file in files:
+            records = load(file)
+            for source in measured:
+                costs, clock = read_costs(source), Clock()
+                scheduler, ratios = Scheduler(costs, calibration), []
+                for each in records:
+                    steps = len(each.answer) - 1
+                    rounds, ms = replay(each, costs, scheduler, clock)
+                    ratios.append(steps * costs.target.at(len(each.prompt), 1) / (ms + rounds * other_ms))
+                slow = sum(ratio < SLOW for ratio in ratios)
+                click.echo(
+                    f"| {file.stem} | {source.stem} | {median(ratios):.2f}x | {min(ratios):.2f}x | "
+                    f"{geometric_mean(ratios):.3f}x | {slow} | {len(ratios)} |"
+                )
+    except DovetailError as error:
+        sys.exit(fail(str(error), error.exit_code))
+
+
+def follow(target: OpenVINOTarget, drafter: OnnxDrafter, prompt: list[int], count: int, stop: set[int]) -> Record:
+    """Decode up to `count` tokens greedily, a node a pass; the drafter is asked after each."""
+    target.reset()
+    drafter.reset()
+    features = []
+    for begin in range(0, len(prompt), CHUNK):
+        found = target.prefill(np.array(prompt[begin : begin + CHUNK], np.int64))
+        features.append(np.array(found.features))
+    answer, trees = [int(found.logits[-1].argmax())], []
+    drafter.extend(np.array([*prompt[1:], answer[0]], np.int64), np.concatenate(features))
+    while len(answer) < count and answer[-1] not in stop:
+        trees.append(drafter.propose(WIDEST))
+        found = target.verify(DraftTree.root(answer[-1]))
+        answer.append(int(found.logits[0].argmax()))
+        feature = np.array(found.features)
+        target.commit(np.zeros(1, np.int64))
+        drafter.extend(np.array(answer[-1:], np.int64), feature)
+    return Record(tuple(prompt), tuple(answer), tuple(trees))
+
+
+def save(out: Path, records: list[Record]) -> None:
+    """All records in one file of flat arrays."""
+    trees = [tree for each in records for tree in each.trees]
+    np.savez_compressed(
+        out,
+        tokens=np.array([token for each in records for token in (*each.prompt, *each.answer)], np.int64),
+        prompts=np.array([len(each.prompt) for each in records], np.int64),
+        answers=np.array([len(each.answer) for each in records], np.int64),
+        sizes=np.array([len(tree) for tree in trees], np.int64),
+        tree_tokens=np.concatenate([tree.tokens for tree in trees]),
+        tree_parents=np.concatenate([tree.parents for tree in trees]),
+        tree_logprobs=np.concatenate([tree.logprobs for tree in trees]),
+    )
+
+
+def load(file: Path) -> list[Record]:
+    """What `save` wrote, answers of one token left out.  Raises InputError for another file."""
+    try:
+        with np.load(file) as data:
+            held = {name: data[name] for name in data.files}
+            tokens = iter(held["tokens"].tolist())
+            bounds = np.cumsum(held["sizes"])[:-1]
+            parts = (np.split(held[f"tree_{name}"], bounds) for name in ("tokens", "parents", "logprobs"))
+            trees = (DraftTree(*arrays) for arrays in zip(*parts, strict=True))
+            records = [
+                Record(tuple(islice(tokens, prompt)), tuple(islice(tokens, answer)), tuple(islice(trees, answer - 1)))
+                for prompt, answer in zip(held["prompts"].tolist(), held["answers"].tolist(), strict=True)
+            ]
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        raise InputError(f"{file} is no record of this script ({error}): record it again") from None
+    if not any(each.trees for each in records):
+        raise InputError(f"{file} holds no answer of two tokens: record other prompts")
+    return [each for each in records if each.trees]
+
+
+def read_costs(file: Path) -> Costs:
+    """The costs in JSON of `dovetail-run tune`.  Raises InputError."""
+    try:
+        return Costs.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        raise InputError(f"--costs {file} is no JSON of dovetail-run tune ({error}): name another file") from None
+
+
+@dataclass
+class Clock:
+    """Milliseconds that the calls of one answer took.  width: nodes of the last pass."""
+
+    ms: float = 0.0
+    width: int = 0
+
+    def __call__(self) -> float:
+        return self.ms / 1e3
+
+
+def replay(each: Record, costs: Costs, scheduler: Scheduler, clock: Clock) -> tuple[int, float]:
+    """Rounds and ms that the answer takes.  Its first pass is another than the last for any schedule: that is free."""
+    clock.ms, clock.width = 0.0, 0
+    target, drafter = ReplayTarget(each, costs, clock), ReplayDrafter(each, costs, clock)
+    request = Request(each.prompt, len(each.answer), limits=BOUNDS, scheduler=scheduler)
+    meter = Meter(clock=clock)
+    text = [token for step in decode(Conversation(target, drafter), request, meter) for token in step.tokens]
+    assert tuple(text) == each.answer, "a schedule has changed the text"
+    return target.rounds, clock.ms
+
+
+class ReplayTarget:
+    """TargetSession that goes on with the recorded answer."""
+
+    device, max_context = "record", 1 << 20
+
+    def __init__(self, each: Record, costs: Costs, clock: Clock) -> None:
+        self.text, self.costs, self.clock = (*each.prompt, *each.answer, 0), costs, clock
+        self.length = self.rounds = 0
+        self.vocabulary = 1 + max(max(self.text), *(int(tree.tokens.max()) for tree in each.trees))
+
+    def prefill(self, tokens: TokenArray) -> TargetPass:
+        self.length += len(tokens)
+        return TargetPass(self._logits([self.text[self.length]]), np.zeros((len(tokens), 1), np.float32))
+
+    def verify(self, tree: DraftTree) -> TargetPass:
+        nodes = len(tree)
+        changed = self.clock.width not in (0, nodes)
+        self.clock.ms += self.costs.target.at(self.length, nodes) + changed * self.costs.switch_ms
+        self.clock.width, self.rounds = nodes, self.rounds + 1
+        depths, parents = tree.depths().tolist(), tree.parents.tolist()
+        true, next_tokens = [True], []
+        for node, depth in enumerate(depths):
+            place = self.length + depth
+            if node:
+                true.append(true[parents[node]] and self._token(place) == tree.tokens[node])
+            next_tokens.append(self._token(place + 1) if true[node] else 0)
+        return TargetPass(self._logits(next_tokens), np.zeros((nodes, 1), np.float32))
+
+    def commit(self, path: TokenArray) -> None:
+        self.length += len(path)
+
+    def reset(self, keep: int = 0) -> None:
+        self.length = min(self.length, keep)
+
+    def _token(self, place: int) -> int:
+        return self.text[min(place, len(self.text) - 1)]
+
+    def _logits(self, tokens: list[int]) -> FloatArray:
+        logits = np.zeros((len(tokens), self.vocabulary), np.float32)
+        logits[np.arange(len(tokens)), tokens] = 1.0
+        return logits
+
+
+class ReplayDrafter:
+    """DraftSession that proposes what was recorded, level by level as a scheduler asks for it."""
+
+    device = "record"
+
+    def __init__(self, each: Record, costs: Costs, clock: Clock) -> None:
+        self.each, self.costs, self.clock, self.length = each, costs, clock, 0
+        self._known = 0
+
+    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+        if self.length:  # the prompt is read before the first round
+            self.clock.ms += self.costs.draft.at(self.length, len(tokens))
+        self.length, self._known = self.length + len(tokens), int(tokens[-1])
+
+    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+        place = self.length - len(self.each.prompt)
+        tree = self.each.trees[place] if place < len(self.each.trees) else DraftTree.root(self._known)
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(tree.parents.tolist()):
+            children.setdefault(parent, []).append(node)
+        rows = {0: 0}  # row of the drafter -> node of the record
+
+        def found(node: int) -> tuple[FloatArray, TokenArray]:
+            held = sorted(children.get(node, ()), key=lambda child: -tree.logprobs[child])[: limits.top_k]
+            logprobs, ids = np.full(limits.top_k, -np.inf, np.float32), np.zeros(limits.top_k, np.int64)
+            logprobs[: len(held)] = tree.logprobs[held] - tree.logprobs[node]
+            ids[: len(held)] = tree.tokens[held]
+            return logprobs, ids
+
+        def expand(level: Level) -> Candidates:
+            nodes = []
+            for row, parent, token in zip(level.rows, level.parent_rows, level.tokens, strict=True):
+                nodes.append(next(node for node in children[rows[int(parent)]] if tree.tokens[node] == token))
+                rows[int(row)] = nodes[-1]
+            self.clock.ms += self.costs.draft.at(self.length, len(nodes))
+            logprobs, ids = zip(*map(found, nodes), strict=True)
+            return Candidates(np.stack(logprobs), np.stack(ids))
+
+        logprobs, ids = found(0)
+        return grow_tree(self._known, Candidates(logprobs[None], ids[None]), expand, limits, judge=judge)
+
+    def reset(self, keep: int = 0) -> None:
+        self.length = min(self.length, keep)
+
+
+if __name__ == "__main__":
+    main()
