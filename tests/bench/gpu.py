@@ -8,10 +8,10 @@ The pair's speed is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
 from __future__ import annotations
 
 import json
-import sys
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
