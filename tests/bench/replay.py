@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from statistics import geometric_mean, median
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import click
 import numpy as np
@@ -25,8 +28,8 @@ from dovetail.runtime.cli.pairs import resolve_pair
 from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.costs import Costs
 from dovetail.runtime.decode import Conversation, Request, decode
-from dovetail.runtime.errors import DovetailError, InputError
-from dovetail.runtime.manifest import read_manifest
+from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.manifest import Manifest, read_manifest, write_atomically
 from dovetail.runtime.metrics import Meter
 from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
@@ -35,8 +38,6 @@ from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tokenizer import Tokenizer
 from dovetail.runtime.tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
-WIDEST = TreeLimits(width=64, depth=BOUNDS.depth, top_k=BOUNDS.top_k, lookup=0)  # what is recorded at every place
-CHUNK = 256
 SLOW = 0.97  # of plain decoding's speed
 
 
@@ -57,23 +58,26 @@ def main() -> None:
 @main.command()
 @click.argument("pair")
 @click.argument("prompts", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The record, .npz.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The record, a .npz file.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts to record.  [default: all]")
 def record(pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None) -> None:
     """Decode the first turn of each prompt plainly, and draft at every place."""
     try:
-        folder = resolve_pair(pair)
-        manifest = read_manifest(folder)
+        if out.suffix != ".npz" or not out.parent.is_dir():
+            raise InputError(f"--out {out} is no .npz file in a folder that is there: name another")
         talks = read_prompts(prompts)[:limit]
+        folder, manifest = read_pair(pair)
         tokenizer = Tokenizer.from_folder(folder / "target")
-        target = OpenVINOTarget.open(folder, manifest)
         drafter = OnnxDrafter.open(folder, manifest, device="cpu")
-        records = []
-        for number, talk in enumerate(talks, 1):
-            prompt = tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])
-            records.append(follow(target, drafter, prompt, max_new_tokens, {*tokenizer.eos_token_ids}))
-            click.echo(f"{number}/{len(talks)} {talk.name}", err=True)
+        talk = Conversation(OpenVINOTarget.open(folder, manifest), drafter, drafter.max_context)
+        widest, records = replace(limits_of(manifest), width=64, lookup=0), []
+        for number, asked in enumerate(talks, 1):
+            prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
+            room = len(prompt) + max_new_tokens <= talk.draft_context
+            if room:
+                records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}))
+            click.echo(f"{number}/{len(talks)} {asked.name}{'' if room else ': too long, left out'}", err=True)
         save(out, records)
     except DovetailError as error:
         sys.exit(fail(str(error), error.exit_code))
@@ -89,20 +93,19 @@ def record(pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int 
 def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_ms: float) -> None:
     """Print how much quicker than plain decoding each record is decoded where passes cost what was measured."""
     try:
-        folder = resolve_pair(pair)
-        calibration = pair_calibration(folder, read_manifest(folder))
+        folder, manifest = read_pair(pair)
+        calibration, limits = pair_calibration(folder, manifest), limits_of(manifest)
         click.echo(
             f"| record | costs | median | least | mean | below {SLOW}x | prompts |\n|---|---|--:|--:|--:|--:|--:|"
         )
         for file in files:
             records = load(file)
             for source in measured:
-                costs, clock = read_costs(source), Clock()
+                costs = read_costs(source)
                 scheduler, ratios = Scheduler(costs, calibration), []
                 for each in records:
-                    steps = len(each.answer) - 1
-                    rounds, ms = replay(each, costs, scheduler, clock)
-                    ratios.append(steps * costs.target.at(len(each.prompt), 1) / (ms + rounds * other_ms))
+                    rounds, ms = replay(each, costs, scheduler, limits)
+                    ratios.append(plain_ms(each, costs) / (ms + rounds * other_ms))
                 slow = sum(ratio < SLOW for ratio in ratios)
                 click.echo(
                     f"| {file.stem} | {source.stem} | {median(ratios):.2f}x | {min(ratios):.2f}x | "
@@ -112,31 +115,49 @@ def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_m
         sys.exit(fail(str(error), error.exit_code))
 
 
-def follow(target: OpenVINOTarget, drafter: OnnxDrafter, prompt: list[int], count: int, stop: set[int]) -> Record:
+def read_pair(pair: str) -> tuple[Path, Manifest]:
+    """The folder and manifest of a pair with a drafter.  Raises PairError."""
+    folder = resolve_pair(pair)
+    manifest = read_manifest(folder)
+    if manifest.drafter is None:
+        raise PairError(f"{folder} has no drafter: add one with dovetail-export drafter")
+    return folder, manifest
+
+
+def limits_of(manifest: Manifest) -> TreeLimits:
+    """Of a scheduled tree of this pair, as the engine has them."""
+    assert manifest.drafter
+    return replace(BOUNDS, top_k=min(BOUNDS.top_k, manifest.drafter.top_k))
+
+
+def follow(talk: Conversation, limits: TreeLimits, prompt: list[int], count: int, stop: set[int]) -> Record:
     """Decode up to `count` tokens greedily, a node a pass; the drafter is asked after each."""
-    target.reset()
-    drafter.reset()
-    features = []
-    for begin in range(0, len(prompt), CHUNK):
-        found = target.prefill(np.array(prompt[begin : begin + CHUNK], np.int64))
-        features.append(np.array(found.features))
+    assert talk.drafter
+    talk.forget()
+    talk.reuse(prompt, speculate=True)
+    found = talk.prefill(speculate=True)
     answer, trees = [int(found.logits[-1].argmax())], []
-    drafter.extend(np.array([*prompt[1:], answer[0]], np.int64), np.concatenate(features))
+    talk.tokens += answer
+    talk.tell(np.array(found.features))
     while len(answer) < count and answer[-1] not in stop:
-        trees.append(drafter.propose(WIDEST))
-        found = target.verify(DraftTree.root(answer[-1]))
+        talk.read()
+        trees.append(talk.drafter.propose(limits))
+        found = talk.target.verify(DraftTree.root(answer[-1]))
+        features = np.array(found.features)
         answer.append(int(found.logits[0].argmax()))
-        feature = np.array(found.features)
-        target.commit(np.zeros(1, np.int64))
-        drafter.extend(np.array(answer[-1:], np.int64), feature)
+        talk.commit(np.zeros(1, np.int64), answer[-1:])
+        talk.tell(features)
     return Record(tuple(prompt), tuple(answer), tuple(trees))
 
 
 def save(out: Path, records: list[Record]) -> None:
-    """All records in one file of flat arrays."""
+    """All records in one file of flat arrays, whole or not at all.  Raises InputError where nothing was drafted."""
     trees = [tree for each in records for tree in each.trees]
+    if not trees:
+        raise InputError("no answer has two tokens: record other prompts")
+    buffer = BytesIO()
     np.savez_compressed(
-        out,
+        buffer,
         tokens=np.array([token for each in records for token in (*each.prompt, *each.answer)], np.int64),
         prompts=np.array([len(each.prompt) for each in records], np.int64),
         answers=np.array([len(each.answer) for each in records], np.int64),
@@ -145,25 +166,38 @@ def save(out: Path, records: list[Record]) -> None:
         tree_parents=np.concatenate([tree.parents for tree in trees]),
         tree_logprobs=np.concatenate([tree.logprobs for tree in trees]),
     )
+    write_atomically(out, buffer.getvalue())
 
 
 def load(file: Path) -> list[Record]:
     """What `save` wrote, answers of one token left out.  Raises InputError for another file."""
     try:
-        with np.load(file) as data:
+        with file.open("rb") as stream, np.load(stream) as data:
             held = {name: data[name] for name in data.files}
-            tokens = iter(held["tokens"].tolist())
-            bounds = np.cumsum(held["sizes"])[:-1]
-            parts = (np.split(held[f"tree_{name}"], bounds) for name in ("tokens", "parents", "logprobs"))
-            trees = (DraftTree(*arrays) for arrays in zip(*parts, strict=True))
-            records = [
-                Record(tuple(islice(tokens, prompt)), tuple(islice(tokens, answer)), tuple(islice(trees, answer - 1)))
-                for prompt, answer in zip(held["prompts"].tolist(), held["answers"].tolist(), strict=True)
-            ]
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        prompts, answers, sizes = held["prompts"], held["answers"], held["sizes"]
+        parts = [held[f"tree_{name}"] for name in ("tokens", "parents", "logprobs")]
+        lengths = len(held["tokens"]), len(sizes), *map(len, parts)
+        if lengths != (prompts.sum() + answers.sum(), (answers - 1).sum(), *[sizes.sum()] * 3):
+            raise ValueError("its arrays do not match")
+        tokens = iter(held["tokens"].tolist())
+        split = zip(*(np.split(part, np.cumsum(sizes)[:-1]) for part in parts), strict=True)
+        trees = (DraftTree(*arrays) for arrays in split)
+        records = [
+            Record(tuple(islice(tokens, prompt)), tuple(islice(tokens, answer)), tuple(islice(trees, answer - 1)))
+            for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True)
+        ]
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        BadZipFile,
+        ZlibError,
+        InputError,
+    ) as error:
         raise InputError(f"{file} is no record of this script ({error}): record it again") from None
-    if not any(each.trees for each in records):
-        raise InputError(f"{file} holds no answer of two tokens: record other prompts")
     return [each for each in records if each.trees]
 
 
@@ -177,23 +211,39 @@ def read_costs(file: Path) -> Costs:
 
 @dataclass
 class Clock:
-    """Milliseconds that the calls of one answer took.  width: nodes of the last pass."""
+    """Milliseconds that the calls of one answer took.  width: of the last pass, 0 for the prompt's."""
 
+    costs: Costs
     ms: float = 0.0
     width: int = 0
 
     def __call__(self) -> float:
         return self.ms / 1e3
 
+    def verify(self, context: int, nodes: int) -> None:
+        self.ms += self.costs.target.at(context, nodes) + (nodes != self.width) * self.costs.switch_ms
+        self.width = nodes
 
-def replay(each: Record, costs: Costs, scheduler: Scheduler, clock: Clock) -> tuple[int, float]:
-    """Rounds and ms that the answer takes.  Its first pass is another than the last for any schedule: that is free."""
-    clock.ms, clock.width = 0.0, 0
-    target, drafter = ReplayTarget(each, costs, clock), ReplayDrafter(each, costs, clock)
-    request = Request(each.prompt, len(each.answer), limits=BOUNDS, scheduler=scheduler)
-    meter = Meter(clock=clock)
-    text = [token for step in decode(Conversation(target, drafter), request, meter) for token in step.tokens]
-    assert tuple(text) == each.answer, "a schedule has changed the text"
+    def draft(self, context: int, rows: int) -> None:
+        self.ms += self.costs.draft.at(context, rows)
+
+
+def plain_ms(each: Record, costs: Costs) -> float:
+    """What the passes of plain decoding take."""
+    clock = Clock(costs)
+    for step in range(len(each.answer) - 1):
+        clock.verify(len(each.prompt) + step, 1)
+    return clock.ms
+
+
+def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits = BOUNDS) -> tuple[int, float]:
+    """Rounds and ms that the answer takes.  Raises InputError where it is not the recorded one."""
+    clock = Clock(costs)
+    target = ReplayTarget(each, clock)
+    request = Request(each.prompt, len(each.answer), limits=limits, scheduler=scheduler)
+    steps = decode(Conversation(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
+    if tuple(token for step in steps for token in step.tokens) != each.answer:
+        raise InputError("the record does not replay to its own text: record it again with this version")
     return target.rounds, clock.ms
 
 
@@ -202,8 +252,8 @@ class ReplayTarget:
 
     device, max_context = "record", 1 << 20
 
-    def __init__(self, each: Record, costs: Costs, clock: Clock) -> None:
-        self.text, self.costs, self.clock = (*each.prompt, *each.answer, 0), costs, clock
+    def __init__(self, each: Record, clock: Clock) -> None:
+        self.text, self.clock = (*each.prompt, *each.answer, 0), clock
         self.length = self.rounds = 0
         self.vocabulary = 1 + max(max(self.text), *(int(tree.tokens.max()) for tree in each.trees))
 
@@ -213,9 +263,8 @@ class ReplayTarget:
 
     def verify(self, tree: DraftTree) -> TargetPass:
         nodes = len(tree)
-        changed = self.clock.width not in (0, nodes)
-        self.clock.ms += self.costs.target.at(self.length, nodes) + changed * self.costs.switch_ms
-        self.clock.width, self.rounds = nodes, self.rounds + 1
+        self.clock.verify(self.length, nodes)
+        self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []
         for node, depth in enumerate(depths):
@@ -245,17 +294,17 @@ class ReplayDrafter:
 
     device = "record"
 
-    def __init__(self, each: Record, costs: Costs, clock: Clock) -> None:
-        self.each, self.costs, self.clock, self.length = each, costs, clock, 0
-        self._known = 0
+    def __init__(self, each: Record, target: ReplayTarget, clock: Clock) -> None:
+        self.each, self.target, self.clock, self.length = each, target, clock, 0
+        self._has_read = False
 
     def extend(self, tokens: TokenArray, features: FloatArray) -> None:
-        if self.length:  # the prompt is read before the first round
-            self.clock.ms += self.costs.draft.at(self.length, len(tokens))
-        self.length, self._known = self.length + len(tokens), int(tokens[-1])
+        if self._has_read:  # the prompt is read before the first round
+            self.clock.draft(self.length, len(tokens))
+        self.length, self._known, self._has_read = self.length + len(tokens), int(tokens[-1]), True
 
     def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
-        place = self.length - len(self.each.prompt)
+        place = self.target.length - len(self.each.prompt)
         tree = self.each.trees[place] if place < len(self.each.trees) else DraftTree.root(self._known)
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(tree.parents.tolist()):
@@ -274,7 +323,7 @@ class ReplayDrafter:
             for row, parent, token in zip(level.rows, level.parent_rows, level.tokens, strict=True):
                 nodes.append(next(node for node in children[rows[int(parent)]] if tree.tokens[node] == token))
                 rows[int(row)] = nodes[-1]
-            self.clock.ms += self.costs.draft.at(self.length, len(nodes))
+            self.clock.draft(self.length, len(nodes))
             logprobs, ids = zip(*map(found, nodes), strict=True)
             return Candidates(np.stack(logprobs), np.stack(ids))
 

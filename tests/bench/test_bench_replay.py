@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from dovetail.runtime.engine import Engine
 from dovetail.runtime.schedule import Scheduler
 from dovetail.runtime.tree import DraftTree
 
-COSTS = Costs(Curve((0,), (1, 64), ((20.0, 40.0),)), Curve((0,), (1, 128), ((1.0, 3.0),)), switch_ms=5.0)
+COSTS = Costs(
+    Curve((0, 1000), (1, 64), ((20.0, 40.0), (40.0, 60.0))), Curve((0,), (1, 128), ((1.0, 3.0),)), switch_ms=5.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def script(bench_script) -> ModuleType:
     return bench_script("replay")
 
 
-def chains(script: ModuleType, right: bool) -> object:
+def chains(script: ModuleType, right: bool, prompt: int = 3) -> Any:
     """An answer of 200 tokens that repeats nothing, and after each of them a chain of up to four sure tokens."""
     answer = np.arange(10, 210)
     trees = []
@@ -32,44 +35,69 @@ def chains(script: ModuleType, right: bool) -> object:
         trees.append(
             DraftTree(chain, np.arange(-1, len(chain) - 1), np.linspace(0, -0.04, len(chain), dtype=np.float32))
         )
-    return script.Record((1, 2, 3), tuple(answer.tolist()), tuple(trees))
+    return script.Record(tuple(range(1000, 1000 + prompt)), tuple(answer.tolist()), tuple(trees))
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_replay_takes_what_its_drafts_are_worth(script: ModuleType, right: bool) -> None:
-    rounds, ms = script.replay(chains(script, right), COSTS, Scheduler(COSTS), script.Clock())
-    plain = 199 * 20.0
-    assert (rounds < 60 and ms < 0.5 * plain) if right else (rounds > 190 and plain < ms < 1.05 * plain)
+class Never(Scheduler):
+    def drafts(self, repeats: DraftTree, unread: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("prompt", [3, 600])
+def test_a_replay_takes_what_its_drafts_are_worth(script: ModuleType, prompt: int) -> None:
+    """Of long prompts the drafter has read the end alone."""
+    good, bad = chains(script, True, prompt), chains(script, False, prompt)
+    plain = script.plain_ms(good, COSTS)
+    assert script.replay(good, COSTS, Never(COSTS)) == (199, plain)
+    rounds, ms = script.replay(good, COSTS, Scheduler(COSTS))
+    assert rounds < 60 and ms < 0.5 * plain
+    rounds, ms = script.replay(bad, COSTS, Scheduler(COSTS))
+    assert rounds > 190 and plain < ms < 1.05 * plain
 
 
 def test_a_pair_is_recorded_and_replayed(script: ModuleType, tiny_full_pair: Path, tmp_path: Path) -> None:
     prompts, out, costs = tmp_path / "prompts.jsonl", tmp_path / "drafts.npz", tmp_path / "tune.json"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Hello there", "One, two, three")))
+    asked = "Hello there", "One, two, three", "word " * 2000
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
     costs.write_text(json.dumps({"costs": COSTS.as_dict()}))
     command = ["record", str(tiny_full_pair), str(prompts), "--out", str(out), "-n", "24"]
-    assert CliRunner().invoke(script.main, command, catch_exceptions=False).exit_code == 0
+    result = CliRunner().invoke(script.main, command, catch_exceptions=False)
+    assert result.exit_code == 0 and "3/3 3: too long, left out" in result.stderr
     with Engine.from_pretrained(tiny_full_pair) as engine:
-        for each, prompt in zip(script.load(out), ("Hello there", "One, two, three"), strict=True):
+        for each, prompt in zip(script.load(out), asked[:2], strict=True):
             told = engine.generate(prompt, max_new_tokens=24, speculate=False).token_ids
             assert each.answer[: len(told)] == told and len(each.trees) == len(each.answer) - 1 >= len(told) - 1
             assert all(len(tree) > 1 for tree in each.trees)
             engine.reset()
     command = ["play", str(tiny_full_pair), str(out), "--costs", str(costs)]
-    row = (
-        CliRunner()
-        .invoke(script.main, command, catch_exceptions=False)
-        .stdout.splitlines()[-1]
-        .strip("| ")
-        .split(" | ")
-    )
+    result = CliRunner().invoke(script.main, command, catch_exceptions=False)
+    row = result.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert row[:2] == ["drafts", "tune"] and int(row[-1]) == 2 and 0.5 < float(row[2].rstrip("x")) < 10
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"cut", b"other"])
 @pytest.mark.parametrize("name", ["drafts.npz", "tune.json"])
-def test_files_of_another_kind_are_refused(script: ModuleType, tiny_full_pair: Path, tmp_path: Path, name: str) -> None:
+def test_files_of_another_kind_are_refused(
+    script: ModuleType, tiny_full_pair: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
     script.save(tmp_path / "drafts.npz", [chains(script, True)])
     (tmp_path / "tune.json").write_text(json.dumps({"costs": COSTS.as_dict()}))
-    (tmp_path / name).write_text("{}")
+    if content == b"cut":
+        content = (tmp_path / name).read_bytes()[:-200]
+    if content == b"other":
+        np.savez(tmp_path / "other.npz", tokens=np.arange(3))
+        content = (tmp_path / "other.npz").read_bytes()
+    (tmp_path / name).write_bytes(content)
     command = ["play", str(tiny_full_pair), str(tmp_path / "drafts.npz"), "--costs", str(tmp_path / "tune.json")]
     result = CliRunner().invoke(script.main, command, catch_exceptions=False)
     assert result.exit_code == 2 and name in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["drafts", "nowhere/drafts.npz"])
+def test_a_record_has_a_place_before_it_is_made(
+    script: ModuleType, tiny_full_pair: Path, tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    command = ["record", str(tiny_full_pair), str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / out)]
+    result = CliRunner().invoke(script.main, command, catch_exceptions=False)
+    assert result.exit_code == 2 and "--out" in result.stderr and not (tmp_path / out).exists()

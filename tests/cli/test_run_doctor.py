@@ -135,7 +135,7 @@ def test_memory_bandwidth_is_in_gigabytes_per_second() -> None:
 COSTS = Costs(
     Curve((128, 1024), (1, 3, 8, 32), ((16.0, 17.0, 20.0, 40.0), (20.0, 21.0, 25.0, 60.0))),
     Curve((128, 1024), (1, 4, 128), ((1.5, 1.8, 15.0), (1.8, 2.5, 20.0))),
-    switch_ms=8.0,
+    switch_ms=1.0,
 )
 
 

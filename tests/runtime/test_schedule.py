@@ -45,7 +45,7 @@ class Clock:
         return self.now
 
     def verify(self, nodes: int) -> None:
-        change = self.costs.switch_ms if self.nodes and self.nodes[-1] != nodes else 0.0
+        change = 0.0 if self.nodes and self.nodes[-1] == nodes else self.costs.switch_ms  # a prompt has another width
         self.nodes.append(nodes)
         self.now += self.slow * (self.costs.target.at(0, nodes) + change) / 1e3
 
@@ -121,7 +121,7 @@ def answer(
 
 
 def plain_seconds(true: Costs, tokens: int = 400) -> float:
-    return (tokens - 1) * true.target.at(0, 1) / 1e3
+    return ((tokens - 1) * true.target.at(0, 1) + true.switch_ms) / 1e3
 
 
 @pytest.mark.parametrize("switch_ms", [0.0, 16.0])
@@ -214,9 +214,16 @@ def test_a_change_of_width_is_made_when_it_pays() -> None:
 
 
 def test_few_widths_are_taken_where_changes_are_dear() -> None:
-    for switch_ms, widths in ((0.0, WIDTHS), (1.0, WIDTHS), (8.0, FEW_WIDTHS)):
-        assert {*answer("copy", costs(switch_ms=switch_ms), noise=1.0)[0].nodes} <= {*widths}
-    assert {*FEW_WIDTHS} < {*WIDTHS}
+    for switch_ms, dear in ((0.0, False), (1.9, False), (2.1, True), (8.0, True)):  # a plain step takes 20 ms
+        taken = {*answer("copy", costs(switch_ms=switch_ms), noise=1.0)[0].nodes}
+        assert taken <= {*WIDTHS} and (taken <= {*FEW_WIDTHS}) == dear
+
+
+def test_where_there_is_no_room_for_a_tree_nothing_is_drafted() -> None:
+    dear = costs(switch_ms=8.0)
+    for scheduler, most, widest in ((Scheduler(dear), 5, 1), (Scheduler(dear), 6, 6), (Scheduler(costs()), 5, 4)):
+        assert scheduler.begin(100, most) == widest
+        assert scheduler.drafts(DraftTree.root(1), 1) == (widest > 1)
 
 
 def test_where_nodes_are_free_it_verifies_all_and_where_they_are_dear_none() -> None:

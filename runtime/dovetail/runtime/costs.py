@@ -20,7 +20,7 @@ from .errors import InputError
 
 Floats = NDArray[np.float64]
 
-CONTEXT_STEP = 64  # tokens of context for which one row of predictions serves
+CONTEXT_STEP = 64  # tokens of context for which one prediction serves
 
 
 @dataclass(frozen=True)

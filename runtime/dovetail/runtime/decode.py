@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -195,7 +196,7 @@ class Conversation:
         if scheduler is None:
             self.drafted = self._propose(limits, None)
             return self._join(self.drafted, limits)
-        scheduler.begin(len(self.tokens) - 1, limits.width)
+        limits = _narrowed(limits, scheduler.begin(len(self.tokens) - 1, limits.width))
         repeats = self._join(known, limits)
         if not scheduler.drafts(repeats, self.unread):
             return scheduler.prune(repeats, drafted=False)
@@ -321,6 +322,11 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             yield step
     finally:
         talk.rewind()
+
+
+@cache
+def _narrowed(limits: TreeLimits, width: int) -> TreeLimits:
+    return replace(limits, width=width)
 
 
 def _cut(tokens: tuple[int, ...], tokens_left: int, stop_tokens: frozenset[int]) -> Step:

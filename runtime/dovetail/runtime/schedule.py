@@ -32,7 +32,7 @@ LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is 
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # of a scheduled tree; 1 is plain decoding
 FEW_WIDTHS = (1, 6, 12, 24)  # where a change from one to another is dear
-DEAR = 0.1  # of a plain step
+DEAR = 0.1  # of a plain step: a change that takes more is dear
 FILLING = -50.0  # log-probability of a node that is there for the width alone
 PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
 MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
@@ -40,7 +40,7 @@ TRIAL_START = 1.0  # plain rounds' time that may be lost to drafts before any ha
 TRIAL_ROUNDS = 3.0  # the same at most, later
 STALL = 10.0  # times its average that one call moves the drafter's pace by at most
 OUTLIER = 2.0  # times what is expected that a call counts as at most
-TRIAL_SHARE = 0.01  # of the time that may be lost later to see whether drafting pays again
+TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
 
@@ -135,12 +135,12 @@ class Scheduler:
         """An answer begins: the target's last pass was none of a tree."""
         self._width, self._regret = 0, {}
 
-    def begin(self, context: int, most: int) -> None:
-        """A round begins: `context` tokens are committed, `most` nodes have room."""
+    def begin(self, context: int, most: int) -> int:
+        """A round begins: `context` tokens are committed, `most` nodes have room.  Returns the widest tree of use."""
         self._context = context
-        dear = self.costs.switch_ms > DEAR * self.costs.target.at(context, 1)
-        self._widths = tuple(width for width in (FEW_WIDTHS if dear else WIDTHS) if width <= most)
+        self._widths = tuple(width for width in widths(self.costs, context) if width <= most)
         self._calls, self._trial = 0.0, None
+        return self._widths[-1]
 
     # --- what is believed
 
@@ -194,6 +194,8 @@ class Scheduler:
 
         repeats: what repeated text alone proposes.  unread: pairs that the drafter has not been told yet.
         """
+        if len(self._widths) == 1:  # no room for a tree
+            return False
         drafting, otherwise = self._drafting, self._otherwise(repeats)
         worth = drafting.worth(self.price) - self._backlog(unread)
         if drafting.tokens.count < PATIENCE or worth >= otherwise - MARGIN * self._pass(1):
@@ -213,7 +215,7 @@ class Scheduler:
         """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
         taken = self._children[depth].value if depth in self._children else CHILDREN
         gain = self.price * sum(map(exp, frontier)) * taken * self._trees[True].factor
-        node = (self._pass(WIDTHS[-1]) - self._pass(1)) / (WIDTHS[-1] - 1)
+        node = (self._pass(self._widths[-1]) - self._pass(1)) / (self._widths[-1] - 1)
         if gain <= self._draft(len(frontier)) + node:
             return False
         self._calls += self.costs.draft.at(self._context, len(frontier))
@@ -298,13 +300,17 @@ class Scheduler:
         return out
 
     def _otherwise(self, repeats: DraftTree) -> float:
-        """Worth of a round without a draft, the change of width included."""
+        """Worth of a round without a draft, in the last width or in another, the change to that included.
+
+        Such rounds come in rows, over which a change is spread: where there are no repeats `prune` makes it at once.
+        """
         return max(worth - self._change(width) for width, worth in self._worth(repeats, False).items())
 
     def _change(self, width: int) -> float:
         """Ms that this width costs more because the last pass had another.
 
-        Text in which plain decoding pays, or does not, seldom goes on for long: to it and from it the way back counts.
+        Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
+        answer too), the way back counts.
         """
         if self._width == width:
             return 0.0
@@ -322,6 +328,11 @@ class Scheduler:
     def _draft(self, rows: int) -> float:
         """Predicted ms of one call of the drafter now."""
         return self.costs.draft.at(self._context, rows) * self._draft_pace.value
+
+
+def widths(costs: Costs, context: int) -> tuple[int, ...]:
+    """The widths of scheduled trees where passes cost that much, after `context` tokens."""
+    return FEW_WIDTHS if costs.switch_ms > DEAR * costs.target.at(context, 1) else WIDTHS
 
 
 def filled(tree: DraftTree, width: int) -> DraftTree:

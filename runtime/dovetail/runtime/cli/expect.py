@@ -9,7 +9,7 @@ from pathlib import Path
 from ..cost_cache import WEIGHTS, CostKey, recall
 from ..errors import DeviceError, IntegrityError, PairError
 from ..manifest import MANIFEST_NAME, Manifest, check_pair, read_manifest
-from ..schedule import WIDTHS
+from ..schedule import widths
 from ..vram import plan_pair
 from .inspect import expected_memory
 from .pairs import REFERENCE_PAIRS, pairs_dir, resolve_pair
@@ -182,7 +182,9 @@ def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Sp
     target, draft, limits = known.costs.target, known.costs.draft, manifest.tree
     plain_ms, call_ms = target.at(CONTEXT, 1), draft.at(CONTEXT, limits.top_k)
     rounds = {  # a tree of that many nodes has at most width - 1 levels
-        width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms) for width in WIDTHS if width > 1
+        width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms)
+        for width in widths(known.costs, CONTEXT)
+        if width > 1
     }
     width, (verify_ms, draft_ms) = min(rounds.items(), key=lambda item: sum(item[1]))
     tree = Tree(width, round(verify_ms, 2), round(draft_ms, 2), round((verify_ms + draft_ms) / plain_ms, 2))
