@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 def bench_script() -> Callable[[str], ModuleType]:
     """Imports a script of tests/bench by its name."""
 
-    def bench_script(name: str) -> ModuleType:
+    def imported(name: str) -> ModuleType:
         path = Path(__file__).parent / "bench" / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
         assert spec and spec.loader
@@ -38,7 +38,7 @@ def bench_script() -> Callable[[str], ModuleType]:
         spec.loader.exec_module(module)
         return module
 
-    return bench_script
+    return imported
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,14 @@ def test_the_longest_run_comes_first_and_every_path_begins_otherwise() -> None:
     assert RepeatIndex().find([1, 2, 3, 4, 5], 4) == [] == RepeatIndex().find([1], 4)
 
 
+def test_a_long_run_comes_before_a_newer_short_one() -> None:
+    """What followed sixteen tokens that occurred long ago, though eight, and four, of them occurred since."""
+    run = list(range(100, 116))
+    text = [*run, 1, 0, *run[8:], 2, 0, *run[12:], 3, 0, *run]
+    found = RepeatIndex().find(text, 1)
+    assert [(repeat.kind, repeat.tokens) for repeat in found] == [((16, 0), (1,)), ((8, 1), (2,)), ((4, 1), (3,))]
+
+
 @given(TEXTS)
 def test_what_is_found_did_occur_before(text: list[int]) -> None:
     found = RepeatIndex().find(text, 5)
