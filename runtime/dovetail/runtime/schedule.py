@@ -222,24 +222,26 @@ class Scheduler:
         return True
 
     def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
-        """The part of `tree` whose verification is worth most, in one of a few widths, filled up where it is smaller.
+        """The part of `tree` whose verification is worth most, in one of a few widths; filled up where it is smaller.
 
-        Another width is taken when this tree alone makes the change pay, or when what staying has lost would have.
+        Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
         """
-        worth = self._worth(tree, drafted)
-        width = max(worth, key=lambda width: worth[width] - self._change(width))
-        if not drafted and len(tree) == 1:  # a draft would not pay: neither do nodes that are there for the width
-            width = 1
-        elif width == self._width:
-            for other in worth:
-                self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
-            width = max((other for other in worth if self._regret[other] >= self._change(other)), key=worth.__getitem__)
+        width = self._best_width(self._worth(tree, drafted)) if drafted or len(tree) > 1 else 1
         if width != self._width:
             self._regret = {}
         kept = min(width, len(tree))
         if kept < len(tree):
             tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
         return filled(tree, width)
+
+    def _best_width(self, worth: dict[int, float]) -> int:
+        """The last one, or another: when this tree alone makes the change pay, or when what staying lost would have."""
+        width = max(worth, key=lambda width: worth[width] - self._change(width))
+        if width == self._width:
+            for other in worth:
+                self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
+            width = max((other for other in worth if self._regret[other] >= self._change(other)), key=worth.__getitem__)
+        return width
 
     def observe(
         self,
