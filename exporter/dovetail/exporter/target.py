@@ -1,7 +1,7 @@
 """The target: any source becomes a stateful IR with a feature tap, its tokenizer and its facts.
 
-Two stages: "weights" converts a checkpoint (long, needs torch; skipped for an IR), "target" adds the tap,
-takes the tokenizer from its source and proves that it survived.
+Two stages: "weights" converts a checkpoint (long, needs torch; skipped for an IR), "target" fuses projections, adds the
+tap, takes the tokenizer from its source and proves that it survived.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
@@ -101,6 +102,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         **_weights_inputs(source, options),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_context": options.max_context,
+        "projections": "fused",
     }
 
     def fill(folder: Path) -> Mapping[str, Any]:
@@ -175,8 +177,9 @@ def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) ->
 def _fill_target(
     ir: Path, source: Source, tokenizer: Path, folder: Path, options: TargetOptions, progress: Progress
 ) -> TargetFacts:
-    progress("target: adding the feature tap")
+    progress("target: fusing projections, adding the feature tap")
     model = read_model(ir / IR_XML)
+    fuse_projections(model)
     tap = add_tap(model)
     check_verifiable(model)
     progress("target: writing the graph")

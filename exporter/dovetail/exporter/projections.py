@@ -1,0 +1,156 @@
+"""Fused projections: quantised layers that read the same input (query, key and value; gate and up) become one.
+
+Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
+a good part of a pass.  A row of a weight has its own scales, so the sums stay the same to the bit.
+
+Axes: N rows (outputs) of a layer, K columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_INTEGERS = {"u8", "i8", "u4", "i4"}
+# What makes float weights of stored integers: values, less zero points, times scales, and for groups a reshape.
+_DEQUANTISING = {"Convert", "Subtract", "Multiply", "Reshape"}
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A quantised layer: x [.., K] -> x W^T + bias [.., N].
+
+    form: equal for layers whose weights, and biases, can lie one below the other.
+    """
+
+    matmul: ov.Node
+    bias: ov.Node | None  # the Add that follows it
+    rows: int
+    form: Hashable
+
+    @property
+    def output(self) -> ov.Output:
+        return (self.bias or self.matmul).output(0)
+
+
+def fuse_projections(model: ov.Model) -> int:
+    """Let every group of quantised layers with one input be one layer, followed by a split; returns the groups.
+
+    Left as they are: weights in floating point, of different formats, transposed ones, layers without company.
+    """
+    groups: dict[Hashable, list[_Projection]] = defaultdict(list)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and (found := _projection(node)):
+            source = node.input_value(0)
+            groups[source.get_node().get_name(), source.get_index(), found.form].append(found)
+    fused = [group for group in groups.values() if len(group) > 1]
+    for group in fused:
+        _fuse(group)
+    if fused:
+        model.validate_nodes_and_infer_types()
+    return len(fused)
+
+
+def _fuse(group: Sequence[_Projection]) -> None:
+    from openvino import opset13 as ops
+
+    first = group[0]
+    weight = _stacked([each.matmul.input_value(1) for each in group], 0)
+    total: ov.Node = ops.matmul(first.matmul.input_value(0), weight, False, True)
+    total.set_friendly_name(f"{first.matmul.get_friendly_name()}/fused")
+    if first.bias:
+        total = ops.add(total, _stacked([each.bias.input_value(1) for each in group if each.bias], -1))
+    sizes = np.array([each.rows for each in group], np.int64)
+    parts = ops.variadic_split(total, ops.constant(np.int64(-1)), ops.constant(sizes))
+    for index, each in enumerate(group):
+        for reader in list(each.output.get_target_inputs()):
+            reader.replace_source_output(parts.output(index))
+
+
+def _projection(matmul: ov.Node) -> _Projection | None:
+    """The layer whose product `matmul` is, None where it is none that can be fused."""
+    attributes, weight = matmul.get_attributes(), matmul.input_value(1)
+    shape = weight.get_partial_shape()
+    if attributes["transpose_a"] or not attributes["transpose_b"] or shape.is_dynamic or len(shape) != 2:
+        return None
+    rows = shape[0].get_length()
+    nodes = list(_nodes_before(weight))
+    stored = {node.get_element_type().get_type_name() for node in nodes if node.get_type_name() == "Constant"}
+    kinds = {node.get_type_name() for node in nodes}
+    if rows < 2 or not stored & _INTEGERS or kinds - {"Constant", *_DEQUANTISING}:
+        return None
+    bias = _bias(matmul)
+    form = _form(weight, 0), _form(bias.input_value(1), -1) if bias else None
+    return _Projection(matmul, bias, rows, form)
+
+
+def _bias(matmul: ov.Node) -> ov.Node | None:
+    """The Add of a constant [.., 1, N] that alone reads the product."""
+    readers = list(matmul.output(0).get_target_inputs())
+    node = readers[0].get_node() if len(readers) == 1 and readers[0].get_index() == 0 else None
+    if node is None or node.get_type_name() != "Add":
+        return None
+    bias = node.input_value(1)
+    if any(before.get_type_name() not in {"Constant", "Convert"} for before in _nodes_before(bias)):
+        return None
+    rows = matmul.output(0).get_partial_shape()[-1].get_length()
+    return node if [size for size in bias.get_shape() if size != 1] == [rows] == [*bias.get_shape()][-1:] else None
+
+
+def _nodes_before(value: ov.Output) -> Iterator[ov.Node]:
+    """The node of `value` and all that it depends on."""
+    node = value.get_node()
+    yield node
+    for before in node.input_values():
+        yield from _nodes_before(before)
+
+
+def _form(value: ov.Output, axis: int) -> Hashable:
+    """How a weight [N, ..] (axis 0) or a bias [.., N] (axis -1) is made of its constants, but for N."""
+    node, kind = value.get_node(), (value.get_node().get_type_name(), value.get_element_type().get_type_name())
+    if kind[0] == "Constant":
+        shape = [*value.get_shape()]
+        if not _by_rows(value, axis):
+            return kind, tuple(shape), node.data.tobytes()
+        shape[axis] = 0
+        return kind, tuple(shape)
+    before = node.input_values()[:1] if kind[0] == "Reshape" else node.input_values()  # its second names the shape
+    return kind, tuple(_form(each, axis) for each in before)
+
+
+def _by_rows(constant: ov.Output, axis: int) -> bool:
+    """Whether a constant has something for each row of its layer, or the same for all."""
+    shape = [*constant.get_shape()]
+    return bool(shape) and (axis != 0 or len(shape) > 1) and shape[axis] > 1
+
+
+def _stacked(values: Sequence[ov.Output], axis: int) -> ov.Output:
+    """Weights, or biases, of one form, one below the other."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    nodes, shape = [value.get_node() for value in values], [*values[0].get_shape()]
+    if shape:
+        shape[axis] = sum([*value.get_shape()][axis] for value in values)
+    kind, element = nodes[0].get_type_name(), values[0].get_element_type()
+    if kind == "Constant":
+        if not _by_rows(values[0], axis):
+            return values[0]
+        stored = np.concatenate([node.data.reshape(-1).view(np.uint8) for node in nodes])  # 4-bit values are packed
+        tensor = ov.Tensor(stored, ov.Shape(shape), element)
+        return ov.op.Constant(tensor, shared_memory=False).output(0)  # a copy: `stored` ends here
+    first, *others = (_stacked(column, axis) for column in zip(*(n.input_values() for n in nodes), strict=True))
+    if kind == "Convert":
+        result = ops.convert(first, element)
+    elif kind == "Reshape":
+        result = ops.reshape(first, ops.constant(np.array(shape, np.int64)), special_zero=False)
+    else:
+        result = {"Subtract": ops.subtract, "Multiply": ops.multiply}[kind](first, *others)
+    return result.output(0)
