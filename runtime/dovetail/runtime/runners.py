@@ -19,6 +19,7 @@ from .tree import Candidates
 
 CHUNK = 128  # rows of a call at most
 PREFIX_STEP = 256  # context pairs by which the bound prefix of the CPU's KV buffer grows
+SPIN_US = 100  # microseconds that threads of the CPU's session wait for work before they sleep
 BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
 CPU = "CPUExecutionProvider"
@@ -134,8 +135,9 @@ class CpuRunner:
         options = session_options(ort)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # The target's threads need the cores between levels: sleep, do not spin.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Long enough for the operators of a call, whose threads would else have to be woken for each; the target's
+        # threads need the cores between calls.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         self._session = open_session(ort, file, options, [CPU])
         self.max_context, self._slots = facts.max_context, facts.tree_slots
