@@ -14,7 +14,7 @@ from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.decode import Conversation, Request, decode
 from dovetail.runtime.metrics import Meter
 from dovetail.runtime.sampling import SamplingParams
-from dovetail.runtime.schedule import FEW_WIDTHS, WIDTHS, Scheduler
+from dovetail.runtime.schedule import FEW_WIDTHS, WIDE, WIDTHS, Scheduler, widths
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tree import DraftTree, Judge, TreeLimits
@@ -219,9 +219,17 @@ def test_few_widths_are_taken_where_changes_are_dear() -> None:
         assert taken <= {*WIDTHS} and (taken <= {*FEW_WIDTHS}) == dear
 
 
+@pytest.mark.parametrize(("node_ms", "wide"), [(0.1, True), (0.4, True), (0.45, False), (2.0, False)])
+def test_a_wide_tree_is_one_of_the_few_where_its_nodes_are_cheap(node_ms: float, wide: bool) -> None:
+    assert widths(costs(switch_ms=8.0, node_ms=node_ms), 100) == (*FEW_WIDTHS, *[WIDE] * wide)
+
+
 def test_where_there_is_no_room_for_a_tree_nothing_is_drafted() -> None:
     dear = costs(switch_ms=8.0)
-    for scheduler, most, widest in ((Scheduler(dear), 5, 1), (Scheduler(dear), 6, 6), (Scheduler(costs()), 5, 4)):
+    least = FEW_WIDTHS[1]
+    for scheduler, most, widest in (
+        (Scheduler(dear), least - 1, 1), (Scheduler(dear), least, least), (Scheduler(costs()), 5, 4),
+    ):  # fmt: skip
         assert scheduler.begin(100, most) == widest
         assert scheduler.drafts(DraftTree.root(1), 1) == (widest > 1)
 

@@ -23,7 +23,7 @@ from .calibration import Calibration
 from .costs import Costs
 from .tree import DraftTree, TreeLimits, best_tree
 
-BOUNDS = TreeLimits(width=32, depth=8, top_k=4, lookup=24)  # of a scheduled tree
+BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
 MEMORY = 40.0  # rounds after which an average has mostly forgotten
 PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
 EVIDENCE = 30.0  # visits that the correction of a depth remembers
@@ -31,7 +31,9 @@ PRIOR = 3.0  # visits that the drafter's own word counts for
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # of a scheduled tree; 1 is plain decoding
-FEW_WIDTHS = (1, 6, 12, 24)  # where a change from one to another is dear
+FEW_WIDTHS = (1, 8, 12)  # where a change from one to another is dear
+WIDE = 24  # one more there, if its further nodes take less than
+CHEAP = 0.25  # of a plain step
 DEAR = 0.1  # of a plain step: a change that takes more is dear
 FILLING = -50.0  # log-probability of a node that is there for the width alone
 PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
@@ -334,7 +336,11 @@ class Scheduler:
 
 def widths(costs: Costs, context: int) -> tuple[int, ...]:
     """The widths of scheduled trees where passes cost that much, after `context` tokens."""
-    return FEW_WIDTHS if costs.switch_ms > DEAR * costs.target.at(context, 1) else WIDTHS
+    plain = costs.target.at(context, 1)
+    if costs.switch_ms <= DEAR * plain:
+        return WIDTHS
+    more = costs.target.at(context, WIDE) - costs.target.at(context, FEW_WIDTHS[-1])
+    return (*FEW_WIDTHS, WIDE) if more < CHEAP * plain else FEW_WIDTHS
 
 
 def filled(tree: DraftTree, width: int) -> DraftTree:
