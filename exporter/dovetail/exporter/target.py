@@ -102,7 +102,6 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         **_weights_inputs(source, options),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_context": options.max_context,
-        "projections": "fused",
     }
 
     def fill(folder: Path) -> Mapping[str, Any]:
