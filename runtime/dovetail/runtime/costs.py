@@ -71,7 +71,7 @@ class Costs:
     """target: verification by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows.
 
     switch_ms: what a pass of the target takes more when the last one had another number of nodes: the engine then
-    prepares every operation anew, some 7 ms for SmolLM2-135M on two cores, more than half a plain step.
+    prepares every operation anew, some 5 ms for SmolLM2-135M on two cores, more than half a plain step.
     """
 
     target: Curve
