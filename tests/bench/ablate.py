@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -31,12 +31,16 @@ from dovetail.exporter.features import FeatureStore
 from dovetail.exporter.fit import Batches, FitOptions
 from dovetail.exporter.fitting import Fitting
 from dovetail.exporter.overlap import Forbidden
+from dovetail.exporter.projections import PARTS
 from dovetail.exporter.target_weights import evaluate_constant
 from dovetail.exporter.text import split
 from dovetail.exporter.train import TrainPlan, Work, build_drafter
 from dovetail.models import Drafter
 from dovetail.runtime.graph import read_model
 from dovetail.runtime.manifest import read_manifest, sha256_file, write_atomically
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,19 @@ def copy_block(drafter: Drafter, xml: Path, block: int) -> None:
         product = next(
             node for node in model.get_ops() if node.get_type_name() == "MatMul" and linear in node.get_friendly_name()
         )
-        ours[name].data.copy_(torch.from_numpy(evaluate_constant(product.input_value(1), xml)))
+        weight = evaluate_constant(product.input_value(1), xml)
+        place = [linear in part for part in product.get_friendly_name().split(PARTS)].index(True)
+        ours[name].data.copy_(torch.from_numpy(np.split(weight, fused_rows(product))[place]))
+
+
+def fused_rows(product: ov.Node) -> list[int]:
+    """Rows of the weight of `product` at which the layers begin that it was made of, but for the first."""
+    node = product
+    while node.get_type_name() in ("MatMul", "Add"):
+        node = next(iter(node.output(0).get_target_inputs())).get_node()
+    if node.get_type_name() != "VariadicSplit":
+        return []
+    return np.cumsum(node.input_value(2).get_node().data)[:-1].tolist()
 
 
 def show(stage: str, done: float, total: float, note: str) -> None:

@@ -122,7 +122,7 @@ def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
         before = process_time()
         sleep(0.05)
         taken.append(process_time() - before)
-    assert min(taken) < 0.02  # one that spins on takes a core from the target
+    assert min(taken) < 0.005  # one that spins on takes a core from the target
 
 
 def test_the_built_pair_passes_its_own_check(pair: Path) -> None:

@@ -1,15 +1,15 @@
 """Fused projections: quantised layers that read the same input (query, key and value; gate and up) become one.
 
 Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
-a good part of a pass.  A row of a weight has its own scales, so the sums stay the same to the bit.
+a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
 
-Axes: N rows (outputs) of a layer, K columns (inputs).
+Axes: N rows (outputs) of a layer, K columns (inputs), G groups of columns.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,11 @@ import numpy as np
 if TYPE_CHECKING:
     import openvino as ov
 
-_INTEGERS = {"u8", "i8", "u4", "i4"}
+_FOUR_BITS = {"u4", "i4"}
+_INTEGERS = {"u8", "i8", *_FOUR_BITS}
 # What makes float weights of stored integers: values, less zero points, times scales, and for groups a reshape.
-_DEQUANTISING = {"Convert", "Subtract", "Multiply", "Reshape"}
+_DEQUANTISING = {"Constant", "Convert", "Subtract", "Multiply", "Reshape"}
+PARTS = "+"  # between the names of the layers that one was made of
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class _Projection:
         return (self.bias or self.matmul).output(0)
 
 
-def fuse_projections(model: ov.Model) -> int:
+def fuse_projections(model: ov.Model, apart: ov.Node | None = None) -> int:
     """Let every group of quantised layers with one input be one layer, followed by a split; returns the groups.
 
-    Left as they are: weights in floating point, of different formats, transposed ones, layers without company.
+    apart: the MatMul of a layer that stays alone, such as the lm_head.  Left as they are, too: weights in floating
+    point, of different formats, transposed, of one row, made by other operations than OpenVINO's own quantisation
+    uses, and layers whose product is an output of the model or that have no company.
     """
     groups: dict[Hashable, list[_Projection]] = defaultdict(list)
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul" and (found := _projection(node)):
+        if node.get_type_name() == "MatMul" and node != apart and (found := _projection(node)):
             source = node.input_value(0)
             groups[source.get_node().get_name(), source.get_index(), found.form].append(found)
     fused = [group for group in groups.values() if len(group) > 1]
@@ -64,7 +68,7 @@ def _fuse(group: Sequence[_Projection]) -> None:
     first = group[0]
     weight = _stacked([each.matmul.input_value(1) for each in group], 0)
     total: ov.Node = ops.matmul(first.matmul.input_value(0), weight, False, True)
-    total.set_friendly_name(f"{first.matmul.get_friendly_name()}/fused")
+    total.set_friendly_name(PARTS.join(each.matmul.get_friendly_name() for each in group))
     if first.bias:
         total = ops.add(total, _stacked([each.bias.input_value(1) for each in group if each.bias], -1))
     sizes = np.array([each.rows for each in group], np.int64)
@@ -81,17 +85,36 @@ def _projection(matmul: ov.Node) -> _Projection | None:
     if attributes["transpose_a"] or not attributes["transpose_b"] or shape.is_dynamic or len(shape) != 2:
         return None
     rows = shape[0].get_length()
-    nodes = list(_nodes_before(weight))
-    stored = {node.get_element_type().get_type_name() for node in nodes if node.get_type_name() == "Constant"}
-    kinds = {node.get_type_name() for node in nodes}
-    if rows < 2 or not stored & _INTEGERS or kinds - {"Constant", *_DEQUANTISING}:
+    if rows < 2 or not _stackable(weight, rows):
         return None
-    bias = _bias(matmul)
-    form = _form(weight, 0), _form(bias.input_value(1), -1) if bias else None
-    return _Projection(matmul, bias, rows, form)
+    bias = _bias(matmul, rows)
+    found = _Projection(matmul, bias, rows, (_form(weight, 0), _form(bias.input_value(1), -1) if bias else None))
+    read = {reader.get_node().get_type_name() for reader in found.output.get_target_inputs()}
+    return None if "Result" in read else found
 
 
-def _bias(matmul: ov.Node) -> ov.Node | None:
+def _stackable(weight: ov.Output, rows: int) -> bool:
+    """Whether `weight` is quantised, and each of its constants has something for every row, or one value for all."""
+    nodes = _nodes_before(weight)
+    constants = [node for node in nodes if node.get_type_name() == "Constant"]
+    for node in nodes:
+        if node.get_type_name() not in _DEQUANTISING:
+            return False
+        if node.get_type_name() == "Reshape":
+            before, target = node.input_values()
+            constants = [each for each in constants if each != target.get_node()]
+            if _by_rows(before, 0) and before.get_shape()[0] != rows:
+                return False
+    stored = {node.get_element_type().get_type_name() for node in constants}
+    for node in constants:
+        shape = [*node.get_output_shape(0)]
+        count, half_bytes = int(np.prod(shape)), node.get_element_type().get_type_name() in _FOUR_BITS
+        if count > 1 and (len(shape) < 2 or shape[0] != rows or (half_bytes and count % 2)):
+            return False
+    return bool(stored & _INTEGERS)
+
+
+def _bias(matmul: ov.Node, rows: int) -> ov.Node | None:
     """The Add of a constant [.., 1, N] that alone reads the product."""
     readers = list(matmul.output(0).get_target_inputs())
     node = readers[0].get_node() if len(readers) == 1 and readers[0].get_index() == 0 else None
@@ -100,16 +123,20 @@ def _bias(matmul: ov.Node) -> ov.Node | None:
     bias = node.input_value(1)
     if any(before.get_type_name() not in {"Constant", "Convert"} for before in _nodes_before(bias)):
         return None
-    rows = matmul.output(0).get_partial_shape()[-1].get_length()
-    return node if [size for size in bias.get_shape() if size != 1] == [rows] == [*bias.get_shape()][-1:] else None
+    shape = [*bias.get_shape()]
+    return node if shape[-1:] == [rows] == [size for size in shape if size != 1] else None
 
 
-def _nodes_before(value: ov.Output) -> Iterator[ov.Node]:
-    """The node of `value` and all that it depends on."""
-    node = value.get_node()
-    yield node
-    for before in node.input_values():
-        yield from _nodes_before(before)
+def _nodes_before(value: ov.Output) -> list[ov.Node]:
+    """The node of `value` and what it is made of, down to constants or to what dequantises nothing."""
+    found: dict[str, ov.Node] = {}
+    pending = [value.get_node()]
+    while pending:
+        node = pending.pop()
+        if node.get_name() not in found and node.get_type_name() in _DEQUANTISING:
+            pending += [before.get_node() for before in node.input_values()]
+        found[node.get_name()] = node
+    return list(found.values())
 
 
 def _form(value: ov.Output, axis: int) -> Hashable:
@@ -125,32 +152,30 @@ def _form(value: ov.Output, axis: int) -> Hashable:
     return kind, tuple(_form(each, axis) for each in before)
 
 
-def _by_rows(constant: ov.Output, axis: int) -> bool:
-    """Whether a constant has something for each row of its layer, or the same for all."""
-    shape = [*constant.get_shape()]
-    return bool(shape) and (axis != 0 or len(shape) > 1) and shape[axis] > 1
+def _by_rows(value: ov.Output, axis: int) -> bool:
+    """Whether what is made of constants has something for each row of its layer, or the same for all."""
+    shape = [*value.get_shape()]
+    return bool(shape) and shape[axis] > 1
 
 
 def _stacked(values: Sequence[ov.Output], axis: int) -> ov.Output:
-    """Weights, or biases, of one form, one below the other."""
+    """Weights, or biases, of one form, one below the other; what is the same for all rows stays."""
     import openvino as ov
     from openvino import opset13 as ops
 
+    if not _by_rows(values[0], axis):
+        return values[0]
     nodes, shape = [value.get_node() for value in values], [*values[0].get_shape()]
-    if shape:
-        shape[axis] = sum([*value.get_shape()][axis] for value in values)
+    shape[axis] = sum([*value.get_shape()][axis] for value in values)
     kind, element = nodes[0].get_type_name(), values[0].get_element_type()
     if kind == "Constant":
-        if not _by_rows(values[0], axis):
-            return values[0]
         stored = np.concatenate([node.data.reshape(-1).view(np.uint8) for node in nodes])  # 4-bit values are packed
         tensor = ov.Tensor(stored, ov.Shape(shape), element)
         return ov.op.Constant(tensor, shared_memory=False).output(0)  # a copy: `stored` ends here
+    if kind == "Reshape":
+        first = _stacked([node.input_value(0) for node in nodes], axis)
+        return ops.reshape(first, ops.constant(np.array(shape, np.int64)), special_zero=False).output(0)
     first, *others = (_stacked(column, axis) for column in zip(*(n.input_values() for n in nodes), strict=True))
     if kind == "Convert":
-        result = ops.convert(first, element)
-    elif kind == "Reshape":
-        result = ops.reshape(first, ops.constant(np.array(shape, np.int64)), special_zero=False)
-    else:
-        result = {"Subtract": ops.subtract, "Multiply": ops.multiply}[kind](first, *others)
-    return result.output(0)
+        return ops.convert(first, element).output(0)
+    return {"Subtract": ops.subtract, "Multiply": ops.multiply}[kind](first, *others).output(0)

@@ -90,7 +90,10 @@ def _repaired(
     if old.drafter:
         # Weights alone: node names in the .xml are counted anew by every conversion.
         if build.records["target"].files[WEIGHTS_FILE] != old.files.get(WEIGHTS_FILE):
-            raise ExportError(f"{build.out}: the target came out different, its drafter would not fit: use --force")
+            raise ExportError(
+                f"{build.out}: the target came out different from the one that its drafter was added to: use --force, "
+                "then add the drafter again with dovetail-export drafter"
+            )
         build.keep("drafter")
     return replace(old, name=name or old.name, target=facts, provenance={**old.provenance, **provenance})
 
@@ -178,7 +181,7 @@ def _fill_target(
 ) -> TargetFacts:
     progress("target: fusing projections, adding the feature tap")
     model = read_model(ir / IR_XML)
-    fuse_projections(model)
+    fuse_projections(model, apart=find_head(model))
     tap = add_tap(model)
     check_verifiable(model)
     progress("target: writing the graph")
