@@ -258,6 +258,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
     manifest = sessions.manifest
     files = [CostKey.of(manifest, "cpu", threads).file for threads in (None, 1, 2)]
     files.append(CostKey.of(manifest, "cuda", None).file)
+    files.append(replace(CostKey.of(manifest, "cpu", None), spin_us=0).file)
     files.append(CostKey.of(manifest, "cpu", None, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}).file)
     (tmp_path / "other").write_text("other weights")
     other = file_entry(tmp_path / "other")
@@ -272,7 +273,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
         with monkeypatch.context() as patch:
             patch.setattr(cost_cache.here, "cpu", lambda cpu=cpu: cpu)
             files.append(CostKey.of(manifest, "cpu", None).file)
-    assert len(set(files)) == len(files) == 11
+    assert len(set(files)) == len(files) == 12
     versions["numpy"] = "9"
     renamed = replace(manifest, name="renamed")
     assert CostKey.of(renamed, "cpu", None).file == files[0]  # neither has a part in it

@@ -3,7 +3,7 @@
 Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
 a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
 
-Axes: N rows (outputs) of a layer, K columns (inputs), G groups of columns.
+Axes: N rows (outputs) of a layer, K columns (inputs).
 """
 
 from __future__ import annotations

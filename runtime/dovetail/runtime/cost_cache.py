@@ -15,6 +15,7 @@ from .costs import Costs
 from .errors import InputError
 from .manifest import Manifest, cache_dir, write_atomically
 from .paged import default_properties
+from .runners import SPIN_US
 
 WEIGHTS = "target/openvino_model.bin"
 
@@ -25,7 +26,8 @@ class CostKey:
 
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
-    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.
+    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.  spin_us: how long the
+    drafter's threads wait for work.
     """
 
     target: str
@@ -37,6 +39,7 @@ class CostKey:
     openvino: str
     onnxruntime: str
     ov_config: Mapping[str, str] = field(default_factory=dict)
+    spin_us: int = SPIN_US
 
     @classmethod
     def of(
