@@ -33,21 +33,28 @@ from dovetail.runtime.manifest import Manifest, read_manifest, write_atomically
 from dovetail.runtime.metrics import Meter
 from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
+from dovetail.runtime.sampling import Sampler, SamplingParams
 from dovetail.runtime.schedule import BOUNDS, Scheduler
 from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tokenizer import Tokenizer
 from dovetail.runtime.tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
 SLOW = 0.97  # of plain decoding's speed
+DRAWN = 1e-3  # temperature of what is sampled again
+KEYS = ("prompts", "answers", "sampled")  # of a record: lengths of its texts, and how the answer was chosen
 
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt, its answer by plain decoding, and what the drafter proposed after each token of that but the last."""
+    """A prompt, its answer by plain decoding, and what the drafter proposed after each token of that but the last.
+
+    sampled: whether the tokens of the answer were drawn.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     trees: tuple[DraftTree, ...]
+    sampled: bool = False
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,11 +68,16 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The record, a .npz file.")
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts to record.  [default: all]")
-def record(pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None) -> None:
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+def record(
+    pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None, temperature: float, seed: int
+) -> None:
     """Decode the first turn of each prompt plainly, and draft at every place."""
     try:
         if out.suffix != ".npz" or not out.parent.is_dir():
             raise InputError(f"--out {out} is no .npz file in a folder that is there: name another")
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=seed))
         talks = read_prompts(prompts)[:limit]
         folder, manifest = read_pair(pair)
         tokenizer = Tokenizer.from_folder(folder / "target")
@@ -76,7 +88,7 @@ def record(pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int 
             prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
             room = len(prompt) + max_new_tokens <= talk.draft_context
             if room:
-                records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}))
+                records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}, sampler))
             click.echo(f"{number}/{len(talks)} {asked.name}{'' if room else ': too long, left out'}", err=True)
         save(out, records)
     except DovetailError as error:
@@ -130,13 +142,15 @@ def limits_of(manifest: Manifest) -> TreeLimits:
     return replace(BOUNDS, top_k=min(BOUNDS.top_k, manifest.drafter.top_k))
 
 
-def follow(talk: Conversation, limits: TreeLimits, prompt: list[int], count: int, stop: set[int]) -> Record:
-    """Decode up to `count` tokens greedily, a node a pass; the drafter is asked after each."""
+def follow(
+    talk: Conversation, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
+) -> Record:
+    """Decode up to `count` tokens, a node a pass; the drafter is asked after each."""
     assert talk.drafter
     talk.forget()
     talk.reuse(prompt, speculate=True)
     found = talk.prefill(speculate=True)
-    answer, trees = [int(found.logits[-1].argmax())], []
+    answer, trees = [sampler.pick(found.logits[-1], len(prompt), prompt)], []
     talk.tokens += answer
     talk.tell(np.array(found.features))
     while len(answer) < count and answer[-1] not in stop:
@@ -144,10 +158,10 @@ def follow(talk: Conversation, limits: TreeLimits, prompt: list[int], count: int
         trees.append(talk.drafter.propose(limits))
         found = talk.target.verify(DraftTree.root(answer[-1]))
         features = np.array(found.features)
-        answer.append(int(found.logits[0].argmax()))
+        answer.append(sampler.pick(found.logits[0], len(talk.tokens), talk.tokens))
         talk.commit(np.zeros(1, np.int64), answer[-1:])
         talk.tell(features)
-    return Record(tuple(prompt), tuple(answer), tuple(trees))
+    return Record(tuple(prompt), tuple(answer), tuple(trees), not sampler.params.greedy)
 
 
 def save(out: Path, records: list[Record]) -> None:
@@ -161,6 +175,7 @@ def save(out: Path, records: list[Record]) -> None:
         tokens=np.array([token for each in records for token in (*each.prompt, *each.answer)], np.int64),
         prompts=np.array([len(each.prompt) for each in records], np.int64),
         answers=np.array([len(each.answer) for each in records], np.int64),
+        sampled=np.array([each.sampled for each in records]),
         sizes=np.array([len(tree) for tree in trees], np.int64),
         tree_tokens=np.concatenate([tree.tokens for tree in trees]),
         tree_parents=np.concatenate([tree.parents for tree in trees]),
@@ -183,8 +198,8 @@ def load(file: Path) -> list[Record]:
         split = zip(*(np.split(part, np.cumsum(sizes)[:-1]) for part in parts), strict=True)
         trees = (DraftTree(*arrays) for arrays in split)
         records = [
-            Record(tuple(islice(tokens, prompt)), tuple(islice(tokens, answer)), tuple(islice(trees, answer - 1)))
-            for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True)
+            Record(tuple(islice(tokens, asked)), tuple(islice(tokens, told)), tuple(islice(trees, told - 1)), sampled)
+            for asked, told, sampled in zip(*(held[key].tolist() for key in KEYS), strict=True)
         ]
     except (
         OSError,
@@ -240,7 +255,9 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     """Rounds and ms that the answer takes.  Raises InputError where it is not the recorded one."""
     clock = Clock(costs)
     target = ReplayTarget(each, clock)
-    request = Request(each.prompt, len(each.answer), limits=limits, scheduler=scheduler)
+    # The target's logits leave no doubt: at any temperature their best token is drawn.
+    sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
+    request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
     steps = decode(Conversation(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
     if tuple(token for step in steps for token in step.tokens) != each.answer:
         raise InputError("the record does not replay to its own text: record it again with this version")

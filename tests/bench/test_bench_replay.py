@@ -55,17 +55,23 @@ def test_a_replay_takes_what_its_drafts_are_worth(script: ModuleType, prompt: in
     assert rounds > 190 and plain < ms < 1.05 * plain
 
 
-def test_a_pair_is_recorded_and_replayed(script: ModuleType, tiny_full_pair: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_pair_is_recorded_and_replayed(
+    script: ModuleType, tiny_full_pair: Path, tmp_path: Path, temperature: float
+) -> None:
     prompts, out, costs = tmp_path / "prompts.jsonl", tmp_path / "drafts.npz", tmp_path / "tune.json"
     asked = "Hello there", "One, two, three", "word " * 2000
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
     costs.write_text(json.dumps({"costs": COSTS.as_dict()}))
     command = ["record", str(tiny_full_pair), str(prompts), "--out", str(out), "-n", "24"]
+    command += ["--temperature", str(temperature), "--seed", "3"]
     result = CliRunner().invoke(script.main, command, catch_exceptions=False)
     assert result.exit_code == 0 and "3/3 3: too long, left out" in result.stderr
     with Engine.from_pretrained(tiny_full_pair) as engine:
         for each, prompt in zip(script.load(out), asked[:2], strict=True):
-            told = engine.generate(prompt, max_new_tokens=24, speculate=False).token_ids
+            told = engine.generate(
+                prompt, max_new_tokens=24, speculate=False, temperature=temperature, seed=3
+            ).token_ids
             assert each.answer[: len(told)] == told and len(each.trees) == len(each.answer) - 1 >= len(told) - 1
             assert all(len(tree) > 1 for tree in each.trees)
             engine.reset()

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.decode import Conversation, Request, decode
+from dovetail.runtime.lookup import Repeat
 from dovetail.runtime.metrics import Meter
 from dovetail.runtime.sampling import SamplingParams
 from dovetail.runtime.schedule import FEW_WIDTHS, WIDE, WIDTHS, Scheduler, widths
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
-from dovetail.runtime.tree import DraftTree, Judge, TreeLimits
+from dovetail.runtime.tree import DraftTree, Judge, TreeLimits, graft
 
 LIMITS = TreeLimits(width=32, depth=8, top_k=4, lookup=0)
 
@@ -264,6 +265,51 @@ def test_a_drafter_that_becomes_good_again_is_found_out() -> None:
     scheduler = answer("hostile", costs())[1]
     clock, _, _ = answer("copy", costs(), scheduler=scheduler, sharpness=60.0)
     assert clock.now < 0.6 * plain_seconds(costs())
+
+
+@pytest.mark.parametrize("call_ms", [5.0, 7.0])
+@pytest.mark.parametrize("noise", [1.0, 2.0, 3.0])
+def test_an_answer_is_bounded_in_what_it_loses_whatever_those_before_it_gave(noise: float, call_ms: float) -> None:
+    """Where going back to plain decoding costs more than a round of poor drafts, round after round loses a little."""
+    scheduler = answer("copy", costs(12.0, 0.3, 1.0, switch_ms=8.4), tokens=300, noise=0.5)[1]
+    true = scheduler.costs = costs(12.0, 0.9, call_ms, switch_ms=8.4)
+    clock, _, _ = answer("copy", true, tokens=1500, noise=noise, scheduler=scheduler)
+    assert clock.now < 1.03 * plain_seconds(true, 1500)
+
+
+def test_drafts_that_lose_a_little_in_every_answer_are_left_in_the_long_run() -> None:
+    """Greedy answers gain, sampled ones lose less than a change costs: they are learned of apart."""
+    true = costs(12.0, 0.9, 4.5, switch_ms=8.4)
+    scheduler = answer("copy", true, noise=1.0)[1]
+    for _ in range(6):
+        answer("copy", true, noise=2.0, temperature=1.0, tokens=60, scheduler=scheduler)
+    clock, _, _ = answer("copy", true, noise=2.0, temperature=1.0, tokens=60, scheduler=scheduler)
+    assert clock.now < 1.03 * plain_seconds(true, 60)
+    assert answer("copy", true, noise=1.0, scheduler=scheduler)[0].now < 0.95 * plain_seconds(true)
+
+
+def test_repeats_are_left_while_they_do_not_come_true_and_found_out_when_they_do() -> None:
+    """Their record is of rounds that had some, verified or not, however many others there were between."""
+    true = costs(node_ms=1.5)
+    scheduler, repeat = Scheduler(true), graft(DraftTree.root(1), [Repeat((2, 3, 4), (-0.1, -0.2, -0.3), (4, 0))], 4)
+    scheduler.restart(sampled=False)
+
+    def run(proposed: DraftTree, tokens: list[int]) -> int:
+        scheduler.begin(100, 32)
+        tree = scheduler.prune(proposed, drafted=False)
+        came = tokens if len(tree) > 1 else tokens[:1]
+        scheduler.observe(None, 0, tree, came, draft_ms=0.0, verify_ms=true.target.at(100, len(tree)))
+        return len(tree)
+
+    def widths_of(rounds: int, tokens: list[int]) -> list[int]:
+        found = []
+        for _ in range(rounds):
+            found.append(run(repeat, tokens))
+            assert [run(DraftTree.root(1), [9]) for _ in range(50)] == [1] * 50
+        return found
+
+    assert widths_of(100, [9])[20:].count(4) < 8
+    assert widths_of(50, [2, 3, 4, 5])[-10:] == [4] * 10
 
 
 def test_repeats_save_the_drafter_its_work() -> None:

@@ -277,7 +277,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             talk.tell(np.array(result.features))
             limits = talk.limits(request.limits, count + 1, tokens_left - 1)  # it may read the end alone
             if request.scheduler:
-                request.scheduler.restart()
+                request.scheduler.restart(sampled=not request.sampling.greedy)
         meter.lap("prefill")
         meter.first_token()
         yield step

@@ -27,6 +27,7 @@ BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tre
 MEMORY = 40.0  # rounds after which an average has mostly forgotten
 PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
 EVIDENCE = 30.0  # visits that the correction of a depth remembers
+FADING = 0.995  # of what is remembered of trees, at each that was not worth verifying
 PRIOR = 3.0  # visits that the drafter's own word counts for
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
@@ -45,6 +46,10 @@ OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
+LONG_RUN = 60.0  # drafted rounds that tell what drafting is worth in the long run, whatever a change costs,
+LONG_LOSS = 0.06  # where it may lose so much of a plain step a round;
+LONG_AGAIN = 40.0  # rounds that this is judged by once it was found not to pay
+ANSWER_LOSS = 5.0  # plain steps that an answer may have lost, beyond which only trials draft
 
 
 @dataclass
@@ -106,6 +111,42 @@ class Drafting:
 
 
 @dataclass
+class Experience:
+    """What answers of one kind, greedy or sampled, have taught: drafts come true less often where tokens are drawn.
+
+    corrections: by depth, of a node's best child, and of the others: a drafter may be too sure of the one and right in
+    sum.  trees: of whole trees, without the drafter's part and with it: the best of many are not as good as each is
+    believed.  children: depth -> share of its nodes that their children take.  tokens, ms: per round, the long run.
+    drafting: lately; long_run: at another time scale, and what rounds would have been that were not verified.
+    left: whether the long run has shown that drafting does not pay.
+    """
+
+    corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
+    trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
+    children: dict[int, Average] = field(default_factory=dict)
+    tokens: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))
+    ms: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))
+    drafting: Drafting = field(default_factory=Drafting)
+    long_run: Drafting = field(
+        default_factory=lambda: Drafting(Average(memory=PRICE_MEMORY), Average(memory=PRICE_MEMORY))
+    )
+    left: bool = False
+
+    def correction(self, depth: int) -> tuple[Correction, Correction]:
+        return self.corrections.setdefault(depth, (Correction(), Correction()))
+
+    def pays(self, price: float, plain: float) -> bool:
+        """Whether drafting pays in the long run, where a plain step takes `plain` ms."""
+        if not self.left and self.long_run.tokens.count < LONG_RUN:
+            return True
+        pays = self.long_run.worth(price) >= price - (1 + LONG_LOSS) * plain
+        if not pays and not self.left:
+            self.long_run.forget(LONG_AGAIN)
+        self.left = not pays
+        return pays
+
+
+@dataclass
 class Scheduler:
     """Decides for one engine; what it learned stays when the conversation changes.
 
@@ -116,32 +157,34 @@ class Scheduler:
     calibration: Calibration | None = None
     _context: int = 0  # tokens before the root, of the round at hand
     _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for, of those that pay here
-    # By depth: of a node's best child, and of the others.  A drafter may be too sure of the one and right in sum.
-    _corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
-    # Of whole trees, without the drafter's part and with it: the best of many are not as good as each is believed.
-    _trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
-    _children: dict[int, Average] = field(default_factory=dict)  # depth -> share of its nodes that their children take
-    _tokens: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # per round
-    _time: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))  # ms per round
-    _drafting: Drafting = field(default_factory=Drafting)
+    _greedy: Experience = field(default_factory=Experience)
+    _sampled: Experience = field(default_factory=Experience)
+    _known: Experience = field(init=False)  # of the two, that of the answer at hand
     _target_pace: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
     _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
     _draft_pace: Average = field(default_factory=lambda: Average(1.0))
     _credit: float | None = None  # ms that may be lost to drafts
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
+    _lost: float = 0.0  # plain steps that the answer at hand has taken longer than plain decoding
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
+    _unverified: DraftTree | None = None  # of the round at hand, where nothing of it was worth verifying
+    _missed: tuple[float, float] | None = None  # tokens and ms of the round at hand, had its draft been verified
 
-    def restart(self) -> None:
-        """An answer begins: the target's last pass was none of a tree."""
-        self._width, self._regret = 0, {}
+    def __post_init__(self) -> None:
+        self._known = self._greedy
+
+    def restart(self, sampled: bool) -> None:
+        """An answer begins: the target's last pass was none of a tree.  sampled: its tokens are drawn."""
+        self._width, self._regret, self._lost = 0, {}, 0.0
+        self._known = self._sampled if sampled else self._greedy
 
     def begin(self, context: int, most: int) -> int:
         """A round begins: `context` tokens are committed, `most` nodes have room.  Returns the widest tree of use."""
         self._context = context
         self._widths = tuple(width for width in widths(self.costs, context) if width <= most)
-        self._calls, self._trial = 0.0, None
+        self._calls, self._trial, self._unverified, self._missed = 0.0, None, None, None
         return self._widths[-1]
 
     # --- what is believed
@@ -150,14 +193,14 @@ class Scheduler:
         """See Judge; remembers too how much of their parents' probability the candidates take."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
-        first, others = (log(correction.factor) for correction in self._correction(depth))
+        first, others = (log(correction.factor) for correction in self._known.correction(depth))
         shift = np.full(logprobs.shape[-1], others, np.float32)
         shift[0] = first
         believed: NDArray[np.float32] = np.minimum(logprobs + shift, LOG_CERTAIN)
         np.minimum(believed, believed[:, :1], out=believed)  # the first stays the first
         taken = float(np.exp(believed).sum()) / len(believed)
         if not isnan(taken):  # nan is no candidate
-            self._children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(min(taken, 1.0))
+            self._known.children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(min(taken, 1.0))
         return believed
 
     def _learn(self, tree: DraftTree, tokens: Sequence[int]) -> None:
@@ -171,7 +214,7 @@ class Scheduler:
             claims = probabilities[children] / probabilities[node]
             best = children[int(np.argmax(claims))]
             child = tree.child(node, token)
-            first, others = self._correction(depth)
+            first, others = self._known.correction(depth)
             expected = float(claims.max()), float(claims.sum() - claims.max())
             right = child == best, child is not None and child != best
             for correction, claim, hit in zip((first, others), expected, right, strict=True):
@@ -180,16 +223,14 @@ class Scheduler:
                 return
             node = child
 
-    def _correction(self, depth: int) -> tuple[Correction, Correction]:
-        return self._corrections.setdefault(depth, (Correction(), Correction()))
-
     # --- what is worth its time
 
     @property
     def price(self) -> float:
         """Milliseconds that a token is worth."""
         plain = self._pass(1)
-        return min(plain, self._time.value / self._tokens.value) if self._tokens.count else plain
+        known = self._known
+        return min(plain, known.ms.value / known.tokens.value) if known.tokens.count else plain
 
     def drafts(self, repeats: DraftTree, unread: int) -> bool:
         """Whether to ask the drafter, at the start of a round.
@@ -198,25 +239,28 @@ class Scheduler:
         """
         if len(self._widths) == 1:  # no room for a tree
             return False
-        drafting, otherwise = self._drafting, self._otherwise(repeats)
+        known, plain, otherwise = self._known, self._pass(1), self._otherwise(repeats)
+        drafting = known.drafting
         worth = drafting.worth(self.price) - self._backlog(unread)
-        if drafting.tokens.count < PATIENCE or worth >= otherwise - MARGIN * self._pass(1):
+        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and known.pays(self.price, plain)
+        if drafting.tokens.count < PATIENCE or pays:
             return True
         if self._credit is None:
-            self._credit = TRIAL_START * self._pass(1)
+            self._credit = TRIAL_START * plain
         if self._credit < self._draft(1) or drafting.rested < TRIAL_REST:
             return False
         self._trial = otherwise
         if drafting.rested >= MEMORY:  # what was wrong then may be right now
             drafting.forget(TRIAL_MEMORY)
-            for correction in chain(*self._corrections.values()):
+            for correction in chain(*known.corrections.values()):
                 correction.forget(TRIAL_MEMORY)
         return True
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
         """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
-        taken = self._children[depth].value if depth in self._children else CHILDREN
-        gain = self.price * sum(map(exp, frontier)) * taken * self._trees[True].factor
+        children = self._known.children
+        taken = children[depth].value if depth in children else CHILDREN
+        gain = self.price * sum(map(exp, frontier)) * taken * self._known.trees[True].factor
         node = (self._pass(self._widths[-1]) - self._pass(1)) / (self._widths[-1] - 1)
         if gain <= self._draft(len(frontier)) + node:
             return False
@@ -228,7 +272,14 @@ class Scheduler:
 
         Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
         """
-        width = self._best_width(self._worth(tree, drafted)) if drafted or len(tree) > 1 else 1
+        worth = self._worth(tree, drafted) if drafted or len(tree) > 1 else {1: 0.0}
+        width = self._best_width(worth)
+        if width == 1 < len(tree):
+            self._unverified = tree
+        if drafted and self._unverified:
+            best = max((other for other in worth if other > 1), key=worth.__getitem__)
+            tokens, pass_ms = (worth[best] + self._pass(best)) / self.price, self._pass(best)
+            self._missed = tokens, pass_ms + self._draft(1) + self._calls * self._draft_pace.value
         if width != self._width:
             self._regret = {}
         kept = min(width, len(tree))
@@ -271,10 +322,15 @@ class Scheduler:
             self._draft_pace.add(min(draft_ms / calls, STALL * self._draft_pace.value))
             draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value)
 
-        took = draft_ms + verify_ms
-        self._tokens.add(len(tokens))
-        self._time.add(took)
-        self._trees[drafted is not None].add(verified.expected_length - 1.0, len(tokens) - 1.0)
+        took, known = draft_ms + verify_ms, self._known
+        known.tokens.add(len(tokens))
+        known.ms.add(took)
+        self._lost += took / self._pass(1) - len(tokens)
+        trees = known.trees[drafted is not None]
+        if nodes > 1:
+            trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
+        elif self._unverified is not None:  # or what was wrong once would never be tried again
+            trees.forget(FADING * trees.visits)
         alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
         ratio = verify_ms / (self.costs.target.at(self._context, nodes) + switch_ms)
         if not changed and self._target_pace.count:
@@ -284,15 +340,17 @@ class Scheduler:
             loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
             self._credit = min(self._credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS * self._pass(1))
         if drafted is None:
-            self._drafting.rested += 1
+            known.drafting.rested += 1
             return
         self._learn(drafted, tokens)
-        self._drafting.add(len(tokens), took - self._backlog(unread))
+        took -= self._backlog(unread)
+        known.drafting.add(len(tokens), took)
+        known.long_run.add(*(self._missed or (len(tokens), took)))
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
         expected = tree.expected_lengths
-        price, factor = self.price, self._trees[drafted].factor
+        price, factor = self.price, self._known.trees[drafted].factor
         out = {}
         for width in self._widths:
             tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
