@@ -1,4 +1,4 @@
-"""The README's table and the checks behind it: four tasks at temperature 0, HumanEval at temperature 1, as Markdown.
+"""The README's table and the checks behind it: four tasks at temperatures 0 and 1, and long prompts, as Markdown.
 
     python tests/bench/table.py PAIR [PAIR ...] --prompts FOLDER --out FOLDER > table.md
 
@@ -12,6 +12,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import nan
@@ -30,12 +31,15 @@ from dovetail.runtime.manifest import MANIFEST_NAME, read_manifest, write_atomic
 from dovetail.runtime.tokenizer import Tokenizer
 
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
-ROWS = (*((task, 0) for task in TASKS), ("humaneval", 1))  # (task, temperature)
+CONTEXTS = (128, 1024, 4096)  # tokens of prompts that are the repository's own text, asked at temperature 0
+CONTEXT_PROMPTS = 3  # of each
+OWN_TEXT = ("README.md", "docs/*.md", "runtime/dovetail/runtime/*.py")
+ROOT = Path(__file__).parents[2]
 SLOW = 0.97  # of plain decoding's speed: what is slower is listed and measured again
 TIES = "At temperature 0, tokens in whose place the target prefers another where it reads its answer again:"
 COLUMNS = (
     "target", "prompts", "speed-up (median)", "least, most", "acceptance length", "plain, tok/s", "Dovetail, tok/s",
-    "near ties, of tokens", "draft / verify / other, ms a round", "nodes a round",
+    "prefill, ms", "near ties, of tokens", "draft / verify / other, ms a round", "nodes a round",
     "share of the achievable: all tokens, median", "peak RSS, MiB", "over weights + KV + drafter, MiB",
 )  # fmt: skip
 
@@ -45,11 +49,12 @@ class Row:
     """A finished benchmark. report: what `dovetail-run bench` wrote into `file`; talks: its prompts."""
 
     pair: str
-    task: str
+    task: str  # for people
     temperature: int
     file: Path
     report: dict[str, Any]
     talks: list[Conversation]
+    long: bool = False  # of a prompt of given length
 
     def slow(self) -> list[int]:
         return [i for i, prompt in enumerate(self.report["prompts"]) if (prompt["speedup"] or 1.0) < SLOW]
@@ -60,12 +65,13 @@ class Row:
 @click.option("--prompts", type=click.Path(path_type=Path), required=True, help="Folder of humaneval.jsonl and so on.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of results, made where missing.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first prompts of each task.")
+@click.option("--sampled-limit", type=click.IntRange(1), help="The same at temperature 1.  [default: as --limit]")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
 @click.option("--tune", "seconds", type=float, default=25.0, show_default=True, help="Per pair, once; 0: not at all.")
 @click.option("--repeat-slow/--no-repeat-slow", default=True, show_default=True, help="Measure slow prompts again.")
 def table(
-    pairs: tuple[str, ...], prompts: Path, out: Path, limit: int | None, max_new_tokens: int, seconds: float,
-    repeat_slow: bool,
+    pairs: tuple[str, ...], prompts: Path, out: Path, limit: int | None, sampled_limit: int | None,
+    max_new_tokens: int, seconds: float, repeat_slow: bool,
 ) -> None:  # fmt: skip
     """Measure what OUT does not hold yet, and print Markdown."""
     if len({Path(pair).name for pair in pairs}) < len(pairs):
@@ -81,19 +87,39 @@ def table(
         tuned = out / f"{Path(pair).name}.tune.json"
         if seconds and not tuned.exists():
             write_atomically(tuned, dovetail_run("tune", pair, "--seconds", f"{seconds:g}", "--json").encode())
-        for task, temperature in ROWS:
-            file = out / f"{Path(pair).name}.{task}.t{temperature}.json"
-            asked = ["--prompts", str(prompts / f"{task}.jsonl"), *(["--limit", str(limit)] if limit else []), *length]
-            sampled = ["--temperature", "1", "--seed", "1"] if temperature else []
-            report = measured(pair, [*asked, *sampled], file, notes)
-            talks = tasks[task][: len(report["prompts"])]
-            if [talk.name for talk in talks] != [prompt["name"] for prompt in report["prompts"]]:
-                raise InputError(f"{file} was measured with other prompts: delete it to take it anew")
-            rows.append(Row(pair, task, temperature, file, report, talks))
-    greedy = [row for row in rows if row.temperature == 0]
+        rows += task_rows(pair, tasks, prompts, out, {0: limit, 1: sampled_limit or limit}, length, notes)
+        rows += context_rows(pair, out, length, notes)
+    greedy = [row for row in rows if row.temperature == 0 and not row.long]
     again = {row.file: repeat(row, length, notes) for row in greedy if repeat_slow and row.slow()}
     head = ["| " + " | ".join(COLUMNS) + " |", "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|"]
     click.echo("\n".join([*head, *map(line, rows), *losses(greedy, again), *circumstances(rows, notes)]))
+
+
+def task_rows(
+    pair: str, tasks: dict[str, list[Conversation]], prompts: Path, out: Path, limits: dict[int, int | None],
+    length: list[str], notes: list[str],
+) -> Iterator[Row]:  # fmt: skip
+    """Every task at every temperature of `limits`, which says how many prompts of it."""
+    for temperature, limit in limits.items():
+        sampled = ["--temperature", f"{temperature}", "--seed", "1"] if temperature else []
+        for task, name in TASKS.items():
+            file = out / f"{Path(pair).name}.{task}.t{temperature}.json"
+            asked = ["--prompts", str(prompts / f"{task}.jsonl"), *(["--limit", str(limit)] if limit else [])]
+            report = measured(pair, [*asked, *length, *sampled], file, notes)
+            talks = tasks[task][: len(report["prompts"])]
+            if [talk.name for talk in talks] != [prompt["name"] for prompt in report["prompts"]]:
+                raise InputError(f"{file} was measured with other prompts: delete it to take it anew")
+            yield Row(pair, name, temperature, file, report, talks)
+
+
+def context_rows(pair: str, out: Path, length: list[str], notes: list[str]) -> Iterator[Row]:
+    """Prompts of CONTEXTS tokens, as far as the pair has room for them."""
+    for tokens in CONTEXTS:
+        file = own_prompts(pair, tokens, out)
+        if file is not None:
+            results = file.with_suffix(".json")
+            report = measured(pair, ["--prompts", str(file), *length], results, notes)
+            yield Row(pair, f"prompts of {tokens} tokens", 0, results, report, read_prompts(file), long=True)
 
 
 def measured(pair: str, asked: list[str], file: Path, notes: list[str]) -> dict[str, Any]:
@@ -111,6 +137,23 @@ def measured(pair: str, asked: list[str], file: Path, notes: list[str]) -> dict[
     if other:
         notes.append(f"{file} was kept, but was measured with another {', '.join(other)}: delete it to take it anew")
     return report
+
+
+def own_prompts(pair: str, tokens: int, out: Path) -> Path | None:
+    """A file of CONTEXT_PROMPTS prompts of about so many tokens, kept once written; None where there is no room."""
+    folder, file = resolve_pair(pair), out / f"{Path(pair).name}.context{tokens}.jsonl"
+    if 2 * tokens > read_manifest(folder).target.max_context:
+        return None
+    if file.exists():
+        return file
+    tokenizer = Tokenizer.from_folder(folder / "target")
+    files = [file for pattern in OWN_TEXT for file in sorted(ROOT.glob(pattern))]
+    text = tokenizer.encode("\n".join(file.read_text(encoding="utf-8") for file in files), add_special_tokens=False)
+    frame = len(tokenizer.encode_chat([{"role": "user", "content": "-"}]))
+    parts = [text[begin : begin + max(tokens - frame, 1)] for begin in range(0, CONTEXT_PROMPTS * tokens, tokens)]
+    lines = [json.dumps({"prompt": tokenizer.decode(part)}) + "\n" for part in parts if part]
+    write_atomically(file, "".join(lines).encode())
+    return file
 
 
 def repeat(row: Row, length: list[str], notes: list[str]) -> list[dict[str, Any]]:
@@ -165,10 +208,11 @@ def line(row: Row) -> str:
     facts, count, needed = row.report, len(row.talks), needed_mb(row)
     ratios = [prompt["speedup"] for prompt in facts["prompts"] if prompt["speedup"] is not None] or [nan]
     cells = (
-        Path(row.pair).name, f"{count} of {TASKS[row.task]}" + (", temperature 1" if row.temperature else ""),
+        Path(row.pair).name, f"{count} of {row.task}" + (", temperature 1" if row.temperature else ""),
         f"{facts['speedup'] or nan:.2f}x", f"{min(ratios):.2f}x, {max(ratios):.2f}x",
         f"{facts['acceptance_length']:.2f}", f"{facts['plain_tokens_per_second']:.1f}",
-        f"{facts['tokens_per_second']:.1f}", f"{facts['other_tokens']} of {facts['new_tokens']}",
+        f"{facts['tokens_per_second']:.1f}", f"{facts['prefill_ms']:.0f}",
+        f"{facts['other_tokens']} of {facts['new_tokens']}",
         f"{facts['draft_ms']:.1f} / {facts['verify_ms']:.1f} / {facts['other_ms']:.1f}",
         f"{facts['nodes_per_round']:.1f}", "{:.2f}, {:.2f}".format(*shares(facts)),
         f"{facts['peak_rss_mb']:.0f}", f"{facts['peak_rss_mb'] / needed:.2f}x of {needed:.0f}",
@@ -182,7 +226,7 @@ def losses(rows: list[Row], again: dict[Path, list[dict[str, Any]]]) -> list[str
     for row in rows:
         second = dict(zip(row.slow(), again.get(row.file, ()), strict=False))
         for index, prompt in enumerate(row.report["prompts"]):
-            where = f"- {Path(row.pair).name}, {TASKS[row.task]}, prompt {index} (`{prompt['name']}`)"
+            where = f"- {Path(row.pair).name}, {row.task}, prompt {index} (`{prompt['name']}`)"
             if index in row.slow():
                 repeated = f"{second[index]['speedup'] or nan:.2f}x" if index in second else "not measured"
                 slow.append(f"{where}: {prompt['speedup']:.2f}x, again {repeated}")

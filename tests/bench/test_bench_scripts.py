@@ -220,6 +220,8 @@ def measure(tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
     table, prompts = script("table"), tmp_path / "prompts"
+    (tmp_path / "README.md").write_text("One Two Three " * 200)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
     prompts.mkdir()
     for task in table.TASKS:
         talks = [{"question_id": f"{task}-{turn}", "turns": [turn]} for turn in ("One", "Two", "Three")]
@@ -253,16 +255,18 @@ def made_up(file: Path, every: float = 1.5, **first: Any) -> None:
 
 
 def test_a_table_has_a_row_for_every_benchmark_and_goes_on_where_one_is_missing(measure, tmp_path: Path) -> None:
-    flags = ("--limit", "2", "--no-repeat-slow")
+    flags = ("--limit", "2", "--sampled-limit", "1", "--no-repeat-slow")
     result, asked = measure(*flags)
     assert result.exit_code == 0, result.output
-    assert [arguments[0] for arguments in asked] == ["tune", *["bench"] * 5]
-    assert ["--temperature" in arguments for arguments in asked] == [False] * 5 + [True]
+    assert [arguments[0] for arguments in asked] == ["tune", *["bench"] * 9]
+    assert ["--temperature" in arguments for arguments in asked] == [False] * 5 + [True] * 4 + [False]
     rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| tiny |")]
-    assert [(row[1], row[7]) for row in rows] == [
-        ("2 of HumanEval", "0 of 24"), ("2 of GSM8K", "0 of 24"), ("2 of MT-bench", "0 of 24"),
-        ("2 of Alpaca", "0 of 24"), ("2 of HumanEval, temperature 1", "0 of 24"),
-    ]  # fmt: skip
+    tasks = ("HumanEval", "GSM8K", "MT-bench", "Alpaca")
+    assert [(row[1], row[8]) for row in rows] == [
+        *((f"2 of {task}", "0 of 24") for task in tasks),
+        *((f"1 of {task}, temperature 1", "0 of 12") for task in tasks),
+        ("3 of prompts of 128 tokens", "0 of 36"),  # of those that the tiny pair's context has room for
+    ]
     assert "Note" not in result.stdout
 
     again, asked = measure(*flags)
@@ -277,7 +281,7 @@ def test_a_table_has_a_row_for_every_benchmark_and_goes_on_where_one_is_missing(
 def test_a_kept_row_of_another_command_is_told_and_one_of_other_prompts_refused(measure, tmp_path: Path) -> None:
     measure("--limit", "2", "--no-repeat-slow")
     result, asked = measure("--no-repeat-slow")
-    assert asked == [] and result.stdout.count("was measured with another command: delete it") == 5
+    assert asked == [] and result.stdout.count("was measured with another command: delete it") == 8
     made_up(tmp_path / "out" / "tiny.alpaca.t0.json", name="another")
     refused, _ = measure("--no-repeat-slow")
     assert isinstance(refused.exception, InputError) and "tiny.alpaca.t0.json" in str(refused.exception)
