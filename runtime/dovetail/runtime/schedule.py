@@ -325,7 +325,8 @@ class Scheduler:
         took, known = draft_ms + verify_ms, self._known
         known.tokens.add(len(tokens))
         known.ms.add(took)
-        self._lost += took / self._pass(1) - len(tokens)
+        if drafted or nodes > 1 or changed:  # a plain step loses nothing, and the noise of many would add up
+            self._lost += took / self._pass(1) - len(tokens)
         trees = known.trees[drafted is not None]
         if nodes > 1:
             trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
