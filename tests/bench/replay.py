@@ -255,7 +255,7 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     """Rounds and ms that the answer takes.  Raises InputError where it is not the recorded one."""
     clock = Clock(costs)
     target = ReplayTarget(each, clock)
-    # The target's logits leave no doubt: at any temperature their best token is drawn.
+    # The recorded token leads by one logit, which at DRAWN leaves no other.
     sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
     request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
     steps = decode(Conversation(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))

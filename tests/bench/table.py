@@ -33,7 +33,7 @@ from dovetail.runtime.tokenizer import Tokenizer
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
 CONTEXTS = (128, 1024, 4096)  # tokens of prompts that are the repository's own text, asked at temperature 0
 CONTEXT_PROMPTS = 3  # of each
-OWN_TEXT = ("README.md", "docs/*.md", "runtime/dovetail/runtime/*.py")
+OWN_TEXT = ("LICENSE", "runtime/dovetail/runtime/*.py")
 ROOT = Path(__file__).parents[2]
 SLOW = 0.97  # of plain decoding's speed: what is slower is listed and measured again
 TIES = "At temperature 0, tokens in whose place the target prefers another where it reads its answer again:"
@@ -54,7 +54,6 @@ class Row:
     file: Path
     report: dict[str, Any]
     talks: list[Conversation]
-    long: bool = False  # of a prompt of given length
 
     def slow(self) -> list[int]:
         return [i for i, prompt in enumerate(self.report["prompts"]) if (prompt["speedup"] or 1.0) < SLOW]
@@ -89,7 +88,7 @@ def table(
             write_atomically(tuned, dovetail_run("tune", pair, "--seconds", f"{seconds:g}", "--json").encode())
         rows += task_rows(pair, tasks, prompts, out, {0: limit, 1: sampled_limit or limit}, length, notes)
         rows += context_rows(pair, out, length, notes)
-    greedy = [row for row in rows if row.temperature == 0 and not row.long]
+    greedy = [row for row in rows if row.temperature == 0]
     again = {row.file: repeat(row, length, notes) for row in greedy if repeat_slow and row.slow()}
     head = ["| " + " | ".join(COLUMNS) + " |", "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|"]
     click.echo("\n".join([*head, *map(line, rows), *losses(greedy, again), *circumstances(rows, notes)]))
@@ -119,7 +118,7 @@ def context_rows(pair: str, out: Path, length: list[str], notes: list[str]) -> I
         if file is not None:
             results = file.with_suffix(".json")
             report = measured(pair, ["--prompts", str(file), *length], results, notes)
-            yield Row(pair, f"prompts of {tokens} tokens", 0, results, report, read_prompts(file), long=True)
+            yield Row(pair, f"own text, {tokens} tokens", 0, results, report, read_prompts(file))
 
 
 def measured(pair: str, asked: list[str], file: Path, notes: list[str]) -> dict[str, Any]:
@@ -142,13 +141,14 @@ def measured(pair: str, asked: list[str], file: Path, notes: list[str]) -> dict[
 def own_prompts(pair: str, tokens: int, out: Path) -> Path | None:
     """A file of CONTEXT_PROMPTS prompts of about so many tokens, kept once written; None where there is no room."""
     folder, file = resolve_pair(pair), out / f"{Path(pair).name}.context{tokens}.jsonl"
-    if 2 * tokens > read_manifest(folder).target.max_context:
+    if 2 * tokens > read_manifest(folder).target.max_context:  # prompt and answer, with room for other templates
         return None
     if file.exists():
         return file
+    file.with_suffix(".json").unlink(missing_ok=True)  # of other prompts
     tokenizer = Tokenizer.from_folder(folder / "target")
-    files = [file for pattern in OWN_TEXT for file in sorted(ROOT.glob(pattern))]
-    text = tokenizer.encode("\n".join(file.read_text(encoding="utf-8") for file in files), add_special_tokens=False)
+    sources = [source for pattern in OWN_TEXT for source in sorted(ROOT.glob(pattern))]
+    text = tokenizer.encode("\n".join(source.read_text("utf-8") for source in sources), add_special_tokens=False)
     frame = len(tokenizer.encode_chat([{"role": "user", "content": "-"}]))
     parts = [text[begin : begin + max(tokens - frame, 1)] for begin in range(0, CONTEXT_PROMPTS * tokens, tokens)]
     lines = [json.dumps({"prompt": tokenizer.decode(part)}) + "\n" for part in parts if part]

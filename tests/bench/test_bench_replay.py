@@ -73,7 +73,7 @@ def test_a_pair_is_recorded_and_replayed(
                 prompt, max_new_tokens=24, speculate=False, temperature=temperature, seed=3
             ).token_ids
             assert each.answer[: len(told)] == told and len(each.trees) == len(each.answer) - 1 >= len(told) - 1
-            assert all(len(tree) > 1 for tree in each.trees)
+            assert all(len(tree) > 1 for tree in each.trees) and each.sampled == bool(temperature)
             engine.reset()
     command = ["play", str(tiny_full_pair), str(out), "--costs", str(costs)]
     result = CliRunner().invoke(script.main, command, catch_exceptions=False)

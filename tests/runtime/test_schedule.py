@@ -261,6 +261,24 @@ def test_a_machine_that_slept_drafts_again(stall: float) -> None:
     assert clock.now - stall < 1.1 * answer("copy", costs(), tokens=3000, noise=1.0)[0].now
 
 
+def test_a_machine_that_becomes_quiet_goes_on_drafting() -> None:
+    """What rounds took is remembered in plain steps: twice the speed makes none of them look dear."""
+    true = costs(switch_ms=16.0)
+    busy, scheduler, _ = answer("copy", true, tokens=600, noise=1.0, slow=2.0)
+    quiet = answer("copy", true, tokens=600, noise=1.0, scheduler=scheduler)[0]
+    assert quiet.now == pytest.approx(busy.now / 2, rel=0.05) and quiet.now < 0.8 * plain_seconds(true, 600)
+
+
+def test_what_was_left_in_the_long_run_is_come_back_to() -> None:
+    true = costs(12.0, 0.9, 4.5, switch_ms=8.4)
+    scheduler = Scheduler(true)
+    for _ in range(8):
+        answer("copy", true, noise=2.0, temperature=1.0, tokens=200, scheduler=scheduler)
+    assert scheduler._sampled.left and not scheduler._greedy.left
+    clocks = [answer("copy", true, sharpness=60.0, temperature=1.0, scheduler=scheduler)[0] for _ in range(5)]
+    assert not scheduler._sampled.left and clocks[-1].now < 0.6 * plain_seconds(true)
+
+
 def test_a_drafter_that_becomes_good_again_is_found_out() -> None:
     scheduler = answer("hostile", costs())[1]
     clock, _, _ = answer("copy", costs(), scheduler=scheduler, sharpness=60.0)
@@ -274,7 +292,23 @@ def test_an_answer_is_bounded_in_what_it_loses_whatever_those_before_it_gave(noi
     scheduler = answer("copy", costs(12.0, 0.3, 1.0, switch_ms=8.4), tokens=300, noise=0.5)[1]
     true = scheduler.costs = costs(12.0, 0.9, call_ms, switch_ms=8.4)
     clock, _, _ = answer("copy", true, tokens=1500, noise=noise, scheduler=scheduler)
-    assert clock.now < 1.03 * plain_seconds(true, 1500)
+    assert clock.now < 1.025 * plain_seconds(true, 1500)
+
+
+def test_a_long_answer_that_lost_is_drafted_again_when_that_pays() -> None:
+    true = costs(12.0, 0.9, 4.0, switch_ms=8.4)
+    logits, clock = MarkovLogits(50, order=3, sharpness=3.0), Clock(true)
+    poor, good = (TimedDrafter.copy_of(logits, noise) for noise in (3.0, 0.5))
+    assert isinstance(poor, TimedDrafter)
+    poor.clock = clock
+    request = Request((1, 2, 3), 4000, limits=LIMITS, scheduler=Scheduler(true))
+    seconds = list[float]()
+    for step in decode(Conversation(TimedTarget(logits, clock), poor), request, Meter(clock=clock)):
+        seconds += [clock.now] * len(step.tokens)
+        if len(seconds) > 2000:
+            poor._propose = good._propose
+    assert seconds[1999] < 1.03 * plain_seconds(true, 2000)
+    assert seconds[-1] - seconds[-1000] < 0.8 * plain_seconds(true, 1000)
 
 
 def test_drafts_that_lose_a_little_in_every_answer_are_left_in_the_long_run() -> None:

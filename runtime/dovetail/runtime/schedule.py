@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 
 from .calibration import Calibration
 from .costs import Costs
+from .experience import MEMORY, Average, Experience, Round
 from .tree import DraftTree, TreeLimits, best_tree
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
-MEMORY = 40.0  # rounds after which an average has mostly forgotten
-PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
-EVIDENCE = 30.0  # visits that the correction of a depth remembers
 FADING = 0.995  # of what is remembered of trees, at each that was not worth verifying
-PRIOR = 3.0  # visits that the drafter's own word counts for
+TRIAL_FADING = 0.5  # the same at a trial, of which there are few
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
 CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # of a scheduled tree; 1 is plain decoding
@@ -46,104 +44,8 @@ OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
-LONG_RUN = 60.0  # drafted rounds that tell what drafting is worth in the long run, whatever a change costs,
-LONG_LOSS = 0.06  # where it may lose so much of a plain step a round;
-LONG_AGAIN = 40.0  # rounds that this is judged by once it was found not to pay
-ANSWER_LOSS = 5.0  # plain steps that an answer may have lost, beyond which only trials draft
-
-
-@dataclass
-class Average:
-    """A running mean that starts with the first value and then remembers about `memory` of them."""
-
-    value: float = 0.0
-    count: float = 0.0
-    memory: float = MEMORY
-
-    def add(self, value: float) -> None:
-        self.count = min(self.count + 1.0, self.memory)
-        self.value += (value - self.value) / self.count
-
-
-@dataclass
-class Correction:
-    """What was expected and what came, of one kind, and what a further expectation of that kind is worth."""
-
-    expected: float = 0.0
-    right: float = 0.0
-    visits: float = 0.0
-
-    def add(self, expected: float, right: float) -> None:
-        self.forget(EVIDENCE - 1.0)
-        self.expected, self.right, self.visits = self.expected + expected, self.right + right, self.visits + 1.0
-
-    def forget(self, visits: float) -> None:
-        """Remember no more than so many."""
-        if self.visits > visits:
-            share = visits / self.visits
-            self.expected, self.right, self.visits = share * self.expected, share * self.right, visits
-
-    @property
-    def factor(self) -> float:
-        """What a probability of this kind, as it was before, is multiplied with."""
-        return (self.right + PRIOR) / (self.expected + PRIOR)
-
-
-@dataclass
-class Drafting:
-    """What drafted rounds gave and took, in tokens and ms.  rested: undrafted rounds since."""
-
-    tokens: Average = field(default_factory=Average)
-    ms: Average = field(default_factory=Average)
-    rested: int = 0
-
-    def add(self, tokens: float, ms: float) -> None:
-        self.tokens.add(tokens)
-        self.ms.add(ms)
-        self.rested = 0
-
-    def forget(self, rounds: float) -> None:
-        self.tokens.count, self.ms.count = min(self.tokens.count, rounds), min(self.ms.count, rounds)
-
-    def worth(self, price: float) -> float:
-        """Of such a round, in ms."""
-        return price * self.tokens.value - self.ms.value
-
-
-@dataclass
-class Experience:
-    """What answers of one kind, greedy or sampled, have taught: drafts come true less often where tokens are drawn.
-
-    corrections: by depth, of a node's best child, and of the others: a drafter may be too sure of the one and right in
-    sum.  trees: of whole trees, without the drafter's part and with it: the best of many are not as good as each is
-    believed.  children: depth -> share of its nodes that their children take.  tokens, ms: per round, the long run.
-    drafting: lately; long_run: at another time scale, and what rounds would have been that were not verified.
-    left: whether the long run has shown that drafting does not pay.
-    """
-
-    corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
-    trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
-    children: dict[int, Average] = field(default_factory=dict)
-    tokens: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))
-    ms: Average = field(default_factory=lambda: Average(memory=PRICE_MEMORY))
-    drafting: Drafting = field(default_factory=Drafting)
-    long_run: Drafting = field(
-        default_factory=lambda: Drafting(Average(memory=PRICE_MEMORY), Average(memory=PRICE_MEMORY))
-    )
-    left: bool = False
-
-    def correction(self, depth: int) -> tuple[Correction, Correction]:
-        return self.corrections.setdefault(depth, (Correction(), Correction()))
-
-    def pays(self, price: float, plain: float) -> bool:
-        """Whether drafting pays in the long run, where a plain step takes `plain` ms."""
-        if not self.left and self.long_run.tokens.count < LONG_RUN:
-            return True
-        pays = self.long_run.worth(price) >= price - (1 + LONG_LOSS) * plain
-        if not pays and not self.left:
-            self.long_run.forget(LONG_AGAIN)
-        self.left = not pays
-        return pays
+ANSWER_LOSS = 5.0  # plain steps that an answer may have lost to its drafts, beyond which only trials draft
+FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long answers are drafted again
 
 
 @dataclass
@@ -163,14 +65,13 @@ class Scheduler:
     _target_pace: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
     _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
     _draft_pace: Average = field(default_factory=lambda: Average(1.0))
-    _credit: float | None = None  # ms that may be lost to drafts
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
-    _lost: float = 0.0  # plain steps that the answer at hand has taken longer than plain decoding
+    _lost: float = 0.0  # plain steps that the answer at hand has lost to its drafts
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
-    _unverified: DraftTree | None = None  # of the round at hand, where nothing of it was worth verifying
-    _missed: tuple[float, float] | None = None  # tokens and ms of the round at hand, had its draft been verified
+    _unverified: bool = False  # the round at hand had a tree of which nothing was worth verifying
+    _missed: Round | None = None  # what the round at hand would have been, had its draft been verified
 
     def __post_init__(self) -> None:
         self._known = self._greedy
@@ -184,7 +85,7 @@ class Scheduler:
         """A round begins: `context` tokens are committed, `most` nodes have room.  Returns the widest tree of use."""
         self._context = context
         self._widths = tuple(width for width in widths(self.costs, context) if width <= most)
-        self._calls, self._trial, self._unverified, self._missed = 0.0, None, None, None
+        self._calls, self._trial, self._unverified, self._missed = 0.0, None, False, None
         return self._widths[-1]
 
     # --- what is believed
@@ -228,9 +129,7 @@ class Scheduler:
     @property
     def price(self) -> float:
         """Milliseconds that a token is worth."""
-        plain = self._pass(1)
-        known = self._known
-        return min(plain, known.ms.value / known.tokens.value) if known.tokens.count else plain
+        return self._known.price * self._pass(1)
 
     def drafts(self, repeats: DraftTree, unread: int) -> bool:
         """Whether to ask the drafter, at the start of a round.
@@ -240,18 +139,18 @@ class Scheduler:
         if len(self._widths) == 1:  # no room for a tree
             return False
         known, plain, otherwise = self._known, self._pass(1), self._otherwise(repeats)
-        drafting = known.drafting
-        worth = drafting.worth(self.price) - self._backlog(unread)
-        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and known.pays(self.price, plain)
-        if drafting.tokens.count < PATIENCE or pays:
+        worth = known.drafted.worth(known.price) * plain - self._backlog(unread)
+        known.judge_long_run()
+        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and not known.left
+        if known.drafted.count < PATIENCE or pays:
             return True
-        if self._credit is None:
-            self._credit = TRIAL_START * plain
-        if self._credit < self._draft(1) or drafting.rested < TRIAL_REST:
+        if known.credit is None:
+            known.credit = TRIAL_START
+        if known.credit * plain < self._draft(1) or known.rested < TRIAL_REST:
             return False
         self._trial = otherwise
-        if drafting.rested >= MEMORY:  # what was wrong then may be right now
-            drafting.forget(TRIAL_MEMORY)
+        if known.rested >= MEMORY:  # what was wrong then may be right now
+            known.drafted.forget(TRIAL_MEMORY)
             for correction in chain(*known.corrections.values()):
                 correction.forget(TRIAL_MEMORY)
         return True
@@ -274,12 +173,11 @@ class Scheduler:
         """
         worth = self._worth(tree, drafted) if drafted or len(tree) > 1 else {1: 0.0}
         width = self._best_width(worth)
-        if width == 1 < len(tree):
-            self._unverified = tree
+        self._unverified = width == 1 < len(tree)
         if drafted and self._unverified:
             best = max((other for other in worth if other > 1), key=worth.__getitem__)
-            tokens, pass_ms = (worth[best] + self._pass(best)) / self.price, self._pass(best)
-            self._missed = tokens, pass_ms + self._draft(1) + self._calls * self._draft_pace.value
+            took = self._pass(best) + self._draft(1) + self._calls * self._draft_pace.value
+            self._missed = Round((worth[best] + self._pass(best)) / self.price, took / self._pass(1))
         if width != self._width:
             self._regret = {}
         kept = min(width, len(tree))
@@ -322,31 +220,33 @@ class Scheduler:
             self._draft_pace.add(min(draft_ms / calls, STALL * self._draft_pace.value))
             draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value)
 
-        took, known = draft_ms + verify_ms, self._known
-        known.tokens.add(len(tokens))
-        known.ms.add(took)
-        if drafted or nodes > 1 or changed:  # a plain step loses nothing, and the noise of many would add up
-            self._lost += took / self._pass(1) - len(tokens)
+        known, plain = self._known, self._pass(1)
+        took = (draft_ms + verify_ms) / plain
+        known.rounds.add(Round(len(tokens), took))
+        self._lost -= FORGIVEN * len(tokens)
+        if drafted:
+            self._lost = max(self._lost + min(took - len(tokens), OUTLIER), -ANSWER_LOSS)
         trees = known.trees[drafted is not None]
         if nodes > 1:
             trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
-        elif self._unverified is not None:  # or what was wrong once would never be tried again
-            trees.forget(FADING * trees.visits)
+        elif self._unverified:  # or what was wrong once would never be tried again
+            trees.forget((FADING if self._trial is None else TRIAL_FADING) * trees.visits)
         alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
         ratio = verify_ms / (self.costs.target.at(self._context, nodes) + switch_ms)
         if not changed and self._target_pace.count:
             alone.add(ratio / self._target_pace.value)
         self._target_pace.add(ratio / alone.value)
-        if self._credit is not None:
-            loss = 0.0 if self._trial is None else self._trial - (self.price * len(tokens) - took)
-            self._credit = min(self._credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS * self._pass(1))
+        if known.credit is not None:
+            loss = 0.0 if self._trial is None else self._trial / plain - (known.price * len(tokens) - took)
+            known.credit = min(known.credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS)
         if drafted is None:
-            known.drafting.rested += 1
+            known.rested += 1
             return
         self._learn(drafted, tokens)
-        took -= self._backlog(unread)
-        known.drafting.add(len(tokens), took)
-        known.long_run.add(*(self._missed or (len(tokens), took)))
+        known.rested, took = 0, took - self._backlog(unread) / plain
+        # A trial is to tell what drafts are worth, also where the change alone kept its tree from being verified.
+        known.drafted.add((self._trial is not None and self._missed) or Round(len(tokens), took))
+        known.long_run.add(self._missed or Round(len(tokens), took - switch_ms * self._target_pace.value / plain))
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
