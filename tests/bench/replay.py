@@ -107,13 +107,12 @@ def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_m
     try:
         folder, manifest = read_pair(pair)
         calibration, limits = pair_calibration(folder, manifest), limits_of(manifest)
+        recorded, clocks = [(file, load(file)) for file in files], [(source, read_costs(source)) for source in measured]
         click.echo(
             f"| record | costs | median | least | mean | below {SLOW}x | prompts |\n|---|---|--:|--:|--:|--:|--:|"
         )
-        for file in files:
-            records = load(file)
-            for source in measured:
-                costs = read_costs(source)
+        for file, records in recorded:
+            for source, costs in clocks:
                 scheduler, ratios = Scheduler(costs, calibration), []
                 for each in records:
                     rounds, ms = replay(each, costs, scheduler, limits)
