@@ -200,6 +200,8 @@ def load(file: Path) -> list[Record]:
             Record(tuple(islice(tokens, asked)), tuple(islice(tokens, told)), tuple(islice(trees, told - 1)), sampled)
             for asked, told, sampled in zip(*(held[key].tolist() for key in KEYS), strict=True)
         ]
+    except FileNotFoundError:
+        raise InputError(f"there is no record {file}: name another file") from None
     except (
         OSError,
         EOFError,
