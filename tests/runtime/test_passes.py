@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.runtime import openvino_target
 from dovetail.runtime.decode import Conversation, Request, decode
+from dovetail.runtime.errors import ContextOverflow
 from dovetail.runtime.manifest import read_manifest
 from dovetail.runtime.metrics import Meter
-from dovetail.runtime.openvino_target import OpenVINOTarget
+from dovetail.runtime.openvino_target import OpenVINOTarget, prompt_rows
 from dovetail.runtime.paged import FLOAT32, PROPERTIES, Batch, default_properties
 from dovetail.runtime.tree import DraftTree, TreeLimits
 
@@ -54,7 +56,43 @@ def test_plain_decoding_runs_one_row_and_a_prompt_never_does(target: OpenVINOTar
     for prompt in (PROMPT.tolist(), [7]):
         rows.clear()
         list(decode(talk, Request(tuple(prompt), 5), Meter()))
-        assert rows == [max(len(prompt), 2), 1, 1, 1, 1]
+        assert rows == [prompt_rows(len(prompt)), 1, 1, 1, 1]
+
+
+def test_prompts_of_all_lengths_come_in_few_sizes_that_are_little_more() -> None:
+    sizes = {count: prompt_rows(count) for count in range(1, 257)}
+    assert len(set(sizes.values())) < 25 and 1 not in sizes.values()
+    for count, rows in sizes.items():
+        assert count <= rows <= max(2, count * 2 - 1, count + 7 if count <= 64 else count + 15)
+    assert sizes[256] == 256  # whole chunks are not filled
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 20, 70, 200])
+def test_what_fills_a_prompt_up_is_never_seen(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch, count) -> None:
+    """Against passes of exactly the tokens: what is told of them, and what follows them."""
+
+    def read() -> list[np.ndarray]:
+        target.reset(0)
+        target.prefill(np.arange(40, 46))
+        told = target.prefill(np.arange(count) % 97)
+        out = [np.array(told.logits), np.array(told.features)]
+        assert target.length == 6 + count and out[0].shape[0] == 1 and out[1].shape[0] == count
+        out.append(np.array(target.verify(fork(5, 6, 7)).logits))
+        target.commit(np.array([0, 2]))
+        return [*out, np.array(target.prefill(np.array([11, 12])).logits)]
+
+    filled = read()
+    monkeypatch.setattr(openvino_target, "prompt_rows", lambda count: max(count, 2))
+    for got, want in zip(filled, read(), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-2)
+
+
+def test_a_prompt_may_end_where_the_context_does(target: OpenVINOTarget) -> None:
+    target.prefill(np.arange(target.max_context - 1) % 97)
+    target.prefill(np.array([5]))
+    assert target.length == target.max_context
+    with pytest.raises(ContextOverflow, match=f"^{target.max_context + 3} tokens exceed"):
+        target.prefill(np.array([5, 6, 7]))
 
 
 def test_with_limits_every_pass_has_two_rows_and_the_bits_of_a_chain(target: OpenVINOTarget, rows: list[int]) -> None:
