@@ -14,6 +14,8 @@ PRIOR = 3.0  # visits that the drafter's own word counts for
 LONG_RUN = 60.0  # drafted rounds after which the long run tells whether drafting pays
 LONG_LOSS = 0.06  # of a plain step that a drafted round may lose in the long run
 LONG_AGAIN = 40.0  # rounds that the long run remembers while drafting is left
+MOST_CAUTION = 6.0  # plain steps
+EASING = 0.003  # plain steps of caution that a plain round takes away
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Experience:
     corrections: by depth, of a node's best child, and of the others: a drafter may be too sure of the one and right in
     sum.  trees: of whole trees, without the drafter's part and with it: the best of many are not as good as each is
     believed.  children: depth -> share of its nodes that their children take.
+    caution: plain steps that repeats must promise beyond the change of width before plain decoding is left for them.
     """
 
     rounds: Record = field(default_factory=lambda: Record(PRICE_MEMORY))
@@ -110,6 +113,7 @@ class Experience:
     corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
     trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
     children: dict[int, Average] = field(default_factory=dict)
+    caution: float = 0.0
 
     def correction(self, depth: int) -> tuple[Correction, Correction]:
         return self.corrections.setdefault(depth, (Correction(), Correction()))
@@ -118,6 +122,13 @@ class Experience:
     def price(self) -> float:
         """Plain steps that a token is worth: what it has lately taken, at most one."""
         return min(1.0, self.rounds.steps.value / self.rounds.tokens.value) if self.rounds.count else 1.0
+
+    def judge_leap(self, gain: float) -> None:
+        """From plain decoding to trees of repeats and back has gained so many plain steps; what it lost is asked for.
+
+        Each repeat may seem to pay: those that seem to most are those that are believed in too much.
+        """
+        self.caution = min(max(self.caution - gain, 0.0), MOST_CAUTION)
 
     def judge_long_run(self) -> None:
         """Leave drafting where it has not paid, or come back."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .calibration import Calibration
 from .costs import Costs
-from .experience import MEMORY, Average, Experience, Round
+from .experience import EASING, MEMORY, Average, Experience, Round
 from .tree import DraftTree, TreeLimits, best_tree
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
@@ -44,7 +44,8 @@ OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
-ANSWER_LOSS = 5.0  # plain steps that an answer may have lost to its drafts, beyond which only trials draft
+ANSWER_LOSS = 3.0  # plain steps that an answer may have lost to its drafts, beyond which only trials draft
+ANSWER_GAIN = 5.0  # the same that it may have gained at most, to be lost again
 FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long answers are drafted again
 
 
@@ -68,6 +69,7 @@ class Scheduler:
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
     _lost: float = 0.0  # plain steps that the answer at hand has lost to its drafts
+    _leap: float | None = None  # plain steps gained since repeats led from plain decoding to trees, None when back
     _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
     _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
     _unverified: bool = False  # the round at hand had a tree of which nothing was worth verifying
@@ -78,6 +80,7 @@ class Scheduler:
 
     def restart(self, sampled: bool) -> None:
         """An answer begins: the target's last pass was none of a tree.  sampled: its tokens are drawn."""
+        self._land()
         self._width, self._regret, self._lost = 0, {}, 0.0
         self._known = self._sampled if sampled else self._greedy
 
@@ -172,7 +175,7 @@ class Scheduler:
         Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
         """
         worth = self._worth(tree, drafted) if drafted or len(tree) > 1 else {1: 0.0}
-        width = self._best_width(worth)
+        width = self._best_width(worth, drafted)
         self._unverified = width == 1 < len(tree)
         if drafted and self._unverified:
             best = max((other for other in worth if other > 1), key=worth.__getitem__)
@@ -185,13 +188,14 @@ class Scheduler:
             tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
         return filled(tree, width)
 
-    def _best_width(self, worth: dict[int, float]) -> int:
+    def _best_width(self, worth: dict[int, float], drafted: bool) -> int:
         """The last one, or another: when this tree alone makes the change pay, or when what staying lost would have."""
-        width = max(worth, key=lambda width: worth[width] - self._change(width))
+        change = {width: self._change(width, drafted) for width in worth}
+        width = max(worth, key=lambda width: worth[width] - change[width])
         if width == self._width:
             for other in worth:
                 self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
-            width = max((other for other in worth if self._regret[other] >= self._change(other)), key=worth.__getitem__)
+            width = max((other for other in worth if self._regret[other] >= change[other]), key=worth.__getitem__)
         return width
 
     def observe(
@@ -210,7 +214,8 @@ class Scheduler:
         tokens: what came after the root.
         """
         nodes = len(verified)
-        changed, self._width = self._width != nodes, nodes
+        before, self._width = self._width, nodes
+        changed = before != nodes
         switch_ms = changed * self.costs.switch_ms
         # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
         verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
@@ -223,9 +228,10 @@ class Scheduler:
         known, plain = self._known, self._pass(1)
         took = (draft_ms + verify_ms) / plain
         known.rounds.add(Round(len(tokens), took))
+        self._follow(drafted is not None, before, len(tokens) - took)
         self._lost -= FORGIVEN * len(tokens)
         if drafted:
-            self._lost = max(self._lost + min(took - len(tokens), OUTLIER), -ANSWER_LOSS)
+            self._lost = max(self._lost + min(took - len(tokens), OUTLIER), -ANSWER_GAIN)
         trees = known.trees[drafted is not None]
         if nodes > 1:
             trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
@@ -248,6 +254,21 @@ class Scheduler:
         known.drafted.add((self._trial is not None and self._missed) or Round(len(tokens), took))
         known.long_run.add(self._missed or Round(len(tokens), took - switch_ms * self._target_pace.value / plain))
 
+    def _follow(self, drafted: bool, before: int, gain: float) -> None:
+        """Count what a leap for repeats gains, from plain decoding to trees and back.  before: the last pass's width."""
+        if self._leap is None and not drafted and before <= 1 < self._width:
+            self._leap = 0.0
+        if self._leap is not None:
+            self._leap += gain
+        if self._width == 1:
+            self._land()
+            self._known.caution = max(0.0, self._known.caution - EASING)
+
+    def _land(self) -> None:
+        if self._leap is not None:
+            self._known.judge_leap(self._leap)
+        self._leap = None
+
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
         expected = tree.expected_lengths
@@ -267,17 +288,18 @@ class Scheduler:
 
         Such rounds come in rows, over which a change is spread: where there are no repeats `prune` makes it at once.
         """
-        return max(worth - self._change(width) for width, worth in self._worth(repeats, False).items())
+        return max(worth - self._change(width, False) for width, worth in self._worth(repeats, False).items())
 
-    def _change(self, width: int) -> float:
+    def _change(self, width: int, drafted: bool) -> float:
         """Ms that this width costs more because the last pass had another.
 
         Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
-        answer too), the way back counts.
+        answer too), the way back counts.  For repeats alone plain decoding is left with caution.
         """
         if self._width == width:
             return 0.0
-        return (1 + (1 in (self._width, width))) * self.costs.switch_ms * self._target_pace.value
+        ms = (1 + (1 in (self._width, width))) * self.costs.switch_ms * self._target_pace.value
+        return ms if drafted or width == 1 or self._width > 1 else ms + self._known.caution * self._pass(1)
 
     def _pass(self, width: int) -> float:
         """Predicted ms of a pass of the target now, after one of the same width."""
