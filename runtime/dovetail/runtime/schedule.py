@@ -255,7 +255,7 @@ class Scheduler:
         known.long_run.add(self._missed or Round(len(tokens), took - switch_ms * self._target_pace.value / plain))
 
     def _follow(self, drafted: bool, before: int, gain: float) -> None:
-        """Count what a leap for repeats gains, from plain decoding to trees and back.  before: the last pass's width."""
+        """Count what a leap for repeats gains, from plain decoding to trees and back.  before: the last width."""
         if self._leap is None and not drafted and before <= 1 < self._width:
             self._leap = 0.0
         if self._leap is not None:
