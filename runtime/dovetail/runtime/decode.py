@@ -170,10 +170,9 @@ class Conversation:
     def tell(self, features: FloatArray) -> None:
         """The next pairs for the drafter: `features` [n, D], kept, with the n tokens that follow theirs."""
         begin, parts = self._unread if self._unread.parts else (self._read_to, ())
-        unread = _Unread(begin, (*parts, features))
-        while unread.pairs - len(unread.parts[0]) >= _WINDOW:
-            unread = _Unread(unread.begin + len(unread.parts[0]), unread.parts[1:])
-        self._unread = unread
+        parts = (*parts, features)
+        excess = max(sum(map(len, parts)) - _WINDOW, 0)
+        self._unread = _Unread(begin + excess, _without(parts, excess))
 
     def read(self) -> None:
         """Let the drafter read what waits; where pairs before it were dropped, it forgets those it has read."""
@@ -335,6 +334,13 @@ def _cut(tokens: tuple[int, ...], tokens_left: int, stop_tokens: frozenset[int])
         if token in stop_tokens:
             return Step(tokens[:index], "stop")
     return Step(tokens[:tokens_left], "length" if len(tokens) >= tokens_left else None)
+
+
+def _without(parts: tuple[FloatArray, ...], rows: int) -> tuple[FloatArray, ...]:
+    """`parts` but for their first `rows` rows."""
+    while rows and rows >= len(parts[0]):
+        rows, parts = rows - len(parts[0]), parts[1:]
+    return (parts[0][rows:], *parts[1:]) if rows else parts
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from .runners import CHUNK
 
 BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted tokens, wider levels, prompts
 CONTEXT = 4096  # pairs that the device holds; beyond, the drafter goes on with the last of them
-LEAST_CONTEXT = 1024  # a drafter reads up to 511 pairs of a prompt at once, after 256 that it reads again
+LEAST_CONTEXT = 1024  # 256 pairs that are read again, 256 of a prompt, and as many to go on with as both
 CONTEXT_STEP = 256
 HALF, SINGLE, INDEX = 2, 4, 8  # bytes
 # CUDA's own: context, kernels, cuBLAS workspaces.  An allowance, not a measurement: it differs from GPU to GPU.
