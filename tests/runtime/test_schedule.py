@@ -347,37 +347,85 @@ def test_repeats_are_left_while_they_do_not_come_true_and_found_out_when_they_do
     assert widths_of(50, [2, 3, 4, 5])[-10:] == [4] * 10
 
 
-def repeats_alone(often: float, first: float, later: float, seed: int, switch_ms: float = 7.0) -> float:
+PROMISE = tuple(float(np.log(0.7) + i * np.log(0.85)) for i in range(10))
+REPEAT = graft(DraftTree.root(1), [Repeat(tuple(range(2, 12)), PROMISE, (4, 0))], 24)
+
+
+def repeats_alone(
+    often: float, first: float, later: float, seed: int, scheduler: Scheduler | None = None
+) -> tuple[float, Scheduler]:
     """How many times as fast as plain decoding 3,000 tokens are with repeats alone, which promise more than they keep.
 
     often: probability of one after none.  first, later: that its first token comes true, and each one after it.
     """
-    true, rng = costs(10.0, 0.2, switch_ms=switch_ms), np.random.default_rng(seed)
-    promise = tuple(float(np.log(0.7) + i * np.log(0.85)) for i in range(10))
-    repeat = graft(DraftTree.root(1), [Repeat(tuple(range(2, 12)), promise, (4, 0))], 24)
-    scheduler, clock, tokens, going_on = Scheduler(true), Clock(true), 0, False
+    true, rng = costs(10.0, 0.2, switch_ms=7.0), np.random.default_rng(seed)
+    scheduler, clock, tokens, going_on = scheduler or Scheduler(true), Clock(true), 0, False
     scheduler.restart(sampled=True)
     while tokens < 3000:
         here = rng.random() < (0.5 if going_on else often)
         going_on = here and rng.random() < first
         found = 1 + going_on * min(int(rng.geometric(1 - later)), 10)
         scheduler.begin(100, 32)
-        tree = scheduler.prune(repeat if here else DraftTree.root(1), drafted=False)
-        begin, came = clock.now, list(range(2, 2 + found))[: None if len(tree) > 1 else 1]
+        tree = scheduler.prune(REPEAT if here else DraftTree.root(1), drafted=False)
+        begin, came = clock.now, list(range(2, 2 + found))[: len(tree)]
         clock.verify(len(tree))
         scheduler.observe(None, 0, tree, came, draft_ms=0.0, verify_ms=(clock.now - begin) * 1e3)
         tokens += len(came)
-    return (tokens * 10.0 + switch_ms) / 1e3 / clock.now
+    return (tokens * 10.0 + 7.0) / 1e3 / clock.now, scheduler
 
 
 @pytest.mark.parametrize(("first", "later"), [(0.2, 0.6), (0.3, 0.6)])
 def test_leaps_for_repeats_that_do_not_pay_for_the_way_back_become_rare(first: float, later: float) -> None:
-    assert np.median([repeats_alone(0.1, first, later, seed) for seed in range(5)]) > 0.987
+    assert np.median([repeats_alone(0.1, first, later, seed)[0] for seed in range(5)]) > 0.987
 
 
 def test_leaps_for_repeats_that_pay_are_made() -> None:
-    rare, all_of_it = (np.median([repeats_alone(often, 0.9, 0.9, seed) for seed in range(5)]) for often in (0.1, 1.0))
-    assert rare > 1.5 and all_of_it > 3.0
+    for often, least in ((0.1, 1.5), (1.0, 2.8)):
+        assert np.median([repeats_alone(often, 0.9, 0.9, seed)[0] for seed in range(5)]) > least
+
+
+def test_leaps_are_made_again_when_they_pay() -> None:
+    scheduler = repeats_alone(0.1, 0.2, 0.6, 0)[1]
+    assert scheduler._sampled.caution > 0.5
+    assert [repeats_alone(0.1, 0.9, 0.9, seed, scheduler)[0] for seed in range(3)][-1] > 1.4
+
+
+def leap(scheduler: Scheduler, sampled: bool) -> None:
+    """The start of an answer: plain rounds, then a tree of repeats of which nothing comes true."""
+    scheduler.restart(sampled)
+    for proposed in (*[DraftTree.root(1)] * 3, REPEAT):
+        scheduler.begin(100, 32)
+        tree = scheduler.prune(proposed, drafted=False)
+        changed_ms = scheduler.costs.switch_ms * (len(tree) != scheduler._width)
+        ms = scheduler.costs.target.at(100, len(tree)) + changed_ms
+        scheduler.observe(None, 0, tree, [99], draft_ms=0.0, verify_ms=ms)
+    assert scheduler._width > 1
+
+
+def test_a_leap_that_an_answer_ends_in_is_judged_with_its_own_kind() -> None:
+    scheduler = Scheduler(costs(10.0, 0.2, switch_ms=7.0))
+    leap(scheduler, sampled=True)
+    leap(scheduler, sampled=False)
+    assert scheduler._sampled.caution > 0 == scheduler._greedy.caution
+    scheduler.restart(sampled=True)
+    assert scheduler._greedy.caution > 0
+
+
+def test_what_drafts_lose_after_a_leap_is_not_its_doing() -> None:
+    cautions = []
+    for lost in (0, 8):
+        scheduler = Scheduler(costs(10.0, 0.2, switch_ms=7.0))
+        leap(scheduler, sampled=False)
+        for _ in range(lost):
+            scheduler.begin(100, 32)
+            scheduler.observe(REPEAT, 1, scheduler.prune(REPEAT, drafted=True), [99], draft_ms=5.0, verify_ms=14.0)
+        scheduler.restart(sampled=False)
+        cautions.append(scheduler._greedy.caution)
+    assert cautions[0] == pytest.approx(cautions[1], abs=0.05) and cautions[0] > 0
+    scheduler.restart(sampled=False)
+    assert scheduler._change(6, drafted=False) - scheduler._change(6, drafted=True) == pytest.approx(
+        cautions[1] * scheduler._pass(1)
+    )
 
 
 def test_repeats_save_the_drafter_its_work() -> None:

@@ -24,7 +24,8 @@ from .tree import DraftTree, TreeLimits, graft
 FinishReason = Literal["stop", "length"]
 
 _CHUNK = 256  # prompt tokens per pass
-# Pairs that wait for the drafter at most: of a longer text it reads the end, no more than it was trained on at once.
+# Pairs that wait for the drafter at most: of a longer text it reads the end, no more than it was trained on at once,
+# and forgets what came before.
 _WINDOW = 256
 _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 STEADY = 2  # nodes: a target may run one alone by other kernels than trees
@@ -168,11 +169,11 @@ class Conversation:
         return self.drafter_start + self.drafter_length
 
     def tell(self, features: FloatArray) -> None:
-        """The next pairs for the drafter: `features` [n, D], kept, with the n tokens that follow theirs."""
+        """The next pairs for the drafter: `features` [n, D], kept while they are among the last, and their n tokens."""
         begin, parts = self._unread if self._unread.parts else (self._read_to, ())
-        parts = (*parts, features)
-        excess = max(sum(map(len, parts)) - _WINDOW, 0)
-        self._unread = _Unread(begin + excess, _without(parts, excess))
+        unread = _Unread(begin, (*parts, features))
+        excess = max(unread.pairs - _WINDOW, 0)
+        self._unread = _Unread(begin + excess, _without(unread.parts, excess))
 
     def read(self) -> None:
         """Let the drafter read what waits; where pairs before it were dropped, it forgets those it has read."""

@@ -130,6 +130,10 @@ class Experience:
         """
         self.caution = min(max(self.caution - gain, 0.0), MOST_CAUTION)
 
+    def ease(self) -> None:
+        """A plain round has passed: what was wrong once may be right now."""
+        self.caution = max(self.caution - EASING, 0.0)
+
     def judge_long_run(self) -> None:
         """Leave drafting where it has not paid, or come back."""
         if self.left or self.long_run.count >= LONG_RUN:

@@ -18,10 +18,10 @@ from .paged import BLOCK, REQUIRED, Batch, PagedModel
 from .sessions import TargetPass, TokenArray
 from .tree import DraftTree
 
-# OpenVINO prepares every size of a pass, and keeps what it prepared (1.3 MiB for SmolLM2): prompts come in few.
-# None is one row, which goes through another kernel, 12 to 20% quicker, that adds in another order than all others.
+# OpenVINO prepares every size of a pass, and keeps what it prepared: prompts come in few.  No prompt runs as one row:
+# that goes through another kernel, 12 to 20% quicker, which adds in another order than those of all other sizes.
 _SMALL_PROMPTS = (2, 4, 8)
-_FINE, _COARSE, _LARGE = 8, 16, 64  # beyond these multiples of 8, of 16 from 64 rows on, which cost nothing
+_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/speed.md)
 
 
 class OpenVINOTarget:
@@ -72,7 +72,10 @@ class OpenVINOTarget:
         count = len(tokens)
         self._width = 0
         positions = np.arange(self._length, self._length + count, dtype=np.int64)
-        filling = (0, prompt_rows(count) - count)  # copies of the last row, which nobody sees: attention is causal
+        rows = prompt_rows(count)
+        if count > 1 and self._length + rows > self.max_context:  # no KV is reserved that only they would need
+            rows = count
+        filling = (0, rows - count)  # copies of the last row, which nobody sees: attention is causal
         tokens, positions = np.pad(tokens, filling, mode="edge"), np.pad(positions, filling, mode="edge")
         logits, features = self._run(tokens, positions, np.array([count - 1], np.int64), None)
         self._length += count
@@ -143,5 +146,5 @@ def prompt_rows(count: int) -> int:
     """Rows of the pass that reads `count` tokens of a prompt."""
     if count <= _SMALL_PROMPTS[-1]:
         return next(rows for rows in _SMALL_PROMPTS if rows >= count)
-    step = _FINE if count <= _LARGE else _COARSE
+    step = _STEP if count <= _LARGE else _LARGE_STEP
     return -(-count // step) * step

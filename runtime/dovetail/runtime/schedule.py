@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .calibration import Calibration
 from .costs import Costs
-from .experience import EASING, MEMORY, Average, Experience, Round
+from .experience import MEMORY, Average, Experience, Round
 from .tree import DraftTree, TreeLimits, best_tree
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
@@ -44,8 +44,8 @@ OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
-ANSWER_LOSS = 3.0  # plain steps that an answer may have lost to its drafts, beyond which only trials draft
-ANSWER_GAIN = 5.0  # the same that it may have gained at most, to be lost again
+ANSWER_LOSS = 3.0  # plain steps that an answer's drafted rounds may have lost, beyond which only trials draft
+ANSWER_GAIN = 5.0  # of what they gained before, or were forgiven, this much may be lost again
 FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long answers are drafted again
 
 
@@ -79,7 +79,10 @@ class Scheduler:
         self._known = self._greedy
 
     def restart(self, sampled: bool) -> None:
-        """An answer begins: the target's last pass was none of a tree.  sampled: its tokens are drawn."""
+        """An answer begins, and the last has ended: the target's last pass was none of a tree.
+
+        sampled: its tokens are drawn.
+        """
         self._land()
         self._width, self._regret, self._lost = 0, {}, 0.0
         self._known = self._sampled if sampled else self._greedy
@@ -228,7 +231,8 @@ class Scheduler:
         known, plain = self._known, self._pass(1)
         took = (draft_ms + verify_ms) / plain
         known.rounds.add(Round(len(tokens), took))
-        self._follow(drafted is not None, before, len(tokens) - took)
+        change = switch_ms * self._target_pace.value / plain
+        self._follow(before, change, -change if drafted else max(len(tokens) - took, -OUTLIER), drafted is not None)
         self._lost -= FORGIVEN * len(tokens)
         if drafted:
             self._lost = max(self._lost + min(took - len(tokens), OUTLIER), -ANSWER_GAIN)
@@ -254,20 +258,30 @@ class Scheduler:
         known.drafted.add((self._trial is not None and self._missed) or Round(len(tokens), took))
         known.long_run.add(self._missed or Round(len(tokens), took - switch_ms * self._target_pace.value / plain))
 
-    def _follow(self, drafted: bool, before: int, gain: float) -> None:
-        """Count what a leap for repeats gains, from plain decoding to trees and back.  before: the last width."""
-        if self._leap is None and not drafted and before <= 1 < self._width:
-            self._leap = 0.0
-        if self._leap is not None:
+    def _follow(self, before: int, change: float, gain: float, drafted: bool) -> None:
+        """Count what a leap for repeats gains, from plain decoding to trees and back, all in plain steps.
+
+        before: width of the last pass, 0 at the start of an answer, where plain decoding has to change as well.
+        change: what this round's took.  gain: of the round; of a drafted one no more than that is the leap's doing.
+        """
+        if self._leap is None and self._leaps(before, self._width, drafted):
+            self._leap = 0.0 if before else change
+        if self._leap is not None and (not drafted or self._width == 1):
             self._leap += gain
         if self._width == 1:
             self._land()
-            self._known.caution = max(0.0, self._known.caution - EASING)
+            self._known.ease()
 
     def _land(self) -> None:
+        """A leap is over, where there was one."""
         if self._leap is not None:
             self._known.judge_leap(self._leap)
         self._leap = None
+
+    @staticmethod
+    def _leaps(before: int, width: int, drafted: bool) -> bool:
+        """Whether repeats alone lead from plain decoding, or the start of an answer, to a tree."""
+        return not drafted and before <= 1 < width
 
     def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
@@ -299,7 +313,7 @@ class Scheduler:
         if self._width == width:
             return 0.0
         ms = (1 + (1 in (self._width, width))) * self.costs.switch_ms * self._target_pace.value
-        return ms if drafted or width == 1 or self._width > 1 else ms + self._known.caution * self._pass(1)
+        return ms + self._leaps(self._width, width, drafted) * self._known.caution * self._pass(1)
 
     def _pass(self, width: int) -> float:
         """Predicted ms of a pass of the target now, after one of the same width."""
