@@ -17,7 +17,7 @@ from .schedule import filled
 from .sessions import FloatArray
 from .tree import DraftTree
 
-_CHAIN = 16  # tokens a pass
+_CHAIN = 12  # nodes a pass: a width of trees, which the target has prepared already
 
 
 class Choice(NamedTuple):
@@ -59,7 +59,8 @@ def _logits(talk: Conversation, prompt: Sequence[int], answer: Sequence[int]) ->
             tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
             nodes = np.arange(len(tokens))
             chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
-            yield from talk.target.verify(filled(chain, STEADY)).logits[: len(tokens)]
+            width = max(min(_CHAIN, talk.target.max_context - talk.target.length), STEADY)
+            yield from talk.target.verify(filled(chain, width)).logits[: len(tokens)]
             talk.commit(nodes, tokens.tolist())
     finally:
         talk.rewind()
