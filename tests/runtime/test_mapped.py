@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.mapped import giving_back
+from dovetail.runtime.mapped import LookedUp, giving_back
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 SIZE = 4 << 20
@@ -52,3 +52,36 @@ def test_what_was_written_is_left_alone(tmp_path: Path) -> None:
 def test_an_error_inside_is_raised(tmp_path: Path) -> None:
     with pytest.raises(KeyError), giving_back(tmp_path / "none.bin"):
         raise KeyError
+
+
+@linux
+def test_what_is_looked_up_does_not_stay_and_what_others_mapped_does(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(range(256)) * (SIZE // 256))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as other:
+        whole = bytes(other)
+        with LookedUp(file) as looked_up:
+            own = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+        assert bytes(own) == whole and resident(file) == 2 * SIZE >> 10
+        looked_up.add(1)
+        assert resident(file) == 2 * SIZE >> 10
+        looked_up.add(511)
+        assert resident(file) == SIZE >> 10 and bytes(own) == whole == bytes(other)
+        own.close()
+        looked_up.add(512)  # its mapping is gone
+        assert resident(file) == SIZE >> 10
+
+
+@linux
+@pytest.mark.parametrize("written", [False, True])
+def test_a_private_mapping_is_given_back_if_it_was_not_written_to(tmp_path: Path, written: bool) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"x" * SIZE)
+    with file.open("rb") as stream, LookedUp(file) as looked_up:
+        own = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        if written:
+            own[:5] = b"ours!"
+    assert own[-1:] == b"x"
+    looked_up.add(512)
+    assert (resident(file) > 0) == written and own[:5] == (b"ours!" if written else b"xxxxx")
+    own.close()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import machine
 from .errors import DeviceError
 from .graph import FEATURES, LOGITS, SAMPLED, FeatureMix, mix_tap, read_model, to_paged, widen_tap
-from .mapped import giving_back
+from .mapped import LookedUp, giving_back
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds
@@ -97,7 +97,10 @@ class PagedModel:
     ):
         import openvino as ov
 
-        model = read_model(xml)
+        weights = xml.with_suffix(".bin")
+        self._embedding = LookedUp(weights)
+        with self._embedding:
+            model = read_model(xml)
         if mix:
             mix_tap(model, mix)
         if layers:
@@ -112,7 +115,7 @@ class PagedModel:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
-        self._unpacked: Path | None = xml.with_suffix(".bin")  # until the first pass has packed its weights
+        self._unpacked: Path | None = weights  # until the first pass has packed its weights
         self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request holds
         self._groups = self._kv_groups()
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
@@ -197,6 +200,7 @@ class PagedModel:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"the target failed on the CPU: {reason}: open the engine again") from error
+        self._embedding.add(len(batch.tokens))
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]

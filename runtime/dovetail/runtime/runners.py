@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import DeviceError
 from .manifest import DrafterFacts
+from .mapped import LookedUp
 from .tree import Candidates
 
 CHUNK = 128  # rows of a call at most
@@ -139,7 +140,9 @@ class CpuRunner:
         # threads need the cores between calls.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self._session = open_session(ort, file, options, [CPU])
+        self._embedding = LookedUp(file.with_name(file.name + ".data"))
+        with self._embedding:
+            self._session = open_session(ort, file, options, [CPU])
         self.max_context, self._slots = facts.max_context, facts.tree_slots
         self._rows = Rows.zeros(facts, CHUNK, np.float32)
         # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
@@ -162,6 +165,7 @@ class CpuRunner:
         if bound != kv_rows:
             binding = self._bind(n, answers, kv_rows, binding)
         call(self._session, binding)
+        self._embedding.add(n)
         return Candidates(self._rows.top_logprobs[:answers], self._rows.top_ids[:answers])
 
     def touch(self, context: int) -> None:
