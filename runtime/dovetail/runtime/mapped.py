@@ -65,8 +65,10 @@ class LookedUp:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._own = {*_unwritten(self._file)} - self._own
-        _opening.release()
+        try:
+            self._own = {*_unwritten(self._file)} - self._own
+        finally:
+            _opening.release()
 
     def add(self, rows: int) -> None:
         """So many more were looked up; from time to time all pages are given back."""
