@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.telemetry import decline_telemetry
 
-# Tests use no network; openvino and nncf would report every conversion.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import
+decline_telemetry()  # tests use no network
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -49,7 +49,7 @@ def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[st
             for way, chosen in ways.items():
                 runner._graphs[bucket] = chosen
                 begin = perf_counter()
-                runner.run(bucket, 64, upload_features=False)
+                runner.run(bucket, 64, None, upload_features=False)
                 took[way].append((perf_counter() - begin) * 1e3)
         runner._graphs[bucket] = graph
         out[str(bucket)] = {way: round(median(times), 4) for way, times in took.items()}

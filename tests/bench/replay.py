@@ -35,7 +35,7 @@ from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
 from dovetail.runtime.sampling import Sampler, SamplingParams
 from dovetail.runtime.schedule import BOUNDS, Scheduler
-from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
+from dovetail.runtime.sessions import DraftNoise, FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tokenizer import Tokenizer
 from dovetail.runtime.tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
@@ -147,6 +147,7 @@ def follow(
     """Decode up to `count` tokens, a node a pass; the drafter is asked after each."""
     assert talk.drafter
     talk.forget()
+    talk.sampler = None if sampler.params.greedy else sampler
     talk.reuse(prompt, speculate=True)
     found = talk.prefill(speculate=True)
     answer, trees = [sampler.pick(found.logits[-1], len(prompt), prompt)], []
@@ -154,7 +155,7 @@ def follow(
     talk.tell(np.array(found.features))
     while len(answer) < count and answer[-1] not in stop:
         talk.read()
-        trees.append(talk.drafter.propose(limits))
+        trees.append(talk.drafter.propose(limits, noise=talk.noise()))
         found = talk.target.verify(DraftTree.root(answer[-1]))
         features = np.array(found.features)
         answer.append(sampler.pick(found.logits[0], len(talk.tokens), talk.tokens))
@@ -316,12 +317,12 @@ class ReplayDrafter:
         self.each, self.target, self.clock, self.length = each, target, clock, 0
         self._has_read = False
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         if self._has_read:  # the prompt is read before the first round
             self.clock.draft(self.length, len(tokens))
         self.length, self._known, self._has_read = self.length + len(tokens), int(tokens[-1]), True
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
         place = self.target.length - len(self.each.prompt)
         tree = self.each.trees[place] if place < len(self.each.trees) else DraftTree.root(self._known)
         children: dict[int, list[int]] = {}

@@ -173,3 +173,18 @@ def test_drafter_and_manifest_survive_a_check(tiny_full_pair: Path, capsys: pyte
     assert "dgf" in capsys.readouterr().out
     assert (tiny_full_pair / MANIFEST_NAME).read_bytes() == before
     assert read_manifest(tiny_full_pair).drafter is not None
+
+
+def test_off_a_terminal_training_says_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dovetail.exporter.cli_train import _Bars
+
+    with _Bars(Progress(console=Console(file=sys.stdout, force_terminal=False), disable=True)) as bars:
+        for done in range(1, 200):
+            bars("answers", done, 0, "")
+        for done in range(1, 51):
+            bars("fit", done, 50, f"loss {done // 25}")
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["answers 1", "fit 1/50  loss 0", "fit 25/50  loss 1", "fit 50/50  loss 2"]

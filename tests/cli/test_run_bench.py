@@ -159,7 +159,7 @@ def test_a_pair_without_a_drafter_has_nothing_to_compare(invoke, pair, make_open
 def test_output_that_cannot_be_written_is_one_error(invoke, pair, opener, prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     result = bench(invoke, pair, opener, prompts, "--limit", "1", "--output", str(tmp_path / "taken"))
-    assert result.exit_code == 2 and "cannot be written" in result.stderr
+    assert result.exit_code == 2 and "is a folder: name a file" in result.stderr
     assert not list(tmp_path.glob(".taken*"))
 
 
@@ -213,3 +213,23 @@ def test_totals_add_up_position_by_position() -> None:
     )
     assert total.accepted_per_position == (3, 1) and total.acceptance_length == pytest.approx(1 + 4 / 3)
     assert total.acceptance_per_depth == pytest.approx((3 / 3, 1 / 3)) and Totals().acceptance_per_depth == ()
+
+
+def test_what_cannot_be_asked_is_told_before_anything_is_measured(invoke, pair, opener, tmp_path: Path) -> None:
+    file, output = tmp_path / "long.jsonl", tmp_path / "out.json"
+    file.write_text(json.dumps({"prompt": "One"}) + "\n" + json.dumps({"id": "odd", "prompt": "x" * 5000}) + "\n")
+    result = bench(invoke, pair, opener, file, "--output", str(output))
+    assert result.exit_code == 2 and "prompt odd: a prompt of 50" in result.stderr
+    assert not opener.engine.asked and not output.exists()
+
+
+@pytest.mark.parametrize("name", ["", "no/where.json"])
+def test_results_that_cannot_be_written_are_refused_first(invoke, pair, opener, prompts: Path, name: str) -> None:
+    result = bench(invoke, pair, opener, prompts, "--output", str(prompts.parent / name))
+    assert result.exit_code == 2 and "--output" in result.stderr and not opener.calls
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(invoke, pair, opener, tmp_path: Path) -> None:
+    file = tmp_path / "windows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "One"}\r\n')
+    assert bench(invoke, pair, opener, file, "--no-plain").exit_code == 0

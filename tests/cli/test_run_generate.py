@@ -221,6 +221,30 @@ def test_a_closed_pipe_is_quiet(pair: Path) -> None:
     assert said == b"" and process.returncode == 1
 
 
+def run(redirected: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m dovetail.runtime.cli.main {redirected}"
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("command", ["--version", "--help", "doctor --json"])
+def test_an_output_that_cannot_be_written_is_one_line(command: str) -> None:
+    done = run(f"{command} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(("command", "code"), [("", 2), ("generate", 2), ("chat --pair /nowhere", 3)])
+def test_a_closed_standard_input_holds_no_prompt(command: str, code: int) -> None:
+    done = run(f"{command} <&-")
+    assert done.returncode == code and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_commands_are_imported_when_they_are_called() -> None:
+    code = "import sys, dovetail.runtime.cli.main; print('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_properties_reach_the_engine(invoke, pair, opener) -> None:
     ask(invoke, pair, opener, "Hello", "-n", "2", "--ov-config", "A=1", "--ov-config", "B=x=y")
     assert opener.calls[-1][1]["ov_config"] == {"A": "1", "B": "x=y"}

@@ -45,12 +45,12 @@ class Recorder:
         self.features: list[np.ndarray] = []
         self.length = 0
 
-    def extend(self, tokens: TokenArray, features: np.ndarray) -> None:
+    def extend(self, tokens: TokenArray, features: np.ndarray, noise: Any = None) -> None:
         self.tokens.append(tokens.copy())
         self.features.append(features.copy())
         self.length += len(tokens)
 
-    def propose(self, limits: TreeLimits, judge: Any = None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Any = None, noise: Any = None) -> DraftTree:
         return DraftTree.root(int(self.tokens[-1][-1]))
 
     def reset(self, keep: int = 0) -> None: ...

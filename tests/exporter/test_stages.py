@@ -121,7 +121,7 @@ def test_resume_builds_again_what_no_longer_holds(tmp_path: Path) -> None:
     (tmp_path / ".pair.build/pair/target/file").write_text("X")
     export(out, target, Writer("d"), resume=True)
     assert target.runs == 2  # altered meanwhile
-    with pytest.raises(ExportError, match="built from other version"):
+    with pytest.raises(ExportError, match="built with another version"):
         export(out, target, Writer("d"), version=2, resume=True)
     export(out, target, Writer("d"), version=2, resume=True, force=True)
     assert target.runs == 3  # other inputs

@@ -10,13 +10,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from dovetail.runtime.accept import Verdict, accept
-from dovetail.runtime.sampling import Sampler, SamplingParams
+from dovetail.runtime.sampling import Sampler, SamplingParams, gumbel_noise
 from dovetail.runtime.tree import DraftTree
 
 CONTEXT = (0, 0)  # what came before, then the root: the other tokens are not penalised yet
@@ -69,8 +70,10 @@ class Enumerated(Sampler):
         self.positions = list[int]()
         self.weight = 1.0
 
-    def draw(self, probs: NDArray[np.float64], position: int) -> int:
+    def draw(self, scores: NDArray[Any], ids: NDArray[np.int64] | None, position: int) -> int:
         self.positions.append(position)
+        probs = np.exp((scores.astype(np.float64) - scores.max()) / self.params.temperature)
+        probs /= probs.sum()
         options = np.flatnonzero(probs).tolist()
         turn = len(self.taken)
         choice = self.script[turn] if turn < len(self.script) else options[0]
@@ -176,8 +179,7 @@ class Flawed:
         seen = [*context, *tokens]
         children = np.flatnonzero(tree.parents == node)
         if self.flaw == "bonus without processors" and not len(children):
-            raw = np.exp(logits.astype(np.float64))
-            return sampler.draw(raw / raw.sum(), position)
+            return sampler.draw(logits, None, position)
         if self.flaw == "likely child taken" and len(children):
             first = int(tree.tokens[children[0]])
             if sampler.distribution(logits, seen)[first] > 0.3:
@@ -201,7 +203,7 @@ def test_enumeration_finds_reused_noise() -> None:
         tree: DraftTree, logits: NDArray[np.float32], sampler: Sampler, position: int, context: Sequence[int]
     ) -> Verdict:
         verdict = accept(tree, logits, sampler, position, context)
-        sampler.draw(np.ones(1), position)
+        sampler.draw(np.ones(1), None, position)
         return verdict
 
     with pytest.raises(AssertionError, match="used twice"):
@@ -212,7 +214,7 @@ def test_enumeration_finds_reused_noise() -> None:
 def test_same_noise_gives_the_same_text_for_every_tree(name: str) -> None:
     for tree, vocab in itertools.islice(trees(), 0, None, 3):
         for seed in range(3):
-            sampler = Sampler(SETTINGS[name], noise=lambda position, seed=seed: (position * 0.37 + seed * 0.21) % 1)
+            sampler = Sampler(SETTINGS[name], noise=gumbel_noise(seed))
             paths = [CONTEXT]
             for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
                 paths.append((*paths[parent], token))

@@ -50,7 +50,7 @@ GREEDY = SamplingParams()
 HOT = SamplingParams(temperature=1.0, top_p=0.95, repetition_penalty=1.2, seed=11)
 
 
-def random_tree(prefix: tuple[int, ...], limits: TreeLimits, judge: Judge | None) -> DraftTree:
+def random_tree(prefix: tuple[int, ...], limits: TreeLimits, judge: Judge | None, noise: object) -> DraftTree:
     """Any tree of the width asked for, deeper than allowed at times, siblings with one token included."""
     rng = np.random.default_rng([len(prefix), *prefix[-3:]])
     count = int(rng.integers(1, limits.width + 1))
@@ -424,7 +424,7 @@ def test_a_drafter_out_of_step_is_an_error() -> None:
     logits = MarkovLogits(VOCAB)
     wrong_root = ScriptedDrafter(lambda prefix, *_: DraftTree.root((prefix[-1] + 1) % VOCAB))
     wide = TreeLimits(50, 3, 7, lookup=0)
-    too_wide = ScriptedDrafter(lambda prefix, *_: ScriptedDrafter.copy_of(logits)._propose(prefix, wide, None))
+    too_wide = ScriptedDrafter(lambda prefix, *_: ScriptedDrafter.copy_of(logits)._propose(prefix, wide, None, None))
     for drafter in (wrong_root, too_wide):
         conversation = Conversation(ScriptedTarget(logits), drafter)
         with pytest.raises(DeviceError, match="out of step"):

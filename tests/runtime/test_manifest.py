@@ -127,6 +127,7 @@ def test_other_version_says_what_to_do(pair: Path, version: object) -> None:
     [(("target", "vocab_size"), "300"), (("target", "vocab_size"), True), (("target", "vocab_size"), 0),
      (("target", "taps"), []), (("target", "taps"), "norm"), (("target", "eos_token_ids"), [1.5]),
      (("drafter", "fusion"), "eagle9"), (("drafter", "files"), ["a"]), (("drafter",), 3), (("files",), []),
+     (("drafter", "noise"), 1), (("drafter", "noise"), "yes"),
      (("tree", "width"), 0), (("name",), 7), (("files", "../../etc/passwd"), {"size": 0, "sha256": "0" * 64}),
      (("files", "x"), {"size": 0, "sha256": "xyz"}), (("files", "x"), {"size": -1, "sha256": "0" * 64})],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.runtime import mapped
 from dovetail.runtime.mapped import LookedUp, giving_back
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
@@ -85,3 +86,14 @@ def test_a_private_mapping_is_given_back_if_it_was_not_written_to(tmp_path: Path
     looked_up.add(512)
     assert (resident(file) > 0) == written and own[:5] == (b"ours!" if written else b"xxxxx")
     own.close()
+
+
+def test_an_interrupt_at_its_beginning_leaves_others_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(file: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dovetail.runtime.mapped._all_mappings", interrupted)
+        with pytest.raises(KeyboardInterrupt), LookedUp(tmp_path / "weights.bin"):
+            pass
+    assert not mapped._opening.locked()

@@ -63,10 +63,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("pair")
     model = to_onnx(drafter, torch.float32, tree_slots=TREE_SLOTS, top_k=TOP_K)
     ir.save(model, folder / "f32.onnx")
-    onnx.save(answering_every_row(onnx.load(folder / "f32.onnx")), folder / "older.onnx")
+    onnx.save(without_noise(onnx.load(folder / "f32.onnx")), folder / "silent.onnx")
+    onnx.save(answering_every_row(without_noise(onnx.load(folder / "f32.onnx"))), folder / "older.onnx")
     quantize(model)
     ir.save(model, folder / "int8.onnx")
     return Tiny(drafter, folder)
+
+
+def without_noise(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without its input `noise`: zeros in its place, and no word of the draft vocabulary."""
+    zeros = np.zeros((1, CONFIG.draft_vocab_size), np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(zeros, "noise"))
+    model.graph.input.remove(next(given for given in model.graph.input if given.name == "noise"))
+    del model.metadata_props[:]
+    return model
 
 
 def answering_every_row(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -99,8 +109,13 @@ def path_to(tree: DraftTree, node: int) -> list[int]:
 
 
 @torch.no_grad()
-def chain_logprob(drafter: Drafter, tokens: np.ndarray, features: np.ndarray, path: list[int]) -> float:
-    """Cumulative log-probability of `path` after the pairs, by the unrolled steps of training."""
+def chain_logprob(
+    drafter: Drafter, tokens: np.ndarray, features: np.ndarray, path: list[int], noise: np.ndarray | None = None
+) -> float:
+    """Cumulative log-probability of `path` after the pairs, by the unrolled steps of training.
+
+    noise: [depth, draft vocabulary], added to the logits of each step.
+    """
     length, total = len(tokens), 0.0
     ids = torch.tensor([*tokens.tolist(), *path])[None]
     x = torch.zeros(1, len(ids[0]), CONFIG.feature_size)
@@ -109,7 +124,8 @@ def chain_logprob(drafter: Drafter, tokens: np.ndarray, features: np.ndarray, pa
     draft_id = {target: i for i, target in enumerate(drafter.d2t.tolist())}
     for step, token in enumerate(path):
         x = drafter.step(x if step == 0 else x.roll(1, dims=1), ids, caches)
-        logprobs = torch.log_softmax(drafter.logits(x[0, length - 1 + step]), dim=-1)
+        logits = drafter.logits(x[0, length - 1 + step])
+        logprobs = torch.log_softmax(logits if noise is None else logits + torch.from_numpy(noise[step]), dim=-1)
         total += float(logprobs[draft_id[token]])
     return total
 
@@ -136,6 +152,44 @@ def test_every_node_has_the_log_probability_of_its_path_run_as_a_chain(tiny: Tin
     for node in range(1, len(tree)):
         expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
         assert tree.logprobs[node] == pytest.approx(expected, abs=1e-3)
+
+
+def test_noise_is_added_to_the_logits_of_its_depth(tiny: Tiny, stream) -> None:
+    """Chunks, levels and calls without noise in between: each has its own, and leaves none."""
+    tokens, features = stream[0][:150], stream[1][:150]
+    session, fresh = tiny.open(), tiny.open()
+    rows = np.random.default_rng(3).gumbel(size=(5, CONFIG.vocab_size)).astype(np.float32) * 4
+    session.extend(tokens[:20], features[:20])
+    session.propose(LIMITS)
+    session.extend(tokens[20:], features[20:], lambda depth, ids: rows[depth][ids])
+    tree = session.propose(LIMITS, None, lambda depth, ids: rows[depth][ids])
+    assert int(tree.depths().max()) >= 2
+    drafted = rows[1:, tiny.drafter.d2t.numpy()]
+    for node in range(1, len(tree)):
+        expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node), drafted)
+        assert tree.logprobs[node] == pytest.approx(expected, abs=1e-3)
+    for one in (session, fresh):
+        one.reset()
+        one.extend(tokens, features)
+    assert_same_tree(session.propose(LIMITS), fresh.propose(LIMITS))
+
+
+def test_an_older_pair_drafts_without_noise(tiny: Tiny, stream) -> None:
+    session, older = tiny.open(), tiny.open("silent.onnx")
+    session.extend(stream[0][:20], stream[1][:20])
+    older.extend(stream[0][:20], stream[1][:20], lambda depth, ids: np.full(len(ids), np.nan, np.float32))
+    assert_same_tree(session.propose(LIMITS), older.propose(LIMITS))
+
+
+@pytest.mark.parametrize("said", [None, "", "AAAA", "%%%", "AQAAAA=="])
+def test_a_graph_that_does_not_say_its_draft_vocabulary_is_refused(tiny: Tiny, said: str | None) -> None:
+    model = onnx.load(tiny.pair / "f32.onnx")
+    del model.metadata_props[:]
+    if said is not None:
+        onnx.helper.set_model_props(model, {"draft_ids": said})
+    onnx.save(model, tiny.pair / "mute.onnx")
+    with pytest.raises(DeviceError, match="export the drafter again"):
+        tiny.open("mute.onnx")
 
 
 def test_first_level_is_torch_s_best_children(tiny: Tiny, stream) -> None:
@@ -289,6 +343,6 @@ def test_a_failure_in_a_run_is_one_typed_line(
     session.extend(stream[0][:5], stream[1][:5])
     monkeypatch.setattr(session, "_length", 10**6)  # rows far outside the buffer
     with pytest.raises(DeviceError, match="the drafter failed") as caught:
-        session._extend(stream[0][:1], stream[1][:1])
+        session._extend(stream[0][:1], stream[1][:1], None)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""

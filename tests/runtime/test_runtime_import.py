@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +74,19 @@ def test_no_exported_name_hides_a_module() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Enigne'"):
         runtime.Enigne  # noqa: B018
+
+
+def test_nothing_is_reported(tmp_path: Path, tiny_full_pair: Path) -> None:
+    """ONNX Runtime would leave a device id and a queue of events at home, OpenVINO's packages call their own."""
+    code = (
+        "import sys; from dovetail.runtime import Engine\n"
+        f"with Engine.from_pretrained({str(tiny_full_pair)!r}, drafter_device='cpu') as engine:\n"
+        "    engine.generate('a', 2, raw=True)\n"
+        "assert sys.modules['openvino_telemetry'] is None and 'onnxruntime' in sys.modules"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    home.mkdir()
+    own = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "DOVETAIL_CACHE": str(cache)}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**inherited, **own})
+    assert cache.is_dir() and not list(home.iterdir())

@@ -17,7 +17,7 @@ from dovetail.runtime.metrics import Meter
 from dovetail.runtime.sampling import SamplingParams
 from dovetail.runtime.schedule import FEW_WIDTHS, WIDE, WIDTHS, Scheduler, widths
 from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
-from dovetail.runtime.sessions import FloatArray, TargetPass, TokenArray
+from dovetail.runtime.sessions import DraftNoise, FloatArray, TargetPass, TokenArray
 from dovetail.runtime.tree import DraftTree, Judge, TreeLimits, graft
 
 LIMITS = TreeLimits(width=32, depth=8, top_k=4, lookup=0)
@@ -67,13 +67,15 @@ class TimedTarget(ScriptedTarget):
 
 class TimedDrafter(ScriptedDrafter):
     clock: Clock
+    deaf = False  # does without the noise of sampled answers
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         self.clock.draft(len(tokens))
-        super().extend(tokens, features)
+        super().extend(tokens, features, noise)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
-        return super().propose(limits, TimedJudge(judge, self.clock) if judge else None)
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        timed = TimedJudge(judge, self.clock) if judge else None
+        return super().propose(limits, timed, None if self.deaf else noise)
 
 
 @dataclass
@@ -106,13 +108,14 @@ def answer(
     sharpness: float = 3.0,
     temperature: float = 0.0,
     stall: float = 0.0,
+    deaf: bool = False,
 ) -> tuple[Clock, Scheduler, list[int]]:
     """Decode `tokens` tokens; returns the clock, the scheduler and the text."""
     logits = MarkovLogits(50, order=3, sharpness=sharpness)
     clock = Clock(true, slow=slow, stall=stall)
     made = TimedDrafter.copy_of(logits, noise) if kind == "copy" else TimedDrafter.hostile_to(logits)
     assert isinstance(made, TimedDrafter)
-    made.clock = clock
+    made.clock, made.deaf = clock, deaf
     scheduler = scheduler or Scheduler(believed or true)
     request = Request(
         (1, 2, 3), tokens, SamplingParams(temperature=temperature, seed=3), limits=limits, scheduler=scheduler
@@ -274,7 +277,7 @@ def test_what_was_left_in_the_long_run_is_come_back_to() -> None:
     true = costs(12.0, 0.9, 4.5, switch_ms=8.4)
     scheduler = Scheduler(true)
     for _ in range(8):
-        answer("copy", true, noise=2.0, temperature=1.0, tokens=200, scheduler=scheduler)
+        answer("copy", true, noise=2.0, temperature=1.0, tokens=200, scheduler=scheduler, deaf=True)
     assert scheduler._sampled.left and not scheduler._greedy.left
     clocks = [answer("copy", true, sharpness=60.0, temperature=1.0, scheduler=scheduler)[0] for _ in range(5)]
     assert not scheduler._sampled.left and clocks[-1].now < 0.6 * plain_seconds(true)

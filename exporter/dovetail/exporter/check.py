@@ -25,6 +25,7 @@ from dovetail.runtime.manifest import (
     sha256_file,
     verify_files,
 )
+from dovetail.runtime.runners import NOISE, read_draft_ids
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -177,6 +178,9 @@ def _run_drafter(path: Path, facts: DrafterFacts) -> NDArray[np.float32]:
         raise MismatchError(f"{path.name} returns log-probabilities that are not finite or not sorted: export it again")
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
+    drafted = read_draft_ids(session, path, facts)
+    if drafted is not None and not np.isin(ids, drafted).all():
+        raise MismatchError(f"{path.name} proposes tokens that are none of its draft vocabulary: export it again")
     result: NDArray[np.float32] = logprobs
     return result
 
@@ -221,6 +225,7 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts) -> dict[
         "context_end": np.array([1, 2]),
         "tree_mask": np.full((2, slots), -1e4, kind),
         **queries,
+        **({NOISE: np.zeros((1, facts.draft_vocab_size), np.float32)} if facts.noise else {}),
         "bank": np.zeros((slots + 1, size), kind),
         **{f"kv.{block}": kv for block in range(facts.blocks)},
     }

@@ -69,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExportError.exit_code
     except OSError as error:  # a full disk, a folder without rights
         what = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {what}{error.strerror or error}: mend that, then repeat with --resume", err=True)
+        click.echo(f"error: {what}{error.strerror or error}: mend that and repeat the command", err=True)
         return ExportError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished pairs are as they were, --resume goes on", err=True)
+        click.echo(
+            "interrupted; finished pairs are as they were; --resume, where the command has that, goes on", err=True
+        )
         return INTERRUPTED
     return result if isinstance(result, int) else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
+from time import monotonic
 from typing import Any, Self
 
 import click
@@ -16,13 +17,19 @@ from dovetail.models.config import FUSIONS
 from .fit import OPTIMIZERS, FitOptions
 from .train import TrainPlan, train
 
+LINE_SECONDS = 10.0
+
 
 class _Bars:
-    """One rich progress bar per stage, on stderr; nothing is printed before the first."""
+    """One rich progress bar per stage, on stderr; nothing is printed before the first.
+
+    Where stderr is no terminal, a line in their place when a stage begins, ends or has news, and every LINE_SECONDS.
+    """
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
+        self._line = "", "", 0.0  # the last one's stage and note, and when it was
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +45,15 @@ class _Bars:
             self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
         self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
         if not self._progress.console.is_terminal:
-            self._progress.console.print(f"{stage} {done:.1f}/{total:.0f}  {note}")
+            self._print(stage, done, total, note)
+
+    def _print(self, stage: str, done: float, total: float, note: str) -> None:
+        last_stage, last_note, when = self._line
+        if (stage, note) == (last_stage, last_note) and done != total and monotonic() - when < LINE_SECONDS:
+            return
+        self._line = stage, note, monotonic()
+        of = f"/{total:.0f}" if total else ""  # nobody knows how much text a time gives
+        self._progress.console.print(f"{stage} {done:.0f}{of}  {note}".rstrip())
 
 
 @click.command("train")
@@ -115,7 +130,8 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with _Bars(Progress(*columns, console=Console(file=sys.stderr))) as bars:
+    console = Console(file=sys.stderr)
+    with _Bars(Progress(*columns, console=console, disable=not console.is_terminal)) as bars:
         result = train(pair, out, plan, bars, resume=resume)
     if not result.positions:
         click.echo("held-out answers are too short to measure an acceptance length: give --max-new-tokens 32 or more")

@@ -130,6 +130,7 @@ def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: i
         tokenizer_sha256=tokenizer_sha256,
         files={name: f"{folder}/{file}" for name, file in files.items()},
         feature_layers=config.feature_layers,
+        noise=True,
     )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dovetail.exporter.drafter_graph import BLOCKED
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import ExportError
+from dovetail.runtime.runners import NOISE
 
 Array = NDArray[np.generic]
 DYNAMIC_OPS = {"If", "Loop", "Scan", "Shape", "Size", "NonZero", "Range"}
@@ -80,7 +81,7 @@ class Answer:
 def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slots: int, seed: int = 0) -> Parity:
     """Run the script through `file` and through torch; never raises for a difference, it is in `failures`."""
     script = Script(drafter, seed)
-    graph = GraphRun(file, drafter, tree_slots)
+    graph = GraphRun(file, drafter, tree_slots, script.noise)
     steps = [
         ("extend", graph.extend(script.tokens[:12], script.features[:12]), script.extended(0, 12)),
         ("level 1", graph.level([1, 2], [0, 0], script.level1, 1, [[1], [2]]), script.drafted(12, 1)),
@@ -130,6 +131,7 @@ class Script:
         self.tokens = rng.integers(0, config.vocab_size, 20)
         self.features = rng.standard_normal((20, config.feature_size)).astype(np.float32)
         self.features[:, ::128] *= 15  # a target's features have such outliers, a few in hundreds
+        self.noise = rng.gumbel(size=(1, config.draft_vocab_size)).astype(np.float32)
         self.level1, self.level2 = rng.integers(0, config.vocab_size, (2, 2))
 
     @torch.no_grad()
@@ -153,21 +155,22 @@ class Script:
         return self._answer(torch.stack(rows))
 
     def _answer(self, features: torch.Tensor) -> Answer:
-        logprobs = torch.log_softmax(self.drafter.logits(features), dim=-1)
+        logprobs = torch.log_softmax(self.drafter.logits(features) + torch.from_numpy(self.noise), dim=-1)
         return Answer(logprobs.numpy(), np.empty((len(features), 0), np.int64), features.numpy())
 
 
 class GraphRun:
     """An exported file driven row by row through ONNX Runtime on the CPU; state as plain arrays, nothing in place."""
 
-    def __init__(self, file: Path, drafter: Drafter, tree_slots: int, context: int = 64):
+    def __init__(self, file: Path, drafter: Drafter, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
+        """noise: [1, K] float32, of all calls."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         half = "float16" in next(i.type for i in self.session.get_inputs() if i.name == "bank")
         self.dtype = np.float16 if half else np.float32
         config = drafter.config
-        self.tree_slots, self.length = tree_slots, 0
+        self.tree_slots, self.noise, self.length = tree_slots, noise, 0
         self.bank: Array = np.zeros((tree_slots + 1, config.feature_size), self.dtype)
         shape = (tree_slots + context, 2, config.num_key_value_heads, config.head_dim)
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
@@ -204,7 +207,8 @@ class GraphRun:
         inputs = {
             "input_ids": tokens, "position_ids": positions, "features": features.astype(self.dtype),
             "feature_rows": feature_rows, "kv_slots": kv_slots, "bank_slots": bank_slots, "context_end": context_end,
-            "tree_mask": mask.astype(self.dtype), "queries": queries, "bank": self.bank,
+            "tree_mask": mask.astype(self.dtype), "queries": queries, NOISE: self.noise,
+            "bank": self.bank,
             **{f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)},
         }  # fmt: skip
         logprobs, ids, self.bank, *self.kv = self.session.run(None, inputs)

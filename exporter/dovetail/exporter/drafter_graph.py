@@ -11,6 +11,7 @@ will read.  Both are inputs and outputs of one buffer each, so that the caller c
 from __future__ import annotations
 
 import copy
+from base64 import b64encode
 
 import onnx_ir as ir
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dovetail.exporter.progress import quiet
 from dovetail.models.drafter import Block, Drafter, rope_table
+from dovetail.runtime.runners import DRAFT_IDS, NOISE
 
 OPSET = 20
 BLOCKED = -1e4  # added to a score that must not count; float16 holds it
@@ -48,6 +50,7 @@ class DrafterGraph(nn.Module):
         bank_slots: Tensor,  # [n] int64: bank rows written
         context_end: Tensor,  # [n] int64: context pairs attended to
         tree_mask: Tensor,  # [n, T] additive, over tree rows
+        noise: Tensor,  # [1, K] float32, added to the logits: the target adds the same to its own where it samples
         queries: Tensor,  # [m] int64, of n: rows whose children are wanted; the bank gets theirs alone
         bank: Tensor,  # [T + 1, D]
         kv: list[Tensor],  # per block [T + S, 2, g, d]; 0 = key after RoPE, 1 = value
@@ -64,7 +67,7 @@ class DrafterGraph(nn.Module):
             mask = self._mask(seen, end, buffer)
             x, buffer = attend(block, x, cos, sin, mask, buffer, kv_slots, rows)
             written.append(buffer)
-        logprobs, rows = torch.log_softmax(drafter.logits(x).float(), dim=-1).topk(self.top_k, dim=-1)
+        logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
         ids = nn.functional.embedding(rows, self.target_ids).squeeze(-1)
         return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
 
@@ -129,6 +132,7 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
         "bank_slots": (index(), per_token),
         "context_end": (index(), per_token),
         "tree_mask": (torch.zeros(n, tree_slots, dtype=dtype), per_token),
+        NOISE: (torch.zeros(1, config.draft_vocab_size), {}),
         "queries": (torch.arange(n - 1), {0: torch.export.Dim("queries", min=1, max=4096)}),
         "bank": (torch.zeros(tree_slots + 1, config.feature_size, dtype=dtype), {}),
     }
@@ -148,4 +152,5 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
             verbose=False,
         )
     assert program is not None
+    program.model.metadata_props[DRAFT_IDS] = b64encode(drafter.d2t.numpy().astype("<i4").tobytes()).decode()
     return program.model

@@ -23,7 +23,7 @@ from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_p
 
 CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
-DRAFTER_LAYOUT = 4  # of its files; with another number they are built anew
+DRAFTER_LAYOUT = 5  # of its files; with another number they are built anew
 
 
 def default_folder(name: str) -> Path:

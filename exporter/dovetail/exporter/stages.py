@@ -169,7 +169,7 @@ class PairBuild:
                 return None
             changed = sorted(k for k in {*inputs, *record.inputs} if inputs.get(k) != record.inputs.get(k))
             raise ExportError(
-                f"{self.out} holds a finished pair whose {name} was built from other {', '.join(changed)}: "
+                f"{self.out} holds a finished pair whose {name} was built with another {', '.join(changed)}: "
                 "use --force to replace it, or name another folder"
             )
         if not _files_hold(self.out, record.files):
@@ -329,11 +329,11 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "run it again with --resume"
+        remedy = "repeat the command (--resume, where it has that, goes on)"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{what}: the disk is full; free some space and {remedy}") from error
         place = f" ({error.filename})" if error.filename else ""
-        raise ExportError(f"{what}: {error.strerror or error}{place}; {remedy}") from error
+        raise ExportError(f"{what}: {error.strerror or error}{place}; mend that and {remedy}") from error
 
 
 def _digest_folder(folder: Path, prefix: str) -> dict[str, FileEntry]:

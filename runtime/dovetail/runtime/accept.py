@@ -1,9 +1,9 @@
 """Acceptance by sample-and-match: keep the path that the target itself would have written.
 
 Axes: N nodes, V target vocabulary, A accepted nodes below the root.
-The target chooses its own token at each node, and the walk goes on where the tree has that token. So every
-token comes from the target's processed distribution, whatever the tree proposes, as long as the tree was
-fixed before: no draft probabilities are needed.
+The target chooses its own token at each node, and the walk goes on where the tree has that token. What it chooses
+depends on its logits and the position's noise alone, so every token comes from its processed distribution whatever the
+tree proposes, and whatever the drafter knew of the noise: no draft probabilities are needed.
 """
 
 from __future__ import annotations

@@ -23,12 +23,14 @@ from .errors import DeviceError
 from .manifest import DrafterFacts
 from .runners import (
     INPUTS,
+    NOISE,
     OUTPUTS,
     Rows,
     Spec,
     call,
     open_session,
     output_name,
+    read_draft_ids,
     row_specs,
     session_options,
     state_shapes,
@@ -142,6 +144,8 @@ class CudaRunner:
         problem = None
         try:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
+            self.draft_ids = read_draft_ids(self._session, file, facts)
+            self._noise, self._noisy = Block.allocate(device, {NOISE: ((1, facts.draft_vocab_size), np.float32)}), False
             shapes = state_shapes(facts, plan.context)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
             for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # the largest first: its memory serves the others
@@ -156,11 +160,16 @@ class CudaRunner:
         """See Runner."""
         return self._graphs[_bucket(n)].rows
 
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+    def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
         """See Runner; `context` needs no binding here, the mask says how far rows see.  Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._trash)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
+        if noise is not None or self._noisy:
+            self._noise.array(NOISE)[:] = 0 if noise is None else noise
+            self._noisy = noise is not None
+            device.upload(self._noise.address, self._noise.host)
+            self.bus_bytes += self._noise.host.nbytes
         device.upload(graph.inputs.address, sent)
         call(self._session, graph.binding, graph.run_options)
         device.download(graph.outputs.host, graph.outputs.address)
@@ -212,6 +221,8 @@ class CudaRunner:
         given = {port.name for port in self._session.get_inputs()}
         for name in given.intersection(INPUTS):  # an older pair's graph has no queries
             inputs.bind(binding.bind_input, name, kind)
+        if self.draft_ids is not None:
+            self._noise.bind(binding.bind_input, NOISE, kind)
         for name in OUTPUTS:
             outputs.bind(binding.bind_output, name, kind)
         for name, (shape, address) in self._state.items():

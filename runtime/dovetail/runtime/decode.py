@@ -18,7 +18,7 @@ from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
 from .schedule import Scheduler, filled
-from .sessions import DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
+from .sessions import DraftNoise, DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
 FinishReason = Literal["stop", "length"]
@@ -94,6 +94,7 @@ class Conversation:
     so an interruption at any point leaves them right, and `rewind` brings the sessions back to them.
     drafter_start: pairs before the drafter's first entry, which it has not read.
     draft_context: pairs that the drafter can hold, None for as many as the target; beyond it decoding is plain.
+    sampler: draws the answer at hand, None where it is greedy.
     The drafter is told of new pairs when it is asked for a tree; until then the last of their features wait here.
     """
 
@@ -106,6 +107,7 @@ class Conversation:
         self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
         self.drafted: DraftTree | None = None  # the drafter's part of it, None where it was not asked
         self._unread = _Unread()
+        self.sampler: Sampler | None = None
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
@@ -182,7 +184,8 @@ class Conversation:
         if begin > self._read_to:
             self.drafter_length, self.drafter_start = 0, begin
             self.drafter.reset()
-        self.drafter.extend(np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread.parts))
+        tokens, features = np.array(self.tokens[begin + 1 : end + 1], np.int64), np.concatenate(self._unread.parts)
+        self.drafter.extend(tokens, features, self.noise())
         self.drafter_length, self._unread = end - self.drafter_start, _Unread()
 
     def draft(self, limits: TreeLimits, scheduler: Scheduler | None = None) -> DraftTree:
@@ -207,7 +210,7 @@ class Conversation:
         assert self.drafter is not None
         if self.unread:
             self.read()
-        tree = self.drafter.propose(limits, scheduler)
+        tree = self.drafter.propose(limits, scheduler, self.noise())
         known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
@@ -215,6 +218,13 @@ class Conversation:
                 f"{limits.width}: its session is out of step, open the engine again"
             )
         return tree
+
+    def noise(self) -> DraftNoise | None:
+        """What the drafter adds to its logits below the known token, the last."""
+        if self.sampler is None:
+            return None
+        sampler, position = self.sampler, len(self.tokens) - 1
+        return lambda depth, ids: sampler.ahead(position + depth, ids)
 
     def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
         """`tree` and the repeats that were found."""
@@ -267,6 +277,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
     meter.prompt_tokens = count
     try:
         # prefill: the rest of the prompt, and the first token
+        talk.sampler = None if request.sampling.greedy else sampler
         meter.cached_tokens = talk.reuse(request.prompt, limits.width > 1)
         result = talk.prefill(limits.width > 1)
         first = sampler.pick(result.logits[-1], count, talk.tokens)

@@ -268,6 +268,12 @@ class Engine:
         meter.lap("other")
         return self._run(conversation, request, StopFilter(stops), meter)
 
+    def count_tokens(self, prompt: Prompt, *, raw: bool = False) -> int:
+        """Tokens of `prompt` as `stream` takes it, template included.  Raises as that does, ContextOverflow too."""
+        request = Request(tuple(self._encode(prompt, raw)), max_new_tokens=1)
+        request.check_room(self.max_context)
+        return len(request.prompt)
+
     def choices(
         self, prompt: Prompt, answer: Sequence[int], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
     ) -> list[Choice]:

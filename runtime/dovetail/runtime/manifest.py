@@ -80,6 +80,7 @@ class DrafterFacts:
     feature_layers: blocks of the target read beside its last feature; then files["features"] says how (FeatureMix).
     workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; () where unknown.
     vram: bytes of GPU memory that it was exported to keep to; 0 for no limit.
+    noise: whether its graphs take the noise of sampled answers, which those of older versions do not.
     """
 
     fusion: str
@@ -98,6 +99,7 @@ class DrafterFacts:
     feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
     workspace: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
     vram: int = field(default=0, metadata=_MAY_BE_MISSING)
+    noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
@@ -150,8 +152,8 @@ def read_manifest(pair: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        remedy = "finish its export with --resume" if Path(pair).is_dir() else "name a pair folder"
-        raise ManifestError(f"{path} is missing: {remedy}") from None
+        remedy = ", or finish its export with --resume" if Path(pair).is_dir() else ""
+        raise ManifestError(f"{path} is missing: name a pair folder{remedy}") from None
     except OSError as err:
         raise ManifestError(f"{path} cannot be read ({err.strerror}): check its permissions") from None
     except (ValueError, RecursionError) as err:  # not JSON, nested without end, or not UTF-8
@@ -292,11 +294,9 @@ def check_pair(manifest: Manifest) -> None:
             f"draft vocabulary {drafter.draft_vocab_size} exceeds the target's {target.vocab_size}: train it again"
         )
     if tree.top_k > drafter.top_k:
-        raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it or export again")
+        raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it")
     if tree.width > drafter.tree_slots:
-        raise MismatchError(
-            f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it or export again"
-        )
+        raise MismatchError(f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it")
 
 
 def cache_dir() -> Path:
@@ -367,13 +367,14 @@ def _record(record: type[Record], raw: object, where: str) -> Record:
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
-    """`raw` as `hint`: str, int, tuple[item, ...] or dict[str, item]."""
+    """`raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(raw, list):
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     if origin is dict and isinstance(raw, dict):
         return {key: _value(args[1], item, f"{where}[{key}]") for key, item in raw.items()}
-    if origin is None and isinstance(raw, hint) and not isinstance(raw, bool):
+    if origin is None and isinstance(raw, hint) and isinstance(raw, bool) == (hint is bool):
         return raw
-    expected = {str: "a text", int: "a whole number", tuple: "a list", dict: "an object"}[origin or hint]
+    kinds = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list", dict: "an object"}
+    expected = kinds[origin or hint]
     raise ManifestError(f"{where} is {raw!r}, not {expected}: export the pair again")

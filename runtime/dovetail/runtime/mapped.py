@@ -59,7 +59,11 @@ class LookedUp:
 
     def __enter__(self) -> Self:
         _opening.acquire()
-        self._own = {span for span, _ in _all_mappings(self._file)}
+        try:
+            self._own = {span for span, _ in _all_mappings(self._file)}
+        except BaseException:  # an interrupt too
+            _opening.release()
+            raise
         return self
 
     def __exit__(

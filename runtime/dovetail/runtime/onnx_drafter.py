@@ -4,7 +4,8 @@ On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree lev
 small writes; the KV buffer is bound as a prefix that grows with the context.  On CUDA (float16) the same
 rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
 
-Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size.
+Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size, V draft
+vocabulary.
 KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
 node i's; row T takes what nobody will read.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from .errors import ContextOverflow, DeviceError, InputError, PairError
 from .machine import physical_cores
 from .manifest import DrafterFacts, Manifest
 from .runners import BLOCKED, CHUNK, CpuRunner, Runner
-from .sessions import FloatArray, TokenArray
+from .sessions import DraftNoise, FloatArray, TokenArray
 from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 from .vram import check_limit, plan_pair
 
@@ -118,8 +120,10 @@ class OnnxDrafter:
         """Bytes moved so far between host and device; 0 on the CPU."""
         return self._runner.bus_bytes
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
+
+        noise: of these children, see DraftSession.
 
         Raises ContextOverflow, InputError (shapes, ids), DeviceError; the length counts finished chunks only.
         """
@@ -127,22 +131,21 @@ class OnnxDrafter:
         self._root = None
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(tokens)))
-            found = self._extend(tokens[chunk], features[chunk])
+            found = self._extend(tokens[chunk], features[chunk], noise)
             self._length += len(tokens[chunk])
         if len(tokens):
             last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
             self._root = int(tokens[-1]), last
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
         """Grow a tree below the last token of `extend`; each level is one run of the graph."""
         if self._root is None:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
         if limits.top_k > self._facts.top_k:
-            raise InputError(
-                f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it or export again"
-            )
+            raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
         token, first = self._root
-        return grow_tree(token, first, self._expand, limits, slots=self._facts.tree_slots, judge=judge)
+        expand = partial(self._expand, noise=noise)
+        return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
 
     def reset(self, keep: int = 0) -> None:
         """Forget everything after the first `keep` pairs; drafting then needs a new `extend`."""
@@ -166,7 +169,7 @@ class OnnxDrafter:
         """Give a GPU's memory back; the session is not to be used any more."""
         self._runner.close()
 
-    def _extend(self, tokens: TokenArray, features: FloatArray) -> Candidates:
+    def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
         """One chunk of at most CHUNK pairs."""
         n, start, slots = len(tokens), self._length, self._facts.tree_slots
         rows = self._runner.rows(n)
@@ -180,9 +183,9 @@ class OnnxDrafter:
         rows.bank_slots[n - 1] = 0
         rows.context_end[:n] = positions + 1
         rows.tree_mask[:n] = BLOCKED
-        return self._run(n, start + n, upload_features=True)
+        return self._run(n, start + n, self._noise(1, noise), upload_features=True)
 
-    def _expand(self, level: Level) -> Candidates:
+    def _expand(self, level: Level, noise: DraftNoise | None = None) -> Candidates:
         """One level of the tree: features of the parents come from the bank."""
         n, length = len(level.rows), self._length
         rows = self._runner.rows(n)
@@ -195,10 +198,15 @@ class OnnxDrafter:
         mask = rows.tree_mask[:n]
         mask[...] = BLOCKED
         mask[level.attend] = 0
-        return self._run(n, length, upload_features=False)
+        return self._run(n, length, self._noise(level.depth + 1, noise), upload_features=False)
 
-    def _run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
-        found = self._runner.run(n, context, upload_features=upload_features)
+    def _noise(self, depth: int, noise: DraftNoise | None) -> FloatArray | None:
+        """[V], of the children at `depth`; None where nothing is drawn, or the graph takes none."""
+        ids = self._runner.draft_ids
+        return None if noise is None or ids is None else noise(depth, ids)
+
+    def _run(self, n: int, context: int, noise: FloatArray | None, *, upload_features: bool) -> Candidates:
+        found = self._runner.run(n, context, noise, upload_features=upload_features)
         if not np.isfinite(found.logprobs).all():
             raise DeviceError(
                 f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "

@@ -19,6 +19,9 @@ from . import machine
 from .errors import DeviceError
 from .graph import FEATURES, LOGITS, SAMPLED, FeatureMix, mix_tap, read_model, to_paged, widen_tap
 from .mapped import LookedUp, giving_back
+from .telemetry import decline_telemetry
+
+decline_telemetry()  # see runners.py
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds

@@ -1,10 +1,11 @@
 """What runs a drafter's graph: the rows of a call, the seam to an engine, and the INT8 graph on the CPU.
 
-Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size.
+Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft vocabulary.
 """
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from .errors import DeviceError
 from .manifest import DrafterFacts
 from .mapped import LookedUp
+from .telemetry import decline_telemetry
 from .tree import Candidates
+
+decline_telemetry()  # whoever embeds this has no command line that would
 
 CHUNK = 128  # rows of a call at most
 PREFIX_STEP = 256  # context pairs by which the bound prefix of the CPU's KV buffer grows
@@ -29,6 +33,8 @@ Array = NDArray[Any]
 INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "queries")
 INPUTS = (*INDEXES, "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
+NOISE = "noise"  # [1, V] float32, added to the logits of every row; graphs of older pairs have none
+DRAFT_IDS = "draft_ids"  # of the graph's metadata: V target ids, little-endian int32 in base64
 STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
 
 
@@ -97,20 +103,23 @@ class Runner(Protocol):
     """Runs the graph, owning KV and bank.
 
     file_key: of the graph in DrafterFacts.files.  max_context: pairs that it holds.  bus_bytes: moved so far between
-    host and device, both ways; 0 where they are one.
+    host and device, both ways; 0 where they are one.  draft_ids: [V], target ids of the draft vocabulary, None where
+    the graph takes no noise.
     """
 
     file_key: str
     max_context: int
     bus_bytes: int
+    draft_ids: NDArray[np.int32] | None
 
     def rows(self, n: int) -> Rows:
         """Where the inputs of a call of n rows are to be written, at least n rows each."""
         ...
 
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+    def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run.
 
+        noise: [V] float32, None for none.
         upload_features: they are read too; then the last row's children are wanted alone, and may be all that comes.
         """
         ...
@@ -151,14 +160,20 @@ class CpuRunner:
         self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         given = {port.name for port in self._session.get_inputs()}
         self._inputs = [name for name in INPUTS if name in given]  # a graph of an older pair answers for every row
+        self.draft_ids = read_draft_ids(self._session, file, facts)
+        self._noise = np.zeros((1, facts.draft_vocab_size), np.float32)
+        self._noisy = False
         self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # rows and answers -> (KV rows bound, binding)
 
     def rows(self, n: int) -> Rows:
         """See Runner."""
         return self._rows
 
-    def run(self, n: int, context: int, *, upload_features: bool) -> Candidates:
+    def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """See Runner."""
+        if noise is not None or self._noisy:
+            self._noise[:] = 0 if noise is None else noise
+            self._noisy = noise is not None
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
         answers = 1 if upload_features and "queries" in self._inputs else n
         bound, binding = self._lanes.get((n, answers), (0, None))
@@ -185,6 +200,8 @@ class CpuRunner:
                 _bind_array(binding.bind_input, name, getattr(self._rows, name)[begin:n])
             for name in OUTPUTS:
                 _bind_array(binding.bind_output, name, getattr(self._rows, name)[:answers])
+            if self.draft_ids is not None:
+                _bind_array(binding.bind_input, NOISE, self._noise)
             _bind_array(binding.bind_input, STATE, self._bank)
             _bind_array(binding.bind_output, output_name(STATE), self._bank)
         for name, buffer in self._kv.items():
@@ -217,6 +234,19 @@ def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequenc
     finally:
         if quiet:
             ort.set_default_logger_severity(2)
+
+
+def read_draft_ids(session: Any, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
+    """[V], target ids of the draft vocabulary, from the graph; None where it takes no noise.  Raises DeviceError."""
+    if NOISE not in {port.name for port in session.get_inputs()}:
+        return None
+    try:
+        ids = np.frombuffer(b64decode(session.get_modelmeta().custom_metadata_map[DRAFT_IDS], validate=True), "<i4")
+        if len(ids) != facts.draft_vocab_size or not 0 <= ids.min() <= ids.max() < facts.target_vocab_size:
+            raise ValueError(f"{len(ids)} ids")
+    except (KeyError, ValueError) as error:
+        raise DeviceError(f"{file} does not say its draft vocabulary ({error}): export the drafter again") from None
+    return ids
 
 
 def call(session: Any, binding: Any, run_options: Any = None) -> None:

@@ -2,8 +2,12 @@
 
 Axes: V target vocabulary, S tokens that survived the processors.
 Processors and their order are those of transformers' generate: repetition penalty, temperature, top-k,
-top-p, min-p. The noise of a token depends on the seed and the token's absolute position alone, so a seed
-draws the same whether tokens are found one by one or as the path of a tree.
+top-p, min-p. What survives them is drawn by the Gumbel-max trick: the token with the best sum of its logit and
+temperature x noise, where each token has noise of its own. That depends on the seed and the absolute position alone,
+so a seed draws the same whether tokens are found one by one or as the path of a tree; and a drafter that adds of the
+same noise to its logits finds what the target will draw more often than its own best tokens would be drawn.
+Source of the latter: Daliri, Musco and Suresh, Coupling without Communication and Drafter-Invariant Speculative
+Decoding (arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ from numpy.typing import NDArray
 
 from .errors import DeviceError, InputError
 
-Noise = Callable[[int], float]
+Noise = Callable[[int, int], NDArray[np.float32]]  # absolute position, V -> [V] standard Gumbel variates
 
 _SEED_LIMIT = 2**63
-_BLOCK = 1024  # probabilities that are summed before one is looked for among them
+_KEPT = 12  # positions whose noise is kept: a tree's levels ask for it before the target does
+# Of the noise, what a drafter adds to its own logits.  Where the target is surer than the drafter thinks, its token
+# does not hang on the noise, and the drafter's best is the better guess (docs/speed.md, Sampled answers).
+TRUST = 0.6
+_HOTTEST = 1e4  # temperature of a drafter's noise: beyond, its logits count for nothing anyway
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,16 @@ def _check_whole(name: str, value: int, limit: int | None, remedy: str) -> None:
         raise InputError(f"{name} {value!r} is out of range: give a whole number {remedy}")
 
 
-def philox_noise(seed: int) -> Noise:
-    """One uniform in [0, 1) per absolute position: position is the counter, seed the key."""
+def gumbel_noise(seed: int) -> Noise:
+    """Independent noise for every absolute position and token.
 
-    def noise(position: int) -> float:
-        return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+    -log of an exponential variate, which is drawn in double precision: in float32 one in 2**23 would be 0, and its
+    token infinitely good.
+    """
+
+    def noise(position: int, size: int) -> NDArray[np.float32]:
+        drawn = np.random.Generator(np.random.SFC64([seed, position])).standard_exponential(size).astype(np.float32)
+        return np.negative(np.log(drawn, out=drawn), out=drawn)
 
     return noise
 
@@ -96,12 +109,14 @@ class Support:
 class Sampler:
     """Chooses tokens for one generation; works on the rows it is asked for, nothing ahead.
 
-    noise: uniform in [0, 1) for an absolute position; the default is keyed by params.seed.
+    noise: of a position, for the whole vocabulary; the default is keyed by params.seed.
     """
 
     def __init__(self, params: SamplingParams, noise: Noise | None = None) -> None:
         self.params = params.seeded()
-        self.noise = noise or philox_noise(self.params.seed or 0)
+        self._new_noise = noise or gumbel_noise(self.params.seed or 0)
+        self._size = 0  # V, once it is known
+        self._noise: dict[int, NDArray[np.float32]] = {}  # by position, the newest last
         # Of the whole vocabulary, kept: fresh memory of a megabyte is slower to get than to fill.
         self._ids, self._scores = np.empty(0, np.int64), np.empty(0, np.float64)
 
@@ -111,13 +126,16 @@ class Sampler:
         logits: [V] float32, given `context`: every token id before the position, path included.
         Raises DeviceError when the logits are not finite.
         """
-        if not self.params.greedy:
-            support = self.support(logits, context)
-            return int(support.ids[self.draw(support.probs, position)])
-        scores = self._penalised(logits, context)
-        token = int(scores.argmax())
-        _check_finite(float(scores[token]))
-        return token
+        scores, params = self._penalised(logits, context), self.params
+        if params.greedy:
+            token = int(scores.argmax())
+            _check_finite(float(scores[token]))
+            return token
+        self._size = len(logits)
+        if not params.top_k and params.top_p == 1 and params.min_p == 0:
+            return self.draw(scores, None, position)
+        ids = self._support(scores).ids
+        return int(ids[self.draw(scores[ids], ids, position)])
 
     def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
         """[V] float64: the probability of each token to be chosen; one-hot when greedy."""
@@ -125,30 +143,52 @@ class Sampler:
         if self.params.greedy:
             probs[self.pick(logits, 0, context)] = 1.0
         else:
-            support = self.support(logits, context)
+            support = self._support(self._penalised(logits, context))
             probs[support.ids] = support.probs
         return probs
 
-    def draw(self, probs: NDArray[np.float64], position: int) -> int:
-        """Index into probs [S] by inverse CDF of the position's noise: index i has the interval of length probs[i].
+    def draw(self, scores: NDArray[np.floating[Any]], ids: NDArray[np.int64] | None, position: int) -> int:
+        """Index into `scores` [S], drawn with the probabilities of their softmax at the temperature.
 
-        The CDF is that of blocks, and within one of them: a running sum over a whole vocabulary takes longer than all
-        else here.
+        ids: [S], the tokens that they belong to, None for the whole vocabulary.  Raises DeviceError when they are not
+        finite.
         """
-        blocks = np.add.reduceat(probs, np.arange(0, len(probs), _BLOCK)).cumsum()
-        sought = self.noise(position) * blocks[-1]
-        block = _interval(blocks, sought)
-        begin = block * _BLOCK
-        before = blocks[block - 1] if block else 0.0
-        return begin + _interval(probs[begin : begin + _BLOCK].cumsum(), sought - before)
+        noise = self.noise(position) if ids is None else self.noise(position)[ids]
+        heat = np.float64(self.params.temperature)
+        # Neither of the two overflows.
+        perturbed = scores / heat + noise if heat > 1 else scores + heat.astype(np.float32) * noise
+        index = int(perturbed.argmax())
+        _check_finite(float(perturbed[index]))
+        return index
 
-    def support(self, logits: NDArray[np.float32], context: Sequence[int]) -> Support:
-        """The processed distribution at a temperature above 0."""
+    def noise(self, position: int) -> NDArray[np.float32]:
+        """[V] float32, the vocabulary's noise at an absolute position; the last few are remembered."""
+        found = self._noise.pop(position, None)
+        if found is None:
+            found = self._new_noise(position, self._size)
+            while len(self._noise) >= _KEPT:
+                del self._noise[next(iter(self._noise))]
+        self._noise[position] = found
+        return found
+
+    def ahead(self, position: int, ids: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """[K] float32: what is added to a drafter's logits of the tokens `ids` [K], so that it finds what is drawn.
+
+        Zeros before the first `pick`, and for greedy decoding, which draws nothing.
+        """
+        if not self._size:
+            return np.zeros(len(ids), np.float32)
+        scale = np.float32(TRUST * min(self.params.temperature, _HOTTEST))
+        noise: NDArray[np.float32] = scale * self.noise(position)[ids]
+        return noise
+
+    def _support(self, given: NDArray[np.floating[Any]]) -> Support:
+        """The processed distribution at a temperature above 0.  given: [V], penalised logits."""
         params = self.params
-        if len(self._ids) != len(logits):
-            self._ids, self._scores = np.arange(len(logits)), np.empty(len(logits), np.float64)
+        if len(self._ids) != len(given):
+            self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)
         scores, ids = self._scores, self._ids
-        scores[:] = self._penalised(logits, context)
+        scores[:] = given
         top = float(scores.max())
         _check_finite(top)
         if 0 < params.top_k < len(scores):
@@ -165,7 +205,7 @@ class Sampler:
         if params.min_p > 0:
             kept = np.flatnonzero(probs >= params.min_p * probs.max())
             ids, probs = ids[kept], probs[kept]
-        return Support(ids, probs if len(probs) == len(logits) else probs / probs.sum())
+        return Support(ids, probs if len(probs) == len(given) else probs / probs.sum())
 
     def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
         """Scores of tokens in the context, divided by the penalty, or multiplied when negative."""
@@ -177,12 +217,6 @@ class Sampler:
         scores = penalised[seen]
         penalised[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
         return penalised
-
-
-def _interval(cdf: NDArray[np.float64], sought: float) -> int:
-    """Index of the interval of a CDF that `sought` lies in; the last that is not empty where rounding leaves none."""
-    index = int(cdf.searchsorted(sought, side="right"))
-    return index if index < len(cdf) else int(cdf.searchsorted(cdf[-1]))
 
 
 def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:

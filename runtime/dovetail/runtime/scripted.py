@@ -8,6 +8,7 @@ drafter whether it is told the right pairs, and arrays that are no longer valid 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DeviceError
-from .sessions import FloatArray, TargetPass, TokenArray
+from .sessions import DraftNoise, FloatArray, TargetPass, TokenArray
 from .tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
 
 Prefix = tuple[int, ...]
 LogitsOf = Callable[[Prefix], FloatArray]  # token ids so far -> [V]
-Propose = Callable[[Prefix, TreeLimits, Judge | None], DraftTree]  # token ids so far, the root last -> tree
+# Token ids so far, the root last -> tree.
+Propose = Callable[[Prefix, TreeLimits, Judge | None, DraftNoise | None], DraftTree]
 
 FEATURE_SIZE = 3
 
@@ -129,18 +131,18 @@ class ScriptedDrafter:
     @classmethod
     def copy_of(cls, logits_of: LogitsOf, noise: float = 0.0, seed: int = 0) -> ScriptedDrafter:
         """Drafts with top-k growth from the target's own logits, `noise` (a deviation) added to them."""
-        return cls(lambda prefix, limits, judge: _grow(_noisy(logits_of, noise, seed), prefix, limits, judge))
+        return cls(partial(_grow, _noisy(logits_of, noise, seed)))
 
     @classmethod
     def hostile_to(cls, logits_of: LogitsOf) -> ScriptedDrafter:
         """Drafts what the target finds least likely."""
-        return cls(lambda prefix, limits, judge: _grow(lambda path: -logits_of(path), prefix, limits, judge))
+        return cls(partial(_grow, lambda path: -logits_of(path)))
 
     @property
     def length(self) -> int:
         return max(len(self.tokens) - 1, 0)
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         self.calls.append(("extend", len(tokens)))
         _require(len(tokens) > 0, "extend by nothing")
         _require(features.shape == (len(tokens), FEATURE_SIZE), f"features {features.shape} for {len(tokens)} tokens")
@@ -153,10 +155,10 @@ class ScriptedDrafter:
             _require(own, f"pair {self.length} has the feature of another")
             self.tokens.append(token)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
         self.calls.append(("propose", limits.width))
         _require(self.length > 0, "propose before any extend")
-        return self._propose(tuple(self.tokens), limits, judge)
+        return self._propose(tuple(self.tokens), limits, judge, noise)
 
     def reset(self, keep: int = 0) -> None:
         self.calls.append(("reset", keep))
@@ -221,11 +223,15 @@ def _noisy(logits_of: LogitsOf, noise: float, seed: int) -> LogitsOf:
     return noisy if noise else logits_of
 
 
-def _grow(logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+def _grow(
+    logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
+) -> DraftTree:
     paths: dict[int, Prefix] = {0: prefix}  # draft row -> tokens up to it
 
     def candidates(rows: Sequence[int]) -> Candidates:
         logits = np.stack([logits_of(paths[row]) for row in rows]).astype(np.float64)
+        if noise:
+            logits += noise(1 + len(paths[rows[0]]) - len(prefix), np.arange(logits.shape[-1]))
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : limits.top_k]
         return Candidates(np.take_along_axis(logprobs, ids, -1).astype(np.float32), ids)

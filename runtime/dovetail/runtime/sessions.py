@@ -11,8 +11,9 @@ that it was given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from .tree import DraftTree, Judge, TreeLimits
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
+# For sampled tokens: (depth, ids [K]) -> [K] float32, to be added to a drafter's logits of the tokens `ids` that
+# may come `depth` levels below the last known token, so that its best are what the target will draw (sampling.py).
+DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,15 @@ class DraftSession(Protocol):
         """(feature, token) pairs it has been extended with."""
         ...
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
-        """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D]."""
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D].
+
+        noise: of what follows the last token, None where nothing is drawn; a session may do without it.
+        """
         ...
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
-        """Grow a tree below the last token of `extend` (the root); `judge` as for grow_tree."""
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        """Grow a tree below the last token of `extend` (the root); `judge` as for grow_tree, `noise` as there."""
         ...
 
     def reset(self, keep: int = 0) -> None:

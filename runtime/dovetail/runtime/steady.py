@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import DeviceError
 from .onnx_drafter import OnnxDrafter
-from .sessions import FloatArray, TokenArray
+from .sessions import DraftNoise, FloatArray, TokenArray
 from .tree import DraftTree, Judge, TreeLimits
 
 KEPT = 256  # pairs that are kept, and read again
@@ -45,30 +45,30 @@ class SteadyDrafter:
         """Pairs it has been extended with; the drafter may hold the last of them alone."""
         return self._start + self._drafter.length
 
-    def extend(self, tokens: TokenArray, features: FloatArray) -> None:
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         """See OnnxDrafter; a full context begins anew with the last pairs, and these.
 
         Raises InputError, and DeviceError where there is no other drafter to move to.
         """
         length = self.length
         try:
-            self._extend(length, tokens, features)
+            self._extend(length, tokens, features, noise)
         except DeviceError as error:
             problem = self._movable(error)
         else:
             self._recent.add(length, tokens, features)
             return
         self._recent.add(length, tokens, features)
-        self._move(problem, length + len(tokens))
+        self._move(problem, length + len(tokens), noise)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
         """See OnnxDrafter.  Raises as `extend` does."""
         try:
-            return self._drafter.propose(limits, judge)
+            return self._drafter.propose(limits, judge, noise)
         except DeviceError as error:
             problem = self._movable(error)
-        self._move(problem, self.length)
-        return self._drafter.propose(limits, judge)
+        self._move(problem, self.length, noise)
+        return self._drafter.propose(limits, judge, noise)
 
     def reset(self, keep: int = 0) -> None:
         """See OnnxDrafter."""
@@ -80,7 +80,7 @@ class SteadyDrafter:
         """Give a GPU's memory back; the session is not to be used any more."""
         self._drafter.close()
 
-    def _extend(self, length: int, tokens: TokenArray, features: FloatArray) -> None:
+    def _extend(self, length: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> None:
         """Append pairs after `length`; where there is no room, after the last of those, or the end of these alone."""
         most, held = self._drafter.max_context, self._drafter.length
         if held + len(tokens) > most or (length and not held):  # an interruption may have left it empty
@@ -88,7 +88,7 @@ class SteadyDrafter:
             skipped = max(len(tokens) - most, 0)
             self._start += skipped
             tokens, features = tokens[skipped:], features[skipped:]
-        self._drafter.extend(tokens, features)
+        self._drafter.extend(tokens, features, noise)
 
     def _movable(self, error: DeviceError) -> str:
         """What the error says, if there is another drafter; else it is raised.
@@ -99,7 +99,7 @@ class SteadyDrafter:
             raise error
         return str(error)
 
-    def _move(self, problem: str, length: int) -> None:
+    def _move(self, problem: str, length: int, noise: DraftNoise | None) -> None:
         """Leave the first drafter for the second, which reads the last of `length` pairs.  Raises DeviceError."""
         assert self._open_second is not None
         second = self._open_second(f"moved there: {problem}")
@@ -109,15 +109,18 @@ class SteadyDrafter:
         self._open_second = None
         self.device, self.device_note = second.device, second.device_note
         first.close()
-        self._read_again(length, min(KEPT, second.max_context))
+        self._read_again(length, min(KEPT, second.max_context), noise)
 
-    def _read_again(self, length: int, count: int) -> None:
-        """Let the drafter hold nothing but the last `count` of `length` pairs, or what was kept of them."""
+    def _read_again(self, length: int, count: int, noise: DraftNoise | None = None) -> None:
+        """Let the drafter hold nothing but the last `count` of `length` pairs, or what was kept of them.
+
+        noise: of what follows them, where a tree does.
+        """
         tokens, features = self._recent.last(length, count)
         self._start = length  # first: an interruption then leaves no length that is too small
         self._drafter.reset()
         if len(tokens):
-            self._drafter.extend(tokens, features)
+            self._drafter.extend(tokens, features, noise)
             self._start = length - len(tokens)
 
 

@@ -28,8 +28,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 class VramPlan:
     """Bytes on the device.  context: pairs.  weights: of the graph.  state: KV and feature bank.
 
-    rows: inputs and outputs of all buckets.  workspace: activations of the largest call.  cuda: the allowance for CUDA
-    itself.
+    rows: inputs and outputs of all buckets, and noise for the draft vocabulary.  workspace: activations of the largest
+    call.  cuda: the allowance for CUDA itself.
     """
 
     context: int
@@ -65,7 +65,8 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
     one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
     fixed, per_pair = facts.workspace
-    return VramPlan(context, weights, state, sum(BUCKETS) * one_row, fixed + per_pair * context)
+    rows = sum(BUCKETS) * one_row + facts.draft_vocab_size * SINGLE
+    return VramPlan(context, weights, state, rows, fixed + per_pair * context)
 
 
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import click
 
 from .. import machine
 from ..engine import Engine
-from ..errors import InputError, PairError
+from ..errors import DovetailError, InputError, PairError
 from ..manifest import write_atomically
 from .benchmark import Paired, measure, read_again, summary
 from .options import EngineFlags, RequestFlags, engine_options, sampling_options
@@ -48,13 +49,15 @@ def bench(
     where it would now choose another token.
     """
     conversations = read_prompts(file, limit)
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}, make it first")
+    if output is not None:
+        check_output(output)
     engine = engine_flags.open()
     if engine.drafter_device is None:
         raise PairError(
             "this pair has no drafter, so there is nothing to measure: add one with dovetail-export drafter"
         )
+    for conversation in conversations:
+        check_conversation(engine, conversation)
     request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
     pairs = run(engine, conversations, request, plain)
     facts = circumstances(engine, engine_flags, file, request)  # the peak of memory is that of decoding
@@ -65,6 +68,24 @@ def bench(
         write(output, text)
     if as_json:
         click.echo(text)
+
+
+def check_output(output: Path) -> None:
+    """Raises InputError for a file that cannot be written, before anything is measured for it."""
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}, make it first")
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder: name a file")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"--output {output}: {output.parent} cannot be written to, name another folder")
+
+
+def check_conversation(engine: Engine, conversation: Conversation) -> None:
+    """Raises InputError, ContextOverflow for a first turn that cannot be asked, with its name."""
+    try:
+        engine.count_tokens(conversation.turns[0])
+    except DovetailError as error:
+        raise type(error)(f"prompt {conversation.name}: {error}") from None
 
 
 def run(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags, plain: bool) -> list[Paired]:

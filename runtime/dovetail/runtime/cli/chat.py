@@ -51,8 +51,8 @@ class Talk:
         click.echo(HELP, err=True)
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
+                line = input("> " if sys.stdin and sys.stdin.isatty() else "").strip()
+            except (EOFError, RuntimeError):  # the end, or a standard input that was closed from the start
                 click.echo(err=True)
                 return
             except KeyboardInterrupt:

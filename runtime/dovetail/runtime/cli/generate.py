@@ -62,7 +62,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         text = read_text(file)
     elif prompt in (None, "-"):
-        if sys.stdin.isatty() and prompt is None:
+        if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
             raise InputError('there is no prompt: dovetail-run "Why is the sky blue?", or pipe one in')
         text = read_stdin()
     else:
@@ -84,6 +84,8 @@ def read_text(file: Path) -> str:
 
 def read_stdin() -> str:
     """Standard input as UTF-8, one final line break dropped. Raises InputError."""
+    if sys.stdin is None:  # closed
+        return ""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError:

@@ -162,8 +162,9 @@ def render(facts: dict[str, Any]) -> str:
 def _drafter_line(drafter: dict[str, Any]) -> str:
     devices = ", ".join(device for device in DEVICES if device in drafter["files"])
     layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
+    told = "" if drafter["noise"] else ", drafts sampled answers less well than it could: export it again"
     return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
-            f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}")  # fmt: skip
+            f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 other errors, 2 bad input, 3 a pair that cannot be used, 4
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,24 +16,31 @@ import click
 
 from ..errors import DovetailError
 from ..telemetry import decline_telemetry
-from .bench import bench
-from .chat import chat
-from .doctor import doctor
-from .generate import generate
-from .inspect import inspect
-from .tune import tune
 
 INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")
+COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "tune")  # each in the module of its name
 
 
 class DefaultGroup(click.Group):
-    """A group whose first word may be left out: what is no command is a prompt for `generate`."""
+    """A group whose first word may be left out: what is no command is a prompt for `generate`.
+
+    Commands are imported when they are called: --help is fast, and Ctrl-C quiet from the start.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"{__package__}.{cmd_name}"), cmd_name)
+        return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and sys.stdin.isatty():
+        if not args and sys.stdin and sys.stdin.isatty():
             args = ["--help"]
-        elif not args or (args[0] not in self.commands and args[0] not in OWN_FLAGS):
+        elif not args or args[0] not in (*COMMANDS, *OWN_FLAGS):
             args = ["generate", *args]
         return super().parse_args(ctx, args)
 
@@ -51,6 +60,9 @@ class DefaultGroup(click.Group):
             code = fail(err.format_message(), err.exit_code)
         except click.Abort:
             code = INTERRUPTED
+        except OSError as err:  # most files have errors of their own; here it is a full disk behind stdout
+            code = fail(f"{err.filename or 'the output cannot be written'}: {err.strerror or err}", 1)
+            _drop_output()
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -58,6 +70,11 @@ def fail(message: str, exit_code: int) -> int:
     """Say `message` as one line on stderr; gives the exit code back."""
     click.echo("error: " + " ".join(message.split()), err=True)
     return exit_code
+
+
+def _drop_output() -> None:
+    """Let what is left of stdout go nowhere, or the interpreter would try to write it once more and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,10 +89,6 @@ def cli() -> None:
 
     The first use without --pair builds the SmolLM2-135M pair in your cache.
     """
-
-
-for command in (generate, chat, bench, tune, inspect, doctor):
-    cli.add_command(command)
 
 
 def main() -> NoReturn:

@@ -25,7 +25,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} is out of range: give 1 or more")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
     except OSError as err:
         raise InputError(f"{path} cannot be read ({err.strerror}): name a JSONL file") from None
     except UnicodeDecodeError:
