@@ -277,7 +277,7 @@ def test_what_was_left_in_the_long_run_is_come_back_to() -> None:
     true = costs(12.0, 0.9, 4.5, switch_ms=8.4)
     scheduler = Scheduler(true)
     for _ in range(8):
-        answer("copy", true, noise=2.0, temperature=1.0, tokens=200, scheduler=scheduler, deaf=True)
+        answer("copy", true, noise=1.5, temperature=1.0, tokens=200, scheduler=scheduler, deaf=True)
     assert scheduler._sampled.left and not scheduler._greedy.left
     clocks = [answer("copy", true, sharpness=60.0, temperature=1.0, scheduler=scheduler)[0] for _ in range(5)]
     assert not scheduler._sampled.left and clocks[-1].now < 0.6 * plain_seconds(true)
