@@ -117,3 +117,25 @@ def test_noise_crosses_the_bus_for_sampled_answers_alone(
     again, plain, _, _ = drafted(10, None)  # the first greedy call wipes it
     assert again.tokens.tolist() == plain.tokens.tolist()
     assert drafted(15, None)[2] == ["up", "down", "wait"] * 2
+
+
+def test_an_interrupt_leaves_no_noise_on_the_device(
+    HostDevice: Callable[[], Any], pairs: Any, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tokens, features), limits = stream, TreeLimits(width=6, depth=2, top_k=3, lookup=0)
+    device = HostDevice()
+    session, fresh = pairs.on(device), pairs.on(HostDevice())
+    loud = 8 * np.random.default_rng(0).gumbel(size=pairs.manifest.target.vocab_size).astype(np.float32)
+    session.extend(tokens[:5], features[:5], lambda depth, ids: loud[ids])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "upload", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.extend(tokens[5:6], features[5:6])
+    session.reset()
+    for one in (session, fresh):
+        one.extend(tokens[:6], features[:6])
+    pairs.assert_alike(session.propose(limits), fresh.propose(limits))

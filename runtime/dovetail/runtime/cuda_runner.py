@@ -2,8 +2,8 @@
 
 A call is one copy up, one replay and one copy down, in order on one stream, and one wait at its end (ONNX Runtime may
 wait for the replay too).  Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
-the host.  ONNX Runtime keeps captured graphs per thread: the thread that opens a drafter runs it; another captures
-anew.
+the host; the noise of sampled answers, in a block of its own for all buckets, is a copy up more.  ONNX Runtime keeps
+captured graphs per thread: the thread that opens a drafter runs it; another captures anew.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ class CudaRunner:
         try:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
             self.draft_ids = read_draft_ids(self._session, file, facts)
-            self._noise, self._noisy = Block.allocate(device, {NOISE: ((1, facts.draft_vocab_size), np.float32)}), False
+            noise: dict[str, Spec] = {NOISE: ((1, facts.draft_vocab_size), np.float32)}
+            self._noise = None if self.draft_ids is None else Block.allocate(device, noise)
+            self._noisy = False
             shapes = state_shapes(facts, plan.context)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
             for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # the largest first: its memory serves the others
@@ -165,10 +167,11 @@ class CudaRunner:
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._trash)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
-        if noise is not None or self._noisy:
+        if self._noise and (noise is not None or self._noisy):
+            self._noisy = True  # until it is certain that there is none: an interrupt may come in between
             self._noise.array(NOISE)[:] = 0 if noise is None else noise
-            self._noisy = noise is not None
             device.upload(self._noise.address, self._noise.host)
+            self._noisy = noise is not None
             self.bus_bytes += self._noise.host.nbytes
         device.upload(graph.inputs.address, sent)
         call(self._session, graph.binding, graph.run_options)
@@ -221,7 +224,7 @@ class CudaRunner:
         given = {port.name for port in self._session.get_inputs()}
         for name in given.intersection(INPUTS):  # an older pair's graph has no queries
             inputs.bind(binding.bind_input, name, kind)
-        if self.draft_ids is not None:
+        if self._noise:
             self._noise.bind(binding.bind_input, NOISE, kind)
         for name in OUTPUTS:
             outputs.bind(binding.bind_output, name, kind)

@@ -332,6 +332,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             meter.new_tokens += len(step.tokens)
             yield step
     finally:
+        talk.sampler = None  # and what it keeps
         talk.rewind()
 
 

@@ -172,6 +172,7 @@ class CpuRunner:
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """See Runner."""
         if noise is not None or self._noisy:
+            self._noisy = True  # until it is certain that there is none: an interrupt may come in between
             self._noise[:] = 0 if noise is None else noise
             self._noisy = noise is not None
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)

@@ -88,7 +88,7 @@ class DraftSession(Protocol):
         ...
 
     def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
-        """Grow a tree below the last token of `extend` (the root); `judge` as for grow_tree, `noise` as there."""
+        """Grow a tree below the last token of `extend`, the root; judge: see grow_tree.  noise: see `extend`."""
         ...
 
     def reset(self, keep: int = 0) -> None:

@@ -65,7 +65,7 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
     one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
     fixed, per_pair = facts.workspace
-    rows = sum(BUCKETS) * one_row + facts.draft_vocab_size * SINGLE
+    rows = sum(BUCKETS) * one_row + facts.noise * facts.draft_vocab_size * SINGLE
     return VramPlan(context, weights, state, rows, fixed + per_pair * context)
 
 

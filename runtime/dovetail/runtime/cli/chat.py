@@ -51,8 +51,10 @@ class Talk:
         click.echo(HELP, err=True)
         while True:
             try:
-                line = input("> " if sys.stdin and sys.stdin.isatty() else "").strip()
-            except (EOFError, RuntimeError):  # the end, or a standard input that was closed from the start
+                if sys.stdin is None:  # closed from the start
+                    raise EOFError
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
                 click.echo(err=True)
                 return
             except KeyboardInterrupt:

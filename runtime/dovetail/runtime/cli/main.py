@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 other errors, 2 bad input, 3 a pair that cannot be used, 4
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -60,9 +61,12 @@ class DefaultGroup(click.Group):
             code = fail(err.format_message(), err.exit_code)
         except click.Abort:
             code = INTERRUPTED
-        except OSError as err:  # most files have errors of their own; here it is a full disk behind stdout
-            code = fail(f"{err.filename or 'the output cannot be written'}: {err.strerror or err}", 1)
-            _drop_output()
+        except OSError as err:  # files have errors of their own; this may be a full disk behind stdout
+            lost = err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+            what = "the output cannot be written: " if lost else f"{err.filename}: " if err.filename else ""
+            code = fail(f"{what}{err.strerror or err}", 1)
+            if lost:
+                _drop_output()
         sys.exit(code if isinstance(code, int) else 0)
 
 
