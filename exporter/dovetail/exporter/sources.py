@@ -1,22 +1,26 @@
 """Where a target comes from: a Hub id, a Hugging Face folder, a GGUF file or an OpenVINO IR folder.
 
-Resolving reads no weights beyond their digests, and imports neither torch nor transformers.
+Resolving reads no weights beyond their digests, and imports neither torch nor transformers.  A checkpoint whose
+configuration rules it out is refused before that, from the Hub before it is downloaded.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dovetail.exporter.architectures import check_architecture
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.manifest import sha256_file
 
 Kind = Literal["hf", "gguf", "ir"]
 
 IR_XML = "openvino_model.xml"
+CONFIG = "config.json"
 GGUF_MAGIC = b"GGUF"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_WEIGHTS = ("*.bin", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.pth", "*.pt", "*.onnx*", "*.tflite")
@@ -51,7 +55,8 @@ class Source:
 def resolve_source(location: str, revision: str | None = None) -> Source:
     """Find out what `location` is; a Hub id is downloaded into the Hugging Face cache.
 
-    Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind.
+    Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind, an architecture
+    that cannot become a target.
     """
     path = Path(location).expanduser()
     if path.exists():
@@ -71,7 +76,7 @@ def download(repo: str, revision: str | None = None) -> Path:
     Raises SourceError in one line when the hub is unreachable or refuses.
     """
     import httpx
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -81,6 +86,8 @@ def download(repo: str, revision: str | None = None) -> Path:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=10)
             names = [sibling.rfilename for sibling in info.siblings or ()]
+            if CONFIG in names and IR_XML not in names:
+                check_architecture(repo, read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha))))
             return Path(snapshot_download(repo, revision=info.sha, ignore_patterns=_unwanted(names)))
         except (OfflineModeIsEnabled, httpx.TransportError):  # unreachable: what was downloaded before will do
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -120,6 +127,17 @@ def check_gguf(path: Path) -> str:
     return str(field.contents())
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises SourceError."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file} is not valid JSON ({error}): copy or download it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds no JSON object: copy or download it again")
+    return config
+
+
 def _local(path: Path, location: str) -> Source:
     if path.is_file():
         if path.name == IR_XML:
@@ -128,8 +146,10 @@ def _local(path: Path, location: str) -> Source:
         return Source("gguf", location, path, {path.name: sha256_file(path)})
     if (path / IR_XML).is_file():
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
-    if (path / "config.json").is_file():
-        return Source("hf", location, path, _digest(path, _weight_files(path)))
+    if (path / CONFIG).is_file():
+        names = _weight_files(path)
+        check_architecture(location, read_config(path / CONFIG))
+        return Source("hf", location, path, _digest(path, names))
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _local(ggufs[0], location)

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.exporter.architectures import context_of, original_context
+from dovetail.exporter.graph_probe import Reference, ir_reference, probe_graph, probe_tokens
 from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
@@ -33,7 +35,6 @@ PACKAGES = (
     "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
 WEIGHTS_FILE = "target/openvino_model.bin"
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,15 @@ def _fill_target(
     else:
         encode = copy_tokenizer(tokenizer, folder)
     probe_tokenizer(folder, encode)
-    return _facts(model, tap, folder, source, options, eos_token_ids)
+    facts = _facts(model, tap, folder, source, options, eos_token_ids)
+    if original_context(_read_json(folder / "config.json")) == facts.max_context:
+        progress(f"target: its context ends at {facts.max_context} tokens, where the factors of its long RoPE change")
+    progress("target: comparing the graph with the model")
+    reference = Reference.load(ir)
+    exact = reference is None or options.weights.weight_format in ("fp32", "fp16")
+    tokens = probe_tokens(_read_json(folder / "config.json"))
+    probe_graph(folder / IR_XML, reference or ir_reference(ir / IR_XML, tokens), same_weights=exact)
+    return facts
 
 
 def _facts(
@@ -208,15 +217,15 @@ def _facts(
 ) -> TargetFacts:
     config = _read_json(folder / "config.json")
     inner = config.get("text_config", config)
-    context = options.max_context or next((inner[key] for key in _CONTEXT_KEYS if inner.get(key)), None)
+    context = _context(config, options)
     try:
         return TargetFacts(
             model_type=str(config["model_type"]),
             hidden_size=_first(inner, "hidden_size", "n_embd", "d_model"),
             feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
             vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
-            num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers"),
-            max_context=int(context) if context else _unknown_context(source),
+            num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+            max_context=context or _unknown_context(source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
             eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
@@ -292,6 +301,16 @@ def _first(config: Mapping[str, Any], *keys: str) -> int:
         if key in config:
             return int(config[key])
     raise KeyError(keys[0])
+
+
+def _context(config: Mapping[str, Any], options: TargetOptions) -> int | None:
+    original = original_context(config)
+    if original and options.max_context and options.max_context > original:
+        raise InputError(
+            f"--max-context {options.max_context} passes the original context {original} of a model with long RoPE, "
+            f"whose factors change there: give {original} or less"
+        )
+    return options.max_context or context_of(config)
 
 
 def _unknown_context(source: Source) -> int:

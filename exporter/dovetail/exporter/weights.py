@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.exporter.graph_probe import probe_tokens, torch_reference
 from dovetail.exporter.progress import quiet
-from dovetail.exporter.sources import Source, check_gguf
+from dovetail.exporter.sources import CONFIG, Source, check_gguf, read_config
 from dovetail.exporter.stages import Progress
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
 
@@ -64,7 +65,7 @@ class WeightOptions:
 def convert(
     source: Source, folder: Path, options: WeightOptions, trust: bool, progress: Progress, verbose: bool
 ) -> None:
-    """Write openvino_model.xml/.bin, config.json and generation_config.json of `source` into `folder`.
+    """Write openvino_model.xml/.bin, config.json, generation_config.json and a reference of `source` into `folder`.
 
     trust: run Python code that comes with the checkpoint. Needs the `export` extra.
     Raises SourceError (unreadable or unsupported checkpoint), InputError (options) or ExportError.
@@ -76,6 +77,8 @@ def convert(
             _export_plain(checkpoint, folder, options.weight_format, trust, progress)
         else:
             _export_compressed(source, checkpoint, folder, options, trust, progress)
+        progress("computing what the checkpoint itself computes")
+        torch_reference(checkpoint, probe_tokens(read_config(checkpoint / CONFIG)), trust).save(folder)
 
 
 def _export_plain(checkpoint: Path, folder: Path, dtype: str, trust: bool, progress: Progress) -> None:
