@@ -16,13 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dovetail.exporter.architectures import context_of, original_context
-from dovetail.exporter.graph_probe import Reference, ir_reference, probe_graph, probe_tokens
+from dovetail.exporter.graph_probe import ir_logits, probe_graph, probe_tokens
 from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
-from dovetail.exporter.weights import WeightOptions, convert
+from dovetail.exporter.weights import REFERENCE, WeightOptions, convert
 from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.graph import LOGITS, add_tap, find_head, read_model, to_paged
 from dovetail.runtime.manifest import Manifest, TargetFacts, sha256_file
@@ -205,10 +207,12 @@ def _fill_target(
     if original_context(_read_json(folder / "config.json")) == facts.max_context:
         progress(f"target: its context ends at {facts.max_context} tokens, where the factors of its long RoPE change")
     progress("target: comparing the graph with the model")
-    reference = Reference.load(ir)
-    exact = reference is None or options.weights.weight_format in ("fp32", "fp16")
     tokens = probe_tokens(_read_json(folder / "config.json"))
-    probe_graph(folder / IR_XML, reference or ir_reference(ir / IR_XML, tokens), same_weights=exact)
+    float_logits = np.load(ir / REFERENCE) if (ir / REFERENCE).is_file() else None
+    if float_logits is not None and options.weights.is_float:
+        probe_graph(folder / IR_XML, tokens, float_logits)
+    else:
+        probe_graph(folder / IR_XML, tokens, ir_logits(ir / IR_XML, tokens), float_logits)
     return facts
 
 

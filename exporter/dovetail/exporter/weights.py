@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.exporter.graph_probe import probe_tokens, torch_reference
+import numpy as np
+
+from dovetail.exporter.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.progress import quiet
 from dovetail.exporter.sources import CONFIG, Source, check_gguf, read_config
 from dovetail.exporter.stages import Progress
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from optimum.intel import OVWeightQuantizationConfig
 
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
+REFERENCE = "reference.npy"  # logits of the checkpoint itself, for graph_probe
 TASK = "text-generation-with-past"
 # What transformers, optimum and nncf raise on a model that they cannot convert.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError)
@@ -50,8 +53,13 @@ class WeightOptions:
         if self.weight_format not in WEIGHT_FORMATS:
             raise InputError(f"weight format {self.weight_format!r} is unknown: one of {', '.join(WEIGHT_FORMATS)}")
         given = self.given()
-        if given and self.weight_format in ("fp32", "fp16"):
+        if given and self.is_float:
             raise InputError(f"--{given[0].replace('_', '-')} has no meaning with {self.weight_format}: drop it")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the weights stay floating point."""
+        return self.weight_format in ("fp32", "fp16")
 
     def given(self) -> list[str]:
         """Names of the options that were set."""
@@ -73,12 +81,14 @@ def convert(
     progress("loading torch, transformers and optimum")
     with quiet(verbose), _one_line_errors(source):
         checkpoint = _gguf_to_hf(source, progress) if source.kind == "gguf" else source.path
-        if options.weight_format in ("fp32", "fp16"):
+        if options.is_float:
             _export_plain(checkpoint, folder, options.weight_format, trust, progress)
         else:
             _export_compressed(source, checkpoint, folder, options, trust, progress)
-        progress("computing what the checkpoint itself computes")
-        torch_reference(checkpoint, probe_tokens(read_config(checkpoint / CONFIG)), trust).save(folder)
+        if options.is_float or options.weight_format == "int8":  # those of 4 bits are too far from it to be compared
+            progress("computing what the checkpoint itself computes")
+            tokens = probe_tokens(read_config(checkpoint / CONFIG))
+            np.save(folder / REFERENCE, torch_logits(checkpoint, tokens, trust))
 
 
 def _export_plain(checkpoint: Path, folder: Path, dtype: str, trust: bool, progress: Progress) -> None:
