@@ -54,7 +54,7 @@ _EXPORTED = {
 ARCHITECTURES = {name: versions for versions, names in _EXPORTED.items() for name in names.split()}
 
 # Decoders that are exported, and whose paged form is wrong or does not exist (tests/exporter/test_families.py).
-_UNPAGED = {
+UNPAGED = {
     "gpt_neo": "limits every other layer to a window, which OpenVINO's paged attention leaves out",
     "mpt": "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for MPT",
     **dict.fromkeys(
@@ -64,7 +64,7 @@ _UNPAGED = {
 }
 
 # Fields of configurations whose layers keep a state of another kind: Mamba, short convolutions, linear attention.
-_STATE_FIELDS = ("mamba_", "ssm_", "state_size", "conv_L_cache", "linear_num_", "linear_conv_", "rwkv_")
+_STATE_FIELDS = ("mamba_", "ssm_", "state_size", "conv_L_cache", "linear_num_", "linear_conv_")
 _ATTENTION = {"full_attention", "sliding_attention"}
 
 
@@ -134,7 +134,7 @@ def _wrong_attention(config: Mapping[str, Any]) -> str | None:
         return "is an encoder with a decoder, and Dovetail verifies decoders"
     if config.get("model_type") == "falcon" and config.get("alibi"):
         return "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for Falcon"
-    return _UNPAGED.get(str(config.get("model_type")))
+    return UNPAGED.get(str(config.get("model_type")))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Train a drafter for an exported target.",
     "drafter": "Add a trained drafter to an exported target.",
     "pair": "Build a reference pair, from download to manifest.",
+    "environment": "Make an environment with the transformers that an architecture needs.",
     "check": "Re-validate a pair: files, graphs, tokenizer and a short run.",
 }
 INTERRUPTED = 130
