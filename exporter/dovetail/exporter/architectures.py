@@ -74,16 +74,7 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
     config: its config.json.  transformers: a version, by default the installed one.
     Raises SourceError, one line with the reason and what to do.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise SourceError(f"config.json of {location} names no model_type: it is no language model")
-    if state := _other_state(config):
-        raise SourceError(
-            f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and a state "
-            "cannot follow the branches of a token tree: choose a model whose layers are attention alone"
-        )
-    if wrong := _wrong_attention(config):
-        raise SourceError(f"{location} ({kind}) {wrong}: choose another model")
+    kind = check_attention(location, config)
     if (versions := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a decoder of text: "
@@ -97,13 +88,31 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
         )
 
 
+def check_attention(location: str, config: Mapping[str, Any]) -> str:
+    """Refuse a model whose layers a tree verifier cannot compute, converted or not; returns its model_type.
+
+    Raises SourceError.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise SourceError(f"config.json of {location} names no model_type: it is no language model")
+    if state := _other_state(config):
+        raise SourceError(
+            f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and a state "
+            "cannot follow the branches of a token tree: choose a model whose layers are attention alone"
+        )
+    if wrong := _wrong_attention(config):
+        raise SourceError(f"{location} ({kind}) {wrong}: choose another model")
+    return kind
+
+
 def context_of(config: Mapping[str, Any]) -> int | None:
     """Tokens of context that a target computes rightly, None where its configuration does not say.
 
     Long RoPE (Phi-3) rotates keys by other factors once a text passes the original context, while those in the cache
     keep the old ones: such a target ends at its original context.
     """
-    text = config.get("text_config") or config
+    text = _text(config)
     claimed = next((int(text[key]) for key in _CONTEXT_KEYS if text.get(key)), None)
     original = original_context(config)
     return min(claimed, original) if claimed and original else claimed or original
@@ -111,19 +120,25 @@ def context_of(config: Mapping[str, Any]) -> int | None:
 
 def original_context(config: Mapping[str, Any]) -> int | None:
     """Where the factors of long RoPE change, None for every other kind of position."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+    text = _text(config)
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
         return None
     original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     return int(original) if original else None
 
 
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the decoder of text."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
 def _other_state(config: Mapping[str, Any]) -> str | None:
     """The field that says that not every layer is attention."""
-    text = config.get("text_config") or config
-    kinds = text.get("layer_types") or ()
-    if other := next((kind for kind in kinds if kind not in _ATTENTION), None):
+    text = _text(config)
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and (other := next((kind for kind in kinds if kind not in _ATTENTION), None)):
         return f"layer_types: {other}"
     return next((field for field in text if field.startswith(_STATE_FIELDS)), None)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dovetail.exporter.architectures import check_architecture
+from dovetail.exporter.architectures import check_architecture, check_attention
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.manifest import sha256_file
 
@@ -145,6 +145,8 @@ def _local(path: Path, location: str) -> Source:
         check_gguf(path)
         return Source("gguf", location, path, {path.name: sha256_file(path)})
     if (path / IR_XML).is_file():
+        if (path / CONFIG).is_file():
+            check_attention(location, read_config(path / CONFIG))
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
     if (path / CONFIG).is_file():
         names = _weight_files(path)
