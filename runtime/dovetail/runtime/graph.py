@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FEATURES = "features"
 LOGITS = "logits"
 SAMPLED = "sampled_tokens_indices"
+PATH_ROWS = "path_rows"
+NODE_ROWS = "node_rows"
 RT_INFO_TAP = ["dovetail", "tap"]
 
 
@@ -213,20 +215,46 @@ def read_model(xml: Path) -> ov.Model:
 def to_paged(model: ov.Model) -> None:
     """Turn a stateful IR with a tap into a paged tree verifier, in place.
 
-    Afterwards the inputs are flat `input_ids` and `position_ids` [T], block tables, `qq_bias` (u8, row-major),
-    and `sampled_tokens_indices` [R] that selects which rows reach the lm_head: logits [R, 1, V], while
-    features stay [T, 1, D].  Done at every load: a saved paged IR loses runtime information that the
-    CPU plugin needs, and the operator's inputs change between releases.
+    Afterwards the inputs are flat `input_ids` and `position_ids` [T], block tables, `sampled_tokens_indices` [R] that
+    selects which rows reach the lm_head (logits [R, 1, V], while features stay [T, 1, D]), and two row tables around
+    the attention.  `path_rows` [A] names the row of T that each attention row copies, `node_rows` [T] the attention
+    row whose output each row of T takes.  A node that several paths share is thus one row everywhere but in the
+    attention, where every path is a causal sequence of its own.
+    Dovetail converts at every load: a saved paged IR loses runtime information that the CPU plugin needs, and the
+    operator's inputs change between releases.  Raises ExportError for a graph without attention that can be paged.
     """
-    from openvino import opset13 as ops
     from openvino._offline_transformations import paged_attention_transformation
 
-    allow_qq_bias = True
-    paged_attention_transformation(model, False, False, False, False, False, False, allow_qq_bias)
+    paged_attention_transformation(model, False, False, False, False, False, False, False)
     head = find_head(model)
-    rows = ops.parameter([-1], np.int64, name=SAMPLED)
-    rows.output(0).get_tensor().set_names({SAMPLED})
-    gathered = ops.gather(head.input_value(0), rows, ops.constant(np.int64(0)))
-    head.input(0).replace_source_output(gathered.output(0))
-    model.add_parameters([rows])
+    rows = _index_input(SAMPLED)
+    head.input(0).replace_source_output(_rows_of(head.input_value(0), rows))
+    path_rows, node_rows = _index_input(PATH_ROWS), _index_input(NODE_ROWS)
+    attentions = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    if not attentions:
+        raise ExportError("the graph has no attention with a KV cache: export a causal language model with its cache")
+    for attention in attentions:
+        readers = attention.output(0).get_target_inputs()
+        for tokens in range(3):  # query, key, value: [T, heads * size]
+            attention.input(tokens).replace_source_output(_rows_of(attention.input_value(tokens), path_rows))
+        gathered = _rows_of(attention.output(0), node_rows)
+        for reader in readers:
+            reader.replace_source_output(gathered)
+    model.add_parameters([node.get_node() for node in (rows, path_rows, node_rows)])
     model.validate_nodes_and_infer_types()
+
+
+def _index_input(name: str) -> ov.Output:
+    """A new input of row numbers, int64 of any length."""
+    from openvino import opset13 as ops
+
+    output = ops.parameter([-1], np.int64, name=name).output(0)
+    output.get_tensor().set_names({name})
+    return output
+
+
+def _rows_of(value: ov.Output, rows: ov.Output) -> ov.Output:
+    """The rows of `value` that `rows` names."""
+    from openvino import opset13 as ops
+
+    return ops.gather(value, rows, ops.constant(np.int64(0))).output(0)

@@ -1,7 +1,8 @@
 """A compiled paged-attention model and the KV blocks it works on.
 
-Axes: T new tokens of all sequences, S sequences, R rows whose logits are wanted, V vocabulary,
-D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and one value per layer.
+Axes: T rows of a pass (new tokens of all sequences), A attention rows, S sequences of the attention, R rows whose
+logits are wanted, V vocabulary, D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and one
+value per layer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import machine
+from .blocks import BlockIds, BlockPool, untouched_zeros
 from .errors import DeviceError
-from .graph import FEATURES, LOGITS, SAMPLED, FeatureMix, mix_tap, read_model, to_paged, widen_tap
+from .graph import (
+    FEATURES,
+    LOGITS,
+    NODE_ROWS,
+    PATH_ROWS,
+    SAMPLED,
+    FeatureMix,
+    mix_tap,
+    read_model,
+    to_paged,
+    widen_tap,
+)
 from .mapped import LookedUp, giving_back
 from .telemetry import decline_telemetry
 
@@ -34,28 +47,44 @@ PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
 # activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md; other weights were not measured).
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
-_EMPTY_MASK = np.zeros(0, np.uint8)
-_EMPTY_BEGINS = np.zeros(0, np.int32)
-
 
 def default_properties(instruction_sets: Collection[str] | None = None) -> dict[str, str]:
     """OpenVINO's properties for the target where nothing else is asked for.
 
-    instruction_sets: of the CPU, by default this one's.  Precision and groups are OpenVINO's own choice where the CPU
-    has units for another precision (AMX), or is no x86.
+    instruction_sets: of the CPU, by default this one's.  On every x86 CPU with AVX2 activations are float32, also where
+    the CPU has bfloat16 units (AMX): with bfloat16 a row's logits change with the number of rows in its pass, and
+    passes of a tree's size take longer.  On other CPUs precision and groups are OpenVINO's own choice.
     """
     have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
-    return {**PROPERTIES, **(FLOAT32 if "avx2" in have and "amx_bf16" not in have else {})}
+    return {**PROPERTIES, **(FLOAT32 if "avx2" in have else {})}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one text adds to a pass.
+
+    tokens, positions: [T] int64.  paths: causal sequences over the T rows; each lists its rows, and every row is in one
+    path at least or in none that anybody sees.  past: tokens cached before each path.  tables: each path's KV blocks.
+    wanted: [R] rows of T whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    paths: Sequence[NDArray[np.int64]]
+    past: int
+    tables: Sequence[BlockIds]
+    wanted: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The new tokens of one pass.
+    """The rows of one pass, and the sequences of its attention.
 
     tokens, positions: [T] int64.  past: [S] int32, tokens already cached per sequence.
-    begins: [S+1] int32, where each sequence's new tokens begin.  blocks: block ids of all sequences, flat;
+    begins: [S+1] int32, where each sequence's attention rows begin.  blocks: block ids of all sequences, flat;
     block_begins: [S+1] int32.  wanted: [R] int64, rows of T whose logits are wanted.
-    mask: None for causal attention, else u8 [n*n] row-major for a single sequence's n new tokens.
+    path_rows: [A] int64, the row of T that each attention row copies; node_rows: [T] int64, the attention row whose
+    output each row takes.  None where rows and attention rows are the same.
     """
 
     tokens: NDArray[np.int64]
@@ -65,7 +94,30 @@ class Batch:
     blocks: NDArray[np.int32]
     block_begins: NDArray[np.int32]
     wanted: NDArray[np.int64]
-    mask: NDArray[np.uint8] | None = None
+    path_rows: NDArray[np.int64] | None = None
+    node_rows: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: int) -> Batch:
+        """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them."""
+        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        filling = (0, rows - int(starts[-1]))
+        paths = [path + start for part, start in zip(parts, starts, strict=False) for path in part.paths]
+        tables = [table for part in parts for table in part.tables]
+        path_rows = np.concatenate(paths)
+        node_rows = np.zeros(rows, np.int64)
+        node_rows[path_rows[::-1]] = np.arange(len(path_rows))[::-1]  # the first copy of each row
+        return cls(
+            tokens=np.pad(np.concatenate([part.tokens for part in parts]), filling, mode="edge"),
+            positions=np.pad(np.concatenate([part.positions for part in parts]), filling, mode="edge"),
+            past=np.repeat([part.past for part in parts], [len(part.paths) for part in parts]).astype(np.int32),
+            begins=np.cumsum([0, *map(len, paths)], dtype=np.int32),
+            blocks=np.concatenate(tables),
+            block_begins=np.cumsum([0, *map(len, tables)], dtype=np.int32),
+            wanted=np.concatenate([part.wanted + start for part, start in zip(parts, starts, strict=False)]),
+            path_rows=path_rows,
+            node_rows=node_rows,
+        )
 
 
 @dataclass
@@ -119,8 +171,10 @@ class PagedModel:
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = weights  # until the first pass has packed its weights
-        self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request holds
+        self._inputs: dict[str, NDArray[Any]] = {}  # by name, memory that the request points to
+        self.pool = BlockPool()
         self._groups = self._kv_groups()
+        self._arrays: list[NDArray[np.uint16]] = []  # KV memory that the request points to
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
 
     @property
@@ -150,54 +204,66 @@ class PagedModel:
         ]
 
     def reserve(self, blocks: int) -> None:
-        """Have at least `blocks` KV blocks, at least doubling, and keep what they hold."""
+        """Have at least `blocks` KV blocks; memory comes as they are written.  Raises DeviceError.
+
+        Blocks that somebody owns keep what they hold.  A target asks once for all that its context can need.
+        """
         import openvino as ov
 
         if blocks <= self.blocks:
             return
-        blocks = max(blocks, 2 * self.blocks)
+        owned = np.flatnonzero(self.pool.owners)
         for group in self._groups:
-            grown = np.zeros((len(group.names), blocks, group.heads, BLOCK, group.size), np.uint16)
-            grown[:, : self.blocks] = group.data
-            # Hand the new tensors over before the old array goes: the request holds raw pointers.
+            try:
+                grown = untouched_zeros((len(group.names), blocks, group.heads, BLOCK, group.size))
+            except OSError as error:
+                raise DeviceError(
+                    f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
+                    f"({error.strerror}): export the target with a smaller --max-context"
+                ) from error
+            grown[:, owned] = group.data[:, owned]
+            self._arrays.append(grown)  # until the request points elsewhere, the old array must stay too
             for name, array in zip(group.names, grown, strict=True):
                 self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
             group.data = grown
+        self._arrays = [group.data for group in self._groups]
+        self.pool.grow(blocks)
 
-    def touch(self, blocks: int) -> None:
-        """Have memory of its own under the first `blocks` KV blocks, whatever they hold.
+    def touch(self, blocks: BlockIds) -> None:
+        """Have memory of its own under `blocks`, whatever they hold.
 
         Pages that were never written share one page of zeros, which a pass reads too quickly to be timed.
         """
-        self.reserve(blocks)
         for group in self._groups:
-            group.data[:, :blocks, :, ::_ROWS_PER_PAGE, 0] += 0
+            group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
 
-    def move_rows(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
-        """Copy KV rows of slots `source` to slots `target`, in all layers, for an identity block table."""
+    def copy_rows(self, source: int, targets: BlockIds, rows: int) -> None:
+        """Copy the first `rows` KV rows of block `source` to each block of `targets`, in all layers."""
         for group in self._groups:
-            rows = group.data[:, source // BLOCK, :, source % BLOCK]
-            group.data[:, target // BLOCK, :, target % BLOCK] = rows
+            group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
+        import openvino as ov
+
         longest = int((batch.past + np.diff(batch.begins)).max())
-        mask = _EMPTY_MASK if batch.mask is None else batch.mask
-        mask_begins = _EMPTY_BEGINS if batch.mask is None else np.array([0, mask.size], np.int32)
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": batch.tokens,
-            "position_ids": batch.positions,
+        same = np.arange(len(batch.tokens)) if batch.path_rows is None or batch.node_rows is None else None
+        # The request points to these arrays, so they live as long as they may be its inputs.  Each pass sets all of
+        # them: an interrupt between two passes leaves nothing that the next one would read.
+        self._inputs = {
+            "input_ids": np.array(batch.tokens, np.int64),
+            "position_ids": np.array(batch.positions, np.int64),
             "past_lens": batch.past,
             "subsequence_begins": batch.begins,
             "block_indices": batch.blocks,
             "block_indices_begins": batch.block_begins,
             "max_context_len": np.array(longest, np.int32),
-            "qq_bias": mask,
-            "qq_bias_begins": mask_begins,
             SAMPLED: batch.wanted,
+            PATH_ROWS: batch.path_rows if same is None else same,
+            NODE_ROWS: batch.node_rows if same is None else same,
         }
-        for name, array in inputs.items():
-            self._give(name, array)
+        for name, array in self._inputs.items():
+            self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         try:
             self._infer()
         except RuntimeError as error:
@@ -207,19 +273,6 @@ class PagedModel:
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]
-
-    def _give(self, name: str, array: NDArray[Any]) -> None:
-        """Set an input; one of the same shape as in the last pass goes into the memory that the request has already."""
-        import openvino as ov
-
-        held = self._inputs.get(name)
-        if held is not None and held.shape == array.shape:
-            held[...] = array
-            return
-        # The request holds a raw pointer: an interrupt between these lines must not leave one to memory that is gone.
-        given = np.array(array)
-        self.request.set_tensor(name, ov.Tensor(given, shared_memory=True))
-        self._inputs[name] = given
 
     def _infer(self) -> None:
         """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""

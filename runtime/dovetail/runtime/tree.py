@@ -99,12 +99,17 @@ class DraftTree:
         """The child of `node` that carries `token`, if there is one."""
         return self._children.get((node, token))
 
-    def attention(self) -> NDArray[np.uint8]:
-        """[N, N] uint8, row i: 1 where node i may attend, which is itself and its ancestors."""
-        mask = np.eye(len(self), dtype=np.uint8)
-        for node, parent in enumerate(self.parents.tolist()[1:], 1):
-            mask[node] |= mask[parent]
-        return mask
+    def paths(self) -> list[NDArray[np.int64]]:
+        """From the root to each leaf, the nodes of that path, int64; first the path of the lowest nodes."""
+        parents: list[int] = self.parents.tolist()
+        paths = []
+        for leaf in sorted({*range(len(parents))} - {*parents}):
+            path, node = list[int](), leaf
+            while node >= 0:
+                path.append(node)
+                node = parents[node]
+            paths.append(path[::-1])
+        return [np.array(path, np.int64) for path in sorted(paths)]
 
     def depths(self) -> NDArray[np.int64]:
         """[N] int64, levels below the root: node i has position (root's position) + depths[i]."""
