@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.exporter.gguf_header import GgufHeader, read_header
+from dovetail.exporter.gguf_header import GgufHeader, read_model
 from dovetail.runtime.errors import SourceError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -95,7 +95,7 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
 
     Raises SourceError: unreadable file, unknown architecture, a fact that is malformed or cannot be applied.
     """
-    header = source if isinstance(source, GgufHeader) else read_header(source)
+    header = source if isinstance(source, GgufHeader) else read_model(source)
     name = header.architecture
     architecture = _ARCHITECTURES.get(name)
     if architecture is None:

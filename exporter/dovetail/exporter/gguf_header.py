@@ -7,9 +7,10 @@ claims 2**60 items. This reader takes 0.2 s, and no longer than the file is larg
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MOST_ITEMS = 1 << 23  # strings of all arrays, metadata keys and tensors together: vocabularies have below 2**20
 _MOST_DIMENSIONS = 4  # as in ggml
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names the parts of a split model
 _SCALARS = {
     GGUFValueType.UINT8: "u1",
     GGUFValueType.INT8: "i1",
@@ -58,11 +60,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says before its weights begin; `tensors` are in the file's order."""
+    """What a GGUF file says before its weights begin; `tensors` are in the file's order.
+
+    parts: the files of a split model, in order, or the file itself.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    parts: tuple[Path, ...] = field(default=())
 
     @property
     def architecture(self) -> str:
@@ -71,6 +77,40 @@ class GgufHeader:
         if not isinstance(name, str) or not name:
             raise SourceError(f"{self.path} names no architecture: it is not a language model")
         return name
+
+
+def read_model(path: Path) -> GgufHeader:
+    """The header of a whole model: of all parts, whichever of them `path` names.
+
+    Raises SourceError as read_header does, and for parts that are missing or do not belong together.
+    """
+    header = read_header(path)
+    count = header.metadata.get("split.count", 1)
+    if count == 1:
+        return header
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[3]) != count:
+        raise SourceError(
+            f"{path} is a part of a model in {count} files, but is not named so: name the parts "
+            "NAME-00001-of-00002.gguf and on, as llama.cpp does, in one folder"
+        )
+    paths = tuple(path.with_name(f"{name[1]}-{index:05}-of-{name[3]}.gguf") for index in range(1, count + 1))
+    for part in paths:
+        if not part.is_file():
+            raise SourceError(f"{part} is missing: the model is in {count} files, put all of them into one folder")
+    headers = [read_header(part) for part in paths]
+    tensors = {name: tensor for part in headers for name, tensor in part.tensors.items()}
+    numbers = [(part.metadata.get("split.no"), part.metadata.get("split.count")) for part in headers]
+    whole = len(tensors) == sum(len(part.tensors) for part in headers) == headers[0].metadata.get("split.tensors.count")
+    if numbers != [(index, count) for index in range(count)] or not whole:
+        raise SourceError(f"{paths[0]} and the other {count - 1} parts do not belong together: download them again")
+    return replace(headers[0], tensors=tensors, parts=paths)
+
+
+def name_of_split(path: Path) -> tuple[str, str] | None:
+    """What all parts of a split model share in their names, None for other files."""
+    name = _PART.fullmatch(path.name)
+    return (name[1], name[3]) if name else None
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -120,7 +160,7 @@ class _Reader:
         for name, tensor in tensors.items():
             if tensor.offset + int(np.prod(tensor.byte_shape, dtype=object)) > len(self._data):
                 raise ValueError(f"{name} lies beyond the end of the file")
-        return GgufHeader(self._path, metadata, tensors)
+        return GgufHeader(self._path, metadata, tensors, (self._path,))
 
     def _number(self, form: str) -> int:
         (value,) = struct.unpack_from(form, self._data, self._at)
