@@ -18,6 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from dovetail.exporter.sources import check_fetched
 from dovetail.runtime.errors import SourceError
 
 MAGIC = b"GGUF"
@@ -118,6 +119,7 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             if (magic := file.read(len(MAGIC))) != MAGIC:
+                check_fetched(path)
                 raise SourceError(f"{path} is not a GGUF file (it starts with {magic!r}): give another file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data).header()

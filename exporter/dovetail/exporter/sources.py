@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from dovetail.runtime.manifest import sha256_file
 Kind = Literal["hf", "gguf", "ir"]
 
 IR_XML = "openvino_model.xml"
+CONFIG = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
 _DEQUANTISED = ("mxfp4",)  # optimum-intel has transformers dequantise these as it reads them
@@ -96,19 +98,34 @@ def download(repo: str, revision: str | None = None) -> Path:
         raise SourceError(f"Hub id {repo!r}{at} cannot be downloaded: {reason}") from error
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises SourceError."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{file} is not valid JSON ({error}): copy or download it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file} holds no JSON object: copy or download it again")
+    return config
+
+
 def _local(path: Path, location: str) -> Source:
     if path.is_file():
         if path.name == IR_XML:
             return _local(path.parent, location)
-        from dovetail.exporter.gguf_header import read_model  # gguf is needed for GGUF files alone
+        from dovetail.exporter.gguf_config import gguf_config  # gguf is needed for GGUF files alone
+        from dovetail.exporter.gguf_header import read_model
 
-        parts = read_model(path).parts
-        return Source("gguf", location, parts[0], _digest(path.parent, [part.name for part in parts]))
+        header = read_model(path)
+        gguf_config(header)
+        return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
     if (path / IR_XML).is_file():
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
-    if (path / "config.json").is_file():
-        _check_quantization(path)
-        return Source("hf", location, path, _digest(path, _weight_files(path)))
+    if (path / CONFIG).is_file():
+        names = _weight_files(path)
+        check_fetched(path / CONFIG)
+        _check_quantization(location, read_config(path / CONFIG))
+        return Source("hf", location, path, _digest(path, names))
     if ggufs := sorted(path.glob("*.gguf")):
         from dovetail.exporter.gguf_header import name_of_split
 
@@ -127,19 +144,6 @@ def _weight_files(folder: Path) -> list[str]:
     return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a source. Raises SourceError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path} is no JSON object: copy or download it again")
-    return content
-
-
 def check_fetched(path: Path) -> None:
     """Raises SourceError where a file is missing, or is the pointer that Git LFS leaves for one."""
     if not path.is_file():
@@ -149,21 +153,15 @@ def check_fetched(path: Path) -> None:
             raise SourceError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
 
 
-def _check_quantization(folder: Path) -> None:
-    """Refuse weights that were quantised for another engine: their scales would be taken for missing weights."""
-    check_fetched(folder / "config.json")
-    config = read_json(folder / "config.json")
-    texts = [config, config.get("text_config")]
-    found = next(
-        (c["quantization_config"] for c in texts if isinstance(c, dict) and c.get("quantization_config")), None
-    )
-    if found is None:
-        return
+def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights that were quantised for another engine, by their config.json. Raises SourceError."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if method not in _DEQUANTISED:
+    if found and method not in _DEQUANTISED:
         raise SourceError(
-            f"{folder} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from; "
-            "--weight-format int8 or int4 compresses that one"
+            f"{location} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from, "
+            "which --weight-format int8 or int4 compresses"
         )
 
 

@@ -6,6 +6,7 @@ tap, takes the tokenizer from its source and proves that it survived.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.projections import fuse_projections
-from dovetail.exporter.sources import IR_XML, Source, check_fetched, read_json, resolve_source
+from dovetail.exporter.sources import IR_XML, Source, check_fetched, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import WeightOptions, convert
@@ -205,7 +206,7 @@ def _fill_target(
 def _facts(
     model: ov.Model, tap: str, folder: Path, source: Source, options: TargetOptions, eos_token_ids: tuple[int, ...]
 ) -> TargetFacts:
-    config = read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
     inner = config.get("text_config", config)
     context = options.max_context or next((inner[key] for key in _CONTEXT_KEYS if inner.get(key)), None)
     try:
@@ -266,7 +267,7 @@ def check_verifiable(model: ov.Model) -> None:
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: the generation config's, else the model's."""
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation = _read_json(path) if path.is_file() else {}
     ids = generation.get("eos_token_id")
     ids = config.get("eos_token_id") if ids is None else ids
     return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
@@ -297,3 +298,13 @@ def _first(config: Mapping[str, Any], *keys: str) -> int:
 
 def _unknown_context(source: Source) -> int:
     raise SourceError(f"config.json of {source.location} names no context length: give --max-context")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(
+            f"{path.name} of the source is not valid JSON ({error}): copy or download it again"
+        ) from error
+    return data
