@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from dovetail.exporter.gguf_header import read_model
 from dovetail.exporter.gguf_weights import write_checkpoint
 from dovetail.exporter.progress import quiet
 from dovetail.exporter.sources import resolve_source
+from dovetail.exporter.target import TargetOptions, export_target
+from dovetail.exporter.weights import WeightOptions
 from dovetail.runtime.errors import SourceError
 
 SIZES = {
@@ -283,3 +286,36 @@ def test_parts_that_are_missing_or_misnamed_are_named(split: tuple[Path, ...]) -
     (first.parent / "part2.gguf").write_bytes(kept)
     with pytest.raises(SourceError, match=r"NAME-00001-of-00002.gguf"):
         resolve_source(str(first.parent / "part2.gguf"))
+
+
+def test_split_model_becomes_a_pair_that_knows_its_ends(tiny_gguf: Path, tmp_path: Path) -> None:
+    """One export from two parts, of which the second is named; its answers end where either id of the file says."""
+    header, parts = read_model(tiny_gguf), []
+    reader = gguf.GGUFReader(tiny_gguf)
+    for index in range(2):
+        path = tmp_path / f"tiny-{index + 1:05}-of-00002.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", index)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(header.tensors))
+        for key, field in reader.fields.items() if index == 0 else ():
+            if not key.startswith("GGUF.") and key not in ("general.architecture", "tokenizer.ggml.eos_token_id"):
+                inner = field.types[1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), field.types[0], inner)
+        if index == 0:
+            writer.add_eos_token_id(7)
+            writer.add_eot_token_id(8)
+        for name in list(header.tensors)[index::2]:
+            writer.add_tensor(name, header.tensors[name].read().copy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(path)
+    manifest = export_target(str(parts[1]), tmp_path / "pair", options=TargetOptions(WeightOptions("fp32")))
+    assert manifest.target.eos_token_ids[:2] == (7, 8)
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((tmp_path / "pair/target" / name).read_text())
+        assert tuple(config["eos_token_id"]) == manifest.target.eos_token_ids
+    whole = export_target(str(tiny_gguf), tmp_path / "whole", options=TargetOptions(WeightOptions("fp32")))
+    assert manifest.files["target/openvino_model.bin"] == whole.files["target/openvino_model.bin"]

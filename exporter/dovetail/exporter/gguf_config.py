@@ -87,6 +87,7 @@ _ARCHITECTURES = {
     "gemma2": _Architecture("gemma2", sizes={"attention.sliding_window": "sliding_window"}),
     "gemma3": _Architecture("gemma3_text", sizes={"attention.sliding_window": "sliding_window"}),
 }
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _OPTIONAL_SIZES = {"sliding_window"}
 
 
@@ -117,7 +118,7 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
         "max_position_embeddings": facts.size("context_length"),
         architecture.eps[1]: facts.number(architecture.eps[0]),
         "tie_word_embeddings": HEAD not in header.tensors,
-        "pad_token_id": None,
+        **{name: _token_id(header, key, vocab_size) for name, key in _TOKENS.items()},
         **architecture.fixed,
         **{flag: tensor in header.tensors for tensor, flag in architecture.biases.items()},
     }
@@ -209,6 +210,11 @@ def _table(header: GgufHeader, facts: _Facts) -> tuple[int, int]:
     if isinstance(tokens, list) and len(tokens) > rows:
         raise SourceError(f"{header.path} has {len(tokens)} tokens, but {EMBEDDING} has {rows} rows: download it again")
     return rows, columns
+
+
+def _token_id(header: GgufHeader, name: str, vocab_size: int) -> int | None:
+    token = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return token if type(token) is int and 0 <= token < vocab_size else None
 
 
 def _blocks(header: GgufHeader, facts: _Facts) -> int:

@@ -197,6 +197,7 @@ def _fill_target(
         from dovetail.exporter.gguf_tokenizer import write_gguf_tokenizer  # gguf is needed for GGUF files alone
 
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
+        _name_ends(folder, eos_token_ids)
     else:
         encode = copy_tokenizer(tokenizer, folder)
     probe_tokenizer(folder, encode)
@@ -271,6 +272,14 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     ids = generation.get("eos_token_id")
     ids = config.get("eos_token_id") if ids is None else ids
     return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
+
+
+def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
+    """Have the model's configurations name the ids that end an answer, for every reader of the folder."""
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if ids and path.is_file():
+            path.write_text(json.dumps({**_read_json(path), "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
 def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
