@@ -80,7 +80,9 @@ WORKS = {
     "cohere2": Family("cohere2", {**ALTERNATING, "logit_scale": 1.0}),
     "falcon": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
     "gemma": Family("gemma", {"head_dim": 16}),
-    "gemma2": Family("gemma2", {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}),
+    "gemma2": Family(
+        "gemma2", {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}
+    ),
     "gemma3": Family("gemma3_text", {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 16}),
     "glm": Family("glm", {"head_dim": 16}),
     "glm4": Family("glm4", {"head_dim": 16}),
@@ -94,7 +96,8 @@ WORKS = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", {"head_dim": 16}),
     "llama": Family("llama"),
     "llama, Llama 3's RoPE": Family(
-        "llama", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+        "llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
     "llama, YaRN": Family("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "llama, dynamic RoPE": Family("llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": 96}),
@@ -216,8 +219,7 @@ def assert_tree_equals_chains(target: OpenVINOTarget, prompt: list[int], tokens:
         while PARENTS[path[0]] >= 0:
             path.insert(0, PARENTS[path[0]])
         target.reset(len(prompt))
-        chain = tokens[[*path, 0]]  # one more, since a root alone runs in another kernel
-        row = target.verify(tree_of(chain, np.arange(len(chain)) - 1)).logits[len(path) - 1]
+        row = target.verify(tree_of(tokens[path], np.arange(len(path)) - 1)).logits[-1]
         assert np.array_equal(row, logits[node]), f"node {node} behind {len(prompt)} tokens"
 
 
@@ -270,7 +272,7 @@ def test_a_version_outside_the_range_is_named_with_the_way_to_get_another() -> N
         assert "\n" not in str(error.value)
     for version in ("4.57.0", "5.0.0", "5.0.0.dev0"):
         check_architecture("m", {"model_type": "gemma3_text"}, version)
-    with pytest.raises(SourceError, match="4.56.2"):
+    with pytest.raises(SourceError, match=r"4\.56\.2"):
         check_architecture("m", {"model_type": "llama"}, "4.56.2")
 
 
@@ -356,7 +358,7 @@ def test_a_context_ends_where_the_factors_of_long_rope_change(tmp_path: Path) ->
 
 def spoil_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every node attends to all nodes before it."""
-    monkeypatch.setattr(DraftTree, "attention", lambda tree: np.tril(np.ones((len(tree), len(tree)), np.uint8)))
+    monkeypatch.setattr(DraftTree, "paths", lambda tree: [np.arange(len(tree))])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window"])

@@ -49,8 +49,10 @@ def write_gguf(path: Path, tokens: list[str], types: list[int], **fields: Any) -
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for name, value in fields.items():
-        if name == "chat_template":
+        if name == "chat_template" and isinstance(value, str):
             writer.add_chat_template(value)
+        elif name == "chat_template":
+            writer.add_uint32("tokenizer.chat_template", value)
         elif isinstance(value, list):
             writer.add_array(f"tokenizer.ggml.{name}", value)
         elif isinstance(value, bool):
@@ -238,6 +240,27 @@ def test_facts_are_the_file_s(tmp_path: Path) -> None:
     assert (facts.bos_token_id, facts.eos_token_ids) == (1, (2, 0))
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"eos_token_id": 2}, (2, 0)),  # <|endoftext|> ends an answer wherever it is a control token
+        ({"eos_token_id": 0}, (0, 2)),  # the template ends turns with <|im_end|>
+        ({"eos_token_id": 0, "eot_token_id": 1}, (0, 1, 2)),
+        ({"eos_token_id": 0, "eom_token_id": 1}, (0, 1, 2)),
+    ],
+)
+def test_every_token_that_ends_an_answer_is_found(
+    tmp_path: Path, fields: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    assert gguf_facts(byte_level_gguf(tmp_path / "m.gguf", **fields)).eos_token_ids == expected
+
+
+def test_text_that_looks_like_the_end_of_a_turn_ends_nothing(tmp_path: Path) -> None:
+    tokens = [*CONTROL[:2], "[EOS]", *ALPHABET]
+    gguf = write_gguf(tmp_path / "m.gguf", tokens, [3, 3] + [1] * 257, model="gpt2", eos_token_id=1)
+    assert gguf_facts(gguf).eos_token_ids == (1, 0)
+
+
 # --- files that cannot be used
 
 
@@ -250,6 +273,10 @@ def test_facts_are_the_file_s(tmp_path: Path) -> None:
         ({"merges": ["h e", "x"]}, "'x'"),
         ({"merges": ["zz qq"]}, "do not fit"),
         ({"model": "llama"}, "scores"),
+        ({"bos_token_id": "<s>"}, "bos_token_id is '<s>', no int"),
+        ({"chat_template": 7}, "chat_template is 7, no str"),
+        ({"merges": "h e"}, "merges is no array of str"),
+        ({"eos_token_id": True}, "eos_token_id is True, no int"),
     ],
 )
 def test_what_is_not_supported_is_named_with_the_remedy(tmp_path: Path, fields: dict[str, Any], named: str) -> None:
@@ -266,7 +293,7 @@ def test_truncated_file_is_a_source_error(tmp_path: Path, share: float) -> None:
     gguf = byte_level_gguf(tmp_path / "m.gguf")
     content = gguf.read_bytes()
     gguf.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(SourceError, match="download it again") as caught:
+    with pytest.raises(SourceError, match=r"m\.gguf is .*: (download it again|give another file)$") as caught:
         write_gguf_tokenizer(gguf, tmp_path / "target")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "target").exists()
@@ -276,5 +303,5 @@ def test_missing_file_and_other_formats_are_source_errors(tmp_path: Path) -> Non
     with pytest.raises(SourceError, match="name a GGUF file"):
         gguf_facts(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("not a model " * 100)
-    with pytest.raises(SourceError, match="no complete GGUF"):
+    with pytest.raises(SourceError, match="not a GGUF file"):
         gguf_facts(tmp_path / "text.gguf")

@@ -1,7 +1,8 @@
 """An environment of its own, with another transformers, for an architecture that the installed one cannot convert.
 
-It holds what converts a checkpoint (optimum-intel, torch, nncf, OpenVINO) in the versions installed here, and the newest
-transformers that optimum-intel converts the architecture with.  Dovetail takes the IR that `optimum-cli` writes there.
+It holds what converts a checkpoint (optimum-intel, torch, nncf, OpenVINO) in the versions installed here, and the
+newest transformers with which optimum-intel converts the architecture.  `optimum-cli` there writes an IR, which
+`dovetail-export target` takes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def make_environment(folder: Path, architecture: str, progress: Progress = silen
     """
     if architecture not in ARCHITECTURES:
         raise InputError(
-            f"--for {architecture} is no architecture that optimum-intel exports: give the model_type of its config.json"
+            f"--for {architecture} is no architecture that optimum-intel exports: give the model_type of a config.json"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty: name a new folder")

@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from tokenizers import (  # type: ignore[import-untyped]  # ships stubs without py.typed
     AddedToken,
     Regex,
@@ -26,6 +26,7 @@ from tokenizers import (  # type: ignore[import-untyped]  # ships stubs without 
 from tokenizers.models import BPE  # type: ignore[import-untyped]
 from tokenizers.processors import TemplateProcessing  # type: ignore[import-untyped]
 
+from dovetail.exporter.gguf_header import read_header
 from dovetail.runtime.errors import SourceError
 
 _QWEN2_SPLIT = (
@@ -33,7 +34,15 @@ _QWEN2_SPLIT = (
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
+# llama.cpp's list (src/llama-vocab.cpp), without the tokens of gpt-oss
+_TURN_ENDS = frozenset(
+    {
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<|endoftext|>",
+        "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)  # fmt: skip
 _REQUIRED: Any = object()
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class GgufFacts:
     tokenizer_model: str  # "gpt2": byte-level BPE, "llama": SentencePiece BPE
     tokenizer_pre: str | None  # llama.cpp's name of the pre-tokenizer
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]  # end of sequence first, then end of turn where it is another
+    eos_token_ids: tuple[int, ...]  # end of sequence first, then the ends of turns
 
 
 def gguf_facts(path: Path | str) -> GgufFacts:
@@ -69,7 +78,7 @@ def write_gguf_tokenizer(gguf_path: Path | str, out_dir: Path | str) -> GgufFact
     named = _named_tokens(metadata, vocabulary, facts)
     add_bos, add_eos = _adds(metadata, facts)
     _add_template(tokenizer, named if add_bos else {}, named if add_eos else {})
-    template = metadata.get("tokenizer.chat_template", None)
+    template = metadata.get("tokenizer.chat_template", str, None)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
@@ -93,25 +102,26 @@ class _Metadata:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._fields = GGUFReader(path).fields
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read ({error.strerror or error}): name a GGUF file") from error
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise SourceError(f"{path} is no complete GGUF file ({reason}): download it again") from error
+        self._values = read_header(path).metadata
 
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of `key`; raises SourceError for a missing one without default."""
-        field = self._fields.get(key)
-        if field is None:
-            if default is _REQUIRED:
-                raise SourceError(f"{self.path} has no {key}: use the checkpoint's Hub id or its folder instead")
-            return default
-        try:
-            return field.contents()
-        except (ValueError, IndexError) as error:
-            raise SourceError(f"{self.path}: {key} cannot be read: download the file again") from error
+    def get(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> Value:
+        """The value of `key`; raises SourceError for one of another kind, and for a missing one without default."""
+        value = self._values.get(key, default)
+        if value is not default and type(value) is not kind:
+            raise self.error(f"{key} is {value!r:.40}, no {kind.__name__}")
+        return self._given(key, value)
+
+    def items(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> list[Value]:
+        """The array `key`, as `get`."""
+        value = self._values.get(key, default)
+        if value is not default and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            raise self.error(f"{key} is no array of {kind.__name__}")
+        return self._given(key, value)
+
+    def _given(self, key: str, value: Any) -> Any:
+        if value is _REQUIRED:
+            raise SourceError(f"{self.path} has no {key}: use the checkpoint's Hub id or its folder instead")
+        return value
 
     def error(self, what: str) -> SourceError:
         return SourceError(f"{self.path}: {what}: use the checkpoint's Hub id or its folder instead")
@@ -127,8 +137,8 @@ class _Vocabulary:
 
     @classmethod
     def read(cls, metadata: _Metadata) -> _Vocabulary:
-        tokens: list[str] = metadata.get("tokenizer.ggml.tokens")
-        types: list[int] = metadata.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
+        tokens = metadata.items("tokenizer.ggml.tokens", str)
+        types = metadata.items("tokenizer.ggml.token_type", int, [int(TokenType.NORMAL)] * len(tokens))
         if len(types) != len(tokens):
             raise metadata.error(f"{len(types)} token types for {len(tokens)} tokens")
         used = np.flatnonzero(np.asarray(types) != TokenType.UNUSED)
@@ -143,32 +153,42 @@ class _Vocabulary:
 
 
 def _facts(metadata: _Metadata) -> GgufFacts:
-    architecture: str = metadata.get("general.architecture")
-    model: str = metadata.get("tokenizer.ggml.model")
+    architecture = metadata.get("general.architecture", str)
+    model = metadata.get("tokenizer.ggml.model", str)
     if model not in _MODELS:
         raise metadata.error(f"tokenizer model {model!r} is none of {', '.join(_MODELS)}")
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot"))
     return GgufFacts(
         architecture=architecture,
-        name=metadata.get("general.name", None),
-        license=metadata.get("general.license", None),
-        context_length=metadata.get(f"{architecture}.context_length", None),
-        vocab_size=len(metadata.get("tokenizer.ggml.tokens")),
+        name=metadata.get("general.name", str, None),
+        license=metadata.get("general.license", str, None),
+        context_length=metadata.get(f"{architecture}.context_length", int, None),
+        vocab_size=len(metadata.items("tokenizer.ggml.tokens", str)),
         tokenizer_model=model,
-        tokenizer_pre=metadata.get("tokenizer.ggml.pre", None),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id", None),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        tokenizer_pre=metadata.get("tokenizer.ggml.pre", str, None),
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id", int, None),
+        eos_token_ids=_end_token_ids(metadata),
     )
+
+
+def _end_token_ids(metadata: _Metadata) -> tuple[int, ...]:
+    """What ends an answer: the tokens that the file names so, and control tokens that llama.cpp knows by their text.
+
+    Many files name the end of a document alone, while their chat template ends a turn with another token.
+    """
+    vocabulary = _Vocabulary.read(metadata)
+    named = (metadata.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
+    known = (vocabulary.ids[token] for token in vocabulary.of_type(TokenType.CONTROL) if token in _TURN_ENDS)
+    return tuple(dict.fromkeys(end for end in (*named, *known) if end is not None))
 
 
 # --- byte-level BPE ("gpt2")
 
 
 def _byte_level(metadata: _Metadata, vocabulary: _Vocabulary) -> Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre", None)
+    pre = metadata.get("tokenizer.ggml.pre", str, None)
     if pre not in _PRE_TOKENIZERS:
         raise metadata.error(f"pre-tokenizer {pre!r} is none of {', '.join(_PRE_TOKENIZERS)}")
-    merges = [_merge(metadata, merge) for merge in metadata.get("tokenizer.ggml.merges")]
+    merges = [_merge(metadata, merge) for merge in metadata.items("tokenizer.ggml.merges", str)]
     tokenizer = Tokenizer(_bpe(metadata, vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     if pre in _NFC:
         tokenizer.normalizer = normalizers.NFC()
@@ -226,7 +246,7 @@ _BOS_BY_DEFAULT = frozenset({"llama-bpe"})
 
 
 def _sentencepiece(metadata: _Metadata, vocabulary: _Vocabulary) -> Tokenizer:
-    scores: list[float] = metadata.get("tokenizer.ggml.scores")
+    scores = metadata.items("tokenizer.ggml.scores", float)
     if len(scores) < len(vocabulary.tokens):
         raise metadata.error(f"{len(scores)} scores for {len(vocabulary.tokens)} tokens")
     byte_fallback = len(vocabulary.of_type(TokenType.BYTE)) == 256
@@ -236,7 +256,7 @@ def _sentencepiece(metadata: _Metadata, vocabulary: _Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(_bpe(metadata, vocabulary, merges, byte_fallback=byte_fallback, **options))
     spaces = [normalizers.Replace(" ", "▁")]
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if metadata.get("tokenizer.ggml.add_space_prefix", bool, True):
         spaces.insert(0, normalizers.Prepend("▁"))
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     tokenizer.normalizer = normalizers.Sequence(spaces)
@@ -279,11 +299,11 @@ def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary, facts: GgufFacts
     """{"bos_token": "<s>", ...} for those that the file names."""
     ids: dict[str, int | None] = {
         "bos_token": facts.bos_token_id,
-        "eos_token": metadata.get("tokenizer.ggml.eos_token_id", None),
-        "unk_token": metadata.get("tokenizer.ggml.unknown_token_id", None),
-        "pad_token": metadata.get("tokenizer.ggml.padding_token_id", None),
+        "eos_token": metadata.get("tokenizer.ggml.eos_token_id", int, None),
+        "unk_token": metadata.get("tokenizer.ggml.unknown_token_id", int, None),
+        "pad_token": metadata.get("tokenizer.ggml.padding_token_id", int, None),
     }
-    beyond = [index for index in ids.values() if index is not None and index >= len(vocabulary.tokens)]
+    beyond = [index for index in ids.values() if index is not None and not 0 <= index < len(vocabulary.tokens)]
     if beyond:
         raise metadata.error(f"special token {beyond[0]} is beyond the vocabulary of {len(vocabulary.tokens)}")
     return {name: vocabulary.tokens[index] for name, index in ids.items() if index is not None}
@@ -292,9 +312,8 @@ def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary, facts: GgufFacts
 def _adds(metadata: _Metadata, facts: GgufFacts) -> tuple[bool, bool]:
     """Whether BOS and EOS are put around raw text; llama.cpp's defaults where the file does not say."""
     default = facts.tokenizer_model == "llama" or facts.tokenizer_pre in _BOS_BY_DEFAULT
-    add_bos: bool = metadata.get("tokenizer.ggml.add_bos_token", default)
-    add_eos: bool = metadata.get("tokenizer.ggml.add_eos_token", False)
-    return add_bos, add_eos
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, default)
+    return add_bos, metadata.get("tokenizer.ggml.add_eos_token", bool, False)
 
 
 def _add_template(tokenizer: Tokenizer, before: Mapping[str, str], after: Mapping[str, str]) -> None:

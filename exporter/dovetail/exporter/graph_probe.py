@@ -122,8 +122,7 @@ def _tree_difference(target: OpenVINOTarget, length: int, tokens: NDArray[np.int
         while (parent := _PARENTS[path[0]]) >= 0:
             path.insert(0, parent)
         target.reset(length)
-        chain = nodes[[*path, 0]]  # a node more than the path: a root alone runs in another kernel
-        row = target.verify(_tree(chain, range(-1, len(path)))).logits[len(path) - 1]
+        row = target.verify(_tree(nodes[path], range(-1, len(path) - 1))).logits[-1]
         worst = max(worst, float(_difference(logits[node], row)))
     return worst
 

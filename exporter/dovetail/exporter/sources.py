@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,9 @@ Kind = Literal["hf", "gguf", "ir"]
 
 IR_XML = "openvino_model.xml"
 CONFIG = "config.json"
-GGUF_MAGIC = b"GGUF"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LFS_POINTER = b"version https://git-lfs"
+_DEQUANTISED = ("mxfp4",)  # optimum-intel has transformers dequantise these as it reads them
 _HUB_WEIGHTS = ("*.bin", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.pth", "*.pt", "*.onnx*", "*.tflite")
 
 
@@ -101,32 +103,6 @@ def download(repo: str, revision: str | None = None) -> Path:
         raise SourceError(f"Hub id {repo!r}{at} cannot be downloaded: {reason}") from error
 
 
-def check_gguf(path: Path) -> str:
-    """Check that a GGUF file is whole; returns its architecture, e.g. "llama".
-
-    Raises SourceError: not GGUF, truncated, or without an architecture.
-    """
-    from gguf import GGUFReader
-
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(GGUF_MAGIC))
-        if magic != GGUF_MAGIC:
-            raise SourceError(f"{path} is not a GGUF file (it starts with {magic!r}): give another file")
-        reader = GGUFReader(path)
-        end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-        field = reader.get_field("general.architecture")
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is a damaged or truncated GGUF file: download it again") from error
-    if not end or end > path.stat().st_size:
-        raise SourceError(f"{path} is a damaged or truncated GGUF file: download it again")
-    if field is None:
-        raise SourceError(f"{path} names no architecture: it is not a language model")
-    return str(field.contents())
-
-
 def read_config(file: Path) -> dict[str, Any]:
     """A JSON object. Raises SourceError."""
     try:
@@ -142,20 +118,28 @@ def _local(path: Path, location: str) -> Source:
     if path.is_file():
         if path.name == IR_XML:
             return _local(path.parent, location)
-        check_gguf(path)
-        return Source("gguf", location, path, {path.name: sha256_file(path)})
+        from dovetail.exporter.gguf_config import gguf_config  # gguf is needed for GGUF files alone
+        from dovetail.exporter.gguf_header import read_model
+
+        header = read_model(path)
+        check_architecture(location, gguf_config(header))
+        return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
     if (path / IR_XML).is_file():
         if (path / CONFIG).is_file():
             check_attention(location, read_config(path / CONFIG))
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
     if (path / CONFIG).is_file():
         names = _weight_files(path)
-        check_architecture(location, read_config(path / CONFIG))
+        check_fetched(path / CONFIG)
+        config = read_config(path / CONFIG)
+        check_architecture(location, config)
+        _check_quantization(location, config)
         return Source("hf", location, path, _digest(path, names))
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return _local(ggufs[0], location)
-    if ggufs:
+    if ggufs := sorted(path.glob("*.gguf")):
+        from dovetail.exporter.gguf_header import name_of_split
+
+        if len(ggufs) == 1 or len({name_of_split(gguf) or gguf for gguf in ggufs}) == 1:
+            return _local(ggufs[0], location)
         raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
     raise SourceError(f"{path} is no checkpoint: it has neither {IR_XML}, config.json nor a GGUF file")
 
@@ -169,11 +153,31 @@ def _weight_files(folder: Path) -> list[str]:
     return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
 
 
+def check_fetched(path: Path) -> None:
+    """Raises SourceError where a file is missing, or is the pointer that Git LFS leaves for one."""
+    if not path.is_file():
+        raise SourceError(f"{path} is missing: the source is incomplete, copy or download it again")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise SourceError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
+
+
+def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights that were quantised for another engine, by their config.json. Raises SourceError."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if found and method not in _DEQUANTISED:
+        raise SourceError(
+            f"{location} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from, "
+            "which --weight-format int8 or int4 compresses"
+        )
+
+
 def _digest(folder: Path, names: list[str]) -> dict[str, str]:
-    for name in names:
-        if not (folder / name).is_file():
-            raise SourceError(f"{folder / name} is missing: the source is incomplete, copy or download it again")
     try:
+        for name in names:
+            check_fetched(folder / name)
         return {name: sha256_file(folder / name) for name in names}
     except OSError as error:
         raise SourceError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error

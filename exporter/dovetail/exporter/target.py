@@ -21,7 +21,7 @@ import numpy as np
 from dovetail.exporter.architectures import context_of, original_context
 from dovetail.exporter.graph_probe import ir_logits, probe_graph, probe_tokens
 from dovetail.exporter.projections import fuse_projections
-from dovetail.exporter.sources import IR_XML, Source, resolve_source
+from dovetail.exporter.sources import IR_XML, Source, check_fetched, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import REFERENCE, WeightOptions, convert
@@ -200,6 +200,7 @@ def _fill_target(
         from dovetail.exporter.gguf_tokenizer import write_gguf_tokenizer  # gguf is needed for GGUF files alone
 
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
+        _name_ends(folder, eos_token_ids)
     else:
         encode = copy_tokenizer(tokenizer, folder)
     probe_tokenizer(folder, encode)
@@ -286,11 +287,21 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
 
 
+def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
+    """Have the model's configurations name the ids that end an answer, for every reader of the folder."""
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if ids and path.is_file():
+            path.write_text(json.dumps({**_read_json(path), "eos_token_id": list(ids)}, indent=2) + "\n")
+
+
 def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
     if tokenizer.is_file():
         return {tokenizer.name: sha256_file(tokenizer)}
-    names = (*TOKENIZER_FILES, "generation_config.json")
-    return {name: sha256_file(tokenizer / name) for name in names if (tokenizer / name).is_file()}
+    names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if (tokenizer / name).is_file()]
+    for name in names:
+        check_fetched(tokenizer / name)
+    return {name: sha256_file(tokenizer / name) for name in names}
 
 
 def static_size(shape: ov.PartialShape, what: str) -> int:

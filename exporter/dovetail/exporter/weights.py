@@ -5,18 +5,20 @@ Only this module imports torch, transformers and optimum, and only when a checkp
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dovetail.exporter.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.progress import quiet
-from dovetail.exporter.sources import CONFIG, Source, check_gguf, read_config
+from dovetail.exporter.sources import CONFIG, Source, read_config
 from dovetail.exporter.stages import Progress
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
 
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
 REFERENCE = "reference.npy"  # logits of the checkpoint itself, for graph_probe
 TASK = "text-generation-with-past"
+# Tables of older checkpoints that models compute by themselves today: of RoPE, and the causal mask.
+_INERT_TENSORS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias)|"
+    r"attn\.attention\.(bias|masked_bias)|\bposition_ids|_extra_state)$"
+)
 # What transformers, optimum and nncf raise on a model that they cannot convert.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError)
 
@@ -81,6 +88,8 @@ def convert(
     progress("loading torch, transformers and optimum")
     with quiet(verbose), _one_line_errors(source):
         checkpoint = _gguf_to_hf(source, progress) if source.kind == "gguf" else source.path
+        progress("comparing the checkpoint's tensors with the model's")
+        _check_tensors(source, checkpoint, trust)
         if options.is_float:
             _export_plain(checkpoint, folder, options.weight_format, trust, progress)
         else:
@@ -138,23 +147,53 @@ def _quantization(source: Source, options: WeightOptions) -> OVWeightQuantizatio
 
 def _gguf_to_hf(source: Source, progress: Progress) -> Path:
     """Dequantise a GGUF file into a temporary Hugging Face folder."""
+    from dovetail.exporter.gguf_header import read_model
+    from dovetail.exporter.gguf_weights import write_checkpoint
+
+    header = read_model(source.path)
+    progress("reading the GGUF file")
+    folder = Path(tempfile.mkdtemp(prefix="hf-"))
+    write_checkpoint(header, folder)
+    return folder
+
+
+def _check_tensors(source: Source, checkpoint: Path, trust: bool) -> None:
+    """Raises SourceError where checkpoint and model do not have the same tensors, in the same shapes.
+
+    transformers would fill the missing ones at random and skip the others. It is asked here without weights: on the
+    device "meta" tensors have names and shapes alone.
+    """
     import torch
+    from torch.overrides import TorchFunctionMode
     from transformers import AutoModelForCausalLM
 
-    architecture = check_gguf(source.path)
-    progress("reading the GGUF file")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.folder), gguf_file=source.path.name, dtype=torch.float32, local_files_only=True
+    class Differs(TorchFunctionMode):
+        """Compares no values, which transformers does where a checkpoint holds both of two tied tables."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return False if function is torch.equal else function(*args, **(kwargs or {}))
+
+    with Differs():
+        _, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust,
+            local_files_only=True,
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise SourceError(
-            f"{source.path}: transformers cannot read this GGUF ({architecture}): {_first_line(error)}"
-        ) from error
-    folder = Path(tempfile.mkdtemp(prefix="hf-"))
-    progress("writing the dequantised checkpoint")
-    model.save_pretrained(folder)
-    return folder
+    unexpected = sorted(name for name in found["unexpected_keys"] if not _INERT_TENSORS.search(name))
+    mismatched = sorted(f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in found["mismatched_keys"])
+    for names, what in (
+        (sorted(found["missing_keys"]), "lacks weights of its model"),
+        (unexpected, "holds weights that the model of its config.json has no place for"),
+        (mismatched, "holds weights of another shape than its config.json says"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise SourceError(
+                f"{source.location} {what}: {', '.join(names[:3])}{more}: take all of its files from one checkpoint"
+            )
 
 
 @contextmanager
@@ -175,6 +214,10 @@ def _one_line_errors(source: Source) -> Iterator[None]:
     except ImportError as error:
         raise ExportError(
             f"converting a checkpoint needs {error.name or error}: pip install 'dovetail-spec[export]'"
+        ) from error
+    except (EOFError, UnpicklingError) as error:
+        raise SourceError(
+            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
         ) from error
     except SafetensorError as error:
         if "os error 28" in str(error):
