@@ -203,7 +203,7 @@ def margins(model: Any, prompt: list[int], text: list[int]) -> np.ndarray:
     """By how much torch's best token is above the one that was chosen, [text]."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         logits = model(torch.tensor([[*prompt, *text[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :].numpy()
     assert logits.std() > 0.5, "all tokens are alike: the text says nothing"
     return logits.max(axis=1) - logits[np.arange(len(text)), text]

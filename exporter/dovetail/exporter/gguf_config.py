@@ -28,7 +28,7 @@ class _Architecture:
 
     eps: keys of the norm's epsilon.  sizes: further keys that are positive integers.  fixed: facts that llama.cpp
     has in its code.  rotary: "whole" (head), "part" or "none".  biases: tensors of the first block to the flags
-    which say that every block has biases.
+    which say that every block has biases.  local_base: of the RoPE of layers with a window, None for the same base.
     """
 
     model_type: str
@@ -39,6 +39,7 @@ class _Architecture:
     head_dim: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
+    local_base: float | None = None
 
 
 _EXPERTS = {
@@ -85,7 +86,7 @@ _ARCHITECTURES = {
         "gpt2", eps=(_LAYER_NORM, "layer_norm_epsilon"), rotary="none", head_dim=False, names=_GPT2_NAMES
     ),
     "gemma2": _Architecture("gemma2", sizes={"attention.sliding_window": "sliding_window"}),
-    "gemma3": _Architecture("gemma3_text", sizes={"attention.sliding_window": "sliding_window"}),
+    "gemma3": _Architecture("gemma3_text", sizes={"attention.sliding_window": "sliding_window"}, local_base=10000.0),
 }
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _OPTIONAL_SIZES = {"sliding_window"}
@@ -129,7 +130,12 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
     if architecture.head_dim:
         config["head_dim"] = head_dim
     if architecture.rotary != "none":
-        config["rope_parameters"] = _rope(header, facts, head_dim, config, architecture)
+        rope = _rope(header, facts, head_dim, config, architecture)
+        if architecture.local_base:
+            local = {"rope_type": "default", "rope_theta": architecture.local_base}
+            config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        else:
+            config["rope_parameters"] = rope
     if name == "stablelm":
         config["use_parallel_residual"] = facts.take("use_parallel_residual", False)
     facts.finish()
