@@ -1,11 +1,11 @@
-"""Whether a pair's greedy text is that of its checkpoint in transformers, token for token, and speculation changes none.
+"""Whether a pair's greedy text is that of its checkpoint in transformers, and speculation changes no token.
 
     python tests/bench/equality.py PAIR CHECKPOINT --tokens 64
 
-CHECKPOINT is the folder or the GGUF file that PAIR was exported from, with --weight-format fp32: other weights are not
-those of the checkpoint.  Activations are float32 on both sides, keys and values float16 in the pair.  Eight prompts are
-completed as they stand, without a chat template.  Where two texts part, the margin says by how much transformers prefers
-its own token there, in logits.
+CHECKPOINT is the folder or the GGUF file that PAIR was exported from, with --weight-format fp32: other weights are
+not those of the checkpoint.  Activations are float32 on both sides, keys and values float16 in the pair.  Eight
+prompts are completed as they stand, without a chat template.  Where two texts part, the margin says by how much
+transformers prefers its own token there, in logits.
 """
 
 from __future__ import annotations
