@@ -20,13 +20,20 @@ import pytest
 
 from dovetail.exporter import cli
 from dovetail.exporter.architectures import ARCHITECTURES, OPTIMUM_INTEL, UNPAGED, check_architecture
+from dovetail.exporter.corpus import Corpus
+from dovetail.exporter.fit import FitOptions
+from dovetail.exporter.pair import add_drafter
 from dovetail.exporter.progress import quiet
+from dovetail.exporter.synth import BatchWriter, Request
 from dovetail.exporter.target import TargetOptions, export_target, versions
+from dovetail.exporter.train import TrainPlan, train
 from dovetail.exporter.weights import WeightOptions
+from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.manifest import read_manifest
 from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.tree import DraftTree
+from dovetail.runtime.paged import PagedModel
+from dovetail.runtime.tree import DraftTree, TreeLimits
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "families.md"
@@ -387,3 +394,22 @@ def test_a_graph_that_leaves_the_window_out_is_caught_at_export(
         options = TargetOptions(WeightOptions(weight_format, group_size=32 if weight_format == "int4" else None))
         export_target(str(tmp_path / "hf"), tmp_path / "pair", options=options)
     assert not (tmp_path / "pair").exists()
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "gpt_oss"])
+def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_path: Path) -> None:
+    make_model(HERE[name], tmp_path / "hf")
+    export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
+    model = PagedModel(tmp_path / "pair/target/openvino_model.xml", properties=EXACT)
+    random = np.random.default_rng(0)
+    requests = [Request(tuple(map(int, random.integers(1, 250, 6))), 0.0, 50) for _ in range(8)]
+    Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, random)).save(tmp_path / "corpus.npz")
+    fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
+    plan = TrainPlan(corpora=(tmp_path / "corpus.npz",), draft_vocab=128, held_out=0.1, fit=fit)
+    train(tmp_path / "pair", tmp_path / "drafter", plan, lambda stage, done, total, note: None)
+    add_drafter(tmp_path / "drafter", tmp_path / "pair")
+    tree = TreeLimits(width=12, depth=3, top_k=3, lookup=4)
+    with Engine.from_pretrained(tmp_path / "pair", drafter_device="cpu", tree=tree, ov_config=EXACT) as engine:
+        drafted = engine.generate("a window of words", 60, raw=True)
+        assert drafted.metrics.drafted > 60
+        assert drafted.token_ids == engine.generate("a window of words", 60, raw=True, speculate=False).token_ids
