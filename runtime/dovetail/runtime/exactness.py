@@ -31,23 +31,24 @@ class Difference:
 def differing_rows(target: OpenVINOTarget, vocab_size: int, context: int = CONTEXT) -> Difference:
     """Verify a tree after `context` tokens, and every path of it as a chain of its own; the target ends empty.
 
-    The chains follow a text that was read in other passes than the tree's.  It takes some ten passes.
+    The chains follow a text that was read in other passes than the tree's.  It takes some twenty passes.
     """
     text = _tokens(0, context, vocab_size)
-    tree = DraftTree(_tokens(context, len(_PARENTS), vocab_size), np.array(_PARENTS), np.zeros(len(_PARENTS), np.float32))
+    nodes = len(_PARENTS)
+    tree = DraftTree(_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))
     try:
         _read(target, text, [context])
         found = _rows(target.verify(tree))
         _read(target, text, [context // 3, 1, context - context // 3 - 1])
         off = np.zeros(len(tree))
         for path in tree.paths():
-            for nodes in (path, path[:1]):
+            for kept in (path, path[:1]):
                 target.reset(context)
-                chain = DraftTree(tree.tokens[nodes], np.arange(-1, len(nodes) - 1), np.zeros(len(nodes), np.float32))
+                chain = DraftTree(tree.tokens[kept], np.arange(-1, len(kept) - 1), np.zeros(len(kept), np.float32))
                 rows = _rows(target.verify(chain))
                 # A NaN, too, is a difference.
-                apart = np.where(rows == found[nodes], 0.0, np.abs(rows - found[nodes])).max(axis=1)
-                off[nodes] = np.maximum(off[nodes], np.nan_to_num(apart, nan=np.inf))
+                apart = np.where(rows == found[kept], 0.0, np.abs(rows - found[kept])).max(axis=1)
+                off[kept] = np.maximum(off[kept], np.nan_to_num(apart, nan=np.inf))
         return Difference(int(np.count_nonzero(off)), float(off.max()))
     finally:
         target.reset(0)

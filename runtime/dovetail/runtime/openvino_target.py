@@ -19,7 +19,7 @@ from .blocks import BlockIds
 from .errors import ContextOverflow, DeviceError, InputError
 from .graph import FeatureMix
 from .manifest import Manifest
-from .paged import BLOCK, REQUIRED, Batch, PagedModel, Part
+from .paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
 from .sessions import TargetPass, TokenArray
 from .tree import DraftTree
 
@@ -27,8 +27,6 @@ from .tree import DraftTree
 _SMALL_PROMPTS = (2, 4, 8)
 _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/speed.md)
 _SPARE_BLOCKS = 64  # beside those of a full context: a tree's paths end in blocks of their own
-# OpenVINO computes a lone row, and the attention of a lone row, by other kernels than several: the sums differ.
-_ALONE, _TOGETHER = 1, 2
 
 
 class OpenVINOTarget:
@@ -65,8 +63,8 @@ class OpenVINOTarget:
         """Load the target of a pair; `threads` defaults to what OpenVINO finds best.
 
         ov_config: properties of OpenVINO's CPU plugin.  exact: see the class.  If the pair's drafter reads more than
-        the last feature, the target's graph mixes that in.  Raises IntegrityError, InputError (a property that verification depends on),
-        DeviceError (one that OpenVINO refuses).
+        the last feature, the target's graph mixes that in.  Raises IntegrityError, InputError (a property that
+        verification depends on), DeviceError (one that OpenVINO refuses).
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
@@ -90,11 +88,11 @@ class OpenVINOTarget:
         """Append and commit tokens [T]; logits [1, V] of the last one, features [T, D]."""
         count = len(tokens)
         self._verified = None
-        chain = _Paths([np.arange(count)], self._length, _TOGETHER)
+        chain = _Paths([np.arange(count)], self._length, TOGETHER)
         part = self._part(tokens, np.arange(count), chain, np.array([count - 1]))
         logits, features = self.model.run(Batch.of([part], prompt_rows(count)))
         self._length += count
-        return TargetPass(logits, features[:count])
+        return TargetPass(logits[:1], features[:count])
 
     def verify(self, tree: DraftTree) -> TargetPass:
         """All nodes in one pass: logits [N, V], features [N, D], of each the bits that a chain of its path gives."""
@@ -102,7 +100,7 @@ class OpenVINOTarget:
 
     def commit(self, path: NDArray[np.int64]) -> None:
         """Keep the KV of `path`, root first: its blocks become the conversation's."""
-        found = self._verified and self._verified.find(path)
+        found = self._verified.find(path) if self._verified else None
         if found is None:
             raise DeviceError(
                 f"commit of {len(path)} nodes that are no path of a verified tree: verify the tree first"
@@ -135,7 +133,7 @@ class OpenVINOTarget:
     @property
     def least_rows(self) -> int:
         """Rows that a pass has at least."""
-        return _TOGETHER if self.exact else _ALONE
+        return TOGETHER if self.exact else ALONE
 
     def _offer(self, tree: DraftTree) -> Part:
         """What `tree` adds to a pass."""
