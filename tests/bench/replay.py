@@ -237,8 +237,9 @@ class Clock:
     def __call__(self) -> float:
         return self.ms / 1e3
 
-    def verify(self, context: int, nodes: int) -> None:
+    def verify(self, context: int, nodes: int, paths: int = 1) -> None:
         self.ms += self.costs.target.at(context, nodes) + (nodes != self.width) * self.costs.switch_ms
+        self.ms += (paths - 1) * self.costs.path.at(context, 1)
         self.width = nodes
 
     def draft(self, context: int, rows: int) -> None:
@@ -282,7 +283,7 @@ class ReplayTarget:
 
     def verify(self, tree: DraftTree) -> TargetPass:
         nodes = len(tree)
-        self.clock.verify(self.length, nodes)
+        self.clock.verify(self.length, nodes, tree.path_counts[-1])
         self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []

@@ -107,7 +107,7 @@ def test_what_is_no_curve_is_one_typed_line(contexts: Any, rows: Any, ms: Any, n
 
 
 def test_json_gives_the_same_costs_back() -> None:
-    costs = Costs(CURVE, Curve((0,), (1, 128), ((0.1, 1 / 3),)))
+    costs = Costs(CURVE, Curve((0,), (1, 128), ((0.1, 1 / 3),)), Curve((0, 64), (1,), ((0.5,), (2.0,))))
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
 
 

@@ -1,4 +1,4 @@
-"""Trees: their shape, what a node may attend to, and that growth finds the best nodes."""
+"""Trees: their shape and their paths, and that growth finds the best nodes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.tree import Candidates, DraftTree, Level, TreeLimits, grow_tree
+from dovetail.runtime.tree import (
+    Candidates,
+    DraftTree,
+    Level,
+    TreeLimits,
+    best_tree,
+    grow_tree,
+    without_branches,
+)
 
 ROOT = 7
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> DraftTree:
+    """Trees of up to nine nodes in verification order."""
+    parents, logprobs = [-1], [0.0]
+    for node in range(1, draw(st.integers(1, 9))):
+        parents.append(draw(st.integers(0, node - 1)))
+        logprobs.append(logprobs[parents[-1]] + draw(st.sampled_from([0.0, -0.25, -1.0, -3.0])))
+    return best_tree(list(range(len(parents))), parents, logprobs, len(parents) - 1)
 
 
 class Oracle:
@@ -149,20 +169,47 @@ def test_impossible_candidates_are_skipped_and_rounding_never_lifts_a_child() ->
     assert tree.logprobs.tolist() == [0.0] * 4
 
 
-def test_attention_depths_and_children() -> None:
+def test_paths_depths_and_children() -> None:
     tree = DraftTree(np.array([7, 1, 2, 2, 9]), np.array([-1, 0, 1, 0, 3]), np.zeros(5, np.float32))
-    assert tree.attention().dtype == np.uint8
-    assert tree.attention().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 0, 0, 1, 1],
-    ]
+    assert [path.tolist() for path in tree.paths()] == [[0, 1, 2], [0, 3, 4]]
     assert tree.depths().tolist() == [0, 1, 2, 1, 2]
     assert (tree.child(0, 2), tree.child(1, 2), tree.child(0, 9), tree.child(3, 9)) == (3, 2, None, 4)
     root = DraftTree.root(4)
-    assert len(root) == 1 and root.attention().tolist() == [[1]] and root.child(0, 4) is None
+    assert len(root) == 1 and [path.tolist() for path in root.paths()] == [[0]] and root.child(0, 4) is None
+
+
+@given(trees())
+def test_every_node_is_on_a_path_and_the_first_path_has_the_lowest_nodes(tree: DraftTree) -> None:
+    paths = [path.tolist() for path in tree.paths()]
+    assert {node for path in paths for node in path} == {*range(len(tree))}
+    assert paths == sorted(paths)
+    for path in paths:
+        assert path[0] == 0 and tree.parents[path[1:]].tolist() == path[:-1] and path[-1] not in tree.parents
+    assert tree.path_counts[-1] == len(paths)
+
+
+@given(trees())
+def test_path_counts_are_those_of_the_best_nodes(tree: DraftTree) -> None:
+    tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
+    for nodes, count in enumerate(tree.path_counts, 1):
+        assert count == len(best_tree(tokens, parents, logprobs, nodes - 1).paths())
+
+
+@given(trees(), st.floats(0, 1))
+def test_the_branches_that_are_kept_are_worth_most(tree: DraftTree, least: float) -> None:
+    """Against every set of paths."""
+
+    def worth(each: DraftTree) -> float:
+        return each.expected_length - least * (each.path_counts[-1] - 1)
+
+    found = without_branches(tree, least)
+    paths = tree.paths()
+    for count in range(1, len(paths) + 1):
+        for some in itertools.combinations(paths, count):
+            nodes = sorted({*np.concatenate(some).tolist()})
+            place = {node: index for index, node in enumerate(nodes)}
+            parents = np.array([place.get(int(parent), -1) for parent in tree.parents[nodes]])
+            assert worth(found) >= worth(DraftTree(tree.tokens[nodes], parents, tree.logprobs[nodes])) - 1e-5
 
 
 @pytest.mark.parametrize("parents", [[], [0, 0], [-1, 1], [-1, -1], [-1, 0, 2]])

@@ -27,7 +27,8 @@ from dovetail.runtime.tree import TreeLimits
 from dovetail.runtime.tune import ROWS, known_or_measured, measure, timed_tree
 
 CONTEXTS, WIDTHS, SECONDS = (16, 64), (1, 2, 3, 4, 6), 0.01
-FLAT = Costs(Curve((0,), (1,), ((1.0,),)), Curve((0,), (1,), ((1.0,),)))
+ONE = Curve((0,), (1,), ((1.0,),))
+FLAT = Costs(ONE, ONE, ONE)
 CPU = Cpu("A CPU", 2, 4, 4, ())
 
 
@@ -183,12 +184,10 @@ def test_what_cannot_be_measured_is_refused(sessions: Sessions, arguments: dict,
         )
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 6, 7, 20, 64])
-def test_a_timed_tree_is_a_chain_and_siblings_of_its_nodes(nodes: int) -> None:
-    tree = timed_tree(nodes)
-    chain = min(nodes - 1, tune.DEPTH)
-    assert len(tree) == nodes and tree.parents[: chain + 1].tolist() == list(range(-1, chain))
-    assert max(tree.depths()) == chain and all(tree.parents[chain + 1 :] < chain)
+@pytest.mark.parametrize(("nodes", "paths"), [(1, 1), (2, 1), (20, 1), (64, 1), (12, 5)])
+def test_a_timed_tree_has_so_many_nodes_and_paths(nodes: int, paths: int) -> None:
+    tree = timed_tree(nodes, paths)
+    assert len(tree) == nodes and len(tree.paths()) == paths and max(tree.depths()) == nodes - paths
 
 
 def test_assumed_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
@@ -215,7 +214,7 @@ def test_what_was_measured_is_not_measured_again(sessions: Sessions, measured: l
 
 def test_a_thorough_measurement_is_preferred(sessions: Sessions, measured: list[dict]) -> None:
     ask(sessions)
-    better = Costs(FLAT.draft, Curve((0,), (1,), ((2.0,),)))
+    better = Costs(ONE, Curve((0,), (1,), ((2.0,),)), ONE)
     Measured("tiny", CostKey.of(sessions.manifest, "cpu", None), better, 60.0).store()
     assert ask(sessions) == better and len(measured) == 1
 
@@ -260,6 +259,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
     files.append(CostKey.of(manifest, "cuda", None).file)
     files.append(replace(CostKey.of(manifest, "cpu", None), spin_us=0).file)
     files.append(CostKey.of(manifest, "cpu", None, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}).file)
+    files.append(CostKey.of(manifest, "cpu", None, exact=False).file)
     (tmp_path / "other").write_text("other weights")
     other = file_entry(tmp_path / "other")
     assert manifest.drafter
@@ -273,7 +273,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
         with monkeypatch.context() as patch:
             patch.setattr(cost_cache.here, "cpu", lambda cpu=cpu: cpu)
             files.append(CostKey.of(manifest, "cpu", None).file)
-    assert len(set(files)) == len(files) == 12
+    assert len(set(files)) == len(files) == 13
     versions["numpy"] = "9"
     renamed = replace(manifest, name="renamed")
     assert CostKey.of(renamed, "cpu", None).file == files[0]  # neither has a part in it

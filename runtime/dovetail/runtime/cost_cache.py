@@ -26,7 +26,8 @@ class CostKey:
 
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
-    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.  spin_us: how long the
+    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.
+    exact: whether a plain pass computes two rows.  spin_us: how long the
     drafter's threads wait for work.
     """
 
@@ -39,11 +40,17 @@ class CostKey:
     openvino: str
     onnxruntime: str
     ov_config: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
     spin_us: int = SPIN_US
 
     @classmethod
     def of(
-        cls, manifest: Manifest, device: str, threads: int | None, ov_config: Mapping[str, str] | None = None
+        cls,
+        manifest: Manifest,
+        device: str,
+        threads: int | None,
+        ov_config: Mapping[str, str] | None = None,
+        exact: bool = True,
     ) -> CostKey:
         """The key of a pair, which must have a drafter and digests of its files, on this machine."""
         assert manifest.drafter is not None
@@ -58,6 +65,7 @@ class CostKey:
             openvino=versions.get("openvino", "unknown"),
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
             ov_config={**default_properties(), **(ov_config or {})},
+            exact=exact,
         )
 
     @property
@@ -91,6 +99,47 @@ class Measured:
         """Keep it in place of what is there, whole or not at all.  Raises OSError."""
         self.key.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.key.file, (json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Properties of OpenVINO that `tune` found to be the quickest of those that keep rows equal.
+
+    properties: what is set in place of the defaults; empty if none is quicker.  speedup: of passes, over the defaults.
+    """
+
+    properties: Mapping[str, str]
+    speedup: float
+    date: str = field(default_factory=_now)
+
+    def store(self, manifest: Manifest, threads: int | None) -> None:
+        """Keep it for this target on this machine.  Raises OSError."""
+        file = _choice_file(manifest, threads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
+    """What `tune` chose for this target on this machine; None if it was never asked."""
+    try:
+        raw = json.loads(_choice_file(manifest, threads).read_text(encoding="utf-8"))
+        properties = {str(name): str(value) for name, value in raw["properties"].items()}
+        return Chosen(properties, float(raw["speedup"]), str(raw["date"]))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]:
+    """The properties that this target is opened with here beside the defaults."""
+    chosen = recall_choice(manifest, threads)
+    return dict(chosen.properties) if chosen else {}
+
+
+def _choice_file(manifest: Manifest, threads: int | None) -> Path:
+    cpu = here.cpu()
+    weights = manifest.files[WEIGHTS].sha256 if WEIGHTS in manifest.files else manifest.name
+    facts = [weights, threads, cpu.model, cpu.usable, list(cpu.instruction_sets), here.versions().get("openvino")]
+    return cache_dir() / "properties" / f"{sha256(json.dumps(facts).encode()).hexdigest()}.json"
 
 
 def recall(key: CostKey) -> Measured | None:

@@ -1,4 +1,4 @@
-"""What a pass of each engine costs on this machine, by its rows and by the context before it.
+"""What a pass of each engine costs on this machine, by its rows and paths and by the context before it.
 
 Axes: C context lengths, R row counts, ascending both.  Times are milliseconds.
 A pass never gets cheaper with more rows or more context: measured medians are made so by isotonic regression
@@ -68,7 +68,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Costs:
-    """target: verification by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows.
+    """target: verification of a chain by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows.
+
+    path: what every path of a tree beside the first adds to its verification, by the context alone (one row): the
+    attention over the context is computed for each path.
 
     switch_ms: what a pass of the target takes more when the last one had another number of nodes: the engine then
     prepares every operation anew, some 5 ms for SmolLM2-135M on two cores, more than half a plain step.
@@ -76,6 +79,7 @@ class Costs:
 
     target: Curve
     draft: Curve
+    path: Curve
     switch_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,18 +90,18 @@ class Costs:
         """JSON form."""
         curves = {
             name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
-            for name, curve in (("target", self.target), ("draft", self.draft))
+            for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))
         }
         return {**curves, "switch_ms": self.switch_ms}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
         """From decoded JSON.  Raises InputError, KeyError or TypeError for anything else."""
-        target, draft = (
+        target, draft, path = (
             Curve(tuple(curve["contexts"]), tuple(curve["rows"]), tuple(tuple(line) for line in curve["ms"]))
-            for curve in (raw["target"], raw["draft"])
+            for curve in (raw["target"], raw["draft"], raw["path"])
         )
-        return cls(target, draft, float(raw["switch_ms"]))
+        return cls(target, draft, path, float(raw["switch_ms"]))
 
 
 def isotonic(values: Sequence[float] | Floats) -> Floats:

@@ -17,7 +17,7 @@ from .errors import ContextOverflow, DeviceError, InputError
 from .lookup import Repeat, RepeatIndex
 from .metrics import Meter
 from .sampling import Sampler, SamplingParams
-from .schedule import Scheduler, filled
+from .schedule import Scheduler
 from .sessions import DraftNoise, DraftSession, FloatArray, TargetPass, TargetSession, TokenArray
 from .tree import DraftTree, TreeLimits, graft
 
@@ -28,7 +28,6 @@ _CHUNK = 256  # prompt tokens per pass
 # and forgets what came before.
 _WINDOW = 256
 _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
-STEADY = 2  # nodes: a target may run one alone by other kernels than trees
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Request:
 
     prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
     stop_tokens: end the answer and are no part of it. limits: None is plain decoding, a node a pass.
-    scheduler: shapes each tree within the limits; None lets them grow as far as the limits say, and gives one text
-    for one seed: every pass has two nodes at least, with limits of width 1 or depth 0 too.
+    scheduler: shapes each tree within the limits; None lets the trees grow as far as the limits say.
     """
 
     prompt: tuple[int, ...]
@@ -304,8 +302,6 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             tokens_left -= len(step.tokens)
             unread = talk.unread
             tree = talk.draft(limits, request.scheduler)
-            if request.limits is not None and request.scheduler is None:
-                tree = filled(tree, STEADY)
             draft_ms = meter.lap("draft")
 
             result = talk.target.verify(tree)

@@ -135,6 +135,7 @@ class Engine:
         threads: int | None = None,
         tree: TreeLimits | None = None,
         ov_config: Mapping[str, str] | None = None,
+        exact: bool = True,
         progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
@@ -145,6 +146,8 @@ class Engine:
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
         machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
         ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}.
+        exact: a text is the same tokens with any tree and with none; False lets plain passes run through OpenVINO's
+        kernel for single rows, which is quicker and rounds otherwise.
         Raises PairError, DeviceError, InputError.
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
@@ -152,6 +155,7 @@ class Engine:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
         from .calibration import pair_calibration
+        from .cost_cache import chosen_properties
         from .onnx_drafter import OnnxDrafter
         from .openvino_target import OpenVINOTarget
         from .steady import SteadyDrafter
@@ -164,7 +168,8 @@ class Engine:
         check_limit(room, fit, drafter_device)
         manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
-        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config)
+        ov_config = {**chosen_properties(manifest, threads), **(ov_config or {})}
+        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config, exact=exact)
         if manifest.drafter is None:
             return cls(target, None, tokenizer, tree=tree or manifest.tree, stop_tokens=_stops(tokenizer, manifest))
 
@@ -187,7 +192,7 @@ class Engine:
                 drafter.close()
                 drafter = open_cpu(f"no CUDA: {problem}")
                 costs = measure(drafter, progress=progress)
-            scheduler = Scheduler(costs, pair_calibration(pair, manifest))
+            scheduler = Scheduler(costs, pair_calibration(pair, manifest), plain_rows=target.least_rows)
             tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
         return cls(
             target,
@@ -248,8 +253,8 @@ class Engine:
 
         prompt: messages of a conversation, or a string: one user turn where the target has a chat template,
         the text itself with raw=True or without a template. stop: strings that end the answer.
-        speculate: False decodes without drafting, a token a pass. tree: this answer's trees grow to these limits; a
-        seed gives one text for all chains (top_k 1), the empty one (width 1) included. sampling: see SamplingParams.
+        speculate: False decodes without drafting. tree: this answer's trees grow to these limits.
+        sampling: see SamplingParams; a seed gives one text, whatever is drafted.
         Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
         """
         conversation, meter = self._open_conversation(), Meter()

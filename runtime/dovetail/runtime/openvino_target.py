@@ -19,7 +19,7 @@ from .blocks import BlockIds
 from .errors import ContextOverflow, DeviceError, InputError
 from .graph import FeatureMix
 from .manifest import Manifest
-from .paged import BLOCK, REQUIRED, Batch, PagedModel, Part
+from .paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
 from .sessions import TargetPass, TokenArray
 from .tree import DraftTree
 
@@ -27,8 +27,6 @@ from .tree import DraftTree
 _SMALL_PROMPTS = (2, 4, 8)
 _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/speed.md)
 _SPARE_BLOCKS = 64  # beside those of a full context: a tree's paths end in blocks of their own
-# OpenVINO computes a lone row, and the attention of a lone row, by other kernels than several: the sums differ.
-_ALONE, _TOGETHER = 1, 2
 
 
 class OpenVINOTarget:
@@ -65,8 +63,8 @@ class OpenVINOTarget:
         """Load the target of a pair; `threads` defaults to what OpenVINO finds best.
 
         ov_config: properties of OpenVINO's CPU plugin.  exact: see the class.  If the pair's drafter reads more than
-        the last feature, the target's graph mixes that in.  Raises IntegrityError, InputError (a property that verification depends on),
-        DeviceError (one that OpenVINO refuses).
+        the last feature, the target's graph mixes that in.  Raises IntegrityError, InputError (a property that
+        verification depends on), DeviceError (one that OpenVINO refuses).
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
@@ -90,11 +88,11 @@ class OpenVINOTarget:
         """Append and commit tokens [T]; logits [1, V] of the last one, features [T, D]."""
         count = len(tokens)
         self._verified = None
-        chain = _Paths((np.arange(count),), self._length, self._least)
+        chain = _Paths([np.arange(count)], self._length, TOGETHER)
         part = self._part(tokens, np.arange(count), chain, np.array([count - 1]))
-        logits, features = self.model.run(Batch.of([part], max(prompt_rows(count), self._least)))
+        logits, features = self.model.run(Batch.of([part], prompt_rows(count)))
         self._length += count
-        return TargetPass(logits, features[:count])
+        return TargetPass(logits[:1], features[:count])
 
     def verify(self, tree: DraftTree) -> TargetPass:
         """All nodes in one pass: logits [N, V], features [N, D], of each the bits that a chain of its path gives."""
@@ -102,7 +100,7 @@ class OpenVINOTarget:
 
     def commit(self, path: NDArray[np.int64]) -> None:
         """Keep the KV of `path`, root first: its blocks become the conversation's."""
-        found = self._verified and self._verified.find(path)
+        found = self._verified.find(path) if self._verified else None
         if found is None:
             raise DeviceError(
                 f"commit of {len(path)} nodes that are no path of a verified tree: verify the tree first"
@@ -133,14 +131,14 @@ class OpenVINOTarget:
         self._length, self._verified = length, None
 
     @property
-    def _least(self) -> int:
+    def least_rows(self) -> int:
         """Rows that a pass has at least."""
-        return _TOGETHER if self.exact else _ALONE
+        return TOGETHER if self.exact else ALONE
 
     def _offer(self, tree: DraftTree) -> Part:
         """What `tree` adds to a pass."""
         self._verified = None
-        paths = _Paths(tree.paths(), self._length, self._least)
+        paths = _Paths(tree.paths(), self._length, self.least_rows)
         part = self._part(tree.tokens, tree.depths(), paths, np.arange(len(tree)))
         self._verified = paths
         return part
@@ -163,10 +161,7 @@ class OpenVINOTarget:
             copies = begun[[blocks.start - full for blocks in paths.ends[1:]]]
             self.model.copy_rows(int(begun[0]), copies, part)
         tables = [np.concatenate([self._blocks[:full], self._blocks[blocks]]) for blocks in paths.ends]
-        rows = [path if len(path) >= self._least else np.repeat(path, self._least) for path in paths.rows]
-        return Part(
-            np.asarray(tokens, np.int64), self._length + depths, rows, self._length, tables, np.asarray(wanted, np.int64)
-        )
+        return Part(np.asarray(tokens, np.int64), self._length + depths, paths.rows, self._length, tables, wanted)
 
     def _hold(self, blocks: int) -> None:
         """Own at least so many blocks."""
@@ -180,17 +175,17 @@ class OpenVINOTarget:
 class _Paths:
     """The paths of a tree, or of a prompt the only one, and where their blocks lie.
 
-    rows: the rows of each path.  ends: for each the part of the conversation's blocks that is its own, which begins
-    with the block that the text at hand ends in.
+    rows: the rows of each path; a shorter one than `least` repeats its row.  ends: for each path the part of the
+    conversation's blocks that is its own, which begins with the block that the text of `length` tokens ends in.
     """
 
     def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
-        self.rows = rows
+        self.rows = [path if len(path) >= least else np.repeat(path, least) for path in rows]
         self.ends: list[slice] = []
         full, part = divmod(length, BLOCK)
         at = full
-        for path in rows:
-            begin, at = at, at + _blocks_for(part + max(len(path), least))
+        for path in self.rows:
+            begin, at = at, at + _blocks_for(part + len(path))
             self.ends.append(slice(begin, at))
 
     def find(self, path: NDArray[np.int64]) -> slice | None:
@@ -208,7 +203,7 @@ def verify_together(offers: Mapping[OpenVINOTarget, DraftTree]) -> dict[OpenVINO
     parts = {target: target._offer(tree) for target, tree in offers.items()}
     first = next(iter(offers))
     rows = sum(map(len, offers.values()))
-    logits, features = first.model.run(Batch.of([*parts.values()], max(rows, first._least)))
+    logits, features = first.model.run(Batch.of([*parts.values()], max(rows, first.least_rows)))
     results, begin = {}, 0
     for target, tree in offers.items():
         end = begin + len(tree)

@@ -37,6 +37,8 @@ from .telemetry import decline_telemetry
 decline_telemetry()  # see runners.py
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
+# OpenVINO computes a lone row, and the attention of a lone row, by other kernels than several: the sums differ.
+ALONE, TOGETHER = 1, 2
 _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds
 
 # A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
@@ -99,12 +101,16 @@ class Batch:
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int) -> Batch:
-        """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them."""
+        """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them.
+
+        If the pass has several rows, so has the lm_head, for the same reason: `wanted` then repeats a lone row.
+        """
         starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
         filling = (0, rows - int(starts[-1]))
         paths = [path + start for part, start in zip(parts, starts, strict=False) for path in part.paths]
         tables = [table for part in parts for table in part.tables]
         path_rows = np.concatenate(paths)
+        wanted = np.concatenate([part.wanted + start for part, start in zip(parts, starts, strict=False)])
         node_rows = np.zeros(rows, np.int64)
         node_rows[path_rows[::-1]] = np.arange(len(path_rows))[::-1]  # the first copy of each row
         return cls(
@@ -114,7 +120,7 @@ class Batch:
             begins=np.cumsum([0, *map(len, paths)], dtype=np.int32),
             blocks=np.concatenate(tables),
             block_begins=np.cumsum([0, *map(len, tables)], dtype=np.int32),
-            wanted=np.concatenate([part.wanted + start for part, start in zip(parts, starts, strict=False)]),
+            wanted=np.resize(wanted, max(len(wanted), min(rows, TOGETHER))),
             path_rows=path_rows,
             node_rows=node_rows,
         )
@@ -247,7 +253,7 @@ class PagedModel:
         import openvino as ov
 
         longest = int((batch.past + np.diff(batch.begins)).max())
-        same = np.arange(len(batch.tokens)) if batch.path_rows is None or batch.node_rows is None else None
+        same = np.arange(len(batch.tokens), dtype=np.int64)
         # The request points to these arrays, so they live as long as they may be its inputs.  Each pass sets all of
         # them: an interrupt between two passes leaves nothing that the next one would read.
         self._inputs = {
@@ -259,8 +265,8 @@ class PagedModel:
             "block_indices_begins": batch.block_begins,
             "max_context_len": np.array(longest, np.int32),
             SAMPLED: batch.wanted,
-            PATH_ROWS: batch.path_rows if same is None else same,
-            NODE_ROWS: batch.node_rows if same is None else same,
+            PATH_ROWS: same if batch.path_rows is None else batch.path_rows,
+            NODE_ROWS: same if batch.node_rows is None else batch.node_rows,
         }
         for name, array in self._inputs.items():
             self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .decode import STEADY, Conversation
+from .decode import Conversation
 from .errors import InputError
 from .sampling import Sampler
 from .schedule import filled
@@ -59,7 +59,7 @@ def _logits(talk: Conversation, prompt: Sequence[int], answer: Sequence[int]) ->
             tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
             nodes = np.arange(len(tokens))
             chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
-            width = max(min(_CHAIN, talk.target.max_context - talk.target.length), STEADY)
+            width = min(_CHAIN, talk.target.max_context - talk.target.length)
             yield from talk.target.verify(filled(chain, width)).logits[: len(tokens)]
             talk.commit(nodes, tokens.tolist())
     finally:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .calibration import Calibration
 from .costs import Costs
 from .experience import MEMORY, Average, Experience, Round
-from .tree import DraftTree, TreeLimits, best_tree
+from .tree import DraftTree, TreeLimits, best_tree, without_branches
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
 FADING = 0.995  # of what is remembered of trees, at each that was not worth verifying
@@ -53,11 +53,13 @@ FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long an
 class Scheduler:
     """Decides for one engine; what it learned stays when the conversation changes.
 
-    calibration: of the drafter, None where it brought none.
+    calibration: of the drafter, None where it brought none.  plain_rows: rows that a plain pass computes in any case;
+    nodes of a tree that fit into them ride along at no cost.
     """
 
     costs: Costs
     calibration: Calibration | None = None
+    plain_rows: int = 1
     _context: int = 0  # tokens before the root, of the round at hand
     _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for, of those that pay here
     _greedy: Experience = field(default_factory=Experience)
@@ -177,16 +179,18 @@ class Scheduler:
 
         Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
         """
+        tree = without_branches(tree, self._path() / (self.price * self._known.trees[drafted].factor))
         worth = self._worth(tree, drafted) if drafted or len(tree) > 1 else {1: 0.0}
         width = self._best_width(worth, drafted)
         self._unverified = width == 1 < len(tree)
         if drafted and self._unverified:
             best = max((other for other in worth if other > 1), key=worth.__getitem__)
-            took = self._pass(best) + self._draft(1) + self._calls * self._draft_pace.value
-            self._missed = Round((worth[best] + self._pass(best)) / self.price, took / self._pass(1))
+            verify = self._verify(tree, best)
+            took = verify + self._draft(1) + self._calls * self._draft_pace.value
+            self._missed = Round((worth[best] + verify) / self.price, took / self._pass(1))
         if width != self._width:
             self._regret = {}
-        kept = min(width, len(tree))
+        kept = min(max(width, self.plain_rows), len(tree))
         if kept < len(tree):
             tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
         return filled(tree, width)
@@ -216,12 +220,14 @@ class Scheduler:
         drafted: the drafter's own tree, None where it was not asked.  unread: pairs that it was told first.
         tokens: what came after the root.
         """
-        nodes = len(verified)
+        nodes = len(verified) if len(verified) > self.plain_rows else 1
         before, self._width = self._width, nodes
         changed = before != nodes
         switch_ms = changed * self.costs.switch_ms
         # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
-        verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + switch_ms * self._target_pace.value))
+        paths_ms = (verified.path_counts[-1] - 1) * self.costs.path.at(self._context, 1)
+        pace = self._target_pace.value
+        verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + (paths_ms + switch_ms) * pace))
         calls = self._calls + self.costs.draft.at(self._context, unread) if drafted else 0.0
         if calls:  # else the drafter had read all, and its root's children were enough
             # A machine that slept must not make drafting too dear ever to be tried again.
@@ -242,7 +248,7 @@ class Scheduler:
         elif self._unverified:  # or what was wrong once would never be tried again
             trees.forget((FADING if self._trial is None else TRIAL_FADING) * trees.visits)
         alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
-        ratio = verify_ms / (self.costs.target.at(self._context, nodes) + switch_ms)
+        ratio = verify_ms / (self.costs.target.at(self._context, nodes) + paths_ms + switch_ms)
         if not changed and self._target_pace.count:
             alone.add(ratio / self._target_pace.value)
         self._target_pace.add(ratio / alone.value)
@@ -290,12 +296,20 @@ class Scheduler:
         out = {}
         for width in self._widths:
             tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
-            out[width] = price * tokens - self._pass(width)
+            out[width] = price * tokens - self._verify(tree, width)
             if width >= len(tree):
                 break
         if self._width in self._widths and self._width not in out:  # wider than the tree
-            out[self._width] = price * tokens - self._pass(self._width)
+            out[self._width] = price * tokens - self._verify(tree, self._width)
         return out
+
+    def _verify(self, tree: DraftTree, width: int) -> float:
+        """Predicted ms of verifying the best part of `tree` in a pass of `width` nodes."""
+        return self._pass(width) + (tree.path_counts[min(width, len(tree)) - 1] - 1) * self._path()
+
+    def _path(self) -> float:
+        """Predicted ms that a path of a tree beside the first takes now."""
+        return self.costs.path.at(self._context, 1) * self._target_pace.value
 
     def _otherwise(self, repeats: DraftTree) -> float:
         """Worth of a round without a draft, in the last width or in another, the change to that included.

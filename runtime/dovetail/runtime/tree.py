@@ -84,6 +84,16 @@ class DraftTree:
         """Tokens that verifying its best 1, 2, ... N nodes is expected to give, if the log-probabilities are true."""
         return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
 
+    @cached_property
+    def path_counts(self) -> list[int]:
+        """Paths from the root to a leaf that its best 1, 2, ... N nodes have."""
+        parents, inner, counts, paths = self.parents.tolist(), set[int](), list[int](), 1
+        for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
+            paths += parents[node] in inner  # its parent is no leaf any more
+            inner.add(parents[node])
+            counts.append(paths)
+        return counts
+
     @property
     def expected_length(self) -> float:
         """Tokens that verifying it is expected to give."""
@@ -281,6 +291,36 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
         tokens=np.array([tokens[node] for node in order], np.int64),
         parents=np.array([-1, *(place[parents[node]] for node in order[1:])], np.int64),
         logprobs=np.array([logprobs[node] for node in order], np.float32),
+    )
+
+
+def without_branches(tree: DraftTree, least: float) -> DraftTree:
+    """`tree` without the branches that are expected to give fewer than `least` tokens, each beside its best sibling.
+
+    A path costs attention over the whole context, whatever its length.  Source: dynamic programming from the leaves.
+    """
+    parents = tree.parents.tolist()
+    worth = [exp(logprob) for logprob in tree.logprobs.tolist()]
+    children: list[list[int]] = [[] for _ in parents]
+    for node in range(len(parents) - 1, -1, -1):
+        ranked = sorted(children[node], key=lambda child: -worth[child])
+        children[node] = ranked[:1] + [child for child in ranked[1:] if worth[child] > least]
+        worth[node] += sum(worth[child] for child in children[node]) - least * max(len(children[node]) - 1, 0)
+        if node:
+            children[parents[node]].append(node)
+    kept, pending = list[int](), [0]
+    while pending:
+        kept.append(node := pending.pop())
+        pending += children[node]
+    if len(kept) == len(tree):
+        return tree
+    kept.sort()
+    place = {node: index for index, node in enumerate(kept)}
+    return best_tree(
+        tree.tokens[kept].tolist(),
+        [place.get(parents[node], -1) for node in kept],
+        tree.logprobs[kept].tolist(),
+        len(kept) - 1,
     )
 
 

@@ -42,9 +42,11 @@ QUICK_SECONDS = 4.0
 
 FEW = {*WIDTHS, CHUNK}  # sizes where there is no time for all
 SAMPLES = 2  # of every point at least
-DEPTH = 5  # of the trees that are verified
+LEAST_MS = 1e-3  # of a path, where noise hides what it takes
+FORK = 12  # nodes of the tree whose further paths are timed, against a chain of so many
+PATHS = 5  # of that tree
 
-Engine = Literal["target", "draft"]
+Engine = Literal["target", "path", "draft"]
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 Progress = Callable[[float], None]  # is told the part that is done, 0 to 1
 
@@ -63,7 +65,7 @@ def known_or_measured(
     threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.
     Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
     if known is not None:
         return known.costs
@@ -96,6 +98,7 @@ def measure(
     contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
+        "path": [FORK],
         "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
     }
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
@@ -119,9 +122,11 @@ def measure(
             watch.time(queue.pop())
             if progress is not None:
                 progress(min(1 - left / seconds, watch.sampled(points)))
+        target_curve = watch.curve("target", sizes["target"], contexts)
         return Costs(
-            target=watch.curve("target", sizes["target"], contexts),
+            target=target_curve,
             draft=watch.curve("draft", sizes["draft"], contexts),
+            path=watch.path_curve(target_curve, contexts),
             switch_ms=max(0.0, median(watch.switches)),
         )
     finally:
@@ -135,16 +140,19 @@ def check_seconds(seconds: float) -> None:
         raise InputError(f"seconds {seconds} is out of range: give more than 0")
 
 
-def timed_tree(nodes: int) -> DraftTree:
-    """A tree laid out as the loop verifies it: a chain of up to DEPTH nodes below the root, then their siblings."""
-    chain = min(nodes - 1, DEPTH)
-    parents = [-1, *range(chain), *(node % chain for node in range(nodes - 1 - chain))]
+def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
+    """A tree of `nodes` nodes: a chain below the root, of which the last `paths - 1` nodes hang from its first ones."""
+    chain = nodes - paths
+    parents = [-1, *range(chain), *range(paths - 1)]
     return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A call to be timed: a pass of `size` nodes or a drafter's call of `size` rows, after `context` tokens."""
+    """A call to be timed: a pass of `size` nodes or a drafter's call of `size` rows, after `context` tokens.
+
+    engine: "path" is the target's pass over a tree of several paths.
+    """
 
     engine: Engine
     size: int
@@ -177,9 +185,9 @@ class _Stopwatch:
 
     def call(self, point: _Point) -> float:
         """One call, in ms."""
-        if point.engine == "target":
+        if point.engine in ("target", "path"):
             self.target.assume(point.context)
-            tree = timed_tree(point.size)
+            tree = timed_tree(point.size, PATHS if point.engine == "path" else 1)
             begin = perf_counter()
             self.target.verify(tree)
         elif point.size <= LEVEL:
@@ -205,6 +213,11 @@ class _Stopwatch:
             curve = self.curve(engine, known[engine], contexts)
             total += sum(curve.at(context, size) for context in contexts for size in wanted[engine])
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
+
+    def path_curve(self, target: Curve, contexts: Sequence[int]) -> Curve:
+        """What each path beside the first takes: a tree's medians less those of chains of its size."""
+        ms = [median(self.times[_Point("path", FORK, context)]) - target.at(context, FORK) for context in contexts]
+        return Curve.fit(contexts, (1,), np.maximum(np.array([ms]).T / (PATHS - 1), LEAST_MS))
 
     def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
         """The medians, made to rise."""

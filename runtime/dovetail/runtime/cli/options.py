@@ -44,6 +44,7 @@ class Opener(Protocol):
         threads: int | None,
         tree: TreeLimits | None,
         ov_config: Mapping[str, str],
+        exact: bool,
         progress: Callable[[float], None],
     ) -> Engine: ...
 
@@ -77,6 +78,7 @@ class EngineFlags:
     vram: int | None = None
     fit: bool = False
     ov_config: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -104,6 +106,7 @@ class EngineFlags:
             threads=self.threads,
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             ov_config=self.ov_config,
+            exact=self.exact,
             progress=Announcement(),
         )
 
@@ -149,7 +152,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def device_options(command: Command) -> Command:
-    """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit` and `ov_config`."""
+    """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit`, `ov_config` and `exact`."""
     return _apply(
         command,
         click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
@@ -158,6 +161,9 @@ def device_options(command: Command) -> Command:
         vram_options,
         click.option("--ov-config", multiple=True, metavar="NAME=VALUE", callback=_parse_properties,
                      help="Property of OpenVINO's CPU plugin for the target; repeatable."),
+        click.option("--exact/--no-exact", default=True, show_default=True,
+                     help="The same text with and without drafting; without it plain passes use OpenVINO's quicker "
+                     "kernel for single rows, which rounds otherwise."),
     )  # fmt: skip
 
 
@@ -214,8 +220,7 @@ def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Ca
         click.option("--min-p", type=float, default=SAMPLING.min_p, show_default=True, help="0 is off."),
         click.option("--repetition-penalty", "--repeat-penalty", type=float, default=SAMPLING.repetition_penalty,
                      show_default=True, help="1 is off."),
-        click.option("-s", "--seed", type=int, help="Same seed, same noise, and with --fixed-tree one text."
-                     "  [default: random]"),
+        click.option("-s", "--seed", type=int, help="Same seed, same text.  [default: random]"),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
     ]  # fmt: skip
     if speculate:

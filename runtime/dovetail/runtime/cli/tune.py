@@ -46,6 +46,7 @@ def tune(
     vram: int | None,
     fit: bool,
     ov_config: Mapping[str, str],
+    exact: bool,
     seconds: float,
     properties: bool,
     as_json: bool,
@@ -70,7 +71,7 @@ def tune(
 
     def open_target(*more: Property) -> OpenVINOTarget:
         config = {**ov_config, **{each.name: each.value for each in more}}
-        return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config)
+        return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config, exact=exact)
 
     if properties:
         prompt, tried = Tokenizer.from_folder(folder / "target").encode(PROMPT), candidates(ov_config, threads)
@@ -86,7 +87,7 @@ def tune(
     begin = perf_counter()
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key, threads, ov_config)
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
     try:
         measured.store()
