@@ -68,6 +68,7 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
                  {**EXPERT_KEYS, "attention.key_length": 16, "attention.value_length": 16}),
     "phi3": ("phi3", "phi3", {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
              "partial_rotary_factor": 0.5}}, {"rope.dimension_count": 4, "attention.sliding_window": 8}),
+    "phi3-whole": ("phi3", "phi3", {}, {"attention.sliding_window": 0}),
     "starcoder2": ("starcoder2", "starcoder2", {"tie_word_embeddings": True}, {}),
     "stablelm": ("stablelm", "stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_type": "default",
                  "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
