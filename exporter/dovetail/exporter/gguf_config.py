@@ -91,6 +91,7 @@ _ARCHITECTURES = {
     "gemma2": _Architecture("gemma2", window=True, numbers={key: key for key in _SOFT_CAPS}),
     "gemma3": _Architecture("gemma3_text", window=True),
 }
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models that scale attention in their own way
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -136,10 +137,24 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
         config["rope_parameters"] = _rope(header, facts, head_dim, config, architecture)
     if name == "stablelm":
         config["use_parallel_residual"] = facts.take("use_parallel_residual", False)
+    if name in _GEMMA_27B:
+        _gemma(name, facts, config, head_dim)
     facts.finish()
     if architecture.names:
         del config["num_key_value_heads"]
     return {architecture.names.get(key, key): value for key, value in config.items()}
+
+
+def _gemma(name: str, facts: _Facts, config: dict[str, Any], head_dim: int) -> None:
+    """What llama.cpp has in its code for Gemma 2 and 3: the scale of attention, and the RoPE of windows."""
+    is_27b = config["num_hidden_layers"] == _GEMMA_27B[name]
+    config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if is_27b else head_dim
+    if name == "gemma3":
+        theta = facts.number("rope.freq_base_swa", 10000.0)
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        }
 
 
 class _Facts:
