@@ -94,6 +94,18 @@ def test_usage_error_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--no-such-flag" in capsys.readouterr().err
 
 
+def test_target_without_a_chat_template_is_said_so(
+    plain_ir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "ir"
+    shutil.copytree(plain_ir, source)
+    (source / "chat_template.jinja").unlink()
+    assert export_cli.main(["target", str(source), str(tmp_path / "pair")]) == 0
+    assert "note: " in (said := capsys.readouterr().err) and "no chat template" in said
+    assert export_cli.main(["target", str(plain_ir), str(tmp_path / "other")]) == 0
+    assert "chat template" not in capsys.readouterr().err
+
+
 def test_target_then_check(plain_ir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "pair")
     assert export_cli.main(["target", str(plain_ir), out]) == 0

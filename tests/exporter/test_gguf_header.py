@@ -128,6 +128,7 @@ def test_malformed_headers_are_refused_at_once(tmp_path: Path, pairs: list[tuple
         ({"rope__dimension_count": 2}, "dimension_count is 2"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": 4.0}, "longrope"),
         ({"rope__scaling__attn_factor": 1.5}, "attn_factor"),
+        ({"rope__scaling__yarn_attn_factor": 1.0}, "yarn_attn_factor"),
         ({"attention__key_length": 4, "attention__value_length": 8}, "value_length is 8"),
     ],
 )
@@ -157,8 +158,16 @@ def test_facts_that_cannot_be_applied_are_named(tmp_path: Path, facts: dict[str,
                 "rope__scaling__factor": 4.0,
                 "rope__scaling__original_context_length": 16,
                 "rope__scaling__finetuned": True,
+                "rope__scaling__yarn_beta_fast": 24.0,
+                "rope__scaling__yarn_ext_factor": 1.0,
             },
-            {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 24.0,
+            },
         ),
     ],
 )
@@ -178,3 +187,4 @@ def test_layers_with_a_window_turn_by_a_base_of_their_own_in_gemma_3(tmp_path: P
     rope = config["rope_parameters"]
     assert rope["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
     assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+

@@ -68,10 +68,21 @@ MODELS: Mapping[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
                  {**EXPERT_KEYS, "attention.key_length": 16, "attention.value_length": 16}),
     "phi3": ("phi3", "phi3", {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
              "partial_rotary_factor": 0.5}}, {"rope.dimension_count": 4, "attention.sliding_window": 8}),
+    "phi3-whole": ("phi3", "phi3", {}, {"attention.sliding_window": 0}),
     "starcoder2": ("starcoder2", "starcoder2", {"tie_word_embeddings": True}, {}),
     "stablelm": ("stablelm", "stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_type": "default",
                  "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
                  {"rope.dimension_count": 4, "use_parallel_residual": False}),
+    "gemma2": ("gemma2", "gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
+               "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+               {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 8,
+                "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3", "gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
+               "num_hidden_layers": 7, "tie_word_embeddings": True, "rope_parameters": {
+                   "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                   "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+               {"attention.key_length": 16, "attention.value_length": 16, "attention.sliding_window": 8,
+                "rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}),
     "gpt2": ("gpt2", "gpt2", {"tie_word_embeddings": True, "n_inner": 48}, {}),
 }  # fmt: skip
 
@@ -127,6 +138,8 @@ def tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
             tensor = tensor.reshape(heads[part], 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         if arch == "gpt2" and tensor.ndim == 2 and ".h." in name:
             tensor = tensor.T
+        if arch.startswith("gemma") and part.endswith("norm"):
+            tensor = tensor + 1
         if part == "ffn_gate_inp_shexp":
             tensor = tensor[0]
         found[short + (suffix or ".weight")] = tensor

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dovetail.exporter.check import check_pair_folder
 from dovetail.exporter.progress import quiet
 from dovetail.exporter.sources import resolve_source
 from dovetail.exporter.target import TargetOptions, export_target
-from dovetail.exporter.weights import WeightOptions
+from dovetail.exporter.weights import WeightOptions, check_tensors
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
 from dovetail.runtime.graph import read_model
 from dovetail.runtime.manifest import MANIFEST_NAME, read_manifest, verify_files
@@ -273,3 +274,172 @@ def test_options_that_optimum_refuses_are_input_errors(tiny_llama: Path, tmp_pat
         export_target(str(tiny_llama), tmp_path / "pair", options=TargetOptions(WeightOptions("int8", ratio=0.5)))
     message(error)
     assert_nothing_left(tmp_path / "pair")
+
+
+def tiny(kind: str, folder: Path, tokenizer: Path, **sizes: object) -> Path:
+    """A Hugging Face folder of a random model of two layers, with the tokenizer of another."""
+    with quiet():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = {
+            "vocab_size": 263,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "bos_token_id": 257,
+            "eos_token_id": 258,
+        }
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config, **sizes)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gpt2", {"n_positions": 96}),
+        ("opt", {"max_position_embeddings": 96, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("gptj", {"n_positions": 96, "rotary_dim": 4}),
+    ],
+)
+def test_context_ends_where_a_table_of_positions_ends(
+    tiny_llama: Path, tmp_path: Path, kind: str, sizes: dict[str, int]
+) -> None:
+    source = tiny(kind, tmp_path / "hf", tiny_llama, **sizes)
+    with pytest.raises(InputError, match=r"--max-context 4096 .* give 96 or less") as error:
+        export_target(str(source), tmp_path / "pair", options=TargetOptions(max_context=4096))
+    message(error)
+    assert not (tmp_path / "pair").exists()
+    manifest = export_target(str(source), tmp_path / "pair", resume=True)
+    assert manifest.target.max_context == 96
+
+
+Tensors = dict[str, "np.ndarray"]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def edited(source: Path, folder: Path, change: Callable[[Tensors], object], *, tied: bool = False) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    return folder
+
+
+def as_bin(folder: Path) -> Path:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.pop(UP), f"lacks weights of its model: {UP}:"),
+        (lambda t: t.pop("lm_head.weight"), "lacks weights of its model: lm_head.weight"),
+        (lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k], "lacks .* and 6 more"),
+        (lambda t: t.update({UP.replace("weight", "bias"): np.zeros(64, np.float32)}), "no place for: .*up_proj.bias"),
+        (lambda t: t.update({UP.replace(".1.", ".2."): t[UP]}), "no place for: model.layers.2.mlp.up_proj.weight"),
+        (lambda t: t.update({UP: t[UP][:60].copy()}), rf"another shape .*: {UP} \(60, 32\) for \(64, 32\)"),
+    ],
+)
+def test_tensors_must_be_those_of_the_model(
+    tiny_llama: Path, tmp_path: Path, binary: bool, change: Callable[[Tensors], object], expected: str
+) -> None:
+    source = edited(tiny_llama, tmp_path / "hf", change)
+    with pytest.raises(SourceError, match=expected) as error:
+        export_target(str(as_bin(source) if binary else source), tmp_path / "pair")
+    assert str(source) in message(error)
+    assert_nothing_left(tmp_path / "pair")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(
+    ("change", "tied"),
+    [
+        (lambda t: None, False),
+        (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}), False),
+        (lambda t: t.pop("lm_head.weight"), True),
+        (lambda t: t.pop("model.embed_tokens.weight"), True),
+        (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}), True),
+        (lambda t: None, True),  # tied by its configuration, but with a head of its own
+    ],
+)
+def test_tied_tables_and_buffers_of_rope_are_no_difference(
+    tiny_llama: Path, tmp_path: Path, binary: bool, change: Callable[[Tensors], object], tied: bool
+) -> None:
+    source = edited(tiny_llama, tmp_path / "hf", change, tied=tied)
+    with quiet():
+        check_tensors(str(source), as_bin(source) if binary else source)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "fp8"},
+     {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": None}, "int4"],
+)  # fmt: skip
+@pytest.mark.parametrize("inner", [False, True])
+def test_weights_quantised_for_another_engine_are_refused_at_once(
+    tiny_llama: Path, tmp_path: Path, found: object, inner: bool
+) -> None:
+    source = edited(tiny_llama, tmp_path / "hf", lambda tensors: None)
+    config = json.loads((source / "config.json").read_text())
+    quantised = {"quantization_config": found}
+    config |= {"text_config": quantised} if inner else quantised
+    (source / "config.json").write_text(json.dumps(config))
+    method = found["quant_method"] if isinstance(found, dict) else found
+    with pytest.raises(SourceError, match=f"quantised with '{method}': give the model") as error:
+        resolve_source(str(source))
+    assert str(source) in message(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+        ("config.json", b'{"model_type": "lla', "config.json is not valid JSON"),
+        ("config.json", b"[" * 100_000, "config.json is not valid JSON"),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("model.safetensors", b"", "unreadable weights"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be_are_named(
+    tiny_llama: Path, tmp_path: Path, name: str, content: bytes, expected: str
+) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(tiny_llama, source)
+    (source / name).write_bytes(content)
+    with pytest.raises(SourceError, match=expected) as error:
+        export_target(str(source), tmp_path / "pair")
+    assert str(source) in message(error)
+    assert_nothing_left(tmp_path / "pair")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x80\x02}q"])
+def test_damaged_bin_is_one_line(tiny_llama: Path, tmp_path: Path, content: bytes) -> None:
+    source = as_bin(edited(tiny_llama, tmp_path / "hf", lambda tensors: None))
+    (source / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(DovetailError, match=r"hf") as error:
+        export_target(str(source), tmp_path / "pair")
+    message(error)
+    assert_nothing_left(tmp_path / "pair")
+
+
+def test_gguf_pointer_of_lfs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(SourceError, match=r"m\.gguf is a Git LFS pointer.*git lfs pull") as error:
+        resolve_source(str(tmp_path / "m.gguf"))
+    message(error)

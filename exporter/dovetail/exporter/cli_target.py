@@ -11,6 +11,7 @@ import click
 from dovetail.exporter.progress import show_progress
 from dovetail.exporter.target import TargetOptions, export_target
 from dovetail.exporter.weights import WEIGHT_FORMATS, WeightOptions
+from dovetail.runtime.tokenizer import Tokenizer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -80,3 +81,9 @@ def command(
         f"{out}: {facts.model_type}, {facts.num_layers} layers, {facts.weight_format}, "
         f"vocabulary {facts.vocab_size}, context {facts.max_context}, tap {facts.taps[0]}"
     )
+    if not Tokenizer.from_folder(out / "target").has_chat_template:
+        click.echo(
+            f"note: {out} has no chat template, so it continues texts and cannot chat: "
+            "--tokenizer FOLDER takes the tokenizer from a folder that has one",
+            err=True,
+        )

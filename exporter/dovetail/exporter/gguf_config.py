@@ -26,20 +26,22 @@ _LARGEST = 2**31 - 1
 class _Architecture:
     """How transformers names the facts of one of llama.cpp's architectures.
 
-    eps: keys of the norm's epsilon.  sizes: further keys that are positive integers.  fixed: facts that llama.cpp
-    has in its code.  rotary: "whole" (head), "part" or "none".  biases: tensors of the first block to the flags
-    which say that every block has biases.  local_base: of the RoPE of layers with a window, None for the same base.
+    eps: keys of the norm's epsilon.  sizes, numbers: further keys of integers and floats.  fixed: facts that
+    llama.cpp has in its code.  rotary: "whole" (head), "part" or "none".  head_dim: whether heads have a size of their
+    own.  names: where transformers calls the common facts otherwise.  biases: a tensor of the first block to the flag
+    that gives every block such a bias.
     """
 
     model_type: str
     eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     sizes: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rotary: str = "whole"
     head_dim: bool = True
+    window: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
-    local_base: float | None = None
 
 
 _EXPERTS = {
@@ -48,6 +50,7 @@ _EXPERTS = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _GPT2_NAMES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -71,7 +74,7 @@ _ARCHITECTURES = {
         fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
         biases={"blk.0.attn_q.bias": "attention_bias"},
     ),
-    "phi3": _Architecture("phi3", head_dim=False, rotary="part", sizes={"attention.sliding_window": "sliding_window"}),
+    "phi3": _Architecture("phi3", head_dim=False, rotary="part", window=True),
     "starcoder2": _Architecture(
         "starcoder2", eps=(_LAYER_NORM, "norm_epsilon"), head_dim=False, biases={"blk.0.attn_q.bias": "use_bias"}
     ),
@@ -85,11 +88,11 @@ _ARCHITECTURES = {
     "gpt2": _Architecture(
         "gpt2", eps=(_LAYER_NORM, "layer_norm_epsilon"), rotary="none", head_dim=False, names=_GPT2_NAMES
     ),
-    "gemma2": _Architecture("gemma2", sizes={"attention.sliding_window": "sliding_window"}),
-    "gemma3": _Architecture("gemma3_text", sizes={"attention.sliding_window": "sliding_window"}, local_base=10000.0),
+    "gemma2": _Architecture("gemma2", window=True, numbers={key: key for key in _SOFT_CAPS}),
+    "gemma3": _Architecture("gemma3_text", window=True),
 }
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models that scale attention in their own way
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-_OPTIONAL_SIZES = {"sliding_window"}
 
 
 def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
@@ -123,25 +126,35 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
         **architecture.fixed,
         **{flag: tensor in header.tensors for tensor, flag in architecture.biases.items()},
     }
-    for key, known in architecture.sizes.items():
-        if known not in _OPTIONAL_SIZES or facts.has(key):
-            config[known] = facts.size(key)
+    config |= {known: facts.size(key) for key, known in architecture.sizes.items()}
+    config |= {known: facts.number(key) for key, known in architecture.numbers.items()}
+    if architecture.window:
+        config["sliding_window"] = facts.size("attention.sliding_window", 0, least=0) or None
     head_dim = _head_dim(facts, config, architecture)
     if architecture.head_dim:
         config["head_dim"] = head_dim
     if architecture.rotary != "none":
-        rope = _rope(header, facts, head_dim, config, architecture)
-        if architecture.local_base:
-            local = {"rope_type": "default", "rope_theta": architecture.local_base}
-            config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        else:
-            config["rope_parameters"] = rope
+        config["rope_parameters"] = _rope(header, facts, head_dim, config, architecture)
     if name == "stablelm":
         config["use_parallel_residual"] = facts.take("use_parallel_residual", False)
+    if name in _GEMMA_27B:
+        _gemma(name, facts, config, head_dim)
     facts.finish()
     if architecture.names:
         del config["num_key_value_heads"]
     return {architecture.names.get(key, key): value for key, value in config.items()}
+
+
+def _gemma(name: str, facts: _Facts, config: dict[str, Any], head_dim: int) -> None:
+    """What llama.cpp has in its code for Gemma 2 and 3: the scale of attention, and the RoPE of windows."""
+    is_27b = config["num_hidden_layers"] == _GEMMA_27B[name]
+    config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if is_27b else head_dim
+    if name == "gemma3":
+        theta = facts.number("rope.freq_base_swa", 10000.0)
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        }
 
 
 class _Facts:
@@ -157,6 +170,7 @@ class _Facts:
         "leading_dense_block_count": (0,),
         "pooling_type": (0,),
         "rope.scaling.attn_factor": (1.0,),
+        "rope.scaling.yarn_ext_factor": (1.0,),
     }
 
     def __init__(self, header: GgufHeader, architecture: str):
@@ -176,11 +190,11 @@ class _Facts:
             value = value[0]
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer that fits 32 bits."""
+    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer from `least` on that fits 32 bits."""
         value = self.take(key, default)
-        if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise self.error(key, "is missing" if value is None else f"is {value!r}, not 1 to {_LARGEST}")
+        if type(value) is not int or not least <= value <= _LARGEST:
+            raise self.error(key, "is missing" if value is None else f"is {value!r}, not {least} to {_LARGEST}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -265,6 +279,9 @@ def _rope(
         rope |= {"rope_type": kind, "factor": factor}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = original
+            for known in ("beta_fast", "beta_slow"):
+                if facts.has(key := f"rope.scaling.yarn_{known}"):
+                    rope[known] = facts.number(key)
     if ROPE_FACTORS in header.tensors:
         rope |= _llama3_rope(header, rope, turned)
     return rope

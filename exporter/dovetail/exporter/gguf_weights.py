@@ -56,7 +56,9 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
         save_file({name: value.contiguous() for name, value in taken.items()}, folder / file, {"format": "pt"})
         files |= dict.fromkeys(taken, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=2))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": "float32", "architectures": [type(model).__name__]}, indent=2)
+    )
 
 
 def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from dovetail.exporter.graph_probe import ir_logits, probe_graph, probe_tokens
 from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, check_fetched, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.target_weights import position_rows
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import REFERENCE, WeightOptions, convert
 from dovetail.runtime.errors import ExportError, InputError, SourceError
@@ -184,6 +185,7 @@ def _fill_target(
 ) -> TargetFacts:
     progress("target: fusing projections, adding the feature tap")
     model = read_model(ir / IR_XML)
+    _check_positions(model, _read_json(ir / "config.json"), options)
     fuse_projections(model, apart=find_head(model))
     tap = add_tap(model)
     check_verifiable(model)
@@ -276,6 +278,26 @@ def check_verifiable(model: ov.Model) -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ExportError(f"OpenVINO cannot turn this graph into a tree verifier: {reason}") from error
+
+
+def _check_positions(model: ov.Model, config: Mapping[str, Any], options: TargetOptions) -> None:
+    """Refuse a context that passes the end of a position table. Raises InputError, SourceError."""
+    rows = position_rows(model)
+    if rows is None:
+        return
+    inner = config.get("text_config", config)
+    claimed = next((int(inner[key]) for key in _CONTEXT_KEYS if inner.get(key)), rows)
+    limit = min(rows, claimed)
+    if options.max_context is not None and options.max_context > limit:
+        raise InputError(
+            f"--max-context {options.max_context} passes the end of the model's table of {limit} positions: "
+            f"give {limit} or less"
+        )
+    if options.max_context is None and claimed > rows:
+        raise SourceError(
+            f"config.json names a context of {claimed} tokens, but the model's table has {rows} positions: "
+            f"give --max-context {rows}"
+        )
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 
+# The axis of a table along which positions select.
+_TABLE_AXES = {"Gather": 0, "GatherElements": 1}
 # What may stand between the embedding table's rows and `input_ids`.
 _BEFORE_GATHER = {"Convert", "Reshape", "Unsqueeze", "Squeeze"}
 
@@ -46,6 +48,46 @@ def read_embedding_and_head(ir_xml: Path) -> tuple[FloatArray, FloatArray]:
             "this architecture cannot lend its rows to a drafter"
         )
     return embed, rows
+
+
+def position_rows(model: ov.Model) -> int | None:
+    """Rows of the smallest table that positions index (learned embeddings, sines); None where positions are computed.
+
+    A position beyond the table reads whatever lies behind it.
+    """
+    rows = [
+        int(node.get_input_partial_shape(0)[axis].get_length())
+        for node in model.get_ops()
+        if (axis := _TABLE_AXES.get(node.get_type_name())) is not None
+        and _is_table(node.input_value(0).get_node())
+        and _parameters(node.input_value(1).get_node()) & {"position_ids", "attention_mask"}
+    ]
+    return min(rows, default=None)
+
+
+def _is_table(node: ov.Node) -> bool:
+    """Whether a table is made of constants; the repeats of a Tile, one row per text, may be dynamic."""
+    if node.get_type_name() == "Tile":
+        return _is_table(node.input_value(0).get_node())
+    return node.get_type_name() == "Constant" or (
+        bool(node.input_values()) and all(_is_table(value.get_node()) for value in node.input_values())
+    )
+
+
+def _parameters(node: ov.Node) -> set[str]:
+    """Names of the graph's inputs that a value depends on."""
+    names: set[str] = set()
+    seen: set[str] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.get_friendly_name() in seen:
+            continue
+        seen.add(node.get_friendly_name())
+        if node.get_type_name() == "Parameter":
+            names |= node.output(0).get_names()
+        pending += [value.get_node() for value in node.input_values()]
+    return names
 
 
 def _find_embedding(model: ov.Model) -> ov.Node:

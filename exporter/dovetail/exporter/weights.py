@@ -6,6 +6,7 @@ Only this module imports torch, transformers and optimum, and only when a checkp
 from __future__ import annotations
 
 import re
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,11 +31,13 @@ REFERENCE = "reference.npy"  # logits of the checkpoint itself, for graph_probe
 TASK = "text-generation-with-past"
 # Tables of older checkpoints that models compute by themselves today: of RoPE, and the causal mask.
 _INERT_TENSORS = re.compile(
-    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias|causal_mask)|attention\.(bias|masked_bias)|"
-    r"attn\.attention\.(bias|masked_bias)|\bposition_ids|_extra_state)$"
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\b(attn|attention)\.(bias|masked_bias|causal_mask)|"
+    r"\bposition_ids|_extra_state)$"
 )
 # What transformers, optimum and nncf raise on a model that they cannot convert.
 _CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError)
+# What torch's unpickler raises on a damaged pytorch_model.bin.
+_DAMAGED_PICKLE = (EOFError, UnpicklingError, IndexError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def convert(
     with quiet(verbose), _one_line_errors(source):
         checkpoint = _gguf_to_hf(source, progress) if source.kind == "gguf" else source.path
         progress("comparing the checkpoint's tensors with the model's")
-        _check_tensors(source, checkpoint, trust)
+        check_tensors(source.location, checkpoint, trust)
         if options.is_float:
             _export_plain(checkpoint, folder, options.weight_format, trust, progress)
         else:
@@ -157,7 +160,7 @@ def _gguf_to_hf(source: Source, progress: Progress) -> Path:
     return folder
 
 
-def _check_tensors(source: Source, checkpoint: Path, trust: bool) -> None:
+def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
     """Raises SourceError where checkpoint and model do not have the same tensors, in the same shapes.
 
     transformers would fill the missing ones at random and skip the others. It is asked here without weights: on the
@@ -192,7 +195,7 @@ def _check_tensors(source: Source, checkpoint: Path, trust: bool) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise SourceError(
-                f"{source.location} {what}: {', '.join(names[:3])}{more}: take all of its files from one checkpoint"
+                f"{location} {what}: {', '.join(names[:3])}{more}: take all of its files from one checkpoint"
             )
 
 
@@ -215,7 +218,7 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         raise ExportError(
             f"converting a checkpoint needs {error.name or error}: pip install 'dovetail-spec[export]'"
         ) from error
-    except (EOFError, UnpicklingError) as error:
+    except _DAMAGED_PICKLE as error:
         raise SourceError(
             f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
         ) from error
