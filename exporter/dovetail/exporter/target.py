@@ -285,8 +285,7 @@ def _check_positions(model: ov.Model, config: Mapping[str, Any], options: Target
     rows = position_rows(model)
     if rows is None:
         return
-    inner = config.get("text_config", config)
-    claimed = next((int(inner[key]) for key in _CONTEXT_KEYS if inner.get(key)), rows)
+    claimed = context_of(config) or rows
     limit = min(rows, claimed)
     if options.max_context is not None and options.max_context > limit:
         raise InputError(
