@@ -18,6 +18,8 @@ BENCH_ARGS ?=
 UV_ARGS ?=
 # The release that `make lock` pins: the newest one with a CPU build where the lock is made.
 TORCH ?= 2.13.0
+# The release with which optimum-intel exports the most architectures (docs/families.md).
+TRANSFORMERS ?= 5.0.0
 
 .PHONY: run test lint types benchmark lock clean
 .DELETE_ON_ERROR:
@@ -49,7 +51,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 lock:
-	echo 'torch==$(TORCH)' | uv pip compile pyproject.toml - --extra export --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
+	printf 'torch==$(TORCH)\ntransformers==$(TRANSFORMERS)\n' | uv pip compile pyproject.toml - --extra export --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
 	  --no-emit-package torchvision --no-emit-package pip $(UV_ARGS) \
 	  | sed 's/^\(torch==[0-9.]*\)+cpu$$/\1/' > requirements.body
 	{ sed -n '/^#/p' requirements.lock; cat requirements.body; } > requirements.new

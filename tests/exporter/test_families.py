@@ -6,6 +6,7 @@ Each model is tiny and random, of float32 weights.  Windows are 32 tokens, conte
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,13 @@ import numpy as np
 import pytest
 
 from dovetail.exporter import cli
-from dovetail.exporter.architectures import ARCHITECTURES, OPTIMUM_INTEL, UNPAGED, check_architecture
+from dovetail.exporter.architectures import (
+    ARCHITECTURES,
+    DOVETAIL_RUNS_WITH,
+    OPTIMUM_INTEL,
+    UNPAGED,
+    check_architecture,
+)
 from dovetail.exporter.corpus import Corpus
 from dovetail.exporter.fit import FitOptions
 from dovetail.exporter.pair import add_drafter
@@ -273,10 +280,13 @@ def test_a_refusal_takes_less_than_five_seconds_from_the_command_line(tmp_path: 
 
 
 def test_a_version_outside_the_range_is_named_with_the_way_to_get_another() -> None:
-    for version in ("5.5.4", "5.0.1"):
-        with pytest.raises(SourceError, match=r"transformers 4.57 to 5.0.0, and .* --for gemma3_text") as error:
-            check_architecture("m", {"model_type": "gemma3_text"}, version)
-        assert "\n" not in str(error.value)
+    for name, version, remedy in (
+        ("gemma3_text", "5.5.4", "4.57 to 5.0.0, and 5.5.4 is installed: pip install transformers==5.0.0"),
+        ("gemma3_text", "5.0.1", "4.57 to 5.0.0, and 5.0.1 is installed: pip install transformers==5.0.0"),
+        ("exaone4", "5.0.0", "4.57 to 4.57.6, and 5.0.0 is installed: dovetail-export environment FOLDER --for exa"),
+    ):
+        with pytest.raises(SourceError, match=re.escape(f"needs transformers {remedy}")):
+            check_architecture("m", {"model_type": name}, version)
     for version in ("4.57.0", "5.0.0", "5.0.0.dev0"):
         check_architecture("m", {"model_type": "gemma3_text"}, version)
     with pytest.raises(SourceError, match=r"4\.56\.2"):
@@ -289,6 +299,9 @@ OF_SEVERAL_PARTS = {
     "gemma4_text", "gemma4_unified_text", "muse_glimmer_text", "qwen3_omni_moe_text", "qwen3_omni_moe_talker_text",
     "qwen3_vl_text",
 }  # fmt: skip
+
+
+NARROWER = {"phimoe"}  # its graph is wrong with the oldest release that optimum-intel lets in
 
 
 def declared() -> dict[str, Any]:
@@ -314,7 +327,7 @@ def test_the_ranges_are_those_that_optimum_intel_declares() -> None:
     assert set(ARCHITECTURES) <= set(export_classes)
     for name, known in ARCHITECTURES.items():
         theirs = export_classes[name]
-        assert numbers(known.first) == numbers(theirs.MIN_TRANSFORMERS_VERSION), name
+        assert name in NARROWER or numbers(known.first) == numbers(theirs.MIN_TRANSFORMERS_VERSION), name
         assert numbers(known.last) == numbers(getattr(theirs, "MAX_TRANSFORMERS_VERSION", None)), name
         assert known.newest in known
 
@@ -331,7 +344,8 @@ def test_every_other_decoder_is_refused_for_its_state() -> None:
 def test_the_ranges_of_pyproject_are_those_of_the_table() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["optional-dependencies"]["export"]
-    assert f"optimum-intel>={OPTIMUM_INTEL},<2.3" in wanted
+    assert f"optimum-intel>={OPTIMUM_INTEL},<2.3" in wanted and "transformers>=5.0,<5.6" in wanted
+    assert "5.0.0" in DOVETAIL_RUNS_WITH and "5.5.4" in DOVETAIL_RUNS_WITH and "4.57.6" not in DOVETAIL_RUNS_WITH
     assert versions("optimum-intel")["optimum-intel"].startswith(OPTIMUM_INTEL)
 
 
