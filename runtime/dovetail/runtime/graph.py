@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -227,9 +227,9 @@ def to_paged(model: ov.Model) -> None:
 
     paged_attention_transformation(model, False, False, False, False, False, False, False)
     head = find_head(model)
-    rows = _index_input(SAMPLED)
+    rows = _index_input(SAMPLED, np.int64)
     head.input(0).replace_source_output(_rows_of(head.input_value(0), rows))
-    path_rows, node_rows = _index_input(PATH_ROWS), _index_input(NODE_ROWS)
+    path_rows, node_rows = _index_input(PATH_ROWS, np.int32), _index_input(NODE_ROWS, np.int32)
     attentions = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
     if not attentions:
         raise ExportError("the graph has no attention with a KV cache: export a causal language model with its cache")
@@ -244,11 +244,11 @@ def to_paged(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _index_input(name: str) -> ov.Output:
-    """A new input of row numbers, int64 of any length."""
+def _index_input(name: str, kind: type[np.integer[Any]]) -> ov.Output:
+    """A new input of row numbers, any number of them."""
     from openvino import opset13 as ops
 
-    output = ops.parameter([-1], np.int64, name=name).output(0)
+    output = ops.parameter([-1], kind, name=name).output(0)
     output.get_tensor().set_names({name})
     return output
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Batch:
     tokens, positions: [T] int64.  past: [S] int32, tokens already cached per sequence.
     begins: [S+1] int32, where each sequence's attention rows begin.  blocks: block ids of all sequences, flat;
     block_begins: [S+1] int32.  wanted: [R] int64, rows of T whose logits are wanted.
-    path_rows: [A] int64, the row of T that each attention row copies; node_rows: [T] int64, the attention row whose
+    path_rows: [A] int32, the row of T that each attention row copies; node_rows: [T] int32, the attention row whose
     output each row takes.  None where rows and attention rows are the same.
     """
 
@@ -96,8 +97,8 @@ class Batch:
     blocks: NDArray[np.int32]
     block_begins: NDArray[np.int32]
     wanted: NDArray[np.int64]
-    path_rows: NDArray[np.int64] | None = None
-    node_rows: NDArray[np.int64] | None = None
+    path_rows: NDArray[np.int32] | None = None
+    node_rows: NDArray[np.int32] | None = None
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int) -> Batch:
@@ -105,25 +106,31 @@ class Batch:
 
         If the pass has several rows, so has the lm_head, for the same reason: `wanted` then repeats a lone row.
         """
-        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
-        filling = (0, rows - int(starts[-1]))
-        paths = [path + start for part, start in zip(parts, starts, strict=False) for path in part.paths]
+        starts = [0, *accumulate(len(part.tokens) for part in parts)]
+        placed = list(zip(parts, starts, strict=False))
+        paths = [path + start for part, start in placed for path in part.paths]
         tables = [table for part in parts for table in part.tables]
-        path_rows = np.concatenate(paths)
-        wanted = np.concatenate([part.wanted + start for part, start in zip(parts, starts, strict=False)])
-        node_rows = np.zeros(rows, np.int64)
-        node_rows[path_rows[::-1]] = np.arange(len(path_rows))[::-1]  # the first copy of each row
+        path_rows = np.concatenate(paths, dtype=np.int32, casting="same_kind")
+        node_rows = np.zeros(rows, np.int32)
+        node_rows[path_rows[::-1]] = np.arange(len(path_rows) - 1, -1, -1)  # the first copy of each row
+        wanted = np.concatenate([part.wanted + start for part, start in placed])
         return cls(
-            tokens=np.pad(np.concatenate([part.tokens for part in parts]), filling, mode="edge"),
-            positions=np.pad(np.concatenate([part.positions for part in parts]), filling, mode="edge"),
-            past=np.repeat([part.past for part in parts], [len(part.paths) for part in parts]).astype(np.int32),
-            begins=np.cumsum([0, *map(len, paths)], dtype=np.int32),
+            tokens=_filled(np.concatenate([part.tokens for part in parts]), rows),
+            positions=_filled(np.concatenate([part.positions for part in parts]), rows),
+            past=np.array([part.past for part in parts for _ in part.paths], np.int32),
+            begins=np.array([0, *accumulate(map(len, paths))], np.int32),
             blocks=np.concatenate(tables),
-            block_begins=np.cumsum([0, *map(len, tables)], dtype=np.int32),
-            wanted=np.resize(wanted, max(len(wanted), min(rows, TOGETHER))),
+            block_begins=np.array([0, *accumulate(map(len, tables))], np.int32),
+            wanted=_filled(wanted, min(rows, TOGETHER)),
             path_rows=path_rows,
             node_rows=node_rows,
         )
+
+
+def _filled(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`values`, and copies of the last until there are `count`."""
+    missing = count - len(values)
+    return np.concatenate([values, np.repeat(values[-1:], missing)]) if missing > 0 else values
 
 
 @dataclass
@@ -177,7 +184,8 @@ class PagedModel:
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = weights  # until the first pass has packed its weights
-        self._inputs: dict[str, NDArray[Any]] = {}  # by name, memory that the request points to
+        self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request is known to hold
+        self._given: dict[str, NDArray[Any]] = {}  # and memory that it points to
         self.pool = BlockPool()
         self._groups = self._kv_groups()
         self._arrays: list[NDArray[np.uint16]] = []  # KV memory that the request points to
@@ -250,15 +258,11 @@ class PagedModel:
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
-        import openvino as ov
-
         longest = int((batch.past + np.diff(batch.begins)).max())
-        same = np.arange(len(batch.tokens), dtype=np.int64)
-        # The request points to these arrays, so they live as long as they may be its inputs.  Each pass sets all of
-        # them: an interrupt between two passes leaves nothing that the next one would read.
-        self._inputs = {
-            "input_ids": np.array(batch.tokens, np.int64),
-            "position_ids": np.array(batch.positions, np.int64),
+        same = np.arange(len(batch.tokens), dtype=np.int32)
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
             "past_lens": batch.past,
             "subsequence_begins": batch.begins,
             "block_indices": batch.blocks,
@@ -268,8 +272,8 @@ class PagedModel:
             PATH_ROWS: same if batch.path_rows is None else batch.path_rows,
             NODE_ROWS: same if batch.node_rows is None else batch.node_rows,
         }
-        for name, array in self._inputs.items():
-            self.request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        for name, array in inputs.items():
+            self._give(name, array)
         try:
             self._infer()
         except RuntimeError as error:
@@ -279,6 +283,21 @@ class PagedModel:
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
         return logits[:, 0], features[:, 0]
+
+    def _give(self, name: str, array: NDArray[Any]) -> None:
+        """Set an input; one of the same shape as in the last pass goes into the memory that the request points to.
+
+        An interrupt leaves an input either as it was or unknown, so that the next pass sets it again.
+        """
+        import openvino as ov
+
+        held = self._inputs.pop(name, None)
+        if held is None or held.shape != array.shape:
+            held = self._given[name] = np.array(array)
+            self.request.set_tensor(name, ov.Tensor(held, shared_memory=True))
+        else:
+            held[...] = array
+        self._inputs[name] = held
 
     def _infer(self) -> None:
         """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""
