@@ -286,6 +286,23 @@ def test_all_parts_of_a_split_model_are_read(split: tuple[Path, ...], tmp_path: 
         np.testing.assert_allclose(logits(ours), logits(theirs), atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [0, 1, "2"])
+def test_split_of_no_parts_is_one_file_or_refused(tmp_path: Path, count: object) -> None:
+    path = tmp_path / "m-00001-of-00000.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", count) if isinstance(count, int) else writer.add_string("split.count", str(count))
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if isinstance(count, int):
+        assert read_model(path).parts == (path,)
+    else:
+        with pytest.raises(SourceError, match="a part of a model in 2 files"):
+            read_model(path)
+
+
 def test_parts_that_are_missing_or_misnamed_are_named(split: tuple[Path, ...]) -> None:
     first, second = split
     kept = second.read_bytes()

@@ -87,7 +87,7 @@ def read_model(path: Path) -> GgufHeader:
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
-    if count == 1:
+    if type(count) is int and count < 2:
         return header
     name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count:
