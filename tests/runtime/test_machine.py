@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime import machine
+from dovetail.runtime import machine, onnx_drafter
 from dovetail.runtime.cli.doctor import notes
-from dovetail.runtime.manifest import read_manifest
+from dovetail.runtime.manifest import DrafterFacts, read_manifest
+from dovetail.runtime.onnx_drafter import OnnxDrafter
 from dovetail.runtime.openvino_target import OpenVINOTarget
+from dovetail.runtime.runners import CpuRunner
 
 V2 = {"proc/self/mountinfo": "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"}
 V1 = {
@@ -133,14 +135,40 @@ def test_the_machine_of_this_process_is_described_within_its_limits(tmp_path: Pa
     assert said.startswith("This process may use 0.5 of 4 hardware threads")
 
 
-def test_both_engines_run_as_many_threads_as_the_quota_allows(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO follows the mask by itself; a quota it is told of, unless the user chose."""
-    monkeypatch.setattr(machine, "quota_threads", lambda: 1)
-    compiled = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair)).model.compiled
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1 and not compiled.get_property("ENABLE_CPU_PINNING")
-    chosen = {"ENABLE_CPU_PINNING": "YES"}
-    compiled = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), ov_config=chosen).model.compiled
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1 and compiled.get_property("ENABLE_CPU_PINNING")
+@pytest.mark.parametrize(
+    ("config", "pinned"), [({}, False), ({"ENABLE_CPU_PINNING": "YES"}, True)], ids=["default", "the user's choice"]
+)
+def test_the_target_runs_as_many_threads_as_the_quota_allows(
+    tiny_pair: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, str], pinned: bool
+) -> None:
+    monkeypatch.setattr(machine, "cpu_quota", lambda root: 0.5)
+    monkeypatch.setattr(machine, "_quick_cores", lambda root, allowed: 2)
+    compiled = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), ov_config=config).model.compiled
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is pinned
+
+
+def test_the_drafter_runs_as_many_threads_as_the_quota_allows(
+    tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_quota", lambda root: 1.5)
+    monkeypatch.setattr(machine, "_quick_cores", lambda root, allowed: 4)
+    given: list[int] = []
+    monkeypatch.setattr(onnx_drafter, "CpuRunner", spied(given))
+    OnnxDrafter.open(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu")
+    OnnxDrafter.open(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu", threads=3)
+    assert given == [2, 3]
+
+
+def spied(given: list[int]) -> type[CpuRunner]:
+    """CpuRunner, whose sessions add their number of threads to `given`."""
+
+    class Spied(CpuRunner):
+        def __init__(self, file: Path, facts: DrafterFacts, threads: int):
+            super().__init__(file, facts, threads)
+            given.append(self._session.get_session_options().intra_op_num_threads)
+
+    return Spied
 
 
 def test_openvino_keeps_to_the_affinity_mask(tiny_pair: Path) -> None:

@@ -212,7 +212,7 @@ def _control_groups(controller: str, root: Path) -> list[Path]:
 def _lines(file: Path) -> list[str]:
     """Of a file that the system may not have."""
     try:
-        return file.read_text().splitlines()
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 
