@@ -63,7 +63,7 @@ def test_json_holds_cpu_engines_and_notes(invoke) -> None:
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert {"model", "cores", "threads", "usable", "instruction_sets"} == set(report["cpu"])
+    assert {"model", "cores", "threads", "usable", "instruction_sets", "quota"} == set(report["cpu"])
     assert report["openvino_devices"] == ["CPU"] and report["ram_total_mb"] > 0
     assert report["drafter_device"] == "cpu" and report["gpus"] == []
     assert any("smaller speedup" in note for note in report["notes"])

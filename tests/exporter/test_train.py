@@ -14,11 +14,17 @@ from safetensors.torch import load_file
 from dovetail.exporter.corpus import Corpus
 from dovetail.exporter.fit import FitOptions
 from dovetail.exporter.overlap import Forbidden
+from dovetail.exporter.pair import add_drafter
 from dovetail.exporter.synth import BatchWriter, bare_prefix
+from dovetail.exporter.target import export_target
 from dovetail.exporter.train import TrainPlan, train
+from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
+from dovetail.runtime.tree import TreeLimits
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # ties are not decided by rounding
 
 
 def quiet(stage: str, done: float, total: float, note: str) -> None:
@@ -195,6 +201,26 @@ def test_a_drafter_goes_on_from_another(tiny_pair: Path, corpus_file: Path, tmp_
         train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", fusion="fc"), quiet)
     with pytest.raises(TrainError, match="leave out --last-feature"):
         train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", feature_layers=False), quiet)
+
+
+def test_a_target_with_scaled_rope_gets_a_drafter(tiny_llama: Path, tmp_path: Path) -> None:
+    """Llama 3.1's: trained, exported with parity to torch, and in a pair whose speculation keeps the plain text."""
+    source, pair = shutil.copytree(tiny_llama, tmp_path / "llama3"), tmp_path / "pair"
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 1e4, **scaling}
+    (source / "config.json").write_text(json.dumps(config))
+    export_target(str(source), pair)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    fit = FitOptions(epochs=2, unroll=2, window=64, batch=2)
+    made = TrainPlan(prompts=prompts, max_new_tokens=40, draft_vocab=64, fit=fit)
+    assert train(pair, tmp_path / "out", made, quiet).positions > 0
+    add_drafter(tmp_path / "out", pair)
+    limits = TreeLimits(width=4, depth=3, top_k=1, lookup=0)
+    with Engine.from_pretrained(pair, drafter_device="cpu", tree=limits, ov_config=EXACT) as engine:
+        drafted, plain = (engine.generate("a", 64, raw=True, speculate=also) for also in (True, False))
+    assert drafted.token_ids == plain.token_ids and drafted.metrics.drafted > 0
 
 
 def test_a_smaller_disk_is_no_other_run(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:

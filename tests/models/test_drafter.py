@@ -145,8 +145,35 @@ def test_configs_check_themselves(change: dict, message: str) -> None:
         replace(CONFIG, **change)
 
 
-def test_unknown_config_key_and_scaled_rope_are_refused() -> None:
+def test_an_unknown_config_key_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown key 'colour'"):
         DrafterConfig.from_dict({"colour": 1})
-    with pytest.raises(ValueError, match="yarn"):
-        DrafterConfig.for_target({"rope_parameters": {"rope_type": "yarn"}}, 8, "dgf", 1)
+
+
+TARGET = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ],
+    ids=["theta", "default", "llama3", "llama3, older", "linear", "yarn", "dynamic", "longrope", "by layer"],
+)  # fmt: skip
+def test_a_drafter_turns_by_its_targets_theta_however_the_target_scales(rope: dict) -> None:
+    config = DrafterConfig.for_target({**TARGET, **rope}, 8, "dgf", 1)
+    assert config == DrafterConfig.for_target({**TARGET, "rope_theta": 5e5}, 8, "dgf", 1)
+    assert (config.rope_theta, config.max_position_embeddings) == (5e5, 128)

@@ -113,7 +113,7 @@ def test_a_ratio_above_one_is_a_quicker_candidate(open_with, monkeypatch) -> Non
 
 def test_what_was_given_or_does_not_apply_is_no_candidate(monkeypatch) -> None:
     monkeypatch.setattr(machine, "cpu", lambda: CPU)
-    monkeypatch.setattr(machine, "physical_cores", lambda: 2)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     group, threads = "DYNAMIC_QUANTIZATION_GROUP_SIZE", "INFERENCE_NUM_THREADS=1"
     every = [str(one) for one in candidates({})]
     assert len(every) == len(set(every)) == 6 and threads in every

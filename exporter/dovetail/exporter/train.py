@@ -24,6 +24,7 @@ from dovetail.models.checkpoint import CheckpointError, read_checkpoint
 from dovetail.models.config import low_middle_high
 from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.machine import usable_cores
 from dovetail.runtime.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
@@ -129,6 +130,7 @@ class Text:
 
 def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch sees no container's quota
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
     work = Work(pair, manifest, plan, out / "work", progress)

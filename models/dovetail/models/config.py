@@ -77,13 +77,12 @@ class DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
-        Scaled RoPE (YaRN, Llama 3's) is refused rather than approximated.
+        The drafter leaves out how the target scales its RoPE (Llama 3's, YaRN ..): drafters trained alike with it and
+        without differed no more than by their seeds.
         """
         target = target.get("text_config", target)
         rope = target.get("rope_parameters") or target.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", None):
-            raise ValueError(f"RoPE type {kind!r} of the target is not supported for a drafter: only 'default' is")
+        rope = rope.get("full_attention", rope)  # of targets whose layers differ
         heads = target["num_attention_heads"]
         return cls(
             vocab_size=target["vocab_size"],

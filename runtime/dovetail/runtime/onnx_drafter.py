@@ -22,7 +22,7 @@ import numpy as np
 from .cuda import CudaDevice, cuda_problem, driver_cuda
 from .cuda_runner import CudaRunner, Device
 from .errors import ContextOverflow, DeviceError, InputError, PairError
-from .machine import physical_cores
+from .machine import usable_cores
 from .manifest import DrafterFacts, Manifest
 from .runners import BLOCKED, CHUNK, CpuRunner, Runner
 from .sessions import DraftNoise, FloatArray, TokenArray
@@ -58,7 +58,7 @@ class OnnxDrafter:
     ) -> OnnxDrafter:
         """Load the pair's drafter: "cuda", "cpu", or "auto" (CUDA when there is one, else the CPU).
 
-        threads: of the CPU session, default one per physical core.
+        threads: of the CPU session, default one per core that this process may use.
         vram: bytes of GPU memory that it may take, None for what the pair says; fit: its context may shrink to that.
         The log is told when "auto" cannot use a GPU that is there, or that `vram` was given for.
         Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
@@ -87,7 +87,7 @@ class OnnxDrafter:
         """The INT8 drafter; note: why it is this one.  Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
-        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or physical_cores())
+        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
         return cls(facts, runner, device="CPU (int8)", device_note=note)
 
     @classmethod

@@ -174,6 +174,8 @@ class PagedModel:
         if layers:
             widen_tap(model, layers)
         settings: dict[str, Any] = {**default_properties(), **(properties or {}), **REQUIRED}
+        if quota := machine.quota_threads():  # OpenVINO sees no quota, and pins every container to the same cores
+            settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:

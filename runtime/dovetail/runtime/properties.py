@@ -61,7 +61,7 @@ def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Pro
     """What is worth a try on this machine, but for what it has already.  threads: as the target was told, if it was."""
     tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
     tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
-    facts, cores = machine.cpu(), machine.physical_cores()
+    facts, cores = machine.cpu(), machine.usable_cores()
     if facts.threads > facts.cores:
         tried.append(("ENABLE_HYPER_THREADING", "NO"))
     if threads is None and cores > 1:

@@ -235,8 +235,9 @@ def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]
         said.append(
             "The CPU has no INT8 dot-product instructions: a tree costs nearly as much per node as plain decoding."
         )
-    if cpu.usable < cpu.threads:
-        said.append(f"This process may use {cpu.usable} of {cpu.threads} hardware threads, so passes take longer.")
+    room = min(cpu.usable, cpu.quota or cpu.usable)
+    if room < cpu.threads:
+        said.append(f"This process may use {room:g} of {cpu.threads} hardware threads, so passes take longer.")
     if available_mb < 2048:
         said.append(f"Only {available_mb} MiB of memory are free: a target that does not fit is slow or is killed.")
     if no_cuda:

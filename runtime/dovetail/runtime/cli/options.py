@@ -155,7 +155,7 @@ def device_options(command: Command) -> Command:
     """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit`, `ov_config` and `exact`."""
     return _apply(
         command,
-        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: all cores]"),
+        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: one per usable core]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
         vram_options,
