@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dovetail.exporter.configuration import check_json, read_config
 from dovetail.runtime.errors import SourceError
+from dovetail.runtime.files import check_text
 from dovetail.runtime.manifest import sha256_file
 
 Kind = Literal["hf", "gguf", "ir"]
@@ -53,6 +55,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
 
     Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind.
     """
+    check_text("source", location, SourceError)
     path = Path(location).expanduser()
     if path.exists():
         if revision:
@@ -126,6 +129,9 @@ def _local(path: Path, location: str) -> Source:
             return _local(path.parent, location)
         check_gguf(path)
         return Source("gguf", location, path, {path.name: sha256_file(path)})
+    if (path / "config.json").is_file():
+        check_json(path)
+        read_config(path)
     if (path / IR_XML).is_file():
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
     if (path / "config.json").is_file():
@@ -149,6 +155,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _digest(folder: Path, names: list[str]) -> dict[str, str]:
     for name in names:
+        check_text("file", name, SourceError)
         if not (folder / name).is_file():
             raise SourceError(f"{folder / name} is missing: the source is incomplete, copy or download it again")
     try:

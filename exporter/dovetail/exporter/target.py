@@ -6,7 +6,6 @@ tap, takes the tokenizer from its source and proves that it survived.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -16,14 +15,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.exporter.configuration import (
+    CONTEXT_KEYS,
+    LAYER_KEYS,
+    WIDTH_KEYS,
+    check_json,
+    read_config,
+    text_config,
+    token_ids,
+)
 from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, resolve_source
 from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import WeightOptions, convert
+from dovetail.runtime.bounds import CONTEXT_MOST, check_whole
 from dovetail.runtime.errors import ExportError, InputError, SourceError
+from dovetail.runtime.files import printable, read_object
 from dovetail.runtime.graph import LOGITS, add_tap, find_head, read_model, to_paged
-from dovetail.runtime.manifest import Manifest, TargetFacts, sha256_file
+from dovetail.runtime.manifest import Manifest, TargetFacts, parse_record, sha256_file
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -33,7 +43,6 @@ PACKAGES = (
     "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
 WEIGHTS_FILE = "target/openvino_model.bin"
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,8 @@ class TargetOptions:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_context is not None and self.max_context < 1:
-            raise InputError(f"--max-context {self.max_context} is out of range: give 1 or more")
+        if self.max_context is not None:
+            check_whole("--max-context", self.max_context, InputError, "give another", most=CONTEXT_MOST)
         if self.tokenizer is not None and not self.tokenizer.exists():
             raise InputError(f"--tokenizer {self.tokenizer} does not exist: give a folder or a GGUF file")
 
@@ -101,6 +110,8 @@ def _repaired(
 def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
     """Run the stages of the target; returns its facts. Raises SourceError, InputError or ExportError."""
     tokenizer = options.tokenizer or (source.path if source.kind == "gguf" else source.folder)
+    if tokenizer.is_dir():
+        check_json(tokenizer)
     inputs = {
         **_weights_inputs(source, options),
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -116,7 +127,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
 
 def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
     """Facts as they come back from a stage's record."""
-    return TargetFacts(**{**raw, "taps": tuple(raw["taps"]), "eos_token_ids": tuple(raw["eos_token_ids"])})
+    return parse_record(TargetFacts, raw, "target")
 
 
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
@@ -139,7 +150,7 @@ def describe_tools() -> dict[str, Any]:
     """Provenance of any export: when, by which command, with which versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [printable(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "python": sys.version.split()[0],
         "packages": versions(*PACKAGES),
     }
@@ -198,7 +209,7 @@ def _fill_target(
 
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
     else:
-        encode = copy_tokenizer(tokenizer, folder)
+        encode = copy_tokenizer(tokenizer, folder, trust=options.trust_remote_code)
     probe_tokenizer(folder, encode)
     return _facts(model, tap, folder, source, options, eos_token_ids)
 
@@ -206,17 +217,17 @@ def _fill_target(
 def _facts(
     model: ov.Model, tap: str, folder: Path, source: Source, options: TargetOptions, eos_token_ids: tuple[int, ...]
 ) -> TargetFacts:
-    config = _read_json(folder / "config.json")
-    inner = config.get("text_config", config)
-    context = options.max_context or next((inner[key] for key in _CONTEXT_KEYS if inner.get(key)), None)
+    config = read_config(folder)
+    inner = text_config(config, folder / "config.json")
+    context = options.max_context or next((inner[key] for key in CONTEXT_KEYS if inner.get(key)), None)
     try:
         return TargetFacts(
             model_type=str(config["model_type"]),
-            hidden_size=_first(inner, "hidden_size", "n_embd", "d_model"),
+            hidden_size=_first(inner, *WIDTH_KEYS),
             feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
             vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
-            num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers"),
-            max_context=int(context) if context else _unknown_context(source),
+            num_layers=_first(inner, *LAYER_KEYS),
+            max_context=context or _unknown_context(source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
             eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
@@ -266,11 +277,9 @@ def check_verifiable(model: ov.Model) -> None:
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: the generation config's, else the model's."""
-    path = folder / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    generation = read_object(folder / "generation_config.json", SourceError, "copy or download it again")
     ids = generation.get("eos_token_id")
-    ids = config.get("eos_token_id") if ids is None else ids
-    return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
+    return token_ids(config.get("eos_token_id") if ids is None else ids, f"eos_token_id of {folder}")
 
 
 def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
@@ -290,19 +299,9 @@ def static_size(shape: ov.PartialShape, what: str) -> int:
 def _first(config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         if key in config:
-            return int(config[key])
+            return int(config[key])  # read_config has checked it
     raise KeyError(keys[0])
 
 
 def _unknown_context(source: Source) -> int:
     raise SourceError(f"config.json of {source.location} names no context length: give --max-context")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(
-            f"{path.name} of the source is not valid JSON ({error}): copy or download it again"
-        ) from error
-    return data

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from dovetail.exporter.progress import quiet
 from dovetail.exporter.sources import Source, check_gguf
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
 TASK = "text-generation-with-past"
 # What transformers, optimum and nncf raise on a model that they cannot convert.
-_CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError)
+_CONVERSION_ERRORS = (
+    RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, EOFError,
+    MemoryError, PickleError, BadZipFile,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,9 @@ def _gguf_to_hf(source: Source, progress: Progress) -> Path:
     progress("reading the GGUF file")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(source.folder), gguf_file=source.path.name, dtype=torch.float32, local_files_only=True
-        )
+            str(source.folder), gguf_file=source.path.name, dtype=torch.float32, local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except (ValueError, KeyError, NotImplementedError) as error:
         raise SourceError(
             f"{source.path}: transformers cannot read this GGUF ({architecture}): {_first_line(error)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 CONTEXT_MOST = 2**27  # tokens
+THREADS_MOST = 2**12
 BYTES_MOST = 2**50
 TOKEN_MOST = 2**31 - 1  # as a token id
 SEED_MOST = 2**63 - 1

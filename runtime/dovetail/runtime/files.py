@@ -9,12 +9,12 @@ import warnings
 from io import BufferedReader
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 from zlib import error as ZlibError
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TEXT_BYTES = 64 << 20  # of a JSON file or another text
 JSON_DEPTH = 64  # objects and lists inside each other; libraries copy what they read by recursion
@@ -99,6 +99,8 @@ def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, 
 
 def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
     """The arrays `names` of an .npz file. Raises `failure` with `remedy`; unpacked sizes are checked beforehand."""
+    import numpy as np  # the command lines check their arguments here, and start without it
+
     try:
         with open_regular(file) as stream, warnings.catch_warnings():
             warnings.simplefilter("error")  # a header of Python 2, of which numpy warns, is none of ours
@@ -110,7 +112,7 @@ def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], re
             with np.load(stream) as data:
                 return [data[name] for name in names]
     except _ARRAY_FAILURES as error:
-        reason = (error.strerror if isinstance(error, OSError) else " ".join(str(error).split())) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise failure(f"{file} cannot be read ({reason:.200}): {remedy}") from error
 
 

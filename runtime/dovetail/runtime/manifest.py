@@ -189,7 +189,7 @@ def parse_manifest(raw: object) -> Manifest:
         drafter=None if data["drafter"] is None else parse_record(DrafterFacts, data["drafter"], "drafter"),
         files={name: parse_record(FileEntry, entry, f"files[{name}]") for name, entry in entries.items()},
         tree=tree,
-        provenance=dict(_mapping(data["provenance"], "provenance")),
+        provenance=_provenance(data["provenance"]),
     )
 
 
@@ -356,6 +356,15 @@ def _mapping(raw: object, where: str) -> Mapping[str, Any]:
     if not isinstance(raw, dict):
         raise ManifestError(f"{where} is a {type(raw).__name__}, not an object: export the pair again")
     return raw
+
+
+def _provenance(raw: object) -> dict[str, Any]:
+    """Any object, but for the `stages` in it, from which an export goes on."""
+    provenance = _mapping(raw, "provenance")
+    for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
+        for key in ("inputs", "facts"):
+            _mapping(_mapping(stage, f"stage {name}").get(key, {}), f"{key} of stage {name}")
+    return dict(provenance)
 
 
 def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
