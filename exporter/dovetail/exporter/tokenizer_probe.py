@@ -135,12 +135,16 @@ def _encode_of(folder: Path) -> Encode:
 
 def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
     """Write tokenizer.json through transformers, the only reader of slow formats; the probe judges the result."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None would ask on the terminal
         slow.save_pretrained(out)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+    except (
+        OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
+        ArithmeticError, StrictDataclassError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise SourceError(
             f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"

@@ -154,9 +154,10 @@ def _gguf_to_hf(source: Source, progress: Progress) -> Path:
 def _one_line_errors(source: Source) -> Iterator[None]:
     """What the libraries raise on a checkpoint they cannot convert, as one line; OSError passes."""
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
     except ImportError as error:
-        raise ExportError("converting a checkpoint needs safetensors: pip install 'dovetail-spec[export]'") from error
+        raise ExportError(f"converting a checkpoint needs {error.name}: pip install 'dovetail-spec[export]'") from error
     try:
         yield
     except DovetailError:
@@ -173,6 +174,8 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
         raise SourceError(f"{source.location}: unreadable weights: {_first_line(error)}") from error
+    except StrictDataclassError as error:  # a value in config.json is of another type than the model's
+        raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 
