@@ -239,6 +239,17 @@ def test_a_config_with_impossible_numbers_is_refused_at_once(plain_ir: Path, tmp
         message(error)
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": 2**24}, {"hidden_size": 2**20}, {"num_hidden_layers": 1000}])
+def test_a_config_larger_than_its_weights_is_refused_at_once(tiny_llama: Path, tmp_path: Path, change: dict) -> None:
+    source = shutil.copytree(tiny_llama, tmp_path / "hf")
+    resolve_source(str(source))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SourceError, match=r"million weights or more, the files of weights have 0\.1 MB") as error:
+        resolve_source(str(source))
+    message(error)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", '{"a": "\\ud800"}', ""])
 def test_json_that_is_deep_or_no_object_is_refused(plain_ir: Path, tmp_path: Path, name: str, content: str) -> None:

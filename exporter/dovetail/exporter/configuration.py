@@ -17,6 +17,7 @@ JSON_FILES = (
     "vocab.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
+WEIGHTS_PER_BYTE = 8  # at most, whatever they are packed in
 _AGAIN = "copy or download it again"
 # Sizes of a model, whose bounds are those of the name in LARGEST.
 _SIZES = {
@@ -53,6 +54,21 @@ def read_config(folder: Path, failure: type[Exception] = SourceError) -> dict[st
             for size in value if isinstance(value, list) and value and optional else [value]:
                 check_whole(f"{file}: {name}", size, failure, _AGAIN, most=LARGEST[bound])
     return config
+
+
+def check_weights(config: dict[str, Any], folder: Path, stored: int) -> None:
+    """Raise SourceError where config.json describes far more weights than `stored` bytes can hold.
+
+    Libraries fill what is missing at random, and take memory for it.
+    """
+    sizes = text_config(config, folder / "config.json")
+    width, layers = (next((sizes[key] for key in keys if key in sizes), 0) for keys in (WIDTH_KEYS, LAYER_KEYS))
+    least = width * (sizes.get("vocab_size", 0) + 2 * width * layers)  # an embedding, and two square matrices a layer
+    if least > WEIGHTS_PER_BYTE * stored:
+        raise SourceError(
+            f"{folder / 'config.json'} describes {least / 1e6:.0f} million weights or more, the files of weights have "
+            f"{stored / 1e6:.1f} MB: {_AGAIN}"
+        )
 
 
 def text_config(config: dict[str, Any], file: Path, failure: type[Exception] = SourceError) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dovetail.exporter.configuration import check_json, read_config
+from dovetail.exporter.configuration import check_json, check_weights, read_config
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.files import check_text
 from dovetail.runtime.manifest import sha256_file
@@ -131,11 +131,13 @@ def _local(path: Path, location: str) -> Source:
         return Source("gguf", location, path, {path.name: sha256_file(path)})
     if (path / "config.json").is_file():
         check_json(path)
-        read_config(path)
+        config = read_config(path)
     if (path / IR_XML).is_file():
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
     if (path / "config.json").is_file():
-        return Source("hf", location, path, _digest(path, _weight_files(path)))
+        names = _weight_files(path)
+        check_weights(config, path, sum((path / name).stat().st_size for name in names))
+        return Source("hf", location, path, _digest(path, names))
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return _local(ggufs[0], location)

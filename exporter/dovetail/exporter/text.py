@@ -146,12 +146,11 @@ class TextWriter:
     def _memory(self, kind: str) -> list[dict[str, float]]:
         path = self.folder / f"{kind}.json"
         memory: list[dict[str, float]] = read_work(path) if path.exists() else []
-        try:
-            for part in memory:
-                check_whole("prompts", part["prompts"], TrainError, DAMAGED, most=PART_PROMPTS)
-                check_number("seconds", part["seconds"], TrainError, DAMAGED, most=SECONDS_MOST)
-        except (TypeError, KeyError):
-            raise TrainError(f"{path} holds no record of parts: {DAMAGED}") from None
+        if not isinstance(memory, list) or not all(isinstance(part, dict) for part in memory):
+            raise TrainError(f"{path} holds no record of parts: {DAMAGED}")
+        for part in memory:
+            check_whole("prompts", part.get("prompts"), TrainError, DAMAGED, most=PART_PROMPTS)
+            check_number("seconds", part.get("seconds"), TrainError, DAMAGED, most=SECONDS_MOST)
         return memory
 
     def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
