@@ -25,6 +25,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ROOTS)
 
 
+def huge(flag: str) -> tuple[str, str]:
+    return flag, "99999999999999999999"
+
+
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dovetail.exporter.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -74,6 +78,25 @@ def test_options_are_those_of_optimum_cli(capsys: pytest.CaptureFixture[str]) ->
         (["train", "--minutes", "1"], 2, "--target"),
         (["train", "--target", "taken", "--minutes", "1"], 3, "missing"),
         (["train", "--target", "taken", "--minutes", "0"], 6, "minutes 0"),
+        (["train", "--target", "taken", "--minutes", "1e308"], 6, "minutes 1e+308"),
+        (["train", "--target", "taken", "--minutes", "1e20"], 6, "minutes 1e+20"),
+        (["train", "--target", "taken", "--minutes", "nan"], 6, "minutes nan"),
+        (["train", "--target", "taken", "--epochs", "1e308"], 6, "epochs 1e+308"),
+        (["train", "--target", "taken", "--epochs", "1e20"], 6, "epochs 1e+20"),
+        (["train", "--target", "taken", "--disk", "1e308"], 6, "disk_gb 1e+308"),
+        (["train", "--target", "taken", "--learning-rate", "1e308"], 6, "learning_rate 1e+308"),
+        (["train", "--target", "taken", "--regression", "1e308"], 6, "regression 1e+308"),
+        (["train", "--target", "taken", "--regression", "-1"], 6, "regression -1"),
+        (["train", "--target", "taken", *huge("--own-prompts")], 6, "own_prompts 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--max-new-tokens")], 6, "max_new_tokens 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--draft-vocab")], 6, "draft_vocab 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--window")], 6, "window 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--batch")], 6, "batch 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--teacher-top-k")], 6, "teacher_top_k 99999999999999999999"),
+        (["train", "--target", "taken", *huge("--seed")], 6, "seed 99999999999999999999"),
+        (["target", "broken.gguf", "out", *huge("--max-context")], 2, "--max-context 99999999999999999999"),
+        (["target", "broken.gguf", "o\0t"], 2, "is no valid text"),
+        (["target", "broken.gguf", "\udcff"], 2, "is no valid text"),
     ],
 )
 def test_bad_input_is_one_line_and_its_exit_code(

@@ -52,6 +52,16 @@ def test_json_has_every_figure(invoke, pair, opener, prompts: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("name", ["[/bold]", "[red]", ":smile:", "\\[", "a\u0000b"])
+def test_a_name_is_no_markup(invoke, pair, opener, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "One", "id": name}) + "\n")
+    result = bench(invoke, pair, opener, file, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["prompts"][0]["name"] == name
+    assert name in result.stderr or "\0" in name
+
+
 @pytest.mark.parametrize("plain", ["--plain", "--no-plain"])
 def test_every_token_is_the_target_s_own_choice(invoke, pair, opener, prompts: Path, plain: str) -> None:
     report = json.loads(bench(invoke, pair, opener, prompts, plain, "--json").stdout)

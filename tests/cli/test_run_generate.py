@@ -87,6 +87,45 @@ def test_a_command_word_can_be_a_prompt(invoke, pair, opener) -> None:
     assert opener.engine.asked[0][0] == "chat"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve"], "no such command 'serve': the commands are bench, chat"),
+        (["lsit"], "no such command 'lsit': the commands are bench, chat"),
+        (["inspct", "--json"], "no such command 'inspct': did you mean inspect?"),
+        (["list-pairs"], "no such command 'list-pairs'"),
+        (["why", "is", "the", "sky", "blue"], "A prompt of one word goes to dovetail-run generate, others need quotes"),
+    ],
+)
+def test_a_word_that_looks_like_a_command_is_no_prompt(invoke, opener, words: list[str], said: str) -> None:
+    """The first answer would cost the building of a pair."""
+    result = invoke(*words, obj=opener)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert said in result.stderr and opener.calls == []
+
+
+@pytest.mark.parametrize("prompt", ["Hello", "hi!", "two words", "2", "a,b", "-"])
+def test_other_words_are_prompts(invoke, pair, opener, prompt: str) -> None:
+    assert invoke(prompt, "--pair", str(pair), "-n", "2", obj=opener, input="typed").exit_code == 0
+    assert opener.engine.asked[0][0] == ("typed" if prompt == "-" else prompt)
+
+
+@pytest.mark.parametrize("arguments", [["a\0b"], ["\udcff"], ["bench", "--prompts", "p.jsonl", "-o", "\udce9.json"]])
+def test_an_argument_that_is_no_text_is_one_line(invoke, opener, arguments: list[str]) -> None:
+    result = invoke(*arguments, obj=opener)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "is no valid text" in result.stderr and opener.calls == []
+
+
+def test_the_end_of_a_file_is_no_interrupt(invoke, pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object, **__: object) -> None:
+        raise EOFError
+
+    result = invoke("Hello", "--pair", str(pair), obj=cut_off)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == "error: a file ends too early: copy or build it again"
+
+
 def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
     flags = "-n 7 --temp 0.5 --top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 -s 4 --stop AB --stop CD"
     assert ask(invoke, pair, opener, "Hello", *flags.split(), "--raw", "--no-speculate").exit_code == 0
@@ -134,6 +173,9 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--seed", "-1"], "seed -1"),
         (["-n", "0"], "max_new_tokens 0"),
         (["--threads", "0"], "threads 0"),
+        (["--threads", "99999999999999999999"], "threads 99999999999999999999"),
+        (["--seed", "99999999999999999999"], "seed 99999999999999999999"),
+        (["--temperature", "1e309"], "temperature inf"),
         (["--ov-config", "NUM_STREAMS"], "--ov-config 'NUM_STREAMS' is no property: give NAME=VALUE"),
         (["--width", "0"], "width 0"),
         (["--depth", "-1"], "depth -1"),

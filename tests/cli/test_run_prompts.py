@@ -31,7 +31,8 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row",
     ["{", "[1]", {}, {"text": "x"}, {"prompt": "a", "turns": ["b"]}, {"prompt": ""}, {"prompt": 3}, {"turns": []},
-     {"turns": ["a", " "]}, {"turns": "a"}],
+     {"turns": ["a", " "]}, {"turns": "a"}, "[" * 100_000, '{"prompt": "\\ud800"}', '{"prompt": "a", "id": "\\udc00"}',
+     '{"prompt": "a", "id": %s}' % ("9" * 5000)],
 )  # fmt: skip
 def test_bad_row_names_its_line(tmp_path: Path, row: object) -> None:
     file = write(tmp_path / "p.jsonl", {"prompt": "fine"}, row)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 
 from dovetail.exporter.check import check_pair_folder
+from dovetail.exporter.cli import main
 from dovetail.exporter.corpus import Corpus
 from dovetail.exporter.drafter import load_drafter
 from dovetail.exporter.fit import FitOptions
@@ -20,7 +25,7 @@ from dovetail.models.config import low_middle_high
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.errors import ExportError, IntegrityError
 from dovetail.runtime.graph import FeatureMix, layer_outputs, read_model
-from dovetail.runtime.manifest import read_manifest
+from dovetail.runtime.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.openvino_target import OpenVINOTarget
 from dovetail.runtime.paged import PagedModel
 
@@ -76,13 +81,65 @@ def test_such_a_pair_passes_its_checks_and_speculates_without_changing_the_text(
     assert ours.token_ids == plain.token_ids
 
 
-def test_a_damaged_mix_is_named(pair: Path, tmp_path: Path) -> None:
-    (tmp_path / "mix.npz").write_bytes(b"PK\x03\x04 nonsense")
-    with pytest.raises(IntegrityError, match=r"mix\.npz cannot be read"):
-        FeatureMix.load(tmp_path / "mix.npz")
-    FeatureMix((0, 1), np.zeros((8, 24), np.float32), 1e-5).save(tmp_path / "odd.npz")
-    with pytest.raises(IntegrityError, match=r"\(8, 24\) for 2 layers"):
-        FeatureMix.load(tmp_path / "odd.npz")
+def zipped(shape: tuple[int, ...], kept: int, method: int = zipfile.ZIP_DEFLATED, **other: np.ndarray) -> bytes:
+    """An archive whose `weight` says that it is float16 of this shape, followed by `kept` bytes of zeros."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, array in {"layers": np.array([0, 1]), "eps": np.array(1e-5), **other}.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+        with archive.open("weight.npy", "w", force_zip64=True) as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(kept >> 20):
+                file.write(bytes(1 << 20))
+            file.write(bytes(kept & (1 << 20) - 1))
+    return buffer.getvalue()
+
+
+WHOLE = zipped((32, 64), 4096, zipfile.ZIP_STORED)
+DAMAGED_MIXES = {
+    "nothing": b"",
+    "no archive": b"PK\x03\x04 nonsense",
+    "an array": b"\x93NUMPY\x01\x00",
+    "cut": WHOLE[: len(WHOLE) // 2],
+    "header flipped": WHOLE.replace(b"{'descr': '<f2'", b"('descr': '<f2'"),
+    "header with a name": WHOLE.replace(b"(32, 64)", b"(32, 6L)"),
+    "too large a shape": zipped((2**40, 2**40), 4096),
+    "a shape without its numbers": zipped((2**16, 2**17), 4096),
+    "a bomb": zipped((2**15, 2**15), 2**31),
+    "another width": zipped((8, 24), 384),
+    "other layers": zipped((32, 64), 4096, layers=np.array([0, 7])),
+    "texts": zipped((32, 64), 4096, layers=np.array(["a", "b"])),
+    "objects": zipped((32, 64), 4096, eps=np.array("1e-5")),
+    "eps of many": zipped((32, 64), 4096, eps=np.zeros(3)),
+    "eps of nan": zipped((32, 64), 4096, eps=np.array(np.nan)),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_MIXES.values(), ids=DAMAGED_MIXES)
+def test_a_damaged_mix_is_refused_at_once(content: bytes, pair: Path, tmp_path: Path) -> None:
+    facts = read_manifest(pair).drafter
+    assert facts
+    (tmp_path / "mix.npz").write_bytes(WHOLE)
+    assert FeatureMix.load(tmp_path / "mix.npz", facts).layers == (0, 1)
+    (tmp_path / "mix.npz").write_bytes(content)
+    begin = time.monotonic()
+    with pytest.raises(IntegrityError, match=r"mix\.npz .*: export the drafter again$") as caught:
+        FeatureMix.load(tmp_path / "mix.npz", facts)
+    assert "\n" not in str(caught.value) and time.monotonic() - begin < 5
+
+
+def test_a_damaged_mix_is_no_interrupt(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """click takes an end of file for Ctrl-D."""
+    copy = shutil.copytree(pair, tmp_path / "pair")
+    mix = copy / "drafter" / "feature_mix.npz"
+    mix.write_bytes(b"")
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, files={**manifest.files, "drafter/feature_mix.npz": file_entry(mix)}))
+    assert main(["check", str(copy)]) == IntegrityError.exit_code
+    said = capsys.readouterr().err
+    assert "feature_mix.npz cannot be read" in said and "interrupted" not in said
 
 
 def test_layers_are_found_or_refused(tiny_target: Path) -> None:

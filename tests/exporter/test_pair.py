@@ -191,7 +191,7 @@ def test_check_collects_every_failure(tiny_full_pair: Path, tmp_path: Path) -> N
     ("part", "key", "value", "expected"),
     [("target", "vocab_size", 300, "vocabulary"), ("target", "taps", ["elsewhere"], "tap"),
      ("target", "tokenizer_sha256", "0" * 64, "tokenizer"), ("drafter", "feature_size", 64, "feature size"),
-     ("drafter", "top_k", 3, "children"), ("drafter", "blocks", 2, "kv.1")],
+     ("drafter", "top_k", 3, "top_logprobs"), ("drafter", "blocks", 2, "kv.1")],
 )  # fmt: skip
 def test_check_compares_facts_with_graphs(
     tiny_full_pair: Path, tmp_path: Path, part: str, key: str, value: object, expected: str

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dovetail.exporter.check import check_pair_folder
+from dovetail.exporter.cli import main
 from dovetail.exporter.progress import quiet
 from dovetail.exporter.sources import resolve_source
 from dovetail.exporter.target import TargetOptions, export_target
@@ -219,6 +220,95 @@ def test_truncated_weights_of_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> 
         export_target(str(source), tmp_path / "pair")
     message(error)
     assert_nothing_left(tmp_path / "pair")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size": None}, {"vocab_size": "x"}, {"vocab_size": 1.5}, {"vocab_size": []}, {"hidden_size": -1},
+     {"vocab_size": float("inf")}, {"num_hidden_layers": 0}, {"num_hidden_layers": 10**9},
+     {"max_position_embeddings": 1e19}, {"num_attention_heads": 0}, {"num_attention_heads": 10**7},
+     {"intermediate_size": True}, {"intermediate_size": [2.5]}, {"num_key_value_heads": 0}, {"head_dim": 2.5},
+     {"text_config": 3}, {"text_config": {"vocab_size": "x"}}],
+)  # fmt: skip
+def test_a_config_with_impossible_numbers_is_refused_at_once(plain_ir: Path, tmp_path: Path, change: dict) -> None:
+    for source in (shutil.copytree(plain_ir, tmp_path / "ir"), tmp_path / "hf"):
+        source.mkdir(exist_ok=True)
+        config = json.loads((plain_ir / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(SourceError, match=f"{next(iter(change))}|vocab_size 'x'") as error:
+            resolve_source(str(source))
+        message(error)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 2**24}, {"hidden_size": 2**20}, {"num_hidden_layers": 1000}])
+def test_a_config_larger_than_its_weights_is_refused_at_once(tiny_llama: Path, tmp_path: Path, change: dict) -> None:
+    source = shutil.copytree(tiny_llama, tmp_path / "hf")
+    resolve_source(str(source))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SourceError, match=r"million weights or more, the files of weights have 0\.1 MB") as error:
+        resolve_source(str(source))
+    message(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", '{"a": "\\ud800"}', ""])
+def test_json_that_is_deep_or_no_object_is_refused(plain_ir: Path, tmp_path: Path, name: str, content: str) -> None:
+    source = shutil.copytree(plain_ir, tmp_path / "ir")
+    (source / name).write_text(content)
+    with pytest.raises(SourceError, match=name) as error:
+        resolve_source(str(source))
+    message(error)
+
+
+@pytest.mark.parametrize("ids", ["x", 1.5, True, -1, 2**40, [1, None]])
+def test_end_of_sequence_ids_are_token_ids(plain_ir: Path, tmp_path: Path, ids: object) -> None:
+    source = shutil.copytree(plain_ir, tmp_path / "ir")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(DovetailError, match="eos_token_id") as error:
+        export_target(str(source), tmp_path / "pair")
+    message(error)
+    assert_nothing_left(tmp_path / "pair")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02]."])
+def test_damaged_weights_are_no_interrupt(
+    tiny_llama: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(tiny_llama, tmp_path / "bin")
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(content)
+    assert main(["target", str(source), str(tmp_path / "pair")]) in (SourceError.exit_code, ExportError.exit_code)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ") and "ends too early" not in last
+    assert_nothing_left(tmp_path / "pair")
+
+
+CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tiny_llama: Path, tmp_path: Path, where: str) -> None:
+    source, marker = shutil.copytree(tiny_llama, tmp_path / "hf"), tmp_path / "ran"
+    (source / "own.py").write_text(CODE.format(marker=str(marker)))
+    raw = json.loads((source / where).read_text())
+    if where == "config.json":
+        raw |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    else:
+        tokens = json.loads((source / "tokenizer.json").read_text())["model"]
+        (source / "tokenizer.json").unlink()
+        (source / "vocab.json").write_text(json.dumps(tokens["vocab"]))
+        (source / "merges.txt").write_text("t h\n")
+        raw |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (source / where).write_text(json.dumps(raw))
+    command = [sys.executable, "-m", "dovetail.exporter.cli", "target", str(source), str(tmp_path / "pair")]
+    done = subprocess.run(
+        command, input="y\n" * 100, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ROOTS}
+    )
+    assert not marker.exists()
+    assert done.returncode in (SourceError.exit_code, ExportError.exit_code)
+    assert "Do you wish" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "pair").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from dovetail.exporter.cli import main
 from dovetail.exporter.corpus import Corpus
 from dovetail.exporter.fit import FitOptions
 from dovetail.exporter.overlap import Forbidden
 from dovetail.exporter.pair import add_drafter
 from dovetail.exporter.synth import BatchWriter, bare_prefix
 from dovetail.exporter.target import export_target
+from dovetail.exporter.text import TextWriter
 from dovetail.exporter.train import TrainPlan, train
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 from dovetail.runtime.tree import TreeLimits
@@ -238,6 +241,47 @@ def test_the_same_prompt_is_never_held_out_and_trained_on(tiny_pair: Path, corpu
     log = json.loads((tmp_path / "out" / "training.json").read_text())["corpus"]
     assert log["left_out_as_doubles"] == 24
     assert log["trained_on"]["conversations"] + log["held_out_conversations"] == 24
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("state.pt", b""), ("state.pt", b"PK\x03\x04"), ("state.pt", b"\x80\x02]."), ("seconds.json", b""),
+     ("seconds.json", b"null"), ("seconds.json", b"1e400"), ("plan.json", b""), ("plan.json", b"[" * 100_000),
+     ("plan.json", b"[]")],
+)  # fmt: skip
+def test_a_damaged_work_folder_is_one_line_and_no_interrupt(
+    tiny_pair: Path, corpus_file: Path, tmp_path: Path, file: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--corpus", str(corpus_file), "--window", "48", "--unroll", "1", "--epochs", "1", "--draft-vocab", "128"]
+    command = ["train", "--target", str(tiny_pair), "-o", str(tmp_path / "out"), *flags]
+    assert main(command) == 0
+    (tmp_path / "out" / "drafter.safetensors").unlink()
+    (tmp_path / "out" / "work" / file).write_bytes(content)
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == TrainError.exit_code
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ") and file in last and "remove" in last
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[3]", b'[{"prompts": 1e400, "seconds": 1}]', b'[{"prompts": 1}]'])
+def test_a_damaged_record_of_parts_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "own.json").write_bytes(content)
+    writer = TextWriter(tmp_path, tmp_path, 0.0, None, lambda: None, 0, 8, quiet)  # type: ignore[arg-type]  # unused
+    with pytest.raises(TrainError, match=r"remove the work folder") as caught:
+        writer.own(4, ("",), 10.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "[]", '{"hidden_size": null}', '{"text_config": 3}', "{}"])
+def test_a_target_that_no_drafter_fits_is_one_line(tiny_pair: Path, tmp_path: Path, config: str) -> None:
+    pair = shutil.copytree(tiny_pair, tmp_path / "pair")
+    file = pair / "target" / "config.json"
+    file.write_text(config)
+    manifest = read_manifest(pair)
+    write_manifest(pair, replace(manifest, files={**manifest.files, "target/config.json": file_entry(file)}))
+    with pytest.raises(TrainError) as caught:
+        train(pair, tmp_path / "out", TrainPlan(own_prompts=1), quiet)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_bad_plans_and_corpora_are_refused(tmp_path: Path) -> None:

@@ -134,7 +134,25 @@ def test_another_targets_head_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"fusion": "sum"}, "choose one of"),
-        ({"blocks": 0}, "1 or more"),
+        ({"blocks": 0}, "from 1 to 64"),
+        ({"blocks": 2**40}, "blocks 1099511627776 is out of range"),
+        ({"blocks": None}, "blocks None"),
+        ({"hidden_size": "x"}, "hidden_size 'x'"),
+        ({"hidden_size": -1}, "hidden_size -1"),
+        ({"vocab_size": 1.5}, "vocab_size 1.5"),
+        ({"vocab_size": float("inf")}, "vocab_size inf"),
+        ({"intermediate_size": True}, "intermediate_size True"),
+        ({"draft_vocab_size": []}, "draft_vocab_size \\[\\]"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0"),
+        ({"num_attention_heads": 10_000_000}, "num_attention_heads 10000000"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"max_position_embeddings": 10**19}, "max_position_embeddings"),
+        ({"rope_theta": None}, "rope_theta None"),
+        ({"rope_theta": float("nan")}, "rope_theta nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps 1000"),
+        ({"feature_layers": None}, "feature_layers None"),
+        ({"feature_layers": [0, 2.5]}, "feature_layers 2.5"),
+        ({"feature_layers": [2**40]}, "feature_layers 1099511627776"),
         ({"draft_vocab_size": 61}, "1..60"),
         ({"num_key_value_heads": 3}, "divisor"),
         ({"feature_size": 64}, "lm_head"),
@@ -143,6 +161,24 @@ def test_another_targets_head_is_refused(tmp_path: Path) -> None:
 def test_configs_check_themselves(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "null", "[1]", '{"blocks": 1}', '{"\\ud800": 1}'])
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot read drafter checkpoint") as caught:
+        load_checkpoint(tmp_path, torch.zeros(60, 32), torch.zeros(60, 32))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"intermediate_size": 2**22, "blocks": 64}, {"head_dim": 2**14}])
+def test_a_config_larger_than_memory_is_refused_by_its_tensors(tmp_path: Path, change: dict) -> None:
+    rows = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size)
+    d2t = torch.arange(CONFIG.draft_vocab_size)
+    save_checkpoint(Drafter(CONFIG, rows, rows[d2t], d2t), tmp_path)
+    replace(CONFIG, **change).save(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        load_checkpoint(tmp_path, rows, rows)
 
 
 def test_an_unknown_config_key_is_refused() -> None:

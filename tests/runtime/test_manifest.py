@@ -138,6 +138,73 @@ def test_wrong_value_is_a_manifest_error(pair: Path, path: tuple[str, ...], valu
     message(error)
 
 
+FACTS = {
+    "target": ("hidden_size", "feature_size", "vocab_size", "num_layers", "max_context"),
+    "drafter": ("blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size", "num_kv_heads",
+                "head_size", "top_k", "tree_slots", "max_context"),
+}  # fmt: skip
+NO_SIZES = (None, "300", 2.5, [], {}, True, 0, -1, 2**40, 10**30)
+
+
+@pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in FACTS.items() for key in keys])
+def test_every_size_is_a_whole_number_within_bounds(pair: Path, part: str, key: str) -> None:
+    for value in NO_SIZES:
+        edit(pair, part, key, value=value)
+        with pytest.raises(ManifestError) as error:
+            read_manifest(pair)
+        assert key in message(error)
+    path = pair / MANIFEST_NAME
+    path.write_text(path.read_text().replace(f'"{key}": {NO_SIZES[-1]}', f'"{key}": 1e400'))
+    with pytest.raises(ManifestError, match=f"{key} is inf, not a whole number"):
+        read_manifest(pair)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("drafter", "workspace"), [10**400, 1]), (("drafter", "workspace"), [-1, 1]), (("drafter", "vram"), 2**60),
+     (("tree", "width"), 2**40), (("tree", "depth"), 10**30), (("tree", "lookup"), 2**40), (("name",), "a\0b"),
+     (("files", "drafter/a\0b"), {"size": 0, "sha256": "0" * 64}), (("target", "taps"), ["\0"]),
+     (("drafter", "files", "cpu"), "drafter/\0")],
+)  # fmt: skip
+def test_other_values_have_bounds_too(pair: Path, path: tuple[str, ...], value: object) -> None:
+    edit(pair, *path, value=value)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    message(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100 + "]" * 100, '{"name": "\\ud800"}', '{"\\udfff": 1}']
+)
+def test_json_that_is_deep_or_no_text_is_refused(pair: Path, text: str) -> None:
+    (pair / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ManifestError, match="is not valid JSON") as error:
+        read_manifest(pair)
+    message(error)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "target/openvino_model.bin", "target/config.json", "drafter/more"])
+def test_a_pipe_is_never_read(pair: Path, name: str) -> None:
+    (pair / name).unlink(missing_ok=True)
+    os.mkfifo(pair / name)
+    with pytest.raises(DovetailError, match="no regular file") as error:
+        verify_files(pair, read_manifest(pair))
+    assert name in message(error)
+
+
+def test_a_device_is_never_read(pair: Path) -> None:
+    (pair / "target/chat_template.jinja").symlink_to("/dev/zero")
+    with pytest.raises(IntegrityError, match=r"chat_template\.jinja cannot be read \(it is no regular file\)"):
+        verify_files(pair, read_manifest(pair))
+
+
+def test_a_manifest_is_not_read_without_end(pair: Path) -> None:
+    with (pair / MANIFEST_NAME).open("wb") as file:
+        file.truncate(1 << 40)  # a hole of a TiB
+    with pytest.raises(ManifestError, match="more than 64 MiB"):
+        read_manifest(pair)
+
+
 def test_missing_and_damaged_manifests(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as error:
         read_manifest(tmp_path / "nowhere")

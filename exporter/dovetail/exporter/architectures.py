@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from dovetail.exporter.configuration import CONTEXT_KEYS
 from dovetail.runtime.errors import SourceError
 
 OPTIMUM_INTEL = "2.2"
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def context_of(config: Mapping[str, Any]) -> int | None:
     keep the old ones: such a target ends at its original context.
     """
     text = _text(config)
-    claimed = next((int(text[key]) for key in _CONTEXT_KEYS if text.get(key)), None)
+    claimed = next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), None)
     original = original_context(config)
     return min(claimed, original) if claimed and original else claimed or original
 

@@ -14,7 +14,7 @@ from dovetail.exporter.sources import IR_XML
 from dovetail.exporter.stages import Progress, silent
 from dovetail.exporter.target import check_verifiable, static_size
 from dovetail.exporter.tokenizer_probe import probe_tokenizer
-from dovetail.runtime.errors import DovetailError, IntegrityError, MismatchError, PairError
+from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError
 from dovetail.runtime.graph import FEATURES, LOGITS, FeatureMix, find_head, has_tap, read_model
 from dovetail.runtime.manifest import (
     DEVICES,
@@ -25,7 +25,16 @@ from dovetail.runtime.manifest import (
     sha256_file,
     verify_files,
 )
-from dovetail.runtime.runners import NOISE, read_draft_ids
+from dovetail.runtime.runners import (
+    CPU,
+    NOISE,
+    check_ports,
+    failures,
+    one_line,
+    open_session,
+    read_draft_ids,
+    session_options,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -39,6 +48,8 @@ EXACT = {
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
+Activations = type[np.float16] | type[np.float32]
+ACTIVATIONS: dict[str, Activations] = {"cuda": np.float16, "cpu": np.float32}
 LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
 
 
@@ -151,9 +162,9 @@ def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDAr
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
     """Each graph has the promised inputs and outputs, runs, and the graphs agree with each other."""
     if "features" in facts.files:
-        FeatureMix.load(pair / facts.files["features"])
+        FeatureMix.load(pair / facts.files["features"], facts)
     graphs = {device: facts.files[device] for device in DEVICES if device in facts.files}
-    best = {device: _run_drafter(pair / relative, facts) for device, relative in graphs.items()}
+    best = {device: _run_drafter(pair / file, facts, ACTIVATIONS[device]) for device, file in graphs.items()}
     reference, *others = best.items()
     for device, logprobs in others:
         if (difference := float(np.abs(logprobs - reference[1]).max())) > LOGPROB_TOLERANCE:
@@ -163,22 +174,23 @@ def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
             )
 
 
-def _run_drafter(path: Path, facts: DrafterFacts) -> NDArray[np.float32]:
+def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[np.float32]:
     """Extend an empty context by two pairs; returns top_logprobs [2, K]."""
-    session = _load_onnx(path)
-    inputs = _drafter_inputs(session, facts)
-    expected = {*inputs}
-    if (found := {port.name for port in session.get_inputs()}) != expected:
-        odd = ", ".join(sorted(found ^ expected))
-        raise MismatchError(f"{path.name} has other inputs than this Dovetail gives ({odd}): export the drafter again")
-    logprobs, ids = _run_onnx(session, inputs, path)
+    import onnxruntime as ort
+
+    try:
+        session = open_session(ort, path, session_options(ort), [CPU])
+        check_ports(session, path, facts, kind)
+        drafted = read_draft_ids(session, path, facts)
+    except DeviceError as error:  # no device is at fault here
+        raise IntegrityError(str(error)) from error
+    logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
         raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, the manifest says {facts.top_k}")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
         raise MismatchError(f"{path.name} returns log-probabilities that are not finite or not sorted: export it again")
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
-    drafted = read_draft_ids(session, path, facts)
     if drafted is not None and not np.isin(ids, drafted).all():
         raise MismatchError(f"{path.name} proposes tokens that are none of its draft vocabulary: export it again")
     result: NDArray[np.float32] = logprobs
@@ -186,31 +198,16 @@ def _run_drafter(path: Path, facts: DrafterFacts) -> NDArray[np.float32]:
 
 
 def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
     try:
         return list(session.run(["top_logprobs", "top_ids"], inputs))
-    except (state.InvalidArgument, state.Fail, state.RuntimeException) as error:
-        reason = " ".join(str(error).split())
+    except failures() as error:
+        reason = one_line(error)
         raise MismatchError(f"{path.name} does not run with the manifest's sizes ({reason}): export again") from error
 
 
-def _load_onnx(path: Path) -> ort.InferenceSession:
-    import onnxruntime as ort
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    ort.set_default_logger_severity(3)
-    try:
-        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.NoSuchFile) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IntegrityError(f"{path} cannot be loaded ({reason}): export the drafter again") from error
-
-
-def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts) -> dict[str, Any]:
+def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
     """Two pairs with random features, in an empty context of four slots."""
     slots, size = facts.tree_slots, facts.feature_size
-    kind = np.float16 if "float16" in next(p.type for p in session.get_inputs() if p.name == "features") else np.float32
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
     given = {port.name for port in session.get_inputs()}
     queries = {"queries": np.arange(2)} if "queries" in given else {}  # a graph of an older pair answers for every row
@@ -225,7 +222,7 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts) -> dict[
         "context_end": np.array([1, 2]),
         "tree_mask": np.full((2, slots), -1e4, kind),
         **queries,
-        **({NOISE: np.zeros((1, facts.draft_vocab_size), np.float32)} if facts.noise else {}),
+        **({NOISE: np.zeros((1, facts.draft_vocab_size), np.float32)} if NOISE in given else {}),
         "bank": np.zeros((slots + 1, size), kind),
         **{f"kv.{block}": kv for block in range(facts.blocks)},
     }

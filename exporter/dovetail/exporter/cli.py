@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import click
 
-from dovetail.runtime.errors import DovetailError, ExportError
+from dovetail.runtime.errors import DovetailError, ExportError, InputError
+from dovetail.runtime.files import check_text
 from dovetail.runtime.telemetry import decline_telemetry
 
 COMMANDS = {
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on stderr."""
     decline_telemetry()
     try:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            check_text("argument", argument, InputError)
         result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except DovetailError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -72,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{error.filename}: " if error.filename else ""
         click.echo(f"error: {what}{error.strerror or error}: mend that and repeat the command", err=True)
         return ExportError.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes the end of any file for Ctrl-D
+            click.echo("error: a file ends too early: copy or build it again", err=True)
+            return ExportError.exit_code
         click.echo(
             "interrupted; finished pairs are as they were; --resume, where the command has that, goes on", err=True
         )

@@ -53,7 +53,7 @@ class _Bars:
             return
         self._line = stage, note, monotonic()
         of = f"/{total:.0f}" if total else ""  # nobody knows how much text a time gives
-        self._progress.console.print(f"{stage} {done:.0f}{of}  {note}".rstrip())
+        self._progress.console.print(f"{stage} {done:.0f}{of}  {note}".rstrip(), markup=False)
 
 
 @click.command("train")
@@ -126,7 +126,7 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
     columns = (
         TextColumn("{task.description:>9}"),
         BarColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

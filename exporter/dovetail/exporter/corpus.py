@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.files import read_arrays
+
+_AGAIN = "give an .npz that `train` can write"
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ class Corpus:
     @classmethod
     def load(cls, path: Path) -> Corpus:
         """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
+        arrays = read_arrays(path, ("tokens", "lengths", "prompt_lengths"), TrainError, _AGAIN)
+        if any(array.dtype.kind not in "iu" for array in arrays):
+            raise TrainError(f"{path} holds {', '.join(str(array.dtype) for array in arrays)}, not ids: {_AGAIN}")
         try:
-            with path.open("rb") as file, np.load(file) as data:
-                return cls(*(data[key].astype(np.int64) for key in ("tokens", "lengths", "prompt_lengths")))
+            return cls(*(array.astype(np.int64) for array in arrays))
         except TrainError as error:
             raise TrainError(f"{path}: {error}") from error
-        except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError, BadZipFile, zlib.error) as error:
-            raise TrainError(f"cannot read corpus {path} ({error}): give an .npz that `train` can write") from error
 
     def save(self, path: Path) -> None:
         """Write the .npz atomically."""

@@ -9,7 +9,6 @@ out; there is no feature regression.  The paper's loss (arXiv 2412.18934, after 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.models import Drafter
+from dovetail.runtime.bounds import CONTEXT_MOST, LARGEST, SEED_MOST, check_number, check_whole
 from dovetail.runtime.errors import TrainError
 
 from .corpus import Corpus
@@ -28,6 +28,11 @@ from .features import FeatureStore
 from .muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
+# Options, their least and their largest value.
+_WHOLE = (
+    ("unroll", 1, 64), ("window", 1, CONTEXT_MOST), ("batch", 1, 2**16), ("teacher_top_k", 0, LARGEST["vocab_size"]),
+    ("seed", 0, SEED_MOST),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,12 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("unroll", "window", "batch"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"{name} {getattr(self, name)} is out of range: give 1 or more")
-        for name in ("epochs", "learning_rate"):
+        for name, least, most in _WHOLE:
+            check_whole(name, getattr(self, name), TrainError, "give another", least=least, most=most)
+        for name, above in (("epochs", 10_000.0), ("learning_rate", 10.0), ("regression", 1e6), ("weight_decay", 1e3)):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TrainError(f"{name} {value} is out of range: give a number above 0")
-        for name in ("teacher_top_k", "regression", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise TrainError(f"{name} {value} is out of range: give 0 or more")
+            if value != 0 or name in ("epochs", "learning_rate"):
+                check_number(name, value, TrainError, "give another", most=above)
         if self.optimizer not in OPTIMIZERS:
             raise TrainError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ CURVE_EVERY = 25  # updates per point of the learning curve
 LOOKS = 10  # at held-out text in a run
 SAVE_SECONDS = 60.0
 TIMED_UPDATES = 20  # updates after which the length of a run limited by time is fixed
+
+# What torch raises on a file that is not, or no longer, what it wrote.
+_LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, PickleError, BadZipFile)
 
 # progress(stage, done, total, note)
 Progress = Callable[[str, float, float, str], None]
@@ -122,11 +127,15 @@ class Fitting:
     def _load(self) -> FitState:
         if not self.file.exists():
             return FitState()
-        saved = torch.load(self.file, map_location=self.device, weights_only=True)
-        self.drafter.load_state_dict(saved["weights"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        return FitState(**saved["state"])
+        try:
+            saved = torch.load(self.file, map_location=self.device, weights_only=True)
+            self.drafter.load_state_dict(saved["weights"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            return FitState(**saved["state"])
+        except _LOAD_FAILURES as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove it, and --resume fits anew") from error
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:

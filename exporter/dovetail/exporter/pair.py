@@ -19,7 +19,7 @@ from dovetail.exporter.target import (
 )
 from dovetail.runtime.calibration import CALIBRATION_NAME
 from dovetail.runtime.errors import SourceError
-from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_pair, sha256_file
+from dovetail.runtime.manifest import DrafterFacts, Manifest, cache_dir, check_pair, parse_record, sha256_file
 
 CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
@@ -106,9 +106,7 @@ def build_drafter(
             export_drafter(checkpoint, target, folder, vram=vram, fit=fit, keep=keep, progress=build.progress)
         )
 
-    raw = build.run(Stage("drafter", inputs, fill))
-    lists = {name: tuple(raw.get(name, ())) for name in ("feature_layers", "workspace")}  # in a stage's record
-    return DrafterFacts(**{**raw, **lists})
+    return parse_record(DrafterFacts, build.run(Stage("drafter", inputs, fill)), "drafter")
 
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:

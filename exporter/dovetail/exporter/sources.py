@@ -6,7 +6,6 @@ configuration rules it out is refused before that, from the Hub before it is dow
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dovetail.exporter.architectures import check_architecture, check_attention
+from dovetail.exporter.configuration import check_json, check_weights, read_config
 from dovetail.runtime.errors import SourceError
+from dovetail.runtime.files import check_text
 from dovetail.runtime.manifest import sha256_file
 
 Kind = Literal["hf", "gguf", "ir"]
@@ -60,6 +61,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
     Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind, an architecture
     that cannot become a target.
     """
+    check_text("source", location, SourceError)
     path = Path(location).expanduser()
     if path.exists():
         if revision:
@@ -89,7 +91,7 @@ def download(repo: str, revision: str | None = None) -> Path:
             info = HfApi().model_info(repo, revision=revision, timeout=10)
             names = [sibling.rfilename for sibling in info.siblings or ()]
             if CONFIG in names and IR_XML not in names:
-                check_architecture(repo, read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha))))
+                check_architecture(repo, read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent))
             return Path(snapshot_download(repo, revision=info.sha, ignore_patterns=_unwanted(names)))
         except (OfflineModeIsEnabled, httpx.TransportError):  # unreachable: what was downloaded before will do
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -103,17 +105,6 @@ def download(repo: str, revision: str | None = None) -> Path:
         raise SourceError(f"Hub id {repo!r}{at} cannot be downloaded: {reason}") from error
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises SourceError."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{file} is not valid JSON ({error}): copy or download it again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{file} holds no JSON object: copy or download it again")
-    return config
-
-
 def _local(path: Path, location: str) -> Source:
     if path.is_file():
         if path.name == IR_XML:
@@ -124,16 +115,21 @@ def _local(path: Path, location: str) -> Source:
         header = read_model(path)
         check_architecture(location, gguf_config(header))
         return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
+    if (path / CONFIG).is_file():
+        check_fetched(path / CONFIG)
+        check_json(path)
+        config = read_config(path)
     if (path / IR_XML).is_file():
         if (path / CONFIG).is_file():
-            check_attention(location, read_config(path / CONFIG))
+            check_attention(location, config)
         return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
     if (path / CONFIG).is_file():
         names = _weight_files(path)
-        check_fetched(path / CONFIG)
-        config = read_config(path / CONFIG)
         check_architecture(location, config)
         _check_quantization(location, config)
+        for name in names:
+            check_fetched(path / name)
+        check_weights(config, path, sum((path / name).stat().st_size for name in names))
         return Source("hf", location, path, _digest(path, names))
     if ggufs := sorted(path.glob("*.gguf")):
         from dovetail.exporter.gguf_header import name_of_split
@@ -175,6 +171,8 @@ def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
 
 
 def _digest(folder: Path, names: list[str]) -> dict[str, str]:
+    for name in names:
+        check_text("file", name, SourceError)
     try:
         for name in names:
             check_fetched(folder / name)

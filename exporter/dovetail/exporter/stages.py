@@ -27,11 +27,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from dovetail.runtime.errors import ExportError, PairError
+from dovetail.runtime.errors import ExportError, ManifestError, PairError
+from dovetail.runtime.files import check_text, read_json
 from dovetail.runtime.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    parse_record,
     read_manifest,
     sha256_file,
     write_atomically,
@@ -77,6 +79,7 @@ class PairBuild:
     """
 
     def __init__(self, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent):
+        check_text("folder", str(out), ExportError)
         self.out = Path(os.path.abspath(out)) if not out.is_symlink() else out.resolve()
         self.resume, self.force, self.progress = resume, force, progress
         self.work = self.out.parent / f".{self.out.name}.build"
@@ -358,10 +361,10 @@ def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
 
 def _read_record(path: Path) -> Record | None:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        return Record(raw["inputs"], raw["facts"], files)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: the stage is built again
+        raw = read_json(path, ManifestError, "")
+        files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
+        return Record({**raw["inputs"]}, {**raw["facts"]}, files)
+    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # none, or damaged: the stage is built again
         return None
 
 

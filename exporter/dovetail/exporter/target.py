@@ -19,6 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dovetail.exporter.architectures import context_of, original_context
+from dovetail.exporter.configuration import (
+    LAYER_KEYS,
+    WIDTH_KEYS,
+    check_json,
+    read_config,
+    text_config,
+    token_ids,
+)
 from dovetail.exporter.graph_probe import ir_logits, probe_graph, probe_tokens
 from dovetail.exporter.projections import fuse_projections
 from dovetail.exporter.sources import IR_XML, Source, check_fetched, resolve_source
@@ -26,9 +34,11 @@ from dovetail.exporter.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.target_weights import position_rows
 from dovetail.exporter.tokenizer_probe import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.exporter.weights import REFERENCE, WeightOptions, convert
+from dovetail.runtime.bounds import CONTEXT_MOST, check_whole
 from dovetail.runtime.errors import ExportError, InputError, SourceError
+from dovetail.runtime.files import printable, read_object
 from dovetail.runtime.graph import LOGITS, add_tap, find_head, read_model, to_paged
-from dovetail.runtime.manifest import Manifest, TargetFacts, sha256_file
+from dovetail.runtime.manifest import Manifest, TargetFacts, parse_record, sha256_file
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -55,8 +65,8 @@ class TargetOptions:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_context is not None and self.max_context < 1:
-            raise InputError(f"--max-context {self.max_context} is out of range: give 1 or more")
+        if self.max_context is not None:
+            check_whole("--max-context", self.max_context, InputError, "give another", most=CONTEXT_MOST)
         if self.tokenizer is not None and not self.tokenizer.exists():
             raise InputError(f"--tokenizer {self.tokenizer} does not exist: give a folder or a GGUF file")
 
@@ -105,6 +115,8 @@ def _repaired(
 def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
     """Run the stages of the target; returns its facts. Raises SourceError, InputError or ExportError."""
     tokenizer = options.tokenizer or (source.path if source.kind == "gguf" else source.folder)
+    if tokenizer.is_dir():
+        check_json(tokenizer)
     inputs = {
         **_weights_inputs(source, options),
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -120,7 +132,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
 
 def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
     """Facts as they come back from a stage's record."""
-    return TargetFacts(**{**raw, "taps": tuple(raw["taps"]), "eos_token_ids": tuple(raw["eos_token_ids"])})
+    return parse_record(TargetFacts, raw, "target")
 
 
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def describe_tools() -> dict[str, Any]:
     """Provenance of any export: when, by which command, with which versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [printable(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
         "python": sys.version.split()[0],
         "packages": versions(*PACKAGES),
     }
@@ -185,7 +197,7 @@ def _fill_target(
 ) -> TargetFacts:
     progress("target: fusing projections, adding the feature tap")
     model = read_model(ir / IR_XML)
-    _check_positions(model, _read_json(ir / "config.json"), options)
+    _check_positions(model, read_config(ir), options)
     fuse_projections(model, apart=find_head(model))
     tap = add_tap(model)
     check_verifiable(model)
@@ -204,13 +216,13 @@ def _fill_target(
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
         _name_ends(folder, eos_token_ids)
     else:
-        encode = copy_tokenizer(tokenizer, folder)
+        encode = copy_tokenizer(tokenizer, folder, trust=options.trust_remote_code)
     probe_tokenizer(folder, encode)
     facts = _facts(model, tap, folder, source, options, eos_token_ids)
-    if original_context(_read_json(folder / "config.json")) == facts.max_context:
+    if original_context(read_config(folder)) == facts.max_context:
         progress(f"target: its context ends at {facts.max_context} tokens, where the factors of its long RoPE change")
     progress("target: comparing the graph with the model")
-    tokens = probe_tokens(_read_json(folder / "config.json"))
+    tokens = probe_tokens(read_config(folder))
     float_logits = np.load(ir / REFERENCE) if (ir / REFERENCE).is_file() else None
     if float_logits is not None and options.weights.is_float:
         probe_graph(folder / IR_XML, tokens, float_logits)
@@ -222,16 +234,16 @@ def _fill_target(
 def _facts(
     model: ov.Model, tap: str, folder: Path, source: Source, options: TargetOptions, eos_token_ids: tuple[int, ...]
 ) -> TargetFacts:
-    config = _read_json(folder / "config.json")
-    inner = config.get("text_config", config)
+    config = read_config(folder)
+    inner = text_config(config, folder / "config.json")
     context = _context(config, options)
     try:
         return TargetFacts(
             model_type=str(config["model_type"]),
-            hidden_size=_first(inner, "hidden_size", "n_embd", "d_model"),
+            hidden_size=_first(inner, *WIDTH_KEYS),
             feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
             vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
-            num_layers=_first(inner, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+            num_layers=_first(inner, *LAYER_KEYS),
             max_context=context or _unknown_context(source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
@@ -301,11 +313,9 @@ def _check_positions(model: ov.Model, config: Mapping[str, Any], options: Target
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: the generation config's, else the model's."""
-    path = folder / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
+    generation = read_object(folder / "generation_config.json", SourceError, "copy or download it again")
     ids = generation.get("eos_token_id")
-    ids = config.get("eos_token_id") if ids is None else ids
-    return tuple(map(int, ids)) if isinstance(ids, list) else (() if ids is None else (int(ids),))
+    return token_ids(config.get("eos_token_id") if ids is None else ids, f"eos_token_id of {folder}")
 
 
 def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
@@ -313,7 +323,8 @@ def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
     for name in ("config.json", "generation_config.json"):
         path = folder / name
         if ids and path.is_file():
-            path.write_text(json.dumps({**_read_json(path), "eos_token_id": list(ids)}, indent=2) + "\n")
+            content = read_object(path, SourceError, "copy or download it again")
+            path.write_text(json.dumps({**content, "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
 def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
@@ -335,7 +346,7 @@ def static_size(shape: ov.PartialShape, what: str) -> int:
 def _first(config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         if key in config:
-            return int(config[key])
+            return int(config[key])  # read_config has checked it
     raise KeyError(keys[0])
 
 
@@ -351,13 +362,3 @@ def _context(config: Mapping[str, Any], options: TargetOptions) -> int | None:
 
 def _unknown_context(source: Source) -> int:
     raise SourceError(f"config.json of {source.location} names no context length: give --max-context")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(
-            f"{path.name} of the source is not valid JSON ({error}): copy or download it again"
-        ) from error
-    return data

@@ -14,11 +14,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
+from dovetail.runtime.bounds import check_number, check_whole
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.files import read_json
 from dovetail.runtime.manifest import write_atomically
 from dovetail.runtime.tokenizer import Tokenizer
 
@@ -31,6 +33,8 @@ PART_PROMPTS = 512  # prompts answered together
 PART_TOKENS = 1 << 18  # tokens of a part of a given corpus
 FIRST_PROMPTS = 64  # of the first part under a time limit
 ASK_MORE = 1.4  # own prompts begun for each one wanted: some are duplicates or fragments
+SECONDS_MOST = 1e9  # of a run
+DAMAGED = "remove the work folder and train anew"
 ROUNDS = 4  # of asking for the rest, before a part is taken as it is
 
 
@@ -77,7 +81,9 @@ class TextWriter:
         def ask(index: int, start: int, wanted: int) -> Sequence[str]:
             path = self.folder / f"own-{index:04}.prompts.json"
             if path.exists():
-                kept: list[str] = json.loads(path.read_text())
+                kept: list[str] = read_work(path)
+                if not isinstance(kept, list) or not all(isinstance(prompt, str) for prompt in kept):
+                    raise TrainError(f"{path} holds no prompts: {DAMAGED}")
                 seen.update(map(fingerprint, kept))
                 return kept
             rng = np.random.default_rng((self.seed, 2, index))
@@ -139,7 +145,12 @@ class TextWriter:
 
     def _memory(self, kind: str) -> list[dict[str, float]]:
         path = self.folder / f"{kind}.json"
-        memory: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
+        memory: list[dict[str, float]] = read_work(path) if path.exists() else []
+        if not isinstance(memory, list) or not all(isinstance(part, dict) for part in memory):
+            raise TrainError(f"{path} holds no record of parts: {DAMAGED}")
+        for part in memory:
+            check_whole("prompts", part.get("prompts"), TrainError, DAMAGED, most=PART_PROMPTS)
+            check_number("seconds", part.get("seconds"), TrainError, DAMAGED, most=SECONDS_MOST)
         return memory
 
     def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
@@ -194,6 +205,11 @@ class TextWriter:
         longest = 2 * prompts * self.writer.max_length * self.writer.model.feature_size
         used = sum(other.stat().st_size for other in self.features.glob("*.f16") if other != file)
         return used + longest <= self.feature_budget and longest < shutil.disk_usage(self.features).free
+
+
+def read_work(path: Path) -> Any:
+    """What a file of a work folder says. Raises TrainError for a damaged one."""
+    return read_json(path, TrainError, DAMAGED)
 
 
 class FeatureFile:

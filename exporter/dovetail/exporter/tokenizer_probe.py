@@ -49,11 +49,11 @@ SAME_IDS = (*ROUND_TRIPS, "", " ", "\n", "  leading spaces", "e\u0301 decomposed
 _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
-def copy_tokenizer(source_folder: Path | str, out_dir: Path | str) -> Encode:
+def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
     """Put the source's tokenizer files in `out_dir`, in place of any there; gives the source's `encode` for the probe.
 
-    A folder with slow files alone is converted by transformers' AutoTokenizer. Raises SourceError where the source
-    has no readable tokenizer, ExportError where the copy cannot be written.
+    A folder with slow files alone is converted by transformers' AutoTokenizer.  trust: Python code that comes with it
+    may run. Raises SourceError where there is no readable tokenizer, ExportError where the copy cannot be written.
     """
     source, out = Path(source_folder), Path(out_dir)
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -69,7 +69,7 @@ def copy_tokenizer(source_folder: Path | str, out_dir: Path | str) -> Encode:
                 (out / name).unlink(missing_ok=True)  # another tokenizer's file must not stay beside these
     except OSError as error:
         raise ExportError(f"tokenizer files cannot be copied to {out} ({error}): free the space and resume") from error
-    return encode if encode is not None else _convert_slow(source, out)
+    return encode if encode is not None else _convert_slow(source, out, trust)
 
 
 def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) -> None:
@@ -133,14 +133,18 @@ def _encode_of(folder: Path) -> Encode:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
-def _convert_slow(source: Path, out: Path) -> Encode:
+def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
     """Write tokenizer.json through transformers, the only reader of slow formats; the probe judges the result."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
-        slow = AutoTokenizer.from_pretrained(source)
+        slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None would ask on the terminal
         slow.save_pretrained(out)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+    except (
+        OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
+        ArithmeticError, StrictDataclassError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise SourceError(
             f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"

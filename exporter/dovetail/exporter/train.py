@@ -8,7 +8,6 @@ or the minute of fitting in which it stopped, and ends with the weights of an un
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +21,16 @@ from torch import Tensor
 from dovetail.models import Drafter, DrafterConfig, save_checkpoint
 from dovetail.models.checkpoint import CheckpointError, read_checkpoint
 from dovetail.models.config import low_middle_high
+from dovetail.runtime.bounds import CONTEXT_MOST, LARGEST, check_number, check_whole
 from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.files import check_text, read_object
 from dovetail.runtime.machine import usable_cores
 from dovetail.runtime.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
 from dovetail.runtime.paged import PagedModel
 from dovetail.runtime.tokenizer import Tokenizer
 
+from .configuration import read_config
 from .corpus import Corpus, draft_vocabulary
 from .evaluate import HeldOut, evaluate
 from .features import FeatureStore, Part, check_room
@@ -37,12 +39,15 @@ from .fitting import Fitting, Progress
 from .overlap import Forbidden
 from .synth import BatchWriter
 from .target_weights import read_embedding_and_head
-from .text import TextWriter, split
+from .text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 
 TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
 FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
 BOOK_SECONDS = 5.0
 HELD_OUT_MOST = 200  # conversations
+MINUTES_MOST = 60.0 * 24 * 366  # a year
+DISK_GB_MOST = 1e6
+OWN_PROMPTS_MOST = 10**6  # weeks of writing on a CPU
 JUDGED = 40  # of them, while fitting
 
 
@@ -81,10 +86,13 @@ class TrainPlan:
             raise TrainError(
                 "nothing to train on: give --minutes M, --prompts FILE.jsonl, --own-prompts N or --corpus FILE.npz"
             )
-        for name in ("minutes", "disk_gb"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise TrainError(f"{name} {value} is out of range: give a number above 0")
+        for name, number in (("minutes", MINUTES_MOST), ("disk_gb", DISK_GB_MOST)):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, TrainError, "give another", most=number)
+        for name, most in (("max_new_tokens", CONTEXT_MOST), ("draft_vocab", LARGEST["vocab_size"])):
+            check_whole(name, getattr(self, name), TrainError, "give another", most=most)
+        check_whole("blocks", self.blocks, TrainError, "give another")
+        check_whole("own_prompts", self.own_prompts, TrainError, "give another", least=0, most=OWN_PROMPTS_MOST)
         if not self.openings:
             raise TrainError("openings are empty: give at least one, '' leaves the beginning to the target")
         if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:
@@ -130,6 +138,7 @@ class Text:
 
 def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
+    check_text("folder", str(out), TrainError)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch sees no container's quota
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
@@ -186,10 +195,10 @@ def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -
 
 
 def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
-    target = json.loads((pair / "target" / "config.json").read_text())
+    target = read_config(pair / "target", TrainError)
     try:
         return DrafterConfig.for_target(target, vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise TrainError(f"cannot shape a drafter after this target: {error}") from error
 
 
@@ -319,7 +328,9 @@ class Clock:
 
     def __init__(self, file: Path):
         self.file = file
-        self.seconds = float(json.loads(file.read_text())) if file.exists() else 0.0
+        self.seconds = read_work(file) if file.exists() else 0.0
+        if self.seconds != 0:
+            check_number(str(file), self.seconds, TrainError, DAMAGED, most=SECONDS_MOST)
 
     def __enter__(self) -> Self:
         self._mark = time.monotonic()
@@ -355,7 +366,7 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
         # Where it runs and how much disk it may take is no part of what it is.
         theirs, ours = (
             {name: value for name, value in one.items() if name not in ("disk_gb", "device")}
-            for one in (json.loads(mine.read_text()), plan)
+            for one in (read_object(mine, TrainError, DAMAGED), plan)
         )
         if theirs != ours:
             raise TrainError(

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from dovetail.exporter.configuration import read_config
 from dovetail.exporter.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.progress import quiet
-from dovetail.exporter.sources import CONFIG, Source, read_config
+from dovetail.exporter.sources import Source
 from dovetail.exporter.stages import Progress
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
 
@@ -35,9 +37,11 @@ _INERT_TENSORS = re.compile(
     r"\bposition_ids|_extra_state)$"
 )
 # What transformers, optimum and nncf raise on a model that they cannot convert.
-_CONVERSION_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError)
+_CONVERSION_ERRORS = (
+    RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError,
+)  # fmt: skip
 # What torch's unpickler raises on a damaged pytorch_model.bin.
-_DAMAGED_PICKLE = (EOFError, UnpicklingError, IndexError, struct.error)
+_DAMAGED_PICKLE = (EOFError, PickleError, BadZipFile, IndexError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def convert(
             _export_compressed(source, checkpoint, folder, options, trust, progress)
         if options.is_float or options.weight_format == "int8":  # those of 4 bits are too far from it to be compared
             progress("computing what the checkpoint itself computes")
-            tokens = probe_tokens(read_config(checkpoint / CONFIG))
+            tokens = probe_tokens(read_config(checkpoint))
             np.save(folder / REFERENCE, torch_logits(checkpoint, tokens, trust))
 
 
@@ -203,9 +207,10 @@ def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
 def _one_line_errors(source: Source) -> Iterator[None]:
     """What the libraries raise on a checkpoint they cannot convert, as one line; OSError passes."""
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
     except ImportError as error:
-        raise ExportError("converting a checkpoint needs safetensors: pip install 'dovetail-spec[export]'") from error
+        raise ExportError(f"converting a checkpoint needs {error.name}: pip install 'dovetail-spec[export]'") from error
     try:
         yield
     except DovetailError:
@@ -226,6 +231,8 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
         raise SourceError(f"{source.location}: unreadable weights: {_first_line(error)}") from error
+    except StrictDataclassError as error:  # a value in config.json is of another type than the model's
+        raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 

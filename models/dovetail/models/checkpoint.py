@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dovetail.runtime.files import check_regular
+
 from .config import DrafterConfig
 from .drafter import Drafter
 
@@ -49,11 +51,13 @@ def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Draf
             f"the target's lm_head is {tuple(lm_head.shape)}, the drafter in {folder} was trained for "
             f"{(config.vocab_size, config.hidden_size)}: use the target that it was trained for"
         )
-    drafter = Drafter(config, embed_tokens, lm_head[d2t].contiguous(), d2t)
-    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
+    head = lm_head[d2t].contiguous()
+    with torch.device("meta"):  # shapes alone: a config may ask for more than there is memory
+        expected = {name: tuple(p.shape) for name, p in Drafter(config, embed_tokens, head, d2t).named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if wrong := sorted(set(expected.items()) ^ set(found.items())):
         raise CheckpointError(f"checkpoint {folder} does not fit its config: first difference at {wrong[0][0]!r}")
+    drafter = Drafter(config, embed_tokens, head, d2t)
     drafter.load_state_dict({name: t.float() for name, t in tensors.items()})
     return drafter
 
@@ -62,6 +66,7 @@ def read_checkpoint(folder: Path) -> tuple[DrafterConfig, dict[str, Tensor]]:
     """Config and raw tensors of a checkpoint folder."""
     try:
         config = DrafterConfig.load(folder)
+        check_regular(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read drafter checkpoint {folder}: {error}") from error

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dovetail.runtime.bounds import LARGEST, check_number, check_whole
+from dovetail.runtime.files import read_json
+
 FUSIONS = ("dgf", "fc")
+_AGAIN = "correct config.json"
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,20 @@ class DrafterConfig:
     feature_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.feature_layers, list | tuple):
+            raise ValueError(f"feature_layers {self.feature_layers!r:.60} are no list: {_AGAIN}")
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))  # a list in JSON
-        if any(layer < 0 for layer in self.feature_layers):
-            raise ValueError(f"feature_layers {list(self.feature_layers)} are out of range: blocks count from 0")
+        for layer in self.feature_layers:
+            check_whole("feature_layers", layer, ValueError, _AGAIN, least=0, most=LARGEST["num_layers"] - 1)
         if self.fusion not in FUSIONS:
-            raise ValueError(f"fusion {self.fusion!r} is unknown: choose one of {', '.join(FUSIONS)}")
-        for name in ("vocab_size", "hidden_size", "feature_size", "intermediate_size", "head_dim", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range: it must be 1 or more")
+            raise ValueError(f"fusion {self.fusion!r:.60} is unknown: choose one of {', '.join(FUSIONS)}")
+        for field in fields(self):
+            if field.name in LARGEST:
+                check_whole(field.name, getattr(self, field.name), ValueError, _AGAIN)
+        check_number("rope_theta", self.rope_theta, ValueError, _AGAIN, most=1e15)
+        check_number("rms_norm_eps", self.rms_norm_eps, ValueError, _AGAIN, most=1)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, RoPE turns pairs: {_AGAIN}")
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size {self.draft_vocab_size} is out of range: it must lie in 1..{self.vocab_size}"
@@ -108,7 +118,10 @@ class DrafterConfig:
     @classmethod
     def load(cls, folder: Path) -> DrafterConfig:
         """Read `config.json` from `folder`."""
-        return cls.from_dict(json.loads((folder / "config.json").read_text()))
+        data = read_json(folder / "config.json", ValueError, _AGAIN)
+        if not isinstance(data, dict):
+            raise ValueError(f"drafter config is a {type(data).__name__}, not an object: {_AGAIN}")
+        return cls.from_dict(data)
 
 
 def low_middle_high(depth: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, PairError
+from .files import read_json
 from .manifest import Manifest, write_atomically
 
 CALIBRATION_NAME = "calibration.json"
 _REMEDY = "train the drafter again, or remove the file"
+_MOST = 1e300
 # Logits beyond these are no better known than these; float32 log-probabilities end near -6e-8 and -104.
 _HIGHEST, _LOWEST = -1e-7, -60.0
 
@@ -101,13 +102,11 @@ class Calibration:
         """
         path = folder / CALIBRATION_NAME
         try:
-            return parse_calibration(json.loads(path.read_text(encoding="utf-8")))
+            raw = read_json(path, PairError, _REMEDY)
         except FileNotFoundError:
             return None
-        except OSError as err:
-            raise PairError(f"{path} cannot be read ({err.strerror}): check its permissions") from None
-        except (ValueError, RecursionError) as err:  # not JSON, nested without end, or not UTF-8
-            raise PairError(f"{path} is not valid JSON ({err}): {_REMEDY}") from None
+        try:
+            return parse_calibration(raw)
         except PairError as err:
             raise PairError(f"{path}: {err}") from None
 
@@ -151,7 +150,7 @@ def _check_list(name: str, value: object) -> tuple[Any, ...]:
 
 
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST:
         raise PairError(f"{name} is {value!r:.60}, not a finite number: {_REMEDY}")
 
 

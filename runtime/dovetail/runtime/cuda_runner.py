@@ -28,6 +28,7 @@ from .runners import (
     Rows,
     Spec,
     call,
+    check_ports,
     open_session,
     output_name,
     read_draft_ids,
@@ -144,6 +145,7 @@ class CudaRunner:
         problem = None
         try:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
+            check_ports(self._session, file, facts, np.float16)
             self.draft_ids = read_draft_ids(self._session, file, facts)
             noise: dict[str, Spec] = {NOISE: ((1, facts.draft_vocab_size), np.float32)}
             self._noise = None if self.draft_ids is None else Block.allocate(device, noise)

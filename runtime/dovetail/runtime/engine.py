@@ -12,6 +12,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
+from .bounds import THREADS_MOST, check_whole
 from .decode import Conversation, FinishReason, Request, Step, decode
 from .errors import ContextOverflow, DeviceError, InputError
 from .manifest import Manifest, read_sound
@@ -152,8 +153,8 @@ class Engine:
         """
         if drafter_device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads {threads!r} is out of range: give a whole number, 1 or more")
+        if threads is not None:
+            check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
         from .calibration import pair_calibration
         from .cost_cache import chosen_properties
         from .onnx_drafter import OnnxDrafter

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ExportError, IntegrityError
+from .files import read_arrays
 
 if TYPE_CHECKING:
     import openvino as ov
+
+    from .manifest import DrafterFacts
 
 FEATURES = "features"
 LOGITS = "logits"
@@ -44,16 +46,19 @@ class FeatureMix:
         np.savez(file, layers=np.array(self.layers), weight=self.weight.astype(np.float16), eps=np.array(self.eps))
 
     @classmethod
-    def load(cls, file: Path) -> FeatureMix:
-        """Read it back. Raises IntegrityError."""
-        try:
-            with file.open("rb") as stream, np.load(stream) as data:
-                layers, weight, eps = data["layers"], data["weight"].astype(np.float32), float(data["eps"])
-        except (OSError, KeyError, ValueError, BadZipFile) as error:
-            raise IntegrityError(f"{file} cannot be read ({error}): export the drafter again") from error
-        if weight.ndim != 2 or not len(layers) or weight.shape[1] != len(layers) * weight.shape[0]:
-            raise IntegrityError(f"{file} holds a weight {weight.shape} for {len(layers)} layers: export it again")
-        return cls(tuple(int(layer) for layer in layers), weight, eps)
+    def load(cls, file: Path, facts: DrafterFacts) -> FeatureMix:
+        """Read back what belongs to a drafter of these `facts`. Raises IntegrityError."""
+        remedy = "export the drafter again"
+        layers, weight, eps = read_arrays(file, ("layers", "weight", "eps"), IntegrityError, remedy)
+        if layers.ndim != 1 or layers.dtype.kind not in "iu" or eps.ndim or weight.dtype.kind + eps.dtype.kind != "ff":
+            raise IntegrityError(f"{file} does not hold layers, a weight and eps: {remedy}")
+        if weight.shape != (facts.feature_size, len(layers) * facts.feature_size):
+            raise IntegrityError(f"{file} holds a weight {weight.shape} for {len(layers)} layers: {remedy}")
+        if tuple(layers) != facts.feature_layers:
+            raise IntegrityError(f"{file} is for layers {layers.tolist()}, not {[*facts.feature_layers]}: {remedy}")
+        if not (np.isfinite(weight).all() and 0 < eps < 1):
+            raise IntegrityError(f"{file} holds numbers that are not finite, or eps {float(eps)}: {remedy}")
+        return cls(tuple(int(layer) for layer in layers), weight.astype(np.float32), float(eps))
 
 
 # What may stand between a constant and the node that uses it.

@@ -15,14 +15,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from .bounds import BYTES_MOST, check_whole
 from .errors import InputError, IntegrityError, ManifestError, MismatchError
+from .files import check_regular, open_regular, parse_json, read_bytes, read_json
 from .tree import TreeLimits
 
 FORMAT_VERSION = 1
 # Without these there is no target.
 TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "target/tokenizer.json")
 MANIFEST_NAME = "dovetail.json"
+PARTS = ("target", "drafter")
 FUSIONS = ("dgf", "fc")
+
+TREE_MOST = 2**12  # of each limit of a manifest's tree
+_AGAIN = "export the pair again"
 
 DATA_SUFFIX = ".data"  # of the file beside a graph that holds its weights
 DEVICES = ("cuda", "cpu")
@@ -66,7 +72,7 @@ class TargetFacts:
     tokenizer_sha256: str
 
     def __post_init__(self) -> None:
-        _require_positive(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
+        _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
         if not self.taps:
             raise ManifestError("target.taps is empty: export the target again, a drafter needs a feature output")
 
@@ -108,11 +114,11 @@ class DrafterFacts:
             raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
         if bool(self.feature_layers) != ("features" in self.files):
             raise ManifestError("drafter.feature_layers and files['features'] do not match: export the drafter again")
-        if len(self.workspace) not in (0, 2) or min(self.workspace, default=0) < 0:
+        if len(self.workspace) not in (0, 2):
             raise ManifestError(f"drafter.workspace {self.workspace} is no pair of sizes: export the drafter again")
-        if self.vram < 0:
-            raise ManifestError(f"drafter.vram {self.vram} is out of range: export the drafter again")
-        _require_positive(
+        for name, value in (*(("workspace", size) for size in self.workspace), ("vram", self.vram)):
+            check_whole(f"drafter.{name}", value, ManifestError, _AGAIN, least=0, most=BYTES_MOST)
+        _check_sizes(
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
         )  # fmt: skip
@@ -133,7 +139,7 @@ class Manifest:
     def __post_init__(self) -> None:
         listed = [*self.files, *(self.drafter.files.values() if self.drafter else ())]
         for path in map(PurePosixPath, listed):
-            if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            if path.is_absolute() or ".." in path.parts or set("\\\0") & set(str(path)):
                 raise ManifestError(f"files: {str(path)!r} lies outside the pair: export the pair again")
 
     def drafter_files(self, device: str) -> list[FileEntry]:
@@ -150,14 +156,10 @@ def read_manifest(pair: Path) -> Manifest:
     """
     path = Path(pair) / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, ManifestError, "check its permissions, or export the pair again")
     except (FileNotFoundError, NotADirectoryError):
         remedy = ", or finish its export with --resume" if Path(pair).is_dir() else ""
         raise ManifestError(f"{path} is missing: name a pair folder{remedy}") from None
-    except OSError as err:
-        raise ManifestError(f"{path} cannot be read ({err.strerror}): check its permissions") from None
-    except (ValueError, RecursionError) as err:  # not JSON, nested without end, or not UTF-8
-        raise ManifestError(f"{path} is not valid JSON ({err}): export the pair again") from None
     try:
         return parse_manifest(raw)
     except ManifestError as err:
@@ -170,22 +172,24 @@ def parse_manifest(raw: object) -> Manifest:
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise ManifestError(
-            f"format_version {version!r} is not {FORMAT_VERSION}: "
+            f"format_version {version!r:.60} is not {FORMAT_VERSION}: "
             "export the pair again with this version of Dovetail, or install the one that wrote it"
         )
     _check_keys(Manifest, data, "")
     entries = _mapping(data["files"], "files")
     try:
-        tree = _record(TreeLimits, data["tree"], "tree")
+        tree = parse_record(TreeLimits, data["tree"], "tree")
     except InputError as err:
         raise ManifestError(str(err)) from None
+    for name, value in asdict(tree).items():
+        check_whole(f"tree.{name}", value, ManifestError, _AGAIN, least=0, most=TREE_MOST)
     return Manifest(
         name=_value(str, data["name"], "name"),
-        target=_record(TargetFacts, data["target"], "target"),
-        drafter=None if data["drafter"] is None else _record(DrafterFacts, data["drafter"], "drafter"),
-        files={name: _record(FileEntry, entry, f"files[{name}]") for name, entry in entries.items()},
+        target=parse_record(TargetFacts, data["target"], "target"),
+        drafter=None if data["drafter"] is None else parse_record(DrafterFacts, data["drafter"], "drafter"),
+        files={name: parse_record(FileEntry, entry, f"files[{name}]") for name, entry in entries.items()},
         tree=tree,
-        provenance=dict(_mapping(data["provenance"], "provenance")),
+        provenance=_provenance(data["provenance"]),
     )
 
 
@@ -224,7 +228,7 @@ def sha256_file(path: Path, *, remember: bool = True) -> str:
     memory = cache_dir() / "digests" / f"{hashlib.sha256(str(resolved).encode()).hexdigest()}.json"
     if remember and (known := _recall(memory, identity)):
         return known
-    with resolved.open("rb") as file:
+    with open_regular(resolved) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if _identity(resolved) == identity:
         # A cache that cannot be written costs time, not correctness.
@@ -256,6 +260,13 @@ def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> No
             raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")
     for relative, entry in manifest.files.items():
         _verify_file(Path(pair) / relative, entry, remember)
+    for file in (file for part in PARTS for file in (Path(pair) / part).glob("*")):  # some are read without a digest
+        try:
+            check_regular(file)
+        except FileNotFoundError:  # a link to nowhere
+            continue
+        except OSError as err:
+            raise IntegrityError(f"{file} cannot be read ({err.strerror}): remove it") from None
 
 
 def check_listed(manifest: Manifest) -> None:
@@ -310,6 +321,7 @@ def cache_dir() -> Path:
 def _verify_file(path: Path, entry: FileEntry, remember: bool) -> None:
     remedy = "build the pair again with --resume"
     try:
+        check_regular(path)
         size = path.stat().st_size
         if size != entry.size:
             state = "truncated" if size < entry.size else "too long"
@@ -329,23 +341,30 @@ def _identity(path: Path) -> list[int | str]:
 
 def _recall(memory: Path, identity: list[int | str]) -> str | None:
     try:
-        note = json.loads(memory.read_text(encoding="utf-8"))
+        note = parse_json(read_bytes(memory))
         return str(note["sha256"]) if note["file"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
         return None
 
 
-def _require_positive(record: object, *names: str) -> None:
+def _check_sizes(record: object, *names: str) -> None:
     for name in names:
-        value = getattr(record, name)
-        if value < 1:
-            raise ManifestError(f"{type(record).__name__}.{name} {value} is out of range: give 1 or more")
+        check_whole(f"{type(record).__name__}.{name}", getattr(record, name), ManifestError, _AGAIN)
 
 
 def _mapping(raw: object, where: str) -> Mapping[str, Any]:
     if not isinstance(raw, dict):
         raise ManifestError(f"{where} is a {type(raw).__name__}, not an object: export the pair again")
     return raw
+
+
+def _provenance(raw: object) -> dict[str, Any]:
+    """Any object, but for the `stages` in it, from which an export goes on."""
+    provenance = _mapping(raw, "provenance")
+    for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
+        for key in ("inputs", "facts"):
+            _mapping(_mapping(stage, f"stage {name}").get(key, {}), f"{key} of stage {name}")
+    return dict(provenance)
 
 
 def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
@@ -358,8 +377,8 @@ def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
             raise ManifestError(f"key {where + name!r} is missing: export the pair again")
 
 
-def _record(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from JSON: every field present, none unknown, each of its type."""
+def parse_record(record: type[Record], raw: object, where: str) -> Record:
+    """A dataclass from JSON: every field present, none unknown, each of its type. Raises ManifestError."""
     data = _mapping(raw, where)
     _check_keys(record, data, f"{where}.")
     hints = get_type_hints(record)
@@ -374,7 +393,9 @@ def _value(hint: Any, raw: object, where: str) -> Any:
     if origin is dict and isinstance(raw, dict):
         return {key: _value(args[1], item, f"{where}[{key}]") for key, item in raw.items()}
     if origin is None and isinstance(raw, hint) and isinstance(raw, bool) == (hint is bool):
+        if isinstance(raw, str) and "\0" in raw:
+            raise ManifestError(f"{where} {raw!r:.80} holds a NUL: {_AGAIN}")
         return raw
     kinds = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list", dict: "an object"}
     expected = kinds[origin or hint]
-    raise ManifestError(f"{where} is {raw!r}, not {expected}: export the pair again")
+    raise ManifestError(f"{where} is {raw!r:.80}, not {expected}: export the pair again")

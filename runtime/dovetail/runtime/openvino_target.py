@@ -69,9 +69,9 @@ class OpenVINOTarget:
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
             raise InputError(f"{taken[0]} must stay {required}, trees depend on it: leave it out")
-        mix = manifest.drafter.files.get("features") if manifest.drafter else None
-        xml = pair / "target" / "openvino_model.xml"
-        features = FeatureMix.load(pair / mix) if mix else None
+        facts, xml = manifest.drafter, pair / "target" / "openvino_model.xml"
+        mix = facts.files.get("features") if facts else None
+        features = FeatureMix.load(pair / mix, facts) if facts and mix else None
         model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)
         return cls(model, manifest.target.max_context, exact=exact)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DeviceError
+from .files import open_regular
 from .manifest import DrafterFacts
 from .mapped import LookedUp
 from .telemetry import decline_telemetry
@@ -35,6 +37,10 @@ INPUTS = (*INDEXES, "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
 NOISE = "noise"  # [1, V] float32, added to the logits of every row; graphs of older pairs have none
 DRAFT_IDS = "draft_ids"  # of the graph's metadata: V target ids, little-endian int32 in base64
+_TYPES: dict[type[np.generic], str] = {
+    np.int64: "tensor(int64)", np.int32: "tensor(int32)", np.float32: "tensor(float)", np.float16: "tensor(float16)"
+}  # fmt: skip
+_LOOP = b'"\x04Loop'  # an operator's type, as protobuf writes it: of all operators it alone may never end
 STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
 
 
@@ -152,12 +158,19 @@ class CpuRunner:
         self._embedding = LookedUp(file.with_name(file.name + ".data"))
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU])
+        check_ports(self._session, file, facts, np.float32)
         self.max_context, self._slots = facts.max_context, facts.tree_slots
         self._rows = Rows.zeros(facts, CHUNK, np.float32)
         # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
         shapes = state_shapes(facts, facts.max_context)
-        self._bank = np.zeros(shapes.pop(STATE), np.float32)
-        self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        try:
+            self._bank = np.zeros(shapes.pop(STATE), np.float32)
+            self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        except MemoryError:
+            raise DeviceError(
+                f"the drafter's context of {facts.max_context} tokens does not fit into memory: free some, or generate "
+                "without speculation"
+            ) from None
         given = {port.name for port in self._session.get_inputs()}
         self._inputs = [name for name in INPUTS if name in given]  # a graph of an older pair answers for every row
         self.draft_ids = read_draft_ids(self._session, file, facts)
@@ -224,6 +237,8 @@ def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequenc
 
     For any provider but the CPU's, ONNX Runtime's own log is silenced meanwhile, and then back at its default.
     """
+    if isinstance(model, Path):
+        _check_endless(model)
     source, what = (str(model), model) if isinstance(model, Path) else (model, "a graph")
     quiet = providers != [CPU]
     if quiet:
@@ -235,6 +250,53 @@ def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequenc
     finally:
         if quiet:
             ort.set_default_logger_severity(2)
+
+
+def _check_endless(file: Path) -> None:
+    """Raise DeviceError for a graph that could run for ever, or a file that cannot be read."""
+    try:
+        with open_regular(file) as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+            endless = content.find(_LOOP) >= 0
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{file} cannot be read ({error}): export the drafter again") from None
+    if endless:
+        raise DeviceError(f"{file} holds a Loop, which no drafter has and which may never end: export it again")
+
+
+def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:
+    """Check a graph's inputs and outputs: names, dtypes, and sizes that are fixed.  Raises DeviceError naming one.
+
+    dtype: of the graph's activations.  Graphs of older pairs have no `queries` and no `noise`.
+    """
+    rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: as many as a call has
+    inputs: dict[str, Spec] = {name: rows[name] for name in INPUTS}
+    inputs |= {NOISE: ((1, facts.draft_vocab_size), np.float32)}
+    inputs |= {name: (shape, dtype) for name, shape in state.items()}
+    outputs: dict[str, Spec] = {name: rows[name] for name in OUTPUTS}
+    outputs |= {output_name(name): (shape, dtype) for name, shape in state.items()}
+    try:
+        given, returned = session.get_inputs(), session.get_outputs()
+    except ValueError as error:  # a name that is not UTF-8
+        raise DeviceError(f"{file} has inputs without readable names ({error}): export the drafter again") from None
+    lacking = {*inputs} - {port.name for port in given} - {"queries", NOISE}
+    lacking |= {*outputs} - {port.name for port in returned}
+    odd = {port.name for port in given} - {*inputs}
+    if lacking or odd:
+        found = f"no {min(lacking)!r}" if lacking else f"an unknown input {min(odd)!r}"
+        raise DeviceError(f"{file} has {found}: export the drafter again")
+    for port in (*given, *returned):
+        if port.name not in inputs | outputs:
+            continue
+        shape, kind = (inputs | outputs)[port.name]
+        pairs = zip(port.shape, shape, strict=False)
+        fits = all(size == wanted or not wanted or not isinstance(size, int) for size, wanted in pairs)
+        if port.type != _TYPES[kind] or len(port.shape) != len(shape) or not fits:
+            raise DeviceError(
+                f"{file}: {port.name} is {port.type} {port.shape}, the manifest says {_TYPES[kind]} {list(shape)} "
+                "(0 is any): export the drafter again"
+            )
 
 
 def read_draft_ids(session: Any, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
@@ -270,11 +332,8 @@ def failures() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: its own exceptions have no common base; a run with bindings raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = (
-        "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
-        "RuntimeException",
-    )  # fmt: skip
-    return (RuntimeError, *(getattr(state, name) for name in names))
+    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (RuntimeError, *own)
 
 
 def one_line(error: Exception) -> str:

@@ -8,17 +8,20 @@ of older folders), `chat_template.jinja`, and the end-of-sequence ids of `genera
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bounds import TOKEN_MOST, check_whole
 from .errors import InputError, IntegrityError
+from .files import read_bytes, read_object
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate, Message
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_AGAIN = "export the target again"
+TOKENIZER_BYTES = 1 << 30  # of tokenizer.json
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
@@ -51,9 +54,11 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         try:
-            content = file.read_bytes()
+            content = read_bytes(file, TOKENIZER_BYTES)
         except OSError as error:
             raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
+        except ValueError as error:
+            raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
         config = _read_json(folder / "tokenizer_config.json")
         try:
             return cls(
@@ -204,15 +209,7 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in `file`, {} where there is no file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{file} holds a {type(content).__name__}, not an object: export the target again")
-    return content
+    return read_object(file, IntegrityError, _AGAIN)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -230,10 +227,10 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the config's template; of several named ones, `default`."""
     file = folder / "chat_template.jinja"
     try:
-        return file.read_text(encoding="utf-8")
+        return read_bytes(file).decode()
     except FileNotFoundError:
         template = config.get("chat_template")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -248,8 +245,8 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(token, int) for token in ids):
-            raise IntegrityError(f"{folder / name}: eos_token_id {value!r} is no token id: export the target again")
+        for token in ids:
+            check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
         if ids:
             return tuple(ids)
     return ()

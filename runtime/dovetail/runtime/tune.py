@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
-from math import isfinite
 from random import Random
 from statistics import median
 from time import perf_counter
@@ -20,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from .bounds import check_number
 from .cost_cache import CostKey, Measured, recall
 from .costs import Costs, Curve
 from .errors import InputError
@@ -136,8 +136,7 @@ def measure(
 
 def check_seconds(seconds: float) -> None:
     """Raises InputError for a time that measuring cannot take."""
-    if not isfinite(seconds) or seconds <= 0:
-        raise InputError(f"seconds {seconds} is out of range: give more than 0")
+    check_number("seconds", seconds, InputError, "give another time", most=86400)
 
 
 def timed_tree(nodes: int, paths: int = 1) -> DraftTree:

@@ -139,7 +139,7 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(row["name"], *_cells(row, compared))
     table.add_section()
     table.add_row("all (median speedup)" if compared else "all", *_cells(report, compared))
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)  # names of pairs and prompts are the user's
     console.print(table)
     console.print(
         f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "

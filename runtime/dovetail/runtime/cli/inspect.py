@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 
 import click
 
+from ..bounds import check_whole
 from ..calibration import pair_calibration
 from ..cost_cache import WEIGHTS, CostKey, Measured, recall
 from ..errors import DeviceError, InputError, PairError
+from ..files import read_json
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
 from ..vram import VramPlan, check_limit, plan_pair
 from .curves import check_plot, plot_costs, show_costs
@@ -127,12 +129,15 @@ def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
 def target_kv_bytes(folder: Path, manifest: Manifest) -> int | None:
     """Bytes of KV per token, all layers, from target/config.json."""
     try:
-        config = json.loads((folder / "target" / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "target" / "config.json", PairError, "")
         config = config.get("text_config", config)
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_size = int(config.get("head_dim") or manifest.target.hidden_size // heads)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        heads: int = config["num_attention_heads"]
+        check_whole("num_attention_heads", heads, PairError, "")
+        kv_heads: int = config.get("num_key_value_heads") or heads
+        head_size: int = config.get("head_dim") or manifest.target.hidden_size // heads
+        check_whole("num_key_value_heads", kv_heads, PairError, "")
+        check_whole("head_dim", head_size, PairError, "")
+    except (OSError, KeyError, AttributeError, TypeError, PairError):
         return None
     return manifest.target.num_layers * 2 * kv_heads * head_size * TARGET_KV_BYTES
 

@@ -9,23 +9,29 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
 
-from ..errors import DovetailError
+from ..errors import DovetailError, InputError
+from ..files import check_text
 from ..telemetry import decline_telemetry
 
 INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")
+CUT_OFF = "a file ends too early: copy or build it again"
+WORD = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # what a command looks like
 COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "tune")  # each in the module of its name
 
 
 class DefaultGroup(click.Group):
     """A group whose first word may be left out: what is no command is a prompt for `generate`.
 
+    A single word that could be a command is neither: it may be mistyped, and an answer costs minutes.
     Commands are imported when they are called: --help is fast, and Ctrl-C quiet from the start.
     """
 
@@ -42,6 +48,8 @@ class DefaultGroup(click.Group):
         if not args and sys.stdin and sys.stdin.isatty():
             args = ["--help"]
         elif not args or args[0] not in (*COMMANDS, *OWN_FLAGS):
+            if args and WORD.fullmatch(args[0]):
+                raise click.UsageError(unknown_command(args[0]), ctx)
             args = ["generate", *args]
         return super().parse_args(ctx, args)
 
@@ -51,6 +59,8 @@ class DefaultGroup(click.Group):
         """Run, then exit: every error is one line on stderr, a closed pipe is quiet (click sees to that)."""
         extra.pop("standalone_mode", None)
         try:
+            for argument in sys.argv[1:] if args is None else args:
+                check_text("argument", argument, InputError)
             code = super().main(args, prog_name, standalone_mode=False, **extra)
         except DovetailError as err:
             code = fail(str(err), err.exit_code)
@@ -59,8 +69,8 @@ class DefaultGroup(click.Group):
             code = fail(f"{err.format_message()} (see {command} --help)", err.exit_code)
         except click.ClickException as err:
             code = fail(err.format_message(), err.exit_code)
-        except click.Abort:
-            code = INTERRUPTED
+        except click.Abort as err:  # click raises it for Ctrl-D too, which nobody presses here
+            code = fail(CUT_OFF, 1) if isinstance(err.__cause__, EOFError) else INTERRUPTED
         except OSError as err:  # files have errors of their own; this may be a full disk behind stdout
             lost = err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
             what = "the output cannot be written: " if lost else f"{err.filename}: " if err.filename else ""
@@ -74,6 +84,13 @@ def fail(message: str, exit_code: int) -> int:
     """Say `message` as one line on stderr; gives the exit code back."""
     click.echo("error: " + " ".join(message.split()), err=True)
     return exit_code
+
+
+def unknown_command(word: str) -> str:
+    """What to say to a word that is no command."""
+    near = get_close_matches(word, COMMANDS, 1)
+    meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)};"
+    return f"no such command {word!r}: {meant} A prompt of one word goes to dovetail-run generate, others need quotes"
 
 
 def _drop_output() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from ..bounds import THREADS_MOST, check_whole
 from ..engine import Engine
 from ..errors import InputError
 from ..manifest import read_manifest
@@ -147,8 +148,8 @@ class RequestFlags:
 
 def check_threads(threads: int | None) -> None:
     """Raises InputError for a number of threads that cannot be; None leaves it to the engines."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads {threads} is out of range: give 1 or more")
+    if threads is not None:
+        check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
 
 
 def device_options(command: Command) -> Command:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import parse_json
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
 def parse_row(line: str, where: str, number: int) -> Conversation:
     """One row. Raises InputError that starts with `where`."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as err:
+        row = parse_json(line)
+    except ValueError as err:
         raise InputError(f"{where} is not JSON ({err}): give one object a line") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("turns" in row):
         raise InputError(f"{where} needs either `prompt` (a text) or `turns` (a list of texts)")

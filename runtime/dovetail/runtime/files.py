@@ -1,0 +1,140 @@
+"""Files that somebody else may have written: only regular ones are read, of a bounded size, and shallow JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import stat
+import warnings
+from io import BufferedReader
+from pathlib import Path
+from tokenize import TokenError
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
+from zlib import error as ZlibError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TEXT_BYTES = 64 << 20  # of a JSON file or another text
+JSON_DEPTH = 64  # objects and lists inside each other; libraries copy what they read by recursion
+ARRAY_BYTES = 64 << 20  # of unpacked arrays, or
+ARRAY_RATIO = 50  # times the size of their archive: token ids shrink to a fraction, zeros to a thousandth
+
+# What numpy raises on an archive that it cannot read; TokenError comes from headers that are no Python literals.
+_ARRAY_FAILURES = (
+    OSError, EOFError, KeyError, IndexError, TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError,
+    SyntaxError, TokenError, BadZipFile, ZlibError, UserWarning,
+)  # fmt: skip
+
+
+def check_regular(file: Path) -> None:
+    """Raise OSError where `file` is a pipe, a device or a socket: reading these may never end."""
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder fails by itself
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+
+
+def open_regular(file: Path) -> BufferedReader:
+    """`file`, opened for reading. Raises OSError, also where it is no regular file."""
+    check_regular(file)
+    return file.open("rb")
+
+
+def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
+    """The content of `file`. Raises OSError, ValueError where it holds more than `most` bytes."""
+    with open_regular(file) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most >> 20} MiB")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also for JSON that is nested too deep or holds a lone surrogate."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            break
+    else:
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def read_json(file: Path, failure: type[Exception], remedy: str) -> Any:
+    """The value in the JSON file `file`.
+
+    Raises FileNotFoundError or NotADirectoryError where there is none, `failure` with `remedy` where it cannot be read
+    or is no JSON.
+    """
+    try:
+        return parse_json(read_bytes(file).decode())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise failure(f"{file} cannot be read ({error.strerror}): {remedy}") from None
+    except ValueError as error:
+        raise failure(f"{file} is not valid JSON ({error}): {remedy}") from None
+
+
+def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, Any]:
+    """The object in the JSON file `file`, {} where there is no file. Raises `failure` with `remedy`."""
+    try:
+        content = read_json(file, failure, remedy)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    if not isinstance(content, dict):
+        raise failure(f"{file} holds a {type(content).__name__}, not an object: {remedy}")
+    return content
+
+
+def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
+    """The arrays `names` of an .npz file. Raises `failure` with `remedy`; unpacked sizes are checked beforehand."""
+    import numpy as np  # the command lines check their arguments here, and start without it
+
+    try:
+        with open_regular(file) as stream, warnings.catch_warnings():
+            warnings.simplefilter("error")  # a header of Python 2, of which numpy warns, is none of ours
+            with ZipFile(stream) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > max(ARRAY_BYTES, ARRAY_RATIO * file.stat().st_size):
+                raise ValueError(f"it unpacks to {size >> 20} MiB")
+            stream.seek(0)
+            with np.load(stream) as data:
+                return [data[name] for name in names]
+    except _ARRAY_FAILURES as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise failure(f"{file} cannot be read ({reason:.200}): {remedy}") from error
+
+
+def check_text(what: str, text: str, failure: type[Exception]) -> None:
+    """Raise `failure` where `text` is no Unicode text or holds a NUL: no file, manifest or terminal takes it."""
+    if "\0" in text or not _encodes(text):
+        raise failure(f"{what} {text!r:.80} is no valid text: leave out NUL and bytes that are not UTF-8")
+
+
+def printable(text: str) -> str:
+    """`text` with every lone surrogate as its escape: a file name that is not UTF-8, for a record of it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inside(value: object) -> list[Any]:
+    """The values of an object or a list."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
