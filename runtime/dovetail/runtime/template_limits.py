@@ -29,7 +29,8 @@ _ITEM = 16  # characters that an item of a list, or a step, counts as
 _NODE = 128  # characters that a value counts as where lists are searched to their depth, which takes longer
 _MAX_NUMBER = 10_000  # widths, counts and bits in one operation
 
-_Container = list | tuple | set | frozenset | KeysView | ValuesView | ItemsView
+_LISTS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
+_CONTAINERS = (*_LISTS, Mapping)
 # Filters that pick or arrange items and make no text of them.
 _LIST_FILTERS = {
     "attr", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject",
@@ -242,7 +243,7 @@ def _shallow(value: Any) -> int:
     """Characters of a text; items of a list count _ITEM each, whatever they hold."""
     if isinstance(value, str):
         return len(value)
-    return _ITEM * len(value) if isinstance(value, _Container | Mapping) else _ITEM
+    return _ITEM * len(value) if isinstance(value, _CONTAINERS) else _ITEM
 
 
 def _size(value: Any, most: int) -> int:
@@ -253,7 +254,7 @@ def _size(value: Any, most: int) -> int:
         total += _NODE + _shallow(each)
         if isinstance(each, Mapping):
             waiting += [*each.keys(), *each.values()]
-        elif isinstance(each, _Container):
+        elif isinstance(each, _LISTS):
             waiting += each
         elif isinstance(each, int):
             total += each.bit_length()
