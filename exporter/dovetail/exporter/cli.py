@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from dovetail.runtime.cli.main import replace_unknown_characters
 from dovetail.runtime.errors import DovetailError, ExportError
 from dovetail.runtime.telemetry import decline_telemetry
 
@@ -50,6 +51,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on stderr."""
     decline_telemetry()
+    replace_unknown_characters()
     try:
         result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except DovetailError as error:

@@ -66,7 +66,7 @@ class PlainText:
         if shown := [piece for piece in marks if piece in self._special]:
             raise InputError(
                 f"the chat template does not print {', '.join(map(repr, shown))} as a message has it: "
-                "leave it out, or let messages hold special tokens (parse_special=True, --special)"
+                "leave it out, or let messages hold special tokens (parse_special=True, --parse-special)"
             )
         return list(self._backend.encode(whole, add_special_tokens=False).ids)
 
