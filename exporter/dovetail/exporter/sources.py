@@ -5,6 +5,7 @@ Resolving reads no weights beyond their digests, and imports neither torch nor t
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
 
     Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind.
     """
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.exists():
         if revision:
             raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop one")
