@@ -179,7 +179,7 @@ def test_a_sentencepiece_model_that_loses_spaces_is_refused(
     sentencepiece_source: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     encode = copy_tokenizer(sentencepiece_source(kind), tmp_path / "target")
-    with pytest.raises(ExportError, match="'two  three .*comes back as 'two three"):
+    with pytest.raises(ExportError, match=r"'two  three .*comes back as 'two three"):
         probe_tokenizer(tmp_path / "target", encode)
 
 
