@@ -1,7 +1,8 @@
 """A Jinja sandbox in which one rendering has a budget: chat templates are programs that come with a checkpoint.
 
 Loop iterations, calls, filters, operators and outputs pay for the characters and items that they handle, and they pay
-before the work. Each payment also reads a clock. The limits hold in every thread and on every platform.
+before the work. Payments also read the clock of the thread, which stands still while the machine does something else.
+The limits hold in every thread and on every platform.
 Worst case: a rendering ends some seconds after MAX_SECONDS, and holds some hundred MB until then.
 """
 
@@ -12,7 +13,7 @@ import re
 import string
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from threading import Lock
-from time import monotonic
+from time import thread_time
 from typing import Any
 
 import jinja2
@@ -21,12 +22,13 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 10.0  # a rendering
+MAX_SECONDS = 10.0  # a rendering, of processor time
 MAX_SOURCE = 2**18  # characters of a template; the longest that checkpoints have are below 2**16
 _FREE = 2**26  # characters that every rendering may handle
 _SHARE = 64  # characters more for each character of its messages
 _ITEM = 16  # characters that an item of a list, or a step, counts as
 _NODE = 128  # characters that a value counts as where lists are searched to their depth, which takes longer
+_CLOCK = 2**14  # characters between two looks at the clock
 _MAX_NUMBER = 10_000  # widths, counts and bits in one operation
 
 _LISTS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
@@ -54,7 +56,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         # Without the optimizer nothing is computed while a template is compiled, where there is no budget.
         super().__init__(optimized=False, finalize=_finalize, **options)
-        self._left, self._end, self._running = 0, 0.0, Lock()
+        self._left, self._look, self._end, self._running = 0, 0, 0.0, Lock()
         del self.globals["lipsum"]
 
     def meter_filters(self) -> None:
@@ -64,15 +66,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """The text of `template`. Raises TemplateLimit, and whatever expressions of the template raise."""
         with self._running:
-            self._left, self._end = _FREE + _SHARE * _size(dict(variables), _FREE), monotonic() + MAX_SECONDS
+            self._left = self._look = _FREE + _SHARE * _size(dict(variables), _FREE)
+            self._end = thread_time() + MAX_SECONDS
             return template.render(variables)
 
     def pay(self, units: int) -> None:
         self._left -= units
         if self._left < 0:
             raise TemplateLimit("it makes too much text")
-        if monotonic() > self._end:
-            raise TemplateLimit(f"it takes more than {MAX_SECONDS:g} seconds")
+        if self._left < self._look:
+            self._look = self._left - _CLOCK
+            if thread_time() > self._end:
+                raise TemplateLimit(f"it takes more than {MAX_SECONDS:g} seconds")
 
     def weigh(self, *values: Any) -> int:
         """Characters of all `values`, those in lists included; stops counting above what is left."""
