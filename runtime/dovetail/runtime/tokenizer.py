@@ -72,7 +72,7 @@ class Tokenizer:
                 chat_template=_chat_template(folder, config),
                 eos_token_ids=_eos_token_ids(folder),
             )
-        except ValueError as error:
+        except (ValueError, InputError) as error:
             raise IntegrityError(f"{file} is no tokenizer ({_one_line(error)}): export the target again") from error
 
     @property
@@ -91,8 +91,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it are recognised.
 
-        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS). False for the output of
-        `apply_chat_template`, which spells out what it wants. Raises InputError for text that is not valid Unicode.
+        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS), unless the text begins with
+        it. False for the output of `apply_chat_template`, which spells out what it wants. Raises InputError for text
+        that is not valid Unicode.
         """
         with _readable():
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -122,7 +123,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids beyond the vocabulary have none, and bytes that are no UTF-8 become U+FFFD."""
         tokens = [int(token) for token in ids]
-        if self._bytes:
+        if not self._bytes.keys().isdisjoint(tokens):
             tokens = _valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
         with _readable():
             return str(self._backend.decode(tokens, skip_special_tokens=skip_special_tokens))
@@ -178,8 +179,9 @@ class Tokenizer:
     def _byte_tokens(self) -> dict[int, int]:
         """Token id -> byte, where each byte has a token of its own that decodes to it; else {}."""
         by_byte = [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        if None in by_byte or self._backend.decode([by_byte[ord("A")]]) != "A":
-            return {}
+        with _readable():
+            if None in by_byte or self._backend.decode([by_byte[ord("A")]]) != "A":
+                return {}
         return {token: byte for byte, token in enumerate(by_byte)}
 
 
