@@ -277,6 +277,20 @@ def test_a_lone_surrogate_is_an_input_error() -> None:
         TOKENIZERS["chatml"].encode_chat(said("<|im_end|>\ud800"))
 
 
+def test_messages_that_leave_no_mark_are_an_input_error() -> None:
+    every = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(InputError, match="private character"):
+        TOKENIZERS["chatml"].encode_chat(said(every + "<|im_end|>"))
+
+
+def test_deep_tools_are_an_input_error() -> None:
+    tools: list[object] = []
+    for _ in range(5000):
+        tools = [tools]
+    with pytest.raises(InputError, match="nested too deep"):
+        TOKENIZERS["qwen 3"].encode_chat(said("hello"), tools=tools)
+
+
 def test_the_second_tokenizer_is_read_when_it_is_needed() -> None:
     tokenizer = Tokenizer(byte_level(*IM).to_str().encode(), chat_template=CHATML)
     tokenizer.encode_chat(said("hello"))

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import cached_property
 from typing import Any
 
 from .errors import InputError
 
-_PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no text should hold; those that a text does hold are left out
+_PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no text should hold
 
 
 class PlainText:
@@ -47,7 +47,7 @@ class PlainText:
         """
         whole = render(said)
         seen = set(whole).union(*_texts(said))
-        free = (character for character in map(chr, _PRIVATE) if character not in seen)
+        free = _free(seen)
         tag, marks = next(free), dict[str, str]()  # piece of a special token -> the character that stands for it
 
         def mark(piece: str) -> str:
@@ -138,6 +138,14 @@ def _renamed(model: Mapping[str, Any], names: Mapping[str, str]) -> Any:
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Finds the leftmost of `tokens`, the longest where several begin there, as a tokenizer does."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _free(seen: Set[str]) -> Iterator[str]:
+    """Private characters that are not in `seen`. Raises InputError when there are no more."""
+    for character in map(chr, _PRIVATE):
+        if character not in seen:
+            yield character
+    raise InputError("the messages hold every private character of Unicode: leave some out")
 
 
 def _restored(text: str, marks: Mapping[str, str]) -> str:

@@ -93,7 +93,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.pay(self.weigh(*values))
         return "".join(map(str, values))
 
-    # --- what the sandbox asks for
+    # --- hooks of the sandbox
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > MAX_SOURCE:
@@ -144,7 +144,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
         return metered
 
-    # --- what things cost
+    # --- prices
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         passed = int(hasattr(function, "jinja_pass_arg"))  # the context, or the environment, comes first
@@ -179,7 +179,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self._method_cost(name, value, *given)
 
     def _method_cost(self, name: str, value: Any, *args: Any, **kwargs: Any) -> int:
-        """What a method of a text costs, or the filter of that name."""
+        """The price of a method of a text, or of the filter of that name."""
         given = [*args, *kwargs.values()]
         paid = self.weigh(value, *given)
         text = value if isinstance(value, str) else ""

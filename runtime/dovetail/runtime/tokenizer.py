@@ -258,9 +258,11 @@ def _valid_bytes(tokens: list[int], bytes_of: Mapping[int, int]) -> list[int]:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Raises InputError where the text is not Unicode or where `tokenizers` fails on it."""
+    """Raises InputError where the text is not Unicode, is nested too deep, or where `tokenizers` fails on it."""
     try:
         yield
+    except RecursionError as error:
+        raise InputError("the messages or tools are nested too deep: pass flatter ones") from error
     except (TypeError, UnicodeEncodeError) as error:
         raise InputError(f"the prompt is not valid Unicode text ({type(error).__name__}): pass a str") from error
     except BaseException as error:
