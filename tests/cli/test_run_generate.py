@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -82,6 +83,29 @@ def test_the_prompt_comes_from_anywhere(
     assert opener.engine.asked[0][0] == "two\nlines"
 
 
+@pytest.mark.parametrize("content", [b"two\r\nlines\r\n", b"\xef\xbb\xbftwo\nlines", b"two\rlines\n"])
+def test_files_and_pipes_are_read_as_benchmark_prompts_are(
+    invoke, pair, opener, tmp_path: Path, content: bytes
+) -> None:
+    """Without a byte order mark, and with one kind of line break."""
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert ask(invoke, pair, opener, "-n", "2", "--file", str(tmp_path / "prompt.txt")).exit_code == 0
+    assert ask(invoke, pair, opener, "-n", "2", input=content).exit_code == 0
+    assert [prompt for prompt, _ in opener.engine.asked] == ["two\nlines"] * 2
+
+
+def test_token_ids_can_be_the_prompt(invoke, pair, opener) -> None:
+    assert ask(invoke, pair, opener, "[1, 2, 3]", "--token-ids", "-n", "2").exit_code == 0
+    assert ask(invoke, pair, opener, "--token-ids", "-n", "2", input="[4]\n").exit_code == 0
+    assert [prompt for prompt, _ in opener.engine.asked] == [[1, 2, 3], [4]]
+    assert ask(invoke, pair, opener, "[99]", "--token-ids", "-n", "2").stderr.startswith("error: token id 99 is none")
+
+
+def test_a_raw_prompt_reaches_the_engine_as_such(invoke, pair, opener) -> None:
+    assert ask(invoke, pair, opener, "Hello", "-n", "2", "--raw").exit_code == 0
+    assert opener.engine.asked[0][1]["raw"] is True
+
+
 def test_a_command_word_can_be_a_prompt(invoke, pair, opener) -> None:
     assert ask(invoke, pair, opener, "generate", "chat", "-n", "3").exit_code == 0
     assert opener.engine.asked[0][0] == "chat"
@@ -128,11 +152,13 @@ def test_the_end_of_a_file_is_no_interrupt(invoke, pair, monkeypatch: pytest.Mon
 
 def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
     flags = "-n 7 --temp 0.5 --top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 -s 4 --stop AB --stop CD"
-    assert ask(invoke, pair, opener, "Hello", *flags.split(), "--raw", "--no-speculate").exit_code == 0
+    template = ["--chat-template-kwargs", '{"enable_thinking": false}', "--parse-special"]
+    assert ask(invoke, pair, opener, "Hello", *flags.split(), *template, "--no-speculate").exit_code == 0
     assert opener.engine.asked == [
         ("Hello", {
             "max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1,
-            "repetition_penalty": 1.2, "seed": 4, "stop": ("AB", "CD"), "raw": True, "speculate": False,
+            "repetition_penalty": 1.2, "seed": 4, "stop": ("AB", "CD"), "raw": False, "speculate": False,
+            "template_options": {"enable_thinking": False}, "parse_special": True,
         })
     ]  # fmt: skip
 
@@ -182,6 +208,11 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--tree-top-k", "0"], "top_k 0"),
         (["--drafter-device", "tpu"], "'tpu'"),
         (["--system", "x", "--raw"], "--system"),
+        (["--system", "x", "--token-ids"], "leave out --token-ids"),
+        (["--token-ids"], "'Hello' is no list of token ids"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs '[1]' is no JSON object"),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs '{' is no JSON object"),
+        (["--chat-template-kwargs", "[" * 100_000], "is no JSON object"),
         (["--file", "x.txt"], "leave one out"),
         (["--beams", "4"], "--beams"),
         (["more"], "more"),
@@ -266,6 +297,39 @@ def test_a_closed_pipe_is_quiet(pair: Path) -> None:
 def run(redirected: str) -> subprocess.CompletedProcess[str]:
     command = f"{sys.executable} -m dovetail.runtime.cli.main {redirected}"
     return subprocess.run(["sh", "-c", command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+CHINESE = """
+import runpy, sys
+conftest = runpy.run_path(sys.argv[1])
+from dovetail.runtime.cli.main import cli
+from dovetail.runtime.scripted import ScriptedTokenizer
+opener = conftest["FakeOpener"]()
+opener.engine.tokenizer = ScriptedTokenizer("\u4e2d" * len(conftest["ALPHABET"]), has_chat_template=False)
+cli.main([sys.argv[3], "-n", "3", "--pair", sys.argv[2], *sys.argv[4:]], obj=opener)
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "flags", "expected"),
+    [
+        ("latin-1", [], b"???\n"),
+        ("cp1252:surrogateescape", [], b"???\n"),
+        ("ascii", [], "中中中\n".encode()),  # click takes ASCII for a setting that somebody forgot
+        ("utf-8", [], "中中中\n".encode()),
+        ("latin-1", ["--json"], b'{"text": "\\u4e2d\\u4e2d\\u4e2d", '),
+        ("utf-8", ["--json"], '{"text": "中中中", '.encode()),
+    ],
+)
+def test_what_an_encoding_lacks_is_replaced(pair: Path, encoding: str, flags: list[str], expected: bytes) -> None:
+    conftest = str(Path(__file__).with_name("conftest.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", CHINESE, conftest, str(pair), "中", *flags],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(expected) if flags else done.stdout == expected
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -65,3 +65,12 @@ def test_installed_sees_missing_parents() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match="'llama-9000' is unknown"):
         pairs.resolve_pair("llama-9000")
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(invoke, opener, built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user without a home."""
+    monkeypatch.setenv("DOVETAIL_CACHE", "/dev/null/dovetail")
+    result = invoke("Hello", obj=opener)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "/dev/null/dovetail/pairs cannot be made (Not a directory): set DOVETAIL_CACHE" in result.stderr
+    assert built == []

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -117,3 +122,94 @@ def test_source_without_or_with_a_broken_tokenizer_is_a_source_error(tmp_path: P
     with pytest.raises(SourceError, match="fetch the checkpoint again"):
         copy_tokenizer(tmp_path, tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+# --- sentencepiece
+
+
+@pytest.fixture
+def sentencepiece_source(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with a `tokenizer.model` alone, as the first Llama checkpoints had."""
+    library = pytest.importorskip("sentencepiece", reason="only the export extra installs sentencepiece")
+
+    def made(kind: str, **options: Any) -> Path:
+        rng, folder = random.Random(3), tmp_path / "source"
+        words = ["hello", "world", "the", "quick", "brown", "fox", "naïve", "über", "日本", "123", "def", "return"]
+        folder.mkdir()
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(rng.choices(words, k=8)) for _ in range(500)]),
+            model_prefix=str(folder / "tokenizer"),
+            model_type=kind,
+            vocab_size=400,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            byte_fallback=True,
+            minloglevel=2,
+            **options,
+        )
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        return folder
+
+    return made
+
+
+KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}  # as Llama's
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # sentencepiece's wrapper
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers' own call of tokenizers
+@pytest.mark.parametrize("options", [KEPT, {**KEPT, "add_dummy_prefix": False}], ids=["prefix", "no prefix"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_alone_gets_its_own_ids(
+    sentencepiece_source: Callable[..., Path], tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    source = sentencepiece_source(kind, **options)
+    encode = copy_tokenizer(source, tmp_path / "target")
+    probe_tokenizer(tmp_path / "target", encode)
+    tokenizer = Tokenizer.from_folder(tmp_path / "target")
+    for text in ("hello world", " hello", "hello  the\n日本語 x</s>hello"):
+        assert tokenizer.encode(text, add_special_tokens=False) == list(encode(text))
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_that_loses_spaces_is_refused(
+    sentencepiece_source: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    encode = copy_tokenizer(sentencepiece_source(kind), tmp_path / "target")
+    with pytest.raises(ExportError, match=r"'two  three .*comes back as 'two three"):
+        probe_tokenizer(tmp_path / "target", encode)
+
+
+def test_a_model_without_its_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"needs sentencepiece: pip install 'dovetail-spec\[export\]'"):
+        copy_tokenizer(tmp_path, tmp_path / "target")
+
+
+def test_other_ids_of_random_texts_are_counted(source: Path, tmp_path: Path) -> None:
+    encode = copy_tokenizer(source, tmp_path / "target")
+    with pytest.raises(ExportError, match=r"[1-9]\d* of 400 texts of random tokens have other ids"):
+        probe_tokenizer(tmp_path / "target", lambda text: [i for i in encode(text) if i != 7])
+
+
+# --- tokenizers that take the memory
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 64).decode()},
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes((16, 0, 0, 0)) + b"\xff" * 20).decode()},
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 99}] * 9},
+    ],
+)
+def test_a_tokenizer_that_takes_the_memory_is_a_source_error(source: Path, tmp_path: Path, rule: object) -> None:
+    content = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps({**content, "normalizer": rule}))
+    with pytest.raises(SourceError, match=r"tokenizer\.json .*fetch the checkpoint again") as caught:
+        copy_tokenizer(source, tmp_path / "target")
+    assert "\n" not in str(caught.value) and not (tmp_path / "target").exists()

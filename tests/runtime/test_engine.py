@@ -7,6 +7,7 @@ import json
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dovetail.runtime import (
@@ -326,6 +327,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("bytes", {"prompt": b"abc", "chat": True}, "prompt b'abc'"),
     ("number", {"prompt": 5, "chat": True}, "prompt 5"),
     ("raw messages", {"prompt": [USER], "chat": True, "raw": True}, "raw=True"),
+    ("id beyond the vocabulary", {"prompt": [1, 14]}, "token id 14"),
+    ("negative id", {"prompt": [-1]}, "token id -1"),
+    ("ids and texts", {"prompt": [1, "a"], "chat": True}, "lacks role or content"),
+    ("options without messages", {"prompt": [1], "template_options": {"tools": []}}, "template options need"),
+    (
+        "options of a raw prompt",
+        {"raw": True, "chat": True, "template_options": {"tools": []}},
+        "template options need",
+    ),
+    ("options without a template", {"template_options": {"tools": []}}, "template options need"),
+    ("no options", {"chat": True, "template_options": ["tools"]}, "template options \\['tools'\\]"),
+    ("messages as an option", {"chat": True, "template_options": {"messages": []}}, "template option 'messages'"),
     ("messages without template", {"prompt": [USER]}, "no chat template"),
 ]
 
@@ -340,6 +353,46 @@ def test_bad_input_is_refused_at_once_in_one_line(options: dict[str, Any], messa
     with pytest.raises(InputError, match=message):
         one.generate(prompt, **options)
     assert one.generate("abc", 3).text
+
+
+def test_token_ids_are_a_prompt() -> None:
+    one, ids = engine(), ScriptedTokenizer(ALPHABET).encode("abc")
+    text = one.generate("abc", 20)
+    assert same_text(one.generate(ids, 20), text) and same_text(one.generate(tuple(np.array(ids)), 20), text)
+    assert same_text(one.generate(ids, 20, raw=True), text)
+    assert one.count_tokens(ids) == 3 and len(one.choices(ids, text.token_ids)) == 20
+
+
+class AskedTokenizer(ScriptedTokenizer):
+    """Notes how conversations are to be encoded."""
+
+    def encode_chat(self, messages: Any, **options: Any) -> list[int]:
+        self.asked = (messages, options)
+        return self.encode("abc")
+
+
+def test_template_options_reach_the_tokenizer_of_every_question() -> None:
+    tokenizer = AskedTokenizer(ALPHABET, has_chat_template=True)
+    one = Engine(ScriptedTarget(MarkovLogits(len(ALPHABET), 0), 4096), None, tokenizer)
+    options = {"enable_thinking": False, "tools": [{"name": "f"}]}
+    for ask in (
+        lambda **given: one.generate("usr", 3, **given),
+        lambda **given: list(one.stream("usr", 3, **given)),
+        lambda **given: one.count_tokens("usr", **given),
+        lambda **given: one.choices("usr", [1], **given),
+    ):
+        ask(template_options=options, parse_special=True)
+        assert tokenizer.asked == ([{"role": "user", "content": "usr"}], {**options, "parse_special": True})
+        ask()
+        assert tokenizer.asked[1] == {"parse_special": False}
+
+
+def test_a_message_may_hold_tool_calls_alone() -> None:
+    tokenizer = AskedTokenizer(ALPHABET, has_chat_template=True)
+    one = Engine(ScriptedTarget(MarkovLogits(len(ALPHABET), 0), 4096), None, tokenizer)
+    turns = [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    one.generate(turns, 3)
+    assert tokenizer.asked[0] == turns
 
 
 def test_a_prompt_longer_than_the_context_names_both_numbers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,24 @@ def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/b/dovetail")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "dovetail"
+
+
+def test_a_user_without_a_home_works_without_a_cache(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("DOVETAIL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert not cache_dir().exists()
+    with pytest.raises(OSError):
+        cache_dir().mkdir(parents=True)
+    verify_files(pair, read_manifest(pair))
+
+
+def test_a_cache_of_an_unknown_user_is_a_path_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", "~no-such-user/cache")
+    assert cache_dir() == Path("~no-such-user/cache")
 
 
 def test_a_target_whose_graph_is_not_listed_is_refused(pair: Path) -> None:

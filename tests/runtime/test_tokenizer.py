@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.processors import TemplateProcessing
 
 from dovetail.runtime.errors import InputError, IntegrityError
+from dovetail.runtime.stops import StopFilter
 from dovetail.runtime.tokenizer import Tokenizer
 
 CHATML = (
@@ -147,6 +149,71 @@ def test_saved_truncation_and_padding_do_not_touch_prompts() -> None:
     assert tokenizer.encode("Hello world, def") == TOKENIZERS["byte_level"].encode("Hello world, def")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello", [1, "Hello"]),
+        ("<s>Hello", [1, "Hello"]),
+        ("<s><s>Hello", [1, 1, "Hello"]),
+        ("</s>Hello", [1, 2, "Hello"]),
+    ],
+)
+def test_a_text_that_begins_with_bos_gets_no_second(text: str, expected: list[Any]) -> None:
+    tokenizer = TOKENIZERS["sentencepiece_like"]
+    plain = tokenizer.encode("Hello", add_special_tokens=False)
+    assert tokenizer.encode(text) == [t for each in expected for t in (plain if each == "Hello" else [each])]
+
+
+def test_a_vocabulary_without_bos_keeps_what_the_text_repeats() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    assert len(tokenizer.encode("<|im_start|><|im_start|>")) == 2
+
+
+RULES: dict[str, tuple[str, Any]] = {
+    "replaces nothing": ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}),
+    "grows in sequence": (
+        "normalizer",
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}] * 40,
+        },
+    ),
+    "grows while decoding": ("decoder", {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10_000}),
+    "size of a table": (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 64).decode()},
+    ),
+    "no table": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"abc").decode()}),
+    "no base64": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "a?"}),
+}
+
+
+@pytest.mark.parametrize(("part", "rule"), RULES.values(), ids=RULES)
+def test_rules_that_would_take_the_memory_are_refused(tmp_path: Path, part: str, rule: Any) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**json.loads(byte_level().to_str()), part: rule}))
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json.*export the target again") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deep_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"normalizer": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(IntegrityError, match="nested"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
+    (tmp_path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(IntegrityError, match="generation_config"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_panic_inside_tokenizers_is_an_input_error() -> None:
+    table = (16).to_bytes(4, "little") + b"\xff" * 16 + b"abc"  # a table that points outside itself
+    rule = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    tokenizer = Tokenizer(json.dumps({**json.loads(byte_level().to_str()), "normalizer": rule}).encode())
+    with pytest.raises(InputError, match=r"tokenizer\.json fails"):
+        tokenizer.encode("Hello")
+
+
 def test_lone_surrogate_is_an_input_error() -> None:
     with pytest.raises(InputError, match="valid Unicode"):
         TOKENIZERS["byte_level"].encode("a\ud800b")
@@ -222,6 +289,48 @@ def test_invalid_bytes_are_not_held_back_until_the_end() -> None:
     assert pieces[-1] == "\ufffd"
 
 
+def byte_tokens(tokenizer: Tokenizer, content: bytes) -> list[int]:
+    backend = Backend.from_str(sentencepiece_like().to_str())
+    return [backend.token_to_id(f"<0x{byte:02X}>") for byte in content]
+
+
+THAI = "สวัสดี"
+
+
+def test_letters_of_byte_tokens_come_as_they_are_complete() -> None:
+    tokenizer = TOKENIZERS["sentencepiece_like"]
+    ids = byte_tokens(tokenizer, THAI.encode())
+    assert streamed(tokenizer, ids) == [piece for letter in THAI for piece in ("", "", letter)] + [""]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a\xe0b", "a\ufffdb"),
+        (THAI.encode()[:-1], THAI[:-1] + "\ufffd"),
+        (b"\xff" + THAI.encode() + b"\xff\xff", "\ufffd" + THAI + "\ufffd\ufffd"),
+        (b"\xf0\x9f\x98x", "\ufffdx"),
+    ],
+)
+def test_a_bad_byte_spoils_no_letter_of_its_run(content: bytes, expected: str) -> None:
+    tokenizer = TOKENIZERS["sentencepiece_like"]
+    ids = byte_tokens(tokenizer, content)
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == expected == content.decode(errors="replace")
+
+
+def test_a_stop_string_of_byte_tokens_is_seen_at_its_last_byte() -> None:
+    tokenizer = TOKENIZERS["sentencepiece_like"]
+    detokenizer, stops = tokenizer.detokenizer(), StopFilter(["สดี"])
+    ids = byte_tokens(tokenizer, (THAI + "ก").encode())
+    pieces, seen = list[str](), 0
+    for token in ids:
+        pieces.append(stops.add(detokenizer.add(token)))
+        seen += 1
+        if stops.stopped:
+            break
+    assert ("".join(pieces), seen) == ("สวั", 3 * len(THAI))
+
+
 def test_flush_gives_the_unfinished_character_and_resets() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     detokenizer = tokenizer.detokenizer()
@@ -248,14 +357,15 @@ def test_folder_gives_named_tokens_template_eos_and_digest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("generation", "model", "expected"),
     [
-        ({"eos_token_id": [7, 8, 7]}, {"eos_token_id": 3}, (7, 8)),
+        ({"eos_token_id": [7, 8, 7]}, {"eos_token_id": 3}, (7, 8, 3)),
         ({"eos_token_id": 7}, {}, (7,)),
         ({}, {"eos_token_id": 3}, (3,)),
         ({"eos_token_id": None}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": 7}, {"text_config": {"eos_token_id": [7, 4]}}, (7, 4)),
         ({}, {}, ()),
     ],
 )
-def test_eos_ids_come_from_the_generation_config_first(
+def test_eos_ids_of_all_configs_are_united(
     tmp_path: Path, generation: dict[str, Any], model: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
     folder = write_folder(tmp_path, generation_config=generation, config=model)
@@ -279,7 +389,52 @@ def test_malformed_side_files_are_integrity_errors(tmp_path: Path, stem: str) ->
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("value", ["</s>", [1, "2"], {"id": 3}])
+@pytest.mark.parametrize(
+    ("template", "expected"), [(CHATML, {7, 3, 9}), (CHATML.replace("<|im_end|>", "<|other|>"), {7, 3}), (None, {7, 3})]
+)
+def test_ends_of_turns_are_found_where_the_template_has_them(
+    tmp_path: Path, template: str | None, expected: set[int]
+) -> None:
+    """The configs name other tokens than the template ends turns with, as in GGUF files of base models."""
+    config = {"chat_template": template, "eos_token": "<|im_start|>"}
+    write_folder(tmp_path, tokenizer_config=config, generation_config={"eos_token_id": 7}, config={"eos_token_id": 3})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = {name: tokenizer.encode(name)[0] for name in ("<|im_start|>", "<|im_end|>")}
+    named = {ids["<|im_end|>"] if each == 9 else each for each in expected}
+    assert set(tokenizer.eos_token_ids) == {*named, ids["<|im_start|>"]}
+
+
+def test_what_ends_a_message_of_many_ends_no_turn() -> None:
+    """gpt-oss writes several messages a turn, each ended by <|end|>, the last by <|return|>."""
+    template = "{{ '<|end|>' }}{{ '<|return|>' }}{{ '<|endoftext|>' }}"
+    backend = byte_level()
+    backend.add_special_tokens(["<|end|>"])
+    alone = Tokenizer(backend.to_str().encode(), chat_template=template)
+    assert alone.eos_token_ids == (backend.token_to_id("<|end|>"),)
+    backend.add_special_tokens(["<|return|>"])
+    backend.add_tokens(["<|endoftext|>"])  # no control token
+    both = Tokenizer(backend.to_str().encode(), chat_template=template)
+    assert both.eos_token_ids == (backend.token_to_id("<|return|>"),)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"bos_token": None}, {"bos_token": "<s>", "eos_token": "</s>"}),
+        ({"bos_token": "<b>"}, {"bos_token": "<s>", "eos_token": "</s>"}),
+        ({"bos_token": None, "added_tokens_decoder": {}}, {}),
+        ({"eos_token": "<e>", "added_tokens_decoder": {}}, {"eos_token": "<e>"}),
+    ],
+)
+def test_named_tokens_come_from_the_file_that_transformers_prefers(
+    tmp_path: Path, config: dict[str, Any], expected: dict[str, str]
+) -> None:
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    write_folder(tmp_path, tokenizer_config=config, special_tokens_map=named)
+    assert Tokenizer.from_folder(tmp_path).special_tokens == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], {"id": 3}, True, -1])
 def test_eos_that_is_no_id_is_an_integrity_error(tmp_path: Path, value: object) -> None:
     with pytest.raises(IntegrityError, match="eos_token_id"):
         Tokenizer.from_folder(write_folder(tmp_path, generation_config={"eos_token_id": value}))
@@ -382,6 +537,41 @@ def test_no_template_is_an_input_error_with_the_remedy() -> None:
     assert not tokenizer.has_chat_template
     with pytest.raises(InputError, match="raw=True"):
         tokenizer.apply_chat_template(USER)
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+READS_PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}<{{ p.text | trim }}>{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+READS_PARTS_ALONE = "{% for m in messages %}{% for p in m['content'] %}<{{ p['text'] }}>{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        ("{{ messages[0].content }}", PARTS[0]["content"], "hi"),
+        ("{{ messages[0]['content'] + '!' }}", PARTS[0]["content"], "hi!"),
+        ("{{ messages[0].content | trim }}", PARTS[0]["content"] * 2, "hi\nhi"),
+        ("{{ messages[0].content | tojson }}", PARTS[0]["content"], '"hi"'),
+        (READS_PARTS, PARTS[0]["content"] * 2, "user:<hi><hi>"),
+        (READS_PARTS, "hi", "user:hi"),
+        (READS_PARTS_ALONE, PARTS[0]["content"], "<hi>"),
+        (READS_PARTS_ALONE, "hi", "<hi>"),
+        ("{{ messages[0].content }}", [], ""),
+    ],
+)
+def test_parts_of_a_content_are_its_text(template: str, content: Any, expected: str) -> None:
+    assert with_template(template).apply_chat_template([{"role": "user", "content": content}]) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [({"type": "image_url", "image_url": {}}, "'image_url'"), ("hi", "'str'"), ({"type": "text"}, "without text")],
+)
+def test_parts_that_are_no_text_are_input_errors(part: Any, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        with_template(CHATML).apply_chat_template([{"role": "user", "content": [part]}])
 
 
 def test_tool_calls_may_stand_for_a_content() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from dovetail.runtime.cli.main import replace_unknown_characters
 from dovetail.runtime.errors import DovetailError, ExportError, InputError
 from dovetail.runtime.files import check_text
 from dovetail.runtime.telemetry import decline_telemetry
@@ -52,6 +53,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on stderr."""
     decline_telemetry()
+    replace_unknown_characters()
     try:
         for argument in sys.argv[1:] if arguments is None else arguments:
             check_text("argument", argument, InputError)

@@ -6,6 +6,7 @@ configuration rules it out is refused before that, from the Hub before it is dow
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
     that cannot become a target.
     """
     check_text("source", location, SourceError)
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if path.exists():
         if revision:
             raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop one")

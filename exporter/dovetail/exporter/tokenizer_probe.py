@@ -6,10 +6,15 @@ files are copied, never re-saved, and every export asks the copy to give back a 
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from dovetail.exporter.sentencepiece_tokenizer import SentencePiece
 from dovetail.runtime.errors import ExportError, InputError, IntegrityError, SourceError
 from dovetail.runtime.tokenizer import Tokenizer
 
@@ -46,6 +51,27 @@ ROUND_TRIPS = (
 )
 # Texts whose ids must be the source's, whatever they decode to.
 SAME_IDS = (*ROUND_TRIPS, "", " ", "\n", "  leading spaces", "e\u0301 decomposed", "ﬁ ½ Ⅷ", "\u200bzero\u00a0width")
+_RANDOM_TEXTS = 400
+_TRIAL_S = 120
+# What a tokenizer may do is written in its file, and `tokenizers` aborts the process when memory is short. A file that
+# cannot be parsed is left to its reader, who says why.
+_TRIAL = """
+import json, os, sys
+from tokenizers import Tokenizer
+file, texts = sys.argv[1], json.load(sys.stdin)
+try:
+    import resource
+    limit = 2**32 + 64 * os.path.getsize(file)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+except ImportError:  # Windows has no such limit
+    pass
+try:
+    tokenizer = Tokenizer.from_file(file)
+except Exception:
+    sys.exit(0)
+for text in texts:
+    tokenizer.decode(tokenizer.encode(text).ids)
+"""
 _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
@@ -53,7 +79,8 @@ def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: boo
     """Put the source's tokenizer files in `out_dir`, in place of any there; gives the source's `encode` for the probe.
 
     A folder with slow files alone is converted by transformers' AutoTokenizer.  trust: Python code that comes with it
-    may run. Raises SourceError where there is no readable tokenizer, ExportError where the copy cannot be written.
+    may run. Raises SourceError where the source has no readable tokenizer, or one that takes too much memory,
+    ExportError where the copy cannot be written.
     """
     source, out = Path(source_folder), Path(out_dir)
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -123,9 +150,35 @@ def _same_ids(tokenizer: Tokenizer, reference_encode: Encode) -> Iterator[str]:
             pairs = enumerate(zip(ids, expected, strict=False))
             at = next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(ids), len(expected)))
             yield f"{_shown(text)} has ids {ids[at : at + 3]} at {at}, the source {expected[at : at + 3]}"
+    texts = _random_texts(tokenizer)
+    others = [t for t in texts if tokenizer.encode(t, add_special_tokens=False) != list(reference_encode(t))]
+    if others:
+        yield f"{len(others)} of {len(texts)} texts of random tokens have other ids than in the source"
+
+
+def _random_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts of a few tokens each, of the whole vocabulary."""
+    rng = random.Random(0)
+    return [
+        tokenizer.decode(rng.choices(range(tokenizer.vocab_size), k=rng.randint(1, 12))) for _ in range(_RANDOM_TEXTS)
+    ]
+
+
+def try_limited(file: Path) -> None:
+    """Load `file` and encode the probes in a process of limited memory and time. Raises SourceError if that fails."""
+    texts = json.dumps([*SAME_IDS, "".join(SAME_IDS) * 50])
+    command = [sys.executable, "-c", _TRIAL, str(file)]
+    try:
+        done = subprocess.run(command, input=texts, capture_output=True, text=True, timeout=_TRIAL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SourceError(f"{file} takes more than {_TRIAL_S} s for a few texts: fetch the checkpoint again") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SourceError(f"{file} fails on ordinary texts ({reason}): fetch the checkpoint again")
 
 
 def _encode_of(folder: Path) -> Encode:
+    try_limited(folder / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except IntegrityError as error:
@@ -138,6 +191,7 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
+    model = SentencePiece.of_folder(source)
     try:
         slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None would ask on the terminal
         slow.save_pretrained(out)
@@ -151,6 +205,9 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
         ) from error
     if not (out / "tokenizer.json").is_file():
         raise SourceError(f"the tokenizer in {source} has no fast form: add its tokenizer.json")
+    if model is not None:
+        model.correct(out / "tokenizer.json")
+        return model.encode
     return lambda text: list(slow(text, add_special_tokens=False)["input_ids"])
 
 

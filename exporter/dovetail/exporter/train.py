@@ -261,7 +261,7 @@ class Work:
         return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
 
     def open_writer(self) -> BatchWriter:
-        return BatchWriter(self.open_model(), self.manifest.target.eos_token_ids)
+        return BatchWriter(self.open_model(), {*self.manifest.target.eos_token_ids, *self.tokenizer.eos_token_ids})
 
     @property
     def tokenizer(self) -> Tokenizer:

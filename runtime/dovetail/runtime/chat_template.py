@@ -2,7 +2,8 @@
 
 The environment is the one that checkpoints' templates are written for (transformers' own): sandboxed, blocks
 trimmed, loop controls, `raise_exception`, `strftime_now`, a `tojson` that keeps Unicode and HTML characters, and
-`{% generation %}` blocks, which mark training targets there and are transparent here.
+`{% generation %}` blocks, which mark training targets there and are transparent here. `template_limits` bounds what a
+rendering may cost.
 """
 
 from __future__ import annotations
@@ -10,20 +11,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import InputError
+from .template_limits import LimitedEnvironment, TemplateLimit
 
-Message = Mapping[str, Any]  # {"role": str, "content": str or list of parts, ...}
+Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
 
 # What an expression inside a template can raise when a message has another shape than the template expects.
-_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_LIMITS = (TemplateLimit, RecursionError, MemoryError)
+_PROBE = "dovetail"  # a content that the probes below look for in what is rendered
 
 
 class ChatTemplate:
@@ -32,9 +46,10 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         """Compile `source` (Jinja). Raises InputError where it is no valid template."""
         self._variables = dict(variables)
+        self._environment = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise InputError(
                 f"the chat template cannot be compiled ({_one_line(error)}): "
                 "correct chat_template.jinja, or pass raw text"
@@ -43,14 +58,49 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **kwargs: Any) -> str:
         """The prompt for `messages`; further keywords (`tools`, `enable_thinking`, ...) reach the template.
 
-        Raises InputError for messages of the wrong shape and for what the template itself refuses.
+        Raises InputError for messages of the wrong shape, for what the template itself refuses, and for a template
+        that exceeds the limits of `template_limits`.
         """
         check_messages(messages)
-        variables = {"tools": None, "documents": None, **self._variables, **kwargs}
+        turns = [self._as_it_takes(message) for message in messages]
+        return self._render(turns, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def _as_it_takes(self, message: Message) -> dict[str, Any]:
+        """`message`, its content a text or a list of parts, as the template reads it; several texts become lines."""
+        content, takes_text = message.get("content"), self._takes_text
+        if isinstance(content, str) and not takes_text:
+            content = [{"type": "text", "text": content}]
+        elif isinstance(content, list | tuple) and not (content and self._takes_parts):
+            content = "\n".join(part["text"] for part in content)
+        return {**message, "content": content} if "content" in message else dict(message)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads the text of a list of parts, and does not print the list."""
+        shown = self._probe([{"type": "text", "text": _PROBE}])
+        return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether a content may be a plain text; some templates read lists of parts alone."""
+        return _PROBE in self._probe(_PROBE) or not self._takes_parts
+
+    def _probe(self, content: object) -> str:
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **variables
-            )
+            return self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        except InputError as error:
+            if isinstance(error.__cause__, _LIMITS):
+                raise
+            return ""
+
+    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        variables = {"tools": None, "documents": None, **self._variables, "messages": messages, **kwargs}
+        try:
+            return self._environment.render(self._template, variables)
+        except _LIMITS as error:
+            raise InputError(
+                f"the chat template is stopped ({_one_line(error)}): correct chat_template.jinja, or pass raw text"
+            ) from error
         except _TEMPLATE_FAILURES as error:
             raise InputError(
                 f"the chat template refuses these messages ({_one_line(error)}): use roles and contents it knows"
@@ -76,6 +126,17 @@ def check_messages(messages: object) -> None:
             raise InputError(f"message {index} (role {message['role']!r}) has no content: add 'content'")
         if not isinstance(content, str | list | tuple | None):
             raise InputError(f"message {index} has a content of type {type(content).__name__}: pass a string")
+        if isinstance(content, list | tuple):
+            _check_parts(index, content)
+
+
+def _check_parts(index: int, parts: Sequence[object]) -> None:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise InputError(f"message {index} has a part of type {kind!r}: this target reads text alone")
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise InputError(f"message {index} has a part without text: pass {{'type': 'text', 'text': ...}}")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -89,11 +150,12 @@ class _Generation(jinja2.ext.Extension):
         return Scope(body, lineno=line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
+    environment.meter_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

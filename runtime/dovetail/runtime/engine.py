@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -27,7 +28,7 @@ from .tree import TreeLimits
 log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or token ids
 
 _RUNNING = "another generation of this engine is running: end or close its stream first"
 
@@ -62,7 +63,9 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]: ...
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **options: Any) -> list[int]: ...
+
+    def has_token(self, token_id: int) -> bool: ...
 
     def detokenizer(self) -> Detokenizer: ...
 
@@ -222,13 +225,18 @@ class Engine:
         stop: str | Sequence[str] = (),
         speculate: bool = True,
         raw: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         tree: TreeLimits | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult:
         """The whole answer to `prompt`; arguments as for `stream`."""
         chunks = list(
-            self.stream(prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, tree=tree, **sampling)
-        )
+            self.stream(
+                prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
+                parse_special=parse_special, tree=tree, **sampling,
+            )
+        )  # fmt: skip
         last = chunks[-1]
         assert last.finish_reason and last.metrics  # a stream that ran to its end
         return GenerationResult(
@@ -247,13 +255,17 @@ class Engine:
         stop: str | Sequence[str] = (),
         speculate: bool = True,
         raw: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         tree: TreeLimits | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
         """The answer to `prompt`, chunk by chunk; close the generator, or drop it, to end it early.
 
-        prompt: messages of a conversation, or a string: one user turn where the target has a chat template,
-        the text itself with raw=True or without a template. stop: strings that end the answer.
+        prompt: messages of a conversation, token ids, or a string: one user turn where the target has a chat
+        template, the text itself with raw=True or without a template. template_options: what the chat template reads
+        besides the messages, {"tools": [...], "enable_thinking": False}. parse_special: whether special tokens that
+        messages or tools spell out act as such; False makes them text. stop: strings that end the answer.
         speculate: False decodes without drafting. tree: this answer's trees grow to these limits.
         sampling: see SamplingParams; a seed gives one text, whatever is drafted.
         Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
@@ -263,7 +275,7 @@ class Engine:
             raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
         stops = check_stop_strings(stop)
         request = Request(
-            prompt=tuple(self._encode(prompt, raw)),
+            prompt=tuple(self._encode(prompt, raw, template_options, parse_special)),
             max_new_tokens=max_new_tokens,
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
@@ -274,21 +286,37 @@ class Engine:
         meter.lap("other")
         return self._run(conversation, request, StopFilter(stops), meter)
 
-    def count_tokens(self, prompt: Prompt, *, raw: bool = False) -> int:
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
+    ) -> int:
         """Tokens of `prompt` as `stream` takes it, template included.  Raises as that does, ContextOverflow too."""
-        request = Request(tuple(self._encode(prompt, raw)), max_new_tokens=1)
+        tokens = self._encode(prompt, raw, template_options, parse_special)
+        request = Request(tuple(tokens), max_new_tokens=1)
         request.check_room(self.max_context)
         return len(request.prompt)
 
     def choices(
-        self, prompt: Prompt, answer: Sequence[int], *, raw: bool = False, **sampling: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        answer: Sequence[int],
+        *,
+        raw: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Choice]:
         """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
 
         Its passes are chains of tokens, as wide as trees.  sampling: as for the answer, with the seed that it had.
         This is the last conversation from then on.  Raises InputError (no such ids, too), ContextOverflow.
         """
-        conversation, tokens = self._open_conversation(), self._encode(prompt, raw)
+        conversation = self._open_conversation()
+        tokens = self._encode(prompt, raw, template_options, parse_special)
         if (count := len(tokens) + len(answer)) > self.max_context:
             raise ContextOverflow(
                 f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
@@ -332,18 +360,34 @@ class Engine:
             raise InputError("this engine is closed: open another with Engine.from_pretrained")
         return self._conversation
 
-    def _encode(self, prompt: Prompt, raw: bool) -> list[int]:
+    def _encode(
+        self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
+    ) -> list[int]:
+        options = _check_options(template_options)
+        text, templated = isinstance(prompt, str), self.tokenizer.has_chat_template
+        ids = not text and _all_ids(prompt)
+        if options and (ids or raw or not templated):
+            raise InputError("template options need messages and a chat template: leave them out")
         if isinstance(prompt, str):
-            if raw or not self.tokenizer.has_chat_template:
+            if raw or not templated:
                 return self.tokenizer.encode(prompt)
             if not prompt.strip():
                 raise InputError("the prompt is empty: give some text")
-            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            prompt = [{"role": "user", "content": prompt}]
+        elif ids:
+            return self._check_ids(prompt)
         if raw:
-            raise InputError("raw=True takes the prompt as it is: give a string, not messages")
-        if not self.tokenizer.has_chat_template:
+            raise InputError("raw=True takes the prompt as it is: give a string or token ids, not messages")
+        if not templated:
             raise InputError("this target has no chat template: give the prompt as a string, not as messages")
-        return self.tokenizer.encode_chat(_check_messages(prompt))
+        return self.tokenizer.encode_chat(_check_messages(prompt), parse_special=parse_special, **options)
+
+    def _check_ids(self, prompt: Iterable[Any]) -> list[int]:
+        tokens = [int(token) for token in prompt]
+        for token in tokens:
+            if not self.tokenizer.has_token(token):
+                raise InputError(f"token id {token} is none of the target's: give ids of its tokenizer")
+        return tokens
 
     def _run(
         self, conversation: Conversation, request: Request, stops: StopFilter, meter: Meter
@@ -391,11 +435,28 @@ def _stops(tokenizer: TextTokenizer, manifest: Manifest) -> set[int]:
     return {*tokenizer.eos_token_ids, *manifest.target.eos_token_ids}
 
 
+def _all_ids(prompt: object) -> bool:
+    """Whether a prompt is token ids; an empty one is none."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | str):
+        return bool(prompt) and all(isinstance(each, Integral) and not isinstance(each, bool) for each in prompt)
+    return False
+
+
+def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InputError(f'template options {options!r:.60} cannot be used: give e.g. {{"enable_thinking": False}}')
+    if taken := {"messages", "parse_special"} & options.keys():
+        raise InputError(f"template option {min(taken)!r} is an argument of its own: leave it out")
+    return options
+
+
 def _check_messages(messages: object) -> Sequence[Message]:
     if not isinstance(messages, Sequence) or isinstance(messages, bytes) or not messages:
         raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
     for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
             raise InputError(
                 f'message {message!r:.60} lacks role or content: give {{"role": "user", "content": "..."}}'
             )

@@ -311,11 +311,15 @@ def check_pair(manifest: Manifest) -> None:
 
 
 def cache_dir() -> Path:
-    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail."""
+    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
+
+    A user without a home has no cache: the folder given back is one that can be neither read nor made.
+    """
     if own := os.environ.get("DOVETAIL_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).expanduser() / "dovetail"
+        return Path(os.path.expanduser(own))
+    home = os.path.expanduser("~")  # stays "~" without a home
+    base = os.environ.get("XDG_CACHE_HOME") or (os.devnull if home == "~" else os.path.join(home, ".cache"))
+    return Path(os.path.expanduser(base)) / "dovetail"
 
 
 def _verify_file(path: Path, entry: FileEntry, remember: bool) -> None:

@@ -175,7 +175,12 @@ class ScriptedTokenizer:
     def encode(self, text: str) -> list[int]:
         return [self.alphabet.index(character) for character in text]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def has_token(self, token_id: int) -> bool:
+        return 0 <= token_id < len(self.alphabet)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = False, **options: Any
+    ) -> list[int]:
         return self.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,27 +1,38 @@
 """Text to token ids and back, from the files of a target folder.
 
 Reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special tokens, and the chat template
-of older folders), `chat_template.jinja`, and the end-of-sequence ids of `generation_config.json` or `config.json`.
+of older folders), `chat_template.jinja`, and the end-of-sequence ids of `generation_config.json` and `config.json`.
 `tokenizers` and `jinja2` are imported when a tokenizer is read and when a template is rendered.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bounds import TOKEN_MOST, check_whole
 from .errors import InputError, IntegrityError
 from .files import read_bytes, read_object
+from .tokenizer_rules import check_rules
 
 if TYPE_CHECKING:
     from .chat_template import ChatTemplate, Message
+    from .plain_text import PlainText
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN = "export the target again"
 TOKENIZER_BYTES = 1 << 30  # of tokenizer.json
+# Tokens that end an assistant's turn, in llama.cpp's list and in the templates of OpenChat, Command R and Llama 4.
+_END_OF_TURN = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "< EOT >", "_< EOT >", "[EOT]", "[EOS]",
+    "<end_of_utterance>", "<turn|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|eot|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
+)  # fmt: skip
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
@@ -42,11 +53,10 @@ class Tokenizer:
         self._template_source = chat_template
         self._template: ChatTemplate | None = None
         self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
-        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids)) or self._eos_by_name()
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        bytes_by_name = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self._byte_ids = frozenset(token for token in bytes_by_name if token is not None)
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._eos_by_name(), *self._ends_of_turn())))
+        self._bytes = self._byte_tokens()
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Tokenizer:
@@ -63,11 +73,11 @@ class Tokenizer:
         try:
             return cls(
                 content,
-                special_tokens=_special_tokens({**_read_json(folder / "special_tokens_map.json"), **config}),
+                special_tokens=_special_tokens(folder, config),
                 chat_template=_chat_template(folder, config),
                 eos_token_ids=_eos_token_ids(folder),
             )
-        except ValueError as error:
+        except (ValueError, InputError) as error:
             raise IntegrityError(f"{file} is no tokenizer ({_one_line(error)}): export the target again") from error
 
     @property
@@ -86,21 +96,42 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens spelled out in it are recognised.
 
-        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS). False for the output of
-        `apply_chat_template`, which spells out what it wants. Raises InputError for text that is not valid Unicode.
+        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS), unless the text begins with
+        it. False for the output of `apply_chat_template`, which spells out what it wants. Raises InputError for text
+        that is not valid Unicode.
         """
-        try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise InputError(f"the prompt is not valid Unicode text ({type(error).__name__}): pass a str") from error
+        with _readable():
+            ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if add_special_tokens and len(ids) > 1 and ids[0] == ids[1] and ids[0] in self._special_ids:
+                own = list(self._backend.encode(text, add_special_tokens=False).ids)
+                if ids[: len(own) + 1] == [ids[0], *own]:  # the text begins with the token that is put before it
+                    del ids[0]
+        return ids
 
-    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """Token ids of `apply_chat_template(messages, **kwargs)`, nothing added."""
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **kwargs: Any) -> list[int]:
+        """Token ids of `apply_chat_template(messages, **kwargs)`, nothing added.
+
+        parse_special: whether special tokens that messages, tools or documents spell out are recognised as such;
+        False encodes them as text, and special tokens come from the template alone.
+        """
+        said: dict[str, Any] = {"messages": messages}
+        said |= {name: kwargs[name] for name in ("tools", "documents") if name in kwargs}
+        with _readable():
+            if not parse_special and self._plain.needed(said):
+                return self._plain.encode(lambda said: self.apply_chat_template(**{**kwargs, **said}), said)
         return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether the vocabulary has a token of this id."""
+        return 0 <= token_id < 2**31 and self._backend.id_to_token(token_id) is not None
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids beyond the vocabulary have none."""
-        return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
+        """Text of `ids`; ids beyond the vocabulary have none, and bytes that are no UTF-8 become U+FFFD."""
+        tokens = [int(token) for token in ids]
+        if not self._bytes.keys().isdisjoint(tokens):
+            tokens = _valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
+        with _readable():
+            return str(self._backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
@@ -123,8 +154,13 @@ class Tokenizer:
         return IncrementalDetokenizer(
             decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
             is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
-            byte_ids=self._byte_ids,
         )
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        from .plain_text import PlainText
+
+        return PlainText(self._backend)
 
     def _is_hidden(self, token: int, skip_special_tokens: bool) -> bool:
         """True for a token that `decode` leaves out: a special one, or an id beyond the vocabulary."""
@@ -135,6 +171,24 @@ class Tokenizer:
         token = None if name is None else self._backend.token_to_id(name)
         return () if token is None else (int(token),)
 
+    def _ends_of_turn(self) -> Iterator[int]:
+        """Special tokens that end a turn, where the chat template spells them out."""
+        for name in _END_OF_TURN:
+            token = self._backend.token_to_id(name)
+            if token not in self._special_ids or name not in (self._template_source or ""):
+                continue
+            if name == "<|end|>" and self._backend.token_to_id("<|return|>") is not None:
+                continue  # it ends one of several messages of a turn (gpt-oss)
+            yield int(token)
+
+    def _byte_tokens(self) -> dict[int, int]:
+        """Token id -> byte, where each byte has a token of its own that decodes to it; else {}."""
+        by_byte = [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        with _readable():
+            if None in by_byte or self._backend.decode([by_byte[ord("A")]]) != "A":
+                return {}
+        return {token: byte for byte, token in enumerate(by_byte)}
+
 
 class IncrementalDetokenizer:
     """Token by token to text; the pieces, `flush` included, concatenate to `Tokenizer.decode` of all tokens.
@@ -144,13 +198,9 @@ class IncrementalDetokenizer:
     others are pending. Text is held back while its last character may still change.
     """
 
-    def __init__(
-        self, decode: Callable[[list[int]], str], is_hidden: Callable[[int], bool], byte_ids: frozenset[int]
-    ) -> None:
-        """`byte_ids`: tokens that are one byte each (byte fallback); empty for byte-level vocabularies."""
+    def __init__(self, decode: Callable[[list[int]], str], is_hidden: Callable[[int], bool]) -> None:
         self._decode = decode
         self._is_hidden = is_hidden
-        self._byte_ids = byte_ids
         self._window: list[int] = []  # visible tokens: those just emitted, then the pending ones
         self._read = 0  # tokens of the window already emitted
         self._context = ""  # their text
@@ -161,8 +211,6 @@ class IncrementalDetokenizer:
         if self._is_hidden(token):
             return ""
         self._window.append(token)
-        if token in self._byte_ids:
-            return ""  # a run of byte tokens is decoded as a whole: one bad byte spoils all of it
         text = self._decode(self._window)
         if len(text) <= len(self._context):
             return ""
@@ -183,7 +231,7 @@ class IncrementalDetokenizer:
         """
         head, last = self._window[:-1], self._window[-1:]
         before = self._decode(head)
-        if self._byte_ids or len(before) <= len(self._context) or before + self._decode(last) != text:
+        if len(before) <= len(self._context) or before + self._decode(last) != text:
             return ""
         return self._emit(before, len(head))
 
@@ -195,12 +243,56 @@ class IncrementalDetokenizer:
         return piece
 
 
+def _valid_bytes(tokens: list[int], bytes_of: Mapping[int, int]) -> list[int]:
+    """`tokens` with each malformed part of a run of byte tokens replaced by the three bytes of U+FFFD.
+
+    `tokenizers` decodes a run as a whole: one bad byte makes U+FFFD of every byte of it.
+    """
+    ids, valid, run = {byte: token for token, byte in bytes_of.items()}, list[int](), bytearray()
+    for token in (*tokens, None):
+        byte = None if token is None else bytes_of.get(token)
+        if byte is not None:
+            run.append(byte)
+            continue
+        valid += [ids[each] for each in run.decode(errors="replace").encode()]
+        run.clear()
+        if token is not None:
+            valid.append(token)
+    return valid
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raises InputError where the text is not Unicode, is nested too deep, or where `tokenizers` fails on it."""
+    try:
+        yield
+    except RecursionError as error:
+        raise InputError("the messages or tools are nested too deep: pass flatter ones") from error
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InputError(f"the prompt is not valid Unicode text ({type(error).__name__}): pass a str") from error
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise InputError(f"tokenizer.json fails on this text ({_one_line(error)}): export the target again") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code of `tokenizers` gave up; its PanicException is no Exception and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def _parse_backend(tokenizer_json: bytes) -> Any:
     from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # ships stubs without py.typed
 
+    text = tokenizer_json.decode("utf-8")
+    check_rules(text)
     try:
-        backend = Backend.from_str(tokenizer_json.decode("utf-8"))
+        backend = Backend.from_str(text)
     except Exception as error:  # `tokenizers` raises bare Exception for everything that it cannot parse
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
         raise ValueError(str(error)) from error
     backend.no_truncation()  # a saved training setting must not cut or pad prompts
     backend.no_padding()
@@ -212,11 +304,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return read_object(file, IntegrityError, _AGAIN)
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens; each is written as a string or as an object with a `content`."""
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens; each is written as a string or as an object with a `content`.
+
+    As in transformers, special_tokens_map.json decides where the config lists no added tokens, and else the config.
+    """
+    given = config
+    if "added_tokens_decoder" not in config:
+        given = {**config, **_read_json(folder / "special_tokens_map.json")}
     named: dict[str, str] = {}
     for name in _NAMED_TOKENS:
-        value = config.get(name)
+        value = given.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
             named[name] = text
@@ -239,17 +337,17 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config, else of the model's config, else none."""
+    """End-of-sequence ids of the generation config and of the model's config, each once."""
+    found = list[int]()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        for token in ids:
-            check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
-        if ids:
-            return tuple(ids)
-    return ()
+        config = _read_json(folder / name)
+        inner = config.get("text_config")
+        for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            for token in ids:
+                check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
+            found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def _one_line(error: BaseException) -> str:

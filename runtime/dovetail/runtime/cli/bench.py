@@ -110,7 +110,7 @@ def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: Reque
     return {
         "pair": flags.pair or DEFAULT_PAIR,
         "prompts_file": str(file),
-        "settings": {name: value for name, value in asdict(request).items() if name not in ("speculate", "raw")},
+        "settings": {**asdict(request.sampling()), "max_new_tokens": request.max_new_tokens, "stop": request.stop},
         "tree": asdict(engine.tree),
         "scheduled": engine.scheduler is not None,
         "target_device": engine.target_device,

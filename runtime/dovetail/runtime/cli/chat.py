@@ -10,7 +10,7 @@ import click
 
 from ..engine import Engine
 from ..errors import DovetailError
-from .options import EngineFlags, RequestFlags, engine_options, sampling_options
+from .options import EngineFlags, RequestFlags, engine_options, sampling_options, template_options
 from .streaming import Answer, stream_answer
 
 HELP = (
@@ -20,6 +20,7 @@ HELP = (
 
 @click.command(short_help="Talk on the terminal.")
 @click.option("--system", metavar="TEXT", help="System message at the start of the conversation.")
+@template_options
 @sampling_options()
 @engine_options
 def chat(system: str | None, engine_flags: EngineFlags, request: RequestFlags) -> None:

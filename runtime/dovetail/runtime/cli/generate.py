@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from ..engine import Prompt
 from ..errors import InputError
-from .options import EngineFlags, RequestFlags, engine_options, sampling_options
+from .options import EngineFlags, RequestFlags, engine_options, sampling_options, template_options
 from .report import result_json
-from .streaming import stream_answer
+from .streaming import speaks_unicode, stream_answer
 
 INTERRUPTED = 130
 
@@ -22,7 +23,9 @@ INTERRUPTED = 130
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
+@click.option("--token-ids", "as_ids", is_flag=True, help="The prompt is a JSON list of token ids.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@template_options
 @sampling_options()
 @engine_options
 @click.pass_context
@@ -31,6 +34,7 @@ def generate(
     prompt: str | None,
     file: Path | None,
     system: str | None,
+    as_ids: bool,
     as_json: bool,
     engine_flags: EngineFlags,
     request: RequestFlags,
@@ -40,14 +44,15 @@ def generate(
     The answer streams to stdout, a line of statistics follows on stderr. Ctrl-C stops it with exit code 130.
     """
     text = read_prompt(prompt, file)
-    if system is not None and request.raw:
-        raise InputError("--system needs the chat template: leave out --raw, or write it into the prompt")
-    asked = text if system is None else chat_messages(system, text)
+    if system is not None and (request.raw or as_ids):
+        other = "--raw" if request.raw else "--token-ids"
+        raise InputError(f"--system needs the chat template: leave out {other}, or write it into the prompt")
+    asked: Prompt = parse_ids(text) if as_ids else text if system is None else chat_messages(system, text)
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
         drafter = (engine.drafter_device, engine.drafter_note) if request.speculate else (None, None)
-        click.echo(json.dumps(result_json(result, engine.target_device, *drafter), ensure_ascii=False))
+        click.echo(json.dumps(result_json(result, engine.target_device, *drafter), ensure_ascii=not speaks_unicode()))
         return
     answer = stream_answer(engine, asked, request)
     click.echo(answer.statistics(), err=True)
@@ -73,9 +78,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of `file` (UTF-8), one final line break dropped. Raises InputError."""
+    """The text of `file`, as `decoded` reads it. Raises InputError."""
     try:
-        return file.read_text(encoding="utf-8").removesuffix("\n")
+        return decoded(file.read_bytes())
     except OSError as err:
         raise InputError(f"{file} cannot be read ({err.strerror}): name a text file") from None
     except UnicodeDecodeError:
@@ -83,13 +88,30 @@ def read_text(file: Path) -> str:
 
 
 def read_stdin() -> str:
-    """Standard input as UTF-8, one final line break dropped. Raises InputError."""
+    """Standard input, as `decoded` reads it. Raises InputError."""
     if sys.stdin is None:  # closed
         return ""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return decoded(sys.stdin.buffer.read())
     except UnicodeDecodeError:
         raise InputError("standard input is not UTF-8 text: convert it first") from None
+
+
+def decoded(content: bytes) -> str:
+    """UTF-8 without its byte order mark, line breaks as \\n, one final line break dropped."""
+    text = content.decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids from a JSON list. Raises InputError."""
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError):
+        ids = None
+    if not isinstance(ids, list) or not ids or not all(type(each) is int for each in ids):
+        raise InputError(f"the prompt {text!r:.60} is no list of token ids: give e.g. --token-ids '[1, 42]'")
+    return ids
 
 
 def chat_messages(system: str, text: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -58,6 +59,7 @@ class DefaultGroup(click.Group):
     ) -> NoReturn:
         """Run, then exit: every error is one line on stderr, a closed pipe is quiet (click sees to that)."""
         extra.pop("standalone_mode", None)
+        replace_unknown_characters()
         try:
             for argument in sys.argv[1:] if args is None else args:
                 check_text("argument", argument, InputError)
@@ -78,6 +80,13 @@ class DefaultGroup(click.Group):
             if lost:
                 _drop_output()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def replace_unknown_characters() -> None:
+    """Let what the terminal's encoding lacks become "?", rather than an error in the middle of an answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def fail(message: str, exit_code: int) -> int:

@@ -7,6 +7,7 @@ embedding API say the same one line.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -131,6 +132,8 @@ class RequestFlags:
     stop: tuple[str, ...]
     speculate: bool = True
     raw: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    parse_special: bool = False
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -144,6 +147,28 @@ class RequestFlags:
 
     def keywords(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+def template_options(command: Command) -> Command:
+    """Flags of RequestFlags about the chat template; below those of `sampling_options`."""
+    return _apply(
+        command,
+        click.option("--chat-template-kwargs", "template_options", callback=_parse_object, metavar="JSON",
+                     help="Options of the chat template: '{\"enable_thinking\": false}'."),
+        click.option("--parse-special", is_flag=True,
+                     help="Let special tokens that messages spell out act as such.  [default: they are text]"),
+    )  # fmt: skip
+
+
+def _parse_object(_context: click.Context, _option: click.Parameter, given: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(given) if given is not None else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        remedy = """give e.g. '{"enable_thinking": false}'"""
+        raise InputError(f"--chat-template-kwargs {given!r:.60} is no JSON object: {remedy}")
+    return value
 
 
 def check_threads(threads: int | None) -> None:

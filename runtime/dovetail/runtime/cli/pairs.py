@@ -59,6 +59,12 @@ def build_pair(name: str, pair: Path) -> None:
             f"pair {name} is not built yet and building it needs {', '.join(lacking)}: "
             f'pip install "dovetail-spec[export]", or copy a built pair to {pair}'
         )
+    try:
+        pair.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise InputError(
+            f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a folder of yours, or give --pair"
+        ) from None
     click.echo(f"Building the pair {name} in {pair}: once, a few minutes.", err=True)
     stderr = 2  # stdout is for the answer alone
     command = [sys.executable, "-m", "dovetail.exporter.cli", "pair", name, str(pair), "--resume"]

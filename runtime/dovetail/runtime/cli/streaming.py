@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Answer:
             f"[stopped | {self.tokens} tokens, {speed:.1f} tok/s, acceptance length {length:.2f} over {rounds} rounds"
             f" | target {self.target_device}, drafter {self.drafter_device or 'off'}]"
         )
+
+
+def speaks_unicode() -> bool:
+    """Whether standard output takes every character; else `main` has others replaced."""
+    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-").startswith("utf")
 
 
 def stream_answer(engine: Engine, prompt: Prompt, request: RequestFlags) -> Answer:

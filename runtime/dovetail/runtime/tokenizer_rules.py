@@ -1,0 +1,61 @@
+"""What the rules of a tokenizer.json may ask for: they come with a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_MAX_GROWTH = 2**12  # characters that the rules of a tokenizer may make of one
+
+
+def check_rules(tokenizer_json: str) -> None:
+    """Raise ValueError for rules that make a text much longer, or that ask for memory by a junk number.
+
+    `tokenizers` aborts the process where memory is short.
+    """
+    try:
+        content = json.loads(tokenizer_json)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    growth, waiting = 1, [content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        rule = waiting.pop()
+        if isinstance(rule, list):
+            waiting += rule
+        if not isinstance(rule, dict):
+            continue
+        waiting += rule.values()
+        if rule.get("type") == "Replace":
+            growth *= _growth(rule)
+        elif rule.get("type") == "Precompiled":
+            _check_precompiled(rule.get("precompiled_charsmap"))
+    if growth > _MAX_GROWTH:
+        raise ValueError(f"its rules make {growth} characters of one")
+
+
+def _growth(replace: Mapping[str, Any]) -> int:
+    """Characters that a Replace rule makes of one. Raises ValueError for a rule that replaces the empty text."""
+    pattern, content = replace.get("pattern"), replace.get("content")
+    if not isinstance(pattern, dict) or not isinstance(content, str):
+        return 1  # `tokenizers` refuses the rule
+    text = pattern.get("String")
+    if text == "":
+        raise ValueError("a rule replaces the empty text")
+    if isinstance(text, str):
+        return max(1, math.ceil(len(content) / len(text)))
+    return max(1, len(content))
+
+
+def _check_precompiled(charsmap: object) -> None:
+    """A map begins with the size of its table, which must be in the map."""
+    try:
+        content = base64.b64decode(charsmap or b"", validate=True)  # type: ignore[arg-type]  # TypeError says so
+    except (TypeError, ValueError):
+        return  # `tokenizers` refuses the rule
+    if content and int.from_bytes(content[:4], "little") > len(content) - 4:
+        raise ValueError("its precompiled map is cut")
