@@ -28,7 +28,8 @@ def test_a_text_is_read_with_every_property(
     rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(properties.VARIANTS) + checkpoint and all(len(row) in (5, 11) for row in rows)
     far = {tuple(row[:2]): float(row[4]) for row in rows if row[0] != "checkpoint"}
-    assert far["f32", "0"] < far["f32", "32"] < far["bf16", "32"] and (far["f32", "0"] > 0) == checkpoint
+    # Which of the others is nearer depends on the CPU: with AMX bfloat16 may be.
+    assert far["f32", "0"] < min(far["f32", "32"], far["bf16", "32"]) and (far["f32", "0"] > 0) == checkpoint
 
 
 def test_what_openvino_genai_is_given_is_what_dovetail_gives_its_target(bench_script) -> None:

@@ -145,7 +145,7 @@ def test_the_built_pair_passes_its_own_check(pair: Path) -> None:
 
 def test_text_survives_the_tokenizer_and_digits_stand_alone(pair: Path) -> None:
     tokenizer = Tokenizer.from_folder(pair / "target")
-    assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|im_end|>")) == (2,)
+    assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|im_end|><|endoftext|>")) == (2, 0)
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode("In 2024 there\n\n1")]
     assert pieces == ["In", " ", "2", "0", "2", "4", " there", "\n\n", "1"]
 

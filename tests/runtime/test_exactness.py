@@ -41,12 +41,12 @@ def target(tiny_pair: Path) -> OpenVINOTarget:
 
 @pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])
 def test_a_tree_has_the_bits_of_chains(target: OpenVINOTarget, context: int) -> None:
-    assert differing_rows(target, 200, context).rows == 0
+    assert differing_rows(target, context).rows == 0
 
 
 def test_a_lone_row_differs_where_exactness_is_off(target: OpenVINOTarget) -> None:
     target.exact = False
-    assert differing_rows(target, 200).rows > 0
+    assert differing_rows(target).rows > 0
 
 
 @pytest.mark.parametrize("wrong", ["paths", "outputs", "past"])
@@ -64,7 +64,7 @@ def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch
         return batch
 
     monkeypatch.setattr(Batch, "of", mixed)
-    assert differing_rows(target, 200).rows > 0
+    assert differing_rows(target).rows > 0
 
 
 @pytest.mark.parametrize("context", [20, 31, 64])

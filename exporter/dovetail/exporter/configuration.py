@@ -66,8 +66,8 @@ def check_weights(config: dict[str, Any], folder: Path, stored: int) -> None:
     least = width * (sizes.get("vocab_size", 0) + 2 * width * layers)  # an embedding, and two square matrices a layer
     if least > WEIGHTS_PER_BYTE * stored:
         raise SourceError(
-            f"{folder / 'config.json'} describes {least / 1e6:.0f} million weights or more, the files of weights have "
-            f"{stored / 1e6:.1f} MB: {_AGAIN}"
+            f"{folder / 'config.json'} describes {least:,} weights or more, the files of weights have {stored:,} "
+            f"bytes: {_AGAIN}"
         )
 
 

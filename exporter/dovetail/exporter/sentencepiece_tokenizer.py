@@ -60,13 +60,15 @@ class SentencePiece:
         return encode
 
     def correct(self, tokenizer_json: Path) -> None:
-        """Give the converted tokenizer the model's own rules for spaces, and its own vocabulary where it is Unigram."""
+        """Give the converted tokenizer the model's own rules for spaces and bytes, and a Unigram model its vocabulary."""
         content: dict[str, Any] = json.loads(tokenizer_json.read_text(encoding="utf-8"))
         trainer, spec = self._proto.trainer_spec, self._proto.normalizer_spec
-        if trainer.model_type == _UNIGRAM and content["model"]["type"] != "Unigram":
+        if trainer.model_type == _UNIGRAM:
             pieces = [(piece.piece, piece.score) for piece in self._proto.pieces]
             own = Tokenizer(Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
             content["model"] = json.loads(own.to_str())["model"]
+        else:
+            content["model"]["byte_fallback"] = trainer.byte_fallback
         content["pre_tokenizer"] = None
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.normalizer = normalizers.Sequence(_normalizers(spec))

@@ -26,7 +26,7 @@ class CostKey:
 
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
-    ov_config: properties of OpenVINO for the target, the defaults and those that were asked for.
+    ov_config: properties of OpenVINO for the target: the defaults, those that were chosen, those that were asked for.
     exact: whether a plain pass computes two rows.  spin_us: how long the
     drafter's threads wait for work.
     """
@@ -64,7 +64,7 @@ class CostKey:
             usable_threads=cpu.usable,
             openvino=versions.get("openvino", "unknown"),
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
-            ov_config={**default_properties(), **(ov_config or {})},
+            ov_config={**default_properties(), **chosen_properties(manifest, threads), **(ov_config or {})},
             exact=exact,
         )
 

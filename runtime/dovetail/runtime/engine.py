@@ -172,8 +172,8 @@ class Engine:
         check_limit(room, fit, drafter_device)
         manifest = read_sound(pair, tree)
         tokenizer = Tokenizer.from_folder(pair / "target")
-        ov_config = {**chosen_properties(manifest, threads), **(ov_config or {})}
-        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=ov_config, exact=exact)
+        properties = {**chosen_properties(manifest, threads), **(ov_config or {})}
+        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=properties, exact=exact)
         if manifest.drafter is None:
             return cls(target, None, tokenizer, tree=tree or manifest.tree, stop_tokens=_stops(tokenizer, manifest))
 

@@ -28,11 +28,12 @@ class Difference:
     largest: float
 
 
-def differing_rows(target: OpenVINOTarget, vocab_size: int, context: int = CONTEXT) -> Difference:
+def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference:
     """Verify a tree after `context` tokens, and every path of it as a chain of its own; the target ends empty.
 
     The chains follow a text that was read in other passes than the tree's.  It takes some twenty passes.
     """
+    vocab_size = target.model.vocab_size
     text = _tokens(0, context, vocab_size)
     nodes = len(_PARENTS)
     tree = DraftTree(_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))

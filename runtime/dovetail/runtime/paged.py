@@ -192,6 +192,7 @@ class PagedModel:
         self._groups = self._kv_groups()
         self._arrays: list[NDArray[np.uint16]] = []  # KV memory that the request points to
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
+        self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
 
     @property
     def blocks(self) -> int:

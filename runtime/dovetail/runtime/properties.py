@@ -1,7 +1,7 @@
 """What properties of OpenVINO's CPU plugin change here: how quick the target's passes are, and its best tokens.
 
 One candidate at a time is opened beside the target as it was given, and the passes of the two are timed in turns, so
-that whatever else the machine does falls on both alike.  Nothing that is found is applied.
+that whatever else the machine does falls on both alike.  `choose` names the one that later openings may use.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+from statistics import geometric_mean
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import machine
+from .cost_cache import Chosen
 from .errors import DeviceError
+from .exactness import differing_rows
 from .openvino_target import OpenVINOTarget
 from .paged import default_properties
 from .tree import DraftTree
 from .tune import Progress, check_seconds, timed_tree
 
+CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
 CONTEXT = 128  # tokens before a timed pass
 NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding
 CHAIN = 16  # tokens of the text that are read in one pass
@@ -48,12 +52,14 @@ class Compared(Property):
     speedups: by nodes, how many times as fast a pass is: the median of `samples` pairs of passes, between the ends of
         an interval that holds the true one in 98 of 100 cases.
     same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
+    rows_equal: whether its rows are the same bits in passes of every width, and in trees (exactness.py).
     problem: why OpenVINO does not take the property; nothing was measured then.
     """
 
     speedups: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
     samples: int = 0
     same: float | None = None
+    rows_equal: bool | None = None
     problem: str | None = None
 
 
@@ -122,13 +128,29 @@ class _Read:
         try:
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
+            equal = differing_rows(candidate).rows == 0
             ratios = _time(self.base, candidate, until, tell)
         except DeviceError as error:
             return Compared(one.name, one.value, problem=" ".join(str(error).split()))
         samples = len(ratios[NODES[0]])
         ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
-        return Compared(one.name, one.value, speedups, samples, same)
+        return Compared(one.name, one.value, speedups, samples, same, equal)
+
+
+def choose(rows: Sequence[Compared]) -> Chosen:
+    """The quickest precision or group size that keeps rows equal and is quicker than the base beyond doubt, if any.
+
+    Speeds of the passes of NODES nodes count alike.
+    """
+    found = [row for row in rows if row.name in CHOOSABLE and row.rows_equal]
+    sure = [row for row in found if geometric_mean(low for low, _, _ in row.speedups.values()) > 1]
+    best = max(sure, key=_speedup, default=None)
+    return Chosen({best.name: best.value}, _speedup(best)) if best else Chosen({}, 1.0)
+
+
+def _speedup(row: Compared) -> float:
+    return geometric_mean(middle for _, middle, _ in row.speedups.values())
 
 
 def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:

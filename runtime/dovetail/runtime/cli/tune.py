@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from .. import machine
-from ..cost_cache import CostKey, Measured
+from ..cost_cache import CostKey, Measured, chosen_properties
 from ..errors import InputError, PairError
 from ..manifest import read_sound
-from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, compare
+from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 from ..tokenizer import Tokenizer
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from ..vram import check_limit
@@ -27,9 +27,8 @@ from .options import check_threads, device_options
 from .pairs import resolve_pair
 
 APPLY = """\
-Nothing was applied: --ov-config NAME=VALUE of generate, chat, bench and tune applies one. Another property may change
-the text, even where every best token stayed the same here; with DYNAMIC_QUANTIZATION_GROUP_SIZE=0 passes of every width
-may differ from all others."""
+--ov-config NAME=VALUE of generate, chat, bench and tune applies any of them. Another property may change the text, even
+where every best token stayed the same here; without equal rows drafts may change it too."""
 UNCERTAIN = "~: too close to 1.00x to tell, passes vary too much; a quieter machine or more --seconds may tell."
 
 
@@ -56,9 +55,11 @@ def tune(
     PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
     exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
 
-    With --properties nothing is kept or applied, PAIR needs no drafter, and its flags say nothing: a table says for
-    each property of OpenVINO's CPU plugin that is worth a try how many times as fast passes of the target are with it
-    as without, and after how many tokens of a text the target's best token stays the same.
+    With --properties PAIR needs no drafter, and its flags say nothing: a table says for each property of OpenVINO's
+    CPU plugin that is worth a try how many times as fast passes of the target are with it as without, after how many
+    tokens of a text the target's best token stays the same, and whether rows are equal in passes of every width.
+    Without --ov-config the quickest precision or group size that keeps rows equal is kept for later openings of PAIR,
+    if it is quicker beyond doubt.
     """
     from ..onnx_drafter import OnnxDrafter
     from ..openvino_target import OpenVINOTarget
@@ -70,15 +71,19 @@ def tune(
     manifest = read_sound(folder)
 
     def open_target(*more: Property) -> OpenVINOTarget:
-        config = {**ov_config, **{each.name: each.value for each in more}}
+        chosen = {} if properties else chosen_properties(manifest, threads)  # which properties are compared with
+        config = {**chosen, **ov_config, **{each.name: each.value for each in more}}
         return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config, exact=exact)
 
     if properties:
         prompt, tried = Tokenizer.from_folder(folder / "target").encode(PROMPT), candidates(ov_config, threads)
         with progress_bar() as progress:
             rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
+        chosen = None if ov_config else choose(rows)
+        if chosen:
+            store(lambda: chosen.store(manifest, threads))
         report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
-        show_properties(report, rows, as_json)
+        show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
@@ -89,10 +94,7 @@ def tune(
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
-    try:
-        measured.store()
-    except OSError as err:
-        raise InputError(f"{measured.key.file} cannot be written ({err.strerror}): set DOVETAIL_CACHE") from None
+    store(measured.store)
     if as_json:
         click.echo(json.dumps(measured.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -100,8 +102,19 @@ def tune(
         click.echo(f"kept in {measured.key.file}")
 
 
+def store(keep: Callable[[], None]) -> None:
+    """Keep what was measured in the cache.  Raises InputError."""
+    try:
+        keep()
+    except OSError as err:
+        raise InputError(f"{err.filename} cannot be written ({err.strerror}): set DOVETAIL_CACHE") from None
+
+
 def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json: bool) -> None:
-    """The table or the JSON object on stdout.  given: pair, threads and ov_config, which passes are compared with."""
+    """The table or the JSON object on stdout.
+
+    given: pair, threads and ov_config, which passes are compared with, and what was chosen, None if nothing could be.
+    """
     if as_json:
         circumstances = {"context": CONTEXT, "machine": machine.describe(), "versions": machine.versions()}
         report = {**given, **circumstances, "properties": [asdict(row) for row in rows]}
@@ -112,13 +125,13 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
 
     base = " ".join(f"{name}={value}" for name, value in given["ov_config"].items()) or "the defaults"
     table = Table("property", box=None, padding=(0, 1, 0, 0))
-    for heading in (*(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES), "same token"):
+    for heading in (*(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES), "same token", "equal rows"):
         table.add_column(heading, justify="right")
     for row in rows:
         if row.same is None:
             table.add_row(str(row), "refused")
         else:
-            table.add_row(str(row), *(times(*row.speedups[nodes]) for nodes in NODES), f"{row.same:.1%}")
+            table.add_row(str(row), *(times(*row.speedups[nodes]) for nodes in NODES), f"{row.same:.1%}", "yes" if row.rows_equal else "no")
     click.echo(f"{given['pair']} on {machine.cpu().model}: a pass of the target after {CONTEXT} tokens,")
     click.echo(f"times as fast as with {base}")
     Console(highlight=False, markup=False, emoji=False).print(table)
@@ -126,6 +139,9 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
         if row.problem:
             click.echo(f"{row}: {row.problem}")
     click.echo(UNCERTAIN)
+    if (chosen := given["chosen"]) is not None:
+        kept = " ".join(f"{name}={value}" for name, value in chosen["properties"].items())
+        click.echo(f"kept for later openings: {kept or 'the defaults, no other is surely quicker'}")
     click.echo(APPLY)
 
 
