@@ -93,14 +93,15 @@ def few(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_properties_are_a_table_that_applies_nothing(invoke, tiny_pair: Path, cache: Path) -> None:
+def test_properties_are_a_table_and_the_choice_is_kept(invoke, tiny_pair: Path, cache: Path) -> None:
     result = invoke("tune", str(tiny_pair), "--properties", "--seconds", "0.05")  # a pair without a drafter
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
     pinning = rows["ENABLE_CPU_PINNING=NO"]
-    assert len(pinning) == 4 and pinning[-1] == "100.0%" and all(cell.endswith("x") for cell in pinning[:-1])
+    assert len(pinning) == 5 and pinning[-2:] == ["100.0%", "yes"] and all(cell.endswith("x") for cell in pinning[:-2])
     assert rows["NO_SUCH_PROPERTY=1"] == ["refused"] and "Unsupported property NO_SUCH_PROPERTY" in result.stdout
-    assert "the defaults" in result.stdout and "Nothing was applied: --ov-config NAME=VALUE" in result.stdout
+    assert "kept for later openings: the defaults" in result.stdout and "--ov-config NAME=VALUE" in result.stdout
+    assert len([*(cache / "properties").iterdir()]) == 1
     assert "may change the text" in " ".join(result.stdout.split())
     assert "measuring" in result.stderr and not (cache / "costs").exists()
 

@@ -110,7 +110,7 @@ def test_pairs_without_the_facts_are_told_what_to_do() -> None:
     with pytest.raises(DeviceError, match="no float16 drafter"):
         plan_pair(pair(files={"cpu": "drafter/cpu.onnx"}))
     for wrong in ({"workspace": (1,)}, {"workspace": (1, -1)}, {"vram": -1}):
-        with pytest.raises(ManifestError, match="export the (drafter|pair) again"):
+        with pytest.raises(ManifestError, match=r"export the (drafter|pair) again"):
             pair(**wrong)
 
 

@@ -60,7 +60,7 @@ class SentencePiece:
         return encode
 
     def correct(self, tokenizer_json: Path) -> None:
-        """Give the converted tokenizer the model's own rules for spaces and bytes, and a Unigram model its vocabulary."""
+        """Give the converted tokenizer the model's own rules for spaces and bytes, and a Unigram its vocabulary."""
         content: dict[str, Any] = json.loads(tokenizer_json.read_text(encoding="utf-8"))
         trainer, spec = self._proto.trainer_spec, self._proto.normalizer_spec
         if trainer.model_type == _UNIGRAM:

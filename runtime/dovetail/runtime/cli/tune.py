@@ -131,7 +131,8 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
         if row.same is None:
             table.add_row(str(row), "refused")
         else:
-            table.add_row(str(row), *(times(*row.speedups[nodes]) for nodes in NODES), f"{row.same:.1%}", "yes" if row.rows_equal else "no")
+            passes = (times(*row.speedups[nodes]) for nodes in NODES)
+            table.add_row(str(row), *passes, f"{row.same:.1%}", "yes" if row.rows_equal else "no")
     click.echo(f"{given['pair']} on {machine.cpu().model}: a pass of the target after {CONTEXT} tokens,")
     click.echo(f"times as fast as with {base}")
     Console(highlight=False, markup=False, emoji=False).print(table)
