@@ -87,8 +87,8 @@ class DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
-        The drafter leaves out how the target scales its RoPE (Llama 3's, YaRN): it learns from the target's features with
-        plain RoPE.  Whether scaling it too would train better is not measured.
+        The drafter leaves out how the target scales its RoPE (Llama 3's, YaRN): it learns from the target's features
+        with plain RoPE.  Whether scaling it too would train better is not measured.
         """
         target = target.get("text_config", target)
         rope = target.get("rope_parameters") or target.get("rope_scaling") or {}
