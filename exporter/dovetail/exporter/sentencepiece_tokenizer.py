@@ -1,7 +1,7 @@
 """A sentencepiece model as rules of a tokenizer.json.
 
-transformers' own conversion gives every Llama checkpoint a BPE model and its own treatment of spaces: a Unigram model
-then gets other ids, and so does a text that begins with a space.
+transformers' own conversion differs by release: it takes Unigram models for BPE, or BPE models for Unigram (5.0.0), and
+treats spaces in its own way.  The vocabulary therefore comes from the model itself.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers  # type: ignore[import-untyped]  # stubs, no py.typed
-from tokenizers.models import Unigram  # type: ignore[import-untyped]
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers  # type: ignore[import-untyped]  # stubs, no py.typed
+from tokenizers.models import BPE, Unigram  # type: ignore[import-untyped]
 
 from dovetail.runtime.errors import SourceError
 
 _FILES = ("tokenizer.model", "spiece.model")
 _UNIGRAM = 1  # TrainerSpec.ModelType
+_NORMAL = 1  # SentencePiece.Type of a piece that is no control, byte or user-defined one
 
 
 class SentencePiece:
@@ -60,23 +61,32 @@ class SentencePiece:
         return encode
 
     def correct(self, tokenizer_json: Path) -> None:
-        """Give the converted tokenizer the model's own rules for spaces and bytes, and a Unigram its vocabulary."""
+        """Give the converted tokenizer the model's own vocabulary, and its rules for spaces and bytes."""
         content: dict[str, Any] = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-        trainer, spec = self._proto.trainer_spec, self._proto.normalizer_spec
-        if trainer.model_type == _UNIGRAM:
-            pieces = [(piece.piece, piece.score) for piece in self._proto.pieces]
-            own = Tokenizer(Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
-            content["model"] = json.loads(own.to_str())["model"]
-        else:
-            content["model"]["byte_fallback"] = trainer.byte_fallback
+        spec = self._proto.normalizer_spec
+        content["model"] = json.loads(Tokenizer(self._rules()).to_str())["model"]
         content["pre_tokenizer"] = None
         tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in self._special])
         tokenizer.normalizer = normalizers.Sequence(_normalizers(spec))
         first = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first]
         )
         tokenizer_json.write_text(tokenizer.to_str(), encoding="utf-8")
+
+    def _rules(self) -> BPE | Unigram:
+        """The same vocabulary for `tokenizers`; a BPE model merges whatever gives the piece of the best score."""
+        trainer, pieces = self._proto.trainer_spec, self._proto.pieces
+        if trainer.model_type == _UNIGRAM:
+            scored = [(piece.piece, piece.score) for piece in pieces]
+            return Unigram(scored, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
+        merged = sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score)
+        parts = ((text[:cut], text[cut:]) for text in (piece.piece for piece in merged) for cut in range(1, len(text)))
+        merges = [(left, right) for left, right in parts if left in vocabulary and right in vocabulary]
+        unknown = pieces[trainer.unk_id].piece
+        return BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text)
