@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="a pair is exported")
 from dovetail.runtime import Engine, TreeLimits, blocks, decode, onnx_drafter, openvino_target, paged, reading, runners
 from dovetail.runtime.blocks import BlockPool
 from dovetail.runtime.decode import Conversation, Request
+from dovetail.runtime.errors import InputError
 from dovetail.runtime.exactness import differing_rows
 from dovetail.runtime.manifest import read_manifest
 from dovetail.runtime.metrics import Meter
@@ -49,8 +50,8 @@ def test_a_lone_row_differs_where_exactness_is_off(target: OpenVINOTarget) -> No
     assert differing_rows(target).rows > 0
 
 
-@pytest.mark.parametrize("wrong", ["paths", "outputs", "past"])
-def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch, wrong: str) -> None:
+def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """Have every pass go wrong in this way."""
     of = Batch.of
 
     def mixed(parts: Any, rows: int) -> Batch:
@@ -64,7 +65,31 @@ def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch
         return batch
 
     monkeypatch.setattr(Batch, "of", mixed)
+
+
+@pytest.mark.parametrize("wrong", ["paths", "outputs", "past"])
+def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch, wrong: str) -> None:
+    mix_up(monkeypatch, wrong)
     assert differing_rows(target).rows > 0
+
+
+@pytest.mark.parametrize("wrong", [None, "outputs"])
+def test_rows_that_differ_here_are_told_when_a_pair_is_first_opened(
+    tiny_full_pair: Path, tmp_path: Path, monkeypatch, caplog, wrong: str | None
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    monkeypatch.setattr("dovetail.runtime.tune.QUICK_SECONDS", 0.01)
+    if wrong:
+        mix_up(monkeypatch, wrong)
+    Engine.from_pretrained(tiny_full_pair, drafter_device="cpu").close()
+    told = [record.getMessage() for record in caplog.records if "rows differ" in record.getMessage()]
+    assert len(told) == (wrong is not None)
+
+
+def test_texts_of_different_models_share_no_pass(target: OpenVINOTarget, tiny_pair: Path) -> None:
+    other = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair))
+    with pytest.raises(InputError, match="one model"):
+        verify_together({target: grown(1, 3), other: grown(1, 3)})
 
 
 @pytest.mark.parametrize("context", [20, 31, 64])

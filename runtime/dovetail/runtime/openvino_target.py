@@ -199,7 +199,9 @@ class _Paths:
 
 
 def verify_together(offers: Mapping[OpenVINOTarget, DraftTree]) -> dict[OpenVINOTarget, TargetPass]:
-    """Every conversation's tree in one pass; the conversations must share one model (see `another`)."""
+    """Every conversation's tree in one pass.  Raises InputError if they do not share one model (see `another`)."""
+    if len({id(target.model) for target in offers}) != 1:
+        raise InputError("conversations in one pass must be of one model: make the others with another()")
     parts = {target: target._offer(tree) for target, tree in offers.items()}
     first = next(iter(offers))
     rows = sum(map(len, offers.values()))

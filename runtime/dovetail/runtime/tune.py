@@ -7,6 +7,7 @@ than the last takes longer, which is noted apart.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,12 +24,15 @@ from .bounds import check_number
 from .cost_cache import CostKey, Measured, recall
 from .costs import Costs, Curve
 from .errors import InputError
+from .exactness import differing_rows
 from .manifest import Manifest
 from .onnx_drafter import OnnxDrafter
 from .openvino_target import OpenVINOTarget
 from .runners import CHUNK
 from .schedule import WIDTHS
 from .tree import DraftTree
+
+log = logging.getLogger(__name__)
 
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -62,7 +66,8 @@ def known_or_measured(
 ) -> Costs:
     """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
 
-    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.
+    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.  Then, too, a
+    warning in the log says if the target's rows are not equal on this machine.
     Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
@@ -71,6 +76,11 @@ def known_or_measured(
         return known.costs
     begin = perf_counter()
     costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
+    if target.exact and (different := differing_rows(target)).rows:
+        log.warning(
+            "this target's rows differ by up to %.2g logits between passes here, so drafts may change the text: "
+            "dovetail-run tune --properties shows which properties of OpenVINO keep rows equal", different.largest,
+        )  # fmt: skip
     with suppress(OSError):  # a cache that cannot be written costs time at the next start, not correctness
         Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
     return costs
