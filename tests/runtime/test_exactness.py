@@ -139,6 +139,22 @@ def test_blocks_are_taken_once_and_given_back() -> None:
     assert pool.take(two, 4).tolist() == [0, 1, 6, 7]
 
 
+def test_an_interrupted_growth_of_the_memory_is_made_up_for(target: OpenVINOTarget) -> None:
+    target.prefill(TEXT[:40])
+    wanted = np.array(target.verify(grown(1, 8)).logits)
+    for line in itertools.count(1):
+        try:
+            with interrupt_at(line):
+                target.model.reserve(target.model.blocks + 1)
+            break
+        except KeyboardInterrupt:
+            target.reset(40)
+            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+            target.model.reserve(target.model.blocks + 1)
+            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+    assert line > 10
+
+
 def test_memory_comes_with_the_text_not_with_the_context(target: OpenVINOTarget) -> None:
     blocks_of_text = -(-len(TEXT) // BLOCK)
     target.prefill(TEXT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,14 @@ class _KVGroup:
     element_type: Any
     heads: int
     size: int
-    data: NDArray[np.uint16] = field(init=False)
+    data: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
 
-    def __post_init__(self) -> None:
-        self.data = np.zeros((len(self.names), 0, self.heads, BLOCK, self.size), np.uint16)
+    def grown(self, blocks: int, kept: BlockIds) -> _KVGroup:
+        """The same with `blocks` blocks, of which those of `kept` hold what they held.  Raises OSError."""
+        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size))
+        if len(kept):
+            data[:, kept] = self.data[:, kept]
+        return replace(self, data=data)
 
 
 class PagedModel:
@@ -190,14 +194,14 @@ class PagedModel:
         self._given: dict[str, NDArray[Any]] = {}  # and memory that it points to
         self.pool = BlockPool()
         self._groups = self._kv_groups()
-        self._arrays: list[NDArray[np.uint16]] = []  # KV memory that the request points to
+        self._placed = False  # whether the request points to the memory of all groups
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
         self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
 
     @property
     def blocks(self) -> int:
         """KV blocks allocated."""
-        return int(self._groups[0].data.shape[1])
+        return len(self.pool.owners)
 
     @property
     def block_bytes(self) -> int:
@@ -225,26 +229,29 @@ class PagedModel:
 
         Blocks that somebody owns keep what they hold.  A target asks once for all that its context can need.
         """
-        import openvino as ov
-
         if blocks <= self.blocks:
             return
-        owned = np.flatnonzero(self.pool.owners)
-        for group in self._groups:
-            try:
-                grown = untouched_zeros((len(group.names), blocks, group.heads, BLOCK, group.size))
-            except OSError as error:
-                raise DeviceError(
-                    f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
-                    f"({error.strerror}): export the target with a smaller --max-context"
-                ) from error
-            grown[:, owned] = group.data[:, owned]
-            self._arrays.append(grown)  # until the request points elsewhere, the old array must stay too
-            for name, array in zip(group.names, grown, strict=True):
-                self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
-            group.data = grown
-        self._arrays = [group.data for group in self._groups]
+        owned = np.flatnonzero(self.pool.owners).astype(np.int32)
+        try:
+            groups = [group.grown(blocks, owned) for group in self._groups]
+        except OSError as error:
+            raise DeviceError(
+                f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
+                f"({error.strerror}): export the target with a smaller --max-context"
+            ) from error
+        # An interrupt between these lines leaves the old groups, or new ones that the next pass places.
+        self._placed = False
+        self._groups = groups
         self.pool.grow(blocks)
+
+    def _place(self) -> None:
+        """Point the request to the memory of all groups."""
+        import openvino as ov
+
+        for group in self._groups:
+            for name, array in zip(group.names, group.data, strict=True):
+                self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
+        self._placed = True
 
     def touch(self, blocks: BlockIds) -> None:
         """Have memory of its own under `blocks`, whatever they hold.
@@ -275,6 +282,8 @@ class PagedModel:
             PATH_ROWS: same if batch.path_rows is None else batch.path_rows,
             NODE_ROWS: same if batch.node_rows is None else batch.node_rows,
         }
+        if not self._placed:
+            self._place()
         for name, array in inputs.items():
             self._give(name, array)
         try:
