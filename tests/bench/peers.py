@@ -30,7 +30,7 @@ from dovetail.runtime.manifest import write_atomically
 from dovetail.runtime.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-OURS = ("dovetail, plain", "dovetail")
+OURS = ("dovetail, plain", "dovetail", "dovetail, plain, not exact", "dovetail, not exact")
 GENAI = (
     "openvino-genai, plain", "openvino-genai, prompt lookup 5", "openvino-genai, prompt lookup 10",
     "openvino-genai, plain, same properties", "openvino-genai, prompt lookup 5, same properties",

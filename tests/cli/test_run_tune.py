@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.cli import tune
-from dovetail.runtime.cost_cache import CostKey, recall
+from dovetail.runtime.cost_cache import Chosen, CostKey, recall
 from dovetail.runtime.costs import Costs
 from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.properties import Property
+from dovetail.runtime.properties import CHOOSABLE, Property
 
 FLAGS = ("--seconds", "0.05", "--drafter-device", "cpu")
 
@@ -28,7 +28,7 @@ def test_json_is_what_the_cache_holds(invoke, real_pair: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     known = recall(CostKey.of(read_manifest(real_pair), "cpu", None))
-    assert known is not None and known.as_dict() == report
+    assert known is not None and known.as_dict() == {name: report[name] for name in known.as_dict()}
     assert Costs.from_dict(report["costs"]).target.contexts == (128,)  # the tiny target has room for 256 tokens
     assert "measuring" in result.stderr
 
@@ -44,17 +44,39 @@ def test_text_is_tables_and_bars_within_the_line(invoke, real_pair: Path) -> Non
     lines = result.stdout.splitlines()
     assert "a pass of the target" in lines[0] and any("a call of the drafter on the CPU" in line for line in lines)
     assert any(line.startswith("128 ") for line in lines) and "█" in result.stdout
-    assert "kept in" in lines[-1] and max(map(len, lines[:-1])) <= 80
+    assert "kept in" in lines[-1] and max(map(len, lines[:-2])) <= 80
 
 
 def test_inspect_shows_what_was_measured_and_nothing_before(invoke, real_pair: Path, tmp_path: Path) -> None:
     assert "a pass of the target" not in invoke("inspect", str(real_pair)).stdout
     assert json.loads(invoke("inspect", str(real_pair), "--json").stdout)["costs"] is None
-    bars, kept = invoke("tune", str(real_pair), *FLAGS).stdout.split("kept in")
+    bars, kept = invoke("tune", str(real_pair), *FLAGS).stdout.split("OpenVINO: ")
     assert kept and bars in invoke("inspect", str(real_pair), "--plot", str(tmp_path / "costs.svg")).stdout
     assert "128 tokens" in (tmp_path / "costs.svg").read_text()
     report = json.loads(invoke("tune", str(real_pair), *FLAGS, "--json").stdout)
-    assert json.loads(invoke("inspect", str(real_pair), "--json").stdout)["costs"] == report
+    found = json.loads(invoke("inspect", str(real_pair), "--json").stdout)
+    assert {**found["costs"], "properties": found["properties"]} == report
+
+
+def test_the_chosen_group_size_is_what_costs_are_measured_with(invoke, real_pair: Path, monkeypatch) -> None:
+    best, compared = Chosen({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}, 1.25), []
+    monkeypatch.setattr(tune, "choose", lambda rows: compared.extend(rows) or best)
+    text = invoke("tune", str(real_pair), *FLAGS).stdout
+    assert (
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE=128" in text and f"tune chose them on {best.date[:10]}: passes 1.25x" in text
+    )
+    assert {row.name for row in compared} <= set(CHOOSABLE) and len(compared) > 1
+    known = recall(CostKey.of(read_manifest(real_pair), "cpu", None))
+    assert known is not None and known.key.ov_config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "128"
+    line = next(line for line in invoke("doctor", str(real_pair)).stdout.splitlines() if line.startswith("properties"))
+    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE=128" in line and "1.25x" in line
+
+
+def test_nothing_is_chosen_beside_what_was_asked_for(invoke, real_pair: Path, cache: Path) -> None:
+    given = ("--ov-config", "DYNAMIC_QUANTIZATION_GROUP_SIZE=32")
+    report = json.loads(invoke("tune", str(real_pair), *FLAGS, *given, "--json").stdout)
+    assert report["properties"]["set"]["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "32" and not report["properties"]["chosen"]
+    assert (cache / "costs").exists() and not (cache / "properties").exists()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +125,7 @@ def test_properties_are_a_table_and_the_choice_is_kept(invoke, tiny_pair: Path, 
     assert "kept for later openings: the defaults" in result.stdout and "--ov-config NAME=VALUE" in result.stdout
     assert len([*(cache / "properties").iterdir()]) == 1
     assert "may change the text" in " ".join(result.stdout.split())
-    assert "measuring" in result.stderr and not (cache / "costs").exists()
+    assert "comparing" in result.stderr and not (cache / "costs").exists()
 
 
 @pytest.mark.usefixtures("few")

@@ -187,4 +187,3 @@ def test_layers_with_a_window_turn_by_a_base_of_their_own_in_gemma_3(tmp_path: P
     rope = config["rope_parameters"]
     assert rope["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
     assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
-

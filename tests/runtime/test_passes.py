@@ -51,9 +51,7 @@ def rows(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(
-    target: OpenVINOTarget, rows: list[int]
-) -> None:
+def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: OpenVINOTarget, rows: list[int]) -> None:
     for exact, least in ((True, 2), (False, 1)):
         target.exact = exact
         talk = Conversation(target, None)

@@ -196,9 +196,19 @@ def test_rules_that_would_take_the_memory_are_refused(tmp_path: Path, part: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_deep_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text('{"normalizer": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(IntegrityError, match="nested"):
+@pytest.mark.parametrize("name", [r"Replac\u0065", r"\u0052eplace"])
+def test_a_rule_whose_name_is_escaped_is_refused_too(tmp_path: Path, name: str) -> None:
+    part, rule = RULES["grows while decoding"]
+    text = json.dumps({**json.loads(byte_level().to_str()), part: rule}, indent=1)
+    (tmp_path / "tokenizer.json").write_text(text.replace('"Replace"', f'"{name}"'))
+    with pytest.raises(IntegrityError, match=r"rules make 10000 characters"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("rule", "named"), [("", "recursion limit"), ('"decoder": {"type": "Replace"}, ', "nested")])
+def test_a_deep_tokenizer_is_refused(tmp_path: Path, rule: str, named: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(f'{{{rule}"normalizer": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(IntegrityError, match=named):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
     (tmp_path / "generation_config.json").write_text("[" * 100_000)

@@ -27,8 +27,7 @@ class CostKey:
     target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
     or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
     ov_config: properties of OpenVINO for the target: the defaults, those that were chosen, those that were asked for.
-    exact: whether a plain pass computes two rows.  spin_us: how long the
-    drafter's threads wait for work.
+    exact: whether a plain pass computes two rows.  spin_us: how long the drafter's threads wait for work.
     """
 
     target: str

@@ -102,9 +102,7 @@ class OpenVINOTarget:
         """Keep the KV of `path`, root first: its blocks become the conversation's."""
         found = self._verified.find(path) if self._verified else None
         if found is None:
-            raise DeviceError(
-                f"commit of {len(path)} nodes that are no path of a verified tree: verify the tree first"
-            )
+            raise DeviceError(f"commit of {len(path)} nodes that are no path of a verified tree: verify the tree first")
         full = self._length // BLOCK
         others = np.delete(self._blocks[full:], slice(found.start - full, found.stop - full))
         # One assignment each: an interrupt between them leaves the old text, whose last block the path has copied.
@@ -143,9 +141,7 @@ class OpenVINOTarget:
         self._verified = paths
         return part
 
-    def _part(
-        self, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]
-    ) -> Part:
+    def _part(self, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]) -> Part:
         """Rows for `tokens`, `depths` after the committed text; every path gets its blocks, the last one's copy first.
 
         Raises ContextOverflow, DeviceError.

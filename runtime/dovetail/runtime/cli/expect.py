@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cost_cache import WEIGHTS, CostKey, recall
 from ..errors import DeviceError, IntegrityError, PairError
@@ -13,6 +14,7 @@ from ..schedule import widths
 from ..vram import plan_pair
 from .inspect import expected_memory
 from .pairs import REFERENCE_PAIRS, pairs_dir, resolve_pair
+from .target_properties import properties_line, target_properties
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer.  An allowance, not a measurement.
 CONTEXT = 128  # tokens at which speed is told
@@ -78,6 +80,7 @@ class Speed:
 class Expectation:
     """What `doctor` says of a pair.  drafter_device: None for a pair without a drafter.  vram: None without a graph.
 
+    properties: of OpenVINO for the target, as target_properties() gives them.
     problem: why it cannot run here; notes: what it costs as it is.
     """
 
@@ -87,6 +90,7 @@ class Expectation:
     ram: Ram
     vram: Vram | None
     speed: Speed
+    properties: dict[str, Any]
     problem: str | None
     notes: tuple[str, ...]
 
@@ -126,6 +130,7 @@ def expect(
     problem = (
         None if ram.context else f"the pair {manifest.name} does not fit: {ram}: free memory or take a smaller one"
     )
+    properties = target_properties(manifest)
     notes = []
     if 0 < ram.context < manifest.target.max_context:
         notes.append(f"Of the {manifest.target.max_context} tokens of context about {ram.context} fit the free memory.")
@@ -136,7 +141,7 @@ def expect(
             f"Drafting {tree.width} nodes takes the CPU {tree.draft_ms:.1f} ms, {share:.0%} of a round with them: the "
             "target waits for it, and a GPU could shorten it."
         )
-    return Expectation(str(folder), manifest.name, device, ram, video, speed, problem, tuple(notes))
+    return Expectation(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
 
 
 def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
@@ -212,6 +217,7 @@ def rows(pair: Expectation) -> list[tuple[str, str]]:
         ("pair", f"{pair.name} ({pair.folder})"),
         ("RAM needed", f"{pair.ram}: {fits}"),
         ("VRAM needed", pair.vram.said if pair.vram else "none: the pair has no drafter for a GPU"),
+        ("properties", properties_line(pair.properties)),
         ("speed", said),
         ("trees", trees),
     ]

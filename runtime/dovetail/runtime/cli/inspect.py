@@ -12,15 +12,15 @@ import click
 
 from ..bounds import check_whole
 from ..calibration import pair_calibration
-from ..cost_cache import WEIGHTS, CostKey, Measured, recall, recall_choice
+from ..cost_cache import WEIGHTS, CostKey, Measured, recall
 from ..errors import DeviceError, InputError, PairError
 from ..files import read_json
 from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
-from ..paged import REQUIRED, default_properties
 from ..vram import VramPlan, check_limit, plan_pair
 from .curves import check_plot, plot_costs, show_costs
 from .options import vram_options
 from .pairs import resolve_pair
+from .target_properties import properties_line, target_properties
 
 TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
 DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
@@ -71,7 +71,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "drafter": asdict(manifest.drafter) if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
         "costs": measured.as_dict() if measured else None,
-        "properties": properties_of(manifest),
+        "properties": target_properties(manifest),
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
@@ -79,15 +79,6 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "memory": expected_memory(folder, manifest),
         "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
         "provenance": manifest.provenance,
-    }
-
-
-def properties_of(manifest: Manifest) -> dict[str, Any]:
-    """OpenVINO's properties for the target on this machine, and since when `tune` has chosen some of them."""
-    chosen = recall_choice(manifest, None)
-    return {
-        "set": {**default_properties(), **(chosen.properties if chosen else {}), **REQUIRED},
-        "chosen": asdict(chosen) if chosen else None,
     }
 
 
@@ -162,7 +153,7 @@ def render(facts: dict[str, Any]) -> str:
                    f"hidden {target['hidden_size']}"),
         ("sizes", f"vocabulary {target['vocab_size']}, context {target['max_context']} tokens"),
         ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
-        ("OpenVINO", _properties_line(facts["properties"])),
+        ("OpenVINO", properties_line(facts["properties"])),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
         *_calibration_rows(facts["calibration"]),
         *_cost_rows(facts["costs"]),
@@ -174,15 +165,6 @@ def render(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
-
-
-def _properties_line(properties: dict[str, Any]) -> str:
-    named = ", ".join(f"{name}={value}" for name, value in properties["set"].items())
-    chosen = properties["chosen"]
-    if not chosen:
-        return f"{named}; the defaults (tune --properties compares others)"
-    why = f"passes {chosen['speedup']:.2f}x as fast" if chosen["properties"] else "none is quicker than the defaults"
-    return f"{named}; chosen {chosen['date'][:10]} by tune --properties: {why}"
 
 
 def _drafter_line(drafter: dict[str, Any]) -> str:

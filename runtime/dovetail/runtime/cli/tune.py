@@ -1,6 +1,6 @@
-"""`dovetail-run tune`: measure thoroughly what passes cost on this machine, so that trees are sized by it.
+"""`dovetail-run tune`: choose properties for the target here, then measure what passes cost, to size trees by it.
 
-With --properties: compare properties of OpenVINO's CPU plugin for the target instead.
+With --properties: compare all properties of OpenVINO's CPU plugin that are worth a try instead.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any
 import click
 
 from .. import machine
-from ..cost_cache import CostKey, Measured, chosen_properties
+from ..cost_cache import Chosen, CostKey, Measured, chosen_properties
 from ..errors import InputError, PairError
 from ..manifest import read_sound
-from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
+from ..properties import CHOOSABLE, CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 from ..tokenizer import Tokenizer
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from ..vram import check_limit
 from .curves import show_costs
 from .options import check_threads, device_options
 from .pairs import resolve_pair
+from .target_properties import properties_line, target_properties
 
+CHOICE = 0.25  # of the time
 APPLY = """\
 --ov-config NAME=VALUE of generate, chat, bench and tune applies any of them. Another property may change the text, even
 where every best token stayed the same here; without equal rows drafts may change it too."""
@@ -50,16 +52,18 @@ def tune(
     properties: bool,
     as_json: bool,
 ) -> None:
-    """Measure what a pass of PAIR's target and a call of its drafter cost here, and keep it in the cache.
+    """Choose precision and groups for PAIR's target here, measure what passes cost then, and keep both in the cache.
 
-    PAIR is a folder or a known name. Opening the pair for the first time does the same in a few seconds; this is more
-    exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone meanwhile.
+    PAIR is a folder or a known name. A quarter of the time goes to the choice: later openings of PAIR use the quickest
+    precision or group size that keeps rows equal in passes of every width, if it is quicker than the defaults beyond
+    doubt. With --ov-config nothing is chosen. Then passes of the target and calls of the drafter are timed. Opening the
+    pair for the first time does that in a few seconds; this is more exact and stays in its place while the weights,
+    the machine and these flags do. Leave the machine alone meanwhile.
 
     With --properties PAIR needs no drafter, and its flags say nothing: a table says for each property of OpenVINO's
     CPU plugin that is worth a try how many times as fast passes of the target are with it as without, after how many
-    tokens of a text the target's best token stays the same, and whether rows are equal in passes of every width.
-    Without --ov-config the quickest precision or group size that keeps rows equal is kept for later openings of PAIR,
-    if it is quicker beyond doubt.
+    tokens of a text the target's best token stays the same, and whether rows are equal. All the time goes to the
+    choice then.
     """
     from ..onnx_drafter import OnnxDrafter
     from ..openvino_target import OpenVINOTarget
@@ -70,35 +74,44 @@ def tune(
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
-    def open_target(*more: Property) -> OpenVINOTarget:
-        chosen = {} if properties else chosen_properties(manifest, threads)  # which properties are compared with
-        config = {**chosen, **ov_config, **{each.name: each.value for each in more}}
+    def open_target(*more: Property, beside: Mapping[str, str] = ov_config) -> OpenVINOTarget:
+        config = {**beside, **{each.name: each.value for each in more}}
         return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config, exact=exact)
 
-    if properties:
-        prompt, tried = Tokenizer.from_folder(folder / "target").encode(PROMPT), candidates(ov_config, threads)
-        with progress_bar() as progress:
+    def compared(tried: Sequence[Property], seconds: float) -> tuple[list[Compared], Chosen | None]:
+        prompt = Tokenizer.from_folder(folder / "target").encode(PROMPT)
+        with progress_bar("comparing") as progress:
             rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
         chosen = None if ov_config else choose(rows)
         if chosen:
             store(lambda: chosen.store(manifest, threads))
+        return rows, chosen
+
+    tried = candidates(ov_config, threads)
+    if properties:
+        rows, chosen = compared(tried, seconds)
         report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
     if manifest.drafter is None:
         raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
-    target = open_target()
     drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
-    with progress_bar() as progress:
-        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=seconds, progress=progress)
+    if not ov_config:
+        compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
+    target = open_target(beside={**chosen_properties(manifest, threads), **ov_config})
+    left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
+    with progress_bar("measuring") as progress:
+        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
     store(measured.store)
+    given = target_properties(manifest, threads, ov_config)
     if as_json:
-        click.echo(json.dumps(measured.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**measured.as_dict(), "properties": given}, indent=2, ensure_ascii=False))
     else:
         show_costs(measured.pair, measured)
+        click.echo(f"OpenVINO: {properties_line(given)}")
         click.echo(f"kept in {measured.key.file}")
 
 
@@ -152,12 +165,12 @@ def times(low: float, middle: float, high: float) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[float], None]]:
-    """A bar on stderr, moved by the part that is done."""
+def progress_bar(doing: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr that says what is done, moved by the part of it that is."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=1.0)
+        task = progress.add_task(doing, total=1.0)
         yield lambda done: progress.update(task, completed=done)
