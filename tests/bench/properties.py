@@ -4,6 +4,7 @@
 
 CORPUS is one of `dovetail-export train`, text that the target wrote.  Its tokens are read 256 at a time, and compared
 with the checkpoint in float32, or without --checkpoint with the target's INT8 weights and nothing else quantised.
+What OpenVINO refuses on this machine is told as refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.exporter.corpus import Corpus
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.manifest import read_manifest
 from dovetail.runtime.openvino_target import OpenVINOTarget
 from dovetail.runtime.paged import BLOCK, Batch
@@ -66,11 +67,19 @@ def main(pair: Path, corpus: Path, checkpoint: Path | None, windows: int, sample
         raise InputError(f"{corpus} has {len(tokens)} tokens: give {WINDOW} or more")
     text = [tokens[begin : begin + WINDOW] for begin in range(0, len(tokens) - WINDOW + 1, WINDOW)][:windows]
     manifest = read_manifest(pair)
-    targets = {}
+    targets, readers = dict[object, OpenVINOTarget](), dict[object, Reader]()
     for precision, group in VARIANTS:
         asked = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
-        targets[precision, group] = OpenVINOTarget.open(pair, manifest, ov_config=asked)
-    readers: dict[object, Reader] = {name: reader(target) for name, target in targets.items()}
+        try:
+            target = OpenVINOTarget.open(pair, manifest, ov_config=asked)
+            read_text = reader(target)
+            read_text(text[0])
+        except DeviceError as error:
+            click.echo(f"{precision}, groups of {group}: {error}", err=True)
+        else:
+            targets[precision, group], readers[precision, group] = target, read_text
+    if REFERENCE not in readers:
+        raise DeviceError(f"OpenVINO refuses {REFERENCE[0]}, groups of {REFERENCE[1]}, which the others are told from")
     reference = checkpoint_reader(checkpoint) if checkpoint else readers[REFERENCE]
     scores = read(readers, reference, text)
     times = timed(targets, samples)
@@ -79,7 +88,8 @@ def main(pair: Path, corpus: Path, checkpoint: Path | None, windows: int, sample
     for name in [None, *VARIANTS] if checkpoint else VARIANTS:
         first = [str(part) for part in name] if name else ["checkpoint", ""]
         passes = [f"{median(times[name, nodes]):.1f}" if (name, nodes) in times else "" for nodes in NODES]
-        click.echo("| " + " | ".join([*first, *scores[name].cells(), *passes]) + " |")
+        told = scores[name].cells() if name in scores else ["refused", "", ""]
+        click.echo("| " + " | ".join([*first, *told, *passes]) + " |")
 
 
 def read(readers: Mapping[object, Reader], reference: Reader, text: list[NDArray[np.int64]]) -> dict[object, Score]:
