@@ -390,3 +390,41 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
 def test_the_gpu_script_says_in_one_line_what_it_cannot_do(tiny_full_pair: Path) -> None:
     result = CliRunner().invoke(script("gpu").main, [str(tiny_full_pair), "--vram", "much"], catch_exceptions=False)
     assert result.exit_code == 2 and "much" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: Path, monkeypatch) -> None:
+    same_text, shift = script("same_text"), 0
+
+    def opened(pair: Path) -> Engine:
+        logits = MarkovLogits(len(ALPHABET), seed=3 + shift)
+        drafter = ScriptedDrafter.copy_of(logits, noise=1.0)
+        return Engine(ScriptedTarget(logits), drafter, ScriptedTokenizer(ALPHABET, has_chat_template=True))
+
+    def asked(out: str, *flags: str) -> Result:
+        arguments = [str(tmp_path), "--prompts", str(tmp_path), "-n", "12", "--out", str(tmp_path / out), *flags]
+        return CliRunner().invoke(same_text.main, arguments)
+
+    monkeypatch.setattr(Engine, "from_pretrained", opened)
+    monkeypatch.setattr(same_text, "own_prompts", lambda: {task: ["One", "Two"] for task in same_text.TASKS})
+    for task in same_text.TASKS:
+        (tmp_path / f"{task}.jsonl").write_text('{"prompt": "Three"}\n')
+    first = asked("first.jsonl", "--limit", "1", "--own", "1")
+    assert first.exit_code == 0 and first.stdout.count("| 2 | 2 |") == 8, first.output
+    rows = (tmp_path / "first.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "first.jsonl").write_text("".join(rows[:5]))  # stopped
+    assert asked("first.jsonl", "--limit", "1", "--own", "1").exit_code == 0
+    assert (tmp_path / "first.jsonl").read_text() == "".join(rows)
+    again = asked("again.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "first.jsonl"))
+    assert again.exit_code == 0 and "equal to earlier" in again.stdout
+    more = asked("more.jsonl", "--own", "2", "--against", str(tmp_path / "first.jsonl")).exception
+    assert isinstance(more, InputError) and "prompt 2 of humaneval" in str(more)
+    shift = 1  # another target writes another text
+    other = asked("other.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "first.jsonl"))
+    assert other.exit_code == 1 and "| 2 | 2 |" not in other.stdout
+
+
+def test_own_prompts_are_sixty_different_ones_of_each_kind() -> None:
+    same_text = script("same_text")
+    assert {task: len(set(texts)) for task, texts in same_text.own_prompts().items()} == dict.fromkeys(
+        same_text.TASKS, 60
+    )
