@@ -92,8 +92,11 @@ def download(repo: str, revision: str | None = None) -> Path:
             info = HfApi().model_info(repo, revision=revision, timeout=10)
             names = [sibling.rfilename for sibling in info.siblings or ()]
             if CONFIG in names and IR_XML not in names:
-                check_architecture(repo, read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent))
-            return Path(snapshot_download(repo, revision=info.sha, ignore_patterns=_unwanted(names)))
+                config = read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent)
+                check_architecture(repo, config)
+                _check_quantization(repo, config)
+            # By branch or tag: then its name leads to the commit without the Hub too.
+            return Path(snapshot_download(repo, revision=revision, ignore_patterns=_unwanted(names)))
         except (OfflineModeIsEnabled, httpx.TransportError):  # unreachable: what was downloaded before will do
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
