@@ -216,7 +216,8 @@ class PagedModel:
                 if block != BLOCK or port.element_type.size != 2:
                     raise DeviceError(
                         f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected 16-bit "
-                        f"floats in blocks of {BLOCK}: use an OpenVINO release in the supported range"
+                        f"floats in blocks of {BLOCK}: leave out properties that change the KV cache, or use an OpenVINO "
+                        "release in the supported range"
                     )
                 by_shape[heads, size].append(port)
         return [

@@ -209,7 +209,7 @@ def _parse_size(_context: click.Context, _option: click.Parameter, given: str | 
 
 def _parse_properties(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
     for one in given:
-        if not all(one.partition("=")):
+        if not all(one.partition("=")) or not one.isprintable():
             raise InputError(f"--ov-config {one!r} is no property: give NAME=VALUE")
     return dict(one.split("=", 1) for one in given)
 

@@ -54,9 +54,9 @@ def tune(
 ) -> None:
     """Choose precision and groups for PAIR's target here, measure what passes cost then, and keep both in the cache.
 
-    PAIR is a folder or a known name. A quarter of the time goes to the choice: later openings of PAIR use the quickest
-    precision or group size that keeps rows equal in passes of every width, if it is quicker than the defaults beyond
-    doubt. With --ov-config nothing is chosen. Then passes of the target and calls of the drafter are timed. Opening the
+    PAIR is a folder or a known name. A quarter of the time goes to the choice, or what opening PAIR with each candidate
+    takes: later openings of PAIR use the quickest precision or group size that keeps rows equal in passes of every
+    width, if it is quicker than the defaults beyond doubt. With --ov-config nothing is chosen. Then passes of the target and calls of the drafter are timed. Opening the
     pair for the first time does that in a few seconds; this is more exact and stays in its place while the weights,
     the machine and these flags do. Leave the machine alone meanwhile.
 
