@@ -202,6 +202,7 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--threads", "99999999999999999999"], "threads 99999999999999999999"),
         (["--seed", "99999999999999999999"], "seed 99999999999999999999"),
         (["--temperature", "1e309"], "temperature inf"),
+        (["--ov-config", "A\nB=C"], r"--ov-config 'A\nB=C' is no property: give NAME=VALUE"),
         (["--ov-config", "NUM_STREAMS"], "--ov-config 'NUM_STREAMS' is no property: give NAME=VALUE"),
         (["--width", "0"], "width 0"),
         (["--depth", "-1"], "depth -1"),

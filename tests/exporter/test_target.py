@@ -228,7 +228,12 @@ def test_truncated_weights_of_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> 
      {"vocab_size": float("inf")}, {"num_hidden_layers": 0}, {"num_hidden_layers": 10**9},
      {"max_position_embeddings": 1e19}, {"num_attention_heads": 0}, {"num_attention_heads": 10**7},
      {"intermediate_size": True}, {"intermediate_size": [2.5]}, {"num_key_value_heads": 0}, {"head_dim": 2.5},
-     {"text_config": 3}, {"text_config": {"vocab_size": "x"}}],
+     {"text_config": 3}, {"text_config": {"vocab_size": "x"}}, {"rope_scaling": "junk"}, {"rope_parameters": [1]},
+     {"rope_scaling": {"rope_type": ["a"]}}, {"rope_scaling": {"rope_type": "linear", "factor": -1}},
+     {"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, {"rope_scaling": {"type": "yarn"}},
+     {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": "x"}},
+     {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, None]}},
+     {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}}],
 )  # fmt: skip
 def test_a_config_with_impossible_numbers_is_refused_at_once(plain_ir: Path, tmp_path: Path, change: dict) -> None:
     for source in (shutil.copytree(plain_ir, tmp_path / "ir"), tmp_path / "hf"):
@@ -523,6 +528,16 @@ def test_damaged_bin_is_one_line(tiny_llama: Path, tmp_path: Path, content: byte
     source = as_bin(edited(tiny_llama, tmp_path / "hf", lambda tensors: None))
     (source / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(DovetailError, match=r"hf") as error:
+        export_target(str(source), tmp_path / "pair")
+    message(error)
+    assert_nothing_left(tmp_path / "pair")
+
+
+def test_a_bin_that_was_cut_is_to_be_downloaded_again(tiny_llama: Path, tmp_path: Path) -> None:
+    source = as_bin(edited(tiny_llama, tmp_path / "hf", lambda tensors: None))
+    weights = source / "pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(SourceError, match=r"unreadable weights.*download them again") as error:
         export_target(str(source), tmp_path / "pair")
     message(error)
     assert_nothing_left(tmp_path / "pair")

@@ -124,6 +124,16 @@ def test_what_was_given_or_does_not_apply_is_no_candidate(monkeypatch) -> None:
     assert {str(one) for one in candidates({})} - set(every) == {"ENABLE_HYPER_THREADING=NO"}
 
 
+def test_rows_are_judged_where_none_is_computed_alone(open_with) -> None:
+    def open_single(*more: Property) -> OpenVINOTarget:
+        target = open_with(*more)
+        target.exact = False
+        return target
+
+    (row,) = compare(open_single(), open_single, PROMPT, [UNPINNED], seconds=0.05)
+    assert row.rows_equal is True
+
+
 def test_seconds_that_cannot_be_are_an_input_error(open_with) -> None:
     with pytest.raises(InputError, match="seconds 0"):
         compare(open_with(), open_with, PROMPT, [UNPINNED], seconds=0)

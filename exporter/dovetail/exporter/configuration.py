@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.bounds import LARGEST, TOKEN_MOST, check_whole
+from dovetail.runtime.bounds import CONTEXT_MOST, LARGEST, TOKEN_MOST, check_number, check_whole
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.files import read_object
 
@@ -16,6 +16,15 @@ JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
+
+ROPE_KEYS = ("rope_scaling", "rope_parameters")
+_SCALED = ("linear", "dynamic", "yarn", "llama3")  # with a factor
+_ROPE_LISTS = ("short_factor", "long_factor")
+_ROPE_NUMBERS = (
+    "factor", "rope_theta", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+    "partial_rotary_factor", *_ROPE_LISTS,
+)  # fmt: skip
+_ROPE_MOST = 1e15
 
 WEIGHTS_PER_BYTE = 8  # at most, whatever they are packed in
 _AGAIN = "copy or download it again"
@@ -53,7 +62,30 @@ def read_config(folder: Path, failure: type[Exception] = SourceError) -> dict[st
                 continue
             for size in value if isinstance(value, list) and value and optional else [value]:
                 check_whole(f"{file}: {name}", size, failure, _AGAIN, most=LARGEST[bound])
+        for name in ROPE_KEYS:
+            _check_rope(f"{file}: {name}", sizes.get(name), failure)
     return config
+
+
+def _check_rope(where: str, rope: object, failure: type[Exception]) -> None:
+    """Raise `failure` for a scaling of RoPE that no library can compute with; types of layers may have one each."""
+    if rope is None:
+        return
+    if not isinstance(rope, dict):
+        raise failure(f"{where} is a {type(rope).__name__}, not an object: {_AGAIN}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        raise failure(f"{where} has a rope_type {kind!r:.60} that is no string: {_AGAIN}")
+    if kind in _SCALED and "factor" not in rope:
+        raise failure(f"{where} of type {kind} has no factor: {_AGAIN}")
+    for name, value in rope.items():
+        if name.endswith("_attention"):
+            _check_rope(f"{where}.{name}", value, failure)
+        elif name == "original_max_position_embeddings" and value is not None:
+            check_whole(f"{where}.{name}", value, failure, _AGAIN, most=CONTEXT_MOST)
+        elif name in _ROPE_NUMBERS and value is not None:
+            for number in value if isinstance(value, list) and name in _ROPE_LISTS else [value]:
+                check_number(f"{where}.{name}", number, failure, _AGAIN, most=_ROPE_MOST)
 
 
 def check_weights(config: dict[str, Any], folder: Path, stored: int) -> None:

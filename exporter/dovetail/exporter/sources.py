@@ -166,7 +166,7 @@ def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
     """Refuse weights that were quantised for another engine, by their config.json. Raises SourceError."""
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    method = found.get("quant_method") if isinstance(found, dict) else found
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
     if found and method not in _DEQUANTISED:
         raise SourceError(
             f"{location} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from, "

@@ -230,10 +230,16 @@ def _one_line_errors(source: Source) -> Iterator[None]:
     except SafetensorError as error:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
-        raise SourceError(f"{source.location}: unreadable weights: {_first_line(error)}") from error
+        raise SourceError(
+            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
+        ) from error
     except StrictDataclassError as error:  # a value in config.json is of another type than the model's
         raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
+        if "PytorchStreamReader" in str(error):  # torch's reader of the archive that a pytorch_model.bin is
+            raise SourceError(
+                f"{source.location}: unreadable weights: pytorch_model.bin is damaged: download them again"
+            ) from error
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 
 

@@ -69,7 +69,7 @@ def read_checkpoint(folder: Path) -> tuple[DrafterConfig, dict[str, Tensor]]:
         check_regular(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read drafter checkpoint {folder}: {error}") from error
+        raise CheckpointError(f"cannot read drafter checkpoint {folder}: {error}: copy or download it again") from error
     if "d2t" not in tensors:
         raise CheckpointError(f"checkpoint {folder} has no d2t table: it is not a Dovetail drafter")
     return config, tensors

@@ -18,6 +18,7 @@ from .paged import default_properties
 from .runners import SPIN_US
 
 WEIGHTS = "target/openvino_model.bin"
+CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ class Chosen:
 
 
 def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
-    """What `tune` chose for this target on this machine; None if it was never asked."""
+    """What `tune` chose for this target on this machine; None for nothing, or for a file that says something else."""
     try:
         raw = json.loads(_choice_file(manifest, threads).read_text(encoding="utf-8"))
         properties = {str(name): str(value) for name, value in raw["properties"].items()}
+        if not {*properties} <= {*CHOOSABLE}:
+            return None
         return Chosen(properties, float(raw["speedup"]), str(raw["date"]))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None

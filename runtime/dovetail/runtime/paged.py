@@ -66,8 +66,8 @@ def default_properties(instruction_sets: Collection[str] | None = None) -> dict[
 class Part:
     """What one text adds to a pass.
 
-    tokens, positions: [T] int64.  paths: causal sequences over the T rows; each lists its rows, and every row is in one
-    path at least or in none that anybody sees.  past: tokens cached before each path.  tables: each path's KV blocks.
+    tokens, positions: [T] int64.  paths: causal sequences over the T rows; each lists its rows, and a row in no path
+    has no meaning.  past: tokens cached before each path.  tables: each path's KV blocks.
     wanted: [R] rows of T whose logits are wanted.
     """
 
@@ -187,7 +187,8 @@ class PagedModel:
             self.compiled = ov.Core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU: {reason}") from error
+            given = f" with {', '.join(properties)}" if properties else ""
+            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}") from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = weights  # until the first pass has packed its weights
         self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request is known to hold
@@ -216,8 +217,8 @@ class PagedModel:
                 if block != BLOCK or port.element_type.size != 2:
                     raise DeviceError(
                         f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected 16-bit "
-                        f"floats in blocks of {BLOCK}: leave out properties that change the KV cache, or use an OpenVINO "
-                        "release in the supported range"
+                        f"floats in blocks of {BLOCK}: leave out properties that change the KV cache, or use an "
+                        "OpenVINO release in the supported range"
                     )
                 by_shape[heads, size].append(port)
         return [

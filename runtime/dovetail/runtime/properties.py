@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import machine
-from .cost_cache import Chosen
+from .cost_cache import CHOOSABLE, Chosen
 from .errors import DeviceError
 from .exactness import differing_rows
 from .openvino_target import OpenVINOTarget
@@ -25,7 +25,6 @@ from .paged import default_properties
 from .tree import DraftTree
 from .tune import Progress, check_seconds, timed_tree
 
-CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
 CONTEXT = 128  # tokens before a timed pass
 NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding
 CHAIN = 16  # tokens of the text that are read in one pass
@@ -52,7 +51,7 @@ class Compared(Property):
     speedups: by nodes, how many times as fast a pass is: the median of `samples` pairs of passes, between the ends of
         an interval that holds the true one in 98 of 100 cases.
     same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
-    rows_equal: whether its rows are the same bits in passes of every width, and in trees (exactness.py).
+    rows_equal: whether its rows are the same bits in passes of every width but 1, and in trees (exactness.py).
     problem: why OpenVINO does not take the property; nothing was measured then.
     """
 
@@ -128,7 +127,7 @@ class _Read:
         try:
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
-            equal = differing_rows(candidate).rows == 0
+            equal = _keeps_rows_equal(candidate)
             ratios = _time(self.base, candidate, until, tell)
         except DeviceError as error:
             return Compared(one.name, one.value, problem=" ".join(str(error).split()))
@@ -136,6 +135,15 @@ class _Read:
         ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
         return Compared(one.name, one.value, speedups, samples, same, equal)
+
+
+def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
+    """Whether its rows are equal where none is computed alone, as without --no-exact."""
+    exact = OpenVINOTarget(candidate.model, candidate.max_context)
+    try:
+        return differing_rows(exact).rows == 0
+    finally:
+        exact.close()
 
 
 def choose(rows: Sequence[Compared]) -> Chosen:

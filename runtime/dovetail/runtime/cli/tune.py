@@ -9,16 +9,18 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
 import click
 
 from .. import machine
-from ..cost_cache import Chosen, CostKey, Measured, chosen_properties
+from ..cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
 from ..errors import InputError, PairError
-from ..manifest import read_sound
-from ..properties import CHOOSABLE, CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
+from ..manifest import cache_dir, read_sound
+from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 from ..tokenizer import Tokenizer
 from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from ..vram import check_limit
@@ -56,9 +58,10 @@ def tune(
 
     PAIR is a folder or a known name. A quarter of the time goes to the choice, or what opening PAIR with each candidate
     takes: later openings of PAIR use the quickest precision or group size that keeps rows equal in passes of every
-    width, if it is quicker than the defaults beyond doubt. With --ov-config nothing is chosen. Then passes of the target and calls of the drafter are timed. Opening the
-    pair for the first time does that in a few seconds; this is more exact and stays in its place while the weights,
-    the machine and these flags do. Leave the machine alone meanwhile.
+    width, if it is quicker than the defaults beyond doubt. With --ov-config nothing is chosen. Then passes of the
+    target and calls of the drafter are timed. Opening the pair for the first time does that in a few seconds; this is
+    more exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone
+    meanwhile.
 
     With --properties PAIR needs no drafter, and its flags say nothing: a table says for each property of OpenVINO's
     CPU plugin that is worth a try how many times as fast passes of the target are with it as without, after how many
@@ -71,6 +74,7 @@ def tune(
     check_threads(threads)
     check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
+    check_cache(cache_dir() / ("properties" if properties else "costs"))
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
@@ -115,6 +119,17 @@ def tune(
         click.echo(f"kept in {measured.key.file}")
 
 
+def check_cache(folder: Path) -> None:
+    """Raises InputError where nothing can be kept in this folder of the cache, before minutes are spent."""
+
+    def keep() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+
+    store(keep)
+
+
 def store(keep: Callable[[], None]) -> None:
     """Keep what was measured in the cache.  Raises InputError."""
     try:
@@ -137,7 +152,8 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
     from rich.table import Table
 
     base = " ".join(f"{name}={value}" for name, value in given["ov_config"].items()) or "the defaults"
-    table = Table("property", box=None, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("property", overflow="fold")  # one copies it into --ov-config
     for heading in (*(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES), "same token", "equal rows"):
         table.add_column(heading, justify="right")
     for row in rows:
