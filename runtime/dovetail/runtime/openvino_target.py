@@ -95,7 +95,7 @@ class OpenVINOTarget:
         return TargetPass(logits[:1], features[:count])
 
     def verify(self, tree: DraftTree) -> TargetPass:
-        """All nodes in one pass: logits [N, V], features [N, D], of each the bits that a chain of its path gives."""
+        """All nodes in one pass: logits [N, V], features [N, D]; each row has the bits that it has in a chain."""
         return verify_together({self: tree})[self]
 
     def commit(self, path: NDArray[np.int64]) -> None:
