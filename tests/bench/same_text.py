@@ -4,9 +4,9 @@
     python tests/bench/same_text.py PAIR --prompts FOLDER --limit 40 --own 60 --out again.jsonl --against answers.jsonl
 
 Every prompt is answered greedily and at temperature 1 with a seed: by drafting, then plainly, and all token ids are
-compared.  With --against the plain answers are left out: drafted ones are compared with those of an earlier run, of
-which each was equal to its plain answer.  FOLDER holds Spec-Bench's four tasks; --own prompts of each kind are written
-here.  Stopped, the same command goes on with the next answer.  Exits with 1 if any token differs.
+compared.  With --against the plain answers are left out: drafted ones are compared with those of an earlier run.
+FOLDER holds Spec-Bench's four tasks; --own prompts of each kind are written here.  Stopped, the same command goes on
+with the next answer.  Exits with 1 if any token differs.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main(pair: Path, prompts: Path, limit: int, own: int, count: int, out: Path,
     most = max(map(len, texts.values()))
     asked = {(task, i): texts[task][i] for i in range(most) for task in TASKS if i < len(texts[task])}
     done, earlier = read(out), read(against) if against else None
-    if missing := [key for key in asked if earlier and any((*key, t) not in earlier for t in (0, 1))]:
+    if missing := [key for key in asked if earlier is not None and any((*key, t) not in earlier for t in (0, 1))]:
         raise InputError(f"{against} has no answer to prompt {missing[0][1]} of {missing[0][0]}: finish that run first")
     with Engine.from_pretrained(pair) as engine, out.open("a") as file:
 
@@ -116,7 +116,7 @@ def main(pair: Path, prompts: Path, limit: int, own: int, count: int, out: Path,
                 if key in done:
                     continue
                 drafted = answer(text, temperature, True)
-                expected = earlier[key][0] if earlier else answer(text, temperature, False)
+                expected = answer(text, temperature, False) if earlier is None else earlier[key][0]
                 done[key] = drafted, drafted == expected
                 print(json.dumps([*key, *done[key]]), file=file, flush=True)
     kept = {key: value for key, value in done.items() if key[:2] in asked}

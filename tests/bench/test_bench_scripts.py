@@ -418,6 +418,9 @@ def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: P
     assert again.exit_code == 0 and "equal to earlier" in again.stdout
     more = asked("more.jsonl", "--own", "2", "--against", str(tmp_path / "first.jsonl")).exception
     assert isinstance(more, InputError) and "prompt 2 of humaneval" in str(more)
+    (tmp_path / "empty.jsonl").touch()
+    none = asked("none.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "empty.jsonl")).exception
+    assert isinstance(none, InputError) and "prompt 0 of humaneval" in str(none)
     shift = 1  # another target writes another text
     other = asked("other.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "first.jsonl"))
     assert other.exit_code == 1 and "| 2 | 2 |" not in other.stdout
