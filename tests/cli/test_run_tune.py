@@ -139,6 +139,16 @@ def test_properties_are_json_beside_what_was_given(invoke, tiny_pair: Path) -> N
     assert unknown["same"] is None and "NO_SUCH_PROPERTY" in unknown["problem"]
 
 
+@pytest.mark.usefixtures("few")
+def test_a_table_that_keeps_nothing_needs_no_cache(invoke, tiny_pair: Path, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "properties").write_text("a file where the folder should be")
+    flags = ("--properties", "--seconds", "0.05")
+    assert invoke("tune", str(tiny_pair), *flags).exit_code == 2
+    given = invoke("tune", str(tiny_pair), *flags, "--ov-config", "DYNAMIC_QUANTIZATION_GROUP_SIZE=64")
+    assert given.exit_code == 0 and "ENABLE_CPU_PINNING=NO" in given.stdout
+
+
 def test_a_refused_property_that_was_given_is_one_line(invoke, tiny_pair: Path) -> None:
     result = invoke("tune", str(tiny_pair), "--properties", "--ov-config", "NO_SUCH_PROPERTY=1")
     assert (result.exit_code, result.stdout) == (7, "")

@@ -74,7 +74,8 @@ def tune(
     check_threads(threads)
     check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
-    check_cache(cache_dir() / ("properties" if properties else "costs"))
+    if not (properties and ov_config):  # else nothing is kept
+        check_cache(cache_dir() / ("properties" if properties else "costs"))
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
