@@ -230,6 +230,7 @@ def test_truncated_weights_of_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> 
      {"intermediate_size": True}, {"intermediate_size": [2.5]}, {"num_key_value_heads": 0}, {"head_dim": 2.5},
      {"text_config": 3}, {"text_config": {"vocab_size": "x"}}, {"rope_scaling": "junk"}, {"rope_parameters": [1]},
      {"rope_scaling": {"rope_type": ["a"]}}, {"rope_scaling": {"rope_type": "linear", "factor": -1}},
+     {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
      {"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, {"rope_scaling": {"type": "yarn"}},
      {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": "x"}},
      {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, None]}},
