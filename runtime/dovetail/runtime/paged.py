@@ -188,7 +188,9 @@ class PagedModel:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             given = f" with {', '.join(properties)}" if properties else ""
-            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}") from error
+            refused = [name for name in properties or () if name in reason]
+            remedy = f": correct {refused[0]} or leave it out" if refused else ""
+            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}{remedy}") from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = weights  # until the first pass has packed its weights
         self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request is known to hold
