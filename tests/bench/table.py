@@ -33,8 +33,7 @@ from dovetail.runtime.tokenizer import Tokenizer
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
 CONTEXTS = (128, 1024, 4096)  # tokens of prompts that are the repository's own text, asked at temperature 0
 CONTEXT_PROMPTS = 3  # of each
-OWN_TEXT = ("LICENSE", "runtime/dovetail/runtime/*.py")
-ROOT = Path(__file__).parents[2]
+OWN_TEXT = Path(__file__).with_name("long_prompts.txt")  # a licence and Python, as they were in the first measurement
 SLOW = 0.97  # of plain decoding's speed: what is slower is listed and measured again
 TIES = "At temperature 0, tokens in whose place the target prefers another where it reads its answer again:"
 COLUMNS = (
@@ -147,8 +146,7 @@ def own_prompts(pair: str, tokens: int, out: Path) -> Path | None:
         return file
     file.with_suffix(".json").unlink(missing_ok=True)  # of other prompts
     tokenizer = Tokenizer.from_folder(folder / "target")
-    sources = [source for pattern in OWN_TEXT for source in sorted(ROOT.glob(pattern))]
-    text = tokenizer.encode("\n".join(source.read_text("utf-8") for source in sources), add_special_tokens=False)
+    text = tokenizer.encode(OWN_TEXT.read_text("utf-8"), add_special_tokens=False)
     frame = len(tokenizer.encode_chat([{"role": "user", "content": "-"}]))
     parts = [text[begin : begin + max(tokens - frame, 1)] for begin in range(0, CONTEXT_PROMPTS * tokens, tokens)]
     lines = [json.dumps({"prompt": tokenizer.decode(part)}) + "\n" for part in parts if part]

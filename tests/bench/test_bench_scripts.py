@@ -220,8 +220,8 @@ def measure(tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
     table, prompts = script("table"), tmp_path / "prompts"
-    (tmp_path / "LICENSE").write_text("One Two Three " * 200)
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (tmp_path / "long.txt").write_text("One Two Three " * 200)
+    monkeypatch.setattr(table, "OWN_TEXT", tmp_path / "long.txt")
     prompts.mkdir()
     for task in table.TASKS:
         talks = [{"question_id": f"{task}-{turn}", "turns": [turn]} for turn in ("One", "Two", "Three")]
