@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.telemetry import decline_telemetry
+from dovetail.runtime.system.telemetry import decline_telemetry
 
 decline_telemetry()  # tests use no network
 
@@ -44,7 +44,7 @@ def bench_script() -> Callable[[str], ModuleType]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: Llama of width 32 with 2 layers, random weights, a byte-level tokenizer."""
-    from dovetail.exporter.progress import quiet
+    from dovetail.exporter.build.progress import quiet
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     with quiet():
@@ -82,7 +82,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pair folder (INT8 target, no drafter) that `dovetail-export target` makes of `tiny_llama`: read only."""
-    from dovetail.exporter.target import export_target
+    from dovetail.exporter.target.export import export_target
 
     pair = tmp_path_factory.mktemp("exported") / "tiny"
     export_target(str(tiny_llama), pair)
@@ -98,7 +98,7 @@ def tiny_target(tiny_pair: Path) -> Path:
 @pytest.fixture(scope="session")
 def plain_ir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `optimum-cli export openvino --weight-format int8` makes of `tiny_llama`: read only."""
-    from dovetail.exporter.progress import quiet
+    from dovetail.exporter.build.progress import quiet
 
     folder = tmp_path_factory.mktemp("optimum") / "ir"
     model = ["-m", str(tiny_llama), "--task", "text-generation-with-past"]  # local folders must name their task
@@ -181,7 +181,7 @@ def tiny_drafter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_full_pair(tiny_pair: Path, tiny_drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_pair` with `tiny_drafter` added: read only."""
-    from dovetail.exporter.pair import add_drafter
+    from dovetail.exporter.pairs.pair import add_drafter
 
     pair = tmp_path_factory.mktemp("full") / "tiny"
     shutil.copytree(tiny_pair, pair)

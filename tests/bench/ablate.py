@@ -25,19 +25,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dovetail.exporter.corpus import Corpus
-from dovetail.exporter.evaluate import evaluate
-from dovetail.exporter.features import FeatureStore
-from dovetail.exporter.fit import Batches, FitOptions
-from dovetail.exporter.fitting import Fitting
-from dovetail.exporter.overlap import Forbidden
-from dovetail.exporter.projections import PARTS
-from dovetail.exporter.target_weights import evaluate_constant
-from dovetail.exporter.text import split
-from dovetail.exporter.train import TrainPlan, Work, build_drafter
+from dovetail.exporter.target.embedding_rows import evaluate_constant
+from dovetail.exporter.target.fuse_projections import PARTS
+from dovetail.exporter.train.batches import Batches
+from dovetail.exporter.train.contamination import Forbidden
+from dovetail.exporter.train.corpus import Corpus
+from dovetail.exporter.train.evaluate import evaluate
+from dovetail.exporter.train.features import FeatureStore
+from dovetail.exporter.train.loop import Fitting
+from dovetail.exporter.train.plan import FitOptions, TrainPlan
+from dovetail.exporter.train.run import Work, build_drafter
+from dovetail.exporter.train.text import split
 from dovetail.models import Drafter
-from dovetail.runtime.graph import read_model
-from dovetail.runtime.manifest import read_manifest, sha256_file, write_atomically
+from dovetail.runtime.pair.manifest import read_manifest, sha256_file, write_atomically
+from dovetail.runtime.target.graph import read_model
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -19,16 +19,17 @@ from typing import Any
 
 import click
 
-from dovetail.runtime import machine
-from dovetail.runtime.cli.benchmark import Totals, converse, warm_up
+from dovetail.runtime.bench.compare import Totals, converse, warm_up
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.cli.options import DEVICES, EngineFlags, RequestFlags
-from dovetail.runtime.cli.pairs import resolve_pair
-from dovetail.runtime.cli.prompts import Conversation, read_prompts
+from dovetail.runtime.cli.options import DEVICES, EngineFlags
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError, InputError, PairError
-from dovetail.runtime.manifest import MANIFEST_NAME, sha256_file, write_atomically
-from dovetail.runtime.telemetry import decline_telemetry
+from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.manifest import MANIFEST_NAME, sha256_file, write_atomically
+from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.system import machine
+from dovetail.runtime.system.telemetry import decline_telemetry
+from dovetail.runtime.text.prompts import Conversation, read_prompts
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def acceptance(
     if not tasks:
         raise InputError(f"{folder} holds no *.jsonl: name a folder of tasks")
     requests = [
-        RequestFlags(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, ())
+        AnswerSettings(max_new_tokens, temperature, 0, 1.0, 0.0, 1.0, seed, ())
         for temperature in dict.fromkeys(temperatures)
     ]
     flags = EngineFlags(pair, drafter_device, threads, width, depth, tree_top_k, lookup)
@@ -136,7 +137,7 @@ def circumstances(engine: Engine, flags: EngineFlags, max_new_tokens: int, seed:
 
 
 def measure(
-    engine: Engine, tasks: dict[str, list[Conversation]], requests: Sequence[RequestFlags], results: Results
+    engine: Engine, tasks: dict[str, list[Conversation]], requests: Sequence[AnswerSettings], results: Results
 ) -> Iterator[Score]:
     """Answer what has no row yet, telling each on stderr; yields each task's score when it is complete."""
     warm = False

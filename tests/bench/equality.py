@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from dovetail.exporter.gguf_header import read_model
-from dovetail.exporter.gguf_weights import write_checkpoint
-from dovetail.exporter.progress import quiet
+from dovetail.exporter.build.progress import quiet
+from dovetail.exporter.target.gguf.header import read_model
+from dovetail.exporter.target.gguf.weights import write_checkpoint
 from dovetail.runtime import Engine, Tokenizer, TreeLimits
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}

@@ -22,14 +22,14 @@ from typing import Any
 import click
 import numpy as np
 
-from dovetail.runtime import machine
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.cuda_runner import CudaRunner
+from dovetail.runtime.drafter.cuda import CudaRunner
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DovetailError
-from dovetail.runtime.manifest import read_sound
-from dovetail.runtime.onnx_drafter import OnnxDrafter
-from dovetail.runtime.tree import TreeLimits
-from dovetail.runtime.vram import parse_size
+from dovetail.runtime.pair.manifest import read_sound
+from dovetail.runtime.system import machine
+from dovetail.runtime.tree.limits import TreeLimits
 
 REPEATS = 200
 PAIRS = 9  # new ones of a round: two more than a tree of six levels gives, as a repeat may bring

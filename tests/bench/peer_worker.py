@@ -22,9 +22,9 @@ Ask = Callable[[list[int], int], Answer]
 
 
 def dovetail(model: str, *, speculate: bool, exact: bool = True) -> Ask:
-    from dovetail.runtime.decode import Request, decode
     from dovetail.runtime.engine import Engine
-    from dovetail.runtime.metrics import Meter
+    from dovetail.runtime.loop.generate import Request, decode
+    from dovetail.runtime.loop.metrics import Meter
 
     engine = Engine.from_pretrained(model, exact=exact)
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import click
 
-from dovetail.runtime import machine
-from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.manifest import write_atomically
-from dovetail.runtime.tokenizer import Tokenizer
+from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.system import machine
+from dovetail.runtime.text.prompts import read_prompts
+from dovetail.runtime.text.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 OURS = ("dovetail, plain", "dovetail", "dovetail, plain, not exact", "dovetail, not exact")

@@ -20,12 +20,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.exporter.corpus import Corpus
+from dovetail.exporter.train.corpus import Corpus
 from dovetail.runtime.errors import DeviceError, InputError
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.paged import BLOCK, Batch
-from dovetail.runtime.tune import timed_tree
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import BLOCK, Batch
+from dovetail.runtime.tune.measure import timed_tree
 
 WINDOW = 256  # tokens that are read at a time
 CONTEXT = 128  # tokens before a timed pass

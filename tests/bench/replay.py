@@ -22,22 +22,27 @@ from zlib import error as ZlibError
 import click
 import numpy as np
 
-from dovetail.runtime.calibration import pair_calibration
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.cli.pairs import resolve_pair
-from dovetail.runtime.cli.prompts import read_prompts
-from dovetail.runtime.costs import Costs
-from dovetail.runtime.decode import Conversation, Request, decode
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.session import DraftNoise
 from dovetail.runtime.errors import DovetailError, InputError, PairError
-from dovetail.runtime.manifest import Manifest, read_manifest, write_atomically
-from dovetail.runtime.metrics import Meter
-from dovetail.runtime.onnx_drafter import OnnxDrafter
-from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.sampling import Sampler, SamplingParams
-from dovetail.runtime.schedule import BOUNDS, Scheduler
-from dovetail.runtime.sessions import DraftNoise, FloatArray, TargetPass, TokenArray
-from dovetail.runtime.tokenizer import Tokenizer
-from dovetail.runtime.tree import Candidates, DraftTree, Judge, Level, TreeLimits, grow_tree
+from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_atomically
+from dovetail.runtime.policy.calibration import pair_calibration
+from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.policy.costs import Costs
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.text.prompts import read_prompts
+from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
+from dovetail.runtime.tree.limits import TreeLimits
 
 SLOW = 0.97  # of plain decoding's speed
 DRAWN = 1e-3  # temperature of what is sampled again

@@ -21,8 +21,8 @@ from typing import Any
 import click
 
 from dovetail.runtime import Engine
-from dovetail.runtime.cli.prompts import read_prompts
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.text.prompts import read_prompts
 
 TASKS = ("humaneval", "gsm8k", "mt_bench", "alpaca")
 SEED = 7

@@ -21,14 +21,14 @@ from typing import Any
 
 import click
 
-from dovetail.runtime import machine
-from dovetail.runtime.cli.inspect import expected_memory, target_kv_bytes
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.cli.pairs import resolve_pair
-from dovetail.runtime.cli.prompts import Conversation, read_prompts
+from dovetail.runtime.doctor.memory import expected_memory, target_kv_bytes
 from dovetail.runtime.errors import DovetailError, InputError
-from dovetail.runtime.manifest import MANIFEST_NAME, read_manifest, write_atomically
-from dovetail.runtime.tokenizer import Tokenizer
+from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, write_atomically
+from dovetail.runtime.system import machine
+from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.tokenizer import Tokenizer
 
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
 CONTEXTS = (128, 1024, 4096)  # tokens of prompts that are the repository's own text, asked at temperature 0

@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="drafters are torch modules")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file
 
-from dovetail.exporter.drafter import load_drafter  # noqa: E402
+from dovetail.exporter.drafter.export import load_drafter
 
 
 @pytest.mark.parametrize(("block", "layer"), [(0, 0), (1, 1), (-1, 1)])

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch", reason="a corpus is the exporter's")
 
-from dovetail.exporter.corpus import Corpus
-from dovetail.runtime.paged import FLOAT32
+from dovetail.exporter.train.corpus import Corpus
+from dovetail.runtime.target.paged import FLOAT32
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dovetail.runtime.costs import Costs, Curve
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.schedule import Scheduler
-from dovetail.runtime.tree import DraftTree
+from dovetail.runtime.policy.choose import Scheduler
+from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.tree.draft_tree import DraftTree
 
 COSTS = Costs(
     Curve((0, 1000), (1, 64), ((20.0, 40.0), (40.0, 60.0))),

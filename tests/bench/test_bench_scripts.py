@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError, PairError
-from dovetail.runtime.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
+from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.\n "
 LOGITS = MarkovLogits(len(ALPHABET), seed=3)
@@ -56,7 +56,7 @@ class Opener:
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A pair folder that only has a manifest, and two tasks of 3 and 2 prompts."""
-    from dovetail.runtime.manifest import DrafterFacts, Manifest, TargetFacts, write_manifest
+    from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, TargetFacts, write_manifest
 
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
     pair, tasks = tmp_path / "pair", tmp_path / "tasks"
@@ -370,8 +370,8 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a host device the two ways cost the same; what is checked is that both ran, and what was counted."""
-    from dovetail.runtime.manifest import read_manifest
-    from dovetail.runtime.onnx_drafter import OnnxDrafter
+    from dovetail.runtime.drafter.onnx import OnnxDrafter
+    from dovetail.runtime.pair.manifest import read_manifest
 
     gpu = script("gpu")
     monkeypatch.setattr(gpu, "used_vram_mb", lambda: None)

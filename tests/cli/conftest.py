@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 from dovetail.runtime.cli.main import cli
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.manifest import DrafterFacts, Manifest, TargetFacts, file_entry, write_manifest
-from dovetail.runtime.scripted import LogitsOf, MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
+from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, TargetFacts, file_entry, write_manifest
+from dovetail.runtime.testing.scripted import LogitsOf, MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
 
 CONFIG = json.dumps({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4})
 DIGEST = "0" * 64

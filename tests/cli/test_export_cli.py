@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.exporter import cli as export_cli
-from dovetail.exporter.check import check_pair_folder
-from dovetail.runtime.manifest import MANIFEST_NAME, read_manifest
+from dovetail.exporter.cli import main as export_cli
+from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest
 
 ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / root) for root in ("runtime", "exporter", "models"))
 
@@ -30,7 +30,7 @@ def huge(flag: str) -> tuple[str, str]:
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dovetail.exporter.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "dovetail.exporter.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -43,7 +43,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_names_every_command_without_loading_any() -> None:
     script = (
-        "import sys; from dovetail.exporter.cli import main; code = main(['--help']); "
+        "import sys; from dovetail.exporter.cli.main import main; code = main(['--help']); "
         "heavy = {'torch', 'openvino', 'numpy', 'rich'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -146,7 +146,7 @@ def test_target_then_check(plain_ir: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_kill_at_any_time_leaves_no_half_pair(plain_ir: Path, tmp_path: Path) -> None:
     out = tmp_path / "pair"
-    command = [sys.executable, "-m", "dovetail.exporter.cli", "target", str(plain_ir), str(out), "--resume"]
+    command = [sys.executable, "-m", "dovetail.exporter.cli.main", "target", str(plain_ir), str(out), "--resume"]
     for delay in (0.9, 1.2, 1.5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
@@ -162,7 +162,7 @@ def test_kill_at_any_time_leaves_no_half_pair(plain_ir: Path, tmp_path: Path) ->
 def test_interrupt_exits_130_and_leaves_nothing(plain_ir: Path, tmp_path: Path) -> None:
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell ignores it
-        "import time; from dovetail.exporter import target; from dovetail.exporter.cli import main; import sys\n"
+        "import time; from dovetail.exporter import target; from dovetail.exporter.cli.main import main; import sys\n"
         "target.save_ir = lambda model, xml: (xml.write_text('half'), print('writing', flush=True), time.sleep(30))\n"
         f"sys.exit(main(['target', {str(plain_ir)!r}, {str(tmp_path / 'pair')!r}]))"
     )
@@ -181,7 +181,7 @@ def test_interrupt_exits_130_and_leaves_nothing(plain_ir: Path, tmp_path: Path) 
 def test_really_full_disk_is_one_line_and_resume_works(plain_ir: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = f"{sys.executable} -m dovetail.exporter.cli target {plain_ir} {disk}/pair"
+    command = f"{sys.executable} -m dovetail.exporter.cli.main target {plain_ir} {disk}/pair"
     script = f"""
         mount -t tmpfs -o size=200k small {disk} || exit 77
         export DOVETAIL_CACHE={tmp_path}/cache
@@ -190,7 +190,7 @@ def test_really_full_disk_is_one_line_and_resume_works(plain_ir: Path, tmp_path:
         mount -o remount,size=20m {disk} || exit 77
         {command} --resume; echo "second exit $?"
         ls -A {disk}
-        {sys.executable} -m dovetail.exporter.cli check {disk}/pair; echo "check exit $?"
+        {sys.executable} -m dovetail.exporter.cli.main check {disk}/pair; echo "check exit $?"
     """
     mapping = [] if os.geteuid() == 0 else ["--map-root-user"]
     done = subprocess.run(["unshare", "--mount", *mapping, "sh", "-c", script], capture_output=True, text=True)
@@ -214,7 +214,7 @@ def test_off_a_terminal_training_says_what_is_new(capsys: pytest.CaptureFixture[
     from rich.console import Console
     from rich.progress import Progress
 
-    from dovetail.exporter.cli_train import _Bars
+    from dovetail.exporter.cli.train import _Bars
 
     with _Bars(Progress(console=Console(file=sys.stdout, force_terminal=False), disable=True)) as bars:
         for done in range(1, 200):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.cli.benchmark import Paired, Run, Totals, summary
-from dovetail.runtime.cli.prompts import Conversation
-from dovetail.runtime.reading import Choice
+from dovetail.runtime.bench.compare import Paired, Run, Totals, summary
+from dovetail.runtime.loop.rescore import Choice
+from dovetail.runtime.text.prompts import Conversation
 
 KEYS = {
     "speedup", "acceptance_length", "accepted_per_position", "plain_tokens_per_second", "tokens_per_second", "draft_ms",

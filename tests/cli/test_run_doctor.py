@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime import machine
-from dovetail.runtime.cli import doctor, pairs
-from dovetail.runtime.cli.doctor import Cuda
-from dovetail.runtime.cost_cache import CostKey, Measured
-from dovetail.runtime.costs import Costs, Curve
-from dovetail.runtime.cuda import PROVIDER, cuda_problem
-from dovetail.runtime.manifest import read_manifest, write_manifest
+from dovetail.runtime.doctor import diagnose as doctor
+from dovetail.runtime.doctor.diagnose import Cuda
+from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
+from dovetail.runtime.pair import known as pairs
+from dovetail.runtime.pair.manifest import read_manifest, write_manifest
+from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.system import machine
+from dovetail.runtime.tune.cost_cache import CostKey, Measured
 
 CPUINFO = """processor\t: 0
 model name\t: Test CPU

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.cli.pairs import DEFAULT_PAIR
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.tree import TreeLimits
+from dovetail.runtime.pair.known import DEFAULT_PAIR
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.tree.limits import TreeLimits
 
 KEYS = {
     "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "tokens_per_second", "acceptance_length",

@@ -16,12 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dovetail.runtime.calibration import Calibration, DepthCalibration
-from dovetail.runtime.cli.pairs import DEFAULT_PAIR
-from dovetail.runtime.cost_cache import CostKey, Measured
-from dovetail.runtime.costs import Costs, Curve
-from dovetail.runtime.manifest import file_entry, read_manifest, write_manifest
-from dovetail.runtime.tree import TreeLimits
+from dovetail.runtime.pair.known import DEFAULT_PAIR
+from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
+from dovetail.runtime.policy.calibration import Calibration, DepthCalibration
+from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tune.cost_cache import CostKey, Measured
 
 COSTS = Costs(
     Curve((128, 1024), (1, 3, 8, 32), ((16.0, 17.0, 20.0, 40.0), (20.0, 21.0, 25.0, 60.0))),

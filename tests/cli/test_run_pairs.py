@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.cli import pairs
 from dovetail.runtime.errors import ExportError, InputError
+from dovetail.runtime.pair import known as pairs
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_no_name_means_the_reference_pair_built_once(invoke, opener, built, cach
     folder = cache / "pairs" / pairs.DEFAULT_PAIR
     assert [pair for pair, _ in opener.calls] == [folder, folder]
     (command,) = built
-    assert command[1:] == ["-m", "dovetail.exporter.cli", "pair", pairs.DEFAULT_PAIR, str(folder), "--resume"]
+    assert command[1:] == ["-m", "dovetail.exporter.cli.main", "pair", pairs.DEFAULT_PAIR, str(folder), "--resume"]
 
 
 def test_a_path_is_taken_as_it_is(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

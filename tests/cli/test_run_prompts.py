@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.cli.prompts import Conversation, read_prompts
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.text.prompts import Conversation, read_prompts
 
 
 def write(path: Path, *rows: object) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.cli import tune
-from dovetail.runtime.cost_cache import Chosen, CostKey, recall
-from dovetail.runtime.costs import Costs
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.properties import CHOOSABLE, Property
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.policy.costs import Costs
+from dovetail.runtime.tune.cost_cache import Chosen, CostKey, recall
+from dovetail.runtime.tune.properties import CHOOSABLE, Property
 
 FLAGS = ("--seconds", "0.05", "--drafter-device", "cpu")
 

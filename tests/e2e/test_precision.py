@@ -15,18 +15,19 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the reference is the torch drafter")
 
-from dovetail.exporter.drafter import load_drafter, save  # noqa: E402
-from dovetail.exporter.drafter_graph import to_onnx  # noqa: E402
-from dovetail.exporter.reference import REFERENCE_PAIRS, shipped_drafter  # noqa: E402
-from dovetail.runtime.cli.pairs import DEFAULT_PAIR, resolve_pair  # noqa: E402
-from dovetail.runtime.decode import Conversation, Request, decode  # noqa: E402
-from dovetail.runtime.manifest import read_manifest  # noqa: E402
-from dovetail.runtime.metrics import Meter  # noqa: E402
-from dovetail.runtime.onnx_drafter import OnnxDrafter  # noqa: E402
-from dovetail.runtime.openvino_target import OpenVINOTarget  # noqa: E402
-from dovetail.runtime.sessions import TokenArray  # noqa: E402
-from dovetail.runtime.tokenizer import Tokenizer  # noqa: E402
-from dovetail.runtime.tree import DraftTree, TreeLimits  # noqa: E402
+from dovetail.exporter.drafter.export import load_drafter, save
+from dovetail.exporter.drafter.graph import to_onnx
+from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.system.arrays import TokenArray
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import TreeLimits
 
 pytestmark = pytest.mark.real
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from dovetail.runtime import Engine, TreeLimits
-from dovetail.runtime.cli.benchmark import measure, read_again
-from dovetail.runtime.cli.options import RequestFlags
-from dovetail.runtime.cli.prompts import Conversation
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.onnx_drafter import OnnxDrafter
-from dovetail.runtime.tokenizer import Tokenizer
+from dovetail.runtime.bench.compare import measure, read_again
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.text.prompts import Conversation
+from dovetail.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -33,7 +33,7 @@ PROMPTS = (
 NEAR_TIE = {False: 0.5, True: 1.0}
 
 
-def flags(**changes: object) -> RequestFlags:
+def flags(**changes: object) -> AnswerSettings:
     values = dict(
         max_new_tokens=64,
         temperature=0.0,
@@ -44,13 +44,13 @@ def flags(**changes: object) -> RequestFlags:
         seed=None,
         stop=(),
     )
-    return RequestFlags(**{**values, **changes})  # type: ignore[arg-type]  # checked by RequestFlags itself
+    return AnswerSettings(**{**values, **changes})  # type: ignore[arg-type]  # checked by AnswerSettings itself
 
 
 @pytest.fixture(scope="module")
 def pair() -> Path:
     """The reference pair, built as a user builds it; a cache that was built before is used again."""
-    from dovetail.runtime.cli.pairs import resolve_pair
+    from dovetail.runtime.pair.known import resolve_pair
 
     return resolve_pair(None)
 
@@ -88,7 +88,7 @@ def test_drafts_of_sampled_answers_know_the_noise(engine: Engine, monkeypatch: p
         return sum(metrics.new_tokens for metrics in told) / sum(metrics.rounds for metrics in told)
 
     told = acceptance_length()
-    monkeypatch.setattr("dovetail.runtime.decode.Conversation.noise", lambda _: None)
+    monkeypatch.setattr("dovetail.runtime.loop.generate.Conversation.noise", lambda _: None)
     assert told > 1.06 * acceptance_length()
 
 
@@ -138,7 +138,7 @@ def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
 
 
 def test_the_built_pair_passes_its_own_check(pair: Path) -> None:
-    from dovetail.exporter.check import check_pair_folder
+    from dovetail.exporter.pairs.check import check_pair_folder
 
     assert check_pair_folder(pair).drafter is not None
 

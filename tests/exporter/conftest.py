@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dovetail.exporter.corpus import Corpus
-from dovetail.exporter.synth import BatchWriter, Request
-from dovetail.runtime.paged import PagedModel
+from dovetail.exporter.train.corpus import Corpus
+from dovetail.exporter.train.writer import BatchWriter, Request
+from dovetail.runtime.target.paged import PagedModel
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_wheel_states_licence_and_commands(wheel: Path, names: set[str]) -> None
         commands = archive.read(entry_points).decode()
         facts = archive.read(metadata).decode()
     assert "dovetail-run = dovetail.runtime.cli.main:main" in commands
-    assert "dovetail-export = dovetail.exporter.cli:main" in commands
+    assert "dovetail-export = dovetail.exporter.cli.main:main" in commands
     assert "License-Expression: Apache-2.0" in facts
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

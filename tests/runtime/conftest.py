@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.onnx_drafter import OnnxDrafter
-from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.tokenizer import Tokenizer
-from dovetail.runtime.tree import DraftTree, TreeLimits
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import TreeLimits
 
 
 class Pairs:

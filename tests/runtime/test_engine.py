@@ -23,8 +23,8 @@ from dovetail.runtime import (
     TargetPass,
     TreeLimits,
 )
-from dovetail.runtime.stops import StopFilter
-from dovetail.runtime.tree import DraftTree
+from dovetail.runtime.text.stop_strings import StopFilter
+from dovetail.runtime.tree.draft_tree import DraftTree
 
 ALPHABET = "abcdefgh~:\nusr"  # with the letters of "user:"
 

@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dovetail.runtime.files import check_regular
-
-from .config import DrafterConfig
-from .drafter import Drafter
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
+from dovetail.runtime.system.files import check_regular
 
 WEIGHTS = "drafter.safetensors"
 

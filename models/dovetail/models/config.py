@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.bounds import LARGEST, check_number, check_whole
-from dovetail.runtime.files import read_json
+from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
+from dovetail.runtime.system.files import read_json
 
 FUSIONS = ("dgf", "fc")
 _AGAIN = "correct config.json"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import DrafterConfig
-from .fusion import FUSIONS, LayerMix, RMSNorm
+from dovetail.models.config import DrafterConfig
+from dovetail.models.fusion import FUSIONS, LayerMix, RMSNorm
 
 
 def rope_table(config: DrafterConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

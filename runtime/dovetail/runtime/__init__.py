@@ -14,10 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .accept import Verdict
-    from .decode import Conversation, Request, Step
-    from .engine import Chunk, Engine, GenerationResult
-    from .errors import (
+    from dovetail.runtime.drafter.session import DraftSession
+    from dovetail.runtime.engine import Chunk, Engine, GenerationResult
+    from dovetail.runtime.errors import (
         ContextOverflow,
         DeviceError,
         DovetailError,
@@ -30,18 +29,23 @@ if TYPE_CHECKING:
         SourceError,
         TrainError,
     )
-    from .manifest import Manifest, read_manifest
-    from .metrics import GenerationMetrics, Meter
-    from .reading import Choice
-    from .sampling import Sampler, SamplingParams
-    from .scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
-    from .sessions import DraftSession, TargetPass, TargetSession
-    from .tokenizer import Tokenizer
-    from .tree import Candidates, DraftTree, Level, TreeLimits, grow_tree
+    from dovetail.runtime.loop.accept import Verdict
+    from dovetail.runtime.loop.generate import Conversation, Request, Step
+    from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+    from dovetail.runtime.loop.rescore import Choice
+    from dovetail.runtime.pair.manifest import Manifest, read_manifest
+    from dovetail.runtime.sampling.params import SamplingParams
+    from dovetail.runtime.sampling.sampler import Sampler
+    from dovetail.runtime.target.session import TargetPass, TargetSession
+    from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
+    from dovetail.runtime.text.tokenizer import Tokenizer
+    from dovetail.runtime.tree.draft_tree import DraftTree
+    from dovetail.runtime.tree.growth import Candidates, Level, grow_tree
+    from dovetail.runtime.tree.limits import TreeLimits
 
 _HOME = {
-    "accept": ("Verdict",),
-    "decode": ("Conversation", "Request", "Step"),
+    "loop.accept": ("Verdict",),
+    "loop.generate": ("Conversation", "Request", "Step"),
     "engine": ("Chunk", "Engine", "GenerationResult"),
     "errors": (
         "ContextOverflow",
@@ -56,16 +60,19 @@ _HOME = {
         "SourceError",
         "TrainError",
     ),
-    "manifest": ("Manifest", "read_manifest"),
-    "metrics": ("GenerationMetrics", "Meter"),
-    "reading": ("Choice",),
-    "sampling": ("Sampler", "SamplingParams"),
-    "scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
-    "sessions": ("DraftSession", "TargetPass", "TargetSession"),
-    "tokenizer": ("Tokenizer",),
-    "tree": ("Candidates", "DraftTree", "Level", "TreeLimits", "grow_tree"),
+    "pair.manifest": ("Manifest", "read_manifest"),
+    "loop.metrics": ("GenerationMetrics", "Meter"),
+    "loop.rescore": ("Choice",),
+    "sampling.params": ("SamplingParams",),
+    "sampling.sampler": ("Sampler",),
+    "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
+    "drafter.session": ("DraftSession",),
+    "target.session": ("TargetPass", "TargetSession"),
+    "text.tokenizer": ("Tokenizer",),
+    "tree.draft_tree": ("DraftTree",),
+    "tree.growth": ("Candidates", "Level", "grow_tree"),
+    "tree.limits": ("TreeLimits",),
 }
-# Not `accept` and `decode`: those names are modules.
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [

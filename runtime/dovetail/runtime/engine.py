@@ -13,17 +13,19 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
-from .bounds import THREADS_MOST, check_whole
-from .decode import Conversation, FinishReason, Request, Step, decode
-from .errors import ContextOverflow, DeviceError, InputError
-from .manifest import Manifest, read_sound
-from .metrics import GenerationMetrics, Meter
-from .reading import Choice, read_again
-from .sampling import Sampler, SamplingParams
-from .schedule import BOUNDS, Scheduler
-from .sessions import DraftSession, TargetSession
-from .stops import StopFilter, check_stop_strings
-from .tree import TreeLimits
+from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
+from dovetail.runtime.loop.generate import Conversation, FinishReason, Request, Step, decode
+from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+from dovetail.runtime.loop.rescore import Choice, read_again
+from dovetail.runtime.pair.manifest import Manifest, read_sound
+from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.target.session import TargetSession
+from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
+from dovetail.runtime.tree.limits import TreeLimits
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Detokenizer(Protocol):
 
 
 class TextTokenizer(Protocol):
-    """What an Engine needs of a tokenizer; dovetail.runtime.tokenizer.Tokenizer and ScriptedTokenizer have it."""
+    """What an Engine needs of a tokenizer; dovetail.runtime.text.tokenizer.Tokenizer and ScriptedTokenizer have it."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
@@ -158,14 +160,14 @@ class Engine:
             raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
         if threads is not None:
             check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
-        from .calibration import pair_calibration
-        from .cost_cache import chosen_properties
-        from .onnx_drafter import OnnxDrafter
-        from .openvino_target import OpenVINOTarget
-        from .steady import SteadyDrafter
-        from .tokenizer import Tokenizer
-        from .tune import known_or_measured
-        from .vram import check_limit, parse_size
+        from dovetail.runtime.drafter.failover import SteadyDrafter
+        from dovetail.runtime.drafter.onnx import OnnxDrafter
+        from dovetail.runtime.drafter.vram import check_limit, parse_size
+        from dovetail.runtime.policy.calibration import pair_calibration
+        from dovetail.runtime.target.openvino import OpenVINOTarget
+        from dovetail.runtime.text.tokenizer import Tokenizer
+        from dovetail.runtime.tune.cost_cache import chosen_properties
+        from dovetail.runtime.tune.measure import known_or_measured
 
         pair = Path(path)
         room = parse_size(vram) if isinstance(vram, str) else vram

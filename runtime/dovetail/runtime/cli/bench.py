@@ -14,14 +14,15 @@ from typing import Any
 
 import click
 
-from .. import machine
-from ..engine import Engine
-from ..errors import DovetailError, InputError, PairError
-from ..manifest import write_atomically
-from .benchmark import Paired, measure, read_again, summary
-from .options import EngineFlags, RequestFlags, engine_options, sampling_options
-from .pairs import DEFAULT_PAIR
-from .prompts import Conversation, read_prompts
+from dovetail.runtime.bench.compare import Paired, measure, read_again, summary
+from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.pair.known import DEFAULT_PAIR
+from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.system import machine
+from dovetail.runtime.text.prompts import Conversation, read_prompts
 
 
 @click.command(short_help="Measure plain against speculative decoding.")
@@ -41,7 +42,7 @@ def bench(
     output: Path | None,
     as_json: bool,
     engine_flags: EngineFlags,
-    request: RequestFlags,
+    request: AnswerSettings,
 ) -> None:
     """Measure plain against speculative decoding, interleaved in one process.
 
@@ -88,7 +89,7 @@ def check_conversation(engine: Engine, conversation: Conversation) -> None:
         raise type(error)(f"prompt {conversation.name}: {error}") from None
 
 
-def run(engine: Engine, conversations: Sequence[Conversation], request: RequestFlags, plain: bool) -> list[Paired]:
+def run(engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, plain: bool) -> list[Paired]:
     """Measure every conversation, with a progress bar that shows the speedup or acceptance length so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -105,7 +106,7 @@ def run(engine: Engine, conversations: Sequence[Conversation], request: RequestF
     return pairs
 
 
-def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: RequestFlags) -> dict[str, Any]:
+def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: AnswerSettings) -> dict[str, Any]:
     """What the figures depend on: pair, settings, devices, machine, versions, date, command."""
     return {
         "pair": flags.pair or DEFAULT_PAIR,

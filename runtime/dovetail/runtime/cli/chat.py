@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import click
 
-from ..engine import Engine
-from ..errors import DovetailError
-from .options import EngineFlags, RequestFlags, engine_options, sampling_options, template_options
-from .streaming import Answer, stream_answer
+from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options, template_options
+from dovetail.runtime.cli.render import Answer, stream_answer
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import DovetailError
+from dovetail.runtime.settings import AnswerSettings
 
 HELP = (
     "/reset forgets the conversation, /stats tells of the last answer, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
@@ -23,7 +24,7 @@ HELP = (
 @template_options
 @sampling_options()
 @engine_options
-def chat(system: str | None, engine_flags: EngineFlags, request: RequestFlags) -> None:
+def chat(system: str | None, engine_flags: EngineFlags, request: AnswerSettings) -> None:
     """Talk to the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # line editing and history, where Python has them
         import readline  # noqa: F401
@@ -35,7 +36,7 @@ class Talk:
     """One conversation: what was said so far, and the last answer."""
 
     engine: Engine
-    request: RequestFlags
+    request: AnswerSettings
     system: str | None
     messages: list[dict[str, str]] = field(default_factory=list)
     last: Answer | None = None

@@ -6,10 +6,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cost_cache import Measured
-from ..costs import Curve
-from ..errors import InputError
-from ..manifest import write_atomically
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.policy.costs import Curve
+from dovetail.runtime.tune.cost_cache import Measured
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from ..engine import Prompt
-from ..errors import InputError
-from .options import EngineFlags, RequestFlags, engine_options, sampling_options, template_options
-from .report import result_json
-from .streaming import speaks_unicode, stream_answer
+from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options, template_options
+from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answer
+from dovetail.runtime.engine import Prompt
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.settings import AnswerSettings
 
 INTERRUPTED = 130
 
@@ -37,7 +37,7 @@ def generate(
     as_ids: bool,
     as_json: bool,
     engine_flags: EngineFlags,
-    request: RequestFlags,
+    request: AnswerSettings,
 ) -> None:
     """Answer PROMPT; without one, or with -, the prompt comes from standard input.
 

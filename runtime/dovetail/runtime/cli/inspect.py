@@ -10,20 +10,17 @@ from typing import Any, NoReturn
 
 import click
 
-from ..bounds import check_whole
-from ..calibration import pair_calibration
-from ..cost_cache import WEIGHTS, CostKey, Measured, recall
-from ..errors import DeviceError, InputError, PairError
-from ..files import read_json
-from ..manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
-from ..vram import VramPlan, check_limit, plan_pair
-from .curves import check_plot, plot_costs, show_costs
-from .options import vram_options
-from .pairs import resolve_pair
-from .target_properties import properties_line, target_properties
-
-TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
-DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
+from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
+from dovetail.runtime.cli.options import vram_options
+from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_pair
+from dovetail.runtime.errors import DeviceError, InputError, PairError
+from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
+from dovetail.runtime.policy.calibration import pair_calibration
+from dovetail.runtime.system.machine import mib
+from dovetail.runtime.tune.applied import properties_line, target_properties
+from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, Measured, recall
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
@@ -74,7 +71,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "properties": target_properties(manifest),
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
-        "size_mb": _mib(sum(entry.size for entry in manifest.files.values())),
+        "size_mb": mib(sum(entry.size for entry in manifest.files.values())),
         "digests_ok": True,  # verify_files raises otherwise
         "memory": expected_memory(folder, manifest),
         "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
@@ -103,45 +100,6 @@ def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
         raise PairError("this pair has no drafter, so there is nothing to plot: add one with dovetail-export drafter")
     command = shlex.join(["dovetail-run", "tune", str(folder)])
     raise InputError(f"nothing to plot, no costs of this pair were measured here with default flags: run {command}")
-
-
-def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
-    """What a run holds in MiB, from sizes: weights as stored, KV caches at the full context.
-
-    target_kv is None where the target's config does not tell its KV heads.
-    """
-    weights = sum(
-        entry.size for name, entry in manifest.files.items() if name.startswith("target/") and name.endswith(".bin")
-    )
-    per_token = target_kv_bytes(folder, manifest)
-    memory = {
-        "target_weights_mb": _mib(weights),
-        "target_kv_mb": None if per_token is None else _mib(per_token * manifest.target.max_context),
-    }
-    drafter = manifest.drafter
-    if drafter is None:
-        return memory
-    for device in (device for device in DEVICES if device in drafter.files):
-        row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES.get(device, 4)
-        memory[f"drafter_{device}_weights_mb"] = _mib(sum(entry.size for entry in manifest.drafter_files(device)))
-        memory[f"drafter_{device}_kv_mb"] = _mib(row * (drafter.tree_slots + drafter.max_context))
-    return memory
-
-
-def target_kv_bytes(folder: Path, manifest: Manifest) -> int | None:
-    """Bytes of KV per token, all layers, from target/config.json."""
-    try:
-        config = read_json(folder / "target" / "config.json", PairError, "")
-        config = config.get("text_config", config)
-        heads: int = config["num_attention_heads"]
-        check_whole("num_attention_heads", heads, PairError, "")
-        kv_heads: int = config.get("num_key_value_heads") or heads
-        head_size: int = config.get("head_dim") or manifest.target.hidden_size // heads
-        check_whole("num_key_value_heads", kv_heads, PairError, "")
-        check_whole("head_dim", head_size, PairError, "")
-    except (OSError, KeyError, AttributeError, TypeError, PairError):
-        return None
-    return manifest.target.num_layers * 2 * kv_heads * head_size * TARGET_KV_BYTES
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -187,7 +145,3 @@ def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str
 def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
     """When costs were measured, and whether in passing or thoroughly; they follow the facts."""
     return [("costs", f"measured {measured['date'][:10]} for {measured['seconds']:.0f} s, below")] if measured else []
-
-
-def _mib(size: int) -> float:
-    return round(size / 2**20, 1)

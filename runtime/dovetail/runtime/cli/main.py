@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 
 import click
 
-from ..errors import DovetailError, InputError
-from ..files import check_text
-from ..telemetry import decline_telemetry
+from dovetail.runtime.errors import DovetailError, InputError
+from dovetail.runtime.system.files import check_text
+from dovetail.runtime.system.telemetry import decline_telemetry
 
 INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")

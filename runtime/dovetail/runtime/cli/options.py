@@ -15,15 +15,15 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-from ..bounds import THREADS_MOST, check_whole
-from ..engine import Engine
-from ..errors import InputError
-from ..manifest import read_manifest
-from ..sampling import SamplingParams
-from ..stops import check_stop_strings
-from ..tree import TreeLimits
-from ..vram import check_limit, parse_size
-from .pairs import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.drafter.vram import check_limit, parse_size
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.tree.limits import TreeLimits
 
 Record = TypeVar("Record")
 Command = Callable[..., Any]
@@ -118,39 +118,8 @@ class EngineFlags:
         return replace(read_manifest(pair).tree, **given) if given or fixed else None
 
 
-@dataclass(frozen=True)
-class RequestFlags:
-    """One generation's settings, as `Engine.stream` and `Engine.generate` take them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: tuple[str, ...]
-    speculate: bool = True
-    raw: bool = False
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    parse_special: bool = False
-
-    def __post_init__(self) -> None:
-        """Bad values are told before a pair is built or loaded."""
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {self.max_new_tokens} is out of range: give 1 or more")
-        check_stop_strings(self.stop)
-        self.sampling()
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(SamplingParams)})
-
-    def keywords(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
 def template_options(command: Command) -> Command:
-    """Flags of RequestFlags about the chat template; below those of `sampling_options`."""
+    """Flags of AnswerSettings about the chat template; below those of `sampling_options`."""
     return _apply(
         command,
         click.option("--chat-template-kwargs", "template_options", callback=_parse_object, metavar="JSON",
@@ -232,7 +201,7 @@ def engine_options(command: Command) -> Command:
 
 
 def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Callable[[Command], Command]:
-    """Flags of RequestFlags, with this default of -n; the command gets them as `request`.
+    """Flags of AnswerSettings, with this default of -n; the command gets them as `request`.
 
     speculate: whether the command has --speculate/--no-speculate.
     """
@@ -252,7 +221,7 @@ def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Ca
     if speculate:
         words = "Draft and verify trees, or decode plainly."
         shared.append(click.option("--speculate/--no-speculate", default=True, show_default=True, help=words))
-    return lambda command: _apply(_bundled(command, RequestFlags, "request"), *shared)
+    return lambda command: _apply(_bundled(command, AnswerSettings, "request"), *shared)
 
 
 def _apply(command: Command, *options: Callable[[Command], Command]) -> Command:

@@ -16,18 +16,18 @@ from typing import Any
 
 import click
 
-from .. import machine
-from ..cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
-from ..errors import InputError, PairError
-from ..manifest import cache_dir, read_sound
-from ..properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
-from ..tokenizer import Tokenizer
-from ..tune import ALL_WIDTHS, CONTEXTS, check_seconds, measure
-from ..vram import check_limit
-from .curves import show_costs
-from .options import check_threads, device_options
-from .pairs import resolve_pair
-from .target_properties import properties_line, target_properties
+from dovetail.runtime.cli.curves import show_costs
+from dovetail.runtime.cli.options import check_threads, device_options
+from dovetail.runtime.drafter.vram import check_limit
+from dovetail.runtime.errors import InputError, PairError
+from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.manifest import cache_dir, read_sound
+from dovetail.runtime.system import machine
+from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.tune.applied import properties_line, target_properties
+from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
+from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure
+from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 
 CHOICE = 0.25  # of the time
 APPLY = """\
@@ -68,8 +68,8 @@ def tune(
     tokens of a text the target's best token stays the same, and whether rows are equal. All the time goes to the
     choice then.
     """
-    from ..onnx_drafter import OnnxDrafter
-    from ..openvino_target import OpenVINOTarget
+    from dovetail.runtime.drafter.onnx import OnnxDrafter
+    from dovetail.runtime.target.openvino import OpenVINOTarget
 
     check_threads(threads)
     check_limit(vram, fit, drafter_device)

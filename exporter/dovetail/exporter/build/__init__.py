@@ -1,0 +1,1 @@
+"""How a folder is built: in stages, and exchanged as a whole."""

@@ -1,0 +1,78 @@
+"""Folders that take the place of others in one step, and files that are linked in place of copied."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dovetail.runtime.errors import ExportError
+
+
+def exchange(new: Path, out: Path, aside: Path) -> None:
+    """Put the folder `new` at `out` in one step; what was at `out` ends up at `new` or `aside`.
+
+    Where the system cannot exchange two folders at once there are two renames; `PairBuild` repairs a
+    kill between them at its next start. Raises OSError.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(new, out)
+    elif not _renameat2_exchange(new, out):
+        os.replace(out, aside)
+        os.replace(new, out)
+
+
+def _renameat2_exchange(first: Path, second: Path) -> bool:
+    at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is None:
+        return False
+    done: bool = call(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    return done
+
+
+def link_tree(source: Path, destination: Path) -> None:
+    """Hard-link a file or folder, copying what cannot be linked. Raises OSError."""
+    if source.is_dir():
+        shutil.copytree(source, destination, copy_function=link_file, dirs_exist_ok=True)
+    else:
+        link_file(source, destination)
+
+
+def link_file(source: str | Path, destination: str | Path) -> None:
+    """Hard-link one file, or copy it across file systems. Raises OSError."""
+    try:
+        os.link(source, destination)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copy2(source, destination)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Send `tempfile` to `folder`: libraries would fill /tmp, and a kill would leave their files there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "repeat the command (--resume, where it has that, goes on)"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(f"{what}: the disk is full; free some space and {remedy}") from error
+        place = f" ({error.filename})" if error.filename else ""
+        raise ExportError(f"{what}: {error.strerror or error}{place}; mend that and {remedy}") from error

@@ -1,0 +1,312 @@
+"""Build stages: each output is the old one or the new one, never half.
+
+A pair is built in a hidden sibling of its folder and exchanged with it at the end:
+
+    parent/pair/               the finished pair, untouched until the exchange
+    parent/.pair.build/
+      lock                     one export at a time
+      temporary/               the stage being written; removed at the next start after a kill
+      records/<stage>.json     inputs, facts and output digests of every finished stage
+      pair/<stage>/            outputs of the finished stages; dovetail.json goes in last
+
+`resume` skips the stages whose inputs and output digests hold, those of a finished pair included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from dovetail.exporter.build.exchange import _disk_errors, exchange, link_tree, scratch_folder
+from dovetail.runtime.errors import ExportError, ManifestError, PairError
+from dovetail.runtime.pair.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    parse_record,
+    read_manifest,
+    sha256_file,
+    write_atomically,
+    write_manifest,
+)
+from dovetail.runtime.system.files import check_text, read_json
+
+Progress = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of the pair and how it is made.
+
+    inputs: JSON of whatever decides the output (digests, options, versions): equal inputs, equal output.
+    build: fills the given empty folder and returns facts (JSON) for the stages after it.
+    intermediate: kept for --resume while the export is unfinished, no part of the pair.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    build: Callable[[Path], Mapping[str, Any]]
+    intermediate: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is remembered of a finished stage. files: path inside the pair -> size and digest."""
+
+    inputs: dict[str, Any]
+    facts: dict[str, Any]
+    files: dict[str, FileEntry]
+
+
+class PairBuild:
+    """One export into the pair folder `out`; use as a context manager, then `run` stages and `finish`.
+
+    Raises ExportError: `out` holds a finished pair (and neither `resume` nor `force`) or something that
+    is no pair, another export is writing to it, the disk is full.
+    """
+
+    def __init__(self, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent):
+        check_text("folder", str(out), ExportError)
+        self.out = Path(os.path.abspath(out)) if not out.is_symlink() else out.resolve()
+        self.resume, self.force, self.progress = resume, force, progress
+        self.work = self.out.parent / f".{self.out.name}.build"
+        self.finished: Manifest | None = None  # the pair already at `out`
+        self.records: dict[str, Record] = {}  # stages of this build, in order
+        self._kept: set[str] = set()  # those that stand in `out` already
+        self._intermediate: set[str] = set()
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> PairBuild:
+        try:
+            with _disk_errors(f"cannot write beside {self.out}"):
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._acquire_lock()
+                self._recover_exchange()
+                self._check_out()
+                self._clean()
+        except BaseException:
+            if self._lock and not any((self.work / name).exists() for name in ("records", "old")):
+                shutil.rmtree(self.work, ignore_errors=True)
+            self._release_lock()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unfinished = kind is not None and (self.work / "records").exists()
+        shutil.rmtree(self.work / "temporary" if unfinished else self.work, ignore_errors=True)
+        self._release_lock()
+
+    def run(self, stage: Stage) -> dict[str, Any]:
+        """Build one stage, or skip it when resuming and it holds; returns its facts."""
+        if stage.intermediate:
+            self._intermediate.add(stage.name)
+        inputs = json.loads(json.dumps(stage.inputs))  # tuples become lists, as in a record read back
+        if self.resume and (record := self._standing(stage.name, inputs)):
+            self.progress(f"{stage.name}: up to date")
+        else:
+            record = self._build(stage, inputs)
+        self.records[stage.name] = record
+        return record.facts
+
+    def keep(self, name: str) -> None:
+        """Take over the folder `name` of the finished pair unchanged. Raises ExportError when it is damaged."""
+        if self.finished is None:
+            raise ExportError(f"{self.out} holds no finished pair: export its target first")
+        record = _record_of(self.finished, name)
+        if not record.files or not _files_hold(self.out, record.files):
+            raise ExportError(f"{self.out / name} is missing or altered: export the target again with --resume")
+        self.records[name] = record
+        self._kept.add(name)
+
+    def kept(self, name: str) -> bool:
+        """Whether the stage `name` stands unchanged in the finished pair."""
+        return name in self._kept
+
+    def folder(self, name: str) -> Path:
+        """Where the finished output of a stage of this build lies."""
+        return (self.out if name in self._kept else self.work / "pair") / name
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Add files and stages to `manifest`, write it, and put the pair in place.
+
+        A finished pair that is identical stays untouched and its own manifest is returned.
+        """
+        parts = {name: record for name, record in self.records.items() if name not in self._intermediate}
+        files = {path: entry for record in parts.values() for path, entry in record.files.items()}
+        stages = {name: {"inputs": record.inputs, "facts": record.facts} for name, record in parts.items()}
+        manifest = replace(manifest, files=files, provenance={**manifest.provenance, "stages": stages})
+        if self.finished and set(parts) <= self._kept and _same(manifest, self.finished):
+            self.progress("nothing to do: the pair is up to date")
+            return self.finished
+        with _disk_errors(f"{self.out} could not be put in place"):
+            self._carry_over(set(parts))
+            write_manifest(self.work / "pair", manifest)
+            exchange(self.work / "pair", self.out, self.work / "old")
+        return manifest
+
+    def _standing(self, name: str, inputs: dict[str, Any]) -> Record | None:
+        """The record of an output that need not be built: in the work folder or in the finished pair."""
+        record = _read_record(self.work / "records" / f"{name}.json")
+        if record and record.inputs == inputs and _files_hold(self.work / "pair", record.files):
+            return record
+        if self.finished is None or name not in self.finished.provenance.get("stages", {}):
+            return None
+        record = _record_of(self.finished, name)
+        if record.inputs != inputs:
+            if self.force:
+                return None
+            changed = sorted(k for k in {*inputs, *record.inputs} if inputs.get(k) != record.inputs.get(k))
+            raise ExportError(
+                f"{self.out} holds a finished pair whose {name} was built with another {', '.join(changed)}: "
+                "use --force to replace it, or name another folder"
+            )
+        if not _files_hold(self.out, record.files):
+            return None
+        self._kept.add(name)
+        return record
+
+    def _build(self, stage: Stage, inputs: dict[str, Any]) -> Record:
+        temporary, final = self.work / "temporary" / stage.name, self.work / "pair" / stage.name
+        memory = self.work / "records" / f"{stage.name}.json"
+        self.progress(stage.name)
+        try:
+            with (
+                _disk_errors(f"stage {stage.name!r} failed"),
+                scratch_folder(self.work / "temporary" / f"scratch-{stage.name}"),
+            ):
+                temporary.mkdir(parents=True)
+                facts = json.loads(json.dumps(stage.build(temporary)))
+                record = Record(inputs, facts, _digest_folder(temporary, stage.name))
+                memory.unlink(missing_ok=True)
+                shutil.rmtree(final, ignore_errors=True)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(temporary, final)
+                memory.parent.mkdir(exist_ok=True)
+                write_atomically(memory, json.dumps(asdict(record)).encode())
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return record
+
+    def _carry_over(self, parts: set[str]) -> None:
+        """Bring into the new folder what stays of the old one: kept stages, and files that are not ours."""
+        new = self.work / "pair"
+        new.mkdir(exist_ok=True)
+        for name in {entry.name for entry in new.iterdir()} - (parts - self._kept):  # intermediate or superseded
+            shutil.rmtree(new / name, ignore_errors=True)
+        if self.finished is None:
+            return
+        ours = {*self.finished.provenance.get("stages", {}), "target", "drafter", MANIFEST_NAME} - self._kept
+        for entry in self.out.iterdir():
+            if entry.name not in ours and not (new / entry.name).exists():
+                link_tree(entry, new / entry.name)
+
+    def _check_out(self) -> None:
+        if not self.out.exists():
+            return
+        if not self.out.is_dir() or os.path.ismount(self.out):
+            what = "a mount point" if self.out.is_dir() else "a file"
+            raise ExportError(f"{self.out} is {what}: name a folder, such as {self.out / 'pair'}")
+        if not any(self.out.iterdir()):
+            return
+        if not (self.out / MANIFEST_NAME).exists():
+            raise ExportError(f"{self.out} is not empty and holds no pair: name another folder")
+        try:
+            self.finished = read_manifest(self.out)
+        except PairError as error:
+            if not self.force:
+                raise ExportError(f"{error}; use --force to replace the pair at {self.out}") from error
+            return
+        if not (self.resume or self.force):
+            raise ExportError(
+                f"{self.out} already holds the finished pair {self.finished.name!r}: "
+                "use --force to replace it, --resume to complete or repair it, or name another folder"
+            )
+
+    def _clean(self) -> None:
+        shutil.rmtree(self.work / "temporary", ignore_errors=True)
+        shutil.rmtree(self.work / "old", ignore_errors=True)
+        if not self.resume:
+            shutil.rmtree(self.work / "records", ignore_errors=True)
+            shutil.rmtree(self.work / "pair", ignore_errors=True)
+
+    def _recover_exchange(self) -> None:
+        """A kill between the two renames of an exchange left the old pair aside: put it back."""
+        if (self.work / "old").is_dir() and not self.out.exists():
+            os.rename(self.work / "old", self.out)
+
+    def _acquire_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no flock on Windows: two exports into one folder are the user's to avoid
+            self.work.mkdir(exist_ok=True)
+            return
+        while True:
+            self.work.mkdir(exist_ok=True)
+            path = self.work / "lock"
+            try:
+                self._lock = path.open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino:
+                    return
+            except FileNotFoundError:  # the export that held it has just removed its work folder
+                pass
+            except BlockingIOError:
+                raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
+            self._release_lock()
+
+    def _release_lock(self) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+
+def _digest_folder(folder: Path, prefix: str) -> dict[str, FileEntry]:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        relative = f"{prefix}/{path.relative_to(folder).as_posix()}"
+        files[relative] = FileEntry(path.stat().st_size, sha256_file(path, remember=False))
+    return files
+
+
+def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
+    try:
+        return all(
+            (root / path).stat().st_size == entry.size and sha256_file(root / path) == entry.sha256
+            for path, entry in files.items()
+        )
+    except OSError:
+        return False
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        raw = read_json(path, ManifestError, "")
+        files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
+        return Record({**raw["inputs"]}, {**raw["facts"]}, files)
+    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # none, or damaged: the stage is built again
+        return None
+
+
+def _record_of(manifest: Manifest, name: str) -> Record:
+    stage = manifest.provenance.get("stages", {}).get(name, {})
+    files = {path: entry for path, entry in manifest.files.items() if path.startswith(f"{name}/")}
+    return Record(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
+
+
+def _same(manifest: Manifest, other: Manifest) -> bool:
+    """Equal but for provenance, which has dates."""
+    return replace(manifest, provenance={}) == replace(other, provenance={})

@@ -1,0 +1,45 @@
+"""`dovetail-export drafter PAIR --checkpoint DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dovetail.exporter.build.progress import show_progress
+from dovetail.exporter.pairs.pair import add_drafter
+from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
+from dovetail.runtime.drafter.vram import check_limit, parse_size
+
+
+@click.command()
+@click.argument("pair", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    required=True,
+    metavar="DIR|NAME",
+    help="Folder of a trained drafter (config.json and drafter.safetensors), or one that ships: "
+    + ", ".join(sorted(REFERENCE_PAIRS))
+    + ".",
+)
+@click.option(
+    "--vram", metavar="SIZE", help="GPU memory that the drafter is to keep to, e.g. 3GB.  [default: no limit]"
+)
+@click.option("--fit", is_flag=True, help="Shrink its context, then its draft vocabulary, to fit --vram.")
+@click.option("--force", is_flag=True, help="Replace another drafter of the pair.")
+def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: bool) -> None:
+    """Add the drafter in the folder of --checkpoint to PAIR, the folder of an exported target.
+
+    Writes a float16 graph for CUDA and an INT8 graph for the CPU, both compared with the torch module; the
+    pair is exchanged as a whole at the end, so that an interruption leaves it as it was.
+    """
+    limit = parse_size(vram) if vram is not None else 0
+    check_limit(limit or None, fit, "cuda")
+    with show_progress(pair.name) as progress:
+        folder = Path(checkpoint)
+        if checkpoint in REFERENCE_PAIRS and not folder.is_dir():
+            folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
+        manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
+    facts = manifest.drafter
+    assert facts is not None  # add_drafter's promise
+    click.echo(f"{pair}: {facts.fusion} drafter, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")

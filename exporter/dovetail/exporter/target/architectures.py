@@ -1,0 +1,173 @@
+"""Which architectures can become a target, decided from the configuration alone, before any weight is read.
+
+Three questions: does each layer keep keys and values and nothing else, does optimum-intel export the architecture,
+and does it do so with the installed transformers.  docs/families.md lists the answers; the tests of families hold both
+to optimum-intel's own export classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from dovetail.exporter.target.configuration import CONTEXT_KEYS
+from dovetail.runtime.errors import SourceError
+
+OPTIMUM_INTEL = "2.2"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Versions of transformers, both ends included, with which optimum-intel exports an architecture.
+
+    last: None where no release is too new.  newest: the release to install for it.
+    """
+
+    first: str
+    last: str | None
+    newest: str
+
+    def __contains__(self, version: str) -> bool:
+        here = _numbers(version)
+        return _numbers(self.first) <= here and (self.last is None or here <= _numbers(self.last))
+
+    def __str__(self) -> str:
+        return f"{self.first} to {self.last}" if self.last else f"{self.first} or newer"
+
+
+# Decoders that optimum-intel exports, by the range that it declares for them.
+_EXPORTED = {
+    Range("4.57", None, "5.0.0"): """
+        afmoe arcee biogpt bloom codegen cohere cohere2 falcon glm4 gpt2 gpt_bigcode gpt_neo gpt_neox
+        gpt_neox_japanese gpt_oss gptj granite granitemoe hunyuan_v1_dense llama mistral mixtral mpt olmo olmo2 opt
+        persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2 xglm""",
+    # Wider for optimum-intel, but what it makes with 5.0.0 does not compute the model, and with 5.5.4 it does.
+    Range("5.5", None, "5.5.4"): "phimoe",
+    Range("4.57", "5.0.0", "5.0.0"): "gemma gemma2 gemma3_text glm",
+    Range("5.0", "5.0.0", "5.0.0"): "gemma3n_text",
+    Range("4.57", "4.57.6", "4.57.6"): """
+        aquila baichuan bitnet dbrx deci exaone exaone4 internlm internlm2 jais llama4_text orion xverse""",
+    Range("4.53", "4.57.6", "4.57.6"): "ouro",
+    Range("4.51", "4.55.4", "4.55.4"): "chatglm qwen",
+    Range("4.51", "4.53.3", "4.53.3"): "arctic deepseek deepseek_v2 deepseek_v3 minicpm minicpm3",
+}
+DOVETAIL_RUNS_WITH = Range("5.0.0", "5.5.4", "5.0.0")  # as pyproject.toml says
+ARCHITECTURES = {name: versions for versions, names in _EXPORTED.items() for name in names.split()}
+
+# Decoders that are exported, and whose paged form is wrong or does not exist (tests/exporter/target/test_families.py).
+UNPAGED = {
+    "gpt_neo": "limits every other layer to a window, which OpenVINO's paged attention leaves out",
+    "mpt": "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for MPT",
+    **dict.fromkeys(
+        ("xglm", "gpt_neox_japanese"),
+        "is exported without scaled dot-product attention, from which OpenVINO makes paged attention",
+    ),
+}
+
+# Fields of configurations whose layers keep a state of another kind: Mamba, short convolutions, linear attention.
+_STATE_FIELDS = ("mamba_", "ssm_", "state_size", "conv_L_cache", "linear_num_", "linear_conv_")
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def check_architecture(location: str, config: Mapping[str, Any], transformers: str | None = None) -> None:
+    """Refuse a checkpoint that cannot become a target.
+
+    config: its config.json.  transformers: a version, by default the installed one.
+    Raises SourceError, one line with the reason and what to do.
+    """
+    kind = check_attention(location, config)
+    if (versions := ARCHITECTURES.get(kind)) is None:
+        raise SourceError(
+            f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a decoder of text: "
+            "docs/families.md lists the architectures that can be exported"
+        )
+    installed = transformers or _installed()
+    if installed and installed not in versions:
+        here = f"pip install transformers=={versions.newest}"
+        apart = f"dovetail-export environment FOLDER --for {kind} (docs/families.md)"
+        raise SourceError(
+            f"{location} ({kind}) needs transformers {versions}, and {installed} is installed: "
+            f"{here if versions.newest in DOVETAIL_RUNS_WITH else apart}"
+        )
+
+
+def check_attention(location: str, config: Mapping[str, Any]) -> str:
+    """Refuse a model whose layers a tree verifier cannot compute, converted or not; returns its model_type.
+
+    Raises SourceError.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise SourceError(f"config.json of {location} names no model_type: it is no language model")
+    if state := _other_state(config):
+        raise SourceError(
+            f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and a state "
+            "cannot follow the branches of a token tree: choose a model whose layers are attention alone"
+        )
+    if wrong := _wrong_attention(config):
+        raise SourceError(f"{location} ({kind}) {wrong}: choose another model")
+    return kind
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens of context that a target computes rightly, None where its configuration does not say.
+
+    Long RoPE (Phi-3) rotates keys by other factors once a text passes the original context, while those in the cache
+    keep the old ones: such a target ends at its original context.
+    """
+    text = _text(config)
+    claimed = next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), None)
+    original = original_context(config)
+    return min(claimed, original) if claimed and original else claimed or original
+
+
+def original_context(config: Mapping[str, Any]) -> int | None:
+    """Where the factors of long RoPE change, None for every other kind of position."""
+    text = _text(config)
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return None
+    original = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(original) if original else None
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the decoder of text."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _other_state(config: Mapping[str, Any]) -> str | None:
+    """The field that says that not every layer is attention."""
+    text = _text(config)
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and (other := next((kind for kind in kinds if kind not in _ATTENTION), None)):
+        return f"layer_types: {other}"
+    return next((field for field in text if field.startswith(_STATE_FIELDS)), None)
+
+
+def _wrong_attention(config: Mapping[str, Any]) -> str | None:
+    """Attention that OpenVINO's paged form of the exported graph computes wrongly."""
+    if config.get("is_encoder_decoder"):
+        return "is an encoder with a decoder, and Dovetail verifies decoders"
+    if config.get("model_type") == "falcon" and config.get("alibi"):
+        return "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for Falcon"
+    return UNPAGED.get(str(config.get("model_type")))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """5.0.0rc1 -> (5, 0, 0); as many as are plain numbers, three at least."""
+    parts = []
+    for part in version.split(".")[:3]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        parts.append(int(digits or 0))
+    return tuple(parts + [0] * (3 - len(parts)))
+
+
+def _installed() -> str | None:
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return None  # converting says which extra is missing

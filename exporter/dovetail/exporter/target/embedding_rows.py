@@ -1,0 +1,128 @@
+"""Embedding and lm_head rows, read back from a target's OpenVINO IR.
+
+The drafter borrows both from the target that will verify it, so they are taken from the very file that
+runs: whatever weight format it was exported in, OpenVINO itself evaluates the decompression.
+
+Axes: V target vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import ExportError
+from dovetail.runtime.target.graph import find_head, read_model
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+FloatArray = NDArray[np.float32]
+
+# The axis of a table along which positions select.
+_TABLE_AXES = {"Gather": 0, "GatherElements": 1}
+# What may stand between the embedding table's rows and `input_ids`.
+_BEFORE_GATHER = {"Convert", "Reshape", "Unsqueeze", "Squeeze"}
+
+
+def read_embedding_and_head(ir_xml: Path) -> tuple[FloatArray, FloatArray]:
+    """The target's embedding table and lm_head, both [V, H] float32, decompressed.
+
+    Tied weights come back as two equal arrays (the same one when the IR shares the constant).
+    Raises ExportError when the IR cannot be read, has no lm_head MatMul or no embedding Gather.
+    """
+    model = read_model(Path(ir_xml))
+    gather = _find_embedding(model)
+    head = find_head(model)
+    embed = evaluate_constant(gather.input_value(0), ir_xml)
+    shared = gather.input_value(0) == head.input_value(1)
+    rows = embed if shared else evaluate_constant(head.input_value(1), ir_xml)
+    if not head.get_attributes()["transpose_b"]:
+        rows = np.ascontiguousarray(rows.T)
+    if embed.ndim != 2 or embed.shape != rows.shape:
+        raise ExportError(
+            f"embedding {embed.shape} and lm_head {rows.shape} of {ir_xml} do not match: "
+            "this architecture cannot lend its rows to a drafter"
+        )
+    return embed, rows
+
+
+def position_rows(model: ov.Model) -> int | None:
+    """Rows of the smallest table that positions index (learned embeddings, sines); None where positions are computed.
+
+    A position beyond the table reads whatever lies behind it.
+    """
+    rows = [
+        int(node.get_input_partial_shape(0)[axis].get_length())
+        for node in model.get_ops()
+        if (axis := _TABLE_AXES.get(node.get_type_name())) is not None
+        and _is_table(node.input_value(0).get_node())
+        and _parameters(node.input_value(1).get_node()) & {"position_ids", "attention_mask"}
+    ]
+    return min(rows, default=None)
+
+
+def _is_table(node: ov.Node) -> bool:
+    """Whether a table is made of constants; the repeats of a Tile, one row per text, may be dynamic."""
+    if node.get_type_name() == "Tile":
+        return _is_table(node.input_value(0).get_node())
+    return node.get_type_name() == "Constant" or (
+        bool(node.input_values()) and all(_is_table(value.get_node()) for value in node.input_values())
+    )
+
+
+def _parameters(node: ov.Node) -> set[str]:
+    """Names of the graph's inputs that a value depends on."""
+    names: set[str] = set()
+    seen: set[str] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.get_friendly_name() in seen:
+            continue
+        seen.add(node.get_friendly_name())
+        if node.get_type_name() == "Parameter":
+            names |= node.output(0).get_names()
+        pending += [value.get_node() for value in node.input_values()]
+    return names
+
+
+def _find_embedding(model: ov.Model) -> ov.Node:
+    """The Gather that `input_ids` indexes."""
+    for parameter in model.inputs:
+        if "input_ids" not in parameter.get_names():
+            continue
+        pending = [parameter]
+        while pending:
+            for consumer in pending.pop().get_target_inputs():
+                node = consumer.get_node()
+                if node.get_type_name() == "Gather" and consumer.get_index() == 1:
+                    return node
+                if node.get_type_name() in _BEFORE_GATHER:
+                    pending.append(node.output(0))
+    raise ExportError("the target's graph has no embedding indexed by 'input_ids': export it from its checkpoint")
+
+
+def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
+    """Value of a subgraph made of constants only, float32."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    _require_constant(output.get_node(), ir_xml)
+    model = ov.Model([ops.result(ops.convert(output, "f32"))], [], "weights")
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    value: FloatArray = np.array(compiled([])[0], dtype=np.float32)
+    return value
+
+
+def _require_constant(node: ov.Node, ir_xml: Path) -> None:
+    """Refuse a subgraph that depends on an input: its "weight" would not be one."""
+    if node.get_type_name() == "Parameter":
+        raise ExportError(
+            f"weights of {ir_xml} depend on input {node.get_friendly_name()!r}: export the target from its checkpoint"
+        )
+    for value in node.input_values():
+        _require_constant(value.get_node(), ir_xml)

@@ -1,0 +1,114 @@
+"""A GGUF model becomes a Hugging Face folder, tensor by tensor: each is taken, and none of the model's is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dovetail.exporter.target.gguf.config import ROPE_FACTORS, gguf_config
+from dovetail.exporter.target.gguf.header import GgufHeader, GgufTensor
+from dovetail.runtime.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_REMEDY = "use the checkpoint's Hub id or its folder instead"
+
+
+def write_checkpoint(header: GgufHeader, folder: Path) -> None:
+    """Write config.json and the dequantised weights, a file per block, to `folder`.
+
+    Raises SourceError before any weight is read where the file and the model do not have the same tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    config = gguf_config(header)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config)
+    names = get_gguf_hf_weights_map(model, processor)
+    targets = _targets(header, model, names)
+    files: dict[str, str] = {}
+    for index, tensors in enumerate(_shards(header, targets)):
+        taken: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            result = processor.process(
+                weights=_values(header, name, tensor),
+                name=name,
+                tensor_key_mapping=names,
+                parsed_parameters={"tensors": taken},  # merged experts are put there, without a name
+            )
+            if result.name is not None:
+                taken[targets[name]] = torch.from_numpy(result.weights.copy())
+        file = f"model-{index:05}.safetensors"
+        save_file({name: value.contiguous() for name, value in taken.items()}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(taken, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": "float32", "architectures": [type(model).__name__]}, indent=2)
+    )
+
+
+def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, str]:
+    """The model's name of each tensor of the file. Raises SourceError where the two differ."""
+    targets: dict[str, str] = {}
+    unknown = []
+    for name in header.tensors:
+        target = names.get(name, names.get(name.removesuffix(".weight")))
+        if target is not None:
+            targets[name] = target
+        elif name != ROPE_FACTORS or not getattr(model.config, "rope_parameters", None):
+            unknown.append(name)
+    if unknown:
+        raise SourceError(f"{header.path}: {model.config.model_type} has no place for {_listed(unknown)}: {_REMEDY}")
+    sizes = dict.fromkeys(targets.values(), 0)
+    for name, target in targets.items():
+        sizes[target] += math.prod(header.tensors[name].shape)
+    expected = {name: value.numel() for name, value in model.state_dict().items()}
+    for tied in model.all_tied_weights_keys:
+        expected.pop(tied, None)
+    theirs = {target: name for name, target in names.items()}
+    if missing := [theirs.get(name, name) for name in expected if name not in sizes]:
+        raise SourceError(f"{header.path} lacks {_listed(missing)}: download it again, or {_REMEDY}")
+    for name, target in targets.items():
+        if target in expected and sizes[target] != expected[target]:
+            raise SourceError(
+                f"{header.path}: {name} of shape {header.tensors[name].shape} does not fit {model.config.model_type} "
+                f"with the sizes that the file names: {_REMEDY}"
+            )
+    return targets
+
+
+def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
+    """The tensors to be taken, a block at a time."""
+
+    def block(name: str) -> str:
+        return name.split(".")[1] if name.startswith("blk.") else ""
+
+    for _, group in groupby(sorted(targets, key=block), key=block):
+        yield {name: header.tensors[name] for name in group}
+
+
+def _values(header: GgufHeader, name: str, tensor: GgufTensor) -> Any:
+    try:
+        return tensor.read()
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{header.path}: {name} is stored as {tensor.kind.name}, which is not read: {_REMEDY}"
+        ) from error
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

@@ -1,0 +1,138 @@
+"""Proof that the exported graph computes the model, in the form in which it verifies trees.
+
+The runtime turns a target into a paged graph.  Where an architecture's attention does not survive that (a window, a
+sink, a bias, a scale), the text is wrong and nothing fails.  An export therefore compares three things before it ends:
+
+    plain   logits of the paged graph with those of a reference, one token a pass, behind a prompt
+    window  the same behind a prompt that is longer than the attention's window
+    tree    logits of a token tree with those of every node's own path as a chain
+
+There are two references: the checkpoint in torch, which shows what a conversion spoils, and the IR itself without paged
+attention, which has the same weights.
+
+Axes: T prompt tokens, K tokens behind them, N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.exporter.target.architectures import context_of
+from dovetail.runtime.errors import ExportError
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import PagedModel
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+FloatArray = NDArray[np.float32]
+
+_FOLLOWING = 8  # K
+_PROMPT = 48  # T where no window asks for more
+_LONGEST = 640  # T, so that a model of 7B takes a minute at most; windows beyond that are not entered
+# How far rows of logits may be from those of the same weights, and from float ones where they are INT8, as a part of
+# their spread.  In tiny random models float16 keys give 0.004, INT8 weights 0.08, wrong attention 0.2 to 1.5.  INT4
+# weights give 0.3 to 1.1, which says nothing.  The median row counts: a near tie may send one token to another expert.
+_SAME_WEIGHTS, _INT8 = 0.05, 0.3
+_EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+# Two long branches and short ones, off the first chain at every level.
+_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 1, 7, 0, 9, 2)
+
+
+def probe_tokens(config: Mapping[str, Any]) -> NDArray[np.int64]:
+    """A random text [T + K], longer than the attention's window where that is short enough."""
+    text = config.get("text_config") or config
+    window = text.get("sliding_window") or text.get("window_size") or 0
+    length = window + _PROMPT if window + _PROMPT <= _LONGEST else _PROMPT
+    room = (context_of(config) or _LONGEST) - _FOLLOWING - len(_PARENTS)
+    return np.random.default_rng(0).integers(0, text["vocab_size"], max(min(length, room), 1) + _FOLLOWING)
+
+
+def torch_logits(checkpoint: Path, tokens: NDArray[np.int64], trust: bool) -> FloatArray:
+    """Logits [K, V] behind the prompt, of the checkpoint in transformers, in the precision that it is stored in."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(checkpoint), dtype="auto", trust_remote_code=trust, local_files_only=True
+    ).eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0, -_FOLLOWING:]
+    return np.asarray(logits.float().numpy())
+
+
+def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
+    """Logits [K, V] behind the prompt, of a stateful IR as it is."""
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(xml, "CPU", {**_EXACT, "KV_CACHE_PRECISION": "f16"})
+    count = len(tokens)
+    inputs = {
+        "input_ids": tokens[None],
+        "attention_mask": np.ones((1, count), np.int64),
+        "position_ids": np.arange(count)[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    known = {name for port in compiled.inputs for name in port.get_names()}
+    request = compiled.create_infer_request()
+    request.infer({name: array for name, array in inputs.items() if name in known})
+    return np.array(request.get_tensor("logits").data[0, -_FOLLOWING:], np.float32)
+
+
+def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: FloatArray | None = None) -> None:
+    """Compare the paged graph of a tapped IR with its references, and a tree with its chains.
+
+    same: logits [K, V] of the graph's own weights.  close: those of float weights that INT8 stands for.
+    Raises ExportError.
+    """
+    target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))
+    prompt = tokens[:-_FOLLOWING]
+    target.prefill(prompt)
+    rows = []
+    for token in tokens[-_FOLLOWING:].tolist():
+        rows.append(target.verify(DraftTree.root(token)).logits[0].copy())
+        target.commit(np.zeros(1, np.int64))
+    for reference, limit in ((same, _SAME_WEIGHTS), (close, _INT8)):
+        off = 0.0 if reference is None else float(np.median(_difference(np.array(rows), reference)))
+        if not off <= limit:
+            raise ExportError(
+                f"the graph does not compute the model: behind {len(prompt)} tokens its logits are off by {off:.2f} of "
+                "their spread: OpenVINO's paged attention has no right form of this architecture, choose another model"
+            )
+    off = _tree_difference(target, len(prompt), tokens)
+    if not off <= _SAME_WEIGHTS:
+        raise ExportError(
+            f"the graph does not verify trees: logits of a node are off by {off:.2f} of their spread from those of "
+            "its own path: choose another model"
+        )
+
+
+def _tree_difference(target: OpenVINOTarget, length: int, tokens: NDArray[np.int64]) -> float:
+    """The largest difference of a node's logits from those at the end of its path, read as a chain."""
+    target.reset(length)
+    nodes = np.resize(tokens[::-1], len(_PARENTS))
+    tree = _tree(nodes, _PARENTS)
+    logits = target.verify(tree).logits.copy()
+    worst = 0.0
+    for node in range(len(_PARENTS)):
+        path = [node]
+        while (parent := _PARENTS[path[0]]) >= 0:
+            path.insert(0, parent)
+        target.reset(length)
+        row = target.verify(_tree(nodes[path], range(-1, len(path) - 1))).logits[-1]
+        worst = max(worst, float(_difference(logits[node], row)))
+    return worst
+
+
+def _tree(tokens: NDArray[np.int64], parents: Iterable[int]) -> DraftTree:
+    return DraftTree(tokens, np.array([*parents], np.int64), np.zeros(len(tokens), np.float32))
+
+
+def _difference(ours: FloatArray, theirs: FloatArray) -> Any:
+    """Root mean square of the difference over the spread of `theirs`, of each row [.., V]."""
+    size = min(ours.shape[-1], theirs.shape[-1])  # a graph may have padding
+    ours, theirs = ours[..., :size], theirs[..., :size]
+    return np.sqrt(np.mean((ours - theirs) ** 2, axis=-1)) / np.maximum(np.std(theirs, axis=-1), 1e-9)

@@ -1,0 +1,196 @@
+"""Where a target comes from: a Hub id, a Hugging Face folder, a GGUF file or an OpenVINO IR folder.
+
+Resolving reads no weights beyond their digests, and imports neither torch nor transformers.  A checkpoint whose
+configuration rules it out is refused before that, from the Hub before it is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dovetail.exporter.target.architectures import check_architecture, check_attention
+from dovetail.exporter.target.configuration import check_json, check_weights, read_config
+from dovetail.runtime.errors import SourceError
+from dovetail.runtime.pair.manifest import sha256_file
+from dovetail.runtime.system.files import check_text
+
+Kind = Literal["hf", "gguf", "ir"]
+
+IR_XML = "openvino_model.xml"
+CONFIG = "config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LFS_POINTER = b"version https://git-lfs"
+_DEQUANTISED = ("mxfp4",)  # optimum-intel has transformers dequantise these as it reads them
+_HUB_WEIGHTS = ("*.bin", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.pth", "*.pt", "*.onnx*", "*.tflite")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A target's checkpoint on this machine.
+
+    location: what the user gave. path: a folder, or the GGUF file. repo, revision: the Hub id and the
+    commit it resolved to, None for local sources. files: relative name -> sha256 of what the export reads.
+    """
+
+    kind: Kind
+    location: str
+    path: Path
+    files: dict[str, str]
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder with configuration and tokenizer."""
+        return self.path.parent if self.kind == "gguf" else self.path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two sources the same, as JSON; a moved checkpoint stays the same."""
+        return {"kind": self.kind, "repo": self.repo, "revision": self.revision, "files": self.files}
+
+
+def resolve_source(location: str, revision: str | None = None) -> Source:
+    """Find out what `location` is; a Hub id is downloaded into the Hugging Face cache.
+
+    Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind, an architecture
+    that cannot become a target.
+    """
+    check_text("source", location, SourceError)
+    path = Path(os.path.expanduser(location))
+    if path.exists():
+        if revision:
+            raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop one")
+        return _local(path, location)
+    if path.suffix in (".gguf", ".xml") or location[:1] in "./~" or not _HUB_ID.fullmatch(location):
+        raise SourceError(f"{location!r} does not exist: give a folder, a GGUF file or a Hub id")
+    folder = download(location, revision)
+    found = _local(folder, location)
+    return Source(found.kind, location, found.path, found.files, repo=location, revision=folder.name)
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """Fetch a Hub repository as transformers would; returns its folder, named after the commit.
+
+    Raises SourceError in one line when the hub is unreachable or refuses.
+    """
+    import httpx
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        try:
+            info = HfApi().model_info(repo, revision=revision, timeout=10)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+            if CONFIG in names and IR_XML not in names:
+                config = read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent)
+                check_architecture(repo, config)
+                _check_quantization(repo, config)
+            # By branch or tag: then its name leads to the commit without the Hub too.
+            return Path(snapshot_download(repo, revision=revision, ignore_patterns=_unwanted(names)))
+        except (OfflineModeIsEnabled, httpx.TransportError):  # unreachable: what was downloaded before will do
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise SourceError(
+            f"the Hub is unreachable and {repo!r} is not in its cache: connect, or give a local folder or GGUF file"
+        ) from None
+    except (HfHubHTTPError, httpx.HTTPError, ValueError) as error:
+        reason = str(getattr(error, "server_message", None) or error).strip().splitlines()[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise SourceError(f"Hub id {repo!r}{at} cannot be downloaded: {reason}") from error
+
+
+def _local(path: Path, location: str) -> Source:
+    if path.is_file():
+        if path.name == IR_XML:
+            return _local(path.parent, location)
+        from dovetail.exporter.target.gguf.config import gguf_config  # gguf is needed for GGUF files alone
+        from dovetail.exporter.target.gguf.header import read_model
+
+        header = read_model(path)
+        check_architecture(location, gguf_config(header))
+        return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
+    if (path / CONFIG).is_file():
+        check_fetched(path / CONFIG)
+        check_json(path)
+        config = read_config(path)
+    if (path / IR_XML).is_file():
+        if (path / CONFIG).is_file():
+            check_attention(location, config)
+        return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
+    if (path / CONFIG).is_file():
+        names = _weight_files(path)
+        check_architecture(location, config)
+        _check_quantization(location, config)
+        for name in names:
+            check_fetched(path / name)
+        check_weights(config, path, sum((path / name).stat().st_size for name in names))
+        return Source("hf", location, path, _digest(path, names))
+    if ggufs := sorted(path.glob("*.gguf")):
+        from dovetail.exporter.target.gguf.header import name_of_split
+
+        if len(ggufs) == 1 or len({name_of_split(gguf) or gguf for gguf in ggufs}) == 1:
+            return _local(ggufs[0], location)
+        raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
+    raise SourceError(f"{path} is no checkpoint: it has neither {IR_XML}, config.json nor a GGUF file")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    weights = sorted(p.name for p in folder.glob("*.safetensors")) or sorted(
+        p.name for p in folder.glob("pytorch_model*.bin")
+    )
+    if not weights:
+        raise SourceError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
+    return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
+
+
+def check_fetched(path: Path) -> None:
+    """Raises SourceError where a file is missing, or is the pointer that Git LFS leaves for one."""
+    if not path.is_file():
+        raise SourceError(f"{path} is missing: the source is incomplete, copy or download it again")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise SourceError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
+
+
+def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights that were quantised for another engine, by their config.json. Raises SourceError."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+    if found and method not in _DEQUANTISED:
+        raise SourceError(
+            f"{location} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from, "
+            "which --weight-format int8 or int4 compresses"
+        )
+
+
+def _digest(folder: Path, names: list[str]) -> dict[str, str]:
+    for name in names:
+        check_text("file", name, SourceError)
+    try:
+        for name in names:
+            check_fetched(folder / name)
+        return {name: sha256_file(folder / name) for name in names}
+    except OSError as error:
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _unwanted(names: list[str]) -> list[str]:
+    """Which files of a repository not to download: weights of every kind but the best one, and subfolders."""
+    top = [name for name in names if "/" not in name]
+    for marker, kept in ((IR_XML, "*.bin"), (".safetensors", "*.safetensors"), (".bin", "*.bin")):
+        if any(name.endswith(marker) for name in top):
+            return [*(pattern for pattern in _HUB_WEIGHTS if pattern != kept), "*/*"]
+    if any(name.endswith(".gguf") for name in top):
+        raise ValueError("it holds GGUF files only: download one of them and give its path")
+    return [*_HUB_WEIGHTS, "*/*"]

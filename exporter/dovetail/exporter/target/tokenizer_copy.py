@@ -1,0 +1,215 @@
+"""A target's tokenizer: taken from its source, and proved before a pair is written.
+
+A tokenizer that loses spaces or splits digits another way raises nothing: the model merely answers nonsense. So its
+files are copied, never re-saved, and every export asks the copy to give back a set of texts, and the source's ids.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dovetail.exporter.target.sentencepiece_tokenizer import SentencePiece
+from dovetail.runtime.errors import ExportError, InputError, IntegrityError, SourceError
+from dovetail.runtime.text.tokenizer import Tokenizer
+
+Encode = Callable[[str], Sequence[int]]  # text -> ids, no special tokens added
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+_SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+# Texts that every tokenizer of a language model gives back: no leading space, which some take for their own, and
+# composed accents, since some normalise to NFC.
+ROUND_TRIPS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "two  three   four    spaces, and one at the end ",
+    "lines\nof text\n\nand a blank one\n",
+    "tabs\tand\r\nwindows lines",
+    "digits 0 12 345 6789 3.14159 1,000,000 2024-12-31",
+    "blank line before digits\n\n1. first\n    2. second",
+    "naïve café, Übergröße, señor, Łódź, çà",
+    "emoji 😀 👍🏽 and 中文 日本語 한국어 Русский العربية",
+    "def f(x: int) -> str:\n    if x >= 0:\n        return f'{x:>4}'  # don't\n\treturn \"\"\n",
+    'https://example.org/a?b=1&c=%20#d <tag/> {"k": [1, 2]} a_b $x ^~`|\\',
+    "I'm, you've, we'll, IT'S",
+)
+# Texts whose ids must be the source's, whatever they decode to.
+SAME_IDS = (*ROUND_TRIPS, "", " ", "\n", "  leading spaces", "e\u0301 decomposed", "ﬁ ½ Ⅷ", "\u200bzero\u00a0width")
+_RANDOM_TEXTS = 400
+_TRIAL_S = 120
+# What a tokenizer may do is written in its file, and `tokenizers` aborts the process when memory is short. A file that
+# cannot be parsed is left to its reader, who says why.
+_TRIAL = """
+import json, os, sys
+from tokenizers import Tokenizer
+file, texts = sys.argv[1], json.load(sys.stdin)
+try:
+    import resource
+    limit = 2**32 + 64 * os.path.getsize(file)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+except ImportError:  # Windows has no such limit
+    pass
+try:
+    tokenizer = Tokenizer.from_file(file)
+except Exception:
+    sys.exit(0)
+for text in texts:
+    tokenizer.decode(tokenizer.encode(text).ids)
+"""
+_CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
+
+
+def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
+    """Put the source's tokenizer files in `out_dir`, in place of any there; gives the source's `encode` for the probe.
+
+    A folder with slow files alone is converted by transformers' AutoTokenizer.  trust: Python code that comes with it
+    may run. Raises SourceError where the source has no readable tokenizer, or one that takes too much memory,
+    ExportError where the copy cannot be written.
+    """
+    source, out = Path(source_folder), Path(out_dir)
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in present and not set(present) & set(_SLOW_FILES):
+        raise SourceError(f"{source} has no tokenizer.json or tokenizer.model: add the checkpoint's tokenizer files")
+    encode = _encode_of(source) if "tokenizer.json" in present else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if name in present:
+                shutil.copyfile(source / name, out / name)
+            else:
+                (out / name).unlink(missing_ok=True)  # another tokenizer's file must not stay beside these
+    except OSError as error:
+        raise ExportError(f"tokenizer files cannot be copied to {out} ({error}): free the space and resume") from error
+    return encode if encode is not None else _convert_slow(source, out, trust)
+
+
+def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) -> None:
+    """Prove that the tokenizer in `folder` keeps text, and that its ids are the source's.
+
+    reference_encode: the source tokenizer's, without special tokens added; None where there is no source tokenizer.
+    Collects every failure, then raises one ExportError that names them all.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    failures = [*_kept_text(tokenizer), *_special_tokens(tokenizer)]
+    if reference_encode is not None:
+        failures += _same_ids(tokenizer, reference_encode)
+    if failures:
+        raise ExportError(
+            f"the tokenizer in {folder} fails {len(failures)} probes ({'; '.join(failures)}): "
+            "export from the checkpoint's own tokenizer files"
+        )
+
+
+def _kept_text(tokenizer: Tokenizer) -> Iterator[str]:
+    """Text comes back, whole and piece by piece."""
+    for text in ROUND_TRIPS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if (decoded := tokenizer.decode(ids)) != text:
+            yield f"{_shown(text)} comes back as {_shown(decoded)}"
+        detokenizer = tokenizer.detokenizer()
+        if (streamed := "".join(map(detokenizer.add, ids)) + detokenizer.flush()) != decoded:
+            yield f"{_shown(text)} streams as {_shown(streamed)}"
+
+
+def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
+    """Named special tokens and end-of-sequence ids are one token each, and the chat template renders."""
+    for name, token in tokenizer.special_tokens.items():
+        if len(ids := tokenizer.encode(token, add_special_tokens=False)) != 1:
+            yield f"{name} {token!r} is encoded as {len(ids)} tokens"
+    for token_id in tokenizer.eos_token_ids:
+        if not tokenizer.decode([token_id], skip_special_tokens=False):
+            yield f"end-of-sequence id {token_id} is no token"
+    if tokenizer.has_chat_template:
+        try:
+            tokenizer.encode_chat(_CHAT)
+        except InputError as error:
+            yield f"a user turn cannot be rendered: {error}"
+
+
+def _same_ids(tokenizer: Tokenizer, reference_encode: Encode) -> Iterator[str]:
+    texts = [*SAME_IDS, *(f"{token}user\nHi{token}" for token in tokenizer.special_tokens.values())]
+    for text in texts:
+        ids, expected = tokenizer.encode(text, add_special_tokens=False), list(reference_encode(text))
+        if ids != expected:
+            pairs = enumerate(zip(ids, expected, strict=False))
+            at = next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(ids), len(expected)))
+            yield f"{_shown(text)} has ids {ids[at : at + 3]} at {at}, the source {expected[at : at + 3]}"
+    texts = _random_texts(tokenizer)
+    others = [t for t in texts if tokenizer.encode(t, add_special_tokens=False) != list(reference_encode(t))]
+    if others:
+        yield f"{len(others)} of {len(texts)} texts of random tokens have other ids than in the source"
+
+
+def _random_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts of a few tokens each, of the whole vocabulary."""
+    rng = random.Random(0)
+    return [
+        tokenizer.decode(rng.choices(range(tokenizer.vocab_size), k=rng.randint(1, 12))) for _ in range(_RANDOM_TEXTS)
+    ]
+
+
+def try_limited(file: Path) -> None:
+    """Load `file` and encode the probes in a process of limited memory and time. Raises SourceError if that fails."""
+    texts = json.dumps([*SAME_IDS, "".join(SAME_IDS) * 50])
+    command = [sys.executable, "-c", _TRIAL, str(file)]
+    try:
+        done = subprocess.run(command, input=texts, capture_output=True, text=True, timeout=_TRIAL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SourceError(f"{file} takes more than {_TRIAL_S} s for a few texts: fetch the checkpoint again") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SourceError(f"{file} fails on ordinary texts ({reason}): fetch the checkpoint again")
+
+
+def _encode_of(folder: Path) -> Encode:
+    try_limited(folder / "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except IntegrityError as error:
+        raise SourceError(f"{error}".replace("export the target again", "fetch the checkpoint again")) from error
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
+    """Write tokenizer.json through transformers, the only reader of slow formats; the probe judges the result."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    model = SentencePiece.of_folder(source)
+    try:
+        slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None would ask on the terminal
+        slow.save_pretrained(out)
+    except (
+        OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
+        ArithmeticError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())
+        raise SourceError(
+            f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"
+        ) from error
+    if not (out / "tokenizer.json").is_file():
+        raise SourceError(f"the tokenizer in {source} has no fast form: add its tokenizer.json")
+    if model is not None:
+        model.correct(out / "tokenizer.json")
+        return model.encode
+    return lambda text: list(slow(text, add_special_tokens=False)["input_ids"])
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 48 else text[:45] + "...")

@@ -1,0 +1,1 @@
+"""Training a drafter: text, features, fit, evaluation."""

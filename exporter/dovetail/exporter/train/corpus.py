@@ -1,0 +1,147 @@
+"""Training text as token ids, and the draft vocabulary counted from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.system.files import read_arrays
+
+_AGAIN = "give an .npz that `train` can write"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts.
+
+    features: [len(tokens) - 1, D] float16 if the writer keeps them: the last token is never run.
+    """
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+    features: NDArray[np.float16] | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Conversations, concatenated.
+
+    tokens: [total] int64.  lengths, prompt_lengths: [conversations] int64; the answer starts at prompt_length.
+    """
+
+    tokens: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or self.lengths.ndim != 1 or self.lengths.shape != self.prompt_lengths.shape:
+            raise TrainError("corpus is inconsistent: tokens, lengths and prompt_lengths must be lists: write it again")
+        if int(self.lengths.sum()) != len(self.tokens):
+            raise TrainError(
+                f"corpus is inconsistent: {len(self.tokens)} tokens, lengths add up to {int(self.lengths.sum())}: "
+                "write it again"
+            )
+        if len(self.tokens) and int(self.tokens.min()) < 0:
+            raise TrainError(f"corpus has token {int(self.tokens.min())}: token ids count from 0, write it again")
+        odd = np.flatnonzero((self.prompt_lengths < 1) | (self.prompt_lengths > self.lengths))
+        if len(odd):
+            raise TrainError(
+                f"conversation {odd[0]} of the corpus has {self.prompt_lengths[odd[0]]} prompt tokens of "
+                f"{self.lengths[odd[0]]}: give 1 or more, and no more than there are"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each conversation starts: [conversations + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens written by the target itself."""
+        return int((self.lengths - self.prompt_lengths).sum())
+
+    @classmethod
+    def of(cls, conversations: Iterable[Conversation]) -> Corpus:
+        """Gather conversations."""
+        found = list(conversations)
+        return cls(
+            np.array([token for c in found for token in c.tokens], np.int64),
+            np.array([len(c.tokens) for c in found], np.int64),
+            np.array([c.prompt_length for c in found], np.int64),
+        )
+
+    @classmethod
+    def join(cls, corpora: Sequence[Corpus]) -> Corpus:
+        """All their conversations, in order."""
+        none = np.zeros(0, np.int64)
+        return cls(
+            np.concatenate([none, *(corpus.tokens for corpus in corpora)]),
+            np.concatenate([none, *(corpus.lengths for corpus in corpora)]),
+            np.concatenate([none, *(corpus.prompt_lengths for corpus in corpora)]),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Corpus:
+        """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
+        arrays = read_arrays(path, ("tokens", "lengths", "prompt_lengths"), TrainError, _AGAIN)
+        if any(array.dtype.kind not in "iu" for array in arrays):
+            raise TrainError(f"{path} holds {', '.join(str(array.dtype) for array in arrays)}, not ids: {_AGAIN}")
+        try:
+            return cls(*(array.astype(np.int64) for array in arrays))
+        except TrainError as error:
+            raise TrainError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the .npz atomically."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                tokens=self.tokens.astype(np.uint32),
+                lengths=self.lengths.astype(np.int32),
+                prompt_lengths=self.prompt_lengths.astype(np.int32),
+            )
+        os.replace(temporary, path)
+
+    def select(self, indices: NDArray[np.int64]) -> Corpus:
+        """The conversations `indices`, in that order."""
+        starts = self.offsets
+        parts = [self.tokens[starts[i] : starts[i + 1]] for i in indices]
+        tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return Corpus(tokens, self.lengths[indices], self.prompt_lengths[indices])
+
+    def doubles(self) -> NDArray[np.bool_]:
+        """[conversations]: whether the same prompt came before, which would tell a held-out answer in training."""
+        seen: set[bytes] = set()
+        out = np.zeros(len(self), bool)
+        for i, (start, size) in enumerate(zip(self.offsets[:-1], self.prompt_lengths, strict=True)):
+            prompt = self.tokens[start : start + size].tobytes()
+            out[i] = prompt in seen
+            seen.add(prompt)
+        return out
+
+
+def draft_vocabulary(corpus: Corpus, size: int, vocab_size: int) -> NDArray[np.int64]:
+    """`d2t`: the `size` most frequent tokens, sorted by id; unseen ones follow by id (BPE's merge order).
+
+    Answers count fully, prompts a tenth: answers are what will be drafted.
+    """
+    if corpus.tokens.size and int(corpus.tokens.max()) >= vocab_size:
+        raise TrainError(
+            f"corpus has token {int(corpus.tokens.max())}, the target's vocabulary ends at {vocab_size - 1}: "
+            "it was written by another target"
+        )
+    position = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], corpus.lengths)
+    weight = np.where(position >= np.repeat(corpus.prompt_lengths, corpus.lengths), 1.0, 0.1)
+    counts = np.bincount(corpus.tokens, weights=weight, minlength=vocab_size)
+    order = np.lexsort((np.arange(vocab_size), -counts))
+    return np.sort(order[:size]).astype(np.int64)

@@ -1,0 +1,196 @@
+"""The target's features of a training corpus, on disk in float16 and never more of them than was agreed.
+
+Axes: T tokens of the corpus, D feature size.  2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
+
+A corpus comes in parts.  When the features of all parts fit into the budget, they are computed once.  When they
+do not, parts form groups that fit: fitting works through group after group, and a group's features are computed
+again whenever its turn comes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.exporter.train.corpus import Corpus
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+PASS_TOKENS = 1024  # tokens per pass: past this the CPU gains nothing
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a run's conversations, whose features lie in one file `name`.f16."""
+
+    name: str
+    corpus: Corpus
+
+
+def feature_bytes(corpus: Corpus, feature_size: int) -> int:
+    """Disk that the features of `corpus` take."""
+    return 2 * len(corpus.tokens) * feature_size
+
+
+class FeatureStore:
+    """Rows [T, D] float16 of all parts in a row, of which one group at a time is on disk.
+
+    folder: holds one file per part, `NAME.f16`.  open_model: the target; called when features are missing.
+    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        feature_size: int,
+        open_model: Callable[[], PagedModel],
+        budget_bytes: float,
+    ):
+        self.folder, self.feature_size, self.open_model = folder, feature_size, open_model
+        self.parts = [part for part in parts if len(part.corpus)]
+        sizes = [feature_bytes(part.corpus, feature_size) for part in self.parts]
+        self.starts = np.concatenate([[0], np.cumsum([len(part.corpus.tokens) for part in self.parts])])
+        self.groups = _groups(sizes, budget_bytes)
+        self.bytes = sum(sizes)
+        self._rows: dict[int, NDArray[np.float16]] = {}  # of the parts of the group that is held
+        self._held: int | None = None
+        self.largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, group: int, progress: Callable[[int], None]) -> None:
+        """Have the features of one group on disk, and of no other; resumable in mid-part.
+
+        progress is told how many tokens of the group are done.
+        """
+        if group == self._held:
+            return
+        self._held = None
+        wanted = self.groups[group]
+        for index, part in enumerate(self.parts):
+            if index not in wanted:
+                self._rows.pop(index, None)
+                (self.folder / f"{part.name}.f16").unlink(missing_ok=True)
+        model: PagedModel | None = None
+        done = 0
+        for index in wanted:
+            corpus, file = self.parts[index].corpus, self.folder / f"{self.parts[index].name}.f16"
+            if not is_complete(file, corpus, self.feature_size):
+                model = model or self.open_model()
+                for tokens in write_features(model, corpus, file):
+                    progress(done + tokens)
+            if index not in self._rows:
+                self._rows[index] = np.memmap(file, np.float16, "r", shape=(len(corpus.tokens), self.feature_size))
+            done += len(corpus.tokens)
+            progress(done)
+        self._held = group
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float16]:
+        """Rows of one conversation: it lies within one part, whose group is held."""
+        part = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
+        start = int(self.starts[part])
+        return self._rows[part][rows.start - start : rows.stop - start]
+
+    def group_of(self, row: int) -> int:
+        """The group that holds row `row`."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return next(index for index, group in enumerate(self.groups) if part in group)
+
+
+def check_room(stores: Sequence[FeatureStore]) -> None:
+    """Raise TrainError when the disk has no room for the largest group of each store, less what is there."""
+    needed = sum(store.largest for store in stores)
+    present = sum(file.stat().st_size for store in stores for file in store.folder.glob("*.f16"))
+    free = shutil.disk_usage(stores[0].folder).free
+    if needed > free + present:
+        raise TrainError(
+            f"features need {needed / 1e6:.0f} MB in {stores[0].folder.parent}, {(free + present) / 1e6:.0f} MB are "
+            "free: make room, or give a smaller --disk, and --resume"
+        )
+
+
+def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
+    """Parts in order, cut where the budget is full."""
+    groups: list[list[int]] = []
+    room = 0.0
+    for part, size in enumerate(sizes):
+        if size > budget_bytes:
+            raise TrainError(
+                f"features of one part need {size / 1e9:.3f} GB, --disk allows {budget_bytes / 1e9:.3f}: "
+                f"give --disk {size / 1e9 + 0.001:.3f} or more, and --resume"
+            )
+        if not groups or size > room:
+            groups.append([])
+            room = budget_bytes
+        groups[-1].append(part)
+        room -= size
+    return groups
+
+
+def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
+    """Whether `file` holds the features of all of `corpus`: it grows pass by pass."""
+    return file.exists() and file.stat().st_size == feature_bytes(corpus, feature_size)
+
+
+def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:
+    """Compute f for every token of every conversation, from the model that will verify; yields tokens done.
+
+    Resumable: what `file` holds of whole passes is kept, so that the rest is computed in the same passes as without
+    an interruption, and rounded alike.  Raises OSError, a full disk's included.
+    """
+    offsets = corpus.offsets
+    size = 2 * model.feature_size  # bytes of a token
+    present = file.stat().st_size // size if file.exists() else 0
+    done = 0
+    while done < len(corpus) and offsets[last := _pass_end(corpus, done)] <= present:
+        done = last
+    with file.open("ab") as out:
+        out.truncate(int(offsets[done]) * size)
+        while done < len(corpus):
+            last = _pass_end(corpus, done)
+            out.write(to_float16(_features(model, corpus, done, last)).tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+            done = last
+            yield int(offsets[done])
+
+
+def to_float16(features: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded, and cut where float16 ends: some blocks of some targets have a few enormous values."""
+    return features.clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+
+
+def _pass_end(corpus: Corpus, first: int) -> int:
+    """The end of a run of conversations that fill one pass."""
+    last, total = first, 0
+    while last < len(corpus) and (last == first or total + corpus.lengths[last] <= PASS_TOKENS):
+        total += int(corpus.lengths[last])
+        last += 1
+    return last
+
+
+def _features(model: PagedModel, corpus: Corpus, first: int, last: int) -> NDArray[np.float32]:
+    lengths = corpus.lengths[first:last]
+    begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    needed = -(-lengths // BLOCK)
+    model.reserve(int(needed.sum()))
+    offsets = corpus.offsets
+    _, features = model.run(
+        Batch(
+            tokens=corpus.tokens[offsets[first] : offsets[last]],
+            positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int64),
+            past=np.zeros(last - first, np.int32),
+            begins=begins,
+            blocks=np.arange(int(needed.sum()), dtype=np.int32),
+            block_begins=np.concatenate([[0], np.cumsum(needed)]).astype(np.int32),
+            wanted=np.array([begins[-1] - 1], np.int64),
+        )
+    )
+    return features

@@ -1,0 +1,152 @@
+"""The fitting loop: seeded batches in, a resumable state and a learning curve out."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import PickleError
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from dovetail.exporter.train.batches import Batches, Windows
+from dovetail.exporter.train.loss import StepReport, unrolled_loss
+from dovetail.exporter.train.optimizers import learning_rate, make_optimizers
+from dovetail.exporter.train.plan import FitOptions
+from dovetail.models import Drafter
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.pair.manifest import write_atomically
+
+CURVE_EVERY = 25  # updates per point of the learning curve
+LOOKS = 10  # at held-out text in a run
+SAVE_SECONDS = 60.0
+TIMED_UPDATES = 20  # updates after which the length of a run limited by time is fixed
+
+# What torch raises on a file that is not, or no longer, what it wrote.
+_LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, PickleError, BadZipFile)
+
+# progress(stage, done, total, note)
+Progress = Callable[[str, float, float, str], None]
+
+
+@dataclass
+class FitState:
+    """Where fitting stands; what `state.pt` holds.
+
+    total: updates of the whole run, 0 while not known.
+    """
+
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    positions: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Fitting:
+    """One run over `batches`; its state lives in `folder`/state.pt."""
+
+    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
+        self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
+        self.progress = progress
+        self.options: FitOptions = batches.options
+        self.optimizers = make_optimizers(drafter, self.options)
+        self.state = self._load()
+
+    def run(self, seconds: float | None, judge: Callable[[], float]) -> FitState:
+        """Update until the options' epochs are done, or for about `seconds`: the number of updates is fixed early.
+
+        judge: the held-out acceptance length, asked ten times in a run for the curve.
+        """
+        state, options = self.state, self.options
+        if seconds is None:
+            state.total = max(1, round(options.epochs * self.batches.per_epoch))
+        recent: list[StepReport] = []
+        saved = time.monotonic()
+        for step, windows in self.batches.stream(state.step, self._hold):
+            if state.total and step >= state.total:
+                break
+            begun = time.monotonic()  # features of a next turn and looks at held-out text are no fitting
+            recent.append(self._update(step, windows))
+            now = time.monotonic()
+            state.step, state.seconds = step + 1, state.seconds + now - begun
+            state.positions += recent[-1].positions
+            if seconds and not state.total and state.step >= TIMED_UPDATES:
+                state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
+                self._save()
+            if state.step % CURVE_EVERY == 0 or state.step == state.total:
+                recent = self._record(recent, judge)
+            if now - saved > SAVE_SECONDS:
+                self._save()
+                saved = now
+        self._save()
+        return state
+
+    def _update(self, step: int, windows: Windows) -> StepReport:
+        """One update of all weights."""
+        options = self.options
+        share = step / self.state.total if self.state.total else 0.0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, share, group["peak"], options.warmup)
+        loss, report = unrolled_loss(self.drafter, windows.to(self.device), options)
+        if not torch.isfinite(loss):
+            raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
+        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), options.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _record(self, recent: list[StepReport], judge: Callable[[], float]) -> list[StepReport]:
+        """Add a point to the curve, with a look at held-out text when it is time for one."""
+        state = self.state
+        before = state.curve[-1]["update"] if state.curve else 0
+        state.curve.append(point := _point(state, recent))
+        if state.total and LOOKS * state.step // state.total > LOOKS * before // state.total:
+            point["held_out"] = round(judge(), 3)
+        agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
+        held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
+        self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")
+        return []
+
+    def _hold(self, group: int) -> None:
+        self.batches.features.hold(group, lambda n: self.progress("features", n, 0, "for the next turn"))
+
+    def _save(self) -> None:
+        weights = {name: p.detach() for name, p in self.drafter.named_parameters()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        buffer = io.BytesIO()
+        torch.save({"weights": weights, "optimizers": optimizers, "state": asdict(self.state)}, buffer)
+        write_atomically(self.file, buffer.getvalue())
+
+    def _load(self) -> FitState:
+        if not self.file.exists():
+            return FitState()
+        try:
+            saved = torch.load(self.file, map_location=self.device, weights_only=True)
+            self.drafter.load_state_dict(saved["weights"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            return FitState(**saved["state"])
+        except _LOAD_FAILURES as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove it, and --resume fits anew") from error
+
+
+def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
+    """One point of the learning curve: means since the last one."""
+    agreement = np.nan_to_num([report.agreement for report in recent]).mean(axis=0)  # nan: no position in a batch
+    return {
+        "update": state.step,
+        "seconds": round(state.seconds, 1),
+        "positions": state.positions,
+        "loss": round(float(np.mean([report.loss for report in recent])), 4),
+        "agreement": [round(float(a), 4) for a in agreement],
+    }

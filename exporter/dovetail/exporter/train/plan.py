@@ -1,0 +1,114 @@
+"""What a training run is asked for: its text, its time, and how the drafter is fitted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.system.bounds import CONTEXT_MOST, LARGEST, SEED_MOST, check_number, check_whole
+
+MINUTES_MOST = 60.0 * 24 * 366  # a year
+DISK_GB_MOST = 1e6
+OWN_PROMPTS_MOST = 10**6  # weeks of writing on a CPU
+OPTIMIZERS = ("adamw", "muon")
+# Options, their least and their largest value.
+_WHOLE = (
+    ("unroll", 1, 64), ("window", 1, CONTEXT_MOST), ("batch", 1, 2**16), ("teacher_top_k", 0, LARGEST["vocab_size"]),
+    ("seed", 0, SEED_MOST),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to fit.  `epochs` sets the length; the learning rate falls linearly to zero at its end.
+
+    unroll: steps on the drafter's own outputs, the first on the target's features.
+    window: positions of one conversation seen at most.  batch: conversations per update.
+    teacher_top_k: learn from the target's k most probable tokens alone, renormalised; 0 from all it can propose.
+    regression: weight of the smooth L1 distance between output and the target's next feature.
+    optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
+    """
+
+    epochs: float = 4.0
+    unroll: int = 3
+    window: int = 384
+    batch: int = 4
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    decay: float = 0.8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    teacher_top_k: int = 0
+    regression: float = 0.0
+    optimizer: str = "adamw"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in _WHOLE:
+            check_whole(name, getattr(self, name), TrainError, "give another", least=least, most=most)
+        for name, above in (("epochs", 10_000.0), ("learning_rate", 10.0), ("regression", 1e6), ("weight_decay", 1e3)):
+            value = getattr(self, name)
+            if value != 0 or name in ("epochs", "learning_rate"):
+                check_number(name, value, TrainError, "give another", most=above)
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What to train, on what.
+
+    prompts: JSONL of the user's, or None.  own_prompts: how many the target writes itself.
+    openings: how its own prompts may begin, each as likely as the others; "" leaves the beginning to it.
+    feature_layers: read three blocks of the target beside its last feature.
+    corpora: .npz files of conversations that the same target wrote earlier.
+    exclude: JSONL files of benchmark prompts that no training text may repeat.
+    minutes: time for the whole run; without any text given, a third of it goes into writing some.  It overrides
+    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint with the same fusion and blocks to go on from.
+    """
+
+    prompts: Path | None = None
+    own_prompts: int = 0
+    openings: tuple[str, ...] = ("",)
+    corpora: tuple[Path, ...] = ()
+    exclude: tuple[Path, ...] = ()
+    max_new_tokens: int = 320
+    minutes: float | None = None
+    disk_gb: float = 20.0
+    draft_vocab: int = 8192
+    fusion: str = "dgf"
+    feature_layers: bool = True
+    blocks: int = 1
+    init: Path | None = None
+    held_out: float = 0.05
+    device: str = "cpu"
+    fit: FitOptions = field(default_factory=FitOptions)
+
+    def __post_init__(self) -> None:
+        if not (self.prompts or self.own_prompts or self.corpora or self.minutes):
+            raise TrainError(
+                "nothing to train on: give --minutes M, --prompts FILE.jsonl, --own-prompts N or --corpus FILE.npz"
+            )
+        for name, number in (("minutes", MINUTES_MOST), ("disk_gb", DISK_GB_MOST)):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, TrainError, "give another", most=number)
+        for name, most in (("max_new_tokens", CONTEXT_MOST), ("draft_vocab", LARGEST["vocab_size"])):
+            check_whole(name, getattr(self, name), TrainError, "give another", most=most)
+        check_whole("blocks", self.blocks, TrainError, "give another")
+        check_whole("own_prompts", self.own_prompts, TrainError, "give another", least=0, most=OWN_PROMPTS_MOST)
+        if not self.openings:
+            raise TrainError("openings are empty: give at least one, '' leaves the beginning to the target")
+        if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:
+            raise TrainError(f"opening {self.openings[0]!r} needs prompts that the target writes: give --own-prompts N")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise TrainError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, for the training log and to tell whether a stopped run was this one."""
+        plan: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return plan

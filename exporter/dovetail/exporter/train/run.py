@@ -1,0 +1,320 @@
+"""`dovetail-export train`: text -> features -> fit -> evaluate -> checkpoint.
+
+Everything is learned from the INT8 target that will verify: its answers, its features, its distribution.
+Each stage leaves its result in `OUT/work/`: a stopped run goes on with the part of text, the pass of features
+or the minute of fitting in which it stopped, and ends with the weights of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dovetail.exporter.target.configuration import read_config
+from dovetail.exporter.target.embedding_rows import read_embedding_and_head
+from dovetail.exporter.train.batches import Batches
+from dovetail.exporter.train.contamination import Forbidden
+from dovetail.exporter.train.corpus import Corpus, draft_vocabulary
+from dovetail.exporter.train.evaluate import HeldOut, evaluate
+from dovetail.exporter.train.features import FeatureStore, Part, check_room
+from dovetail.exporter.train.loop import Fitting, Progress
+from dovetail.exporter.train.plan import TrainPlan
+from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
+from dovetail.exporter.train.writer import BatchWriter
+from dovetail.models import Drafter, DrafterConfig, save_checkpoint
+from dovetail.models.checkpoint import CheckpointError, read_checkpoint
+from dovetail.models.config import low_middle_high
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.pair.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
+from dovetail.runtime.system.bounds import check_number
+from dovetail.runtime.system.files import check_text, read_object
+from dovetail.runtime.system.machine import usable_cores
+from dovetail.runtime.target.paged import PagedModel
+from dovetail.runtime.text.prompts import read_prompts
+from dovetail.runtime.text.tokenizer import Tokenizer
+
+TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
+FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
+BOOK_SECONDS = 5.0
+HELD_OUT_MOST = 200  # conversations
+JUDGED = 40  # of them, while fitting
+
+
+@dataclass(frozen=True)
+class Text:
+    """All conversations of a run in the order of their parts, and which are for what.
+
+    kept, held_out: indices of conversations to train on and, in random order, to judge by.  repeated: how many were
+    left out because they share 13 words with an excluded prompt.  doubled: because their prompt was there before.
+    """
+
+    parts: list[Part]
+    corpus: Corpus
+    kept: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    repeated: int
+    doubled: int
+
+    def describe(self, plan: TrainPlan) -> dict[str, Any]:
+        """For the training log."""
+        training = self.corpus.select(self.kept)
+        return {
+            "conversations": len(self.corpus),
+            "tokens": len(self.corpus.tokens),
+            "answer_tokens": self.corpus.answer_tokens,
+            "trained_on": {"conversations": len(training), "answer_tokens": training.answer_tokens},
+            "held_out_conversations": len(self.held_out),
+            "excluded": [str(path) for path in plan.exclude],
+            "left_out_for_overlap": self.repeated,
+            "left_out_as_doubles": self.doubled,
+        }
+
+
+def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
+    """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
+    check_text("folder", str(out), TrainError)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch sees no container's quota
+    manifest = read_manifest(pair)
+    verify_files(pair, manifest)
+    work = Work(pair, manifest, plan, out / "work", progress)
+    forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
+    prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
+    given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
+    _shape(pair, plan, min(plan.draft_vocab, manifest.target.vocab_size))  # what cannot be shaped is told at once
+    if plan.init:
+        _read_initial(plan)
+    for part in given:
+        draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
+    _claim(out, work.folder, plan.as_dict() | work.inputs(), resume)
+    with Clock(work.folder / "seconds.json") as clock:
+        work.progress = clock.watch(progress)
+        text = work.sort(given + work.write(prompts), forbidden)
+        drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
+        features, held_out = work.features(text)
+    held_corpus = text.corpus.select(text.held_out)
+    batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
+    fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
+    seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
+    glance = held_corpus.select(np.arange(min(JUDGED, len(held_corpus))))  # its rows are the store's first
+    state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
+    progress("evaluate", 0, 1, "")
+    result = evaluate(drafter, held_corpus, held_out)
+    progress("evaluate", 1, 1, "")
+    log = {
+        "plan": plan.as_dict(),
+        "corpus": text.describe(plan),
+        "parameters": sum(p.numel() for p in drafter.parameters()),
+        "updates": state.step,
+        "positions_seen": state.positions,
+        "minutes": {"text_and_features": round(clock.seconds / 60, 2), "fit": round(state.seconds / 60, 2)},
+        "held_out": {name: value for name, value in asdict(result).items() if name != "calibration"},
+        "curve": state.curve,
+    }
+    write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
+    result.calibration.save(out)
+    save_checkpoint(drafter, out)  # last: a folder with weights is a finished one
+    return result
+
+
+def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
+    """A drafter on the target's own embedding and head rows: fresh and seeded, or with the weights of `plan.init`."""
+    embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / "target/openvino_model.xml"))
+    vocabulary = min(plan.draft_vocab, len(head))
+    d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
+    torch.manual_seed(plan.fit.seed)
+    drafter = Drafter(_shape(pair, plan, len(d2t)), embedding, head[d2t], torch.from_numpy(d2t))
+    if plan.init:
+        _load_initial(drafter, plan)
+    return drafter
+
+
+def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
+    target = read_config(pair / "target", TrainError)
+    try:
+        return DrafterConfig.for_target(target, vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise TrainError(f"cannot shape a drafter after this target: {error}") from error
+
+
+def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
+    """Trained weights to go on from.  The draft vocabulary may be another, and layers may be read that were not."""
+    assert plan.init is not None
+    try:
+        config, tensors = read_checkpoint(plan.init)
+    except CheckpointError as error:
+        raise TrainError(f"cannot go on from {plan.init}: {error}") from error
+    for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
+        if found != asked:
+            raise TrainError(
+                f"cannot go on from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
+            )
+    if config.feature_layers and not plan.feature_layers:
+        raise TrainError(f"cannot go on from {plan.init}: it reads layers of the target, leave out --last-feature")
+    return {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
+
+
+def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
+    try:
+        missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainError(f"cannot go on from {plan.init}: {reason}: it is for another target") from error
+    if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
+        raise TrainError(f"cannot go on from {plan.init}: {odd[0]} does not fit: it reads other parts of the target")
+
+
+@dataclass
+class Work:
+    """The work folder of one run: text in `text/`, features in `features/` and `held-out/`."""
+
+    pair: Path
+    manifest: Manifest
+    plan: TrainPlan
+    folder: Path
+    progress: Progress
+
+    def inputs(self) -> dict[str, Any]:
+        """Digests of everything that the plan names: what is cached here was made from these."""
+        plan = self.plan
+        files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
+        if plan.init:
+            files.append(plan.init / "drafter.safetensors")
+        target = self.manifest.files["target/openvino_model.bin"].sha256
+        try:
+            return {"target": target, "digests": {str(file): sha256_file(file) for file in files}}
+        except OSError as error:
+            raise TrainError(f"cannot read {error.filename} ({error.strerror}): check the path") from error
+
+    def open_model(self) -> PagedModel:
+        """The target that will verify."""
+        return PagedModel(self.pair / "target" / "openvino_model.xml", layers=self.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of the target whose outputs are read beside its last feature."""
+        return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
+
+    def open_writer(self) -> BatchWriter:
+        return BatchWriter(self.open_model(), {*self.manifest.target.eos_token_ids, *self.tokenizer.eos_token_ids})
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.pair / "target")
+
+    def write(self, prompts: list[str]) -> list[Part]:
+        """Answers to the prompts given, and to as many of the target's own as the plan says or has time for."""
+        plan = self.plan
+        for name in ("text", "features"):
+            (self.folder / name).mkdir(exist_ok=True)
+        writer = TextWriter(
+            self.folder / "text", self.folder / "features", plan.disk_gb * 1e9, self.tokenizer, self.open_writer,
+            plan.fit.seed, plan.max_new_tokens, self.progress,
+        )  # fmt: skip
+        seconds = 60 * plan.minutes * TEXT_SHARE if plan.minutes else None
+        parts = writer.answers(prompts, seconds)
+        if plan.own_prompts:
+            parts += writer.own(plan.own_prompts, plan.openings, seconds)
+        elif seconds and not plan.corpora and not prompts:
+            parts += writer.own(None, plan.openings, seconds)
+        return parts
+
+    def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
+        """Leave out what repeats a benchmark, and hold out some of the rest, seeded."""
+        plan = self.plan
+        corpus = Corpus.join([part.corpus for part in parts])
+        repeats, doubles = self._repeats(corpus, forbidden), corpus.doubles()
+        usable = np.flatnonzero(~repeats & ~doubles)
+        if len(usable) < 2:
+            raise TrainError(f"{len(usable)} conversations are too few to train on and to hold out: add prompts")
+        order = np.random.default_rng((plan.fit.seed, 5)).permutation(usable)
+        held = min(HELD_OUT_MOST, max(1, round(plan.held_out * len(usable))))
+        return Text(parts, corpus, np.sort(order[held:]), order[:held], int(repeats.sum()), int(doubles.sum()))
+
+    def _repeats(self, corpus: Corpus, forbidden: Forbidden) -> NDArray[np.bool_]:
+        """Which conversations share a run of words with an excluded prompt."""
+        out = np.zeros(len(corpus), bool)
+        if forbidden:
+            tokenizer, starts = self.tokenizer, corpus.offsets
+            for i in range(len(corpus)):
+                out[i] = forbidden.touches(tokenizer.decode(corpus.tokens[starts[i] : starts[i + 1]].tolist()))
+            self.progress("overlap", len(corpus), len(corpus), f"{int(out.sum())} left out")
+        return out
+
+    def features(self, text: Text) -> tuple[FeatureStore, FeatureStore]:
+        """(of all parts, of the held-out conversations), computed as far as the disk allows."""
+        size = self.manifest.target.feature_size * (len(self.layers) + 1)
+        held = [Part("held-out", text.corpus.select(text.held_out))]
+        held_out = FeatureStore(self.folder / "held-out", held, size, self.open_model, float("inf"))
+        features = FeatureStore(self.folder / "features", text.parts, size, self.open_model, self.plan.disk_gb * 1e9)
+        note = f"{features.bytes / 1e6:.0f} MB on disk"
+        if len(features.groups) > 1:
+            note = f"{features.bytes / 1e9:.1f} GB in {len(features.groups)} turns of {self.plan.disk_gb:g} GB each"
+        check_room([features, held_out])
+        total = len(text.corpus.tokens)
+        held_out.hold(0, lambda n: self.progress("held out", n, len(held[0].corpus.tokens), ""))
+        if len(features.groups) == 1:  # else fitting says whose turn it is
+            features.hold(0, lambda n: self.progress("features", n, total, note))
+        return features, held_out
+
+
+class Clock:
+    """Seconds that the stages before fitting took, over all starts of a run, killed ones included."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds = read_work(file) if file.exists() else 0.0
+        if self.seconds != 0:
+            check_number(str(file), self.seconds, TrainError, DAMAGED, most=SECONDS_MOST)
+
+    def __enter__(self) -> Self:
+        self._mark = time.monotonic()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._book()
+
+    def watch(self, progress: Progress) -> Progress:
+        """`progress`, booking the time every few seconds."""
+
+        def watched(stage: str, done: float, total: float, note: str) -> None:
+            if time.monotonic() - self._mark > BOOK_SECONDS:
+                self._book()
+            progress(stage, done, total, note)
+
+        return watched
+
+    def _book(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+        write_atomically(self.file, json.dumps(self.seconds).encode())
+
+
+def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Own `out` for this plan and target: never overwrite a finished drafter, never mix in another plan's work."""
+    if (out / "drafter.safetensors").exists():
+        raise TrainError(f"{out} already holds a trained drafter: give another folder")
+    mine = work / "plan.json"
+    if mine.exists():
+        if not resume:
+            raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
+        # Where it runs and how much disk it may take is no part of what it is.
+        theirs, ours = (
+            {name: value for name, value in one.items() if name not in ("disk_gb", "device")}
+            for one in (read_object(mine, TrainError, DAMAGED), plan)
+        )
+        if theirs != ours:
+            raise TrainError(
+                f"{work} was started with other options or for another target (see its plan.json): repeat them or "
+                "give another folder"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(mine, json.dumps(plan, indent=1).encode())

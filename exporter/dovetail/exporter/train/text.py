@@ -1,0 +1,249 @@
+"""The training text of a run, in parts: conversations given, answers to given prompts, and what the target asks itself.
+
+Each part is written whole, from a seed of its own, and is left in `folder`: a stopped run goes on with the part
+in which it stopped, and gets the text that an unbroken run would have got.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dovetail.exporter.train.corpus import Conversation, Corpus
+from dovetail.exporter.train.features import Part
+from dovetail.exporter.train.loop import Progress
+from dovetail.exporter.train.writer import BatchWriter, answer_requests, fingerprint, write_prompts
+from dovetail.runtime.errors import TrainError
+from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.system.bounds import check_number, check_whole
+from dovetail.runtime.system.files import read_json
+from dovetail.runtime.text.tokenizer import Tokenizer
+
+PART_PROMPTS = 512  # prompts answered together
+PART_TOKENS = 1 << 18  # tokens of a part of a given corpus
+FIRST_PROMPTS = 64  # of the first part under a time limit
+ASK_MORE = 1.4  # own prompts begun for each one wanted: some are duplicates or fragments
+SECONDS_MOST = 1e9  # of a run
+DAMAGED = "remove the work folder and train anew"
+ROUNDS = 4  # of asking for the rest, before a part is taken as it is
+
+
+@dataclass
+class TextWriter:
+    """Writes the parts that need the target.
+
+    folder: takes `NAME.npz` and `NAME.prompts.json`; features: takes `NAME.f16` while there are `feature_budget`
+    bytes for them.  progress(stage, done, total, note).
+    """
+
+    folder: Path
+    features: Path
+    feature_budget: float
+    tokenizer: Tokenizer
+    open_writer: Callable[[], BatchWriter]
+    seed: int
+    max_new_tokens: int
+    progress: Progress
+    _writer: BatchWriter | None = field(default=None, init=False)
+
+    @property
+    def writer(self) -> BatchWriter:
+        """Opened when the first part must be written."""
+        if self._writer is None:
+            self._writer = self.open_writer()
+        return self._writer
+
+    def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:
+        """Parts of the target's answers to given prompts; those that `seconds` leave no time for are left out."""
+
+        def ask(index: int, start: int, count: int) -> Sequence[str]:
+            return prompts[start : start + count]
+
+        parts = self._parts("answers", 3, ask, len(prompts), seconds)
+        if left := len(prompts) - sum(int(part["prompts"]) for part in self._memory("answers")):
+            self.progress("answers", len(prompts) - left, len(prompts), f"no time for the last {left} prompts")
+        return parts
+
+    def own(self, count: int | None, openings: Sequence[str], seconds: float | None = None) -> list[Part]:
+        """Parts of answers to prompts that the target writes itself: `count`, or as many as `seconds` allow."""
+        seen: set[str] = set()
+
+        def ask(index: int, start: int, wanted: int) -> Sequence[str]:
+            path = self.folder / f"own-{index:04}.prompts.json"
+            if path.exists():
+                kept: list[str] = read_work(path)
+                if not isinstance(kept, list) or not all(isinstance(prompt, str) for prompt in kept):
+                    raise TrainError(f"{path} holds no prompts: {DAMAGED}")
+                seen.update(map(fingerprint, kept))
+                return kept
+            rng = np.random.default_rng((self.seed, 2, index))
+            prompts = self._ask(wanted, openings, rng, seen, start, count or 0)
+            write_atomically(path, json.dumps(prompts).encode())
+            return prompts
+
+        parts = self._parts("own", 4, ask, count, seconds)
+        if not parts:
+            raise TrainError("the target wrote no usable prompt of its own: give --prompts FILE.jsonl")
+        return parts
+
+    def _parts(
+        self,
+        kind: str,
+        key: int,
+        ask: Callable[[int, int, int], Sequence[str]],
+        total: int | None,
+        seconds: float | None,
+    ) -> list[Part]:
+        """Part after part until `total` prompts are answered, `seconds` are over, or `ask` has none left.
+
+        With a time limit the first part is small and tells how fast the target is; `KIND.json` keeps the size and
+        the seconds of each part, so that a stopped run goes on with the same ones.
+        """
+        parts: list[Part] = []
+        start = 0
+        while total is None or start < total:
+            index = len(parts)
+            size = self._size(kind, index, None if total is None else total - start, seconds)
+            begun = time.monotonic()
+            if not size or not (prompts := ask(index, start, size)):
+                break
+            expected = total or self._expected(kind, start, seconds)
+            parts.append(self._part(f"{kind}-{index:04}", (key, index), prompts, start, expected))
+            self._book(kind, index, size, time.monotonic() - begun)
+            start += size
+        return parts
+
+    def _size(self, kind: str, index: int, left: int | None, seconds: float | None) -> int:
+        """Prompts of part `index`: as remembered, else all that are left, PART_PROMPTS, or what there is time for."""
+        memory = self._memory(kind)
+        if index < len(memory):
+            return int(memory[index]["prompts"])
+        most = PART_PROMPTS if left is None else min(PART_PROMPTS, left)
+        if seconds is None:
+            return most
+        if not memory:
+            return min(FIRST_PROMPTS, most)
+        time_left = seconds - sum(part["seconds"] for part in memory)
+        affordable = int(time_left * sum(part["prompts"] for part in memory) / sum(part["seconds"] for part in memory))
+        return min(most, affordable) if affordable >= FIRST_PROMPTS // 2 else 0
+
+    def _expected(self, kind: str, start: int, seconds: float | None) -> int:
+        """Prompts that there will be, by the speed so far; 0 while unknown."""
+        memory = self._memory(kind)
+        spent = sum(part["seconds"] for part in memory)
+        return max(start, round((seconds or 0) * sum(part["prompts"] for part in memory) / spent)) if spent else 0
+
+    def _memory(self, kind: str) -> list[dict[str, float]]:
+        path = self.folder / f"{kind}.json"
+        memory: list[dict[str, float]] = read_work(path) if path.exists() else []
+        if not isinstance(memory, list) or not all(isinstance(part, dict) for part in memory):
+            raise TrainError(f"{path} holds no record of parts: {DAMAGED}")
+        for part in memory:
+            check_whole("prompts", part.get("prompts"), TrainError, DAMAGED, most=PART_PROMPTS)
+            check_number("seconds", part.get("seconds"), TrainError, DAMAGED, most=SECONDS_MOST)
+        return memory
+
+    def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
+        """Remember a part; one that was begun by an earlier start took at least as long per prompt as the others."""
+        memory = self._memory(kind)
+        if index >= len(memory):
+            rate = max((part["seconds"] / part["prompts"] for part in memory), default=0.0)
+            memory.append({"prompts": prompts, "seconds": max(seconds, 0.5 * rate * prompts)})
+            write_atomically(self.folder / f"{kind}.json", json.dumps(memory).encode())
+
+    def _ask(
+        self, count: int, openings: Sequence[str], rng: np.random.Generator, seen: set[str], start: int, total: int
+    ) -> list[str]:
+        """About `count` new prompts; fewer when the target repeats itself."""
+        self.writer.keep_features = False
+        prompts: list[str] = []
+        for _ in range(ROUNDS):
+            wanted = count - len(prompts)
+            if wanted <= 0:
+                break
+            for prompt in write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen):
+                prompts.append(prompt)
+                self.progress("prompts", start + min(len(prompts), count), total, "")
+        seen.difference_update(map(fingerprint, prompts[count:]))  # as a later start, which reads the rest back, has it
+        return prompts[:count]
+
+    def _part(self, name: str, key: tuple[int, int], prompts: Sequence[str], start: int, total: int) -> Part:
+        """Answers to `prompts`, read back or written, with their features while there is room for them."""
+        path = self.folder / f"{name}.npz"
+        if path.exists():
+            return Part(name, Corpus.load(path))
+        file = self.features / f"{name}.f16"
+        keep = self.writer.keep_features = self._has_room(file, len(prompts))
+        rng = np.random.default_rng((self.seed, *key))
+        requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
+        written: list[Conversation] = []
+        with FeatureFile(file) if keep else nullcontext() as rows:
+            for conversation in self.writer.write(requests, rng):
+                if rows:
+                    rows.add(conversation)
+                written.append(replace(conversation, features=None))
+                self.progress("answers", start + len(written), total, "")
+        if lost := len(prompts) - len(written):
+            note = f"{lost} left out: a prompt fills {self.writer.max_length} tokens by itself"
+            self.progress("answers", start + len(prompts), total, note)
+        corpus = Corpus.of(written)
+        corpus.save(path)
+        return Part(name, corpus)
+
+    def _has_room(self, file: Path, prompts: int) -> bool:
+        """Whether the features of so many conversations fit into the budget and on the disk, at their longest."""
+        longest = 2 * prompts * self.writer.max_length * self.writer.model.feature_size
+        used = sum(other.stat().st_size for other in self.features.glob("*.f16") if other != file)
+        return used + longest <= self.feature_budget and longest < shutil.disk_usage(self.features).free
+
+
+def read_work(path: Path) -> Any:
+    """What a file of a work folder says. Raises TrainError for a damaged one."""
+    return read_json(path, TrainError, DAMAGED)
+
+
+class FeatureFile:
+    """Features of conversations as they end, [T, D] float16; the file appears when the block that writes it is done.
+
+    The last token's row, which no pass computed, is zero and never read.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.temporary = file, file.with_name(file.name + ".tmp")
+        self._out = self.temporary.open("wb")
+
+    def add(self, conversation: Conversation) -> None:
+        """Append one conversation's rows. Raises OSError."""
+        rows = conversation.features
+        assert rows is not None
+        self._out.write(rows.tobytes())
+        self._out.write(bytes(rows[:1].nbytes))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        self._out.close()
+        if kind is None:
+            self.temporary.replace(self.file)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def split(name: str, corpus: Corpus) -> list[Part]:
+    """A given corpus in parts of at most PART_TOKENS tokens (one conversation at least)."""
+    offsets = corpus.offsets
+    cuts = [0]
+    while cuts[-1] < len(corpus):
+        end = int(np.searchsorted(offsets, offsets[cuts[-1]] + PART_TOKENS, side="right")) - 1
+        cuts.append(max(end, cuts[-1] + 1))
+    return [Part(f"{name}-{i:04}", corpus.select(np.arange(a, b))) for i, (a, b) in enumerate(pairwise(cuts))]

@@ -1,0 +1,224 @@
+"""Plain against speculative decoding, prompt by prompt in one process, so that both see the same machine.
+
+Each conversation is generated in both modes, one right after the other, with nothing of the first left in the
+caches; which mode begins alternates. What is compared is the speed of decoding: prefill is left out.
+Where only acceptance lengths are asked for, the plain mode is left out.  The two texts may differ in near ties: plain
+decoding runs other kernels.  So the target reads every speculative answer again, and says which tokens it would choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise, zip_longest
+from statistics import median
+from typing import Any
+
+from dovetail.runtime.engine import Engine, Prompt
+from dovetail.runtime.loop.metrics import GenerationMetrics
+from dovetail.runtime.loop.rescore import Choice
+from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.text.prompts import Conversation
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over generations of one mode; times in ms, decode_ms from the first token of each answer to its end."""
+
+    new_tokens: int = 0
+    later_tokens: int = 0  # those after the first of each answer, which is the prefill's
+    decode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    other_ms: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, metrics: GenerationMetrics) -> Totals:
+        return cls(
+            new_tokens=metrics.new_tokens,
+            later_tokens=max(metrics.new_tokens - 1, 0),
+            decode_ms=metrics.decode_ms,
+            prefill_ms=metrics.prefill_ms,
+            draft_ms=metrics.draft_ms,
+            verify_ms=metrics.verify_ms,
+            other_ms=metrics.other_ms,
+            rounds=metrics.rounds,
+            drafted=metrics.drafted,
+            accepted=metrics.accepted,
+            accepted_per_position=tuple(metrics.accepted_per_position),
+        )
+
+    def __add__(self, other: Totals) -> Totals:
+        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in vars(self)}
+        return Totals(**{**numbers, "accepted_per_position": tuple(a + b for a, b in pairs)})
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.later_tokens / self.decode_ms * 1e3 if self.decode_ms else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1 + self.accepted / max(self.rounds, 1)
+
+    @property
+    def acceptance_per_depth(self) -> tuple[float, ...]:
+        """How often the i-th drafted token of a path was kept where all before it were."""
+        reached = (self.rounds, *self.accepted_per_position)
+        return tuple(kept / max(tried, 1) for tried, kept in pairwise(reached))
+
+    def per_round(self, total: float) -> float:
+        return total / max(self.rounds, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversation in one mode: what was asked, the token ids of each answer, and the sums."""
+
+    asked: tuple[Prompt, ...]
+    answers: tuple[tuple[int, ...], ...]
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One conversation in both modes; plain is None where it was left out, and with it the speedup.
+
+    choices: what the target chose where it read the speculative answers again, in a row; None before it has.
+    """
+
+    conversation: Conversation
+    plain: Run | None
+    speculative: Run
+    choices: tuple[Choice, ...] | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Ratio of decoded tokens per second; None where an answer had no token after its first."""
+        if self.plain is None:
+            return None
+        plain, speculative = self.plain.totals.tokens_per_second, self.speculative.totals.tokens_per_second
+        return speculative / plain if plain and speculative else None
+
+    @property
+    def others(self) -> dict[int, Choice]:
+        """Tokens, by their index over all answers in a row, in whose place the target chose another."""
+        if self.choices is None:
+            return {}
+        answered = chain.from_iterable(self.speculative.answers)
+        both = enumerate(zip(answered, self.choices, strict=True))
+        return {index: choice for index, (token, choice) in both if choice.token != token}
+
+
+def measure(
+    engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, *, plain: bool = True
+) -> Iterator[Paired]:
+    """Run every conversation in both modes, or without `plain` in the speculative one; yields each as it is done."""
+    modes = (False, True) if plain else (True,)
+    for speculate in modes:
+        warm_up(engine, conversations[0], request, speculate)
+    for index, conversation in enumerate(conversations):
+        order = modes if index % 2 == 0 else modes[::-1]
+        runs = {speculate: converse(engine, conversation.turns, request, speculate) for speculate in order}
+        yield Paired(conversation, runs.get(False), runs[True])
+
+
+def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
+    """The same with what the target chooses in the place of each token, with all of the text before it given."""
+    sampling, run = asdict(request.sampling()), pair.speculative
+    found = list[Choice]()
+    for asked, answer in zip(run.asked, run.answers, strict=True):
+        found += engine.choices(asked, answer, raw=request.raw, **sampling)
+    return replace(pair, choices=tuple(found))
+
+
+def warm_up(engine: Engine, conversation: Conversation, request: AnswerSettings, speculate: bool) -> None:
+    """A short answer that nobody counts: the first passes of an engine are slower."""
+    short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
+    converse(engine, conversation.turns[:1], short, speculate)
+
+
+def converse(engine: Engine, turns: Sequence[str], request: AnswerSettings, speculate: bool) -> Run:
+    """Ask the turns one after the other, from an empty cache; each sees the answers before it."""
+    engine.reset()
+    messages: list[dict[str, str]] = []
+    prompts, answers, totals = list[Prompt](), [], Totals()
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        asked: Prompt = turn if len(messages) == 1 else list(messages)
+        result = engine.generate(asked, **replace(request, speculate=speculate).keywords())
+        messages.append({"role": "assistant", "content": result.text})
+        prompts.append(asked)
+        answers.append(tuple(int(token) for token in result.token_ids))
+        totals += Totals.of(result.metrics)
+    return Run(tuple(prompts), tuple(answers), totals)
+
+
+def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
+    """The figures of a benchmark.
+
+    speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
+    tokens over all decoding time. accepted_per_position: per round; acceptance_per_depth: per round that came so far.
+    Times of speculative rounds: ms per round. other_tokens: of new_tokens, those in whose place the target chooses
+    another where it reads the answers again; first_other: the index of the first; largest_margin: the most logits that
+    the target's choice is above such a token, None where there are none or more than logits decide.  What needs the
+    plain mode is None where that was left out.
+    """
+    plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
+    compared = all(pair.plain for pair in pairs)
+    ours = sum((pair.speculative.totals for pair in pairs), Totals())
+    ratios = [pair.speedup for pair in pairs if pair.speedup is not None]
+    return {
+        "speedup": _rounded(median(ratios)) if ratios else None,
+        "acceptance_length": _rounded(ours.acceptance_length),
+        "accepted_per_position": [_rounded(ours.per_round(count)) for count in ours.accepted_per_position],
+        "acceptance_per_depth": [_rounded(rate) for rate in ours.acceptance_per_depth],
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if compared else None,
+        "tokens_per_second": _rounded(ours.tokens_per_second),
+        "draft_ms": _rounded(ours.per_round(ours.draft_ms)),
+        "verify_ms": _rounded(ours.per_round(ours.verify_ms)),
+        "other_ms": _rounded(ours.per_round(ours.other_ms)),
+        "plain_verify_ms": _rounded(plain.per_round(plain.verify_ms)) if compared else None,
+        "plain_other_ms": _rounded(plain.per_round(plain.other_ms)) if compared else None,
+        "prefill_ms": _rounded(ours.prefill_ms / max(len(pairs), 1)),
+        "rounds": ours.rounds,
+        "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
+        "new_tokens": ours.new_tokens,
+        "other_tokens": sum(len(pair.others) for pair in pairs),
+        "largest_margin": _largest([choice for pair in pairs for choice in pair.others.values()]),
+        "prompts": [prompt_json(pair) for pair in pairs],
+    }
+
+
+def prompt_json(pair: Paired) -> dict[str, Any]:
+    """One conversation's figures; other_tokens, first_other, largest_margin: see `summary`."""
+    plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
+    return {
+        "name": pair.conversation.name,
+        "speedup": None if pair.speedup is None else _rounded(pair.speedup),
+        "acceptance_length": _rounded(ours.acceptance_length),
+        "new_tokens": ours.new_tokens,
+        "plain_new_tokens": plain.new_tokens if plain else None,
+        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if plain else None,
+        "tokens_per_second": _rounded(ours.tokens_per_second),
+        "rounds": ours.rounds,
+        "other_tokens": len(pair.others),
+        "first_other": min(pair.others, default=None),
+        "largest_margin": _largest(list(pair.others.values())),
+    }
+
+
+def _largest(others: Sequence[Choice]) -> float | None:
+    margins = [choice.margin for choice in others if choice.margin is not None]
+    return _rounded(max(margins)) if margins else None
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4)

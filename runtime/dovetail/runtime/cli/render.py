@@ -1,0 +1,121 @@
+"""Text on the terminal as it comes, and what is left of an answer that Ctrl-C stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import click
+
+from dovetail.runtime.engine import Chunk, Engine, GenerationResult, Prompt
+from dovetail.runtime.loop.metrics import GenerationMetrics
+from dovetail.runtime.settings import AnswerSettings
+
+
+@dataclass
+class Answer:
+    """What was streamed so far; the engine's metrics come with the last chunk, so a stopped answer has none.
+
+    first_s, last_s: when the first and the last chunk came (perf_counter). chunks: the prefill's, then one a round.
+    """
+
+    target_device: str
+    drafter_device: str | None
+    text: str = ""
+    tokens: int = 0
+    chunks: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    metrics: GenerationMetrics | None = None
+    interrupted: bool = False
+
+    def add(self, chunk: Chunk) -> None:
+        self.last_s = perf_counter()
+        if not self.chunks:
+            self.first_s = self.last_s
+        self.chunks += 1
+        self.text += chunk.text
+        self.tokens += len(chunk.token_ids)
+        self.metrics = chunk.metrics
+
+    def statistics(self) -> str:
+        """The statistics line; of a stopped answer, what was seen from outside."""
+        if self.metrics is not None:
+            return statistics_line(self.metrics, self.target_device, self.drafter_device)
+        rounds, seconds = max(self.chunks - 1, 0), self.last_s - self.first_s
+        speed = (self.tokens - 1) / seconds if rounds and seconds else 0.0
+        length = (self.tokens - 1) / rounds if rounds else 1.0
+        return (
+            f"[stopped | {self.tokens} tokens, {speed:.1f} tok/s, acceptance length {length:.2f} over {rounds} rounds"
+            f" | target {self.target_device}, drafter {self.drafter_device or 'off'}]"
+        )
+
+
+def speaks_unicode() -> bool:
+    """Whether standard output takes every character; else `main` has others replaced."""
+    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-").startswith("utf")
+
+
+def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> Answer:
+    """Write the answer to stdout while it comes; Ctrl-C ends it early and leaves the engine usable.
+
+    Raises what `Engine.stream` raises.
+    """
+    answer = Answer(engine.target_device, engine.drafter_device if request.speculate else None)
+    try:
+        write(engine.stream(prompt, **request.keywords()), answer)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    if request.speculate:
+        answer.drafter_device = engine.drafter_device  # it may have moved
+    if not answer.text.endswith("\n"):
+        click.echo()
+    return answer
+
+
+def write(chunks: Generator[Chunk, None, None], answer: Answer) -> None:
+    """Write the chunks to stdout and note them in `answer`; the stream is closed whatever happens."""
+    with closing(chunks):
+        for chunk in chunks:
+            answer.add(chunk)
+            if chunk.text:
+                click.echo(chunk.text, nl=False)
+
+
+def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_device: str | None) -> str:
+    """One line: tokens, speed, what speculation brought, where the time went, on which devices."""
+    times = (
+        f"prefill {metrics.prefill_ms:.0f} ms, draft {metrics.draft_ms:.0f} ms, "
+        f"verify {metrics.verify_ms:.0f} ms, other {metrics.other_ms:.0f} ms"
+    )
+    return (
+        f"[{metrics.new_tokens} tokens, {metrics.tokens_per_second:.1f} tok/s, "
+        f"acceptance length {metrics.acceptance_length:.2f} over {metrics.rounds} rounds | {times} | "
+        f"target {target_device}, drafter {drafter_device or 'off'}]"
+    )
+
+
+def result_json(
+    result: GenerationResult, target_device: str, drafter_device: str | None, drafter_note: str | None
+) -> dict[str, Any]:
+    """`generate --json`: the answer, then the metrics (times in ms, to the microsecond), then the devices.
+
+    drafter_device is None for plain decoding; drafter_note says why it runs there.
+    """
+    metrics = {
+        name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(result.metrics).items()
+    }
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        **metrics,
+        "target_device": target_device,
+        "drafter_device": drafter_device,
+        "drafter_note": drafter_note,
+    }

@@ -1,0 +1,1 @@
+"""What a machine can run, estimated before anything is loaded."""

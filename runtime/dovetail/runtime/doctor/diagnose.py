@@ -1,0 +1,229 @@
+"""What a machine offers to a pair, and what it lacks."""
+
+from __future__ import annotations
+
+import base64
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+
+from dovetail.runtime.doctor import estimate as expect
+from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
+from dovetail.runtime.drafter.cuda_api import (
+    INSTALL,
+    CudaDevice,
+    cuda_problem,
+    driver_cuda,
+    libraries,
+    missing_libraries,
+)
+from dovetail.runtime.drafter.ort import failures, one_line, open_session, session_options
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.system import machine
+
+# An ONNX model of one Identity node, from x to y, on one float: enough to see whether a provider really runs.
+PROBE_MODEL = base64.b64decode(
+    "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as its driver names it."""
+
+    name: str
+    memory: str
+    driver: str
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """built_for: CUDA of ONNX Runtime's build, None without.  driver: newest CUDA that the driver supports.
+
+    found, missing: libraries that the build needs.  free_mb, total_mb: VRAM.  None: not known, or not tried.
+    capture: whether a captured graph replays.
+    """
+
+    built_for: str | None = None
+    driver: str | None = None
+    found: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    free_mb: int | None = None
+    total_mb: int | None = None
+    capture: bool | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that `doctor` reports. problems: nothing runs until solved; notes: what it costs to leave as is.
+
+    memory_bandwidth: GB/s.  pair: what to expect of it, where one was named.
+    """
+
+    cpu: machine.Cpu
+    ram_total_mb: int
+    ram_available_mb: int
+    memory_bandwidth: float
+    os: str
+    versions: dict[str, str]
+    openvino_devices: tuple[str, ...]
+    onnxruntime_providers: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
+    cuda: Cuda
+    cuda_problem: str | None
+    drafter_device: str
+    pair: expect.Expectation | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
+    """Look at the CPU, both engines, the GPUs, and the pair if one is named; CUDA is tried on a one-node model.
+
+    vram: bytes that the pair's drafter may take, if said.  Raises InputError, PairError.
+    """
+    found = None if named is None else expect.find_pair(named)
+    cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
+    devices, openvino_problem = openvino_devices()
+    providers, onnxruntime_problem = onnxruntime_providers()
+    cuda, no_cuda = (Cuda(), onnxruntime_problem) if onnxruntime_problem else try_cuda()
+    pair = None
+    if found:
+        room = None if no_cuda else cuda.free_mb
+        pair = expect.expect(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+    return Diagnosis(
+        cpu=cpu,
+        ram_total_mb=total,
+        ram_available_mb=available,
+        memory_bandwidth=round(bandwidth, 1),
+        os=platform.platform(),
+        versions=machine.versions(),
+        openvino_devices=devices,
+        onnxruntime_providers=providers,
+        gpus=nvidia_gpus(),
+        cuda=cuda,
+        cuda_problem=no_cuda,
+        drafter_device="cpu" if no_cuda else "cuda",
+        pair=pair,
+        problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
+        notes=(*notes(cpu, available, no_cuda), *(pair.notes if pair else ())),
+    )
+
+
+def openvino_devices() -> tuple[tuple[str, ...], str]:
+    """OpenVINO's devices, and the problem in one line ("" when there is none)."""
+    try:
+        import openvino
+    except ImportError as err:
+        return (), f"OpenVINO cannot be imported ({err}): pip install --force-reinstall openvino"
+    devices = tuple(str(name) for name in openvino.Core().available_devices)
+    return devices, "" if "CPU" in devices else "OpenVINO has no CPU device: reinstall it with pip"
+
+
+def onnxruntime_providers() -> tuple[tuple[str, ...], str]:
+    """ONNX Runtime's execution providers, and the problem in one line ("" when there is none)."""
+    try:
+        import onnxruntime
+    except ImportError as err:
+        return (), f"ONNX Runtime cannot be imported ({err}): pip install --force-reinstall onnxruntime-gpu"
+    providers = tuple(str(name) for name in onnxruntime.get_available_providers())
+    lacking = "" if "CPUExecutionProvider" in providers else "ONNX Runtime has no CPU provider: reinstall it with pip"
+    return providers, lacking
+
+
+def nvidia_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi lists; none where it is not installed or finds no driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    if done.returncode != 0:
+        return ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    return tuple(Gpu(*row) for row in rows if len(row) == 3)
+
+
+def try_cuda() -> tuple[Cuda, str | None]:
+    """What there is of CUDA, and why the drafter cannot run on it, with the remedy; None when it can."""
+    problem = cuda_problem()
+    built_for = _built_for()
+    missing = missing_libraries() if built_for else []
+    found = [name for name in libraries() if name not in missing] if built_for else []
+    free = total = captures = None
+    if problem is None:
+        try:
+            device = CudaDevice()
+            try:
+                free, total = (size >> 20 for size in device.memory())
+                problem = capture_problem(device)
+                captures = problem is None
+            finally:
+                device.close()
+        except DeviceError as error:
+            problem = str(error)
+    newest = driver_cuda()
+    driver = f"{newest[0]}.{newest[1]}" if newest else None
+    return Cuda(built_for, driver, tuple(found), tuple(missing), free, total, captures), problem
+
+
+def capture_problem(device: Device) -> str | None:
+    """Why a graph that is captured does not replay with what is then uploaded; None when it does."""
+    import onnxruntime as ort
+
+    expected: tuple[type[Exception], ...] = (DeviceError, *failures())
+    session = binding = None
+    try:
+        provider = (device.provider, device.provider_options(None))
+        session = open_session(ort, PROBE_MODEL, session_options(ort), [provider])
+        if device.provider not in session.get_providers():
+            return f"ONNX Runtime could not load its {device.provider}: {INSTALL}"
+        block = Block.allocate(device, {name: ((1,), np.float32) for name in ("x", "y")})
+        binding, run_options = session.io_binding(), ort.RunOptions()
+        block.bind(binding.bind_input, "x", device.kind)
+        block.bind(binding.bind_output, "y", device.kind)
+        run_options.add_run_config_entry("gpu_graph_id", "1")
+        for value in (1.0, 1.0, 2.0):  # memory patterns, capture, replay
+            block.array("x")[:] = value
+            device.upload(block.address, block.host)
+            session.run_with_iobinding(binding, run_options)
+            device.download(block.host, block.address)
+            device.wait()
+    except expected as error:
+        keep_on_failed(device, session, binding)
+        return f"a CUDA graph cannot be captured ({one_line(error)}): update the NVIDIA driver"
+    got = float(block.array("y")[0])
+    return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
+
+
+def _built_for() -> str | None:
+    """The CUDA version that this ONNX Runtime was built for."""
+    from onnxruntime.capi import build_and_package_info as build
+
+    return getattr(build, "cuda_version", None) or None
+
+
+def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:
+    """What lacks here, each with its cost in one plain sentence."""
+    said = []
+    if cpu.instruction_sets and not machine.INT8_SETS & set(cpu.instruction_sets):
+        said.append(
+            "The CPU has no INT8 dot-product instructions: a tree costs nearly as much per node as plain decoding."
+        )
+    room = min(cpu.usable, cpu.quota or cpu.usable)
+    if room < cpu.threads:
+        said.append(f"This process may use {room:g} of {cpu.threads} hardware threads, so passes take longer.")
+    if available_mb < 2048:
+        said.append(f"Only {available_mb} MiB of memory are free: a target that does not fit is slow or is killed.")
+    if no_cuda:
+        said.append(
+            "No GPU can be used, so drafter and target take turns on the CPU, which leaves a smaller speedup. "
+            f"The reason: {no_cuda}."
+        )
+    return said

@@ -1,0 +1,223 @@
+"""What a pair takes of this machine and how fast it may be: from sizes, the memory's bandwidth, and measured costs."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.drafter.vram import plan_pair
+from dovetail.runtime.errors import DeviceError, IntegrityError, PairError
+from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
+from dovetail.runtime.pair.manifest import MANIFEST_NAME, Manifest, check_pair, read_manifest
+from dovetail.runtime.policy.choose import widths
+from dovetail.runtime.tune.applied import properties_line, target_properties
+from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, recall
+
+RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer.  An allowance, not a measurement.
+CONTEXT = 128  # tokens at which speed is told
+
+
+@dataclass(frozen=True)
+class Ram:
+    """An estimate from sizes.  parts_mb: weights as stored, KV at the full context; the drafter's if it is on the CPU.
+
+    fits: with the full context.  context: tokens that do fit, 0 where not even the weights do.
+    """
+
+    parts_mb: dict[str, float]
+    needed_mb: float
+    available_mb: int
+    fits: bool
+    context: int
+
+    def __str__(self) -> str:
+        """The arithmetic in a line."""
+        sizes = " + ".join(f"{size} {part.replace('_', ' ')}" for part, size in self.parts_mb.items())
+        return f"about {sizes} = {self.needed_mb} MiB (an estimate), {self.available_mb} MiB are free"
+
+
+@dataclass(frozen=True)
+class Vram:
+    """plan: of the drafter, sizes in MiB; None where there is none, or none within --vram.
+
+    fits: None where nothing is known to compare with.  said: the arithmetic and what follows from it.
+    """
+
+    plan: dict[str, float | int] | None
+    fits: bool | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The tree of `width` nodes that pays first: from this acceptance length on rounds beat plain decoding.
+
+    verify_ms, draft_ms: of a round, the drafter's calls being one per level.
+    """
+
+    width: int
+    verify_ms: float
+    draft_ms: float
+    acceptance_length: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """plain_tokens_per_s: of plain decoding.
+
+    measured: when, ISO 8601; None where it was not, then the speed is the bound that the memory's bandwidth sets.
+    """
+
+    plain_tokens_per_s: float
+    measured: str | None = None
+    tree: Tree | None = None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What `doctor` says of a pair.  drafter_device: None for a pair without a drafter.  vram: None without a graph.
+
+    properties: of OpenVINO for the target, as target_properties() gives them.
+    problem: why it cannot run here; notes: what it costs as it is.
+    """
+
+    folder: str
+    name: str
+    drafter_device: str | None
+    ram: Ram
+    vram: Vram | None
+    speed: Speed
+    properties: dict[str, Any]
+    problem: str | None
+    notes: tuple[str, ...]
+
+
+def find_pair(named: str) -> tuple[Path, Manifest]:
+    """Folder and manifest of a pair that is there: nothing is built for a diagnosis, and no digest computed.
+
+    Raises InputError for an unknown name, PairError.
+    """
+    built = Path(named).is_dir() or (pairs_dir() / named / MANIFEST_NAME).is_file()
+    if named in REFERENCE_PAIRS and not built:
+        raise PairError(f"pair {named} is not built yet: dovetail-export pair {named} builds it")
+    folder = resolve_pair(named)
+    manifest = read_manifest(folder)
+    check_pair(manifest)
+    if WEIGHTS not in manifest.files:
+        raise IntegrityError(f"{WEIGHTS} has no digest in {MANIFEST_NAME}: export the pair again")
+    return folder, manifest
+
+
+def expect(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    available_mb: int,
+    bandwidth: float,
+    free_vram_mb: int | None,
+    vram: int | None,
+) -> Expectation:
+    """bandwidth: GB/s.  free_vram_mb: None where CUDA cannot be used.  vram: bytes, None for the pair's own limit."""
+    video = expect_vram(manifest, free_vram_mb, vram)
+    device = None if manifest.drafter is None else "cpu"
+    if video and video.fits and free_vram_mb is not None:
+        device = "cuda"
+    ram = expect_ram(folder, manifest, device, available_mb)
+    speed = expect_speed(manifest, device, bandwidth)
+    problem = (
+        None if ram.context else f"the pair {manifest.name} does not fit: {ram}: free memory or take a smaller one"
+    )
+    properties = target_properties(manifest)
+    notes = []
+    if 0 < ram.context < manifest.target.max_context:
+        notes.append(f"Of the {manifest.target.max_context} tokens of context about {ram.context} fit the free memory.")
+    if device == "cpu" and speed.tree:
+        tree = speed.tree
+        share = tree.draft_ms / (tree.draft_ms + tree.verify_ms)
+        notes.append(
+            f"Drafting {tree.width} nodes takes the CPU {tree.draft_ms:.1f} ms, {share:.0%} of a round with them: the "
+            "target waits for it, and a GPU could shorten it."
+        )
+    return Expectation(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
+
+
+def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
+    """device: where the drafter runs, if there is one; on a GPU it takes no RAM worth telling."""
+    sizes = expected_memory(folder, manifest)
+    names = {"target": "target_weights_mb", "target_kv": "target_kv_mb"}
+    if device == "cpu":
+        names |= {"drafter": "drafter_cpu_weights_mb", "drafter_kv": "drafter_cpu_kv_mb"}
+    parts = {part: size for part, name in names.items() if (size := sizes[name]) is not None}
+    parts["runtimes"] = RUNTIMES_MB
+    needed, most = sum(parts.values()), manifest.target.max_context
+    if needed <= available_mb:
+        return Ram(parts, round(needed, 1), available_mb, True, most)
+    kv = parts.get("target_kv", 0.0) + parts.get("drafter_kv", 0.0)
+    room = max(0.0, available_mb - (needed - kv))
+    return Ram(parts, round(needed, 1), available_mb, False, int(most * room / kv) if room else 0)
+
+
+def expect_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
+    """free_mb: beside this process's own context on the GPU, which the plan counts too: an error on the safe side."""
+    if manifest.drafter is None or "cuda" not in manifest.drafter.files:
+        return None
+    try:
+        plan = plan_pair(manifest, limit, fit=False)
+    except DeviceError as error:
+        known = bool(manifest.drafter.workspace)
+        return Vram(None, False if known else None, f"{error}; as it is the drafter runs on the CPU")
+    within = f", within --vram of {limit >> 20} MiB" if limit else ""
+    if free_mb is None:
+        return Vram(plan.as_dict(), True if limit else None, f"would take {plan}{within}")
+    if plan.total <= free_mb << 20:
+        return Vram(plan.as_dict(), True, f"takes {plan}{within}; {free_mb} MiB are free: it fits")
+    return Vram(
+        plan.as_dict(), False, f"takes {plan}{within}; {free_mb} MiB are free: the drafter may have to run on the CPU"
+    )
+
+
+def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
+    """From the costs measured with default flags and the drafter on `device`; without them plain decoding's bound."""
+    known = recall(CostKey.of(manifest, device, None)) if device else None
+    if known is None:
+        return Speed(round(bandwidth * 1e9 / manifest.files[WEIGHTS].size, 1))
+    target, draft, limits = known.costs.target, known.costs.draft, manifest.tree
+    plain_ms, call_ms = target.at(CONTEXT, 1), draft.at(CONTEXT, limits.top_k)
+    rounds = {  # a tree of that many nodes has at most width - 1 levels
+        width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms)
+        for width in widths(known.costs, CONTEXT)
+        if width > 1
+    }
+    width, (verify_ms, draft_ms) = min(rounds.items(), key=lambda item: sum(item[1]))
+    tree = Tree(width, round(verify_ms, 2), round(draft_ms, 2), round((verify_ms + draft_ms) / plain_ms, 2))
+    return Speed(round(1e3 / plain_ms, 1), known.date, tree)
+
+
+def rows(pair: Expectation) -> list[tuple[str, str]]:
+    """For a person: names and facts."""
+    speed, tree = pair.speed, pair.speed.tree
+    if speed.measured:
+        said = f"plain decoding {speed.plain_tokens_per_s:.1f} tokens/s, as measured here on {speed.measured[:10]}"
+    else:
+        said = f"plain decoding at most about {speed.plain_tokens_per_s:.0f} tokens/s, an estimate: bandwidth / weights"
+        if pair.drafter_device:
+            said += f"; {shlex.join(['dovetail-run', 'tune', pair.folder])} measures it"
+    trees = "not measured" if pair.drafter_device else "none: the pair has no drafter"
+    if tree:
+        trees = (
+            f"faster than that from an acceptance length of {tree.acceptance_length} on ({tree.width} nodes: verify "
+            f"{tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
+        )
+    some = f"{pair.ram.context} tokens of context fit" if pair.ram.context else "it does not fit"
+    fits = "it fits" if pair.ram.fits else some
+    return [
+        ("pair", f"{pair.name} ({pair.folder})"),
+        ("RAM needed", f"{pair.ram}: {fits}"),
+        ("VRAM needed", pair.vram.said if pair.vram else "none: the pair has no drafter for a GPU"),
+        ("properties", properties_line(pair.properties)),
+        ("speed", said),
+        ("trees", trees),
+    ]

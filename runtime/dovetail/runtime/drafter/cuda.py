@@ -1,0 +1,304 @@
+"""The float16 graph on a GPU: state that stays on the device, one captured CUDA graph per bucket of rows.
+
+A call is one copy up, one replay and one copy down, in order on one stream, and one wait at its end (ONNX Runtime may
+wait for the replay too).  Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
+the host; the noise of sampled answers, in a block of its own for all buckets, is a copy up more.  ONNX Runtime keeps
+captured graphs per thread: the thread that opens a drafter runs it; another captures anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.drafter.graph_io import (
+    INPUTS,
+    NOISE,
+    OUTPUTS,
+    Rows,
+    Spec,
+    check_ports,
+    output_name,
+    read_draft_ids,
+    row_specs,
+    state_shapes,
+)
+from dovetail.runtime.drafter.ort import call, open_session, session_options
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.tree.growth import Candidates
+
+ALIGNMENT = 256  # bytes, of each array in a block: what cudaMalloc gives
+
+Bytes = NDArray[np.uint8]
+
+
+class Device(Protocol):
+    """Where graphs are captured: its memory by address, pinned host memory, and one stream of copies and runs.
+
+    kind: ONNX Runtime's name of where the memory is.  provider: the execution provider that runs there.
+    All but `close` raise DeviceError.
+    """
+
+    kind: str
+    provider: str
+
+    def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
+        """Of the provider: it captures, runs on the stream, and keeps its arena to `arena` bytes."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes of zeros."""
+        ...
+
+    def pinned(self, size: int) -> Bytes:
+        """`size` bytes of zeros on the host."""
+        ...
+
+    def upload(self, to: int, source: Bytes) -> None:
+        """Queue a copy of pinned bytes to the address `to`."""
+        ...
+
+    def download(self, to: Bytes, source: int) -> None:
+        """Queue a copy from the address `source` to pinned bytes."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until everything queued is done."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Arrays side by side: on the device at `address`, on the host as `host`.  offsets: in bytes, of each array."""
+
+    specs: Mapping[str, Spec]
+    offsets: Mapping[str, int]
+    address: int
+    host: Bytes
+
+    @classmethod
+    def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
+        """Both sides of it.  Raises DeviceError."""
+        offsets, size = {}, 0
+        for name, spec in specs.items():
+            offsets[name] = size
+            size += -(-_nbytes(spec) // ALIGNMENT) * ALIGNMENT
+        return cls(specs, offsets, device.allocate(size), device.pinned(size))
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The host's side of one array."""
+        shape, dtype = self.specs[name]
+        begin = self.offsets[name]
+        return self.host[begin : begin + _nbytes(self.specs[name])].view(dtype).reshape(shape)
+
+    def bind(self, to: Any, name: str, kind: str) -> None:
+        """Bind the device's side of one array as the graph's `name`."""
+        shape, dtype = self.specs[name]
+        to(name, kind, 0, dtype, shape, self.address + self.offsets[name])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One bucket's graph.  short: bytes of the inputs without features, which come last."""
+
+    rows: Rows
+    inputs: Block
+    outputs: Block
+    short: int
+    binding: Any
+    run_options: Any
+
+
+class CudaRunner:
+    """Runner on a GPU.  ONNX Runtime replays a graph by its id without looking at shapes: `_graphs` is the registry.
+
+    Raises DeviceError where the device, its libraries or the graph do not allow for it.
+    """
+
+    file_key = "cuda"
+
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int = 0):
+        """plan: context and memory.  limit: bytes for all of it, 0 for none."""
+        import onnxruntime as ort
+
+        self.max_context, self.bus_bytes = plan.context, 0
+        self._ort, self._device, self._trash, self._facts = ort, device, facts.tree_slots, facts
+        self._graphs: dict[int, Captured] = {}
+        self._held: list[Any] = [self._graphs]  # what must go before the device does; and nobody else holds it
+        self._release = weakref.finalize(self, _release, self._held, device)
+        problem = None
+        try:
+            self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
+            check_ports(self._session, file, facts, np.float16)
+            self.draft_ids = read_draft_ids(self._session, file, facts)
+            noise: dict[str, Spec] = {NOISE: ((1, facts.draft_vocab_size), np.float32)}
+            self._noise = None if self.draft_ids is None else Block.allocate(device, noise)
+            self._noisy = False
+            shapes = state_shapes(facts, plan.context)
+            self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
+            for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # the largest first: its memory serves the others
+                self._graphs[bucket] = self._capture(number, bucket)
+        except DeviceError as error:
+            problem = str(error)
+        if problem:  # outside the handler: a traceback would keep the session, which must go before its stream
+            self.close()
+            raise DeviceError(f"{problem} (planned: {plan})")
+
+    def rows(self, n: int) -> Rows:
+        """See Runner."""
+        return self._graphs[_bucket(n)].rows
+
+    def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
+        """See Runner; `context` needs no binding here, the mask says how far rows see.  Not after `close`."""
+        graph, device = self._graphs[_bucket(n)], self._device
+        graph.rows.pad(n, self._trash)
+        sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
+        if self._noise and (noise is not None or self._noisy):
+            self._noisy = True  # until it is certain that there is none: an interrupt may come in between
+            self._noise.array(NOISE)[:] = 0 if noise is None else noise
+            device.upload(self._noise.address, self._noise.host)
+            self._noisy = noise is not None
+            self.bus_bytes += self._noise.host.nbytes
+        device.upload(graph.inputs.address, sent)
+        call(self._session, graph.binding, graph.run_options)
+        device.download(graph.outputs.host, graph.outputs.address)
+        device.wait()
+        self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
+        return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
+
+    def touch(self, context: int) -> None:
+        """See Runner: device memory is there from the start."""
+
+    def close(self) -> None:
+        """Give session, memory and stream back; nothing may be run after it."""
+        self._release()
+
+    @property
+    def _session(self) -> Any:
+        return self._held[1]
+
+    def _open(self, file: Path, plan: VramPlan, arena: int | None) -> Any:
+        """A session that captures.  Raises DeviceError, which names nodes that cannot be captured."""
+        provider, slots = self._device.provider, self._facts.tree_slots + plan.context
+
+        def options() -> Any:
+            made = session_options(self._ort)
+            made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            made.add_free_dimension_override_by_name("slots", slots)
+            return made
+
+        problem = None
+        try:
+            session = open_session(self._ort, file, options(), [(provider, self._device.provider_options(arena))])
+        except DeviceError as error:
+            problem = error.args[0]
+        if problem:  # ONNX Runtime does not say which nodes it would not capture
+            plain = (provider, self._device.provider_options(arena, capture=False))
+            check_placement(open_session(self._ort, file, options(), [plain]), provider)
+            raise DeviceError(problem)
+        check_placement(session, provider)
+        return session
+
+    def _capture(self, number: int, bucket: int) -> Captured:
+        """Memory and binding of one bucket; the first runs capture its graph under this number."""
+        specs = row_specs(self._facts, bucket, np.float16)
+        inputs = Block.allocate(self._device, {name: specs[name] for name in INPUTS})
+        outputs = Block.allocate(self._device, {name: specs[name] for name in OUTPUTS})
+        arrays = {name: (inputs if name in INPUTS else outputs).array(name) for name in specs}
+        binding = self._session.io_binding()
+        kind = self._device.kind
+        given = {port.name for port in self._session.get_inputs()}
+        for name in given.intersection(INPUTS):  # an older pair's graph has no queries
+            inputs.bind(binding.bind_input, name, kind)
+        if self._noise:
+            self._noise.bind(binding.bind_input, NOISE, kind)
+        for name in OUTPUTS:
+            outputs.bind(binding.bind_output, name, kind)
+        for name, (shape, address) in self._state.items():
+            binding.bind_input(name, kind, 0, np.float16, shape, address)
+            binding.bind_output(output_name(name), kind, 0, np.float16, shape, address)
+        run_options = self._ort.RunOptions()
+        run_options.add_run_config_entry("gpu_graph_id", str(number))
+        # The wait of `run` is for its copy down as well.
+        run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        rows = Rows(**arrays)
+        rows.pad(0, self._trash)
+        self._device.upload(inputs.address, inputs.host)
+        for _ in range(3):  # memory patterns, capture, first replay
+            call(self._session, binding, run_options)
+        self._device.wait()
+        return Captured(rows, inputs, outputs, inputs.offsets["features"], binding, run_options)
+
+
+def _release(held: list[Any], device: Device) -> None:
+    """Let go of the graphs, held[0], and the session, held[1], then of the device.
+
+    Where somebody else still holds the session, the traceback of an error that is on its way, the device waits for it.
+    """
+    if keep_on_failed(device, *held):
+        held.clear()
+        device.close()
+        return
+    held[0].clear()  # bindings first
+    session = weakref.ref(held[1]) if len(held) > 1 else None
+    held.clear()
+    alive = session() if session else None
+    if alive is None:
+        device.close()
+    else:
+        weakref.finalize(alive, device.close).atexit = False
+
+
+def keep_on_failed(device: Device, *held: Any) -> bool:
+    """Whether the device failed; then `held`, a session and what is bound to it, is kept until the process ends.
+
+    ONNX Runtime, destroying a captured graph on a device that failed, would end the process at once.
+    """
+    try:
+        device.wait()
+    except DeviceError:
+        for kept in held:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        return True
+    return False
+
+
+def check_placement(session: Any, provider: str) -> None:
+    """Check that every node runs on `provider`.  Raises DeviceError naming those that do not."""
+    if session.get_providers()[0] != provider:
+        raise DeviceError(f"ONNX Runtime could not load its {provider}: run dovetail-run doctor for the reason")
+    elsewhere = [
+        f"{node.op_type} {node.name!r} on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    ]
+    if elsewhere:
+        more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
+        raise DeviceError(
+            f"the graph cannot be captured, {len(elsewhere)} nodes would not run on {provider}: "
+            f"{', '.join(elsewhere[:3])}{more}: use --drafter-device cpu"
+        )
+
+
+def _bucket(n: int) -> int:
+    return next(size for size in BUCKETS if size >= n)
+
+
+def _nbytes(spec: Spec) -> int:
+    shape, dtype = spec
+    return prod(shape) * np.dtype(dtype).itemsize

@@ -1,0 +1,218 @@
+"""CUDA without torch: why it cannot be used, and the few calls that a captured graph needs around it.
+
+The CUDA runtime is the one that onnxruntime-gpu was built for, called through ctypes: ONNX Runtime's Python API has no
+pinned memory and no copy that does not wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
+
+PROVIDER = "CUDAExecutionProvider"
+INSTALL = "pip install 'dovetail-spec[cuda]' brings CUDA and cuDNN"
+DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # of all onnxruntime-gpu in our range
+
+_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_NON_BLOCKING = 1  # a stream that does not wait for the default one
+_OUT_OF_MEMORY = 2
+
+_POINTER, _SIZE, _OUT = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+_ARGUMENTS: dict[str, list[Any]] = {
+    "cudaStreamCreateWithFlags": [_OUT, ctypes.c_uint],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaStreamDestroy": [_POINTER],
+    "cudaMalloc": [_OUT, _SIZE],
+    "cudaFree": [_POINTER],
+    "cudaHostAlloc": [_OUT, _SIZE, ctypes.c_uint],
+    "cudaFreeHost": [_POINTER],
+    "cudaMemsetAsync": [_POINTER, ctypes.c_int, _SIZE, _POINTER],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, _SIZE, ctypes.c_int, _POINTER],
+    "cudaMemGetInfo": [ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)],
+    "cudaGetErrorString": [ctypes.c_int],
+    "cudaGetLastError": [],
+}
+
+Bytes = NDArray[np.uint8]
+
+
+def cuda_problem() -> str | None:
+    """Why CUDA cannot be used, and what to do about it; None when a device answers and the libraries load.
+
+    Asks driver and libraries themselves, because ONNX Runtime only tells its log what it lacks.
+    """
+    import onnxruntime as ort
+
+    if PROVIDER not in ort.get_available_providers():
+        return "this onnxruntime is built without CUDA: install onnxruntime-gpu in its place"
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return f"no NVIDIA driver ({DRIVER} not found): install it, or let the drafter run on the CPU"
+    count = ctypes.c_int(0)
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code or not count.value:
+        return f"the NVIDIA driver shows no device (code {code}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    wanted, newest = cuda_major(), driver_cuda()
+    if newest is not None and newest[0] < wanted:
+        return (
+            f"the NVIDIA driver supports CUDA {newest[0]}, this onnxruntime-gpu needs {wanted}: update the driver, or "
+            f"install an onnxruntime-gpu for CUDA {newest[0]}"
+        )
+    missing = missing_libraries()
+    return f"{', '.join(missing)} cannot be loaded: {INSTALL}" if missing else None
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver supports, major and minor version; None where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        code = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return None if code else (version.value // 1000, version.value % 1000 // 10)
+
+
+def cuda_major() -> int:
+    """Major version of CUDA that onnxruntime-gpu was built for; 0 for a build without."""
+    from onnxruntime.capi import build_and_package_info as build
+
+    return int((getattr(build, "cuda_version", None) or "0").split(".")[0])
+
+
+def libraries() -> list[str]:
+    """File names of the libraries that the CUDA provider needs, those first that others need."""
+    major = cuda_major()
+    if os.name == "nt":
+        named = [f"{name}64_{major}.dll" for name in ("cudart", "cublasLt", "cublas")]
+        return [*named, f"curand64_{CURAND_MAJOR}.dll", f"cudnn64_{CUDNN_MAJOR}.dll"]
+    named = [f"lib{name}.so.{major}" for name in ("cudart", "cublasLt", "cublas")]
+    return [*named, f"libcurand.so.{CURAND_MAJOR}", f"libcudnn.so.{CUDNN_MAJOR}"]
+
+
+def missing_libraries() -> list[str]:
+    """Those of `libraries` that do not load, from their wheels or from where the system has them."""
+    preload()
+    return [name for name in libraries() if not _loads(name)]
+
+
+@cache
+def preload() -> None:
+    """Load CUDA and cuDNN from their wheels, where those are installed."""
+    import onnxruntime as ort
+
+    with redirect_stdout(StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
+class CudaDevice:
+    """Device 0: memory, pinned host memory, and copies in order with what runs on one stream.
+
+    Every method but `close`, which gives memory and stream back, raises DeviceError.
+    """
+
+    kind = "cuda"  # ONNX Runtime's name of where its memory is
+    provider = PROVIDER
+
+    def __init__(self) -> None:
+        preload()
+        try:
+            self._cuda = ctypes.CDLL(libraries()[0])
+        except OSError as error:
+            raise DeviceError(f"{libraries()[0]} cannot be loaded: {INSTALL}") from error
+        for name, arguments in _ARGUMENTS.items():
+            getattr(self._cuda, name).argtypes = arguments
+        self._cuda.cudaGetErrorString.restype = ctypes.c_char_p
+        self._device: list[int] = []
+        self._host: list[int] = []
+        stream = ctypes.c_void_p()
+        self._check("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
+        self._stream = stream
+
+    def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
+        """Of the execution provider: it runs on this stream, and its arena grows by what is asked, to `arena` bytes."""
+        options = {
+            "enable_cuda_graph": "1" if capture else "0",
+            "user_compute_stream": str(self._stream.value),
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        return options if arena is None else {**options, "gpu_mem_limit": str(arena)}
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._check("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes of zeros on the device."""
+        pointer = ctypes.c_void_p()
+        self._check("cudaMalloc", ctypes.byref(pointer), size)
+        assert pointer.value is not None
+        self._device.append(pointer.value)
+        self._check("cudaMemsetAsync", pointer, 0, size, self._stream)
+        return pointer.value
+
+    def pinned(self, size: int) -> Bytes:
+        """`size` bytes of zeros on the host that the device copies from and to directly; valid until `close`."""
+        pointer = ctypes.c_void_p()
+        self._check("cudaHostAlloc", ctypes.byref(pointer), size, 0)
+        assert pointer.value is not None
+        self._host.append(pointer.value)
+        memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer.value))
+        memory[:] = 0
+        return memory
+
+    def upload(self, to: int, source: Bytes) -> None:
+        """Copy pinned bytes to the device address `to`, without waiting."""
+        self._copy(to, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
+
+    def download(self, to: Bytes, source: int) -> None:
+        """Copy from the device address `source` to pinned bytes, without waiting."""
+        self._copy(to.ctypes.data, source, to.nbytes, _DEVICE_TO_HOST)
+
+    def wait(self) -> None:
+        """Wait for everything on the stream."""
+        self._check("cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        """Give memory and stream back; a device that failed keeps them until the process ends."""
+        for pointer in self._device:
+            self._cuda.cudaFree(pointer)
+        for pointer in self._host:
+            self._cuda.cudaFreeHost(pointer)
+        self._device, self._host = [], []
+        if self._stream.value:
+            self._cuda.cudaStreamDestroy(self._stream)
+            self._stream = ctypes.c_void_p()
+
+    def _copy(self, to: int, source: int, size: int, kind: int) -> None:
+        self._check("cudaMemcpyAsync", to, source, size, kind, self._stream)
+
+    def _check(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._cuda, function)(*arguments)
+        if code == 0:
+            return
+        self._cuda.cudaGetLastError()  # else the next who asks, ONNX Runtime or torch, takes it for their own
+        said = (self._cuda.cudaGetErrorString(code) or b"unknown error").decode(errors="replace")
+        full = "free VRAM" if function == "cudaMalloc" else "free memory"
+        remedy = f"{full}, or give --vram SIZE --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"
+        raise DeviceError(f"{function}: {said} (code {code}): {remedy}, or use --drafter-device cpu")

@@ -1,0 +1,174 @@
+"""What goes into a drafter's exported graph and what comes out: names, shapes and rows, and the seam to an engine.
+
+Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.tree.growth import Candidates
+
+CHUNK = 128  # rows of a call at most
+BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
+
+Array = NDArray[Any]
+INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "queries")
+INPUTS = (*INDEXES, "tree_mask", "features")
+OUTPUTS = ("top_logprobs", "top_ids")
+NOISE = "noise"  # [1, V] float32, added to the logits of every row; graphs of older pairs have none
+DRAFT_IDS = "draft_ids"  # of the graph's metadata: V target ids, little-endian int32 in base64
+_TYPES: dict[type[np.generic], str] = {
+    np.int64: "tensor(int64)", np.int32: "tensor(int32)", np.float32: "tensor(float)", np.float16: "tensor(float16)"
+}  # fmt: skip
+STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs and outputs of a call, one row each: [rows, ..].  Names, and their meaning, are the graph's.
+
+    queries: 0, 1, 2 .., of which a call takes the rows whose children are wanted.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    feature_rows: NDArray[np.int64]
+    kv_slots: NDArray[np.int64]
+    bank_slots: NDArray[np.int64]
+    context_end: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    tree_mask: Array  # [rows, T] additive
+    features: Array  # [rows, D]
+    top_logprobs: NDArray[np.float32]  # [rows, K]
+    top_ids: NDArray[np.int32]  # [rows, K]
+
+    def __post_init__(self) -> None:
+        self.queries[:] = np.arange(len(self.queries))
+
+    @classmethod
+    def zeros(cls, facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> Rows:
+        """Arrays of their own; `dtype` is that of the graph's activations."""
+        specs = row_specs(facts, rows, dtype)
+        arrays: dict[str, Any] = {name: np.zeros(shape, kind) for name, (shape, kind) in specs.items()}
+        return cls(**arrays)
+
+    def pad(self, n: int, trash: int) -> None:
+        """Make the rows from `n` on harmless: they attend to nothing and write where nobody reads."""
+        self.input_ids[n:] = self.position_ids[n:] = self.feature_rows[n:] = 0
+        self.kv_slots[n:] = self.context_end[n:] = 0
+        self.bank_slots[n:] = trash
+        self.tree_mask[n:] = BLOCKED
+
+
+Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
+
+
+def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
+    """Shape and dtype of every array of Rows, inputs first, features last of these."""
+    specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INDEXES}
+    specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
+    specs["features"] = ((rows, facts.feature_size), dtype)
+    specs["top_logprobs"] = ((rows, facts.top_k), np.float32)
+    specs["top_ids"] = ((rows, facts.top_k), np.int32)
+    return specs
+
+
+def state_shapes(facts: DrafterFacts, context: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what stays with the graph: per block kv.i [T + context, 2, g, d], and the bank [T + 1, D]."""
+    kv = (facts.tree_slots + context, 2, facts.num_kv_heads, facts.head_size)
+    return {**{f"kv.{i}": kv for i in range(facts.blocks)}, STATE: (facts.tree_slots + 1, facts.feature_size)}
+
+
+def output_name(state: str) -> str:
+    """Output of the graph that is bound to the memory of the input `state`."""
+    return "bank_out" if state == STATE else f"{state}.out"
+
+
+class Runner(Protocol):
+    """Runs the graph, owning KV and bank.
+
+    file_key: of the graph in DrafterFacts.files.  max_context: pairs that it holds.  bus_bytes: moved so far between
+    host and device, both ways; 0 where they are one.  draft_ids: [V], target ids of the draft vocabulary, None where
+    the graph takes no noise.
+    """
+
+    file_key: str
+    max_context: int
+    bus_bytes: int
+    draft_ids: NDArray[np.int32] | None
+
+    def rows(self, n: int) -> Rows:
+        """Where the inputs of a call of n rows are to be written, at least n rows each."""
+        ...
+
+    def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
+        """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run.
+
+        noise: [V] float32, None for none.
+        upload_features: they are read too; then the last row's children are wanted alone, and may be all that comes.
+        """
+        ...
+
+    def touch(self, context: int) -> None:
+        """Have memory of its own under the KV of `context` pairs, whatever it holds."""
+        ...
+
+    def close(self) -> None:
+        """Give a device's memory back; nothing may be run after it."""
+        ...
+
+
+def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:
+    """Check a graph's inputs and outputs: names, dtypes, and sizes that are fixed.  Raises DeviceError naming one.
+
+    dtype: of the graph's activations.  Graphs of older pairs have no `queries` and no `noise`.
+    """
+    rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: as many as a call has
+    inputs: dict[str, Spec] = {name: rows[name] for name in INPUTS}
+    inputs |= {NOISE: ((1, facts.draft_vocab_size), np.float32)}
+    inputs |= {name: (shape, dtype) for name, shape in state.items()}
+    outputs: dict[str, Spec] = {name: rows[name] for name in OUTPUTS}
+    outputs |= {output_name(name): (shape, dtype) for name, shape in state.items()}
+    try:
+        given, returned = session.get_inputs(), session.get_outputs()
+    except ValueError as error:  # a name that is not UTF-8
+        raise DeviceError(f"{file} has inputs without readable names ({error}): export the drafter again") from None
+    lacking = {*inputs} - {port.name for port in given} - {"queries", NOISE}
+    lacking |= {*outputs} - {port.name for port in returned}
+    odd = {port.name for port in given} - {*inputs}
+    if lacking or odd:
+        found = f"no {min(lacking)!r}" if lacking else f"an unknown input {min(odd)!r}"
+        raise DeviceError(f"{file} has {found}: export the drafter again")
+    for port in (*given, *returned):
+        if port.name not in inputs | outputs:
+            continue
+        shape, kind = (inputs | outputs)[port.name]
+        pairs = zip(port.shape, shape, strict=False)
+        fits = all(size == wanted or not wanted or not isinstance(size, int) for size, wanted in pairs)
+        if port.type != _TYPES[kind] or len(port.shape) != len(shape) or not fits:
+            raise DeviceError(
+                f"{file}: {port.name} is {port.type} {port.shape}, the manifest says {_TYPES[kind]} {list(shape)} "
+                "(0 is any): export the drafter again"
+            )
+
+
+def read_draft_ids(session: Any, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
+    """[V], target ids of the draft vocabulary, from the graph; None where it takes no noise.  Raises DeviceError."""
+    if NOISE not in {port.name for port in session.get_inputs()}:
+        return None
+    try:
+        ids = np.frombuffer(b64decode(session.get_modelmeta().custom_metadata_map[DRAFT_IDS], validate=True), "<i4")
+        if len(ids) != facts.draft_vocab_size or not 0 <= ids.min() <= ids.max() < facts.target_vocab_size:
+            raise ValueError(f"{len(ids)} ids")
+    except (KeyError, ValueError) as error:
+        raise DeviceError(f"{file} does not say its draft vocabulary ({error}): export the drafter again") from None
+    return ids

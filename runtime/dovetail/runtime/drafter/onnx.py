@@ -1,0 +1,235 @@
+"""The drafter on ONNX Runtime: one graph, static buffers bound once, state updated in place.
+
+On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree level costs one run and a few
+small writes; the KV buffer is bound as a prefix that grows with the context.  On CUDA (float16) the same
+rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
+
+Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size, V draft
+vocabulary.
+KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
+node i's; row T takes what nobody will read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dovetail.runtime.drafter.cpu import CpuRunner
+from dovetail.runtime.drafter.cuda import CudaRunner, Device
+from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
+from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
+from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.vram import check_limit, plan_pair
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
+from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
+from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.machine import usable_cores
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
+from dovetail.runtime.tree.limits import TreeLimits
+
+log = logging.getLogger(__name__)
+
+
+class OnnxDrafter:
+    """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why.
+
+    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.  top_k: children it offers.
+    """
+
+    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
+        self.device, self.device_note = device, device_note
+        self.file_key, self.max_context, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self._facts, self._runner = facts, runner
+        self._length = 0
+        self._root: tuple[int, Candidates] | None = None  # last known token and its children
+
+    @classmethod
+    def open(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        vram: int | None = None,
+        fit: bool = False,
+    ) -> OnnxDrafter:
+        """Load the pair's drafter: "cuda", "cpu", or "auto" (CUDA when there is one, else the CPU).
+
+        threads: of the CPU session, default one per core that this process may use.
+        vram: bytes of GPU memory that it may take, None for what the pair says; fit: its context may shrink to that.
+        The log is told when "auto" cannot use a GPU that is there, or that `vram` was given for.
+        Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
+        small, or ONNX Runtime refuses the file).
+        """
+        facts = manifest.drafter
+        if facts is None:
+            raise PairError(f"{pair} has no drafter: add one with dovetail-export drafter, or run without speculation")
+        if device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"drafter device {device!r} is unknown: choose auto, cpu or cuda")
+        check_limit(vram, fit, device)
+        note = "asked for"
+        if device != "cpu":
+            try:
+                return cls.open_cuda(pair, manifest, vram=vram, fit=fit)
+            except DeviceError as error:
+                if device == "cuda":
+                    raise DeviceError(f"the drafter cannot run on CUDA: {error}") from error
+                note = f"no CUDA: {error}"
+                if vram is not None or driver_cuda() is not None:  # somebody counts on a GPU
+                    log.warning("the drafter runs on the CPU: %s", error)
+        return cls.open_cpu(pair, manifest, threads=threads, note=note)
+
+    @classmethod
+    def open_cpu(cls, pair: Path, manifest: Manifest, *, threads: int | None, note: str) -> OnnxDrafter:
+        """The INT8 drafter; note: why it is this one.  Raises DeviceError."""
+        facts = manifest.drafter
+        assert facts is not None
+        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
+        return cls(facts, runner, device="CPU (int8)", device_note=note)
+
+    @classmethod
+    def open_cuda(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        vram: int | None = None,
+        fit: bool = False,
+        new_device: Callable[[], Device] | None = None,
+    ) -> OnnxDrafter:
+        """The float16 drafter on a GPU, its graphs captured.  new_device: in place of CUDA's.  Raises DeviceError."""
+        facts = manifest.drafter
+        assert facts is not None
+        if new_device is None and (problem := cuda_problem()):
+            raise DeviceError(problem)
+        plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
+        device = (new_device or CudaDevice)()
+        runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
+        return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
+
+    @property
+    def length(self) -> int:
+        """(feature, token) pairs it has been extended with."""
+        return self._length
+
+    @property
+    def bus_bytes(self) -> int:
+        """Bytes moved so far between host and device; 0 on the CPU."""
+        return self._runner.bus_bytes
+
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
+
+        noise: of these children, see DraftSession.
+
+        Raises ContextOverflow, InputError (shapes, ids), DeviceError; the length counts finished chunks only.
+        """
+        self._check(tokens, features)
+        self._root = None
+        for start in range(0, len(tokens), CHUNK):
+            chunk = slice(start, min(start + CHUNK, len(tokens)))
+            found = self._extend(tokens[chunk], features[chunk], noise)
+            self._length += len(tokens[chunk])
+        if len(tokens):
+            last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
+            self._root = int(tokens[-1]), last
+
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        """Grow a tree below the last token of `extend`; each level is one run of the graph."""
+        if self._root is None:
+            raise InputError("nothing to draft from: extend the drafter with the last known token first")
+        if limits.top_k > self._facts.top_k:
+            raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
+        token, first = self._root
+        expand = partial(self._expand, noise=noise)
+        return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
+
+    def reset(self, keep: int = 0) -> None:
+        """Forget everything after the first `keep` pairs; drafting then needs a new `extend`."""
+        if not 0 <= keep <= self._length:
+            raise InputError(f"cannot keep {keep} pairs of {self._length}: give 0 to {self._length}")
+        if keep < self._length:
+            self._length, self._root = keep, None
+
+    def assume(self, length: int) -> None:
+        """Behave as if extended by `length` pairs, for timing alone: their KV is whatever lies there."""
+        self._runner.touch(length)
+        self._length, self._root = length, None
+
+    def rehearse(self, nodes: int) -> None:
+        """A tree's level of so many nodes, all below the root, for timing alone; nothing is kept of it."""
+        rows = np.minimum(np.arange(1, nodes + 1), self._facts.tree_slots - 1)
+        attend = rows[:, None] == np.arange(self._facts.tree_slots)
+        self._expand(Level(1, rows, np.zeros_like(rows), np.zeros_like(rows), attend))
+
+    def close(self) -> None:
+        """Give a GPU's memory back; the session is not to be used any more."""
+        self._runner.close()
+
+    def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
+        """One chunk of at most CHUNK pairs."""
+        n, start, slots = len(tokens), self._length, self._facts.tree_slots
+        rows = self._runner.rows(n)
+        positions = np.arange(start, start + n)
+        rows.input_ids[:n] = tokens
+        rows.position_ids[:n] = positions
+        rows.features[:n] = features
+        rows.feature_rows[:n] = np.arange(slots + 1, slots + 1 + n)
+        rows.kv_slots[:n] = positions + slots
+        rows.bank_slots[:n] = slots
+        rows.bank_slots[n - 1] = 0
+        rows.context_end[:n] = positions + 1
+        rows.tree_mask[:n] = BLOCKED
+        return self._run(n, start + n, self._noise(1, noise), upload_features=True)
+
+    def _expand(self, level: Level, noise: DraftNoise | None = None) -> Candidates:
+        """One level of the tree: features of the parents come from the bank."""
+        n, length = len(level.rows), self._length
+        rows = self._runner.rows(n)
+        rows.input_ids[:n] = level.tokens
+        rows.position_ids[:n] = length - 1 + level.depth
+        rows.feature_rows[:n] = level.parent_rows
+        rows.kv_slots[:n] = level.rows
+        rows.bank_slots[:n] = level.rows
+        rows.context_end[:n] = length
+        mask = rows.tree_mask[:n]
+        mask[...] = BLOCKED
+        mask[level.attend] = 0
+        return self._run(n, length, self._noise(level.depth + 1, noise), upload_features=False)
+
+    def _noise(self, depth: int, noise: DraftNoise | None) -> FloatArray | None:
+        """[V], of the children at `depth`; None where nothing is drawn, or the graph takes none."""
+        ids = self._runner.draft_ids
+        return None if noise is None or ids is None else noise(depth, ids)
+
+    def _run(self, n: int, context: int, noise: FloatArray | None, *, upload_features: bool) -> Candidates:
+        found = self._runner.run(n, context, noise, upload_features=upload_features)
+        if not np.isfinite(found.logprobs).all():
+            raise DeviceError(
+                f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "
+                "--drafter-device, or generate without speculation"
+            )
+        return found
+
+    def _check(self, tokens: TokenArray, features: FloatArray) -> None:
+        facts = self._facts
+        if features.shape != (len(tokens), facts.feature_size):
+            raise InputError(
+                f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
+            )
+        if self._length + len(tokens) > self.max_context:
+            raise ContextOverflow(
+                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.max_context}: shorten "
+                "the prompt or generate without speculation"
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:
+            raise InputError(
+                f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {facts.target_vocab_size}"
+            )

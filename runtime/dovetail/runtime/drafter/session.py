@@ -1,0 +1,48 @@
+"""The drafter's seam: a session that proposes token trees.
+
+Axes: T new tokens, K candidates, D feature size.  For positions see the target's seam, target/session.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.growth import Judge
+from dovetail.runtime.tree.limits import TreeLimits
+
+# For sampled tokens: (depth, ids [K]) -> [K] float32, to be added to a drafter's logits of the tokens `ids` that
+# may come `depth` levels below the last known token, so that its best are what the target draws (see Sampler.ahead).
+DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
+
+
+@runtime_checkable
+class DraftSession(Protocol):
+    """The drafter with its own KV of the same conversation."""
+
+    device: str  # e.g. "CPU (int8)", "CUDA"
+
+    @property
+    def length(self) -> int:
+        """(feature, token) pairs it has been extended with."""
+        ...
+
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D].
+
+        noise: of what follows the last token, None where nothing is drawn; a session may do without it.
+        """
+        ...
+
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        """Grow a tree below the last token of `extend`, the root; judge: see grow_tree.  noise: see `extend`."""
+        ...
+
+    def reset(self, keep: int = 0) -> None:
+        """Forget everything after the first `keep` pairs."""
+        ...

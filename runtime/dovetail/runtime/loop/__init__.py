@@ -1,0 +1,1 @@
+"""One round after the other: prefill, draft, verify, accept, commit, yield."""

@@ -1,0 +1,66 @@
+"""An answer that its target reads again: which tokens it chooses there, and how clearly.
+
+Axes: A tokens of the answer, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.loop.generate import Conversation
+from dovetail.runtime.policy.choose import filled
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.arrays import FloatArray
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+_CHAIN = 12  # nodes a pass: a width of trees, which the target has prepared already
+
+
+class Choice(NamedTuple):
+    """What the target chooses in the place of a token of an answer.
+
+    margin: logits that it is above the answer's token, 0 where it is that one; None where more than logits decide.
+    """
+
+    token: int
+    margin: float | None
+
+
+def read_again(
+    conversation: Conversation, prompt: Sequence[int], answer: Sequence[int], sampler: Sampler
+) -> list[Choice]:
+    """A Choice for each of the A tokens of `answer`; the conversation is forgotten before, and holds what was read.
+
+    It is read in chains, whose rows have the bits of a tree's first path.  Raises InputError for ids that are none.
+    """
+    seen, found = list(prompt), list[Choice]()
+    for token, logits in zip(answer, _logits(conversation, prompt, answer), strict=True):
+        if not 0 <= token < len(logits):
+            raise InputError(f"token id {token} is none of the target's {len(logits)}: give an answer of its own")
+        chosen = sampler.pick(logits, len(seen), seen)
+        clear = sampler.params.greedy and sampler.params.repetition_penalty == 1
+        found.append(Choice(chosen, float(logits[chosen] - logits[token]) if clear else None))
+        seen.append(token)
+    return found
+
+
+def _logits(talk: Conversation, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[FloatArray]:
+    """The target's logits [V] for each token of `answer`, valid until the next is asked for."""
+    talk.forget()
+    talk.tokens = list(prompt)
+    try:
+        result = talk.prefill(speculate=False)
+        yield from result.logits[-1:][: len(answer)]
+        for begin in range(0, len(answer) - 1, _CHAIN):
+            tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
+            nodes = np.arange(len(tokens))
+            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
+            width = min(_CHAIN, talk.target.max_context - talk.target.length)
+            yield from talk.target.verify(filled(chain, width)).logits[: len(tokens)]
+            talk.commit(nodes, tokens.tolist())
+    finally:
+        talk.rewind()

@@ -1,0 +1,1 @@
+"""The artifact: a pair folder and its manifest."""

@@ -1,0 +1,405 @@
+"""`dovetail.json`: the record of a pair folder. Facts come from here, never from a file name.
+
+The manifest is written last and atomically, so that an interrupted export never looks finished.
+A pair without a drafter (a target that waits for one) is a valid pair with `drafter=None`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from dovetail.runtime.errors import InputError, IntegrityError, ManifestError, MismatchError
+from dovetail.runtime.system.bounds import BYTES_MOST, check_whole
+from dovetail.runtime.system.files import check_regular, open_regular, parse_json, read_bytes, read_json
+from dovetail.runtime.tree.limits import TreeLimits
+
+FORMAT_VERSION = 1
+# Without these there is no target.
+TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "target/tokenizer.json")
+MANIFEST_NAME = "dovetail.json"
+PARTS = ("target", "drafter")
+FUSIONS = ("dgf", "fc")
+
+TREE_MOST = 2**12  # of each limit of a manifest's tree
+_AGAIN = "export the pair again"
+
+DATA_SUFFIX = ".data"  # of the file beside a graph that holds its weights
+DEVICES = ("cuda", "cpu")
+
+Record = TypeVar("Record")
+_MAY_BE_MISSING = {"may_be_missing": True}  # keys that older manifests of this format version do not have
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and digest (sha256, 64 hexadecimal digits) of one file of the pair."""
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ManifestError(f"size {self.size} of a file is negative: export the pair again")
+        if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
+            raise ManifestError(f"sha256 {self.sha256!r} is not 64 hexadecimal digits: export the pair again")
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the runtime must know about a target before it loads a weight.
+
+    hidden_size: width of the embedding; feature_size: width D of the tapped features.
+    max_context: tokens. taps: friendly names of the tapped nodes, in the order of the features.
+    tokenizer_sha256: digest of tokenizer.json.
+    """
+
+    model_type: str
+    hidden_size: int
+    feature_size: int
+    vocab_size: int
+    num_layers: int
+    max_context: int
+    weight_format: str
+    taps: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+    tokenizer_sha256: str
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
+        if not self.taps:
+            raise ManifestError("target.taps is empty: export the target again, a drafter needs a feature output")
+
+
+@dataclass(frozen=True)
+class DrafterFacts:
+    """What the runtime must know about a drafter: sizes of its graph, and which file serves which device.
+
+    top_k: children that the graph returns per row. tree_slots: rows of KV kept for tree nodes.
+    max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
+    feature_layers: blocks of the target read beside its last feature; then files["features"] says how (FeatureMix).
+    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; () where unknown.
+    vram: bytes of GPU memory that it was exported to keep to; 0 for no limit.
+    noise: whether its graphs take the noise of sampled answers, which those of older versions do not.
+    """
+
+    fusion: str
+    blocks: int
+    hidden_size: int
+    feature_size: int
+    target_vocab_size: int
+    draft_vocab_size: int
+    num_kv_heads: int
+    head_size: int
+    top_k: int
+    tree_slots: int
+    max_context: int
+    tokenizer_sha256: str
+    files: dict[str, str]
+    feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
+    workspace: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
+    vram: int = field(default=0, metadata=_MAY_BE_MISSING)
+    noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ManifestError(f"drafter.fusion {self.fusion!r} is unknown: one of {', '.join(FUSIONS)}")
+        if "cpu" not in self.files:
+            raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
+        if bool(self.feature_layers) != ("features" in self.files):
+            raise ManifestError("drafter.feature_layers and files['features'] do not match: export the drafter again")
+        if len(self.workspace) not in (0, 2):
+            raise ManifestError(f"drafter.workspace {self.workspace} is no pair of sizes: export the drafter again")
+        for name, value in (*(("workspace", size) for size in self.workspace), ("vram", self.vram)):
+            check_whole(f"drafter.{name}", value, ManifestError, _AGAIN, least=0, most=BYTES_MOST)
+        _check_sizes(
+            self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
+            "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one pair. files: path inside the pair (POSIX, relative) -> size and digest."""
+
+    name: str
+    target: TargetFacts
+    drafter: DrafterFacts | None
+    files: dict[str, FileEntry]
+    tree: TreeLimits = field(default_factory=TreeLimits)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        listed = [*self.files, *(self.drafter.files.values() if self.drafter else ())]
+        for path in map(PurePosixPath, listed):
+            if path.is_absolute() or ".." in path.parts or set("\\\0") & set(str(path)):
+                raise ManifestError(f"files: {str(path)!r} lies outside the pair: export the pair again")
+
+    def drafter_files(self, device: str) -> list[FileEntry]:
+        """The drafter's graph for `device`, which it must have, and its weights where they lie beside it."""
+        assert self.drafter is not None
+        graph = self.drafter.files[device]
+        return [self.files[name] for name in (graph, graph + DATA_SUFFIX) if name in self.files]
+
+
+def read_manifest(pair: Path) -> Manifest:
+    """Read and check `pair`/dovetail.json.
+
+    Raises ManifestError: missing, not JSON, unknown or missing key, wrong type, another version.
+    """
+    path = Path(pair) / MANIFEST_NAME
+    try:
+        raw = read_json(path, ManifestError, "check its permissions, or export the pair again")
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = ", or finish its export with --resume" if Path(pair).is_dir() else ""
+        raise ManifestError(f"{path} is missing: name a pair folder{remedy}") from None
+    try:
+        return parse_manifest(raw)
+    except ManifestError as err:
+        raise ManifestError(f"{path}: {err}") from None
+
+
+def parse_manifest(raw: object) -> Manifest:
+    """Build a Manifest from decoded JSON. Raises ManifestError naming the key."""
+    data = _mapping(raw, "the manifest")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            f"format_version {version!r:.60} is not {FORMAT_VERSION}: "
+            "export the pair again with this version of Dovetail, or install the one that wrote it"
+        )
+    _check_keys(Manifest, data, "")
+    entries = _mapping(data["files"], "files")
+    try:
+        tree = parse_record(TreeLimits, data["tree"], "tree")
+    except InputError as err:
+        raise ManifestError(str(err)) from None
+    for name, value in asdict(tree).items():
+        check_whole(f"tree.{name}", value, ManifestError, _AGAIN, least=0, most=TREE_MOST)
+    return Manifest(
+        name=_value(str, data["name"], "name"),
+        target=parse_record(TargetFacts, data["target"], "target"),
+        drafter=None if data["drafter"] is None else parse_record(DrafterFacts, data["drafter"], "drafter"),
+        files={name: parse_record(FileEntry, entry, f"files[{name}]") for name, entry in entries.items()},
+        tree=tree,
+        provenance=_provenance(data["provenance"]),
+    )
+
+
+def write_manifest(pair: Path, manifest: Manifest) -> None:
+    """Write `pair`/dovetail.json whole or not at all. Raises OSError (full disk, permissions)."""
+    data = {"format_version": manifest.format_version, **asdict(manifest)}  # the version comes first
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(Path(pair) / MANIFEST_NAME, text.encode("utf-8"))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: readers see the old file or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of `path`, for a manifest. Raises OSError."""
+    return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def sha256_file(path: Path, *, remember: bool = True) -> str:
+    """Digest of a file's content; with `remember`, a file unchanged since the last call is not read again.
+
+    Unchanged means: same path, size, modification and change times and inode. Raises OSError.
+    """
+    resolved = Path(path).resolve()
+    identity = _identity(resolved)
+    memory = cache_dir() / "digests" / f"{hashlib.sha256(str(resolved).encode()).hexdigest()}.json"
+    if remember and (known := _recall(memory, identity)):
+        return known
+    with open_regular(resolved) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _identity(resolved) == identity:
+        # A cache that cannot be written costs time, not correctness.
+        with contextlib.suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memory, json.dumps({"file": identity, "sha256": digest}).encode())
+    return digest
+
+
+def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
+    """The manifest of a pair that may be loaded: its parts belong together, every file is there and unaltered.
+
+    tree: limits to be used in place of its own.  Raises ManifestError, MismatchError, IntegrityError.
+    """
+    manifest = read_manifest(pair)
+    check_pair(manifest if tree is None else replace(manifest, tree=tree))
+    check_listed(manifest)
+    verify_files(pair, manifest)
+    return manifest
+
+
+def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> None:
+    """Check that every listed file is there, whole and unaltered.
+
+    Raises IntegrityError naming the first file that is not. `remember`: see sha256_file.
+    """
+    for relative in manifest.drafter.files.values() if manifest.drafter else ():
+        if relative not in manifest.files:
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")
+    for relative, entry in manifest.files.items():
+        _verify_file(Path(pair) / relative, entry, remember)
+    for file in (file for part in PARTS for file in (Path(pair) / part).glob("*")):  # some are read without a digest
+        try:
+            check_regular(file)
+        except FileNotFoundError:  # a link to nowhere
+            continue
+        except OSError as err:
+            raise IntegrityError(f"{file} cannot be read ({err.strerror}): remove it") from None
+
+
+def check_listed(manifest: Manifest) -> None:
+    """Check that the files a target cannot do without have digests. Raises IntegrityError naming one that has none."""
+    for relative in TARGET_FILES:
+        if relative not in manifest.files:
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
+
+
+def check_pair(manifest: Manifest) -> None:
+    """Check that drafter and target belong together; a target without a drafter passes.
+
+    Raises MismatchError naming both values.
+    """
+    drafter, target, tree = manifest.drafter, manifest.target, manifest.tree
+    if drafter is None:
+        return
+    pairs: tuple[tuple[str, object, object], ...] = (
+        ("hidden size", drafter.hidden_size, target.hidden_size),
+        ("feature size", drafter.feature_size, target.feature_size),
+        ("vocabulary", drafter.target_vocab_size, target.vocab_size),
+        ("tokenizer", drafter.tokenizer_sha256[:12], target.tokenizer_sha256[:12]),
+    )
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise MismatchError(
+                f"the drafter's {what} {ours} is not the target's {theirs}: use the drafter trained for this target"
+            )
+    if max(drafter.feature_layers, default=0) >= target.num_layers:
+        raise MismatchError(
+            f"the drafter reads layer {max(drafter.feature_layers)} of a target that has {target.num_layers}: use the "
+            "drafter trained for this target"
+        )
+    if drafter.draft_vocab_size > target.vocab_size:
+        raise MismatchError(
+            f"draft vocabulary {drafter.draft_vocab_size} exceeds the target's {target.vocab_size}: train it again"
+        )
+    if tree.top_k > drafter.top_k:
+        raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it")
+    if tree.width > drafter.tree_slots:
+        raise MismatchError(f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it")
+
+
+def cache_dir() -> Path:
+    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
+
+    A user without a home has no cache: the folder given back is one that can be neither read nor made.
+    """
+    if own := os.environ.get("DOVETAIL_CACHE"):
+        return Path(os.path.expanduser(own))
+    home = os.path.expanduser("~")  # stays "~" without a home
+    base = os.environ.get("XDG_CACHE_HOME") or (os.devnull if home == "~" else os.path.join(home, ".cache"))
+    return Path(os.path.expanduser(base)) / "dovetail"
+
+
+def _verify_file(path: Path, entry: FileEntry, remember: bool) -> None:
+    remedy = "build the pair again with --resume"
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+        if size != entry.size:
+            state = "truncated" if size < entry.size else "too long"
+            raise IntegrityError(f"{path} is {state} ({size} bytes, {entry.size} expected): {remedy}")
+        if sha256_file(path, remember=remember) != entry.sha256:
+            raise IntegrityError(f"{path} was altered (its sha256 is not the manifest's): {remedy}")
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is missing: {remedy}") from None
+    except OSError as err:
+        raise IntegrityError(f"{path} cannot be read ({err.strerror}): {remedy}") from None
+
+
+def _identity(path: Path) -> list[int | str]:
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _recall(memory: Path, identity: list[int | str]) -> str | None:
+    try:
+        note = parse_json(read_bytes(memory))
+        return str(note["sha256"]) if note["file"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
+        return None
+
+
+def _check_sizes(record: object, *names: str) -> None:
+    for name in names:
+        check_whole(f"{type(record).__name__}.{name}", getattr(record, name), ManifestError, _AGAIN)
+
+
+def _mapping(raw: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, dict):
+        raise ManifestError(f"{where} is a {type(raw).__name__}, not an object: export the pair again")
+    return raw
+
+
+def _provenance(raw: object) -> dict[str, Any]:
+    """Any object, but for the `stages` in it, from which an export goes on."""
+    provenance = _mapping(raw, "provenance")
+    for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
+        for key in ("inputs", "facts"):
+            _mapping(_mapping(stage, f"stage {name}").get(key, {}), f"{key} of stage {name}")
+    return dict(provenance)
+
+
+def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
+    known = {f.name: f for f in fields(record)}
+    for key in data:
+        if key not in known:
+            raise ManifestError(f"unknown key {where + key!r}: remove it, or use the Dovetail that wrote it")
+    for name, entry in known.items():
+        if name not in data and not entry.metadata.get("may_be_missing"):
+            raise ManifestError(f"key {where + name!r} is missing: export the pair again")
+
+
+def parse_record(record: type[Record], raw: object, where: str) -> Record:
+    """A dataclass from JSON: every field present, none unknown, each of its type. Raises ManifestError."""
+    data = _mapping(raw, where)
+    _check_keys(record, data, f"{where}.")
+    hints = get_type_hints(record)
+    return record(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _value(hint: Any, raw: object, where: str) -> Any:
+    """`raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple and isinstance(raw, list):
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+    if origin is dict and isinstance(raw, dict):
+        return {key: _value(args[1], item, f"{where}[{key}]") for key, item in raw.items()}
+    if origin is None and isinstance(raw, hint) and isinstance(raw, bool) == (hint is bool):
+        if isinstance(raw, str) and "\0" in raw:
+            raise ManifestError(f"{where} {raw!r:.80} holds a NUL: {_AGAIN}")
+        return raw
+    kinds = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list", dict: "an object"}
+    expected = kinds[origin or hint]
+    raise ManifestError(f"{where} is {raw!r:.80}, not {expected}: export the pair again")

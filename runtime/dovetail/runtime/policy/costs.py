@@ -1,0 +1,123 @@
+"""What a pass of each engine costs on this machine, by its rows and paths and by the context before it.
+
+Axes: C context lengths, R row counts, ascending both.  Times are milliseconds.
+A pass never gets cheaper with more rows or more context: measured medians are made so by isotonic regression
+(pool adjacent violators), rows first, then contexts; the second keeps what the first did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import InputError
+
+Floats = NDArray[np.float64]
+
+CONTEXT_STEP = 64  # tokens of context for which one prediction serves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds of a pass.
+
+    contexts: [C] tokens before it.  rows: [R] new tokens or nodes in it, from 1.  ms: [C][R], rising along both.
+    """
+
+    contexts: tuple[int, ...]
+    rows: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, values, least in (("contexts", self.contexts, 0), ("rows", self.rows, 1)):
+            if not values or not all(low < high for low, high in pairwise((least - 1, *values))):
+                raise InputError(f"curve {name} {list(values)} are out of order: give them ascending, from {least}")
+        if [len(line) for line in self.ms] != [len(self.rows)] * len(self.contexts):
+            raise InputError(f"curve of {len(self.contexts)} x {len(self.rows)} points has other times: measure again")
+        if not all(isfinite(value) and value > 0 for line in self.ms for value in line):
+            raise InputError("curve times must be above 0 and finite: measure again")
+
+    @classmethod
+    def fit(cls, contexts: Sequence[int], rows: Sequence[int], ms: NDArray[np.floating[Any]]) -> Curve:
+        """The curve nearest to the measured `ms` [C, R] that never falls."""
+        along_rows = np.array([isotonic(line) for line in ms])
+        rising = np.array([isotonic(column) for column in along_rows.T]).T
+        return cls(tuple(contexts), tuple(rows), tuple(tuple(map(float, line)) for line in rising))
+
+    def at(self, context: int, rows: int) -> float:
+        """Prediction for `rows` rows, of which 0 are free, after about `context` tokens.
+
+        Linear between the points, level before the first and on with the last slope.
+        """
+        if not rows:
+            return 0.0
+        step = context // CONTEXT_STEP
+        known = self._known.get((step, rows))
+        if known is None:
+            line = [_line(self.contexts, column, step * CONTEXT_STEP) for column in zip(*self.ms, strict=True)]
+            known = self._known[step, rows] = _line(self.rows, line, rows)
+        return known
+
+
+@dataclass(frozen=True)
+class Costs:
+    """target: verification of a chain by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows.
+
+    path: what every path of a tree beside the first adds to its verification, by the context alone (one row): the
+    attention over the context is computed for each path.
+
+    switch_ms: what a pass of the target takes more when the last one had another number of nodes: the engine then
+    prepares every operation anew, some 5 ms for SmolLM2-135M on two cores, more than half a plain step.
+    """
+
+    target: Curve
+    draft: Curve
+    path: Curve
+    switch_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.switch_ms) and self.switch_ms >= 0):
+            raise InputError(f"switch_ms {self.switch_ms} is out of range: measure again")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        curves = {
+            name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
+            for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))
+        }
+        return {**curves, "switch_ms": self.switch_ms}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
+        """From decoded JSON.  Raises InputError, KeyError or TypeError for anything else."""
+        target, draft, path = (
+            Curve(tuple(curve["contexts"]), tuple(curve["rows"]), tuple(tuple(line) for line in curve["ms"]))
+            for curve in (raw["target"], raw["draft"], raw["path"])
+        )
+        return cls(target, draft, path, float(raw["switch_ms"]))
+
+
+def isotonic(values: Sequence[float] | Floats) -> Floats:
+    """The rising sequence nearest to `values` in squares: neighbours that fall are pooled into their mean."""
+    pools: list[tuple[float, int]] = []  # mean, count
+    for value in values:
+        mean, count = float(value), 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        pools.append((mean, count))
+    return np.array([mean for mean, count in pools for _ in range(count)])
+
+
+def _line(at: Sequence[int], values: Sequence[float], wanted: int) -> float:
+    """`values` at points `at`, interpolated at `wanted`: level before the first point, with the last slope after it."""
+    if wanted > at[-1] and len(at) > 1:
+        return values[-1] + (wanted - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2])
+    return float(np.interp(wanted, at, values))

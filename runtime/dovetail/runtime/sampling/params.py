@@ -1,0 +1,60 @@
+"""How tokens are to be chosen from the target's logits: the settings of one generation."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dovetail.runtime.errors import InputError
+
+_SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen from the target's logits. The defaults are greedy decoding.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: share of the best token's probability,
+    0 is off. repetition_penalty: 1 is off, above 1 discourages tokens of the prompt and the answer.
+    seed: None draws one when a generation samples.
+    Raises InputError that names the value.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, lambda t: t >= 0, "0 (greedy) or more, e.g. 0.7")
+        _check_whole("top_k", self.top_k, None, "0 (off) or more, e.g. 40")
+        _check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "more than 0 and at most 1 (off), e.g. 0.95")
+        _check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 (off) to 1, e.g. 0.05")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda r: r > 0, "more than 0; 1 is off, e.g. 1.1")
+        if self.seed is not None:
+            _check_whole("seed", self.seed, _SEED_LIMIT, "from 0 to 2**63 - 1, or None for a random one")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def seeded(self) -> SamplingParams:
+        """The same with a seed: drawn now if sampling needs one and none was given."""
+        if self.greedy or self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbelow(2**32))
+
+
+def _check_number(name: str, value: float, fits: Callable[[float], bool], remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
+        raise InputError(f"{name} {value!r} is out of range: give {remedy}")
+
+
+def _check_whole(name: str, value: int, limit: int | None, remedy: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 0 or (limit is not None and value >= limit):
+        raise InputError(f"{name} {value!r} is out of range: give a whole number {remedy}")

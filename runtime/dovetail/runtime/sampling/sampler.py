@@ -1,0 +1,176 @@
+"""From the target's logits to a token: processors, and noise keyed by position.
+
+Axes: V target vocabulary, S tokens that survived the processors.
+Processors and their order are those of transformers' generate: repetition penalty, temperature, top-k,
+top-p, min-p. What survives them is drawn by the Gumbel-max trick: the token with the best sum of its logit and
+temperature x noise, where each token has noise of its own. That depends on the seed and the absolute position alone,
+so a seed draws the same whether tokens are found one by one or as the path of a tree; and a drafter that adds of the
+same noise to its logits finds what the target will draw more often than its own best tokens would be drawn.
+Source of the latter: Daliri, Musco and Suresh, Coupling without Communication and Drafter-Invariant Speculative
+Decoding (arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.sampling.noise import Noise, gumbel_noise
+from dovetail.runtime.sampling.params import SamplingParams
+
+_KEPT = 12  # positions whose noise is kept: a tree's levels ask for it before the target does
+# Of the noise, what a drafter adds to its own logits.  Where the target is surer than the drafter thinks, its token
+# does not hang on the noise, and the drafter's best is the better guess (docs/speed.md, Sampled answers).
+TRUST = 0.6
+_HOTTEST = 1e4  # temperature of a drafter's noise: beyond, its logits count for nothing anyway
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The tokens that may be chosen.  ids: [S] int64, ascending.  probs: [S] float64, sum 1.
+
+    Both may be the sampler's own memory: valid until its next call.
+    """
+
+    ids: NDArray[np.int64]
+    probs: NDArray[np.float64]
+
+
+class Sampler:
+    """Chooses tokens for one generation; works on the rows it is asked for, nothing ahead.
+
+    noise: of a position, for the whole vocabulary; the default is keyed by params.seed.
+    """
+
+    def __init__(self, params: SamplingParams, noise: Noise | None = None) -> None:
+        self.params = params.seeded()
+        self._new_noise = noise or gumbel_noise(self.params.seed or 0)
+        self._size = 0  # V, once it is known
+        self._noise: dict[int, NDArray[np.float32]] = {}  # by position, the newest last
+        # Of the whole vocabulary, kept: fresh memory of a megabyte is slower to get than to fill.
+        self._ids, self._scores = np.empty(0, np.int64), np.empty(0, np.float64)
+
+    def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
+        """The token at absolute `position`.
+
+        logits: [V] float32, given `context`: every token id before the position, path included.
+        Raises DeviceError when the logits are not finite.
+        """
+        scores, params = self._penalised(logits, context), self.params
+        if params.greedy:
+            token = int(scores.argmax())
+            _check_finite(float(scores[token]))
+            return token
+        self._size = len(logits)
+        if not params.top_k and params.top_p == 1 and params.min_p == 0:
+            return self.draw(scores, None, position)
+        ids = self._support(scores).ids
+        return int(ids[self.draw(scores[ids], ids, position)])
+
+    def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
+        """[V] float64: the probability of each token to be chosen; one-hot when greedy."""
+        probs = np.zeros(len(logits), np.float64)
+        if self.params.greedy:
+            probs[self.pick(logits, 0, context)] = 1.0
+        else:
+            support = self._support(self._penalised(logits, context))
+            probs[support.ids] = support.probs
+        return probs
+
+    def draw(self, scores: NDArray[np.floating[Any]], ids: NDArray[np.int64] | None, position: int) -> int:
+        """Index into `scores` [S], drawn with the probabilities of their softmax at the temperature.
+
+        ids: [S], the tokens that they belong to, None for the whole vocabulary.  Raises DeviceError when they are not
+        finite.
+        """
+        noise = self.noise(position) if ids is None else self.noise(position)[ids]
+        heat = np.float64(self.params.temperature)
+        # Neither of the two overflows.
+        perturbed = scores / heat + noise if heat > 1 else scores + heat.astype(np.float32) * noise
+        index = int(perturbed.argmax())
+        _check_finite(float(perturbed[index]))
+        return index
+
+    def noise(self, position: int) -> NDArray[np.float32]:
+        """[V] float32, the vocabulary's noise at an absolute position; the last few are remembered."""
+        found = self._noise.pop(position, None)
+        if found is None:
+            found = self._new_noise(position, self._size)
+            while len(self._noise) >= _KEPT:
+                del self._noise[next(iter(self._noise))]
+        self._noise[position] = found
+        return found
+
+    def ahead(self, position: int, ids: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """[K] float32: what is added to a drafter's logits of the tokens `ids` [K], so that it finds what is drawn.
+
+        Zeros before the first `pick`, and for greedy decoding, which draws nothing.
+        """
+        if not self._size:
+            return np.zeros(len(ids), np.float32)
+        scale = np.float32(TRUST * min(self.params.temperature, _HOTTEST))
+        noise: NDArray[np.float32] = scale * self.noise(position)[ids]
+        return noise
+
+    def _support(self, given: NDArray[np.floating[Any]]) -> Support:
+        """The processed distribution at a temperature above 0.  given: [V], penalised logits."""
+        params = self.params
+        if len(self._ids) != len(given):
+            self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)
+        scores, ids = self._scores, self._ids
+        scores[:] = given
+        top = float(scores.max())
+        _check_finite(top)
+        if 0 < params.top_k < len(scores):
+            ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])  # keeps ties
+            scores = scores[ids]
+        with np.errstate(over="ignore", under="ignore"):  # a tiny temperature leaves the best token alone
+            scores -= top
+            scores /= params.temperature
+            probs = np.exp(scores, out=scores)
+        probs /= probs.sum()
+        if params.top_p < 1:
+            kept = _nucleus(probs, params.top_p)
+            ids, probs = ids[kept], probs[kept]
+        if params.min_p > 0:
+            kept = np.flatnonzero(probs >= params.min_p * probs.max())
+            ids, probs = ids[kept], probs[kept]
+        return Support(ids, probs if len(probs) == len(given) else probs / probs.sum())
+
+    def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
+        """Scores of tokens in the context, divided by the penalty, or multiplied when negative."""
+        penalty = self.params.repetition_penalty
+        if penalty == 1:
+            return logits
+        seen = np.fromiter(context, np.int64, len(context))
+        penalised = logits.astype(np.float64)
+        scores = penalised[seen]
+        penalised[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+        return penalised
+
+
+def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices, ascending, of the fewest best tokens that hold top_p of the mass; at least one.
+
+    Tokens below (1 - top_p) / S hold less than 1 - top_p together, so none of them is needed: only the rest,
+    a few hundred of a large vocabulary, is sorted. Half of it as the bound leaves room for rounding.
+    """
+    likely: NDArray[np.int64] = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
+    values = probs[likely]
+    ranked = np.sort(values)[::-1]  # values alone: several times faster than argsort
+    count = min(int(ranked.cumsum().searchsorted(top_p)) + 1, len(ranked))  # the token that reaches top_p is in
+    last = ranked[count - 1]
+    kept = values > last
+    kept[np.flatnonzero(values == last)[: count - np.count_nonzero(kept)]] = True  # of ties the first ids
+    return likely.compress(kept)
+
+
+def _check_finite(best: float) -> None:
+    if not math.isfinite(best):
+        raise DeviceError(f"the target's best logit is {best}: its weights or its precision are broken, check the pair")

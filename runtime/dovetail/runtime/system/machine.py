@@ -1,0 +1,259 @@
+"""What this machine is, and what a container leaves of it: CPU, memory, system, versions.
+
+Standard library only, and nothing is measured by running it, but for `memory_bandwidth`.
+`root` is the folder that holds `proc` and `sys`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from time import perf_counter
+
+ROOT = Path("/")
+CPUINFO = Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
+
+# What makes INT8 passes quick, newest first within each family; names as in /proc/cpuinfo.
+INSTRUCTION_SETS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "sve", "sve2",
+)  # fmt: skip
+INT8_SETS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
+
+PACKAGES = ("dovetail-spec", "openvino", "onnxruntime-gpu", "onnxruntime", "tokenizers", "numpy")
+
+COPIED_BYTES = 128 << 20  # with its copy more than the caches of nearly all machines hold
+COPIES = 5
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """cores: physical; threads: logical; usable: logical ones this process may keep busy.
+
+    quota: CPUs whose time a container allows, None without a limit.
+    """
+
+    model: str
+    cores: int
+    threads: int
+    usable: int
+    instruction_sets: tuple[str, ...]
+    quota: float | None = None
+
+
+def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:
+    """The CPU as the system describes it; unknown facts are "unknown" or the logical count."""
+    entries = list(_cpu_entries(cpuinfo))
+    threads = os.cpu_count() or 1
+    quota = cpu_quota(root)
+    physical = {
+        (entry["physical id"], entry["core id"]) for entry in entries if {"physical id", "core id"} <= set(entry)
+    }
+    first = entries[0] if entries else {}
+    flags = set((first.get("flags") or first.get("Features") or "").split())
+    return Cpu(
+        model=first.get("model name") or _cpu_name() or platform.machine() or "unknown",
+        cores=len(physical) or threads,
+        threads=threads,
+        usable=_within(quota, len(_allowed_cpus())),
+        instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
+        quota=quota,
+    )
+
+
+def usable_cores(root: Path = ROOT, allowed: Collection[int] | None = None) -> int:
+    """Threads that an engine should run: one for each core that this process may use, within its quota.
+
+    allowed: logical CPUs, by default those of the affinity mask.  Hyper-threads of one core count once.
+    """
+    return _within(cpu_quota(root), _quick_cores(root, allowed))
+
+
+def quota_threads(root: Path = ROOT, allowed: Collection[int] | None = None) -> int | None:
+    """Threads that the quota allows, None where it allows as many as there are cores."""
+    threads = usable_cores(root, allowed)
+    return threads if threads < _quick_cores(root, allowed) else None
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPUs whose time the control groups of this process allow, None without a limit."""
+    quotas = []
+    for folder in _control_groups("cpu", root):
+        words = _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):  # "max" and -1 are no limit
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def ram_mb(root: Path = ROOT) -> tuple[int, int]:
+    """Total and available memory in MiB, within the limits of this process's control groups."""
+    rows = _table(root / "proc/meminfo")
+    if rows:
+        total, available = (int(rows[name].split()[0]) << 10 for name in ("MemTotal:", "MemAvailable:"))
+    else:
+        total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder in _control_groups("memory", root):
+        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
+        if limit and used and limit[0].isdecimal():  # "max" is no limit
+            stat = _table(folder / "memory.stat")  # the system gives up pages of files that nobody uses
+            idle = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+            total = min(total, int(limit[0]))
+            available = min(available, int(limit[0]) - max(0, int(used[0]) - idle))
+    return total >> 20, max(0, available) >> 20
+
+
+def memory_bandwidth() -> float:
+    """GB/s between memory and all usable threads, reads and writes counted: the best of some copies.
+
+    It takes some tenths of a second and 256 MiB.
+    """
+    import numpy as np
+
+    threads = cpu().usable
+    targets, sources = (np.array_split(np.empty(COPIED_BYTES, np.uint8), threads) for _ in range(2))
+    times = []
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: part.fill(1), sources))  # memory is had, and near a CPU, once it is written
+        for _ in range(COPIES):
+            begin = perf_counter()
+            list(pool.map(np.copyto, targets, sources))  # other threads run meanwhile
+            times.append(perf_counter() - begin)
+    return 2 * COPIED_BYTES / min(times) / 1e9
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has held so far, in MiB (mapped weights included)."""
+    if STATUS.exists():
+        rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+        if "VmHWM" in rows:
+            return round(int(rows["VmHWM"].split()[0]) / 1024, 1)
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and that of every package of PACKAGES that is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> dict[str, object]:
+    """The machine for a report: {"cpu", "cores", "threads", "ram_mb", "os"}."""
+    facts = cpu()
+    return {
+        "cpu": facts.model,
+        "cores": facts.cores,
+        "threads": facts.threads,
+        "usable_threads": facts.usable,
+        "instruction_sets": list(facts.instruction_sets),
+        "ram_mb": ram_mb()[0],
+        "os": platform.platform(),
+    }
+
+
+def _within(quota: float | None, threads: int) -> int:
+    """A part of a CPU counts as one: of two threads on 1.5 CPUs one waits for a third of the time."""
+    return threads if quota is None else max(1, min(threads, math.ceil(quota)))
+
+
+def _quick_cores(root: Path, allowed: Collection[int] | None) -> int:
+    """Physical cores in `allowed`, without efficiency cores if there are at most two of them for a performance core.
+
+    A pass waits for its slowest thread.  OpenVINO runs a language model on the same cores.
+    """
+    allowed = _allowed_cpus() if allowed is None else allowed
+    cores: dict[str, int] = {}  # by its hyper-threads, a logical CPU of the core
+    for number in allowed:
+        siblings = _words(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores[siblings[0] if siblings else str(number)] = number  # no sysfs: some containers, macOS
+    performance, efficiency = (
+        set(cores.values()) & _cpu_list(root / f"sys/devices/{kind}/cpus") for kind in ("cpu_core", "cpu_atom")
+    )
+    return len(performance) if 0 < len(efficiency) <= 2 * len(performance) else max(1, len(cores))
+
+
+def _control_groups(controller: str, root: Path) -> list[Path]:
+    """Folders of the control groups that this process is in, inner ones first, of versions 1 and 2."""
+    mounts: dict[str, tuple[str, Path]] = {}  # by controller, "" for version 2: group that is mounted, and where
+    for line in _lines(root / "proc/self/mountinfo"):
+        mount, _, kind = line.partition(" - ")
+        if kind.startswith(("cgroup ", "cgroup2 ")):
+            mounted, at = mount.split()[3:5]
+            names = [""] if kind.startswith("cgroup2") else kind.split()[-1].split(",")
+            mounts |= dict.fromkeys(names, (mounted, root / at.lstrip("/")))
+    found: list[Path] = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        for name in {"", controller} & mounts.keys() & set(controllers.split(",")):
+            mounted, top = mounts[name]
+            path = PurePosixPath(group)  # a container may see the path outside it, and its own group mounted
+            inner = path.relative_to(mounted).parts if path.is_relative_to(mounted) else ()
+            found += [top.joinpath(*inner[:depth]) for depth in range(len(inner), -1, -1)]
+    return found
+
+
+def _lines(file: Path) -> list[str]:
+    """Of a file that the system may not have."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
+
+
+def _table(file: Path) -> dict[str, str]:
+    """Lines "name value"."""
+    return {name: value for name, _, value in (line.partition(" ") for line in _lines(file))}
+
+
+def _cpu_list(file: Path) -> set[int]:
+    """Logical CPUs of a list such as "0-3,8"."""
+    ranges = (part.split("-") for words in _words(file) for part in words.split(","))
+    return {number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)}
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpu_entries(cpuinfo: Path) -> Iterator[dict[str, str]]:
+    if not cpuinfo.exists():
+        return
+    for block in cpuinfo.read_text().split("\n\n"):
+        rows = [line.partition(":") for line in block.splitlines() if ":" in line]
+        if rows:
+            yield {key.strip(): value.strip() for key, _, value in rows}
+
+
+def _cpu_name() -> str:
+    if sys.platform != "darwin":
+        return platform.processor()
+    done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def mib(size: int) -> float:
+    """Bytes in MiB, rounded for a person."""
+    return round(size / 2**20, 1)

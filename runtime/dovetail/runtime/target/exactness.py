@@ -1,0 +1,72 @@
+"""Whether a target's rows are the same bits in every pass: the promise that the text rests on, tried on the spot.
+
+A row's logits and features must depend on the tokens before it alone: not on how many rows its pass has, on other paths
+of its tree, or on the passes that read the text before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.system.arrays import TokenArray
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+CONTEXT = 40  # tokens before the tree: more than a KV block, and no multiple of it
+_PARENTS = (-1, 0, 1, 2, 3, 4, 1, 6, 0, 8, 3, 0)  # five paths, which part at the root and below it
+_STRANGE = 0x9E3779B1  # multiplied with positions it gives tokens without a pattern
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Rows of a tree that differ from a chain's.  largest: the most that one of their logits is off by."""
+
+    rows: int
+    largest: float
+
+
+def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference:
+    """Verify a tree after `context` tokens, and every path of it as a chain of its own; the target ends empty.
+
+    The chains follow a text that was read in other passes than the tree's.  It takes some twenty passes.
+    """
+    vocab_size = target.model.vocab_size
+    text = _tokens(0, context, vocab_size)
+    nodes = len(_PARENTS)
+    tree = DraftTree(_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))
+    try:
+        _read(target, text, [context])
+        found = _rows(target.verify(tree))
+        _read(target, text, [context // 3, 1, context - context // 3 - 1])
+        off = np.zeros(len(tree))
+        for path in tree.paths():
+            for kept in (path, path[:1]):
+                target.reset(context)
+                chain = DraftTree(tree.tokens[kept], np.arange(-1, len(kept) - 1), np.zeros(len(kept), np.float32))
+                rows = _rows(target.verify(chain))
+                # A NaN, too, is a difference.
+                apart = np.where(rows == found[kept], 0.0, np.abs(rows - found[kept])).max(axis=1)
+                off[kept] = np.maximum(off[kept], np.nan_to_num(apart, nan=np.inf))
+        return Difference(int(np.count_nonzero(off)), float(off.max()))
+    finally:
+        target.reset(0)
+
+
+def _read(target: OpenVINOTarget, text: TokenArray, sizes: list[int]) -> None:
+    target.reset(0)
+    begin = 0
+    for size in sizes:
+        target.prefill(text[begin : begin + size])
+        begin += size
+
+
+def _rows(result: TargetPass) -> NDArray[np.float32]:
+    return np.concatenate([result.logits, result.features], axis=1)
+
+
+def _tokens(begin: int, count: int, vocab_size: int) -> TokenArray:
+    return (np.arange(begin + 1, begin + count + 1, dtype=np.int64) * _STRANGE) % vocab_size

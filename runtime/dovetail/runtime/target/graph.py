@@ -1,0 +1,128 @@
+"""Graph surgery on OpenVINO IRs: find and add the feature tap, turn a stateful IR into a tree verifier.
+
+Axes: T new tokens of all sequences, R rows whose logits are wanted, V vocabulary, D feature size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dovetail.runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+FEATURES = "features"
+LOGITS = "logits"
+SAMPLED = "sampled_tokens_indices"
+PATH_ROWS = "path_rows"
+NODE_ROWS = "node_rows"
+RT_INFO_TAP = ["dovetail", "tap"]
+# What may stand between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
+_AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
+
+
+def find_head(model: ov.Model) -> ov.Node:
+    """The MatMul of the lm_head; its first input is the feature that drafters read.
+
+    Raises ExportError when the graph has no "logits" output fed by a MatMul.
+    """
+    for result in model.outputs:
+        if LOGITS not in result.get_names():
+            continue
+        node = result.node.input_value(0).get_node()
+        while node.get_type_name() in _AFTER_HEAD:
+            node = node.input_value(0).get_node()
+        if node.get_type_name() == "MatMul":
+            return node
+        raise ExportError(
+            f"no tap point: the logits come from {node.get_type_name()} {node.get_friendly_name()!r}, not from an "
+            "lm_head MatMul: export the model with task text-generation-with-past"
+        )
+    names = ", ".join(sorted(name for o in model.outputs for name in o.get_names())) or "none"
+    raise ExportError(
+        f"no tap point: the graph has no 'logits' output (it has: {names}): export a causal language model"
+    )
+
+
+def add_tap(model: ov.Model) -> str:
+    """Add the output "features" [.., D], the lm_head's input, once; returns the tapped node's name."""
+    from openvino import opset13 as ops
+
+    feature = find_head(model).input_value(0)
+    name: str = feature.get_node().get_friendly_name()
+    if not has_tap(model):
+        # A node of its own: the tensor may carry other names already, and a Result's name is its tensor's.
+        tap = ops.convert(feature, "f32")
+        tap.output(0).get_tensor().set_names({FEATURES})
+        model.add_results([ops.result(tap)])
+        model.set_rt_info(name, RT_INFO_TAP)
+    return name
+
+
+def has_tap(model: ov.Model) -> bool:
+    """Whether the graph already has the "features" output."""
+    return any(FEATURES in output.get_names() for output in model.outputs)
+
+
+def read_model(xml: Path) -> ov.Model:
+    """Read an IR; an unreadable one raises ExportError in one line."""
+    import openvino as ov
+
+    try:
+        return ov.Core().read_model(xml)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ExportError(f"cannot read the OpenVINO IR {xml}: {reason}: export it again") from error
+
+
+def to_paged(model: ov.Model) -> None:
+    """Turn a stateful IR with a tap into a paged tree verifier, in place.
+
+    Afterwards the inputs are flat `input_ids` and `position_ids` [T], block tables, `sampled_tokens_indices` [R] that
+    selects which rows reach the lm_head (logits [R, 1, V], while features stay [T, 1, D]), and two row tables around
+    the attention.  `path_rows` [A] names the row of T that each attention row copies, `node_rows` [T] the attention
+    row whose output each row of T takes.  A node that several paths share is thus one row everywhere but in the
+    attention, where every path is a causal sequence of its own.
+    Dovetail converts at every load: a saved paged IR loses runtime information that the CPU plugin needs, and the
+    operator's inputs change between releases.  Raises ExportError for a graph without attention that can be paged.
+    """
+    from openvino._offline_transformations import paged_attention_transformation
+
+    paged_attention_transformation(model, False, False, False, False, False, False, False)
+    head = find_head(model)
+    rows = _index_input(SAMPLED, np.int64)
+    head.input(0).replace_source_output(_rows_of(head.input_value(0), rows))
+    path_rows, node_rows = _index_input(PATH_ROWS, np.int32), _index_input(NODE_ROWS, np.int32)
+    attentions = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    if not attentions:
+        raise ExportError("the graph has no attention with a KV cache: export a causal language model with its cache")
+    for attention in attentions:
+        readers = attention.output(0).get_target_inputs()
+        for tokens in range(3):  # query, key, value: [T, heads * size]
+            attention.input(tokens).replace_source_output(_rows_of(attention.input_value(tokens), path_rows))
+        gathered = _rows_of(attention.output(0), node_rows)
+        for reader in readers:
+            reader.replace_source_output(gathered)
+    model.add_parameters([node.get_node() for node in (rows, path_rows, node_rows)])
+    model.validate_nodes_and_infer_types()
+
+
+def _index_input(name: str, kind: type[np.integer[Any]]) -> ov.Output:
+    """A new input of row numbers, any number of them."""
+    from openvino import opset13 as ops
+
+    output = ops.parameter([-1], kind, name=name).output(0)
+    output.get_tensor().set_names({name})
+    return output
+
+
+def _rows_of(value: ov.Output, rows: ov.Output) -> ov.Output:
+    """The rows of `value` that `rows` names."""
+    from openvino import opset13 as ops
+
+    return ops.gather(value, rows, ops.constant(np.int64(0))).output(0)

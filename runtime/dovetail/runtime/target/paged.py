@@ -1,0 +1,315 @@
+"""A compiled paged-attention model and the KV blocks it works on.
+
+Axes: T rows of a pass (new tokens of all sequences), A attention rows, S sequences of the attention, R rows whose
+logits are wanted, V vocabulary, D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and one
+value per layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.system import machine
+from dovetail.runtime.system.page_release import LookedUp, giving_back
+from dovetail.runtime.system.telemetry import decline_telemetry
+from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
+from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
+from dovetail.runtime.target.graph import FEATURES, LOGITS, NODE_ROWS, PATH_ROWS, SAMPLED, read_model, to_paged
+
+decline_telemetry()  # whoever embeds this has no command line that would
+
+BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
+# OpenVINO computes a lone row, and the attention of a lone row, by other kernels than several: the sums differ.
+ALONE, TOGETHER = 1, 2
+_ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds
+
+# A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
+# moved, and a row's result would depend on its neighbours.
+REQUIRED = {"KV_CACHE_PRECISION": "f16"}
+PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
+# Between INT8 weights bfloat16 only adds conversions: with float32 passes are quicker, and more exact, which pays for
+# activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md; other weights were not measured).
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
+
+
+def default_properties(instruction_sets: Collection[str] | None = None) -> dict[str, str]:
+    """OpenVINO's properties for the target where nothing else is asked for.
+
+    instruction_sets: of the CPU, by default this one's.  On every x86 CPU with AVX2 activations are float32, also where
+    the CPU has bfloat16 units (AMX): with bfloat16 a row's logits change with the number of rows in its pass, and
+    passes of a tree's size take longer.  On other CPUs precision and groups are OpenVINO's own choice.
+    """
+    have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
+    return {**PROPERTIES, **(FLOAT32 if "avx2" in have else {})}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one text adds to a pass.
+
+    tokens, positions: [T] int64.  paths: causal sequences over the T rows; each lists its rows, and a row in no path
+    has no meaning.  past: tokens cached before each path.  tables: each path's KV blocks.
+    wanted: [R] rows of T whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    paths: Sequence[NDArray[np.int64]]
+    past: int
+    tables: Sequence[BlockIds]
+    wanted: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one pass, and the sequences of its attention.
+
+    tokens, positions: [T] int64.  past: [S] int32, tokens already cached per sequence.
+    begins: [S+1] int32, where each sequence's attention rows begin.  blocks: block ids of all sequences, flat;
+    block_begins: [S+1] int32.  wanted: [R] int64, rows of T whose logits are wanted.
+    path_rows: [A] int32, the row of T that each attention row copies; node_rows: [T] int32, the attention row whose
+    output each row takes.  None where rows and attention rows are the same.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    past: NDArray[np.int32]
+    begins: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    block_begins: NDArray[np.int32]
+    wanted: NDArray[np.int64]
+    path_rows: NDArray[np.int32] | None = None
+    node_rows: NDArray[np.int32] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: int) -> Batch:
+        """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them.
+
+        If the pass has several rows, so has the lm_head, for the same reason: `wanted` then repeats a lone row.
+        """
+        starts = [0, *accumulate(len(part.tokens) for part in parts)]
+        placed = list(zip(parts, starts, strict=False))
+        paths = [path + start for part, start in placed for path in part.paths]
+        tables = [table for part in parts for table in part.tables]
+        path_rows = np.concatenate(paths, dtype=np.int32, casting="same_kind")
+        node_rows = np.zeros(rows, np.int32)
+        node_rows[path_rows[::-1]] = np.arange(len(path_rows) - 1, -1, -1)  # the first copy of each row
+        wanted = np.concatenate([part.wanted + start for part, start in placed])
+        return cls(
+            tokens=_filled(np.concatenate([part.tokens for part in parts]), rows),
+            positions=_filled(np.concatenate([part.positions for part in parts]), rows),
+            past=np.array([part.past for part in parts for _ in part.paths], np.int32),
+            begins=np.array([0, *accumulate(map(len, paths))], np.int32),
+            blocks=np.concatenate(tables),
+            block_begins=np.array([0, *accumulate(map(len, tables))], np.int32),
+            wanted=_filled(wanted, min(rows, TOGETHER)),
+            path_rows=path_rows,
+            node_rows=node_rows,
+        )
+
+
+def _filled(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`values`, and copies of the last until there are `count`."""
+    missing = count - len(values)
+    return np.concatenate([values, np.repeat(values[-1:], missing)]) if missing > 0 else values
+
+
+@dataclass
+class _KVGroup:
+    """All KV tensors of one shape, in one array [tensors, blocks, heads, BLOCK, size] of 16-bit words."""
+
+    names: list[str]
+    element_type: Any
+    heads: int
+    size: int
+    data: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+
+    def grown(self, blocks: int, kept: BlockIds) -> _KVGroup:
+        """The same with `blocks` blocks, of which those of `kept` hold what they held.  Raises OSError."""
+        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size))
+        if len(kept):
+            data[:, kept] = self.data[:, kept]
+        return replace(self, data=data)
+
+
+class PagedModel:
+    """One compiled model, one inference request, and the KV blocks it owns.
+
+    properties: of OpenVINO's CPU plugin, by name, in place of the defaults; those that are required here stay.
+    mix: what a drafter adds to the last feature; layers: blocks whose outputs come before it, as training reads them.
+    """
+
+    def __init__(
+        self,
+        xml: Path,
+        *,
+        threads: int | None = None,
+        properties: Mapping[str, Any] | None = None,
+        mix: FeatureMix | None = None,
+        layers: Sequence[int] = (),
+    ):
+        import openvino as ov
+
+        weights = xml.with_suffix(".bin")
+        self._embedding = LookedUp(weights)
+        with self._embedding:
+            model = read_model(xml)
+        if mix:
+            mix_tap(model, mix)
+        if layers:
+            widen_tap(model, layers)
+        settings: dict[str, Any] = {**default_properties(), **(properties or {}), **REQUIRED}
+        if quota := machine.quota_threads():  # OpenVINO sees no quota, and pins every container to the same cores
+            settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            to_paged(model)
+            self.compiled = ov.Core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            given = f" with {', '.join(properties)}" if properties else ""
+            refused = [name for name in properties or () if name in reason]
+            remedy = f": correct {refused[0]} or leave it out" if refused else ""
+            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}{remedy}") from error
+        self.request = self.compiled.create_infer_request()
+        self._unpacked: Path | None = weights  # until the first pass has packed its weights
+        self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request is known to hold
+        self._given: dict[str, NDArray[Any]] = {}  # and memory that it points to
+        self.pool = BlockPool()
+        self._groups = self._kv_groups()
+        self._placed = False  # whether the request points to the memory of all groups
+        self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
+        self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks allocated."""
+        return len(self.pool.owners)
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one KV block over all layers."""
+        return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
+
+    def _kv_groups(self) -> list[_KVGroup]:
+        by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)
+        for port in self.compiled.inputs:
+            if "_cache." in port.any_name:
+                _, heads, block, size = (dim.get_length() if dim.is_static else 0 for dim in port.partial_shape)
+                if block != BLOCK or port.element_type.size != 2:
+                    raise DeviceError(
+                        f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected 16-bit "
+                        f"floats in blocks of {BLOCK}: leave out properties that change the KV cache, or use an "
+                        "OpenVINO release in the supported range"
+                    )
+                by_shape[heads, size].append(port)
+        return [
+            _KVGroup([port.any_name for port in ports], ports[0].element_type, heads, size)
+            for (heads, size), ports in by_shape.items()
+        ]
+
+    def reserve(self, blocks: int) -> None:
+        """Have at least `blocks` KV blocks; memory comes as they are written.  Raises DeviceError.
+
+        Blocks that somebody owns keep what they hold.  A target asks once for all that its context can need.
+        """
+        if blocks <= self.blocks:
+            return
+        owned = np.flatnonzero(self.pool.owners).astype(np.int32)
+        try:
+            groups = [group.grown(blocks, owned) for group in self._groups]
+        except OSError as error:
+            raise DeviceError(
+                f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
+                f"({error.strerror}): export the target with a smaller --max-context"
+            ) from error
+        # An interrupt between these lines leaves the old groups, or new ones that the next pass places.
+        self._placed = False
+        self._groups = groups
+        self.pool.grow(blocks)
+
+    def _place(self) -> None:
+        """Point the request to the memory of all groups."""
+        import openvino as ov
+
+        for group in self._groups:
+            for name, array in zip(group.names, group.data, strict=True):
+                self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
+        self._placed = True
+
+    def touch(self, blocks: BlockIds) -> None:
+        """Have memory of its own under `blocks`, whatever they hold.
+
+        Pages that were never written share one page of zeros, which a pass reads too quickly to be timed.
+        """
+        for group in self._groups:
+            group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
+
+    def copy_rows(self, source: int, targets: BlockIds, rows: int) -> None:
+        """Copy the first `rows` KV rows of block `source` to each block of `targets`, in all layers."""
+        for group in self._groups:
+            group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
+
+    def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
+        longest = int((batch.past + np.diff(batch.begins)).max())
+        same = np.arange(len(batch.tokens), dtype=np.int32)
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
+            "past_lens": batch.past,
+            "subsequence_begins": batch.begins,
+            "block_indices": batch.blocks,
+            "block_indices_begins": batch.block_begins,
+            "max_context_len": np.array(longest, np.int32),
+            SAMPLED: batch.wanted,
+            PATH_ROWS: same if batch.path_rows is None else batch.path_rows,
+            NODE_ROWS: same if batch.node_rows is None else batch.node_rows,
+        }
+        if not self._placed:
+            self._place()
+        for name, array in inputs.items():
+            self._give(name, array)
+        try:
+            self._infer()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DeviceError(f"the target failed on the CPU: {reason}: open the engine again") from error
+        self._embedding.add(len(batch.tokens))
+        logits = self.request.get_tensor(LOGITS).data
+        features = self.request.get_tensor(FEATURES).data
+        return logits[:, 0], features[:, 0]
+
+    def _give(self, name: str, array: NDArray[Any]) -> None:
+        """Set an input; one of the same shape as in the last pass goes into the memory that the request points to.
+
+        An interrupt leaves an input either as it was or unknown, so that the next pass sets it again.
+        """
+        import openvino as ov
+
+        held = self._inputs.pop(name, None)
+        if held is None or held.shape != array.shape:
+            held = self._given[name] = np.array(array)
+            self.request.set_tensor(name, ov.Tensor(held, shared_memory=True))
+        else:
+            held[...] = array
+        self._inputs[name] = held
+
+    def _infer(self) -> None:
+        """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""
+        if self._unpacked is None:
+            self.request.infer(share_outputs=True)
+            return
+        with giving_back(self._unpacked):
+            self.request.infer(share_outputs=True)
+        self._unpacked = None

@@ -1,0 +1,1 @@
+"""Sessions without engines, for tests and for whoever embeds the loop."""

@@ -1,0 +1,254 @@
+"""Sessions and a tokenizer without engines: for tests, and for whoever embeds the loop.
+
+Axes: N nodes, T tokens, V vocabulary, D = 3 feature columns (position, token, checksum of the prefix).
+They check what real sessions could not: every misuse of the protocol raises DeviceError, the features tell the
+drafter whether it is told the right pairs, and arrays that are no longer valid turn into nan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
+from dovetail.runtime.tree.limits import TreeLimits
+
+Prefix = tuple[int, ...]
+LogitsOf = Callable[[Prefix], FloatArray]  # token ids so far -> [V]
+# Token ids so far, the root last -> tree.
+Propose = Callable[[Prefix, TreeLimits, Judge | None, DraftNoise | None], DraftTree]
+
+FEATURE_SIZE = 3
+
+
+class MarkovLogits:
+    """Random logits that depend on the last `order` tokens: [V] float32, normal with deviation `sharpness`."""
+
+    def __init__(self, vocab_size: int, seed: int = 0, order: int = 2, sharpness: float = 2.0) -> None:
+        self.vocab_size, self.seed, self.order, self.sharpness = vocab_size, seed, order, sharpness
+        self._rows: dict[Prefix, FloatArray] = {}
+
+    def __call__(self, prefix: Prefix) -> FloatArray:
+        state = prefix[-self.order :]
+        if state not in self._rows:
+            rng = np.random.default_rng([self.seed, len(state), *state])
+            self._rows[state] = rng.normal(0, self.sharpness, self.vocab_size).astype(np.float32)
+        return self._rows[state]
+
+
+def _feature(prefix: Prefix) -> tuple[float, float, float]:
+    """Of the last token of `prefix`; all three are whole numbers that float32 holds exactly."""
+    checksum = crc32(np.array(prefix, np.int64).tobytes()) & 0xFFFFFF
+    return len(prefix) - 1, prefix[-1], checksum
+
+
+class ScriptedTarget:
+    """A target whose logits are a function of the tokens so far; implements TargetSession.
+
+    calls: what was called, e.g. ("prefill", 12) or ("commit", 3); counts are tokens, nodes or rows.
+    """
+
+    device = "scripted"
+
+    def __init__(self, logits_of: LogitsOf, max_context: int = 4096) -> None:
+        self.logits_of, self.max_context = logits_of, max_context
+        self.tokens: list[int] = []
+        self.calls: list[tuple[str, int]] = []
+        self._tree: DraftTree | None = None
+        self._lent: list[FloatArray] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def prefill(self, tokens: TokenArray) -> TargetPass:
+        self._begin("prefill", len(tokens))
+        _require(len(tokens) > 0, "prefill of no tokens")
+        _require(self._tree is None, "prefill with a verified tree that was neither committed nor reset")
+        _require(self.length + len(tokens) <= self.max_context, "prefill past the context")
+        start = self.length
+        self.tokens += tokens.tolist()
+        prefixes = [tuple(self.tokens[: start + i + 1]) for i in range(len(tokens))]
+        return self._lend(prefixes[-1:], prefixes)
+
+    def verify(self, tree: DraftTree) -> TargetPass:
+        self._begin("verify", len(tree))
+        _require(self._tree is None, "verify of a second tree")
+        _require(self.length > 0, "verify before any prefill")
+        _require(self.length + len(tree) <= self.max_context, "verify past the context")
+        self._tree = tree
+        prefixes = [(*self.tokens, *path) for path in _paths(tree)]
+        return self._lend(prefixes, prefixes)
+
+    def commit(self, path: NDArray[np.int64]) -> None:
+        self._begin("commit", len(path))
+        tree, self._tree = self._tree, None
+        if tree is None:
+            raise DeviceError("commit without a verified tree")
+        nodes = path.tolist()
+        _require(nodes[:1] == [0], f"commit of {nodes}, which does not start at the root")
+        _require(tree.parents[nodes].tolist() == [-1, *nodes[:-1]], f"commit of {nodes}, which is no path")
+        self.tokens += tree.tokens[nodes].tolist()
+
+    def reset(self, keep: int = 0) -> None:
+        self._begin("reset", keep)
+        _require(0 <= keep <= self.length, f"reset to {keep} of {self.length} tokens")
+        self._tree = None
+        del self.tokens[keep:]
+
+    def _begin(self, call: str, count: int) -> None:
+        self.calls.append((call, count))
+        for array in self._lent:
+            array.fill(np.nan)
+        self._lent = []
+
+    def _lend(self, logits: Sequence[Prefix], features: Sequence[Prefix]) -> TargetPass:
+        result = TargetPass(
+            logits=np.stack([self.logits_of(prefix) for prefix in logits]).astype(np.float32),
+            features=np.array([_feature(prefix) for prefix in features], np.float32),
+        )
+        self._lent = [result.logits, result.features]
+        return result
+
+
+class ScriptedDrafter:
+    """A drafter whose trees are a function of the tokens so far; implements DraftSession."""
+
+    device = "scripted"
+
+    def __init__(self, propose: Propose) -> None:
+        self._propose = propose
+        self.tokens: list[int] = []  # x[0..length], x[0] known from the first feature
+        self.start = 0  # tokens of the text before x[0], known from it too
+        self.calls: list[tuple[str, int]] = []
+
+    @classmethod
+    def copy_of(cls, logits_of: LogitsOf, noise: float = 0.0, seed: int = 0) -> ScriptedDrafter:
+        """Drafts with top-k growth from the target's own logits, `noise` (a deviation) added to them."""
+        return cls(partial(_grow, _noisy(logits_of, noise, seed)))
+
+    @classmethod
+    def hostile_to(cls, logits_of: LogitsOf) -> ScriptedDrafter:
+        """Drafts what the target finds least likely."""
+        return cls(partial(_grow, lambda path: -logits_of(path)))
+
+    @property
+    def length(self) -> int:
+        return max(len(self.tokens) - 1, 0)
+
+    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        self.calls.append(("extend", len(tokens)))
+        _require(len(tokens) > 0, "extend by nothing")
+        _require(features.shape == (len(tokens), FEATURE_SIZE), f"features {features.shape} for {len(tokens)} tokens")
+        for token, feature in zip(tokens.tolist(), features.tolist(), strict=True):
+            if not self.tokens:
+                self.start, self.tokens = int(feature[0]), [int(feature[1])]
+            place, *rest = _feature(tuple(self.tokens))
+            known = len(rest) if self.start == 0 else 1  # the checksum is of the whole text
+            own = [place + self.start, *rest[:known]] == feature[: known + 1]
+            _require(own, f"pair {self.length} has the feature of another")
+            self.tokens.append(token)
+
+    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        self.calls.append(("propose", limits.width))
+        _require(self.length > 0, "propose before any extend")
+        return self._propose(tuple(self.tokens), limits, judge, noise)
+
+    def reset(self, keep: int = 0) -> None:
+        self.calls.append(("reset", keep))
+        _require(0 <= keep <= self.length, f"reset to {keep} of {self.length} pairs")
+        del self.tokens[keep + 1 if keep else 0 :]
+
+
+class ScriptedTokenizer:
+    """One token per character, its place in `alphabet`; chat turns become role:content lines."""
+
+    def __init__(self, alphabet: str, *, has_chat_template: bool = False, eos_token_ids: tuple[int, ...] = ()) -> None:
+        self.alphabet, self.has_chat_template, self.eos_token_ids = alphabet, has_chat_template, eos_token_ids
+
+    def encode(self, text: str) -> list[int]:
+        return [self.alphabet.index(character) for character in text]
+
+    def has_token(self, token_id: int) -> bool:
+        return 0 <= token_id < len(self.alphabet)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, parse_special: bool = False, **options: Any
+    ) -> list[int]:
+        return self.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[token] for token in ids)
+
+    def detokenizer(self) -> ScriptedDetokenizer:
+        return ScriptedDetokenizer(self.alphabet)
+
+
+class ScriptedDetokenizer:
+    """Holds "~" back until the next character, as an unfinished UTF-8 sequence would be."""
+
+    def __init__(self, alphabet: str) -> None:
+        self._alphabet, self._held = alphabet, ""
+
+    def add(self, token_id: int) -> str:
+        text = self._held + self._alphabet[token_id]
+        self._held = "~" if text.endswith("~") else ""
+        return text.removesuffix(self._held)
+
+    def flush(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+def _require(condition: bool, misuse: str) -> None:
+    if not condition:
+        raise DeviceError(f"misuse of a session: {misuse}")
+
+
+def _paths(tree: DraftTree) -> Iterator[Prefix]:
+    """Tokens from the root to each node."""
+    paths: list[Prefix] = []
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return iter(paths)
+
+
+def _noisy(logits_of: LogitsOf, noise: float, seed: int) -> LogitsOf:
+    def noisy(prefix: Prefix) -> FloatArray:
+        clean = logits_of(prefix)
+        rng = np.random.default_rng([seed, crc32(np.array(prefix, np.int64).tobytes())])
+        return (clean + noise * rng.normal(size=clean.shape)).astype(np.float32)
+
+    return noisy if noise else logits_of
+
+
+def _grow(
+    logits_of: LogitsOf, prefix: Prefix, limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
+) -> DraftTree:
+    paths: dict[int, Prefix] = {0: prefix}  # draft row -> tokens up to it
+
+    def candidates(rows: Sequence[int]) -> Candidates:
+        logits = np.stack([logits_of(paths[row]) for row in rows]).astype(np.float64)
+        if noise:
+            logits += noise(1 + len(paths[rows[0]]) - len(prefix), np.arange(logits.shape[-1]))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : limits.top_k]
+        return Candidates(np.take_along_axis(logprobs, ids, -1).astype(np.float32), ids)
+
+    def expand(level: Level) -> Candidates:
+        rows = level.rows.tolist()
+        for row, parent, token in zip(rows, level.parent_rows.tolist(), level.tokens.tolist(), strict=True):
+            paths[row] = (*paths[parent], token)
+        return candidates(rows)
+
+    return grow_tree(prefix[-1], candidates([0]), expand, limits, judge=judge)

@@ -1,0 +1,183 @@
+"""Chat templates: messages in, one prompt string out.
+
+The environment is the one that checkpoints' templates are written for (transformers' own): sandboxed, blocks
+trimmed, loop controls, `raise_exception`, `strftime_now`, a `tojson` that keeps Unicode and HTML characters, and
+`{% generation %}` blocks, which mark training targets there and are transparent here. `template_limits` bounds what a
+rendering may cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLimit
+
+Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
+
+# What an expression inside a template can raise when a message has another shape than the template expects.
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_LIMITS = (TemplateLimit, RecursionError, MemoryError)
+_PROBE = "dovetail"  # a content that the probes below look for in what is rendered
+
+
+class ChatTemplate:
+    """One compiled template; `variables` are the special tokens it may name (`bos_token`, `eos_token`, ...)."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        """Compile `source` (Jinja). Raises InputError where it is no valid template."""
+        self._variables = dict(variables)
+        self._environment = _environment()
+        try:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
+            raise InputError(
+                f"the chat template cannot be compiled ({_one_line(error)}): "
+                "correct chat_template.jinja, or pass raw text"
+            ) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **kwargs: Any) -> str:
+        """The prompt for `messages`; further keywords (`tools`, `enable_thinking`, ...) reach the template.
+
+        Raises InputError for messages of the wrong shape, for what the template itself refuses, and for a template
+        that exceeds the limits of `template_limits`.
+        """
+        check_messages(messages)
+        turns = [self._as_it_takes(message) for message in messages]
+        return self._render(turns, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def _as_it_takes(self, message: Message) -> dict[str, Any]:
+        """`message`, its content a text or a list of parts, as the template reads it; several texts become lines."""
+        content, takes_text = message.get("content"), self._takes_text
+        if isinstance(content, str) and not takes_text:
+            content = [{"type": "text", "text": content}]
+        elif isinstance(content, list | tuple) and not (content and self._takes_parts):
+            content = "\n".join(part["text"] for part in content)
+        return {**message, "content": content} if "content" in message else dict(message)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads the text of a list of parts, and does not print the list."""
+        shown = self._probe([{"type": "text", "text": _PROBE}])
+        return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether a content may be a plain text; some templates read lists of parts alone."""
+        return _PROBE in self._probe(_PROBE) or not self._takes_parts
+
+    def _probe(self, content: object) -> str:
+        try:
+            return self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        except InputError as error:
+            if isinstance(error.__cause__, _LIMITS):
+                raise
+            return ""
+
+    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        variables = {"tools": None, "documents": None, **self._variables, "messages": messages, **kwargs}
+        try:
+            return self._environment.render(self._template, variables)
+        except _LIMITS as error:
+            raise InputError(
+                f"the chat template is stopped ({_one_line(error)}): correct chat_template.jinja, or pass raw text"
+            ) from error
+        except _TEMPLATE_FAILURES as error:
+            raise InputError(
+                f"the chat template refuses these messages ({_one_line(error)}): use roles and contents it knows"
+            ) from error
+
+
+def check_messages(messages: object) -> None:
+    """Raise InputError unless `messages` is a list of dicts, each with a role and a content (or tool calls).
+
+    Checked here since a template renders a missing content as nothing, without an error.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")
+    if not messages:
+        raise InputError("messages is empty: pass at least one {'role': ..., 'content': ...}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {index} is a {type(message).__name__}: pass {{'role': ..., 'content': ...}}")
+        if not isinstance(message.get("role"), str):
+            raise InputError(f"message {index} has no role: add 'role': 'user', 'assistant' or 'system'")
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            raise InputError(f"message {index} (role {message['role']!r}) has no content: add 'content'")
+        if not isinstance(content, str | list | tuple | None):
+            raise InputError(f"message {index} has a content of type {type(content).__name__}: pass a string")
+        if isinstance(content, list | tuple):
+            _check_parts(index, content)
+
+
+def _check_parts(index: int, parts: Sequence[object]) -> None:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise InputError(f"message {index} has a part of type {kind!r}: this target reads text alone")
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise InputError(f"message {index} has a part without text: pass {{'type': 'text', 'text': ...}}")
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` renders its body."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # declared as a mutable set upstream
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body, lineno=line)
+
+
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.meter_filters()
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,283 @@
+"""Text to token ids and back, from the files of a target folder.
+
+Reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special tokens, and the chat template
+of older folders), `chat_template.jinja`, and the end-of-sequence ids of `generation_config.json` and `config.json`.
+`tokenizers` and `jinja2` are imported when a tokenizer is read and when a template is rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dovetail.runtime.errors import InputError, IntegrityError
+from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
+from dovetail.runtime.system.files import read_bytes, read_object
+from dovetail.runtime.text.tokenizer_rules import check_rules
+
+if TYPE_CHECKING:
+    from dovetail.runtime.text.chat_template import ChatTemplate, Message
+    from dovetail.runtime.text.plain_text import PlainText
+from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, _valid_bytes
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_AGAIN = "export the target again"
+TOKENIZER_BYTES = 1 << 30  # of tokenizer.json
+# Tokens that end an assistant's turn, in llama.cpp's list and in the templates of OpenChat, Command R and Llama 4.
+_END_OF_TURN = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "< EOT >", "_< EOT >", "[EOT]", "[EOS]",
+    "<end_of_utterance>", "<turn|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|eot|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
+)  # fmt: skip
+
+
+class Tokenizer:
+    """A target's tokenizer: encode, decode, chat template, end-of-sequence ids."""
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """`tokenizer_json`: the bytes of the file. Raises ValueError where `tokenizers` cannot read them."""
+        self._backend = _parse_backend(tokenizer_json)
+        self._digest = hashlib.sha256(tokenizer_json).hexdigest()
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None
+        self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._eos_by_name(), *self._ends_of_turn())))
+        self._bytes = self._byte_tokens()
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """Read the tokenizer of a target folder. Raises IntegrityError for a missing or malformed file."""
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        try:
+            content = read_bytes(file, TOKENIZER_BYTES)
+        except OSError as error:
+            raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
+        except ValueError as error:
+            raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        try:
+            return cls(
+                content,
+                special_tokens=_special_tokens(folder, config),
+                chat_template=_chat_template(folder, config),
+                eos_token_ids=_eos_token_ids(folder),
+            )
+        except (ValueError, InputError) as error:
+            raise IntegrityError(f"{file} is no tokenizer ({_one_line(error)}): export the target again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a target's logits may be padded beyond it."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source is not None
+
+    def digest(self) -> str:
+        """SHA-256 of tokenizer.json, hexadecimal: equal digests, equal token ids."""
+        return self._digest
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens spelled out in it are recognised.
+
+        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS), unless the text begins with
+        it. False for the output of `apply_chat_template`, which spells out what it wants. Raises InputError for text
+        that is not valid Unicode.
+        """
+        with _readable():
+            ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if add_special_tokens and len(ids) > 1 and ids[0] == ids[1] and ids[0] in self._special_ids:
+                own = list(self._backend.encode(text, add_special_tokens=False).ids)
+                if ids[: len(own) + 1] == [ids[0], *own]:  # the text begins with the token that is put before it
+                    del ids[0]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **kwargs: Any) -> list[int]:
+        """Token ids of `apply_chat_template(messages, **kwargs)`, nothing added.
+
+        parse_special: whether special tokens that messages, tools or documents spell out are recognised as such;
+        False encodes them as text, and special tokens come from the template alone.
+        """
+        said: dict[str, Any] = {"messages": messages}
+        said |= {name: kwargs[name] for name in ("tools", "documents") if name in kwargs}
+        with _readable():
+            if not parse_special and self._plain.needed(said):
+                return self._plain.encode(lambda said: self.apply_chat_template(**{**kwargs, **said}), said)
+        return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
+
+    def has_token(self, token_id: int) -> bool:
+        """Whether the vocabulary has a token of this id."""
+        return 0 <= token_id < 2**31 and self._backend.id_to_token(token_id) is not None
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids beyond the vocabulary have none, and bytes that are no UTF-8 become U+FFFD."""
+        tokens = [int(token) for token in ids]
+        if not self._bytes.keys().isdisjoint(tokens):
+            tokens = _valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
+        with _readable():
+            return str(self._backend.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt text of a conversation, ending where the assistant begins.
+
+        Further keywords reach the template. Raises InputError: no template, messages of the wrong shape, or
+        messages that the template refuses.
+        """
+        if self._template_source is None:
+            raise InputError("this target has no chat template: pass a plain string with raw=True")
+        if self._template is None:
+            from dovetail.runtime.text.chat_template import ChatTemplate
+
+            self._template = ChatTemplate(self._template_source, self.special_tokens)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+        """A fresh detokenizer for one answer."""
+        return IncrementalDetokenizer(
+            decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
+            is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
+        )
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        from dovetail.runtime.text.plain_text import PlainText
+
+        return PlainText(self._backend)
+
+    def _is_hidden(self, token: int, skip_special_tokens: bool) -> bool:
+        """True for a token that `decode` leaves out: a special one, or an id beyond the vocabulary."""
+        return (skip_special_tokens and token in self._special_ids) or self._backend.id_to_token(token) is None
+
+    def _eos_by_name(self) -> tuple[int, ...]:
+        name = self.special_tokens.get("eos_token")
+        token = None if name is None else self._backend.token_to_id(name)
+        return () if token is None else (int(token),)
+
+    def _ends_of_turn(self) -> Iterator[int]:
+        """Special tokens that end a turn, where the chat template spells them out."""
+        for name in _END_OF_TURN:
+            token = self._backend.token_to_id(name)
+            if token not in self._special_ids or name not in (self._template_source or ""):
+                continue
+            if name == "<|end|>" and self._backend.token_to_id("<|return|>") is not None:
+                continue  # it ends one of several messages of a turn (gpt-oss)
+            yield int(token)
+
+    def _byte_tokens(self) -> dict[int, int]:
+        """Token id -> byte, where each byte has a token of its own that decodes to it; else {}."""
+        by_byte = [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        with _readable():
+            if None in by_byte or self._backend.decode([by_byte[ord("A")]]) != "A":
+                return {}
+        return {token: byte for byte, token in enumerate(by_byte)}
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raises InputError where the text is not Unicode, is nested too deep, or where `tokenizers` fails on it."""
+    try:
+        yield
+    except RecursionError as error:
+        raise InputError("the messages or tools are nested too deep: pass flatter ones") from error
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InputError(f"the prompt is not valid Unicode text ({type(error).__name__}): pass a str") from error
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise InputError(f"tokenizer.json fails on this text ({_one_line(error)}): export the target again") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code of `tokenizers` gave up; its PanicException is no Exception and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _parse_backend(tokenizer_json: bytes) -> Any:
+    from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # ships stubs without py.typed
+
+    text = tokenizer_json.decode("utf-8")
+    check_rules(text)
+    try:
+        backend = Backend.from_str(text)
+    except Exception as error:  # `tokenizers` raises bare Exception for everything that it cannot parse
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise ValueError(str(error)) from error
+    backend.no_truncation()  # a saved training setting must not cut or pad prompts
+    backend.no_padding()
+    return backend
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, {} where there is no file."""
+    return read_object(file, IntegrityError, _AGAIN)
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens; each is written as a string or as an object with a `content`.
+
+    As in transformers, special_tokens_map.json decides where the config lists no added tokens, and else the config.
+    """
+    given = config
+    if "added_tokens_decoder" not in config:
+        given = {**config, **_read_json(folder / "special_tokens_map.json")}
+    named: dict[str, str] = {}
+    for name in _NAMED_TOKENS:
+        value = given.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the config's template; of several named ones, `default`."""
+    file = folder / "chat_template.jinja"
+    try:
+        return read_bytes(file).decode()
+    except FileNotFoundError:
+        template = config.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of the generation config and of the model's config, each once."""
+    found = list[int]()
+    for name in ("generation_config.json", "config.json"):
+        config = _read_json(folder / name)
+        inner = config.get("text_config")
+        for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            for token in ids:
+                check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
+            found += ids
+    return tuple(dict.fromkeys(found))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""What is proposed: draft trees, their limits, and how they grow."""

@@ -1,0 +1,176 @@
+"""Token trees: what the drafter proposes and the target verifies.
+
+Axes: N nodes, node 0 is the root: the last known token, not yet in the target's KV cache.
+Nodes are in verification order: the principal chain (the most probable child at each step) first,
+so that accepting it needs no move of KV rows; parents always precede children.
+While it grows, a tree is in draft order instead: rows of the drafter's buffers, in order of expansion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import exp
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.tree.repeats import Repeat
+
+
+@dataclass(frozen=True, eq=False)
+class DraftTree:
+    """A token tree in verification order.
+
+    tokens: [N] int64, target vocabulary.
+    parents: [N] int64, parents[0] = -1, 0 <= parents[i] < i.
+    logprobs: [N] float32, the drafter's cumulative path log-probability, 0 for the root.
+    """
+
+    tokens: NDArray[np.int64]
+    parents: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or not self.tokens.shape == self.parents.shape == self.logprobs.shape:
+            shapes = self.tokens.shape, self.parents.shape, self.logprobs.shape
+            raise InputError(f"tree arrays of shapes {shapes} do not match: give tokens, parents and logprobs [N]")
+        parents: list[int] = self.parents.tolist()
+        if parents[:1] != [-1] or not all(0 <= parent < node for node, parent in enumerate(parents[1:], 1)):
+            raise InputError(
+                f"tree parents {parents} are out of order: give -1 for the root, then parents before children"
+            )
+
+    @classmethod
+    def root(cls, token: int) -> DraftTree:
+        """The tree of plain decoding: the known token alone."""
+        return cls(np.array([token], np.int64), np.array([-1], np.int64), np.zeros(1, np.float32))
+
+    def __len__(self) -> int:
+        """Nodes, root included."""
+        return len(self.tokens)
+
+    @cached_property
+    def expected_lengths(self) -> list[float]:
+        """Tokens that verifying its best 1, 2, ... N nodes is expected to give, if the log-probabilities are true."""
+        return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
+
+    @cached_property
+    def path_counts(self) -> list[int]:
+        """Paths from the root to a leaf that its best 1, 2, ... N nodes have."""
+        parents, inner, counts, paths = self.parents.tolist(), set[int](), list[int](), 1
+        for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
+            paths += parents[node] in inner  # its parent is no leaf any more
+            inner.add(parents[node])
+            counts.append(paths)
+        return counts
+
+    @property
+    def expected_length(self) -> float:
+        """Tokens that verifying it is expected to give."""
+        return self.expected_lengths[-1]
+
+    @cached_property
+    def _children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) -> node; of siblings with one token the first."""
+        edges = list(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))
+        return {edges[node]: node for node in range(len(edges) - 1, 0, -1)}
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that carries `token`, if there is one."""
+        return self._children.get((node, token))
+
+    def paths(self) -> list[NDArray[np.int64]]:
+        """From the root to each leaf, the nodes of that path, int64; first the path of the lowest nodes."""
+        parents: list[int] = self.parents.tolist()
+        paths = []
+        for leaf in sorted({*range(len(parents))} - {*parents}):
+            path, node = list[int](), leaf
+            while node >= 0:
+                path.append(node)
+                node = parents[node]
+            paths.append(path[::-1])
+        return [np.array(path, np.int64) for path in sorted(paths)]
+
+    def depths(self) -> NDArray[np.int64]:
+        """[N] int64, levels below the root: node i has position (root's position) + depths[i]."""
+        depths = [0]
+        for parent in self.parents.tolist()[1:]:
+            depths.append(depths[parent] + 1)
+        return np.array(depths, np.int64)
+
+
+def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budget: int) -> DraftTree:
+    """The root and the `budget` best nodes, in verification order: principal chain, then the rest by rank.
+
+    Node 0 is the root; parents come before their children and are at least as probable.  Ties keep the earlier node.
+    """
+    kept = sorted(range(1, len(tokens)), key=lambda node: -logprobs[node])[:budget]
+    order, tip = [0], 0
+    for node in kept:  # by rank: the first child of the tip met here is its best, and its own children follow
+        if parents[node] == tip:
+            order.append(node)
+            tip = node
+    chain = set(order)
+    order += [node for node in kept if node not in chain]
+    place = {node: index for index, node in enumerate(order)}
+    return DraftTree(
+        tokens=np.array([tokens[node] for node in order], np.int64),
+        parents=np.array([-1, *(place[parents[node]] for node in order[1:])], np.int64),
+        logprobs=np.array([logprobs[node] for node in order], np.float32),
+    )
+
+
+def without_branches(tree: DraftTree, least: float) -> DraftTree:
+    """`tree` without the branches that are expected to give fewer than `least` tokens, each beside its best sibling.
+
+    A path costs attention over the whole context, whatever its length.  Source: dynamic programming from the leaves.
+    """
+    parents = tree.parents.tolist()
+    worth = [exp(logprob) for logprob in tree.logprobs.tolist()]
+    children: list[list[int]] = [[] for _ in parents]
+    for node in range(len(parents) - 1, -1, -1):
+        ranked = sorted(children[node], key=lambda child: -worth[child])
+        children[node] = ranked[:1] + [child for child in ranked[1:] if worth[child] > least]
+        worth[node] += sum(worth[child] for child in children[node]) - least * max(len(children[node]) - 1, 0)
+        if node:
+            children[parents[node]].append(node)
+    kept, pending = list[int](), [0]
+    while pending:
+        kept.append(node := pending.pop())
+        pending += children[node]
+    if len(kept) == len(tree):
+        return tree
+    kept.sort()
+    place = {node: index for index, node in enumerate(kept)}
+    return best_tree(
+        tree.tokens[kept].tolist(),
+        [place.get(parents[node], -1) for node in kept],
+        tree.logprobs[kept].tolist(),
+        len(kept) - 1,
+    )
+
+
+def graft(tree: DraftTree, paths: Iterable[Repeat], width: int) -> DraftTree:
+    """Put paths of tokens below the root, as far as they are not there yet, and keep the best `width` nodes of all.
+
+    A node that several propose has the best of their log-probabilities.
+    """
+    tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
+    children = dict(tree._children)
+    for path in paths:
+        tip = 0
+        for token, logprob in zip(path.tokens, path.logprobs, strict=True):
+            child = children.get((tip, token))
+            if child is None:
+                child = children[tip, token] = len(tokens)
+                tokens.append(token)
+                parents.append(tip)
+                logprobs.append(logprob)
+            else:
+                logprobs[child] = max(logprobs[child], logprob)
+            tip = child
+    return best_tree(tokens, parents, logprobs, width - 1)

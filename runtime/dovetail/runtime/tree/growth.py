@@ -1,0 +1,164 @@
+"""Growing a draft tree, level by level, out of what the drafter offers.
+
+Axes: n nodes of a level, K candidates of each.  A growing tree is in draft order: rows of the drafter's buffers, in
+order of expansion.  Source: EAGLE-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heappush, heapreplace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
+from dovetail.runtime.tree.limits import TreeLimits
+
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Children that the drafter offers: the K best next tokens of each of n nodes.
+
+    logprobs: [n, K] float32, log-probability given the node; -inf or nan is no candidate.
+    ids: [n, K] integers, target vocabulary.
+    """
+
+    logprobs: NDArray[np.float32]
+    ids: NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Nodes of one depth that the drafter runs next, in draft order: row 0 is the root, which is never among them.
+
+    depth: levels below the root, from 1.
+    rows: [n] int64, the buffer row of each node: 1, 2, 3, ... over the levels of one tree.
+    parent_rows: [n] int64, 0 for children of the root.
+    tokens: [n] int64, target vocabulary.
+    attend: [n, slots] bool, the rows a node attends to: itself and its ancestors below the root.
+    """
+
+    depth: int
+    rows: NDArray[np.int64]
+    parent_rows: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    attend: NDArray[np.bool_]
+
+
+Expand = Callable[[Level], Candidates]
+
+
+class Judge(Protocol):
+    """Somebody who knows what a drafter's word is worth and what its calls cost."""
+
+    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities [n, K] of candidates at `depth`, given the path, as they deserve; in the same order."""
+        ...
+
+    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+        """Whether to expand nodes of `depth`, given their cumulative log-probabilities."""
+        ...
+
+
+def grow_tree(
+    root_token: int,
+    first: Candidates,
+    expand: Expand,
+    limits: TreeLimits,
+    *,
+    slots: int = 64,
+    judge: Judge | None = None,
+) -> DraftTree:
+    """Grow the tree of the `width - 1` nodes with the best cumulative log-probability.
+
+    first: [1, K], the root's children. expand: called at most depth - 1 times, level by level, with at most
+    top_k nodes; not called for nodes whose children could not be among the best any more.
+    slots: buffer rows of the drafter, root's included; what would not fit is not expanded.
+    judge: corrects the log-probabilities and may end the growth; None takes the drafter at its word.
+    Source: EAGLE-2's expansion and reranking, without sampling: the tree depends on the candidates alone.
+    """
+    growth = _Growth(root_token, limits, slots)
+
+    def add(nodes: list[int], found: Candidates, depth: int) -> list[int]:
+        if judge:
+            found = Candidates(judge.believe(depth, found.logprobs[:, : limits.top_k]), found.ids)
+        return growth.add(nodes, found)
+
+    frontier = add([0], first, 1) if limits.width > 1 and limits.depth > 0 else []
+    for depth in range(1, limits.depth):
+        frontier = growth.expandable(frontier)
+        if not frontier or (judge and not judge.pays(depth, [growth.logprobs[node] for node in frontier])):
+            break
+        frontier = add(frontier, expand(growth.level(frontier, depth)), depth + 1)
+    return growth.tree()
+
+
+class _Growth:
+    """The nodes found so far, in order of discovery: parents before children, so ties keep ancestors first.
+
+    Plain lists: a few dozen nodes a round are cheaper in Python than in many small numpy calls.
+    """
+
+    def __init__(self, root_token: int, limits: TreeLimits, slots: int) -> None:
+        self.limits, self.slots = limits, slots
+        self.budget = limits.width - 1
+        self.tokens, self.parents, self.logprobs = [root_token], [-1], [0.0]
+        self.best: list[float] = []  # min-heap: log-probabilities of the best `budget` nodes
+        self.rows: dict[int, int] = {0: 0}  # node -> draft row, for nodes that were expanded
+        self.lineage: dict[int, list[int]] = {0: []}  # node -> rows it attends to
+
+    def add(self, nodes: list[int], found: Candidates) -> list[int]:
+        """Append the children of `nodes` that are among the best so far; returns them."""
+        best, budget, top_k, start = self.best, self.budget, self.limits.top_k, len(self.tokens)
+        for node, row, ids in zip(nodes, found.logprobs.tolist(), found.ids.tolist(), strict=True):
+            above = self.logprobs[node]
+            for logprob, token in zip(row[:top_k], ids[:top_k], strict=True):
+                total = above + min(logprob, 0.0)  # rounding must not lift a child over its parent
+                if not total > _NEVER:
+                    continue
+                if len(best) < budget:
+                    heappush(best, total)
+                elif total > best[0]:
+                    heapreplace(best, total)
+                else:
+                    continue  # neither it nor its descendants can be kept
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.logprobs.append(total)
+        return list(range(start, len(self.tokens)))
+
+    def expandable(self, frontier: list[int]) -> list[int]:
+        """The best top_k of `frontier` whose children may still be kept, as far as there are rows."""
+        if len(self.best) == self.budget:
+            frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
+        count = min(self.limits.top_k, self.slots - len(self.rows))
+        return self.ranked(frontier)[:count]
+
+    def level(self, nodes: list[int], depth: int) -> Level:
+        """Give `nodes` their draft rows and describe them to the drafter."""
+        attend = np.zeros((len(nodes), self.slots), np.bool_)
+        for index, node in enumerate(nodes):
+            row = self.rows[node] = len(self.rows)
+            self.lineage[node] = [*self.lineage[self.parents[node]], row]
+            attend[index, self.lineage[node]] = True
+        return Level(
+            depth=depth,
+            rows=np.array([self.rows[node] for node in nodes], np.int64),
+            parent_rows=np.array([self.rows[self.parents[node]] for node in nodes], np.int64),
+            tokens=np.array([self.tokens[node] for node in nodes], np.int64),
+            attend=attend,
+        )
+
+    def ranked(self, nodes: Iterable[int]) -> list[int]:
+        """Best first; ties in order of discovery."""
+        logprobs = self.logprobs
+        return sorted(nodes, key=lambda node: -logprobs[node])
+
+    def tree(self) -> DraftTree:
+        """The best nodes in verification order."""
+        return best_tree(self.tokens, self.parents, self.logprobs, self.budget)

@@ -1,0 +1,246 @@
+"""Measure what a pass costs here: the target's by its nodes, a drafter's call by its rows, both by the context.
+
+All points are timed in turns, round after round in shuffled order, so that whatever else the machine does falls
+on all of them alike; a point's time is its median.  Each is called twice: the target's first pass of another width
+than the last takes longer, which is noted apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from random import Random
+from statistics import median
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from dovetail.runtime.drafter.graph_io import CHUNK
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.pair.manifest import Manifest
+from dovetail.runtime.policy.choose import WIDTHS
+from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.system.bounds import check_number
+from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
+
+log = logging.getLogger(__name__)
+
+CONTEXTS = (128, 1024, 4096)
+ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
+# Rows of a call up to which it is timed as a tree's level, which gives children to every row; a larger one reads.  A
+# short read is cheaper than a level of as many rows: the scheduler's pace of drafts evens that out.
+LEVEL = 16
+# When a pair is first opened somebody waits for an answer.
+QUICK_CONTEXTS = (128, 1024)
+QUICK_SECONDS = 4.0
+
+FEW = {*WIDTHS, CHUNK}  # sizes where there is no time for all
+SAMPLES = 2  # of every point at least
+LEAST_MS = 1e-3  # of a path, where noise hides what it takes
+FORK = 12  # nodes of the tree whose further paths are timed, against a chain of so many
+PATHS = 5  # of that tree
+
+Engine = Literal["target", "path", "draft"]
+Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
+Progress = Callable[[float], None]  # is told the part that is done, 0 to 1
+
+
+def known_or_measured(
+    manifest: Manifest,
+    target: OpenVINOTarget,
+    drafter: OnnxDrafter,
+    threads: int | None,
+    ov_config: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Costs:
+    """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
+
+    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.  Then, too, a
+    warning in the log says if the target's rows are not equal on this machine.
+    Raises DeviceError.
+    """
+    key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
+    known = recall(key)
+    if known is not None:
+        return known.costs
+    begin = perf_counter()
+    costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
+    if target.exact and (different := differing_rows(target)).rows:
+        log.warning(
+            "this target's rows differ by up to %.2g logits between passes here, so drafts may change the text: "
+            "dovetail-run tune --properties shows which properties of OpenVINO keep rows equal", different.largest,
+        )  # fmt: skip
+    with suppress(OSError):  # a cache that cannot be written costs time at the next start, not correctness
+        Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
+    return costs
+
+
+def measure(
+    target: OpenVINOTarget,
+    drafter: OnnxDrafter,
+    *,
+    contexts: Iterable[int],
+    widths: Iterable[int],
+    seconds: float,
+    progress: Progress | None = None,
+) -> Costs:
+    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`; both sessions end empty.
+
+    Contexts that a session has no room for are left out.  Where the time does not allow for SAMPLES of every point,
+    only FEW sizes and the largest are measured; where it does not for those either, it takes longer.
+    Raises InputError for what cannot be measured, DeviceError.
+    """
+    check_seconds(seconds)
+    begin = perf_counter()
+    if progress is not None:
+        progress(0.0)
+    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
+    every: Sizes = {
+        "target": _ascending("widths", widths, 1),
+        "path": [FORK],
+        "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
+    }
+    few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
+    watch, order = _Stopwatch(target, drafter), Random(0)
+
+    def shuffled(sizes: Sizes) -> list[_Point]:
+        points = [_Point(engine, n, context) for engine in sizes for n, context in product(sizes[engine], contexts)]
+        return order.sample(points, len(points))
+
+    try:
+        watch.warm_up(few, contexts[-1])
+        for point in shuffled(few):
+            watch.time(point)
+        sizes, one_round = few, watch.predict(few, every, contexts)
+        if perf_counter() - begin + (1 + SAMPLES) * one_round / 1e3 <= seconds:
+            sizes = every
+            watch.warm_up(every, contexts[-1])
+        points, queue = shuffled(sizes), list[_Point]()
+        while (left := seconds - (perf_counter() - begin)) > 0 or watch.sampled(points) < 1:
+            queue = queue or shuffled(sizes)
+            watch.time(queue.pop())
+            if progress is not None:
+                progress(min(1 - left / seconds, watch.sampled(points)))
+        target_curve = watch.curve("target", sizes["target"], contexts)
+        return Costs(
+            target=target_curve,
+            draft=watch.curve("draft", sizes["draft"], contexts),
+            path=watch.path_curve(target_curve, contexts),
+            switch_ms=max(0.0, median(watch.switches)),
+        )
+    finally:
+        target.reset(0)
+        drafter.reset(0)
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises InputError for a time that measuring cannot take."""
+    check_number("seconds", seconds, InputError, "give another time", most=86400)
+
+
+def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
+    """A tree of `nodes` nodes: a chain below the root, of which the last `paths - 1` nodes hang from its first ones."""
+    chain = nodes - paths
+    parents = [-1, *range(chain), *range(paths - 1)]
+    return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A call to be timed: a pass of `size` nodes or a drafter's call of `size` rows, after `context` tokens.
+
+    engine: "path" is the target's pass over a tree of several paths.
+    """
+
+    engine: Engine
+    size: int
+    context: int
+
+
+@dataclass
+class _Stopwatch:
+    """Times calls as the loop makes them: the mask of a tree is part of its pass, growing the tree is not."""
+
+    target: OpenVINOTarget
+    drafter: OnnxDrafter
+    times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
+    switches: list[float] = field(default_factory=list)  # ms
+
+    def time(self, point: _Point) -> None:
+        """Two calls: the time of the second is noted, and of the target's what the first took more."""
+        first, second = self.call(point), self.call(point)
+        self.times[point].append(second)
+        if point.engine == "target":
+            self.switches.append(first - second)
+
+    def warm_up(self, sizes: Sizes, context: int) -> None:
+        """One call of each size that was not timed yet: the first of a shape is slower."""
+        for engine in sizes:
+            for size in reversed(sizes[engine]):
+                point = _Point(engine, size, context)
+                if point not in self.times:
+                    self.call(point)
+
+    def call(self, point: _Point) -> float:
+        """One call, in ms."""
+        if point.engine in ("target", "path"):
+            self.target.assume(point.context)
+            tree = timed_tree(point.size, PATHS if point.engine == "path" else 1)
+            begin = perf_counter()
+            self.target.verify(tree)
+        elif point.size <= LEVEL:
+            self.drafter.assume(point.context)
+            begin = perf_counter()
+            self.drafter.rehearse(point.size)
+        else:
+            self.drafter.assume(point.context)
+            tokens = np.zeros(point.size, np.int64)
+            features = np.zeros((point.size, self.target.model.feature_size), np.float32)
+            begin = perf_counter()
+            self.drafter.extend(tokens, features)
+        return (perf_counter() - begin) * 1e3
+
+    def sampled(self, points: Sequence[_Point]) -> float:
+        """The part, 0 to 1, of the times that `points` need which is there: SAMPLES of each."""
+        return sum(min(len(self.times[point]), SAMPLES) for point in points) / (SAMPLES * len(points))
+
+    def predict(self, known: Sizes, wanted: Sizes, contexts: Sequence[int]) -> float:
+        """Milliseconds of one round over `wanted`, by the times of `known`, which has the largest of each."""
+        total = 0.0
+        for engine in wanted:
+            curve = self.curve(engine, known[engine], contexts)
+            total += sum(curve.at(context, size) for context in contexts for size in wanted[engine])
+        return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
+
+    def path_curve(self, target: Curve, contexts: Sequence[int]) -> Curve:
+        """What each path beside the first takes: a tree's medians less those of chains of its size."""
+        ms = [median(self.times[_Point("path", FORK, context)]) - target.at(context, FORK) for context in contexts]
+        return Curve.fit(contexts, (1,), np.maximum(np.array([ms]).T / (PATHS - 1), LEAST_MS))
+
+    def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
+        """The medians, made to rise."""
+        ms = [[median(self.times[_Point(engine, size, context)]) for size in sizes] for context in contexts]
+        return Curve.fit(contexts, sizes, np.array(ms))
+
+
+def _fitting(contexts: Sequence[int], room: int) -> list[int]:
+    """The contexts of at most `room` tokens; where none fits, what fits."""
+    return [context for context in contexts if context <= room] or [max(0, room)]
+
+
+def _ascending(name: str, values: Iterable[int], low: int) -> list[int]:
+    ordered = sorted(set(values))
+    if not ordered or ordered[0] < low:
+        raise InputError(f"{name} {ordered} cannot be measured: give one or more, from {low}")
+    return ordered

@@ -1,0 +1,212 @@
+"""What properties of OpenVINO's CPU plugin change here: how quick the target's passes are, and its best tokens.
+
+One candidate at a time is opened beside the target as it was given, and the passes of the two are timed in turns, so
+that whatever else the machine does falls on both alike.  `choose` names the one that later openings may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from statistics import geometric_mean
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.system import machine
+from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
+from dovetail.runtime.tune.measure import Progress, check_seconds, timed_tree
+
+CONTEXT = 128  # tokens before a timed pass
+NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding
+CHAIN = 16  # tokens of the text that are read in one pass
+TOKENS = 128  # of the text
+SAMPLES = 7  # of every size at least
+PROMPT = "The three most important discoveries in the history of science, and what each of them changed:"
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property of OpenVINO's CPU plugin, as --ov-config takes it."""
+
+    name: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
+
+
+@dataclass(frozen=True)
+class Compared(Property):
+    """What a property changes, set beside those that were given.
+
+    speedups: by nodes, how many times as fast a pass is: the median of `samples` pairs of passes, between the ends of
+        an interval that holds the true one in 98 of 100 cases.
+    same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
+    rows_equal: whether its rows are the same bits in passes of every width but 1, and in trees (exactness.py).
+    problem: why OpenVINO does not take the property; nothing was measured then.
+    """
+
+    speedups: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
+    samples: int = 0
+    same: float | None = None
+    rows_equal: bool | None = None
+    problem: str | None = None
+
+
+def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
+    """What is worth a try on this machine, but for what it has already.  threads: as the target was told, if it was."""
+    tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
+    tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
+    facts, cores = machine.cpu(), machine.usable_cores()
+    if facts.threads > facts.cores:
+        tried.append(("ENABLE_HYPER_THREADING", "NO"))
+    if threads is None and cores > 1:
+        tried.append(("INFERENCE_NUM_THREADS", str(cores - 1)))  # leaves one to the drafter
+    now = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", **default_properties(), **given}  # 32 is OpenVINO's own
+    return [Property(name, value) for name, value in tried if now.get(name) != value]
+
+
+def compare(
+    base: OpenVINOTarget,
+    open_with: Callable[[Property], OpenVINOTarget],
+    prompt: Sequence[int],
+    tried: Sequence[Property],
+    *,
+    seconds: float,
+    progress: Progress | None = None,
+) -> list[Compared]:
+    """A record for each property of `tried`, measured for `seconds` in all; `base` ends empty.
+
+    base: the target as it was given.  open_with: the same with one more.  prompt: tokens that a text follows.
+    It takes longer where SAMPLES of every size do.
+    Raises InputError for such seconds, DeviceError where `base` cannot read the text.
+    """
+    check_seconds(seconds)
+    end = perf_counter() + seconds
+
+    def tell(done: float, part: float = 0.0) -> None:
+        if progress is not None and tried:
+            progress((done + part) / len(tried))
+
+    tell(0)
+    try:
+        text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
+        read = _Read(base, prompt, text, best_tokens(base, prompt, text))
+        rows = []
+        for done, one in enumerate(tried):
+            until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
+            rows.append(read.beside(one, open_with, until, partial(tell, done)))
+            tell(done + 1)
+        return rows
+    finally:
+        base.reset(0)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A text after a prompt, and the best token of `base` after each of its tokens [T]."""
+
+    base: OpenVINOTarget
+    prompt: Sequence[int]
+    text: Sequence[int]
+    best: NDArray[np.int64]
+
+    def beside(
+        self, one: Property, open_with: Callable[[Property], OpenVINOTarget], until: float, tell: Progress
+    ) -> Compared:
+        """Open a candidate, let it read the text, time it, and let it go: there are never more than two models."""
+        try:
+            candidate = open_with(one)
+            same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
+            equal = _keeps_rows_equal(candidate)
+            ratios = _time(self.base, candidate, until, tell)
+        except DeviceError as error:
+            return Compared(one.name, one.value, problem=" ".join(str(error).split()))
+        samples = len(ratios[NODES[0]])
+        ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
+        speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
+        return Compared(one.name, one.value, speedups, samples, same, equal)
+
+
+def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
+    """Whether its rows are equal where none is computed alone, as without --no-exact."""
+    exact = OpenVINOTarget(candidate.model, candidate.max_context)
+    try:
+        return differing_rows(exact).rows == 0
+    finally:
+        exact.close()
+
+
+def choose(rows: Sequence[Compared]) -> Chosen:
+    """The quickest precision or group size that keeps rows equal and is quicker than the base beyond doubt, if any.
+
+    Speeds of the passes of NODES nodes count alike.
+    """
+    found = [row for row in rows if row.name in CHOOSABLE and row.rows_equal]
+    sure = [row for row in found if geometric_mean(low for low, _, _ in row.speedups.values()) > 1]
+    best = max(sure, key=_speedup, default=None)
+    return Chosen({best.name: best.value}, _speedup(best)) if best else Chosen({}, 1.0)
+
+
+def _speedup(row: Compared) -> float:
+    return geometric_mean(middle for _, middle, _ in row.speedups.values())
+
+
+def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:
+    """The `count` tokens, at least one, that the target writes after the prompt; plain decoding."""
+    target.reset(0)
+    text = [int(target.prefill(np.array(prompt, np.int64)).logits[0].argmax())]
+    while len(text) < count:
+        text.append(int(target.verify(DraftTree.root(text[-1])).logits[0].argmax()))
+        target.commit(np.zeros(1, np.int64))
+    return text
+
+
+def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[int]) -> NDArray[np.int64]:
+    """The target's best token after each of `text` [T], which it reads in chains; int64 [T]."""
+    best: list[NDArray[np.int64]] = []
+    target.reset(0)
+    target.prefill(np.array(prompt, np.int64))
+    for begin in range(0, len(text), CHAIN):
+        tokens = np.array(text[begin : begin + CHAIN], np.int64)
+        nodes = np.arange(len(tokens))
+        best.append(target.verify(DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))).logits.argmax(1))
+        target.commit(nodes)
+    return np.concatenate(best)
+
+
+def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Progress) -> dict[int, list[float]]:
+    """By nodes, how many times as fast `candidate` was in each pair of passes, until then or for SAMPLES of them."""
+    turns, order, begin = [base, candidate], Random(0), perf_counter()
+    ratios: dict[int, list[float]] = {nodes: [] for nodes in NODES}
+    for nodes in NODES:
+        for target in turns:
+            _pass_ms(target, nodes)  # the first of a shape is slower
+    samples = 0
+    while samples < SAMPLES or perf_counter() < until:
+        for nodes in order.sample(NODES, len(NODES)):
+            ms = {target: _pass_ms(target, nodes) for target in turns}
+            ratios[nodes].append(ms[base] / ms[candidate])
+        turns.reverse()
+        samples += 1
+        tell(min(1.0, samples / SAMPLES, (perf_counter() - begin) / max(until - begin, 1e-9)))
+    return ratios
+
+
+def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
+    """The second of two passes, in ms: the first after one of another width takes longer."""
+    tree, begin = timed_tree(nodes), 0.0
+    for _ in range(2):
+        target.assume(max(0, min(CONTEXT, target.max_context - max(NODES))))
+        begin = perf_counter()
+        target.verify(tree)
+    return (perf_counter() - begin) * 1e3

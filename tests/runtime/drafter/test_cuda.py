@@ -1,0 +1,204 @@
+"""The GPU's drafter without a GPU: real graphs, buffers and calls on a host device.
+
+HostDevice stands for CUDA at the seam of cuda_runner; ONNX Runtime runs the float16 graph of a tiny pair on its CPU
+provider.  What only a GPU can show is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime.drafter import cuda as cuda_runner
+from dovetail.runtime.drafter import ort
+from dovetail.runtime.drafter.cuda import CudaRunner, check_placement
+from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.tree.limits import TreeLimits
+
+CUDA = "CUDAExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def exact(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """Opens the same drafter in float32 on the CPU."""
+    import torch
+
+    from dovetail.exporter.drafter.export import load_drafter, save
+    from dovetail.exporter.drafter.graph import to_onnx
+
+    manifest = pairs.manifest
+    checkpoint = Path(manifest.provenance["drafter"]["checkpoint"])
+    drafter = load_drafter(checkpoint, pairs.pair / "target")
+    folder = tmp_path_factory.mktemp("f32")
+    facts = manifest.drafter
+    save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
+    in_f32 = replace(manifest, drafter=replace(facts, files={**facts.files, "cpu": "f32.onnx"}))
+    return lambda: OnnxDrafter.open(folder, in_f32, device="cpu", threads=1)
+
+
+class Claims:
+    """A session that says it runs on CUDA, of which ONNX Runtime gave every node to the CPU."""
+
+    def __init__(self, session: Any):
+        self.get_provider_graph_assignment_info = session.get_provider_graph_assignment_info
+
+    def get_providers(self) -> list[str]:
+        return [CUDA]
+
+
+def test_float16_in_buckets_drafts_what_float32_does(HostDevice, pairs, exact, stream) -> None:
+    """Calls of 1 to 128 rows in turns: what another call left in a bucket's rows is not seen."""
+    tokens, features = stream
+    got, want = pairs.on(HostDevice()), exact()
+    begin = 0
+    for rows in (9, 1, 128, 3, 17, 40, 2):
+        for session in (got, want):
+            session.extend(tokens[begin : begin + rows], features[begin : begin + rows])
+        begin += rows
+        pairs.assert_alike(got.propose(pairs.limits), want.propose(pairs.limits))
+
+
+def test_a_call_is_one_copy_up_one_down_and_one_wait(HostDevice, pairs, stream) -> None:
+    device = HostDevice()
+    session = pairs.on(device)
+    device.calls.clear()
+    session.extend(stream[0][:9], stream[1][:9])
+    assert device.calls == ["up", "down", "wait"]
+    session.propose(TreeLimits(width=12, depth=3, top_k=3, lookup=0))  # two levels below the root's children
+    assert device.calls == ["up", "down", "wait"] * 3
+
+
+def test_features_cross_the_bus_once_and_levels_only_small_rows(HostDevice, pairs, stream) -> None:
+    session = pairs.on(HostDevice())
+    features = 8 * pairs.manifest.target.feature_size * 2
+    session.extend(stream[0][:5], stream[1][:5])
+    first = session.bus_bytes
+    session.propose(TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
+    level = session.bus_bytes - first
+    assert 0 <= first - level - features < 256  # the block's padding
+
+
+def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) -> None:
+    session = pairs.on(HostDevice())
+    runner = session._runner
+    assert isinstance(runner, CudaRunner)
+    assert [len(runner.rows(n).input_ids) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 128, 128]
+    before = {bucket: (graph.inputs.address, graph.outputs.address) for bucket, graph in runner._graphs.items()}
+    assert sorted(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
+    ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._graphs.items()}
+    assert ids == {8: "1", 16: "2", 128: "3"}
+    session.extend(stream[0][:150], stream[1][:150])
+    assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
+
+
+def test_nodes_that_would_run_elsewhere_are_named(HostDevice, pairs) -> None:
+    session = pairs.on(HostDevice())._runner._session  # type: ignore[attr-defined]
+
+    with pytest.raises(
+        DeviceError, match=r"\d+ nodes would not run on CUDA.*: \w+ '.+' on CPUExecutionProvider"
+    ) as told:
+        check_placement(Claims(session), CUDA)
+    assert "\n" not in str(told.value) and " more: use --drafter-device cpu" in str(told.value)
+    with pytest.raises(DeviceError, match="could not load its CUDAExecutionProvider"):
+        check_placement(session, CUDA)
+
+
+def test_a_device_that_is_too_small_is_told_with_the_arithmetic(HostDevice, pairs) -> None:
+    device = HostDevice(room=20_000)
+    with pytest.raises(DeviceError, match=r"out of memory.*planned: .* weights \+ .* = .* MiB") as told:
+        pairs.on(device)
+    assert device.closed and "\n" not in str(told.value)
+
+
+def test_what_is_allocated_is_what_was_planned(HostDevice, pairs) -> None:
+    device = HostDevice()
+    session = pairs.on(device)
+    plan, held = plan_pair(pairs.manifest), sum(block.nbytes for block in device.blocks.values())
+    assert session.max_context == plan.context
+    assert plan.state + plan.rows <= held <= plan.state + plan.rows + 60 * 256  # what blocks are rounded up by
+
+
+def test_the_arena_gets_what_a_limit_leaves(HostDevice, pairs) -> None:
+    free, limited = HostDevice(), HostDevice()
+    pairs.on(free)
+    pairs.on(limited, vram=3 * 10**9)
+    plan = plan_pair(pairs.manifest)
+    assert free.arena is None and limited.arena == 3 * 10**9 - plan.state - plan.rows - plan.cuda > plan.weights
+
+
+def test_nodes_that_stop_a_capture_are_named(HostDevice, pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime refuses to capture without naming a node; without capturing it tells where it placed them."""
+    opened: list[int] = []
+
+    def refuse_once(*arguments: Any) -> Any:
+        opened.append(1)
+        if len(opened) == 1:
+            raise DeviceError("This session cannot use the graph capture feature")
+        return ort.open_session(*arguments)
+
+    monkeypatch.setattr(cuda_runner, "open_session", refuse_once)
+    with pytest.raises(DeviceError, match="cannot use the graph capture"):  # all nodes are where they belong
+        pairs.on(HostDevice())
+    monkeypatch.setattr(cuda_runner, "check_placement", lambda session, _: check_placement(Claims(session), CUDA))
+    opened.clear()
+    with pytest.raises(DeviceError, match="nodes would not run on CUDAExecutionProvider: "):
+        pairs.on(HostDevice())
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "engine", "failed"])
+def test_a_session_goes_before_its_device_and_a_failed_one_stays(HostDevice, pairs, way: str) -> None:
+    """ONNX Runtime ends the process when it destroys a captured graph on a device that failed."""
+    device, gone = HostDevice(), []
+    drafter: Any = pairs.on(device)
+    session = weakref.ref(drafter._runner._session)
+    close = device.close
+    device.close = lambda: (gone.append(session() is None), close())
+    if way == "engine":
+        with pairs.engine(SteadyDrafter(drafter)) as engine:
+            del drafter
+            engine.generate(pairs.prompt, 4, raw=True)
+    elif way == "drop":
+        del drafter
+        gc.collect()
+    else:
+        device.fail_at = 1 if way == "failed" else 0
+        drafter.close()
+        drafter.close()
+    assert device.closed and gone == [way != "failed"]
+
+
+@pytest.mark.parametrize("left", ["interrupted", "failed"])
+def test_a_device_waits_for_a_session_that_a_traceback_holds(
+    HostDevice, pairs, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """The engine is closed while an error from within a call is on its way, on a device that is well."""
+    device, gone = HostDevice(), []
+    opened = [pairs.on(device)]
+    session, close = weakref.ref(opened[0]._runner._session), device.close  # type: ignore[attr-defined]
+    device.close = lambda: (gone.append(session() is None), close())
+    problem = KeyboardInterrupt if left == "interrupted" else RuntimeError
+
+    def raise_it(self: Any, *_: Any) -> None:
+        raise problem
+
+    def leave() -> None:
+        with pairs.engine(SteadyDrafter(opened.pop())) as engine:
+            monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", raise_it)
+            engine.generate(pairs.prompt, 30, raw=True)
+
+    with pytest.raises((KeyboardInterrupt, DeviceError)) as told:
+        leave()
+    del told
+    gc.collect()
+    assert gone == [True] and device.closed

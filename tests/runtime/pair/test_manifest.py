@@ -1,0 +1,333 @@
+"""The manifest round-trips, and every way to spoil a pair is one typed, one-line error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from dovetail.runtime.errors import DovetailError, IntegrityError, ManifestError, MismatchError
+from dovetail.runtime.pair.manifest import (
+    MANIFEST_NAME,
+    DrafterFacts,
+    FileEntry,
+    Manifest,
+    TargetFacts,
+    cache_dir,
+    check_listed,
+    check_pair,
+    file_entry,
+    read_manifest,
+    sha256_file,
+    verify_files,
+    write_manifest,
+)
+from dovetail.runtime.tree.limits import TreeLimits
+
+TARGET = TargetFacts(
+    model_type="llama", hidden_size=32, feature_size=32, vocab_size=300, num_layers=2, max_context=256,
+    weight_format="int8", taps=("norm",), eos_token_ids=(2,), tokenizer_sha256="a" * 64,
+)  # fmt: skip
+DRAFTER = DrafterFacts(
+    fusion="dgf", blocks=1, hidden_size=32, feature_size=32, target_vocab_size=300, draft_vocab_size=64,
+    num_kv_heads=2, head_size=8, top_k=4, tree_slots=64, max_context=256, tokenizer_sha256="a" * 64,
+    files={"cpu": "drafter/drafter.int8.onnx", "cuda": "drafter/drafter.fp16.onnx"},
+)  # fmt: skip
+CONTENTS = {
+    "target/openvino_model.bin": b"weights" * 100,
+    "drafter/drafter.int8.onnx": b"int8",
+    "drafter/drafter.fp16.onnx": b"fp16",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    folder = tmp_path / "pair"
+    for name, content in CONTENTS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    entries = {name: file_entry(folder / name) for name in CONTENTS}
+    write_manifest(folder, Manifest(name="tiny", target=TARGET, drafter=DRAFTER, files=entries))
+    return folder
+
+
+def edit(pair: Path, *path: str, value: object = None, drop: bool = False) -> None:
+    raw = json.loads((pair / MANIFEST_NAME).read_text())
+    inner = raw
+    for key in path[:-1]:
+        inner = inner[key]
+    if drop:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    (pair / MANIFEST_NAME).write_text(json.dumps(raw))
+
+
+def message(error: pytest.ExceptionInfo[DovetailError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text
+    return text
+
+
+def test_written_manifest_reads_back_equal(pair: Path) -> None:
+    provenance = {"source": {"id": "é", "revision": None}, "versions": ["1.0"]}
+    for drafter in (DRAFTER, None):
+        files = {name: file_entry(pair / name) for name in CONTENTS}
+        manifest = Manifest(
+            name="tiny", target=TARGET, drafter=drafter, files=files, tree=TreeLimits(8, 4, 2), provenance=provenance
+        )
+        write_manifest(pair, manifest)
+        assert read_manifest(pair) == manifest
+        verify_files(pair, manifest)
+        check_pair(manifest)
+    assert sorted(p.name for p in pair.iterdir()) == [MANIFEST_NAME, "drafter", "target"]  # no temporary left
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("colour",), ("target", "colour"), ("drafter", "colour"), ("tree", "colour"),
+     ("files", "target/openvino_model.bin", "colour")],
+)  # fmt: skip
+def test_unknown_key_is_named(pair: Path, path: tuple[str, ...]) -> None:
+    edit(pair, *path, value=1)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    assert "unknown key" in message(error) and "colour" in message(error)
+
+
+@pytest.mark.parametrize(
+    "path", [("name",), ("target", "vocab_size"), ("drafter", "top_k"), ("tree", "depth"), ("provenance",)]
+)
+def test_missing_key_is_named(pair: Path, path: tuple[str, ...]) -> None:
+    edit(pair, *path, drop=True)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    assert "missing" in message(error) and path[-1] in message(error)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, []])
+def test_other_version_says_what_to_do(pair: Path, version: object) -> None:
+    edit(pair, "format_version", value=version)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    assert "format_version" in message(error) and "export the pair again" in message(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("target", "vocab_size"), "300"), (("target", "vocab_size"), True), (("target", "vocab_size"), 0),
+     (("target", "taps"), []), (("target", "taps"), "norm"), (("target", "eos_token_ids"), [1.5]),
+     (("drafter", "fusion"), "eagle9"), (("drafter", "files"), ["a"]), (("drafter",), 3), (("files",), []),
+     (("drafter", "noise"), 1), (("drafter", "noise"), "yes"),
+     (("tree", "width"), 0), (("name",), 7), (("files", "../../etc/passwd"), {"size": 0, "sha256": "0" * 64}),
+     (("files", "x"), {"size": 0, "sha256": "xyz"}), (("files", "x"), {"size": -1, "sha256": "0" * 64})],
+)  # fmt: skip
+def test_wrong_value_is_a_manifest_error(pair: Path, path: tuple[str, ...], value: object) -> None:
+    edit(pair, *path, value=value)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    message(error)
+
+
+FACTS = {
+    "target": ("hidden_size", "feature_size", "vocab_size", "num_layers", "max_context"),
+    "drafter": ("blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size", "num_kv_heads",
+                "head_size", "top_k", "tree_slots", "max_context"),
+}  # fmt: skip
+NO_SIZES = (None, "300", 2.5, [], {}, True, 0, -1, 2**40, 10**30)
+
+
+@pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in FACTS.items() for key in keys])
+def test_every_size_is_a_whole_number_within_bounds(pair: Path, part: str, key: str) -> None:
+    for value in NO_SIZES:
+        edit(pair, part, key, value=value)
+        with pytest.raises(ManifestError) as error:
+            read_manifest(pair)
+        assert key in message(error)
+    path = pair / MANIFEST_NAME
+    path.write_text(path.read_text().replace(f'"{key}": {NO_SIZES[-1]}', f'"{key}": 1e400'))
+    with pytest.raises(ManifestError, match=f"{key} is inf, not a whole number"):
+        read_manifest(pair)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("drafter", "workspace"), [10**400, 1]), (("drafter", "workspace"), [-1, 1]), (("drafter", "vram"), 2**60),
+     (("tree", "width"), 2**40), (("tree", "depth"), 10**30), (("tree", "lookup"), 2**40), (("name",), "a\0b"),
+     (("files", "drafter/a\0b"), {"size": 0, "sha256": "0" * 64}), (("target", "taps"), ["\0"]),
+     (("drafter", "files", "cpu"), "drafter/\0")],
+)  # fmt: skip
+def test_other_values_have_bounds_too(pair: Path, path: tuple[str, ...], value: object) -> None:
+    edit(pair, *path, value=value)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    message(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100 + "]" * 100, '{"name": "\\ud800"}', '{"\\udfff": 1}']
+)
+def test_json_that_is_deep_or_no_text_is_refused(pair: Path, text: str) -> None:
+    (pair / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ManifestError, match="is not valid JSON") as error:
+        read_manifest(pair)
+    message(error)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "target/openvino_model.bin", "target/config.json", "drafter/more"])
+def test_a_pipe_is_never_read(pair: Path, name: str) -> None:
+    (pair / name).unlink(missing_ok=True)
+    os.mkfifo(pair / name)
+    with pytest.raises(DovetailError, match="no regular file") as error:
+        verify_files(pair, read_manifest(pair))
+    assert name in message(error)
+
+
+def test_a_device_is_never_read(pair: Path) -> None:
+    (pair / "target/chat_template.jinja").symlink_to("/dev/zero")
+    with pytest.raises(IntegrityError, match=r"chat_template\.jinja cannot be read \(it is no regular file\)"):
+        verify_files(pair, read_manifest(pair))
+
+
+def test_a_manifest_is_not_read_without_end(pair: Path) -> None:
+    with (pair / MANIFEST_NAME).open("wb") as file:
+        file.truncate(1 << 40)  # a hole of a TiB
+    with pytest.raises(ManifestError, match="more than 64 MiB"):
+        read_manifest(pair)
+
+
+def test_missing_and_damaged_manifests(pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError) as error:
+        read_manifest(tmp_path / "nowhere")
+    assert "nowhere" in message(error)
+    path = pair / MANIFEST_NAME
+    text = path.read_bytes()
+    for damaged in (text[: len(text) // 2], b"", b"\xff\xfe", b"[]", b"null"):
+        path.write_bytes(damaged)
+        with pytest.raises(ManifestError) as error:
+            read_manifest(pair)
+        assert MANIFEST_NAME in message(error)
+    path.unlink()
+    with pytest.raises(ManifestError) as error:
+        read_manifest(pair)
+    assert "--resume" in message(error)
+
+
+def test_truncated_flipped_and_missing_files_are_named(pair: Path) -> None:
+    manifest = read_manifest(pair)
+    weights = pair / "target/openvino_model.bin"
+    content = weights.read_bytes()
+    verify_files(pair, manifest)
+
+    weights.write_bytes(content[:-1])
+    with pytest.raises(IntegrityError, match="truncated") as error:
+        verify_files(pair, manifest)
+    assert "openvino_model.bin" in message(error) and "--resume" in message(error)
+
+    stat = weights.stat()
+    weights.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(IntegrityError, match="altered") as error:
+        verify_files(pair, manifest)
+    assert "openvino_model.bin" in message(error)
+
+    weights.unlink()
+    with pytest.raises(IntegrityError, match="missing") as error:
+        verify_files(pair, manifest)
+    assert "openvino_model.bin" in message(error)
+
+
+def test_drafter_file_without_a_digest_is_refused(pair: Path) -> None:
+    edit(pair, "files", "drafter/drafter.int8.onnx", drop=True)
+    with pytest.raises(IntegrityError, match=r"drafter\.int8\.onnx"):
+        verify_files(pair, read_manifest(pair))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 64), ("feature_size", 96), ("target_vocab_size", 301), ("tokenizer_sha256", "b" * 64),
+     ("draft_vocab_size", 301), ("tree_slots", 8)],
+)  # fmt: skip
+def test_drafter_of_another_target_is_refused(key: str, value: object) -> None:
+    drafter = dataclasses.replace(DRAFTER, **{key: value})  # type: ignore[arg-type]  # the key decides the type
+    with pytest.raises(MismatchError) as error:
+        check_pair(Manifest(name="tiny", target=TARGET, drafter=drafter, files={}))
+    message(error)
+
+
+def test_unchanged_file_is_hashed_once(tmp_path: Path, own_cache: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    first = sha256_file(path)
+    note = next((own_cache / "digests").iterdir())
+    note.write_text(note.read_text().replace(first, "f" * 64))
+    assert sha256_file(path) == "f" * 64  # the note was believed
+    assert sha256_file(path, remember=False) == first  # and can be refused
+    note.write_text("{")
+    assert sha256_file(path) == first  # a damaged note is no note
+    path.write_bytes(b"two")
+    assert sha256_file(path) != first
+
+
+def test_unwritable_cache_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    monkeypatch.setenv("DOVETAIL_CACHE", str(path / "not-a-folder"))
+    assert file_entry(path) == FileEntry(3, sha256_file(path))
+
+
+def test_failed_write_keeps_the_old_manifest(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (pair / MANIFEST_NAME).read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(pair, dataclasses.replace(read_manifest(pair), name="other"))
+    assert (pair / MANIFEST_NAME).read_bytes() == before
+    assert sorted(p.name for p in pair.iterdir()) == [MANIFEST_NAME, "drafter", "target"]
+
+
+def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_dir() == Path("/a")
+    monkeypatch.delenv("DOVETAIL_CACHE")
+    assert cache_dir() == Path("/b/dovetail")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "dovetail"
+
+
+def test_a_user_without_a_home_works_without_a_cache(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("DOVETAIL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert not cache_dir().exists()
+    with pytest.raises(OSError):
+        cache_dir().mkdir(parents=True)
+    verify_files(pair, read_manifest(pair))
+
+
+def test_a_cache_of_an_unknown_user_is_a_path_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", "~no-such-user/cache")
+    assert cache_dir() == Path("~no-such-user/cache")
+
+
+def test_a_target_whose_graph_is_not_listed_is_refused(pair: Path) -> None:
+    """Its digest could not be checked, so an altered graph would run."""
+    with pytest.raises(IntegrityError, match=r"openvino_model\.xml has no digest"):
+        check_listed(read_manifest(pair))

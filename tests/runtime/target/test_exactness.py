@@ -1,0 +1,253 @@
+"""The text is the target's own, to the bit: with any tree, after any other pass, interrupt, or beside other texts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime import Engine, TreeLimits
+from dovetail.runtime.drafter import cpu, graph_io, onnx, ort
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.loop import generate, rescore
+from dovetail.runtime.loop.generate import Conversation, Request
+from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.target import blocks, openvino, paged
+from dovetail.runtime.target.blocks import BlockPool
+from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.openvino import OpenVINOTarget, verify_together
+from dovetail.runtime.target.paged import BLOCK, Batch
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+TEXT = np.random.default_rng(5).integers(0, 200, 240)
+
+
+def grown(seed: int, nodes: int) -> DraftTree:
+    rng = np.random.default_rng(seed)
+    parents = np.array([-1, *(int(rng.integers(max(0, node - 4), node)) for node in range(1, nodes))])
+    return DraftTree(rng.integers(0, 200, nodes), parents, np.zeros(nodes, np.float32))
+
+
+@pytest.fixture
+def target(tiny_pair: Path) -> OpenVINOTarget:
+    return OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair))
+
+
+@pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])
+def test_a_tree_has_the_bits_of_chains(target: OpenVINOTarget, context: int) -> None:
+    assert differing_rows(target, context).rows == 0
+
+
+def test_a_lone_row_differs_where_exactness_is_off(target: OpenVINOTarget) -> None:
+    target.exact = False
+    assert differing_rows(target).rows > 0
+
+
+def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """Have every pass go wrong in this way."""
+    of = Batch.of
+
+    def mixed(parts: Any, rows: int) -> Batch:
+        batch = of(parts, rows)
+        if wrong == "paths" and len(batch.begins) > 2:
+            batch.path_rows[-1] = batch.path_rows[-2]
+        if wrong == "outputs":
+            batch.node_rows[-1] = batch.node_rows[0]
+        if wrong == "past" and len(batch.past) > 1:
+            batch.past[-1] -= 1
+        return batch
+
+    monkeypatch.setattr(Batch, "of", mixed)
+
+
+@pytest.mark.parametrize("wrong", ["paths", "outputs", "past"])
+def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch, wrong: str) -> None:
+    mix_up(monkeypatch, wrong)
+    assert differing_rows(target).rows > 0
+
+
+@pytest.mark.parametrize("wrong", [None, "outputs"])
+def test_rows_that_differ_here_are_told_when_a_pair_is_first_opened(
+    tiny_full_pair: Path, tmp_path: Path, monkeypatch, caplog, wrong: str | None
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.01)
+    if wrong:
+        mix_up(monkeypatch, wrong)
+    Engine.from_pretrained(tiny_full_pair, drafter_device="cpu").close()
+    told = [record.getMessage() for record in caplog.records if "rows differ" in record.getMessage()]
+    assert len(told) == (wrong is not None)
+
+
+def test_texts_of_different_models_share_no_pass(target: OpenVINOTarget, tiny_pair: Path) -> None:
+    other = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair))
+    with pytest.raises(InputError, match="one model"):
+        verify_together({target: grown(1, 3), other: grown(1, 3)})
+
+
+@pytest.mark.parametrize("context", [20, 31, 64])
+def test_every_path_can_be_committed(target: OpenVINOTarget, context: int) -> None:
+    tree = grown(1, 24)
+    for path in tree.paths():
+        for kept in (path, path[: len(path) // 2 + 1]):
+            target.reset(0)
+            target.prefill(TEXT[:context])
+            target.verify(tree)
+            target.commit(kept)
+            assert target.length == context + len(kept)
+            after = np.array(target.verify(grown(2, 6)).logits)
+            target.reset(0)
+            target.prefill(np.concatenate([TEXT[:context], tree.tokens[kept]]))
+            assert (target.verify(grown(2, 6)).logits == after).all()
+
+
+def test_texts_that_share_a_pass_have_the_bits_that_they_have_alone(target: OpenVINOTarget) -> None:
+    talks = [target, *(target.another() for _ in range(7))]
+    trees = [grown(seed, 1 + seed) for seed in range(8)]
+    alone = []
+    for seed, (talk, tree) in enumerate(zip(talks, trees, strict=True)):
+        talk.prefill(TEXT[10 * seed : 10 * seed + 30 + 7 * seed])
+        alone.append([np.array(part) for part in vars(talk.verify(tree)).values()])
+    for _ in range(2):
+        together = verify_together(dict(zip(talks, trees, strict=True)))
+        for talk, parts in zip(talks, alone, strict=True):
+            for part, found in zip(parts, vars(together[talk]).values(), strict=True):
+                assert (part == found).all()
+    owned = int(np.count_nonzero(target.model.pool.owners))
+    for talk in talks:
+        talk.commit(np.array([0]))
+    for talk in talks[1:]:
+        talk.close()
+    assert np.count_nonzero(target.model.pool.owners) < owned
+
+
+def test_blocks_are_taken_once_and_given_back() -> None:
+    pool = BlockPool()
+    pool.grow(6)
+    one, two = pool.new_owner(), pool.new_owner()
+    taken = [pool.take(owner, count).tolist() for owner, count in ((one, 2), (two, 3), (one, 1))]
+    assert taken == [[0, 1], [2, 3, 4], [5]]
+    pool.keep(one, np.array([5], np.int32))
+    pool.grow(8)
+    assert pool.take(two, 4).tolist() == [0, 1, 6, 7]
+
+
+def test_an_interrupted_growth_of_the_memory_is_made_up_for(target: OpenVINOTarget) -> None:
+    target.prefill(TEXT[:40])
+    wanted = np.array(target.verify(grown(1, 8)).logits)
+    for line in itertools.count(1):
+        try:
+            with interrupt_at(line):
+                target.model.reserve(target.model.blocks + 1)
+            break
+        except KeyboardInterrupt:
+            target.reset(40)
+            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+            target.model.reserve(target.model.blocks + 1)
+            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+    assert line > 10
+
+
+def test_memory_comes_with_the_text_not_with_the_context(target: OpenVINOTarget) -> None:
+    blocks_of_text = -(-len(TEXT) // BLOCK)
+    target.prefill(TEXT)
+    assert np.count_nonzero(target.model.pool.owners) == blocks_of_text < target.model.blocks
+
+
+# --- whole answers
+
+PROMPTS = ("the cat", "a b a b a b", "Thaaaat")
+TREES = {"scheduled": None, "wide": TreeLimits(24, 4, 4), "chain": TreeLimits(6, 5, 1), "root": TreeLimits(1, 0, 1, 0)}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_full_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOVETAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with Engine.from_pretrained(tiny_full_pair, drafter_device="cpu") as engine:
+            yield engine
+
+
+SAMPLED = {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_p": 0.9, "seed": 8}
+
+
+@pytest.mark.parametrize("sampling", [{}, *SAMPLED])
+def test_drafts_change_no_token(engine: Engine, sampling: dict[str, Any]) -> None:
+    for prompt in PROMPTS:
+        engine.reset()
+        plain = engine.generate(prompt, 48, raw=True, speculate=False, **sampling)
+        for tree in TREES.values():
+            for forget in (True, False):
+                if forget:
+                    engine.reset()
+                assert engine.generate(prompt, 48, raw=True, tree=tree, **sampling).token_ids == plain.token_ids
+
+
+def test_a_second_turn_has_the_text_of_a_fresh_engine(target: OpenVINOTarget) -> None:
+    """The KV of an answer is that of the same tokens in a prompt."""
+    talk = Conversation(target, None)
+
+    def answer(prompt: tuple[int, ...], meter: Meter) -> tuple[int, ...]:
+        return tuple(token for step in generate.decode(talk, Request(prompt, 40), meter) for token in step.tokens)
+
+    further = (5, 6, 7, *answer((5, 6, 7), Meter()), 8, 9)
+    kept = answer(further, meter := Meter())
+    assert meter.cached_tokens > 40
+    talk.forget()
+    assert answer(further, Meter()) == kept
+
+
+MODULES = (blocks, cpu, generate, graph_io, onnx, openvino, ort, paged, rescore)
+FILES = {str(module.__file__) for module in MODULES}
+
+
+@contextmanager
+def interrupt_at(line: int) -> Iterator[None]:
+    """Ctrl-C at the n-th line that runs in FILES."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def test_an_interrupt_anywhere_leaves_the_text_of_a_fresh_engine(engine: Engine) -> None:
+    tree = TreeLimits(12, 3, 3)
+
+    def answer(prompt: str) -> tuple[int, ...]:
+        return engine.generate(prompt, 4, raw=True, tree=tree).token_ids
+
+    engine.reset()
+    wanted, expected = answer("the cat ran"), answer("the cat sat")
+    for line in itertools.count(1, 7):
+        answer("the cat")
+        try:
+            with interrupt_at(line):
+                answer("the cat sat")
+            break  # it has fewer lines
+        except KeyboardInterrupt:
+            assert answer("the cat ran") == wanted, line
+            assert answer("the cat sat") == expected, line
+    assert line > 500

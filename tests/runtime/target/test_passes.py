@@ -1,0 +1,128 @@
+"""Passes of a real target: what OpenVINO is asked for, with what properties, and that no pass sees another's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime.errors import ContextOverflow
+from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.target import openvino as openvino_target
+from dovetail.runtime.target.openvino import OpenVINOTarget, prompt_rows
+from dovetail.runtime.target.paged import FLOAT32, PROPERTIES, Batch, default_properties
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+PROMPT = np.arange(5, 25)
+
+
+@pytest.fixture
+def target(tiny_pair: Path) -> OpenVINOTarget:
+    return OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), threads=1)
+
+
+def chain(*tokens: int) -> DraftTree:
+    nodes = np.arange(len(tokens))
+    return DraftTree(np.array(tokens), nodes - 1, np.zeros(len(tokens), np.float32))
+
+
+def fork(*tokens: int) -> DraftTree:
+    """All below the root."""
+    return replace(chain(*tokens), parents=np.array([-1, *[0] * (len(tokens) - 1)]))
+
+
+@pytest.fixture
+def rows(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every pass, as they come."""
+    found: list[int] = []
+    run = target.model.run
+
+    def spy(batch: Batch):
+        found.append(len(batch.tokens))
+        return run(batch)
+
+    monkeypatch.setattr(target.model, "run", spy)
+    return found
+
+
+def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: OpenVINOTarget, rows: list[int]) -> None:
+    for exact, least in ((True, 2), (False, 1)):
+        target.exact = exact
+        talk = Conversation(target, None)
+        for prompt in (PROMPT.tolist(), [7]):
+            rows.clear()
+            list(decode(talk, Request(tuple(prompt), 5), Meter()))
+            assert rows == [prompt_rows(len(prompt)), *[least] * 4]
+        talk.forget()
+
+
+def test_prompts_of_all_lengths_come_in_few_sizes_that_are_little_more() -> None:
+    sizes = {count: prompt_rows(count) for count in range(1, 257)}
+    assert len(set(sizes.values())) < 25 and 1 not in sizes.values()
+    for count, rows in sizes.items():
+        assert count <= rows <= max(2, min(2 * count - 1, count + (7 if count <= 64 else 15)))
+    assert sizes[256] == 256  # whole chunks are not filled
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 20, 70, 200])
+def test_what_fills_a_prompt_up_is_never_seen(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch, count) -> None:
+    """Against passes of exactly the tokens: what is told of them, and what follows them."""
+
+    def read() -> list[np.ndarray]:
+        target.reset(0)
+        target.prefill(np.arange(40, 46))
+        told = target.prefill(np.arange(count) % 97)
+        out = [np.array(told.logits), np.array(told.features)]
+        assert target.length == 6 + count and out[0].shape[0] == 1 and out[1].shape[0] == count
+        out.append(np.array(target.verify(fork(5, 6, 7)).logits))
+        target.commit(np.array([0, 2]))
+        return [*out, np.array(target.prefill(np.array([11, 12])).logits)]
+
+    filled = read()
+    monkeypatch.setattr(openvino_target, "prompt_rows", lambda count: max(count, 2))
+    for got, want in zip(filled, read(), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-2)
+
+
+def test_a_prompt_may_end_where_the_context_does(target: OpenVINOTarget) -> None:
+    target.prefill(np.arange(target.max_context - 10) % 97)
+    blocks = target.model.blocks
+    target.prefill(np.arange(9))
+    alone = np.array(target.verify(chain(5)).logits)
+    assert target.length == target.max_context - 1 and alone.shape[0] == 1
+    with pytest.raises(ContextOverflow, match=f"^{target.max_context + 1} tokens exceed"):
+        target.verify(chain(5, 6))
+    assert (target.prefill(np.array([5])).logits == alone).all()
+    assert target.length == target.max_context and target.model.blocks == blocks
+    with pytest.raises(ContextOverflow, match=f"^{target.max_context + 3} tokens exceed"):
+        target.prefill(np.array([5, 6, 7]))
+
+
+def test_no_pass_sees_what_one_of_the_same_shape_was_given(target: OpenVINOTarget, tiny_pair: Path) -> None:
+    trees = [chain(1, 2, 3), fork(1, 2, 3), chain(4, 2, 9), fork(8, 7, 6), chain(1, 2, 3)]
+
+    def verify(one: OpenVINOTarget, tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
+        one.reset(len(PROMPT))
+        result = one.verify(tree)
+        return np.array(result.logits), np.array(result.features)
+
+    target.prefill(PROMPT)
+    for tree, (logits, features) in zip(trees, [verify(target, tree) for tree in trees], strict=True):
+        alone = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), threads=1)
+        alone.prefill(PROMPT)
+        expected, taps = verify(alone, tree)
+        assert (logits == expected).all() and (features == taps).all()
+
+
+@pytest.mark.parametrize(
+    ("instruction_sets", "float32"),
+    [(("avx2", "avx512_bf16"), True), (("avx2", "avx512_bf16", "amx_bf16"), True), (("asimddp",), False), ((), False)],
+)
+def test_float32_on_every_x86_cpu_with_avx2(instruction_sets, float32) -> None:
+    assert default_properties(instruction_sets) == {**PROPERTIES, **(FLOAT32 if float32 else {})}
