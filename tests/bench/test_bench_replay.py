@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.policy.choose import Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 COSTS = Costs(
@@ -41,17 +42,12 @@ def chains(script: ModuleType, right: bool, prompt: int = 3) -> Any:
     return script.Record(tuple(range(1000, 1000 + prompt)), tuple(answer.tolist()), tuple(trees))
 
 
-class Never(Scheduler):
-    def drafts(self, repeats: DraftTree, unread: int) -> bool:
-        return False
-
-
 @pytest.mark.parametrize("prompt", [3, 600])
 def test_a_replay_takes_what_its_drafts_are_worth(script: ModuleType, prompt: int) -> None:
     """Of long prompts the drafter has read the end alone."""
     good, bad = chains(script, True, prompt), chains(script, False, prompt)
     plain = script.plain_ms(good, COSTS)
-    assert script.replay(good, COSTS, Never(COSTS)) == (199, plain)
+    assert script.replay(good, COSTS, ScriptedPolicy(draft=0.0)) == (199, plain)
     rounds, ms = script.replay(good, COSTS, Scheduler(COSTS))
     assert rounds < 60 and ms < 0.5 * plain
     rounds, ms = script.replay(bad, COSTS, Scheduler(COSTS))

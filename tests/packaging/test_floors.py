@@ -18,7 +18,7 @@ FLOORS = {
         ("target", "drafter", "policy"),
         ("loop", "tune"),
         ("text", "testing"),
-        ("settings",),
+        ("settings", "load"),
         ("engine",),
         ("bench", "doctor"),
         ("cli",),

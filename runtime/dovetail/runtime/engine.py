@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from threading import Lock
@@ -14,20 +12,17 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 from dovetail.runtime.drafter.session import DraftSession
-from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
+from dovetail.runtime.errors import ContextOverflow, InputError
 from dovetail.runtime.loop.generate import Conversation, FinishReason, Request, Step, decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
-from dovetail.runtime.pair.manifest import Manifest, read_sound
-from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.policy.choose import BOUNDS
+from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.target.session import TargetSession
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
-
-log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or token ids
@@ -111,7 +106,7 @@ class Engine:
         tokenizer: TextTokenizer,
         *,
         tree: TreeLimits | None = None,
-        scheduler: Scheduler | None = None,
+        scheduler: Policy | None = None,
         stop_tokens: Iterable[int] | None = None,
         draft_context: int | None = None,
     ) -> None:
@@ -156,57 +151,19 @@ class Engine:
         kernel for single rows, which is quicker and rounds otherwise.
         Raises PairError, DeviceError, InputError.
         """
-        if drafter_device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"drafter device {drafter_device!r} is unknown: give auto, cpu or cuda")
-        if threads is not None:
-            check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
-        from dovetail.runtime.drafter.failover import SteadyDrafter
-        from dovetail.runtime.drafter.onnx import OnnxDrafter
-        from dovetail.runtime.drafter.vram import check_limit, parse_size
-        from dovetail.runtime.policy.calibration import pair_calibration
-        from dovetail.runtime.target.openvino import OpenVINOTarget
-        from dovetail.runtime.text.tokenizer import Tokenizer
-        from dovetail.runtime.tune.cost_cache import chosen_properties
-        from dovetail.runtime.tune.measure import known_or_measured
+        from dovetail.runtime.drafter.vram import parse_size
+        from dovetail.runtime.load import LoadOptions, load
 
-        pair = Path(path)
         room = parse_size(vram) if isinstance(vram, str) else vram
-        check_limit(room, fit, drafter_device)
-        manifest = read_sound(pair, tree)
-        tokenizer = Tokenizer.from_folder(pair / "target")
-        properties = {**chosen_properties(manifest, threads), **(ov_config or {})}
-        target = OpenVINOTarget.open(pair, manifest, threads=threads, ov_config=properties, exact=exact)
-        if manifest.drafter is None:
-            return cls(target, None, tokenizer, tree=tree or manifest.tree, stop_tokens=_stops(tokenizer, manifest))
-
-        def open_cpu(note: str) -> OnnxDrafter:
-            return OnnxDrafter.open_cpu(pair, manifest, threads=threads, note=note)
-
-        drafter = OnnxDrafter.open(pair, manifest, device=drafter_device, threads=threads, vram=room, fit=fit)
-        scheduler = None
-        if tree is None:
-            measure = partial(known_or_measured, manifest, target, threads=threads, ov_config=ov_config)
-            problem = None
-            try:
-                costs = measure(drafter, progress=progress)
-            except DeviceError as error:
-                if drafter_device == "cuda" or drafter.file_key == "cpu":
-                    raise
-                problem = str(error)
-            if problem:  # outside the handler, whose traceback would keep what must go before the device does
-                log.warning("the drafter runs on the CPU: %s", problem)
-                drafter.close()
-                drafter = open_cpu(f"no CUDA: {problem}")
-                costs = measure(drafter, progress=progress)
-            scheduler = Scheduler(costs, pair_calibration(pair, manifest), plain_rows=target.least_rows)
-            tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
+        options = LoadOptions(drafter_device, room, fit, threads, tree, ov_config or {}, exact)
+        parts = load(Path(path), options, progress)
         return cls(
-            target,
-            SteadyDrafter(drafter, open_cpu if drafter.file_key == "cuda" else None),
-            tokenizer,
-            tree=tree or manifest.tree,
-            scheduler=scheduler,
-            stop_tokens=_stops(tokenizer, manifest),
+            parts.target,
+            parts.drafter,
+            parts.tokenizer,
+            tree=parts.tree,
+            scheduler=parts.scheduler,
+            stop_tokens=parts.stop_tokens,
         )
 
     @property
@@ -431,10 +388,6 @@ class _Text:
             meter.new_tokens -= len(step.tokens) - used
         meter.lap("other")
         return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
-
-
-def _stops(tokenizer: TextTokenizer, manifest: Manifest) -> set[int]:
-    return {*tokenizer.eos_token_ids, *manifest.target.eos_token_ids}
 
 
 def _all_ids(prompt: object) -> bool:

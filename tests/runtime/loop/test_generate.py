@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,32 +21,13 @@ from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.target.session import TargetPass, TargetSession
+from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
-from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
+from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
 VOCAB = 7
-
-
-class Whim(Scheduler):
-    """Decides by chance: text must not depend on it."""
-
-    def __init__(self, seed: int) -> None:
-        curve = Curve((0,), (1,), ((1.0,),))
-        super().__init__(Costs(curve, curve, curve))
-        self.rng = np.random.default_rng(seed)
-
-    def drafts(self, repeats: DraftTree, unread: int) -> bool:
-        super().drafts(repeats, unread)
-        return bool(self.rng.random() < 0.5)
-
-    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
-        return bool(self.rng.random() < 0.7)
-
-    def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
-        parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist())
-        return best_tree(*parts, int(self.rng.integers(0, len(tree))))
 
 
 LIMITS = TreeLimits(width=8, depth=4, top_k=3)
@@ -150,7 +131,7 @@ def test_speculative_equals_plain_whatever_is_asked(
     scheduled: bool,
 ) -> None:
     sampling = SamplingParams(temperature=temperature, seed=seed)
-    scheduler = Whim(seed) if scheduled else None
+    scheduler = ScriptedPolicy(seed) if scheduled else None
     request = Request(tuple(prompt), max_new_tokens, sampling, frozenset({0}), limits, scheduler)
     tokens, _, metrics = run(talk(seed, drafter, max_context), request)
     assert tokens == autoregressive(request, seed, max_context)
@@ -272,15 +253,11 @@ def test_of_a_long_prompt_the_drafter_reads_the_end() -> None:
 
 
 def test_what_long_goes_undrafted_is_dropped() -> None:
-    class Never(Whim):
-        def drafts(self, repeats: DraftTree, unread: int) -> bool:
-            return False
-
     conversation = talk()
     list(
         decode(
             conversation,
-            Request((1, 2, 3), 1500, GREEDY, limits=replace(LIMITS, lookup=0), scheduler=Never(7)),
+            Request((1, 2, 3), 1500, GREEDY, limits=replace(LIMITS, lookup=0), scheduler=ScriptedPolicy(7, draft=0.0)),
             Meter(),
         )
     )
@@ -308,12 +285,12 @@ def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
-@pytest.mark.parametrize("scheduler", [None, Whim(7)])
+@pytest.mark.parametrize("scheduler", [None, ScriptedPolicy(7)])
 @pytest.mark.parametrize("window", [256, 6])
 def test_a_conversation_equals_a_fresh_start(
     drafter: str | None,
     sampling: SamplingParams,
-    scheduler: Scheduler | None,
+    scheduler: ScriptedPolicy | None,
     window: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -365,13 +342,13 @@ class Interrupted:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("side", ["target", "drafter"])
 @pytest.mark.parametrize("drafter", ["perfect", "random"])
-@pytest.mark.parametrize("scheduler", [None, Whim(7)])
+@pytest.mark.parametrize("scheduler", [None, ScriptedPolicy(7)])
 @pytest.mark.parametrize("window", [256, 20])
 def test_an_interrupt_within_any_call_leaves_the_conversation_usable(
     drafter: str,
     side: str,
     after: bool,
-    scheduler: Scheduler | None,
+    scheduler: ScriptedPolicy | None,
     window: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

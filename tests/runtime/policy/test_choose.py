@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from dovetail.runtime.loop.generate import Conversation, Request, decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDE, WIDTHS, Scheduler, widths
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.policy.policy import Choice, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.growth import Judge
@@ -114,14 +116,14 @@ def answer(
     *,
     tokens: int = 400,
     limits: TreeLimits = LIMITS,
-    scheduler: Scheduler | None = None,
+    scheduler: Policy | None = None,
     slow: float = 1.0,
     noise: float = 0.0,
     sharpness: float = 3.0,
     temperature: float = 0.0,
     stall: float = 0.0,
     deaf: bool = False,
-) -> tuple[Clock, Scheduler, list[int]]:
+) -> tuple[Clock, Any, list[int]]:
     """Decode `tokens` tokens; returns the clock, the scheduler and the text."""
     logits = MarkovLogits(50, order=3, sharpness=sharpness)
     clock = Clock(true, slow=slow, stall=stall)
@@ -166,7 +168,7 @@ def test_no_constant_tree_is_much_better(noise: float) -> None:
     fixed = []
     for width, depth in ((1, 0), (3, 2), (4, 3), (6, 4), (8, 3), (10, 5), (16, 6), (24, 8)):
         limits = TreeLimits(width=width, depth=depth, top_k=3, lookup=0)
-        fixed.append(answer("copy", true, noise=noise, limits=limits, scheduler=Everything(true))[0].now)
+        fixed.append(answer("copy", true, noise=noise, limits=limits, scheduler=everything())[0].now)
     assert answer("copy", true, noise=noise)[0].now < 1.05 * min(fixed)
 
 
@@ -178,20 +180,15 @@ def test_a_poor_drafter_is_not_slower_than_plain_decoding(noise: float, node_ms:
     assert answer("copy", true, noise=noise)[0].now < 1.03 * plain_seconds(true)
 
 
-class Everything(Scheduler):
+def everything() -> ScriptedPolicy:
     """Drafts as far as the limits go, and verifies all of it."""
+    return ScriptedPolicy(draft=1.0, expand=1.0, whole=True)
 
-    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        return logprobs
 
-    def drafts(self, repeats: DraftTree, unread: int) -> bool:
-        return True
-
-    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
-        return True
-
-    def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
-        return tree
+def undrafted(scheduler: Scheduler, proposed: DraftTree) -> tuple[Plan, Choice]:
+    """A round without the drafter, after 100 tokens."""
+    plan = replace(scheduler.plan(100, 32, proposed, 1), draft=False)
+    return plan, scheduler.choose(plan, proposed)
 
 
 def test_the_text_is_that_of_plain_decoding() -> None:
@@ -210,7 +207,7 @@ def test_what_is_verified_is_what_is_worth_most() -> None:
             logprobs[node] = logprobs[parents[node]] + np.log(rng.random() ** 2)
         tree = DraftTree(rng.integers(0, 9, 20), parents, logprobs)
         scheduler = Scheduler(costs(node_ms=float(rng.choice([0.1, 1.0, 5.0]))))
-        found = scheduler.prune(tree, drafted=True)
+        found = scheduler.choose(Plan(0, 1, WIDTHS, draft=True), tree).tree
         best = np.cumsum(np.sort(np.exp(logprobs.astype(float)))[::-1])
         worth = {n: 20 * best[min(n, 20) - 1] - scheduler.costs.target.at(0, n) for n in WIDTHS}
         assert len(found) == max(worth, key=worth.__getitem__)
@@ -246,8 +243,8 @@ def test_where_there_is_no_room_for_a_tree_nothing_is_drafted() -> None:
     for scheduler, most, widest in (
         (Scheduler(dear), least - 1, 1), (Scheduler(dear), least, least), (Scheduler(costs()), 5, 4),
     ):  # fmt: skip
-        assert scheduler.begin(100, most) == widest
-        assert scheduler.drafts(DraftTree.root(1), 1) == (widest > 1)
+        assert scheduler.widest(100, most) == widest
+        assert scheduler.plan(100, most, DraftTree.root(1), 1).draft == (widest > 1)
 
 
 def test_where_nodes_are_free_it_verifies_all_and_where_they_are_dear_none() -> None:
@@ -306,7 +303,7 @@ def test_a_drafter_that_becomes_good_again_is_found_out() -> None:
 def test_an_answer_is_bounded_in_what_it_loses_whatever_those_before_it_gave(noise: float, call_ms: float) -> None:
     """Where going back to plain decoding costs more than a round of poor drafts, round after round loses a little."""
     scheduler = answer("copy", costs(12.0, 0.3, 1.0, switch_ms=8.4), tokens=300, noise=0.5)[1]
-    true = scheduler.costs = costs(12.0, 0.9, call_ms, switch_ms=8.4)
+    true = scheduler.costs = scheduler.pace.costs = costs(12.0, 0.9, call_ms, switch_ms=8.4)
     clock, _, _ = answer("copy", true, tokens=1500, noise=noise, scheduler=scheduler)
     assert clock.now < 1.025 * plain_seconds(true, 1500)
 
@@ -342,14 +339,14 @@ def test_repeats_are_left_while_they_do_not_come_true_and_found_out_when_they_do
     """Their record is of rounds that had some, verified or not, however many others there were between."""
     true = costs(node_ms=1.5)
     scheduler, repeat = Scheduler(true), graft(DraftTree.root(1), [Repeat((2, 3, 4), (-0.1, -0.2, -0.3), (4, 0))], 4)
-    scheduler.restart(sampled=False)
+    scheduler.start(sampled=False)
 
     def run(proposed: DraftTree, tokens: list[int]) -> int:
-        scheduler.begin(100, 32)
-        tree = scheduler.prune(proposed, drafted=False)
-        came = tokens if len(tree) > 1 else tokens[:1]
-        scheduler.observe(None, 0, tree, came, draft_ms=0.0, verify_ms=true.target.at(100, len(tree)))
-        return len(tree)
+        plan, choice = undrafted(scheduler, proposed)
+        width = len(choice.tree)
+        came = tokens if width > 1 else tokens[:1]
+        scheduler.learn(Round(plan, choice, None, None, came, 0.0, true.target.at(100, width)))
+        return width
 
     def widths_of(rounds: int, tokens: list[int]) -> list[int]:
         found = []
@@ -375,16 +372,15 @@ def repeats_alone(
     """
     true, rng = costs(10.0, 0.2, switch_ms=7.0), np.random.default_rng(seed)
     scheduler, clock, tokens, going_on = scheduler or Scheduler(true), Clock(true), 0, False
-    scheduler.restart(sampled=True)
+    scheduler.start(sampled=True)
     while tokens < 3000:
         here = rng.random() < (0.5 if going_on else often)
         going_on = here and rng.random() < first
         found = 1 + going_on * min(int(rng.geometric(1 - later)), 10)
-        scheduler.begin(100, 32)
-        tree = scheduler.prune(REPEAT if here else DraftTree.root(1), drafted=False)
-        begin, came = clock.now, list(range(2, 2 + found))[: len(tree)]
-        clock.verify(len(tree))
-        scheduler.observe(None, 0, tree, came, draft_ms=0.0, verify_ms=(clock.now - begin) * 1e3)
+        plan, choice = undrafted(scheduler, REPEAT if here else DraftTree.root(1))
+        begin, came = clock.now, list(range(2, 2 + found))[: len(choice.tree)]
+        clock.verify(len(choice.tree))
+        scheduler.learn(Round(plan, choice, None, None, came, 0.0, (clock.now - begin) * 1e3))
         tokens += len(came)
     return (tokens * 10.0 + 7.0) / 1e3 / clock.now, scheduler
 
@@ -407,13 +403,12 @@ def test_leaps_are_made_again_when_they_pay() -> None:
 
 def leap(scheduler: Scheduler, sampled: bool) -> None:
     """The start of an answer: plain rounds, then a tree of repeats of which nothing comes true."""
-    scheduler.restart(sampled)
+    scheduler.start(sampled)
     for proposed in (*[DraftTree.root(1)] * 3, REPEAT):
-        scheduler.begin(100, 32)
-        tree = scheduler.prune(proposed, drafted=False)
-        changed_ms = scheduler.costs.switch_ms * (len(tree) != scheduler._width)
-        ms = scheduler.costs.target.at(100, len(tree)) + changed_ms
-        scheduler.observe(None, 0, tree, [99], draft_ms=0.0, verify_ms=ms)
+        plan, choice = undrafted(scheduler, proposed)
+        changed_ms = scheduler.costs.switch_ms * (len(choice.tree) != scheduler._width)
+        ms = scheduler.costs.target.at(100, len(choice.tree)) + changed_ms
+        scheduler.learn(Round(plan, choice, None, None, [99], 0.0, ms))
     assert scheduler._width > 1
 
 
@@ -422,7 +417,7 @@ def test_a_leap_that_an_answer_ends_in_is_judged_with_its_own_kind() -> None:
     leap(scheduler, sampled=True)
     leap(scheduler, sampled=False)
     assert scheduler._sampled.caution > 0 == scheduler._greedy.caution
-    scheduler.restart(sampled=True)
+    scheduler.start(sampled=True)
     assert scheduler._greedy.caution > 0
 
 
@@ -432,14 +427,15 @@ def test_what_drafts_lose_after_a_leap_is_not_its_doing() -> None:
         scheduler = Scheduler(costs(10.0, 0.2, switch_ms=7.0))
         leap(scheduler, sampled=False)
         for _ in range(lost):
-            scheduler.begin(100, 32)
-            scheduler.observe(REPEAT, 1, scheduler.prune(REPEAT, drafted=True), [99], draft_ms=5.0, verify_ms=14.0)
-        scheduler.restart(sampled=False)
+            plan = replace(scheduler.plan(100, 32, DraftTree.root(1), 1), draft=True)
+            scheduler.learn(Round(plan, scheduler.choose(plan, REPEAT), REPEAT, None, [99], 5.0, 14.0))
+        scheduler.start(sampled=False)
         cautions.append(scheduler._greedy.caution)
     assert cautions[0] == pytest.approx(cautions[1], abs=0.05) and cautions[0] > 0
-    scheduler.restart(sampled=False)
-    assert scheduler._change(6, drafted=False) - scheduler._change(6, drafted=True) == pytest.approx(
-        cautions[1] * scheduler._pass(1)
+    scheduler.start(sampled=False)
+    plain, drafted = (Plan(100, 1, WIDTHS, draft=draft) for draft in (False, True))
+    assert scheduler._change(plain, 6) - scheduler._change(drafted, 6) == pytest.approx(
+        cautions[1] * scheduler.pace.target_ms(100, 1)
     )
 
 
@@ -463,5 +459,5 @@ def test_calibration_is_applied_before_anything_is_believed() -> None:
 
     none = DepthCalibration(0.0, -3.0, 1, 0.0, 0.0, (0.0, 1.0), (1,), (0.5,), (0.05,))
     scheduler = Scheduler(costs(), Calibration(4, (none,)))
-    believed = scheduler.believe(1, np.log(np.array([[0.9, 0.1]], np.float32)))
+    believed = scheduler.believe(Plan(0, 1, WIDTHS, draft=True), 1, np.log(np.array([[0.9, 0.1]], np.float32)))
     assert np.exp(believed) == pytest.approx(1 / (1 + np.exp(3.0)), rel=1e-4)

@@ -16,12 +16,13 @@ from dovetail.runtime.drafter.session import DraftNoise, DraftSession
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import accept
 from dovetail.runtime.loop.metrics import Meter
-from dovetail.runtime.policy.choose import Scheduler
+from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.target.session import TargetPass, TargetSession
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
+from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import Repeat, RepeatIndex
 
@@ -48,7 +49,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_tokens: frozenset[int] = frozenset()
     limits: TreeLimits | None = None
-    scheduler: Scheduler | None = None
+    scheduler: Policy | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -74,6 +75,25 @@ class Step:
 
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """What is verified in a round, and how a policy came to it, where there is one.
+
+    tree: for the target.  drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
+    """
+
+    tree: DraftTree
+    plan: Plan | None = None
+    choice: Choice | None = None
+    drafted: DraftTree | None = None
+    growth: Growth | None = None
+
+    def outcome(self, tokens: Sequence[int], draft_ms: float, verify_ms: float) -> Round:
+        """For the policy: `tokens` followed the root."""
+        assert self.plan and self.choice  # made by a policy
+        return Round(self.plan, self.choice, self.drafted, self.growth, tokens, draft_ms, verify_ms)
 
 
 class _Unread(NamedTuple):
@@ -107,13 +127,12 @@ class Conversation:
         self.target_length = self.drafter_length = self.drafter_start = 0
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
-        self.drafted: DraftTree | None = None  # the drafter's part of it, None where it was not asked
         self._unread = _Unread()
         self.sampler: Sampler | None = None
 
     def rewind(self) -> None:
         """Reset the sessions to the certain entries; an unverified tree is forgotten."""
-        self._found, self.drafted = [], None
+        self._found = []
         self.target.reset(self.target_length)
         lengths = [(self.target.length, self.target_length)]
         if self.drafter is not None:
@@ -190,29 +209,33 @@ class Conversation:
         self.drafter.extend(tokens, features, self.noise())
         self.drafter_length, self._unread = end - self.drafter_start, _Unread()
 
-    def draft(self, limits: TreeLimits, scheduler: Scheduler | None = None) -> DraftTree:
+    def draft(self, limits: TreeLimits, policy: Policy | None = None) -> Offer:
         """A tree below the known token: the drafter's, with repeated text, or that token alone."""
         known = DraftTree.root(self.tokens[-1])
-        self._found, self.drafted = [], None
+        self._found = []
         if self.drafter is None or limits.width == 1:
-            return known
+            return Offer(known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup)
-        if scheduler is None:
-            self.drafted = self._propose(limits, None)
-            return self._join(self.drafted, limits)
-        limits = _narrowed(limits, scheduler.begin(len(self.tokens) - 1, limits.width))
+        if policy is None:
+            return Offer(self._join(self._propose(limits, None), limits))
+        context, most = len(self.tokens) - 1, limits.width
+        limits = _narrowed(limits, policy.widest(context, most))
         repeats = self._join(known, limits)
-        if not scheduler.drafts(repeats, self.unread):
-            return scheduler.prune(repeats, drafted=False)
-        self.drafted = self._propose(limits, scheduler)
-        return scheduler.prune(self._join(self.drafted, limits), drafted=True)
+        plan = policy.plan(context, most, repeats, self.unread)
+        if not plan.draft:
+            choice = policy.choose(plan, repeats)
+            return Offer(choice.tree, plan, choice)
+        growth = Growth(policy, plan)
+        drafted = self._propose(limits, growth)
+        choice = policy.choose(plan, self._join(drafted, limits))
+        return Offer(choice.tree, plan, choice, drafted, growth)
 
-    def _propose(self, limits: TreeLimits, scheduler: Scheduler | None) -> DraftTree:
+    def _propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
         assert self.drafter is not None
         if self.unread:
             self.read()
-        tree = self.drafter.propose(limits, scheduler, self.noise())
+        tree = self.drafter.propose(limits, judge, self.noise())
         known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
@@ -290,7 +313,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
             talk.tell(np.array(result.features))
             limits = talk.limits(request.limits, count + 1, tokens_left - 1)  # it may read the end alone
             if request.scheduler:
-                request.scheduler.restart(sampled=not request.sampling.greedy)
+                request.scheduler.start(sampled=not request.sampling.greedy)
         meter.lap("prefill")
         meter.first_token()
         yield step
@@ -304,8 +327,8 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
         while step.finish is None:
             meter.resume()
             tokens_left -= len(step.tokens)
-            unread = talk.unread
-            tree = talk.draft(limits, request.scheduler)
+            offer = talk.draft(limits, request.scheduler)
+            tree = offer.tree
             draft_ms = meter.lap("draft")
 
             result = talk.target.verify(tree)
@@ -321,9 +344,7 @@ def decode(conversation: Conversation, request: Request, meter: Meter) -> Genera
 
             if limits.width > 1:
                 if request.scheduler:
-                    request.scheduler.observe(
-                        talk.drafted, unread, tree, verdict.tokens, draft_ms=draft_ms, verify_ms=verify_ms
-                    )
+                    request.scheduler.learn(offer.outcome(verdict.tokens, draft_ms, verify_ms))
                 talk.tell(features[: len(step.tokens)])  # one for each token that is known to follow
             limits = talk.limits(request.limits, len(talk.tokens), tokens_left - len(step.tokens))
             meter.lap("other")

@@ -11,17 +11,19 @@ Probabilities are the drafter's, calibrated when it was trained, and corrected b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from math import exp, isnan, log
+from math import exp, log
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import MEMORY, Average, Experience, Round
+from dovetail.runtime.policy.estimates import MEMORY, Average, Correction, Experience, Outcome
+from dovetail.runtime.policy.pace import OUTLIER, Pace
+from dovetail.runtime.policy.policy import Choice, Plan, Round
 from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -40,8 +42,6 @@ PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
 MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
 TRIAL_START = 1.0  # plain rounds' time that may be lost to drafts before any has paid
 TRIAL_ROUNDS = 3.0  # the same at most, later
-STALL = 10.0  # times its average that one call moves the drafter's pace by at most
-OUTLIER = 2.0  # times what is expected that a call counts as at most
 TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
 TRIAL_REST = 4  # undrafted rounds between two trials
 TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
@@ -52,7 +52,7 @@ FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long an
 
 @dataclass
 class Scheduler:
-    """Decides for one engine; what it learned stays when the conversation changes.
+    """Decides for one engine; what it learned stays when the conversation changes.  Implements `Policy`.
 
     calibration: of the drafter, None where it brought none.  plain_rows: rows that a plain pass computes in any case;
     nodes of a tree that fit into them ride along at no cost.
@@ -61,27 +61,20 @@ class Scheduler:
     costs: Costs
     calibration: Calibration | None = None
     plain_rows: int = 1
-    _context: int = 0  # tokens before the root, of the round at hand
-    _widths: tuple[int, ...] = WIDTHS  # that the round at hand has room for, of those that pay here
+    pace: Pace = field(init=False)
     _greedy: Experience = field(default_factory=Experience)
     _sampled: Experience = field(default_factory=Experience)
     _known: Experience = field(init=False)  # of the two, that of the answer at hand
-    _target_pace: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
-    _width_pace: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
-    _draft_pace: Average = field(default_factory=lambda: Average(1.0))
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
-    _regret: dict[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
+    _regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
     _lost: float = 0.0  # plain steps that the answer at hand has lost to its drafts
     _leap: float | None = None  # plain steps gained since repeats led from plain decoding to trees, None when back
-    _trial: float | None = None  # what the round at hand would have been worth without its draft, if that is more
-    _calls: float = 0.0  # ms that the levels of the round at hand take by the curve
-    _unverified: bool = False  # the round at hand had a tree of which nothing was worth verifying
-    _missed: Round | None = None  # what the round at hand would have been, had its draft been verified
 
     def __post_init__(self) -> None:
+        self.pace = Pace(self.costs)
         self._known = self._greedy
 
-    def restart(self, sampled: bool) -> None:
+    def start(self, sampled: bool) -> None:
         """An answer begins, and the last has ended: the target's last pass was none of a tree.
 
         sampled: its tokens are drawn.
@@ -90,30 +83,195 @@ class Scheduler:
         self._width, self._regret, self._lost = 0, {}, 0.0
         self._known = self._sampled if sampled else self._greedy
 
-    def begin(self, context: int, most: int) -> int:
-        """A round begins: `context` tokens are committed, `most` nodes have room.  Returns the widest tree of use."""
-        self._context = context
-        self._widths = tuple(width for width in widths(self.costs, context) if width <= most)
-        self._calls, self._trial, self._unverified, self._missed = 0.0, None, False, None
-        return self._widths[-1]
+    # --- before the drafter is asked
 
-    # --- what is believed
+    def widest(self, context: int, most: int) -> int:
+        """See Policy."""
+        return self._widths(context, most)[-1]
 
-    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Judge; remembers too how much of their parents' probability the candidates take."""
+    def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
+        """See Policy."""
+        plan = Plan(context, unread, self._widths(context, most))
+        if len(plan.widths) == 1:  # no room for a tree
+            return plan
+        known, plain, otherwise = self._known, self.pace.target_ms(context, 1), self._otherwise(plan, repeats)
+        worth = known.drafted.worth(known.price) * plain - self.pace.backlog_ms(context, unread)
+        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and not known.left
+        plan = replace(plan, doubted=known.drafted.count >= PATIENCE and not pays, otherwise=otherwise)
+        if not plan.doubted:
+            return replace(plan, draft=True)
+        credit = TRIAL_START if known.credit is None else known.credit
+        if credit * plain < self.pace.draft_ms(context, 1) or known.rested < TRIAL_REST:
+            return plan
+        return replace(plan, draft=True, fresh=known.rested >= MEMORY)  # what was wrong then may be right now
+
+    def _widths(self, context: int, most: int) -> tuple[int, ...]:
+        return tuple(width for width in widths(self.costs, context) if width <= most)
+
+    # --- while the drafter's tree grows
+
+    def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Judge."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
-        first, others = (log(correction.factor) for correction in self._known.correction(depth))
+        first, others = (log(correction.factor) for correction in self._correction(plan, depth))
         shift = np.full(logprobs.shape[-1], others, np.float32)
         shift[0] = first
         believed: NDArray[np.float32] = np.minimum(logprobs + shift, LOG_CERTAIN)
         np.minimum(believed, believed[:, :1], out=believed)  # the first stays the first
-        taken = float(np.exp(believed).sum()) / len(believed)
-        if not isnan(taken):  # nan is no candidate
-            self._known.children.setdefault(depth - 1, Average(CHILDREN, 1.0)).add(min(taken, 1.0))
         return believed
 
-    def _learn(self, tree: DraftTree, tokens: Sequence[int]) -> None:
+    def _correction(self, plan: Plan, depth: int) -> Sequence[Correction]:
+        found = self._known.corrections.get(depth, (Correction(), Correction()))
+        return [one.recalled(TRIAL_MEMORY) for one in found] if plan.fresh else found
+
+    def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
+        """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
+        context, pace, children = plan.context, self.pace, self._known.children
+        taken = children[depth].value if depth in children else CHILDREN
+        gain = self._price(plan) * sum(map(exp, frontier)) * taken * self._known.trees[True].factor
+        node = (pace.target_ms(context, plan.widths[-1]) - pace.target_ms(context, 1)) / (plan.widths[-1] - 1)
+        return gain > pace.draft_ms(context, len(frontier)) + node
+
+    # --- before the target verifies
+
+    def choose(self, plan: Plan, tree: DraftTree) -> Choice:
+        """The part of `tree` whose verification is worth most, in one of a few widths; filled up where it is smaller.
+
+        Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
+        """
+        least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].factor)
+        offered = tree = without_branches(tree, least)
+        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}
+        width, regret = self._best_width(plan, worth)
+        kept = min(max(width, self.plain_rows), len(tree))
+        if kept < len(tree):
+            tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
+        return Choice(filled(tree, width), offered, width, worth, regret)
+
+    def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
+        """The last one, or another: when this tree alone makes the change pay, or when what staying lost would have.
+
+        With it the regret of every width, where that stays.
+        """
+        change = {width: self._change(plan, width) for width in worth}
+        width = max(worth, key=lambda width: worth[width] - change[width])
+        if width != self._width:
+            return width, {}
+        regret = {other: max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width]) for other in worth}
+        best = max((other for other in worth if regret[other] >= change[other]), key=worth.__getitem__)
+        return best, {**self._regret, **regret} if best == self._width else {}
+
+    def _price(self, plan: Plan) -> float:
+        """Milliseconds that a token is worth."""
+        return self._known.price * self.pace.target_ms(plan.context, 1)
+
+    def _worth(self, plan: Plan, tree: DraftTree) -> dict[int, float]:
+        """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
+        expected = tree.expected_lengths
+        price, factor = self._price(plan), self._known.trees[plan.draft].factor
+        out = {}
+        for width in plan.widths:
+            tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
+            out[width] = price * tokens - self.pace.verify_ms(plan.context, tree, width)
+            if width >= len(tree):
+                break
+        if self._width in plan.widths and self._width not in out:  # wider than the tree
+            out[self._width] = price * tokens - self.pace.verify_ms(plan.context, tree, self._width)
+        return out
+
+    def _otherwise(self, plan: Plan, repeats: DraftTree) -> float:
+        """Worth of a round without a draft, in the last width or in another, the change to that included.
+
+        Such rounds come in rows, over which a change is spread: where there are no repeats `choose` makes it at once.
+        """
+        return max(worth - self._change(plan, width) for width, worth in self._worth(plan, repeats).items())
+
+    def _change(self, plan: Plan, width: int) -> float:
+        """Ms that this width costs more because the last pass had another.
+
+        Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
+        answer too), the way back counts.  For repeats alone plain decoding is left with caution.
+        """
+        if self._width == width:
+            return 0.0
+        ms = (1 + (1 in (self._width, width))) * self.pace.switch_ms
+        leaps = self._leaps(self._width, width, plan.draft)
+        return ms + leaps * self._known.caution * self.pace.target_ms(plan.context, 1)
+
+    @staticmethod
+    def _leaps(before: int, width: int, drafted: bool) -> bool:
+        """Whether repeats alone lead from plain decoding, or the start of an answer, to a tree."""
+        return not drafted and before <= 1 < width
+
+    # --- when it has ended
+
+    def learn(self, round: Round) -> None:
+        """See Policy."""
+        known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
+        context, drafted, tokens = plan.context, round.drafted, len(round.tokens)
+        offered = choice.offered or choice.tree
+        unverified = choice.width == 1 < len(offered)
+        predicted = sum(self.costs.draft.at(context, rows) for rows in round.growth.rows) if round.growth else 0.0
+        missed = self._missed(round, offered, predicted) if drafted and unverified else None
+        if plan.doubted and known.credit is None:
+            known.credit = TRIAL_START
+        if plan.fresh:
+            known.drafted.forget(TRIAL_MEMORY)
+            for correction in chain(*known.corrections.values()):
+                correction.forget(TRIAL_MEMORY)
+        for depth, taken in round.growth.taken.items() if round.growth else ():
+            known.children.setdefault(depth, Average(CHILDREN, 1.0)).add(taken)
+        self._regret = choice.regret
+
+        nodes = len(choice.tree) if len(choice.tree) > self.plain_rows else 1
+        before, self._width = self._width, nodes
+        changed = before != nodes
+        switch_ms = changed * self.costs.switch_ms
+        paths_ms = (choice.tree.path_counts[-1] - 1) * self.costs.path.at(context, 1)
+        verify_ms = pace.credible(context, nodes, paths_ms, switch_ms, round.verify_ms)
+        if drafted:
+            draft_ms = pace.learn_draft(predicted + self.costs.draft.at(context, plan.unread), round.draft_ms)
+        else:
+            draft_ms = round.draft_ms
+
+        plain = pace.target_ms(context, 1)
+        took = (draft_ms + verify_ms) / plain
+        known.rounds.add(Outcome(tokens, took))
+        change = changed * pace.switch_ms / plain
+        self._follow(before, change, -change if drafted else max(tokens - took, -OUTLIER), drafted is not None)
+        self._lost -= FORGIVEN * tokens
+        if drafted:
+            self._lost = max(self._lost + min(took - tokens, OUTLIER), -ANSWER_GAIN)
+        trees = known.trees[drafted is not None]
+        if nodes > 1:
+            trees.add(choice.tree.expected_length - 1.0, tokens - 1.0)
+        elif unverified:  # or what was wrong once would never be tried again
+            trees.forget((TRIAL_FADING if plan.trial else FADING) * trees.visits)
+        predicted_ms = self.costs.target.at(context, nodes) + paths_ms + switch_ms
+        pace.learn_target(context, nodes, predicted_ms, verify_ms, changed=changed)
+        if known.credit is not None:
+            loss = plan.otherwise / plain - (known.price * tokens - took) if plan.trial else 0.0
+            known.credit = min(known.credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS)
+        if drafted is None:
+            known.rested += 1
+        else:
+            self._learn_draft(drafted, round.tokens)
+            known.rested, took = 0, took - pace.backlog_ms(context, plan.unread) / plain
+            # A trial tells what drafts are worth, also where the change alone kept its tree from being verified.
+            known.drafted.add((plan.trial and missed) or Outcome(tokens, took))
+            known.long_run.add(missed or Outcome(tokens, took - changed * pace.switch_ms / plain))
+        known.judge_long_run()
+
+    def _missed(self, round: Round, offered: DraftTree, predicted: float) -> Outcome:
+        """What the round would have been, had its draft been verified."""
+        plan, worth, pace = round.plan, round.choice.worth, self.pace
+        best = max((width for width in worth if width > 1), key=worth.__getitem__)
+        verify = pace.verify_ms(plan.context, offered, best)
+        took = verify + pace.draft_ms(plan.context, 1) + pace.draft_pace * predicted
+        return Outcome((worth[best] + verify) / self._price(plan), took / pace.target_ms(plan.context, 1))
+
+    def _learn_draft(self, tree: DraftTree, tokens: Sequence[int]) -> None:
         """Compare the drafter's own tree with the tokens that came after its root."""
         node = 0
         probabilities = np.exp(tree.logprobs.astype(np.float64))
@@ -132,138 +290,6 @@ class Scheduler:
             if child is None:
                 return
             node = child
-
-    # --- what is worth its time
-
-    @property
-    def price(self) -> float:
-        """Milliseconds that a token is worth."""
-        return self._known.price * self._pass(1)
-
-    def drafts(self, repeats: DraftTree, unread: int) -> bool:
-        """Whether to ask the drafter, at the start of a round.
-
-        repeats: what repeated text alone proposes.  unread: pairs that the drafter has not been told yet.
-        """
-        if len(self._widths) == 1:  # no room for a tree
-            return False
-        known, plain, otherwise = self._known, self._pass(1), self._otherwise(repeats)
-        worth = known.drafted.worth(known.price) * plain - self._backlog(unread)
-        known.judge_long_run()
-        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and not known.left
-        if known.drafted.count < PATIENCE or pays:
-            return True
-        if known.credit is None:
-            known.credit = TRIAL_START
-        if known.credit * plain < self._draft(1) or known.rested < TRIAL_REST:
-            return False
-        self._trial = otherwise
-        if known.rested >= MEMORY:  # what was wrong then may be right now
-            known.drafted.forget(TRIAL_MEMORY)
-            for correction in chain(*known.corrections.values()):
-                correction.forget(TRIAL_MEMORY)
-        return True
-
-    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
-        """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
-        children = self._known.children
-        taken = children[depth].value if depth in children else CHILDREN
-        gain = self.price * sum(map(exp, frontier)) * taken * self._known.trees[True].factor
-        node = (self._pass(self._widths[-1]) - self._pass(1)) / (self._widths[-1] - 1)
-        if gain <= self._draft(len(frontier)) + node:
-            return False
-        self._calls += self.costs.draft.at(self._context, len(frontier))
-        return True
-
-    def prune(self, tree: DraftTree, drafted: bool) -> DraftTree:
-        """The part of `tree` whose verification is worth most, in one of a few widths; filled up where it is smaller.
-
-        Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
-        """
-        tree = without_branches(tree, self._path() / (self.price * self._known.trees[drafted].factor))
-        worth = self._worth(tree, drafted) if drafted or len(tree) > 1 else {1: 0.0}
-        width = self._best_width(worth, drafted)
-        self._unverified = width == 1 < len(tree)
-        if drafted and self._unverified:
-            best = max((other for other in worth if other > 1), key=worth.__getitem__)
-            verify = self._verify(tree, best)
-            took = verify + self._draft(1) + self._calls * self._draft_pace.value
-            self._missed = Round((worth[best] + verify) / self.price, took / self._pass(1))
-        if width != self._width:
-            self._regret = {}
-        kept = min(max(width, self.plain_rows), len(tree))
-        if kept < len(tree):
-            tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
-        return filled(tree, width)
-
-    def _best_width(self, worth: dict[int, float], drafted: bool) -> int:
-        """The last one, or another: when this tree alone makes the change pay, or when what staying lost would have."""
-        change = {width: self._change(width, drafted) for width in worth}
-        width = max(worth, key=lambda width: worth[width] - change[width])
-        if width == self._width:
-            for other in worth:
-                self._regret[other] = max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width])
-            width = max((other for other in worth if self._regret[other] >= change[other]), key=worth.__getitem__)
-        return width
-
-    def observe(
-        self,
-        drafted: DraftTree | None,
-        unread: int,
-        verified: DraftTree,
-        tokens: Sequence[int],
-        *,
-        draft_ms: float,
-        verify_ms: float,
-    ) -> None:
-        """Learn from a round: what it gave and what it took.
-
-        drafted: the drafter's own tree, None where it was not asked.  unread: pairs that it was told first.
-        tokens: what came after the root.
-        """
-        nodes = len(verified) if len(verified) > self.plain_rows else 1
-        before, self._width = self._width, nodes
-        changed = before != nodes
-        switch_ms = changed * self.costs.switch_ms
-        # The first pass of a width, and whatever else took the machine, must not decide what drafting is worth.
-        paths_ms = (verified.path_counts[-1] - 1) * self.costs.path.at(self._context, 1)
-        pace = self._target_pace.value
-        verify_ms = min(verify_ms, OUTLIER * (self._pass(nodes) + (paths_ms + switch_ms) * pace))
-        calls = self._calls + self.costs.draft.at(self._context, unread) if drafted else 0.0
-        if calls:  # else the drafter had read all, and its root's children were enough
-            # A machine that slept must not make drafting too dear ever to be tried again.
-            self._draft_pace.add(min(draft_ms / calls, STALL * self._draft_pace.value))
-            draft_ms = min(draft_ms, OUTLIER * calls * self._draft_pace.value)
-
-        known, plain = self._known, self._pass(1)
-        took = (draft_ms + verify_ms) / plain
-        known.rounds.add(Round(len(tokens), took))
-        change = switch_ms * self._target_pace.value / plain
-        self._follow(before, change, -change if drafted else max(len(tokens) - took, -OUTLIER), drafted is not None)
-        self._lost -= FORGIVEN * len(tokens)
-        if drafted:
-            self._lost = max(self._lost + min(took - len(tokens), OUTLIER), -ANSWER_GAIN)
-        trees = known.trees[drafted is not None]
-        if nodes > 1:
-            trees.add(verified.expected_length - 1.0, len(tokens) - 1.0)
-        elif self._unverified:  # or what was wrong once would never be tried again
-            trees.forget((FADING if self._trial is None else TRIAL_FADING) * trees.visits)
-        alone = self._width_pace.setdefault(nodes, Average(1.0, 4.0))
-        ratio = verify_ms / (self.costs.target.at(self._context, nodes) + paths_ms + switch_ms)
-        if not changed and self._target_pace.count:
-            alone.add(ratio / self._target_pace.value)
-        self._target_pace.add(ratio / alone.value)
-        if known.credit is not None:
-            loss = 0.0 if self._trial is None else self._trial / plain - (known.price * len(tokens) - took)
-            known.credit = min(known.credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS)
-        if drafted is None:
-            known.rested += 1
-            return
-        self._learn(drafted, tokens)
-        known.rested, took = 0, took - self._backlog(unread) / plain
-        # A trial is to tell what drafts are worth, also where the change alone kept its tree from being verified.
-        known.drafted.add((self._trial is not None and self._missed) or Round(len(tokens), took))
-        known.long_run.add(self._missed or Round(len(tokens), took - switch_ms * self._target_pace.value / plain))
 
     def _follow(self, before: int, change: float, gain: float, drafted: bool) -> None:
         """Count what a leap for repeats gains, from plain decoding to trees and back, all in plain steps.
@@ -284,64 +310,6 @@ class Scheduler:
         if self._leap is not None:
             self._known.judge_leap(self._leap)
         self._leap = None
-
-    @staticmethod
-    def _leaps(before: int, width: int, drafted: bool) -> bool:
-        """Whether repeats alone lead from plain decoding, or the start of an answer, to a tree."""
-        return not drafted and before <= 1 < width
-
-    def _worth(self, tree: DraftTree, drafted: bool) -> dict[int, float]:
-        """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
-        expected = tree.expected_lengths
-        price, factor = self.price, self._known.trees[drafted].factor
-        out = {}
-        for width in self._widths:
-            tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
-            out[width] = price * tokens - self._verify(tree, width)
-            if width >= len(tree):
-                break
-        if self._width in self._widths and self._width not in out:  # wider than the tree
-            out[self._width] = price * tokens - self._verify(tree, self._width)
-        return out
-
-    def _verify(self, tree: DraftTree, width: int) -> float:
-        """Predicted ms of verifying the best part of `tree` in a pass of `width` nodes."""
-        return self._pass(width) + (tree.path_counts[min(width, len(tree)) - 1] - 1) * self._path()
-
-    def _path(self) -> float:
-        """Predicted ms that a path of a tree beside the first takes now."""
-        return self.costs.path.at(self._context, 1) * self._target_pace.value
-
-    def _otherwise(self, repeats: DraftTree) -> float:
-        """Worth of a round without a draft, in the last width or in another, the change to that included.
-
-        Such rounds come in rows, over which a change is spread: where there are no repeats `prune` makes it at once.
-        """
-        return max(worth - self._change(width, False) for width, worth in self._worth(repeats, False).items())
-
-    def _change(self, width: int, drafted: bool) -> float:
-        """Ms that this width costs more because the last pass had another.
-
-        Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
-        answer too), the way back counts.  For repeats alone plain decoding is left with caution.
-        """
-        if self._width == width:
-            return 0.0
-        ms = (1 + (1 in (self._width, width))) * self.costs.switch_ms * self._target_pace.value
-        return ms + self._leaps(self._width, width, drafted) * self._known.caution * self._pass(1)
-
-    def _pass(self, width: int) -> float:
-        """Predicted ms of a pass of the target now, after one of the same width."""
-        alone = self._width_pace[width].value if width in self._width_pace else 1.0
-        return self.costs.target.at(self._context, width) * self._target_pace.value * alone
-
-    def _backlog(self, unread: int) -> float:
-        """Ms that reading `unread` pairs takes more than reading one."""
-        return max(0.0, self._draft(unread) - self._draft(1))
-
-    def _draft(self, rows: int) -> float:
-        """Predicted ms of one call of the drafter now."""
-        return self.costs.draft.at(self._context, rows) * self._draft_pace.value
 
 
 def widths(costs: Costs, context: int) -> tuple[int, ...]:

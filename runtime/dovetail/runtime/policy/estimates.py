@@ -5,7 +5,7 @@ Times are kept in plain steps, not in milliseconds: they stay true when the mach
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MEMORY = 40.0  # rounds after which an average has mostly forgotten
 PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
@@ -49,6 +49,12 @@ class Correction:
             share = visits / self.visits
             self.expected, self.right, self.visits = share * self.expected, share * self.right, visits
 
+    def recalled(self, visits: float) -> Correction:
+        """A copy that remembers no more than so many."""
+        copy = replace(self)
+        copy.forget(visits)
+        return copy
+
     @property
     def factor(self) -> float:
         """What a probability of this kind, as it was before, is multiplied with."""
@@ -56,7 +62,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Round:
+class Outcome:
     """What a round gives and takes.  steps: time, in plain steps."""
 
     tokens: float
@@ -78,7 +84,7 @@ class Record:
     def count(self) -> float:
         return self.tokens.count
 
-    def add(self, each: Round) -> None:
+    def add(self, each: Outcome) -> None:
         self.tokens.add(each.tokens)
         self.steps.add(each.steps)
 

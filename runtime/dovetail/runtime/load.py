@@ -1,0 +1,112 @@
+"""A pair folder becomes parts: two sessions, a tokenizer and a policy, on the devices that are there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.vram import check_limit
+from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.pair.manifest import Manifest, read_sound
+from dovetail.runtime.policy.calibration import pair_calibration
+from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tune.cost_cache import chosen_properties
+from dovetail.runtime.tune.measure import known_or_measured
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a pair is opened.  Engine.from_pretrained says what each means.  Raises InputError."""
+
+    drafter_device: str = "auto"
+    vram: int | None = None  # bytes
+    fit: bool = False
+    threads: int | None = None
+    tree: TreeLimits | None = None
+    ov_config: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.drafter_device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"drafter device {self.drafter_device!r} is unknown: give auto, cpu or cuda")
+        if self.threads is not None:
+            check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
+        check_limit(self.vram, self.fit, self.drafter_device)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of.  drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
+
+    target: OpenVINOTarget
+    drafter: SteadyDrafter | None
+    tokenizer: Tokenizer
+    tree: TreeLimits
+    scheduler: Scheduler | None
+    stop_tokens: frozenset[int]
+
+
+def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | None = None) -> Parts:
+    """Open a pair; every file is checked before a weight is loaded.
+
+    progress: receives the part of the measurement that is done, 0 to 1.  Raises PairError, DeviceError, InputError.
+    """
+    manifest = read_sound(pair, options.tree)
+    tokenizer = Tokenizer.from_folder(pair / "target")
+    stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
+    properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
+    target = OpenVINOTarget.open(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
+    tree = options.tree or manifest.tree
+    if manifest.drafter is None:
+        return Parts(target, None, tokenizer, tree, None, stop_tokens)
+    drafter = OnnxDrafter.open(
+        pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
+    )
+    scheduler = None
+    if options.tree is None:
+        drafter, scheduler = _scheduled(pair, manifest, target, drafter, options, progress)
+        tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
+    open_second = partial(_open_cpu, pair, manifest, options) if drafter.file_key == "cuda" else None
+    return Parts(target, SteadyDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
+
+
+def _scheduled(
+    pair: Path,
+    manifest: Manifest,
+    target: OpenVINOTarget,
+    drafter: OnnxDrafter,
+    options: LoadOptions,
+    progress: Callable[[float], None] | None,
+) -> tuple[OnnxDrafter, Scheduler]:
+    """The drafter, or the one on the CPU if a GPU fails while it is measured, and a scheduler with its costs."""
+    measure = partial(
+        known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
+    )
+    problem = None
+    try:
+        costs = measure(drafter)
+    except DeviceError as error:
+        if options.drafter_device == "cuda" or drafter.file_key == "cpu":
+            raise
+        problem = str(error)
+    if problem:  # outside the handler, whose traceback would keep what must go before the device does
+        log.warning("the drafter runs on the CPU: %s", problem)
+        drafter.close()
+        drafter = _open_cpu(pair, manifest, options, f"no CUDA: {problem}")
+        costs = measure(drafter)
+    return drafter, Scheduler(costs, pair_calibration(pair, manifest), plain_rows=target.least_rows)
+
+
+def _open_cpu(pair: Path, manifest: Manifest, options: LoadOptions, note: str) -> OnnxDrafter:
+    return OnnxDrafter.open_cpu(pair, manifest, threads=options.threads, note=note)

@@ -1,0 +1,77 @@
+"""How long passes take now: the measured costs, corrected by what passes have lately taken here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dovetail.runtime.policy.costs import Costs
+from dovetail.runtime.policy.estimates import Average
+from dovetail.runtime.tree.draft_tree import DraftTree
+
+STALL = 10.0  # times its average that one call moves the drafter's pace by at most
+OUTLIER = 2.0  # times what is expected that a call counts as at most
+
+
+@dataclass
+class Pace:
+    """Predicted milliseconds after `context` tokens."""
+
+    costs: Costs
+    _target: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
+    _width: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
+    _draft: Average = field(default_factory=lambda: Average(1.0))
+
+    def target_ms(self, context: int, width: int) -> float:
+        """A pass of the target, after one of the same width."""
+        alone = self._width[width].value if width in self._width else 1.0
+        return self.costs.target.at(context, width) * self._target.value * alone
+
+    def path_ms(self, context: int) -> float:
+        """What each path of a tree beside the first adds to its pass."""
+        return self.costs.path.at(context, 1) * self._target.value
+
+    def verify_ms(self, context: int, tree: DraftTree, width: int) -> float:
+        """Verifying the best part of `tree` in a pass of `width` nodes."""
+        paths = tree.path_counts[min(width, len(tree)) - 1] - 1
+        return self.target_ms(context, width) + paths * self.path_ms(context)
+
+    @property
+    def switch_ms(self) -> float:
+        """What a pass takes more if the last one had another width."""
+        return self.costs.switch_ms * self._target.value
+
+    @property
+    def draft_pace(self) -> float:
+        """Milliseconds that the drafter takes now for a measured one."""
+        return self._draft.value
+
+    def draft_ms(self, context: int, rows: int) -> float:
+        """One call of the drafter."""
+        return self.costs.draft.at(context, rows) * self._draft.value
+
+    def backlog_ms(self, context: int, unread: int) -> float:
+        """What reading `unread` pairs takes more than reading one."""
+        return max(0.0, self.draft_ms(context, unread) - self.draft_ms(context, 1))
+
+    def learn_draft(self, predicted: float, draft_ms: float) -> float:
+        """predicted: by the measured costs, 0 if no call was made.  Returns `draft_ms` without its outliers."""
+        if not predicted:
+            return draft_ms
+        # A machine that slept must not make drafting too slow ever to be tried again.
+        self._draft.add(min(draft_ms / predicted, STALL * self._draft.value))
+        return min(draft_ms, OUTLIER * predicted * self._draft.value)
+
+    def credible(self, context: int, width: int, paths_ms: float, switch_ms: float, verify_ms: float) -> float:
+        """`verify_ms`, or the most that a pass counts as: the first of a width must not decide what drafting is worth.
+
+        paths_ms, switch_ms: of this pass, by the measured costs.
+        """
+        return min(verify_ms, OUTLIER * (self.target_ms(context, width) + (paths_ms + switch_ms) * self._target.value))
+
+    def learn_target(self, context: int, width: int, predicted: float, verify_ms: float, *, changed: bool) -> None:
+        """A pass of `width` nodes took `verify_ms`.  predicted: by the measured costs.  changed: of another width."""
+        alone = self._width.setdefault(width, Average(1.0, 4.0))
+        ratio = verify_ms / predicted
+        if not changed and self._target.count:
+            alone.add(ratio / self._target.value)
+        self._target.add(ratio / alone.value)
