@@ -200,7 +200,7 @@ def test_ram_fits_wholly_in_part_or_not(
         (None, "100MB", False, "cpu", "does not fit 95.4 MiB of VRAM: "),
         (3072, None, True, "cuda", "3072 MiB are free: it fits"),
         (500, None, False, "cpu", "500 MiB are free: the drafter may have to run on the CPU"),
-        (3072, "100MB", False, "cpu", "as it is the drafter runs on the CPU"),
+        (3072, "100MB", False, "cpu", "otherwise the drafter runs on the CPU"),
     ],
 )
 def test_vram_decides_where_the_drafter_runs(
