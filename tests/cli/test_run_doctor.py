@@ -241,7 +241,7 @@ def test_a_pair_that_does_not_tell_its_vram_is_no_error(invoke, gpu_pair: Path) 
         (["./nowhere"], 3, "dovetail.json is missing"),
         (["smollm2-135m"], 3, "dovetail-export pair smollm2-135m builds it"),
         (["gpt-17"], 2, "pair 'gpt-17' is unknown"),
-        (["--vram", "3GB"], 2, "name one"),
+        (["--vram", "3GB"], 2, "name a pair"),
         (["./nowhere", "--vram", "much"], 2, "size 'much' is unknown"),
     ],
 )

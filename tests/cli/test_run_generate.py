@@ -214,7 +214,7 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs '[1]' is no JSON object"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs '{' is no JSON object"),
         (["--chat-template-kwargs", "[" * 100_000], "is no JSON object"),
-        (["--file", "x.txt"], "leave one out"),
+        (["--file", "x.txt"], "leave out the prompt or --file"),
         (["--beams", "4"], "--beams"),
         (["more"], "more"),
     ],
