@@ -27,7 +27,7 @@ from dovetail.runtime.drafter.graph_io import (
 from dovetail.runtime.drafter.ort import CPU, call, open_session, session_options
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
-from dovetail.runtime.system.page_release import LookedUp
+from dovetail.runtime.system.page_release import LookupMapping
 from dovetail.runtime.tree.growth import Candidates
 
 PREFIX_STEP = 256  # context pairs by which the bound part of the KV buffer grows
@@ -50,7 +50,7 @@ class CpuRunner:
         # longer. Between calls the target's threads need the cores.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self._embedding = LookedUp(file.with_name(file.name + ".data"))
+        self._embedding = LookupMapping(file.with_name(file.name + ".data"))
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU])
         check_ports(self._session, file, facts, np.float32)

@@ -30,13 +30,13 @@ _opening = Lock()  # mappings that appear while this lock is held belong to its 
 
 
 @contextmanager
-def giving_back(file: Path) -> Iterator[None]:
+def releasing_pages(file: Path) -> Iterator[None]:
     """Release the pages of `file`'s read-only mappings while the body runs and at its end."""
     if not _MAPS.exists():
         yield
         return
     done = Event()
-    worker = Thread(target=_keep_giving_back, args=(str(file.resolve()), done), daemon=True)
+    worker = Thread(target=_keep_releasing, args=(str(file.resolve()), done), daemon=True)
     worker.start()
     try:
         yield
@@ -45,7 +45,7 @@ def giving_back(file: Path) -> Iterator[None]:
         worker.join()
 
 
-class LookedUp:
+class LookupMapping:
     """The mapping of a file that an engine opens in the `with` block to look up rows.
 
     Use this object only while the engine lives and while none of its calls runs. Only the engine's
@@ -80,17 +80,17 @@ class LookedUp:
         self._rows += rows
         if self._own and self._rows >= _LOOKUPS:
             self._rows = 0
-            _give_back(self._own.intersection(span for span, _ in _all_mappings(self._file)))
+            _release(self._own.intersection(span for span, _ in _all_mappings(self._file)))
 
 
-def _keep_giving_back(file: str, done: Event) -> None:
+def _keep_releasing(file: str, done: Event) -> None:
     last = False
     while not last:
         last = done.wait(_INTERVAL)
-        _give_back(_mappings(file))
+        _release(_mappings(file))
 
 
-def _give_back(spans: Iterable[Span]) -> None:
+def _release(spans: Iterable[Span]) -> None:
     libc = ctypes.CDLL(None)
     for begin, end in spans:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system import machine
-from dovetail.runtime.system.page_release import LookedUp, giving_back
+from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
 from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
@@ -166,7 +166,7 @@ class PagedModel:
         import openvino as ov
 
         weights = xml.with_suffix(".bin")
-        self._embedding = LookedUp(weights)
+        self._embedding = LookupMapping(weights)
         with self._embedding:
             model = read_model(xml)
         if mix:
@@ -323,6 +323,6 @@ class PagedModel:
         if self._unpacked is None:
             self.request.infer(share_outputs=True)
             return
-        with giving_back(self._unpacked):
+        with releasing_pages(self._unpacked):
             self.request.infer(share_outputs=True)
         self._unpacked = None
