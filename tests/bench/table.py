@@ -27,7 +27,7 @@ from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, write_atomically
 from dovetail.runtime.system import machine
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
@@ -52,7 +52,7 @@ class Row:
     temperature: int
     file: Path
     report: dict[str, Any]
-    talks: list[Conversation]
+    talks: list[PromptTurns]
 
     def slow(self) -> list[int]:
         return [i for i, prompt in enumerate(self.report["prompts"]) if (prompt["speedup"] or 1.0) < SLOW]
@@ -94,7 +94,7 @@ def table(
 
 
 def task_rows(
-    pair: str, tasks: dict[str, list[Conversation]], prompts: Path, out: Path, limits: dict[int, int | None],
+    pair: str, tasks: dict[str, list[PromptTurns]], prompts: Path, out: Path, limits: dict[int, int | None],
     length: list[str], notes: list[str],
 ) -> Iterator[Row]:  # fmt: skip
     """Every task at every temperature of `limits`, which says how many prompts of it."""

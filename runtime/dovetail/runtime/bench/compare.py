@@ -19,7 +19,7 @@ from dovetail.runtime.engine import Engine, Prompt
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.loop.rescore import Choice
 from dovetail.runtime.settings import AnswerSettings
-from dovetail.runtime.text.prompts import Conversation
+from dovetail.runtime.text.prompts import PromptTurns
 
 WARM_UP_TOKENS = 16
 
@@ -96,7 +96,7 @@ class Paired:
     before.
     """
 
-    conversation: Conversation
+    conversation: PromptTurns
     plain: Run | None
     speculative: Run
     choices: tuple[Choice, ...] | None = None
@@ -120,7 +120,7 @@ class Paired:
 
 
 def measure(
-    engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, *, plain: bool = True
+    engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSettings, *, plain: bool = True
 ) -> Iterator[Paired]:
     """Yield every conversation's runs in both modes; without `plain` only the speculative run."""
     modes = (False, True) if plain else (True,)
@@ -141,7 +141,7 @@ def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
     return replace(pair, choices=tuple(found))
 
 
-def warm_up(engine: Engine, conversation: Conversation, request: AnswerSettings, speculate: bool) -> None:
+def warm_up(engine: Engine, conversation: PromptTurns, request: AnswerSettings, speculate: bool) -> None:
     """Generate a short answer that does not count: an engine's first passes are slower."""
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     converse(engine, conversation.turns[:1], short, speculate)

@@ -22,7 +22,7 @@ from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.pair.manifest import write_atomically
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 
 
 @click.command(short_help="Measure plain against speculative decoding.")
@@ -81,7 +81,7 @@ def check_output(output: Path) -> None:
         raise InputError(f"--output {output} cannot be written: name a folder other than {output.parent}")
 
 
-def check_conversation(engine: Engine, conversation: Conversation) -> None:
+def check_conversation(engine: Engine, conversation: PromptTurns) -> None:
     """Raise InputError or ContextOverflow, with the prompt's name, for an unusable first turn."""
     try:
         engine.count_tokens(conversation.turns[0])
@@ -89,7 +89,7 @@ def check_conversation(engine: Engine, conversation: Conversation) -> None:
         raise type(error)(f"prompt {conversation.name}: {error}") from None
 
 
-def run(engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, plain: bool) -> list[Paired]:
+def run(engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSettings, plain: bool) -> list[Paired]:
     """Measure every conversation. A progress bar shows the speedup or acceptance length so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -10,7 +10,7 @@ from dovetail.runtime.system.files import parse_json
 
 
 @dataclass(frozen=True)
-class Conversation:
+class PromptTurns:
     """A user's turns in one conversation, asked one after the other.
 
     name: the row's `question_id` or `id`, otherwise the number of its line.
@@ -20,7 +20,7 @@ class Conversation:
     turns: tuple[str, ...]
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
+def read_prompts(path: Path, limit: int | None = None) -> list[PromptTurns]:
     """Return the first `limit` rows of `path`. Blank lines are skipped.
 
     Raises InputError, which names file and line: not JSON, no `prompt` or `turns`, a turn that is
@@ -40,7 +40,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
     return rows[:limit]
 
 
-def parse_row(line: str, where: str, number: int) -> Conversation:
+def parse_row(line: str, where: str, number: int) -> PromptTurns:
     """Return the turns of one row. Raises InputError with a message that starts with `where`."""
     try:
         row = parse_json(line)
@@ -51,4 +51,4 @@ def parse_row(line: str, where: str, number: int) -> Conversation:
     turns = [row["prompt"]] if "prompt" in row else row["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise InputError(f"{where} has an empty turn, or one that is not text: give a text for every turn")
-    return Conversation(str(row.get("question_id", row.get("id", number))), tuple(turns))
+    return PromptTurns(str(row.get("question_id", row.get("id", number))), tuple(turns))
