@@ -29,11 +29,11 @@ def chat(system: str | None, engine_flags: EngineFlags, request: AnswerSettings)
     """Chat with the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # line editing and history, if Python has them
         import readline  # noqa: F401
-    Talk(engine_flags.open(speculate=request.speculate), request, system).loop()
+    ChatLoop(engine_flags.open(speculate=request.speculate), request, system).run()
 
 
 @dataclass
-class Talk:
+class ChatLoop:
     """One conversation: the messages so far and the last answer."""
 
     engine: Engine
@@ -49,7 +49,7 @@ class Talk:
         """Forget all messages except the system message."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def loop(self) -> None:
+    def run(self) -> None:
         """Read lines until /exit or the end of the input."""
         click.echo(HELP, err=True)
         while True:
@@ -66,9 +66,9 @@ class Talk:
             if line == "/exit":
                 return
             if line:
-                self.obey(line) if line.startswith("/") else self.answer(line)
+                self.run_command(line) if line.startswith("/") else self.answer(line)
 
-    def obey(self, command: str) -> None:
+    def run_command(self, command: str) -> None:
         """Run one slash command. An unknown command prints the list of commands."""
         if command == "/reset":
             self.reset()
