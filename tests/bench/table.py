@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.doctor.memory import expected_memory, target_kv_bytes
+from dovetail.runtime.doctor.memory import estimate_memory, target_kv_bytes
 from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, write_atomically
@@ -181,7 +181,7 @@ def needed_mb(row: Row) -> float:
     """MiB of the target's weights, its KV for the longest talk with its answers, and the drafter; nan where unknown."""
     folder = resolve_pair(row.pair)
     manifest, tokenizer = read_manifest(folder), Tokenizer.from_folder(folder / "target")
-    sizes = expected_memory(folder, manifest)
+    sizes = estimate_memory(folder, manifest)
     device = "cuda" if row.report["drafter_device"].startswith("CUDA") else "cpu"
     answer: int = row.report["settings"]["max_new_tokens"]
     asked = [[{"role": "user", "content": turn} for turn in talk.turns] for talk in row.talks]

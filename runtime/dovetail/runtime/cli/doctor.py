@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from dovetail.runtime.doctor import estimate as expect
+from dovetail.runtime.doctor import estimate
 from dovetail.runtime.doctor.diagnose import Diagnosis, diagnose
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
@@ -58,7 +58,7 @@ def render(report: Diagnosis) -> str:
         ("capture test", captures[cuda.capture]),
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
         ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", None: "none"}[drafter]),
-        *(expect.rows(report.pair) if report.pair else ()),
+        *(estimate.rows(report.pair) if report.pair else ()),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

@@ -12,7 +12,7 @@ import click
 
 from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
-from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_pair
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.known import resolve_pair
@@ -75,7 +75,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": mib(sum(entry.size for entry in manifest.files.values())),
         "digests_ok": True,  # verify_files raises otherwise
-        "memory": expected_memory(folder, manifest),
+        "memory": estimate_memory(folder, manifest),
         "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
         "provenance": manifest.provenance,
     }

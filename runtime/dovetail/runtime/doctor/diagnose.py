@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dovetail.runtime.doctor import estimate as expect
+from dovetail.runtime.doctor import estimate
 from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
 from dovetail.runtime.drafter.cuda_api import (
     INSTALL,
@@ -78,7 +78,7 @@ class Diagnosis:
     cuda: Cuda
     cuda_problem: str | None
     drafter_device: str
-    pair: expect.Expectation | None
+    pair: estimate.PairEstimate | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -88,7 +88,7 @@ def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
 
     vram: bytes that the pair's drafter may take, if given. Raises InputError, PairError.
     """
-    found = None if named is None else expect.find_pair(named)
+    found = None if named is None else estimate.find_pair(named)
     cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
@@ -96,7 +96,7 @@ def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
     pair = None
     if found:
         room = None if no_cuda else cuda.free_mb
-        pair = expect.expect(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+        pair = estimate.estimate_pair(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,

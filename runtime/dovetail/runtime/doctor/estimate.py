@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.errors import DeviceError, IntegrityError, PairError
 from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
@@ -79,7 +79,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Expectation:
+class PairEstimate:
     """The estimate for one pair.
 
     drafter_device: None for a pair without a drafter. vram: None without a graph for a GPU.
@@ -114,7 +114,7 @@ def find_pair(named: str) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-def expect(
+def estimate_pair(
     folder: Path,
     manifest: Manifest,
     *,
@@ -122,18 +122,18 @@ def expect(
     bandwidth: float,
     free_vram_mb: int | None,
     vram: int | None,
-) -> Expectation:
+) -> PairEstimate:
     """Return the estimate for a pair.
 
     bandwidth: GB/s. free_vram_mb: None if CUDA cannot be used. vram: bytes, None for the pair's own
     limit.
     """
-    video = expect_vram(manifest, free_vram_mb, vram)
+    video = estimate_vram(manifest, free_vram_mb, vram)
     device = None if manifest.drafter is None else "cpu"
     if video and video.fits and free_vram_mb is not None:
         device = "cuda"
-    ram = expect_ram(folder, manifest, device, available_mb)
-    speed = expect_speed(manifest, device, bandwidth)
+    ram = estimate_ram(folder, manifest, device, available_mb)
+    speed = estimate_speed(manifest, device, bandwidth)
     problem = (
         None if ram.context else f"the pair {manifest.name} does not fit: {ram}: free memory or take a smaller pair"
     )
@@ -148,12 +148,12 @@ def expect(
             f"Drafting {tree.width} nodes on the CPU takes {tree.draft_ms:.1f} ms, {share:.0%} of a round. The target "
             "waits meanwhile. A GPU could shorten the wait."
         )
-    return Expectation(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
+    return PairEstimate(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
 
 
-def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
+def estimate_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
     """Return the RAM estimate. device: the drafter's, if any. On a GPU it takes little RAM."""
-    sizes = expected_memory(folder, manifest)
+    sizes = estimate_memory(folder, manifest)
     names = {"target": "target_weights_mb", "target_kv": "target_kv_mb"}
     if device == "cpu":
         names |= {"drafter": "drafter_cpu_weights_mb", "drafter_kv": "drafter_cpu_kv_mb"}
@@ -167,7 +167,7 @@ def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_m
     return Ram(parts, round(needed, 1), available_mb, False, int(most * room / kv) if room else 0)
 
 
-def expect_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
+def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
     """Return the VRAM estimate, or None without a drafter for a GPU.
 
     free_mb: excludes this process's CUDA context, which the plan counts again: an error on the safe
@@ -190,7 +190,7 @@ def expect_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> V
     )
 
 
-def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
+def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
     """Return the speed from costs measured with default flags, else plain decoding's bound."""
     known = recall(CostKey.of(manifest, device, None)) if device else None
     if known is None:
@@ -207,7 +207,7 @@ def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Sp
     return Speed(round(1e3 / plain_ms, 1), known.date, tree)
 
 
-def rows(pair: Expectation) -> list[tuple[str, str]]:
+def rows(pair: PairEstimate) -> list[tuple[str, str]]:
     """Return names and facts for display."""
     speed, tree = pair.speed, pair.speed.tree
     if speed.measured:

@@ -14,7 +14,7 @@ TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
 DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
 
 
-def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
+def estimate_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
     """Return the memory of a run in MiB: weights as stored, KV caches at the full context.
 
     target_kv_mb is None if the target's config does not give the KV heads.
