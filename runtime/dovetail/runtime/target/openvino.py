@@ -126,11 +126,11 @@ class OpenVINOTarget:
         self._blocks = np.zeros(0, np.int32)
         self.reset()
 
-    def assume(self, length: int) -> None:
+    def pretend_length(self, length: int) -> None:
         """Act as if `length` tokens were committed, for timing only: the KV content is arbitrary."""
         blocks = _blocks_for(length)
         self._hold(blocks)
-        self.model.touch(self._blocks[:blocks])
+        self.model.fault_in(self._blocks[:blocks])
         self._length, self._verified = length, None
 
     @property

@@ -255,7 +255,7 @@ class PagedModel:
                 self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
         self._placed = True
 
-    def touch(self, blocks: BlockIds) -> None:
+    def fault_in(self, blocks: BlockIds) -> None:
         """Write to the memory of `blocks` without changing their content.
 
         Linux maps all unwritten pages to one page of zeros. A pass reads that page faster than real
