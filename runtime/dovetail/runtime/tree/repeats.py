@@ -66,7 +66,7 @@ class RepeatIndex:
                     found[first] = Repeat(self._copy(end, count), self._logprobs(kind, count), kind)
         return list(found.values())
 
-    def judge(self, repeat: Repeat, truth: Sequence[int]) -> None:
+    def learn(self, repeat: Repeat, truth: Sequence[int]) -> None:
         """Count how many tokens of `repeat` were right. truth: the known tokens that followed."""
         for index, (guess, token) in enumerate(zip(repeat.tokens, truth, strict=False)):
             tally = self._tally(repeat.kind)[min(index, 1)]
