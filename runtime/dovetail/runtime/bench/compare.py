@@ -133,7 +133,7 @@ def measure(
 
 
 def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
-    """Return `pair` with the token that the target chooses at each place, given all text before it."""
+    """Return `pair` with the target's choice at each place, given all text before the place."""
     sampling, run = asdict(request.sampling()), pair.speculative
     found = list[Choice]()
     for asked, answer in zip(run.asked, run.answers, strict=True):
@@ -148,7 +148,7 @@ def warm_up(engine: Engine, conversation: PromptTurns, request: AnswerSettings, 
 
 
 def converse(engine: Engine, turns: Sequence[str], request: AnswerSettings, speculate: bool) -> Run:
-    """Ask the turns one after the other, from an empty cache. Each turn sees the earlier answers."""
+    """Ask the turns one by one, from an empty cache. Each turn sees the earlier answers."""
     engine.reset()
     messages: list[dict[str, str]] = []
     prompts, answers, totals = list[Prompt](), [], Totals()
@@ -201,7 +201,7 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
-    """Return one conversation's figures. other_tokens, first_other, largest_margin: see `summary`."""
+    """Return a conversation's figures. other_tokens, first_other, largest_margin: see `summary`."""
     plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
     return {
         "name": pair.conversation.name,

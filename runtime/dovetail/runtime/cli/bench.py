@@ -107,7 +107,7 @@ def run(engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSet
 
 
 def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: AnswerSettings) -> dict[str, Any]:
-    """Return what the figures depend on: pair, settings, devices, machine, versions, date, command."""
+    """Return the figures' circumstances: pair, settings, devices, machine, versions, command."""
     return {
         "pair": flags.pair or DEFAULT_PAIR,
         "prompts_file": str(file),

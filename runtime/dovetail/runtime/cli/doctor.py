@@ -1,4 +1,4 @@
-"""`dovetail-run doctor`: report what this machine can run, on which devices, and what is missing."""
+"""`dovetail-run doctor`: report what this machine can run, where, and what is missing."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class DefaultGroup(click.Group):
 
 
 def replace_unknown_characters() -> None:
-    """Print "?" for characters that the terminal's encoding lacks, instead of failing in an answer."""
+    """Print "?" for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")

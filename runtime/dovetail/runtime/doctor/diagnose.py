@@ -127,7 +127,7 @@ def openvino_devices() -> tuple[tuple[str, ...], str]:
 
 
 def onnxruntime_providers() -> tuple[tuple[str, ...], str]:
-    """Return ONNX Runtime's execution providers and the problem in one line ("" without a problem)."""
+    """Return ONNX Runtime's providers and the problem in one line ("" without a problem)."""
     try:
         import onnxruntime
     except ImportError as err:
@@ -154,7 +154,7 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 
 
 def try_cuda() -> tuple[Cuda, str | None]:
-    """Return the facts about CUDA, and why the drafter cannot run on it with the remedy, or None."""
+    """Return facts about CUDA, and why the drafter cannot use it with the remedy, or None."""
     problem = cuda_problem()
     built_for = _built_for()
     missing = missing_libraries() if built_for else []

@@ -84,7 +84,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """Arrays side by side, on the device at `address` and on the host. offsets: bytes, per array."""
+    """Arrays side by side, on the device at `address` and on the host. offsets: in bytes."""
 
     specs: Mapping[str, Spec]
     offsets: Mapping[str, int]

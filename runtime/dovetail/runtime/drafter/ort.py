@@ -75,7 +75,7 @@ def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return ONNX Runtime's exceptions, which have no common base. Bound runs raise RuntimeError."""
+    """Return ONNX Runtime's exceptions, which share no base. Bound runs raise RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))

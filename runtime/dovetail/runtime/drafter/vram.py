@@ -46,7 +46,7 @@ class VramPlan:
         return self.weights + self.state + self.rows + self.workspace + self.cuda
 
     def arena(self, limit: int) -> int:
-        """Return the bytes of `limit` for ONNX Runtime's arena: weights, activations and the rest."""
+        """Return `limit`'s bytes for ONNX Runtime's arena: weights, activations and the rest."""
         return limit - self.state - self.rows - self.cuda
 
     def __str__(self) -> str:

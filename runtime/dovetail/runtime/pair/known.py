@@ -27,7 +27,7 @@ def pairs_dir() -> Path:
 
 
 def known_pairs() -> list[str]:
-    """Return the names that `--pair` takes: the reference pairs and all pairs built into the cache."""
+    """Return the names that `--pair` takes: the reference pairs and all pairs in the cache."""
     built = (path.parent.name for path in pairs_dir().glob(f"*/{MANIFEST_NAME}"))
     return sorted({*REFERENCE_PAIRS, *built})
 

@@ -100,7 +100,7 @@ class Sampler:
         return index
 
     def noise(self, position: int) -> NDArray[np.float32]:
-        """Return [V] float32, the vocabulary's noise at an absolute position; caches the last few."""
+        """Return [V] float32, the vocabulary's noise at an absolute position, by a small cache."""
         found = self._noise.pop(position, None)
         if found is None:
             found = self._new_noise(position, self._size)
@@ -122,7 +122,7 @@ class Sampler:
         return noise
 
     def _support(self, given: NDArray[np.floating[Any]]) -> Support:
-        """Return the processed distribution at a temperature above 0. given: [V], penalised logits."""
+        """Return the processed distribution (temperature above 0). given: [V], penalised logits."""
         params = self.params
         if len(self._ids) != len(given):
             self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)

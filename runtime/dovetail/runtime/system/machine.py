@@ -101,7 +101,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def ram_mb(root: Path = ROOT) -> tuple[int, int]:
-    """Return total and available memory in MiB, within the limits of the process's control groups."""
+    """Return total and available memory in MiB, within this process's control groups."""
     rows = _table(root / "proc/meminfo")
     if rows:
         total, available = (int(rows[name].split()[0]) << 10 for name in ("MemTotal:", "MemAvailable:"))
@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, object]:
-    """Return the machine's facts for a report: CPU, cores, threads, instruction sets, RAM, system."""
+    """Return the machine's facts for a report: CPU, cores, threads, instruction sets, RAM, OS."""
     facts = cpu()
     return {
         "cpu": facts.model,

@@ -108,7 +108,7 @@ def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
 
 
 def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return values [N, C] int8 and scales [N, 1] float32, whose product is close to weight [N, C]."""
+    """Return values [N, C] int8 and scales [N, 1] float32, whose product is near weight [N, C]."""
     scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
@@ -144,7 +144,7 @@ def _addition_before(node: ov.Node) -> ov.Node | None:
 
 
 def _adds_two_branches(node: ov.Node) -> bool:
-    """Return whether `node` adds two inputs that depend on the tokens: no bias, epsilon or scale."""
+    """Return whether `node` adds two inputs that depend on tokens: no bias, epsilon or scale."""
     if node.get_type_name() != "Add":
         return False
     return not any(_is_constant(value.get_node()) for value in node.input_values())

@@ -50,7 +50,7 @@ def find_head(model: ov.Model) -> ov.Node:
 
 
 def add_tap(model: ov.Model) -> str:
-    """Add the output "features" [.., D], the lm_head's input, once. Return the tapped node's name."""
+    """Add the output "features" [.., D], the lm_head's input. Return the tapped node's name."""
     from openvino import opset13 as ops
 
     feature = find_head(model).input_value(0)

@@ -80,7 +80,7 @@ class OpenVINOTarget:
         return cls(model, manifest.target.max_context, exact=exact)
 
     def another(self) -> OpenVINOTarget:
-        """Return an empty conversation of the same model. `verify_together` runs both in one pass."""
+        """Return an empty conversation of the same model, for `verify_together`."""
         return OpenVINOTarget(self.model, self.max_context, exact=self.exact)
 
     @property
@@ -89,7 +89,7 @@ class OpenVINOTarget:
         return self._length
 
     def prefill(self, tokens: TokenArray) -> TargetPass:
-        """Append and commit tokens [T]. Return logits [1, V] of the last token and features [T, D]."""
+        """Append and commit tokens [T]. Return the last token's logits [1, V], features [T, D]."""
         count = len(tokens)
         self._verified = None
         chain = _Paths([np.arange(count)], self._length, TOGETHER)
@@ -127,7 +127,7 @@ class OpenVINOTarget:
         self.reset()
 
     def pretend_length(self, length: int) -> None:
-        """Act as if `length` tokens were committed, for timing only: the KV content is arbitrary."""
+        """Act as if `length` tokens were committed, for timing only: KV content is arbitrary."""
         blocks = _blocks_for(length)
         self._hold(blocks)
         self.model.fault_in(self._blocks[:blocks])

@@ -130,7 +130,7 @@ def _filled(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 @dataclass
 class _KVGroup:
-    """All KV tensors of one shape: one array [tensors, blocks, heads, BLOCK, size] of 16-bit words."""
+    """All KV tensors of one shape: an array [tensors, blocks, heads, BLOCK, size] of 16 bits."""
 
     names: list[str]
     element_type: Any
@@ -319,7 +319,7 @@ class PagedModel:
         self._inputs[name] = held
 
     def _infer(self) -> None:
-        """Run the request. `share_outputs` avoids a copy of the outputs, which are read in place."""
+        """Run the request. `share_outputs` avoids a copy: outputs are read in place."""
         if self._unpacked is None:
             self.request.infer(share_outputs=True)
             return

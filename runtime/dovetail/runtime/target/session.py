@@ -55,7 +55,7 @@ class TargetSession(Protocol):
         ...
 
     def commit(self, path: NDArray[np.int64]) -> None:
-        """Keep the KV rows of `path` (nodes of the last verified tree, root first), drop the rest."""
+        """Keep the KV rows of `path` (nodes of the verified tree, root first), drop the rest."""
         ...
 
     def reset(self, keep: int = 0) -> None:

@@ -33,7 +33,7 @@ FEATURE_SIZE = 3
 
 
 class MarkovLogits:
-    """Random logits from the last `order` tokens: [V] float32, normal with deviation `sharpness`."""
+    """Random logits by the last `order` tokens: [V] float32, normal with deviation `sharpness`."""
 
     def __init__(self, vocab_size: int, seed: int = 0, order: int = 2, sharpness: float = 2.0) -> None:
         self.vocab_size, self.seed, self.order, self.sharpness = vocab_size, seed, order, sharpness

@@ -38,7 +38,7 @@ class PlainText:
         self._longest = max(map(len, self._special), default=0)
 
     def needed(self, said: object) -> bool:
-        """Return whether a text in `said` (messages, tools) holds a special token, or part of one."""
+        """Return whether a text in `said` (messages, tools) holds all or part of a special token."""
         return bool(self._special) and any(self._suspicious(text) for text in _texts(said))
 
     def encode(self, render: Callable[[Any], str], said: Any) -> list[int]:
@@ -138,7 +138,7 @@ def _renamed(model: Mapping[str, Any], names: Mapping[str, str]) -> Any:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds the leftmost of `tokens`, then the longest, as a tokenizer does."""
+    """Return a pattern for the leftmost of `tokens`, then the longest, like a tokenizer's."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 

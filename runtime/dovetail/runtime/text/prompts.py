@@ -1,4 +1,4 @@
-"""Read benchmark prompts from a JSONL file: rows with `prompt`, or with `turns` as in spec_bench."""
+"""Read benchmark prompts from a JSONL file: rows with `prompt`, or `turns` as in spec_bench."""
 
 from __future__ import annotations
 

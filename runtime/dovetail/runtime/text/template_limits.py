@@ -80,11 +80,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 raise TemplateLimit(f"more than {MAX_SECONDS:g} seconds")
 
     def weigh(self, *values: Any) -> int:
-        """Return the characters of all `values`, lists included; stops above the remaining budget."""
+        """Return the characters of all `values`, lists included; stops above what is left."""
         return sum(len(value) if isinstance(value, str) else _size(value, self._left) for value in values)
 
     def weighed(self, value: Any) -> Any:
-        """Pay for `value` and return it. Compiled templates call this for operands of comparisons."""
+        """Pay for `value` and return it. Compiled templates call this in comparisons."""
         self.pay(_ITEM if isinstance(value, str) else self.weigh(value))
         return value
 

@@ -62,7 +62,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Tokenizer:
-        """Read a target folder's tokenizer. Raises IntegrityError for a missing or malformed file."""
+        """Read a target folder's tokenizer. Raises IntegrityError for a missing or bad file."""
         folder = Path(path)
         file = folder / "tokenizer.json"
         try:
@@ -84,7 +84,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added tokens included. The target's logits may have padding beyond it."""
+        """Number of tokens, added tokens included. The target's logits may have padding."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -194,7 +194,7 @@ class Tokenizer:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Raise InputError if the text is not Unicode, is nested too deep, or makes `tokenizers` fail."""
+    """Raise InputError if the text is not Unicode, nested too deep, or makes `tokenizers` fail."""
     try:
         yield
     except RecursionError as error:

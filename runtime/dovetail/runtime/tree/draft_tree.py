@@ -85,7 +85,7 @@ class DraftTree:
         return self._children.get((node, token))
 
     def paths(self) -> list[NDArray[np.int64]]:
-        """Return the nodes of each path from root to leaf, int64, the path of lowest nodes first."""
+        """Return the nodes of each path from root to leaf, int64, the lowest nodes' path first."""
         parents: list[int] = self.parents.tolist()
         paths = []
         for leaf in sorted({*range(len(parents))} - {*parents}):
@@ -97,7 +97,7 @@ class DraftTree:
         return [np.array(path, np.int64) for path in sorted(paths)]
 
     def depths(self) -> NDArray[np.int64]:
-        """Return [N] int64, levels below the root. Node i has the root's position plus depths[i]."""
+        """Return [N] int64, levels below the root. Node i is depths[i] positions after the root."""
         depths = [0]
         for parent in self.parents.tolist()[1:]:
             depths.append(depths[parent] + 1)

@@ -57,7 +57,7 @@ class Judge(Protocol):
     """Corrects a drafter's log-probabilities and decides whether another level pays."""
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return corrected log-probabilities [n, K] at `depth`, given the path, in the same order."""
+        """Return corrected log-probabilities [n, K] at `depth`, given the path; order stays."""
         ...
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
@@ -136,7 +136,7 @@ class _Growth:
         return list(range(start, len(self.tokens)))
 
     def expandable(self, frontier: list[int]) -> list[int]:
-        """Return the best top_k of `frontier` whose children may be kept, as far as rows are free."""
+        """Return the best top_k of `frontier` whose children may be kept, limited by free rows."""
         if len(self.best) == self.budget:
             frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
         count = min(self.limits.top_k, self.slots - len(self.rows))

@@ -43,7 +43,7 @@ class Repeat:
 
 @dataclass
 class RepeatIndex:
-    """The last places of every short run of tokens in a conversation, and counts of right repeats."""
+    """The last places of short runs of tokens in a conversation, and counts of right repeats."""
 
     _tokens: list[int] = field(default_factory=list)
     _ends: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # run -> ends of its last two
@@ -91,7 +91,7 @@ class RepeatIndex:
         self._indexed = max(self._indexed, len(self._tokens) - 1)
 
     def _copy(self, start: int, count: int) -> tuple[int, ...]:
-        """Return `count` tokens from `start` on. Past the end the copy repeats itself like a loop."""
+        """Return `count` tokens from `start`. Past the end the copy repeats itself like a loop."""
         path = self._tokens[start : start + count]
         for index in range(count - len(path)):
             path.append(path[index])

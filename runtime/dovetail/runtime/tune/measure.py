@@ -219,7 +219,7 @@ class _Stopwatch:
         return sum(min(len(self.times[point]), SAMPLES) for point in points) / (SAMPLES * len(points))
 
     def predict(self, known: Sizes, wanted: Sizes, contexts: Sequence[int]) -> float:
-        """Return ms of one round over `wanted` from times of `known`, which has the largest sizes."""
+        """Return ms of a round over `wanted`, by times of `known`, which has the largest sizes."""
         total = 0.0
         for engine in wanted:
             curve = self.curve(engine, known[engine], contexts)
@@ -227,7 +227,7 @@ class _Stopwatch:
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
 
     def path_curve(self, target: Curve, contexts: Sequence[int]) -> Curve:
-        """Return the cost of each further path: a tree's median less that of a chain of its size."""
+        """Return the cost of each further path: a tree's median less a chain's of its size."""
         ms = [median(self.times[_Point("path", FORK, context)]) - target.at(context, FORK) for context in contexts]
         return Curve.fit(contexts, (1,), np.maximum(np.array([ms]).T / (PATHS - 1), LEAST_MS))
 

@@ -211,7 +211,7 @@ def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: P
 
 
 def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
-    """Return the second of two passes in ms: the first pass after a change of width takes longer."""
+    """Return the second of two passes in ms: the first after a change of width takes longer."""
     tree, begin = timed_tree(nodes), 0.0
     for _ in range(2):
         target.pretend_length(max(0, min(CONTEXT, target.max_context - max(NODES))))
