@@ -154,7 +154,7 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 
 
 def try_cuda() -> tuple[Cuda, str | None]:
-    """Return facts about CUDA, and why the drafter cannot use it with the remedy, or None."""
+    """Return facts about CUDA, and why the drafter cannot use CUDA with a remedy, or None."""
     problem = cuda_problem()
     built_for = _built_for()
     missing = missing_libraries() if built_for else []

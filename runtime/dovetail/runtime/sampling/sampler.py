@@ -100,7 +100,7 @@ class Sampler:
         return index
 
     def noise(self, position: int) -> NDArray[np.float32]:
-        """Return [V] float32, the vocabulary's noise at an absolute position, by a small cache."""
+        """Return [V] float32, the vocabulary's noise at an absolute position, from a cache."""
         found = self._noise.pop(position, None)
         if found is None:
             found = self._new_noise(position, self._size)

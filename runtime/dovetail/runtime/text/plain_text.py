@@ -38,7 +38,7 @@ class PlainText:
         self._longest = max(map(len, self._special), default=0)
 
     def needed(self, said: object) -> bool:
-        """Return whether a text in `said` (messages, tools) holds all or part of a special token."""
+        """Return whether a text in `said` (messages, tools) has all or part of a special token."""
         return bool(self._special) and any(self._suspicious(text) for text in _texts(said))
 
     def encode(self, render: Callable[[Any], str], said: Any) -> list[int]:

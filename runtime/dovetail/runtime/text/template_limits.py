@@ -245,7 +245,7 @@ def _check_number(number: int) -> None:
 
 
 def _shallow(value: Any) -> int:
-    """Return the characters of a text; each item of a list counts _ITEM, whatever its content."""
+    """Return the characters of a text; each item of a list counts _ITEM."""
     if isinstance(value, str):
         return len(value)
     return _ITEM * len(value) if isinstance(value, _CONTAINERS) else _ITEM

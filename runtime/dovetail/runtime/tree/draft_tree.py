@@ -129,9 +129,8 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
 def without_branches(tree: DraftTree, least: float) -> DraftTree:
     """Return `tree` without branches that are expected to give fewer than `least` tokens.
 
-    The best child of each node always stays. A branch costs one more path, and a path costs
-    attention over the whole context, whatever its length. Source: dynamic programming from the
-    leaves.
+    The best child of each node always stays. A branch costs one more path. Even a short path costs
+    attention over the whole context. Source: dynamic programming from the leaves.
     """
     parents = tree.parents.tolist()
     worth = [exp(logprob) for logprob in tree.logprobs.tolist()]

@@ -128,7 +128,7 @@ class _Read:
     def beside(
         self, one: Property, open_with: Callable[[Property], OpenVINOTarget], until: float, tell: Progress
     ) -> Compared:
-        """Open, read the text with, time and drop a candidate: at most two models are open."""
+        """Open a candidate, read the text, time passes and close: at most two models are open."""
         try:
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
