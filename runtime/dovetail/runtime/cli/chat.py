@@ -14,10 +14,7 @@ from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.settings import AnswerSettings
 
-HELP = (
-    "/reset forgets the conversation, /stats shows the last answer's statistics, /exit or Ctrl-D leaves; "
-    "Ctrl-C stops an answer"
-)
+HELP = "/reset forgets the conversation, /stats shows statistics, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
 
 @click.command(short_help="Chat with the target on the terminal.")

@@ -138,9 +138,7 @@ def store(keep: Callable[[], None]) -> None:
     try:
         keep()
     except OSError as err:
-        raise InputError(
-            f"{err.filename} cannot be written ({err.strerror}): set DOVETAIL_CACHE to a writable folder"
-        ) from None
+        raise InputError(f"{err.filename} cannot be written ({err.strerror}): set DOVETAIL_CACHE") from None
 
 
 def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json: bool) -> None:

@@ -106,8 +106,7 @@ class ChatTemplate:
             ) from error
         except _TEMPLATE_FAILURES as error:
             raise InputError(
-                f"the chat template refuses these messages ({_one_line(error)}): "
-                "use roles and contents that the template knows"
+                f"the chat template refuses these messages ({_one_line(error)}): use other roles or contents"
             ) from error
 
 
