@@ -304,7 +304,7 @@ CHINESE = """
 import runpy, sys
 conftest = runpy.run_path(sys.argv[1])
 from dovetail.runtime.cli.main import cli
-from dovetail.runtime.scripted import ScriptedTokenizer
+from dovetail.runtime.testing.scripted import ScriptedTokenizer
 opener = conftest["FakeOpener"]()
 opener.engine.tokenizer = ScriptedTokenizer("\u4e2d" * len(conftest["ALPHABET"]), has_chat_template=False)
 cli.main([sys.argv[3], "-n", "3", "--pair", sys.argv[2], *sys.argv[4:]], obj=opener)

@@ -175,7 +175,7 @@ def spied(given: list[int]) -> type[CpuRunner]:
 def test_openvino_keeps_to_the_affinity_mask(tiny_pair: Path) -> None:
     script = (
         "import json, os; from pathlib import Path; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-        "from dovetail.runtime import machine; from dovetail.runtime.target.paged import PagedModel;"
+        "from dovetail.runtime.system import machine; from dovetail.runtime.target.paged import PagedModel;"
         f"model = PagedModel(Path({str(tiny_pair / 'target/openvino_model.xml')!r}));"
         "print(json.dumps([model.compiled.get_property('INFERENCE_NUM_THREADS'), machine.usable_cores()]))"
     )
