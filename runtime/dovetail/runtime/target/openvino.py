@@ -28,7 +28,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 # OpenVINO prepares its kernels for each size of a pass and keeps them. Prompts therefore use few
 # sizes.
 _SMALL_PROMPTS = (2, 4, 8)
-_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/speed.md)
+_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
 
 

@@ -39,7 +39,7 @@ REQUIRED = {"KV_CACHE_PRECISION": "f16"}
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
 # With INT8 weights bfloat16 only adds conversions. Passes in float32 are quicker and more exact.
 # The exactness pays for activations quantised in groups of 64 instead of OpenVINO's 32
-# (docs/speed.md; other weights were not measured).
+# (docs/results/passes.md; other weights were not measured).
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 
