@@ -219,8 +219,8 @@ def rows(pair: PairEstimate) -> list[tuple[str, str]]:
     trees = "not measured" if pair.drafter_device else "none: the pair has no drafter"
     if tree:
         trees = (
-            f"faster than that from an acceptance length of {tree.acceptance_length} on ({tree.width} nodes: verify "
-            f"{tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
+            f"faster than plain decoding above an acceptance length of {tree.acceptance_length} ({tree.width} nodes: "
+            f"verify {tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
         )
     some = f"{pair.ram.context} tokens of context fit" if pair.ram.context else "it does not fit"
     fits = "it fits" if pair.ram.fits else some

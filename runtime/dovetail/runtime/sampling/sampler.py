@@ -27,8 +27,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 
 _KEPT = 12  # positions whose noise is kept: a tree's levels use the noise before the target does
 # The share of the noise that a drafter adds to its logits. If the target is surer than the drafter,
-# noise decides less, and the drafter's best token is the better guess (docs/speed.md, Sampled
-# answers).
+# noise decides less, and the drafter's best token is the better guess (docs/results/sampling.md).
 TRUST = 0.6
 _HOTTEST = 1e4  # highest temperature of a drafter's noise; above it the logits do not matter
 
