@@ -29,7 +29,7 @@ from dovetail.runtime.pair.manifest import MANIFEST_NAME, sha256_file, write_ato
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.telemetry import decline_telemetry
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def circumstances(engine: Engine, flags: EngineFlags, max_new_tokens: int, seed:
 
 
 def measure(
-    engine: Engine, tasks: dict[str, list[Conversation]], requests: Sequence[AnswerSettings], results: Results
+    engine: Engine, tasks: dict[str, list[PromptTurns]], requests: Sequence[AnswerSettings], results: Results
 ) -> Iterator[Score]:
     """Answer what has no row yet, telling each on stderr; yields each task's score when it is complete."""
     warm = False
@@ -158,14 +158,14 @@ def measure(
             yield score(task, request.temperature, results.rows[key][: len(conversations)])
 
 
-def check_same(path: Path, key: str, rows: list[dict[str, Any]], conversations: Sequence[Conversation]) -> None:
+def check_same(path: Path, key: str, rows: list[dict[str, Any]], conversations: Sequence[PromptTurns]) -> None:
     """Rows are in the order of the task's file. Raises InputError when the file is another one by now."""
     for number, (row, conversation) in enumerate(zip(rows, conversations, strict=False), 1):
         if row.get("prompt") != fingerprint(conversation):
             raise InputError(f"{path}: prompt {number} of {key} is another one by now: name another --out file")
 
 
-def fingerprint(conversation: Conversation) -> str:
+def fingerprint(conversation: PromptTurns) -> str:
     return f"{conversation.name}:{sha256(json.dumps(conversation.turns).encode()).hexdigest()[:12]}"
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import click
 
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.doctor.memory import expected_memory, target_kv_bytes
+from dovetail.runtime.doctor.memory import estimate_memory, target_kv_bytes
 from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, write_atomically
 from dovetail.runtime.system import machine
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "mt_bench": "MT-bench", "alpaca": "Alpaca"}
@@ -52,7 +52,7 @@ class Row:
     temperature: int
     file: Path
     report: dict[str, Any]
-    talks: list[Conversation]
+    talks: list[PromptTurns]
 
     def slow(self) -> list[int]:
         return [i for i, prompt in enumerate(self.report["prompts"]) if (prompt["speedup"] or 1.0) < SLOW]
@@ -94,7 +94,7 @@ def table(
 
 
 def task_rows(
-    pair: str, tasks: dict[str, list[Conversation]], prompts: Path, out: Path, limits: dict[int, int | None],
+    pair: str, tasks: dict[str, list[PromptTurns]], prompts: Path, out: Path, limits: dict[int, int | None],
     length: list[str], notes: list[str],
 ) -> Iterator[Row]:  # fmt: skip
     """Every task at every temperature of `limits`, which says how many prompts of it."""
@@ -181,7 +181,7 @@ def needed_mb(row: Row) -> float:
     """MiB of the target's weights, its KV for the longest talk with its answers, and the drafter; nan where unknown."""
     folder = resolve_pair(row.pair)
     manifest, tokenizer = read_manifest(folder), Tokenizer.from_folder(folder / "target")
-    sizes = expected_memory(folder, manifest)
+    sizes = estimate_memory(folder, manifest)
     device = "cuda" if row.report["drafter_device"].startswith("CUDA") else "cpu"
     answer: int = row.report["settings"]["max_new_tokens"]
     asked = [[{"role": "user", "content": turn} for turn in talk.turns] for talk in row.talks]

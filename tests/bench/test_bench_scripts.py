@@ -327,7 +327,7 @@ def test_shares_and_memory_are_of_what_passes_and_files_allow(measure, tiny_full
     assert table.shares(facts) == pytest.approx((0.95, 0.9))  # 3 tokens in the time of one and a half steps
     assert all(share != share for share in table.shares({**facts, "verify_ms": 0.0, "draft_ms": 0.0}))
     report = {"drafter_device": "CPU (int8)", "settings": {"max_new_tokens": 2**20}}
-    talks = [table.Conversation("a", ("One",)), table.Conversation("b", ("One", "Two"))]
+    talks = [table.PromptTurns("a", ("One",)), table.PromptTurns("b", ("One", "Two"))]
     row = table.Row(str(tiny_full_pair), "gsm8k", 0, tmp_path, report, talks)
     kv_mb = 2 * 2 * (2 * 2 * 8 * 2)  # two turns of 2**20 tokens; layers, keys and values, heads of 8, 16 bits
     files_mb = table.needed_mb(row) - kv_mb

@@ -10,7 +10,7 @@ import pytest
 
 from dovetail.runtime.bench.compare import Paired, Run, Totals, summary
 from dovetail.runtime.loop.rescore import Choice
-from dovetail.runtime.text.prompts import Conversation
+from dovetail.runtime.text.prompts import PromptTurns
 
 KEYS = {
     "speedup", "acceptance_length", "accepted_per_position", "plain_tokens_per_second", "tokens_per_second", "draft_ms",
@@ -180,7 +180,7 @@ def paired(plain_ms: float, ours_ms: float, plain=((1, 2, 3),), ours=((1, 2, 3),
         return Run(("x",) * len(answers), tuple(answers), totals)
 
     chosen = tuple(Choice(token, 0.0) for answer in ours for token in answer)
-    return Paired(Conversation("x", ("x",)), run(plain, plain_ms, 2), run(ours, ours_ms, 1), chosen)
+    return Paired(PromptTurns("x", ("x",)), run(plain, plain_ms, 2), run(ours, ours_ms, 1), chosen)
 
 
 def test_speedup_is_the_median_of_paired_ratios() -> None:

@@ -200,7 +200,7 @@ def test_ram_fits_wholly_in_part_or_not(
         (None, "100MB", False, "cpu", "does not fit 95.4 MiB of VRAM: "),
         (3072, None, True, "cuda", "3072 MiB are free: it fits"),
         (500, None, False, "cpu", "500 MiB are free: the drafter may have to run on the CPU"),
-        (3072, "100MB", False, "cpu", "as it is the drafter runs on the CPU"),
+        (3072, "100MB", False, "cpu", "otherwise the drafter runs on the CPU"),
     ],
 )
 def test_vram_decides_where_the_drafter_runs(
@@ -241,7 +241,7 @@ def test_a_pair_that_does_not_tell_its_vram_is_no_error(invoke, gpu_pair: Path) 
         (["./nowhere"], 3, "dovetail.json is missing"),
         (["smollm2-135m"], 3, "dovetail-export pair smollm2-135m builds it"),
         (["gpt-17"], 2, "pair 'gpt-17' is unknown"),
-        (["--vram", "3GB"], 2, "name one"),
+        (["--vram", "3GB"], 2, "name a pair"),
         (["./nowhere", "--vram", "much"], 2, "size 'much' is unknown"),
     ],
 )

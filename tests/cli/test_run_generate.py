@@ -214,7 +214,7 @@ def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs '[1]' is no JSON object"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs '{' is no JSON object"),
         (["--chat-template-kwargs", "[" * 100_000], "is no JSON object"),
-        (["--file", "x.txt"], "leave one out"),
+        (["--file", "x.txt"], "leave out the prompt or --file"),
         (["--beams", "4"], "--beams"),
         (["more"], "more"),
     ],
@@ -304,7 +304,7 @@ CHINESE = """
 import runpy, sys
 conftest = runpy.run_path(sys.argv[1])
 from dovetail.runtime.cli.main import cli
-from dovetail.runtime.scripted import ScriptedTokenizer
+from dovetail.runtime.testing.scripted import ScriptedTokenizer
 opener = conftest["FakeOpener"]()
 opener.engine.tokenizer = ScriptedTokenizer("\u4e2d" * len(conftest["ALPHABET"]), has_chat_template=False)
 cli.main([sys.argv[3], "-n", "3", "--pair", sys.argv[2], *sys.argv[4:]], obj=opener)

@@ -174,7 +174,7 @@ def test_a_plot_is_a_png_where_its_name_says_so_and_leaves_json_alone(invoke, pa
 
 
 @pytest.mark.parametrize(("file", "said"), [("costs.pdf", ".png or .svg"), ("costs", ".png or .svg"),
-                                            ("missing/costs.svg", "make it first")])  # fmt: skip
+                                            ("missing/costs.svg", "make the folder first")])  # fmt: skip
 def test_a_plot_that_cannot_be_is_one_line_before_anything_is_read(invoke, tmp_path: Path, file: str, said) -> None:
     result = invoke("inspect", str(tmp_path / "no-pair"), "--plot", str(tmp_path / file))
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)

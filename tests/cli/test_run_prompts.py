@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -20,7 +20,7 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_both_row_shapes_and_blank_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", {"prompt": "one"}, "", {"question_id": 7, "turns": ["two\u2028", "three"]})
-    assert read_prompts(file) == [Conversation("1", ("one",)), Conversation("7", ("two\u2028", "three"))]
+    assert read_prompts(file) == [PromptTurns("1", ("one",)), PromptTurns("7", ("two\u2028", "three"))]
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:

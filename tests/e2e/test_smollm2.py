@@ -18,7 +18,7 @@ from dovetail.runtime.bench.compare import measure, read_again
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.settings import AnswerSettings
-from dovetail.runtime.text.prompts import Conversation
+from dovetail.runtime.text.prompts import PromptTurns
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
@@ -62,7 +62,7 @@ def engine(pair: Path) -> Iterator[Engine]:
         yield engine
 
 
-CONVERSATIONS = [Conversation(str(i), (prompt,)) for i, prompt in enumerate(PROMPTS)]
+CONVERSATIONS = [PromptTurns(str(i), (prompt,)) for i, prompt in enumerate(PROMPTS)]
 
 
 NO_DRAFTS = TreeLimits(width=1, depth=0, top_k=1, lookup=0)  # in the arithmetic of trees

@@ -1,4 +1,4 @@
-"""Everything Dovetail raises on purpose.
+"""The exceptions that Dovetail raises on purpose.
 
 DovetailError
 ├── InputError          a value given by the caller: prompt, flag, sampling parameter
@@ -9,15 +9,18 @@ DovetailError
 │   └── MismatchError   drafter and target do not belong together
 ├── SourceError         a checkpoint, GGUF, IR or Hub id that cannot be read
 ├── ExportError         a build stage that failed (parity, full disk, no tap point)
-├── TrainError          a training run that cannot start or go on
+├── TrainError          a training run that cannot start or continue
 └── DeviceError         an engine or device that is missing or failed
 
-Each message is one line: it names the value and says what to do.
+Each message is one line. The line names the value and says what to do.
 """
 
 
 class DovetailError(Exception):
-    """Base of every error that Dovetail raises on purpose; `exit_code` is what the CLIs return."""
+    """Base of every error that Dovetail raises on purpose.
+
+    `exit_code` is the exit code of the command that fails with this error.
+    """
 
     exit_code = 1
 
@@ -57,13 +60,13 @@ class SourceError(DovetailError):
 
 
 class ExportError(DovetailError):
-    """A build stage failed; nothing half-written was left behind."""
+    """A build stage failed. The exporter removes half-written files."""
 
     exit_code = 5
 
 
 class TrainError(DovetailError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
     exit_code = 6
 

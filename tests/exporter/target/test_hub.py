@@ -20,7 +20,7 @@ pytest.importorskip("huggingface_hub", reason="checkpoints are the exporter's")
 REPO, COMMIT = "somebody/tiny", "c" * 40
 PROGRAM = """
 import json, sys
-from dovetail.exporter.sources import resolve_source
+from dovetail.exporter.target.sources import resolve_source
 from dovetail.runtime.errors import SourceError
 try:
     source = resolve_source(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)

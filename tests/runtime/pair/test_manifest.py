@@ -188,14 +188,14 @@ def test_json_that_is_deep_or_no_text_is_refused(pair: Path, text: str) -> None:
 def test_a_pipe_is_never_read(pair: Path, name: str) -> None:
     (pair / name).unlink(missing_ok=True)
     os.mkfifo(pair / name)
-    with pytest.raises(DovetailError, match="no regular file") as error:
+    with pytest.raises(DovetailError, match="not a regular file") as error:
         verify_files(pair, read_manifest(pair))
     assert name in message(error)
 
 
 def test_a_device_is_never_read(pair: Path) -> None:
     (pair / "target/chat_template.jinja").symlink_to("/dev/zero")
-    with pytest.raises(IntegrityError, match=r"chat_template\.jinja cannot be read \(it is no regular file\)"):
+    with pytest.raises(IntegrityError, match=r"chat_template\.jinja cannot be read \(not a regular file\)"):
         verify_files(pair, read_manifest(pair))
 
 

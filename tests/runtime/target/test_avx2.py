@@ -18,10 +18,11 @@ SCRIPT = """
 import json, sys; from pathlib import Path
 import numpy as np, openvino as ov
 from dovetail.runtime import Engine
-from dovetail.runtime.manifest import read_manifest
-from dovetail.runtime.onnx_drafter import OnnxDrafter
-from dovetail.runtime.openvino_target import OpenVINOTarget
-from dovetail.runtime.tree import DraftTree, TreeLimits
+from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import TreeLimits
 
 pair, config = Path(sys.argv[1]), json.loads(sys.argv[2])
 target = OpenVINOTarget.open(pair, read_manifest(pair), ov_config=config)

@@ -66,11 +66,11 @@ def test_probabilities_follow_the_record() -> None:
     [before] = index.find(text, 2)
     assert before.kind == (2, 0) and abs(exp(before.logprobs[0]) - PRIOR[2, 0][0]) < 1e-9
     for _ in range(40):
-        index.judge(before, [9])
+        index.learn(before, [9])
     [hostile] = index.find(text, 2)
     assert exp(hostile.logprobs[0]) < 0.05
     for _ in range(400):
-        index.judge(before, [3, 4])
+        index.learn(before, [3, 4])
     [kind] = index.find(text, 2)
     assert exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
 

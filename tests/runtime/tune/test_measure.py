@@ -195,12 +195,12 @@ def test_assumed_tokens_have_memory_of_their_own_and_keep_what_they_hold(session
     sessions.text()
     kv = [*(group.data for group in sessions.target.model._groups), *sessions.drafter._runner._kv.values()]
     before = [array.copy() for array in kv]
-    sessions.target.assume(10)
+    sessions.target.pretend_length(10)
     sessions.drafter.assume(10)
     assert (sessions.target.length, sessions.drafter.length) == (10, 10)
     for array, copy in zip(kv, before, strict=True):
         np.testing.assert_array_equal(array, copy)
-    sessions.target.assume(200)
+    sessions.target.pretend_length(200)
     assert sessions.target.model.blocks >= 200 / 32
 
 

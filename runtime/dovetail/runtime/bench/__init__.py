@@ -1,1 +1,1 @@
-"""Plain against speculative decoding, measured."""
+"""Measure plain against speculative decoding."""

@@ -1,9 +1,10 @@
-"""Plain against speculative decoding, prompt by prompt in one process, so that both see the same machine.
+"""Compare plain and speculative decoding, prompt by prompt in one process on the same machine.
 
-Each conversation is generated in both modes, one right after the other, with nothing of the first left in the
-caches; which mode begins alternates. What is compared is the speed of decoding: prefill is left out.
-Where only acceptance lengths are asked for, the plain mode is left out.  The two texts may differ in near ties: plain
-decoding runs other kernels.  So the target reads every speculative answer again, and says which tokens it would choose.
+Each conversation runs in both modes, one right after the other, from empty caches. The modes
+alternate in going first. The comparison covers decoding; prefill is left out. For acceptance
+lengths alone the plain mode is left out. The two texts may differ in near ties, because plain
+decoding runs other kernels. The target therefore reads every speculative answer again and chooses
+each token once more.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from dovetail.runtime.engine import Engine, Prompt
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.loop.rescore import Choice
 from dovetail.runtime.settings import AnswerSettings
-from dovetail.runtime.text.prompts import Conversation
+from dovetail.runtime.text.prompts import PromptTurns
 
 WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over generations of one mode; times in ms, decode_ms from the first token of each answer to its end."""
+    """Sums over generations of one mode, times in ms. decode_ms begins at each first token."""
 
     new_tokens: int = 0
-    later_tokens: int = 0  # those after the first of each answer, which is the prefill's
+    later_tokens: int = 0  # tokens after each answer's first, which the prefill gives
     decode_ms: float = 0.0
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
@@ -70,7 +71,7 @@ class Totals:
 
     @property
     def acceptance_per_depth(self) -> tuple[float, ...]:
-        """How often the i-th drafted token of a path was kept where all before it were."""
+        """How often the i-th drafted token of a path was kept when all earlier tokens were."""
         reached = (self.rounds, *self.accepted_per_position)
         return tuple(kept / max(tried, 1) for tried, kept in pairwise(reached))
 
@@ -80,7 +81,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Run:
-    """One conversation in one mode: what was asked, the token ids of each answer, and the sums."""
+    """One conversation in one mode: the prompts, the token ids of each answer, and the sums."""
 
     asked: tuple[Prompt, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -89,19 +90,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Paired:
-    """One conversation in both modes; plain is None where it was left out, and with it the speedup.
+    """One conversation in both modes. Without the plain mode, plain and speedup are None.
 
-    choices: what the target chose where it read the speculative answers again, in a row; None before it has.
+    choices: the target's choices when it reads the speculative answers again, in a row; None
+    before.
     """
 
-    conversation: Conversation
+    conversation: PromptTurns
     plain: Run | None
     speculative: Run
     choices: tuple[Choice, ...] | None = None
 
     @property
     def speedup(self) -> float | None:
-        """Ratio of decoded tokens per second; None where an answer had no token after its first."""
+        """Ratio of decoded tokens per second; None if an answer has no token after its first."""
         if self.plain is None:
             return None
         plain, speculative = self.plain.totals.tokens_per_second, self.speculative.totals.tokens_per_second
@@ -109,7 +111,7 @@ class Paired:
 
     @property
     def others(self) -> dict[int, Choice]:
-        """Tokens, by their index over all answers in a row, in whose place the target chose another."""
+        """Choices that differ from the answered token, by index over all answers in a row."""
         if self.choices is None:
             return {}
         answered = chain.from_iterable(self.speculative.answers)
@@ -118,9 +120,9 @@ class Paired:
 
 
 def measure(
-    engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, *, plain: bool = True
+    engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSettings, *, plain: bool = True
 ) -> Iterator[Paired]:
-    """Run every conversation in both modes, or without `plain` in the speculative one; yields each as it is done."""
+    """Yield every conversation's runs in both modes; without `plain` only the speculative run."""
     modes = (False, True) if plain else (True,)
     for speculate in modes:
         warm_up(engine, conversations[0], request, speculate)
@@ -131,7 +133,7 @@ def measure(
 
 
 def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
-    """The same with what the target chooses in the place of each token, with all of the text before it given."""
+    """Return `pair` with the target's choice at each place, given all text before the place."""
     sampling, run = asdict(request.sampling()), pair.speculative
     found = list[Choice]()
     for asked, answer in zip(run.asked, run.answers, strict=True):
@@ -139,14 +141,14 @@ def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
     return replace(pair, choices=tuple(found))
 
 
-def warm_up(engine: Engine, conversation: Conversation, request: AnswerSettings, speculate: bool) -> None:
-    """A short answer that nobody counts: the first passes of an engine are slower."""
+def warm_up(engine: Engine, conversation: PromptTurns, request: AnswerSettings, speculate: bool) -> None:
+    """Generate a short answer that does not count: an engine's first passes are slower."""
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     converse(engine, conversation.turns[:1], short, speculate)
 
 
 def converse(engine: Engine, turns: Sequence[str], request: AnswerSettings, speculate: bool) -> Run:
-    """Ask the turns one after the other, from an empty cache; each sees the answers before it."""
+    """Ask the turns one by one, from an empty cache. Each turn sees the earlier answers."""
     engine.reset()
     messages: list[dict[str, str]] = []
     prompts, answers, totals = list[Prompt](), [], Totals()
@@ -162,14 +164,15 @@ def converse(engine: Engine, turns: Sequence[str], request: AnswerSettings, spec
 
 
 def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
-    """The figures of a benchmark.
+    """Return the figures of a benchmark. Figures that need the plain mode are None without it.
 
-    speedup: median over prompts of the paired ratio, None where no answer had a second token. Speeds: all decoded
-    tokens over all decoding time. accepted_per_position: per round; acceptance_per_depth: per round that came so far.
-    Times of speculative rounds: ms per round. other_tokens: of new_tokens, those in whose place the target chooses
-    another where it reads the answers again; first_other: the index of the first; largest_margin: the most logits that
-    the target's choice is above such a token, None where there are none or more than logits decide.  What needs the
-    plain mode is None where that was left out.
+    speedup: median over prompts of the paired ratio, None if no answer has a second token.
+    Speeds: all decoded tokens over all decoding time. Times of speculative rounds: ms per round.
+    accepted_per_position: per round. acceptance_per_depth: per round that reached the depth.
+    other_tokens: those of new_tokens for which the target chooses another token on reading again.
+    first_other: index of the first such token.
+    largest_margin: the most logits by which the target's choice exceeds the answer's token. None
+    without other tokens, or if more than logits decide.
     """
     plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
     compared = all(pair.plain for pair in pairs)
@@ -198,7 +201,7 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
-    """One conversation's figures; other_tokens, first_other, largest_margin: see `summary`."""
+    """Return a conversation's figures. other_tokens, first_other, largest_margin: see `summary`."""
     plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
     return {
         "name": pair.conversation.name,

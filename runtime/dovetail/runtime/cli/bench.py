@@ -1,4 +1,4 @@
-"""`dovetail-run bench`: how much faster speculative decoding is than plain decoding, here and on these prompts."""
+"""`dovetail-run bench`: measure speculative against plain decoding on the user's prompts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.pair.manifest import write_atomically
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
-from dovetail.runtime.text.prompts import Conversation, read_prompts
+from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 
 
 @click.command(short_help="Measure plain against speculative decoding.")
 @click.option("--prompts", "file", type=click.Path(path_type=Path), required=True,
               help="JSONL file; each row has `prompt`, or `turns` as in spec_bench.")  # fmt: skip
-@click.option("--limit", type=int, help="Only the first rows.")
+@click.option("--limit", type=int, help="Use only the first rows.")
 @click.option("--plain/--no-plain", default=True, show_default=True,
               help="Compare with plain decoding, or measure acceptance lengths and speed alone.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this JSON file.")
@@ -46,8 +46,8 @@ def bench(
 ) -> None:
     """Measure plain against speculative decoding, interleaved in one process.
 
-    A progress bar and a table of the results go to stderr. In the end the target reads every answer again, and says
-    where it would now choose another token.
+    A progress bar and a table of the results go to stderr. At the end the target reads every answer
+    again, and bench counts the tokens for which the target now chooses another token.
     """
     conversations = read_prompts(file, limit)
     if output is not None:
@@ -55,13 +55,13 @@ def bench(
     engine = engine_flags.open()
     if engine.drafter_device is None:
         raise PairError(
-            "this pair has no drafter, so there is nothing to measure: add one with dovetail-export drafter"
+            "this pair has no drafter, so there is nothing to measure: add a drafter with dovetail-export drafter"
         )
     for conversation in conversations:
         check_conversation(engine, conversation)
     request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
     pairs = run(engine, conversations, request, plain)
-    facts = circumstances(engine, engine_flags, file, request)  # the peak of memory is that of decoding
+    facts = circumstances(engine, engine_flags, file, request)  # first: reading again may raise the memory peak
     report = {**summary([read_again(engine, pair, request) for pair in pairs]), **facts}
     show(report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
@@ -72,25 +72,25 @@ def bench(
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError for a file that cannot be written, before anything is measured for it."""
+    """Raise InputError for a file that cannot be written, before anything is measured."""
     if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}, make it first")
+        raise InputError(f"--output {output} has no folder {output.parent}: make the folder first")
     if output.is_dir():
         raise InputError(f"--output {output} is a folder: name a file")
     if not os.access(output.parent, os.W_OK):
-        raise InputError(f"--output {output}: {output.parent} cannot be written to, name another folder")
+        raise InputError(f"--output {output} cannot be written: name a folder other than {output.parent}")
 
 
-def check_conversation(engine: Engine, conversation: Conversation) -> None:
-    """Raises InputError, ContextOverflow for a first turn that cannot be asked, with its name."""
+def check_conversation(engine: Engine, conversation: PromptTurns) -> None:
+    """Raise InputError or ContextOverflow, with the prompt's name, for an unusable first turn."""
     try:
         engine.count_tokens(conversation.turns[0])
     except DovetailError as error:
         raise type(error)(f"prompt {conversation.name}: {error}") from None
 
 
-def run(engine: Engine, conversations: Sequence[Conversation], request: AnswerSettings, plain: bool) -> list[Paired]:
-    """Measure every conversation, with a progress bar that shows the speedup or acceptance length so far."""
+def run(engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSettings, plain: bool) -> list[Paired]:
+    """Measure every conversation. A progress bar shows the speedup or acceptance length so far."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -107,7 +107,7 @@ def run(engine: Engine, conversations: Sequence[Conversation], request: AnswerSe
 
 
 def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: AnswerSettings) -> dict[str, Any]:
-    """What the figures depend on: pair, settings, devices, machine, versions, date, command."""
+    """Return the figures' circumstances: pair, settings, devices, machine, versions, command."""
     return {
         "pair": flags.pair or DEFAULT_PAIR,
         "prompts_file": str(file),
@@ -126,7 +126,7 @@ def circumstances(engine: Engine, flags: EngineFlags, file: Path, request: Answe
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table on stderr: a row for each prompt, then all of them; no comparison where plain was left out."""
+    """Print the table on stderr: a row per prompt, then all. Speedups need the plain mode."""
     from rich.console import Console
     from rich.table import Table
 
@@ -140,19 +140,19 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(row["name"], *_cells(row, compared))
     table.add_section()
     table.add_row("all (median speedup)" if compared else "all", *_cells(report, compared))
-    console = Console(stderr=True, markup=False, emoji=False)  # names of pairs and prompts are the user's
+    console = Console(stderr=True, markup=False, emoji=False)  # users' names may look like markup
     console.print(table)
     console.print(
         f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "
         f"other {report['other_ms']:.1f} ms; peak RSS {report['peak_rss_mb']:.0f} MiB; "
         f"target {report['target_device']}, drafter {report['drafter_device']}\n"
-        "near ties: tokens for which the target chooses another when it reads its answer again, by how many logits",
+        "near ties: tokens that the target replaces when it reads its answer again, and by how many logits",
         highlight=False,
     )
 
 
 def write(output: Path, text: str) -> None:
-    """Write the results whole or not at all. Raises InputError naming the file."""
+    """Write the results atomically. Raises InputError, which names the file."""
     try:
         write_atomically(output, (text + "\n").encode())
     except OSError as err:
@@ -167,7 +167,7 @@ def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
 
 
 def _ties(row: dict[str, Any]) -> str:
-    """Tokens in whose place the target chooses another where it reads the answer again, and by how much at most."""
+    """Return the number of near ties and the largest margin in logits."""
     count, margin = row["other_tokens"], row["largest_margin"]
     return (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
 

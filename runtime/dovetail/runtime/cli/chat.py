@@ -1,4 +1,4 @@
-"""`dovetail-run chat`: a conversation on the terminal; its KV is kept from turn to turn."""
+"""`dovetail-run chat`: a conversation on the terminal, with the KV kept from turn to turn."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.settings import AnswerSettings
 
-HELP = (
-    "/reset forgets the conversation, /stats tells of the last answer, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
-)
+HELP = "/reset forgets the conversation, /stats shows statistics, /exit or Ctrl-D leaves; Ctrl-C stops an answer"
 
 
-@click.command(short_help="Talk on the terminal.")
+@click.command(short_help="Chat with the target on the terminal.")
 @click.option("--system", metavar="TEXT", help="System message at the start of the conversation.")
 @template_options
 @sampling_options()
 @engine_options
 def chat(system: str | None, engine_flags: EngineFlags, request: AnswerSettings) -> None:
-    """Talk to the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
-    with contextlib.suppress(ImportError):  # line editing and history, where Python has them
+    """Chat with the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
+    with contextlib.suppress(ImportError):  # line editing and history, if Python has them
         import readline  # noqa: F401
-    Talk(engine_flags.open(speculate=request.speculate), request, system).loop()
+    ChatLoop(engine_flags.open(speculate=request.speculate), request, system).run()
 
 
 @dataclass
-class Talk:
-    """One conversation: what was said so far, and the last answer."""
+class ChatLoop:
+    """One conversation: the messages so far and the last answer."""
 
     engine: Engine
     request: AnswerSettings
@@ -45,15 +43,15 @@ class Talk:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said, but for the system message."""
+        """Forget all messages except the system message."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def loop(self) -> None:
-        """Read lines until the input ends or /exit."""
+    def run(self) -> None:
+        """Read lines until /exit or the end of the input."""
         click.echo(HELP, err=True)
         while True:
             try:
-                if sys.stdin is None:  # closed from the start
+                if sys.stdin is None:  # stdin is closed
                     raise EOFError
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
@@ -65,10 +63,10 @@ class Talk:
             if line == "/exit":
                 return
             if line:
-                self.obey(line) if line.startswith("/") else self.answer(line)
+                self.run_command(line) if line.startswith("/") else self.answer(line)
 
-    def obey(self, command: str) -> None:
-        """Run one slash command; an unknown one gets the list."""
+    def run_command(self, command: str) -> None:
+        """Run one slash command. An unknown command prints the list of commands."""
         if command == "/reset":
             self.reset()
             click.echo("(forgotten)", err=True)
@@ -78,7 +76,7 @@ class Talk:
             click.echo(HELP if command == "/help" else f"{command} is no command: {HELP}", err=True)
 
     def answer(self, line: str) -> None:
-        """Stream the answer to `line`. An error leaves the conversation as it was; a stopped answer is kept."""
+        """Stream the answer to `line`. An error changes nothing; a stopped answer is kept."""
         asked = [*self.messages, {"role": "user", "content": line}]
         try:
             self.last = said = stream_answer(self.engine, asked, self.request)

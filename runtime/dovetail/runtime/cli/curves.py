@@ -1,4 +1,4 @@
-"""Measured costs, drawn: tables and bars in the terminal, lines in a picture (which alone needs matplotlib)."""
+"""Show measured costs: tables and bars on the terminal, lines in a picture (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dovetail.runtime.tune.cost_cache import Measured
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes: a line of 80 characters has no room for all
+SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes in tables: a line of 80 characters has no room for all
 BAR = 40  # characters of the longest bar
 DEVICE = {"cuda": "CUDA", "cpu": "the CPU"}
 SUFFIXES = (".png", ".svg")
 
 
 def show_costs(name: str, measured: Measured) -> None:
-    """Tables and bars on stdout.  name: the pair's."""
+    """Print tables and bars on stdout. name: the pair's."""
     from rich.console import Console
 
     console, costs = Console(highlight=False, markup=False, emoji=False), measured.costs
     show_curve(console, f"{name}: a pass of the target, ms by nodes", costs.target)
     show_curve(console, f"{name}: a call of the drafter on {DEVICE[measured.key.device]}, ms by rows", costs.draft)
-    console.print(f"a pass of the target after one of another width takes {costs.switch_ms:.1f} ms more")
+    console.print(f"a change of width costs the target's next pass {costs.switch_ms:.1f} ms more")
 
 
 def show_curve(console: Console, title: str, curve: Curve) -> None:
-    """A row per context, then a bar per size at the shortest one."""
+    """Print a row per context, then a bar per size at the shortest context."""
     from rich.table import Table
 
     shown = [index for index, size in enumerate(curve.rows) if size in SHOWN]
@@ -51,26 +51,26 @@ def show_curve(console: Console, title: str, curve: Curve) -> None:
 
 
 def milliseconds(ms: float) -> str:
-    """Three digits or so."""
+    """Return `ms` with about three digits."""
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
 def check_plot(file: Path) -> None:
-    """Raises InputError where `file` cannot be a picture, as far as can be told before there is one."""
+    """Raise InputError if `file` certainly cannot become a picture."""
     if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--plot {file} is of no known kind: name a file that ends in {' or '.join(SUFFIXES)}")
+        raise InputError(f"--plot {file} has an unknown suffix: name a file that ends in {' or '.join(SUFFIXES)}")
     if not file.parent.is_dir():
-        raise InputError(f"--plot {file}: there is no folder {file.parent}, make it first")
+        raise InputError(f"--plot {file} has no folder {file.parent}: make the folder first")
     try:
-        from matplotlib import figure  # noqa: F401  # is it there, and whole?
+        from matplotlib import figure  # noqa: F401  # checks that matplotlib imports
     except ImportError as err:
         raise InputError(f'--plot needs matplotlib ({err}): pip install "dovetail-spec[plot]"') from None
-    except ValueError as err:  # MPLBACKEND is read when it is imported
+    except ValueError as err:  # importing matplotlib reads MPLBACKEND
         raise InputError(f"--plot: matplotlib does not start ({err}): unset MPLBACKEND") from None
 
 
 def plot_costs(file: Path, name: str, measured: Measured) -> None:
-    """Write the picture whole or not at all; the same costs give the same SVG.  Raises InputError naming the file."""
+    """Write the picture atomically; equal costs give an equal SVG. Raises InputError."""
     picture = draw(name, measured, file.suffix.lower().removeprefix("."))
     try:
         write_atomically(file, picture)
@@ -79,7 +79,7 @@ def plot_costs(file: Path, name: str, measured: Measured) -> None:
 
 
 def draw(name: str, measured: Measured, kind: str) -> bytes:
-    """A panel per engine, a line per context.  kind: png or svg."""
+    """Return a picture with a panel per engine and a line per context. kind: png or svg."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

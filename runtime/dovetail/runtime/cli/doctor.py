@@ -1,4 +1,4 @@
-"""`dovetail-run doctor`: can this machine run a pair, on what, and what does it lack."""
+"""`dovetail-run doctor`: report what this machine can run, where, and what is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from dovetail.runtime.doctor import estimate as expect
+from dovetail.runtime.doctor import estimate
 from dovetail.runtime.doctor.diagnose import Diagnosis, diagnose
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
@@ -18,9 +18,9 @@ from dovetail.runtime.errors import DeviceError, InputError
 @click.option("--vram", metavar="SIZE", help="GPU memory that PAIR's drafter may take, e.g. 3GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(pair: str | None, vram: str | None, as_json: bool) -> None:
-    """Report what this machine offers, and what it costs where something lacks.
+    """Report what this machine offers, what is missing, and what that costs.
 
-    With PAIR (a folder or a known name) also whether it fits and what speed to expect.
+    With PAIR (a folder or a known name) the report says whether PAIR fits and estimates the speed.
 
     \b
     Exit codes: 0 a pair, or PAIR, can run here (with or without a GPU),
@@ -29,7 +29,7 @@ def doctor(pair: str | None, vram: str | None, as_json: bool) -> None:
                 7 an engine is missing or has no CPU device, or PAIR does not fit the memory.
     """
     if vram is not None and pair is None:
-        raise InputError(f"--vram {vram} is for a pair: name one")
+        raise InputError(f"--vram {vram} needs a pair: name a pair, or leave out --vram")
     report = diagnose(pair, None if vram is None else parse_size(vram))
     click.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False) if as_json else render(report))
     if report.problems:
@@ -37,7 +37,7 @@ def doctor(pair: str | None, vram: str | None, as_json: bool) -> None:
 
 
 def render(report: Diagnosis) -> str:
-    """The report for a person, one fact a line."""
+    """Return the report for display, one fact a line."""
     cuda, drafter = report.cuda, report.pair.drafter_device if report.pair else report.drafter_device
     gpus = [f"{gpu.name}, {gpu.memory}, driver {gpu.driver}" for gpu in report.gpus]
     captures = {True: "a captured graph replays", False: "fails", None: "not tried"}
@@ -58,15 +58,15 @@ def render(report: Diagnosis) -> str:
         ("capture test", captures[cuda.capture]),
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
         ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", None: "none"}[drafter]),
-        *(expect.rows(report.pair) if report.pair else ()),
+        *(estimate.rows(report.pair) if report.pair else ()),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 
 def _engine(versions: dict[str, str], package: str, built: str, devices: tuple[str, ...]) -> str:
-    """built: what its version does not say."""
+    """Return an engine's version and devices. built: facts that the version does not tell."""
     found = [f"{name} {version}" for name, version in versions.items() if name.startswith(package)]
     if not found:
         return "not installed"
-    return f"{found[0]}{built}: {', '.join(devices)}" if devices else f"{found[0]}: nothing to run on"
+    return f"{found[0]}{built}: {', '.join(devices)}" if devices else f"{found[0]}: no device"

@@ -22,8 +22,8 @@ INTERRUPTED = 130
 @click.argument("prompt", required=False, metavar="[PROMPT]")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
-@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the chat template.")
-@click.option("--token-ids", "as_ids", is_flag=True, help="The prompt is a JSON list of token ids.")
+@click.option("--raw", is_flag=True, help="Use the prompt unchanged, without the chat template.")
+@click.option("--token-ids", "as_ids", is_flag=True, help="Read the prompt as a JSON list of token ids.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @template_options
 @sampling_options()
@@ -39,14 +39,15 @@ def generate(
     engine_flags: EngineFlags,
     request: AnswerSettings,
 ) -> None:
-    """Answer PROMPT; without one, or with -, the prompt comes from standard input.
+    """Answer PROMPT. Without PROMPT, or with -, the prompt comes from standard input.
 
-    The answer streams to stdout, a line of statistics follows on stderr. Ctrl-C stops it with exit code 130.
+    The answer streams to stdout. A line of statistics follows on stderr. Ctrl-C stops the answer,
+    with exit code 130.
     """
     text = read_prompt(prompt, file)
     if system is not None and (request.raw or as_ids):
         other = "--raw" if request.raw else "--token-ids"
-        raise InputError(f"--system needs the chat template: leave out {other}, or write it into the prompt")
+        raise InputError(f"--system needs the chat template: leave out {other}, or put the system text into the prompt")
     asked: Prompt = parse_ids(text) if as_ids else text if system is None else chat_messages(system, text)
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
@@ -61,14 +62,17 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the argument, the file or standard input. Raises InputError: none, two, unreadable, empty."""
+    """Return the prompt from the argument, the file or standard input.
+
+    Raises InputError for no prompt, two prompts, an unreadable file or an empty prompt.
+    """
     if prompt is not None and file is not None:
-        raise InputError("both a prompt and --file are given: leave one out")
+        raise InputError("both a prompt and --file are given: leave out the prompt or --file")
     if file is not None:
         text = read_text(file)
     elif prompt in (None, "-"):
         if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-            raise InputError('there is no prompt: dovetail-run "Why is the sky blue?", or pipe one in')
+            raise InputError('there is no prompt: dovetail-run "Why is the sky blue?", or pipe a prompt in')
         text = read_stdin()
     else:
         text = prompt or ""
@@ -78,7 +82,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of `file`, as `decoded` reads it. Raises InputError."""
+    """Return the text of `file`, as `decoded` reads it. Raises InputError."""
     try:
         return decoded(file.read_bytes())
     except OSError as err:
@@ -88,23 +92,23 @@ def read_text(file: Path) -> str:
 
 
 def read_stdin() -> str:
-    """Standard input, as `decoded` reads it. Raises InputError."""
-    if sys.stdin is None:  # closed
+    """Return the text of standard input, as `decoded` reads it. Raises InputError."""
+    if sys.stdin is None:  # stdin is closed
         return ""
     try:
         return decoded(sys.stdin.buffer.read())
     except UnicodeDecodeError:
-        raise InputError("standard input is not UTF-8 text: convert it first") from None
+        raise InputError("standard input is not UTF-8 text: convert the text first") from None
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 without its byte order mark, line breaks as \\n, one final line break dropped."""
+    """Return UTF-8 text without byte order mark and final line break; line breaks become \\n."""
     text = content.decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def parse_ids(text: str) -> list[int]:
-    """Token ids from a JSON list. Raises InputError."""
+    """Return token ids from a JSON list. Raises InputError."""
     try:
         ids = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`dovetail-run inspect`: what a pair folder holds, and whether it is whole."""
+"""`dovetail-run inspect`: show what a pair folder holds and whether it is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
-from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_pair
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.known import resolve_pair
@@ -32,9 +32,10 @@ from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, Measured, recall
 def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None, fit: bool) -> None:
     """Show the facts of PAIR (a folder or a known name) and check every file's digest.
 
-    What the drafter would take of a GPU is planned, whether there is one or not. What passes cost here is shown where
-    it was measured: by dovetail-run tune, or when the pair was first opened.
-    Exit code 3 when the pair is not whole or its parts do not belong together.
+    The plan of the drafter's GPU memory needs no GPU. inspect shows the costs that dovetail-run
+    tune, or the first opening of the pair, has measured here.
+
+    Exit code 3 if a file of the pair is missing or altered, or if its parts do not belong together.
     """
     check_limit(vram, fit, "auto")
     if plot is not None:
@@ -54,10 +55,11 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
 
 
 def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: VramPlan | str) -> dict[str, Any]:
-    """Everything about a verified pair, as JSON.
+    """Return everything about a verified pair as JSON.
 
-    calibration: None where the drafter brought none.  costs: None where none were measured on this machine.
-    vram: what the drafter takes of a GPU, in MiB, or {"problem": why it cannot run there}.
+    calibration: None if the drafter has no calibration file. costs: None if this machine measured
+    none. vram: the drafter's GPU memory in MiB, or {"problem": the reason why it cannot run on a
+    GPU}.
     """
     calibration = pair_calibration(folder, manifest)
     return {
@@ -73,14 +75,14 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "size_mb": mib(sum(entry.size for entry in manifest.files.values())),
         "digests_ok": True,  # verify_files raises otherwise
-        "memory": expected_memory(folder, manifest),
+        "memory": estimate_memory(folder, manifest),
         "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
         "provenance": manifest.provenance,
     }
 
 
 def plan_vram(manifest: Manifest, vram: int | None, fit: bool) -> VramPlan | str:
-    """What the drafter takes of a GPU, or why it cannot run there."""
+    """Return the plan of the drafter's GPU memory, or why the drafter cannot run on a GPU."""
     try:
         return plan_pair(manifest, vram, fit=fit)
     except DeviceError as error:
@@ -88,22 +90,22 @@ def plan_vram(manifest: Manifest, vram: int | None, fit: bool) -> VramPlan | str
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
-    """What was measured with the drafter's device and the threads left to choice: CUDA's where there is both."""
+    """Return the costs measured with default threads; CUDA's if both devices have costs."""
     files = manifest.drafter.files if manifest.drafter and WEIGHTS in manifest.files else {}
     found = (recall(CostKey.of(manifest, device, None)) for device in DEVICES if device in files)
     return next(filter(None, found), None)
 
 
 def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
-    """Raise the error that says how to get what --plot lacks."""
+    """Raise the error that says how to get the costs that --plot needs."""
     if manifest.drafter is None:
-        raise PairError("this pair has no drafter, so there is nothing to plot: add one with dovetail-export drafter")
+        raise PairError("this pair has no drafter, so there is nothing to plot: add a drafter with dovetail-export")
     command = shlex.join(["dovetail-run", "tune", str(folder)])
-    raise InputError(f"nothing to plot, no costs of this pair were measured here with default flags: run {command}")
+    raise InputError(f"--plot needs costs of this pair, measured here with default flags: run {command}")
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The same for a person, one fact a line."""
+    """Return the facts for display, one a line."""
     target, drafter, tree = facts["target"], facts["drafter"], facts["tree"]
     rows = [
         ("pair", f"{facts['name']} ({facts['pair']}), format {facts['format_version']}"),
@@ -116,7 +118,7 @@ def render(facts: dict[str, Any]) -> str:
         *_calibration_rows(facts["calibration"]),
         *_cost_rows(facts["costs"]),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
-        ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests right"),
+        ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
           for name, size in facts["memory"].items()),
         ("drafter on a GPU", facts["vram"].get("text") or f"not possible: {facts['vram']['problem']}"),
@@ -128,13 +130,13 @@ def render(facts: dict[str, Any]) -> str:
 def _drafter_line(drafter: dict[str, Any]) -> str:
     devices = ", ".join(device for device in DEVICES if device in drafter["files"])
     layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
-    told = "" if drafter["noise"] else ", drafts sampled answers less well than it could: export it again"
+    told = "" if drafter["noise"] else ", drafts sampled answers less well without noise: export the drafter again"
     return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
             f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """A line per depth: how far off the drafter's probabilities are, and after the fit."""
+    """Return a line per depth: errors of the drafter's probabilities before and after fitting."""
     return [
         (f"depth {number}", f"calibration error {fit['error_before']:.4f}, {fit['error_after']:.4f} after the fit, "
                             f"over {fit['candidates']} candidates")
@@ -143,5 +145,5 @@ def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str
 
 
 def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """When costs were measured, and whether in passing or thoroughly; they follow the facts."""
+    """Return when costs were measured and for how long; the costs follow the facts."""
     return [("costs", f"measured {measured['date'][:10]} for {measured['seconds']:.0f} s, below")] if measured else []

@@ -1,7 +1,7 @@
-"""`dovetail-run`: one command group, one place where errors become one line and an exit code.
+"""`dovetail-run`: the command group. Here every error becomes one line and an exit code.
 
-Exit codes: 0 done, 1 other errors, 2 bad input, 3 a pair that cannot be used, 4 to 6 a build that failed,
-7 an engine or device that is missing, 130 interrupted.
+Exit codes: 0 done, 1 other errors, 2 bad input, 3 a pair that cannot be used, 4 to 6 a build that
+failed, 7 an engine or device that is missing, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from dovetail.runtime.system.telemetry import decline_telemetry
 INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")
 CUT_OFF = "a file ends too early: copy or build it again"
-WORD = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # what a command looks like
-COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "tune")  # each in the module of its name
+WORD = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # the form of a command's name
+COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "tune")  # each in the module of the same name
 
 
 class DefaultGroup(click.Group):
-    """A group whose first word may be left out: what is no command is a prompt for `generate`.
+    """A group whose first word may be left out: text that is no command is a prompt for `generate`.
 
-    A single word that could be a command is neither: it may be mistyped, and an answer costs minutes.
-    Commands are imported when they are called: --help is fast, and Ctrl-C quiet from the start.
+    A single word that looks like a command is refused: the word may be a typing error, and an
+    answer costs minutes. A command's module is imported only for its call. --help is therefore
+    fast, and Ctrl-C is quiet from the start.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -54,10 +55,10 @@ class DefaultGroup(click.Group):
             args = ["generate", *args]
         return super().parse_args(ctx, args)
 
-    def main(  # type: ignore[override]  # click's overloads tell the return type by standalone_mode
+    def main(  # type: ignore[override]  # click's overloads derive the return type from standalone_mode
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run, then exit: every error is one line on stderr, a closed pipe is quiet (click sees to that)."""
+        """Run, then exit. Every error is one line on stderr; click keeps a closed pipe quiet."""
         extra.pop("standalone_mode", None)
         replace_unknown_characters()
         try:
@@ -71,9 +72,9 @@ class DefaultGroup(click.Group):
             code = fail(f"{err.format_message()} (see {command} --help)", err.exit_code)
         except click.ClickException as err:
             code = fail(err.format_message(), err.exit_code)
-        except click.Abort as err:  # click raises it for Ctrl-D too, which nobody presses here
+        except click.Abort as err:  # click raises Abort for Ctrl-D too, which no command reads here
             code = fail(CUT_OFF, 1) if isinstance(err.__cause__, EOFError) else INTERRUPTED
-        except OSError as err:  # files have errors of their own; this may be a full disk behind stdout
+        except OSError as err:  # files have errors of their own; stdout may have met a full disk
             lost = err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
             what = "the output cannot be written: " if lost else f"{err.filename}: " if err.filename else ""
             code = fail(f"{what}{err.strerror or err}", 1)
@@ -83,27 +84,27 @@ class DefaultGroup(click.Group):
 
 
 def replace_unknown_characters() -> None:
-    """Let what the terminal's encoding lacks become "?", rather than an error in the middle of an answer."""
+    """Print "?" for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
 def fail(message: str, exit_code: int) -> int:
-    """Say `message` as one line on stderr; gives the exit code back."""
+    """Print `message` as one line on stderr and return the exit code."""
     click.echo("error: " + " ".join(message.split()), err=True)
     return exit_code
 
 
 def unknown_command(word: str) -> str:
-    """What to say to a word that is no command."""
+    """Return the message for a word that is no command."""
     near = get_close_matches(word, COMMANDS, 1)
     meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)};"
     return f"no such command {word!r}: {meant} A prompt of one word goes to dovetail-run generate, others need quotes"
 
 
 def _drop_output() -> None:
-    """Let what is left of stdout go nowhere, or the interpreter would try to write it once more and say so."""
+    """Discard the rest of stdout, which the interpreter would write again and fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -114,15 +115,15 @@ def cli() -> None:
 
     \b
       dovetail-run "Why is the sky blue?"     answer one prompt (the command `generate`)
-      cat notes.txt | dovetail-run            the prompt from standard input
-      dovetail-run chat                       talk
+      cat notes.txt | dovetail-run            read the prompt from standard input
+      dovetail-run chat                       chat
 
     The first use without --pair builds the SmolLM2-135M pair in your cache.
     """
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run the console script."""
     decline_telemetry()
     cli.main(prog_name="dovetail-run")
 

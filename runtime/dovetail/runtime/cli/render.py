@@ -1,4 +1,4 @@
-"""Text on the terminal as it comes, and what is left of an answer that Ctrl-C stopped."""
+"""Print text on the terminal as it arrives, and keep the part of an answer that Ctrl-C stopped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from dovetail.runtime.settings import AnswerSettings
 
 @dataclass
 class Answer:
-    """What was streamed so far; the engine's metrics come with the last chunk, so a stopped answer has none.
+    """The streamed text so far. A stopped answer has no metrics: the last chunk brings them.
 
-    first_s, last_s: when the first and the last chunk came (perf_counter). chunks: the prefill's, then one a round.
+    first_s, last_s: when the first and the last chunk came (perf_counter). chunks: the prefill's,
+    then one a round.
     """
 
     target_device: str
@@ -43,7 +44,7 @@ class Answer:
         self.metrics = chunk.metrics
 
     def statistics(self) -> str:
-        """The statistics line; of a stopped answer, what was seen from outside."""
+        """Return the statistics line. For a stopped answer the line is computed from the chunks."""
         if self.metrics is not None:
             return statistics_line(self.metrics, self.target_device, self.drafter_device)
         rounds, seconds = max(self.chunks - 1, 0), self.last_s - self.first_s
@@ -56,14 +57,14 @@ class Answer:
 
 
 def speaks_unicode() -> bool:
-    """Whether standard output takes every character; else `main` has others replaced."""
+    """Return whether standard output takes every character. If not, `main` replaces some."""
     return (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-").startswith("utf")
 
 
 def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> Answer:
-    """Write the answer to stdout while it comes; Ctrl-C ends it early and leaves the engine usable.
+    """Write the answer to stdout as it arrives. After Ctrl-C the engine remains usable.
 
-    Raises what `Engine.stream` raises.
+    Raises the errors of `Engine.stream`.
     """
     answer = Answer(engine.target_device, engine.drafter_device if request.speculate else None)
     try:
@@ -71,14 +72,14 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
     except KeyboardInterrupt:
         answer.interrupted = True
     if request.speculate:
-        answer.drafter_device = engine.drafter_device  # it may have moved
+        answer.drafter_device = engine.drafter_device  # the drafter may have moved to the CPU
     if not answer.text.endswith("\n"):
         click.echo()
     return answer
 
 
 def write(chunks: Generator[Chunk, None, None], answer: Answer) -> None:
-    """Write the chunks to stdout and note them in `answer`; the stream is closed whatever happens."""
+    """Write the chunks to stdout and record them in `answer`. The stream is always closed."""
     with closing(chunks):
         for chunk in chunks:
             answer.add(chunk)
@@ -87,7 +88,7 @@ def write(chunks: Generator[Chunk, None, None], answer: Answer) -> None:
 
 
 def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_device: str | None) -> str:
-    """One line: tokens, speed, what speculation brought, where the time went, on which devices."""
+    """Return one line: tokens, speed, acceptance, times and devices."""
     times = (
         f"prefill {metrics.prefill_ms:.0f} ms, draft {metrics.draft_ms:.0f} ms, "
         f"verify {metrics.verify_ms:.0f} ms, other {metrics.other_ms:.0f} ms"
@@ -102,9 +103,9 @@ def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_devi
 def result_json(
     result: GenerationResult, target_device: str, drafter_device: str | None, drafter_note: str | None
 ) -> dict[str, Any]:
-    """`generate --json`: the answer, then the metrics (times in ms, to the microsecond), then the devices.
+    """Return the JSON of `generate --json`: the answer, the metrics (times in ms), the devices.
 
-    drafter_device is None for plain decoding; drafter_note says why it runs there.
+    drafter_device: None for plain decoding. drafter_note: why the drafter runs on that device.
     """
     metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(result.metrics).items()

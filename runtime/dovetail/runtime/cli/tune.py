@@ -1,6 +1,6 @@
-"""`dovetail-run tune`: choose properties for the target here, then measure what passes cost, to size trees by it.
+"""`dovetail-run tune`: choose properties for the target, then measure costs for the scheduler.
 
-With --properties: compare all properties of OpenVINO's CPU plugin that are worth a try instead.
+With --properties the command instead compares all properties of OpenVINO's CPU plugin worth a try.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measure
 from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure
 from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 
-CHOICE = 0.25  # of the time
+CHOICE = 0.25  # the choice's part of the time
 APPLY = """\
---ov-config NAME=VALUE of generate, chat, bench and tune applies any of them. Another property may change the text, even
-where every best token stayed the same here; without equal rows drafts may change it too."""
-UNCERTAIN = "~: too close to 1.00x to tell, passes vary too much; a quieter machine or more --seconds may tell."
+Apply a property with --ov-config NAME=VALUE in generate, chat, bench and tune. A property may change the text, even if
+every best token stayed the same here. Without equal rows drafts may change the text too."""
+UNCERTAIN = "~: too close to 1.00x, because passes vary too much. Try a quieter machine or more --seconds."
 
 
-@click.command(short_help="Measure what passes cost on this machine.")
+@click.command(short_help="Measure the cost of passes on this machine.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @device_options
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="Time to measure for.")
-@click.option("--properties", is_flag=True, help="Compare OpenVINO properties for the target instead.")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="Duration of the measurement in seconds.")
+@click.option("--properties", is_flag=True, help="Compare OpenVINO properties of the target instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tune(
     pair: str | None,
@@ -54,19 +54,21 @@ def tune(
     properties: bool,
     as_json: bool,
 ) -> None:
-    """Choose precision and groups for PAIR's target here, measure what passes cost then, and keep both in the cache.
+    """Choose precision and groups for PAIR's target, measure costs, and cache both.
 
-    PAIR is a folder or a known name. A quarter of the time goes to the choice, or what opening PAIR with each candidate
-    takes: later openings of PAIR use the quickest precision or group size that keeps rows equal in passes of every
-    width, if it is quicker than the defaults beyond doubt. With --ov-config nothing is chosen. Then passes of the
-    target and calls of the drafter are timed. Opening the pair for the first time does that in a few seconds; this is
-    more exact and stays in its place while the weights, the machine and these flags do. Leave the machine alone
-    meanwhile.
+    PAIR is a folder or a known name. The choice takes a quarter of the time, or as long as opening
+    PAIR with each candidate takes. Later openings of PAIR use the quickest precision or group size
+    that keeps rows equal in passes of every width. The property must surely be quicker than the
+    defaults. With --ov-config tune chooses nothing.
 
-    With --properties PAIR needs no drafter, and its flags say nothing: a table says for each property of OpenVINO's
-    CPU plugin that is worth a try how many times as fast passes of the target are with it as without, after how many
-    tokens of a text the target's best token stays the same, and whether rows are equal. All the time goes to the
-    choice then.
+    Then tune times passes of the target and calls of the drafter. The first opening of a pair does
+    the same in a few seconds. The result of tune is more exact and replaces it, as long as weights,
+    machine and flags stay the same. Leave the machine idle meanwhile.
+
+    With --properties PAIR needs no drafter, and flags for the drafter have no effect. All the time
+    goes to the choice. A table lists properties of OpenVINO's CPU plugin that are worth a try.
+    Columns show how many times as fast passes are, the part of a text's tokens with the same best
+    token, and whether rows are equal.
     """
     from dovetail.runtime.drafter.onnx import OnnxDrafter
     from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -74,7 +76,7 @@ def tune(
     check_threads(threads)
     check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
-    if not (properties and ov_config):  # else nothing is kept
+    if not (properties and ov_config):  # otherwise tune keeps nothing
         check_cache(cache_dir() / ("properties" if properties else "costs"))
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
@@ -99,7 +101,7 @@ def tune(
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
     if manifest.drafter is None:
-        raise PairError("this pair has no drafter, so there is nothing to tune: add one with dovetail-export drafter")
+        raise PairError("this pair has no drafter, so there is nothing to tune: add a drafter with dovetail-export")
     drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
     if not ov_config:
@@ -121,7 +123,7 @@ def tune(
 
 
 def check_cache(folder: Path) -> None:
-    """Raises InputError where nothing can be kept in this folder of the cache, before minutes are spent."""
+    """Raise InputError if this folder of the cache cannot be written, before minutes are spent."""
 
     def keep() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def check_cache(folder: Path) -> None:
 
 
 def store(keep: Callable[[], None]) -> None:
-    """Keep what was measured in the cache.  Raises InputError."""
+    """Keep a result in the cache. Raises InputError."""
     try:
         keep()
     except OSError as err:
@@ -140,9 +142,9 @@ def store(keep: Callable[[], None]) -> None:
 
 
 def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json: bool) -> None:
-    """The table or the JSON object on stdout.
+    """Print the table or the JSON object on stdout.
 
-    given: pair, threads and ov_config, which passes are compared with, and what was chosen, None if nothing could be.
+    given: pair, threads and ov_config of the base, and the choice, None without a choice.
     """
     if as_json:
         circumstances = {"context": CONTEXT, "machine": machine.describe(), "versions": machine.versions()}
@@ -154,7 +156,7 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
 
     base = " ".join(f"{name}={value}" for name, value in given["ov_config"].items()) or "the defaults"
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("property", overflow="fold")  # one copies it into --ov-config
+    table.add_column("property", overflow="fold")  # fold instead of cutting: users copy the name into --ov-config
     for heading in (*(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES), "same token", "equal rows"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -172,18 +174,18 @@ def show_properties(given: Mapping[str, Any], rows: Sequence[Compared], as_json:
     click.echo(UNCERTAIN)
     if (chosen := given["chosen"]) is not None:
         kept = " ".join(f"{name}={value}" for name, value in chosen["properties"].items())
-        click.echo(f"kept for later openings: {kept or 'the defaults, no other is surely quicker'}")
+        click.echo(f"kept for later openings: {kept or 'the defaults, nothing is surely quicker'}")
     click.echo(APPLY)
 
 
 def times(low: float, middle: float, high: float) -> str:
-    """A speedup and the interval that it lies in, marked where that does not tell it from none."""
+    """Return a speedup, with ~ if its interval includes 1."""
     return f"{'~' if low < 1 < high else ''}{middle:.2f}x"
 
 
 @contextmanager
 def progress_bar(doing: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr that says what is done, moved by the part of it that is."""
+    """Show a bar on stderr and yield the function that sets the finished part, 0 to 1."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

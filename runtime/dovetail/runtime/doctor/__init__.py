@@ -1,1 +1,1 @@
-"""What a machine can run, estimated before anything is loaded."""
+"""Estimate what a machine can run, before any model is loaded."""

@@ -1,4 +1,4 @@
-"""What a machine offers to a pair, and what it lacks."""
+"""Report what a machine offers for a pair, and what is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dovetail.runtime.doctor import estimate as expect
+from dovetail.runtime.doctor import estimate
 from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
 from dovetail.runtime.drafter.cuda_api import (
     INSTALL,
@@ -24,7 +24,8 @@ from dovetail.runtime.drafter.ort import failures, one_line, open_session, sessi
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system import machine
 
-# An ONNX model of one Identity node, from x to y, on one float: enough to see whether a provider really runs.
+# An ONNX model with one Identity node, from x to y, on one float. It shows whether a provider
+# really runs.
 PROBE_MODEL = base64.b64decode(
     "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
 )
@@ -32,7 +33,7 @@ PROBE_MODEL = base64.b64decode(
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU as its driver names it."""
+    """One NVIDIA GPU as its driver reports it."""
 
     name: str
     memory: str
@@ -41,10 +42,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """built_for: CUDA of ONNX Runtime's build, None without.  driver: newest CUDA that the driver supports.
+    """Facts about CUDA on this machine. None means not known, or not tried.
 
-    found, missing: libraries that the build needs.  free_mb, total_mb: VRAM.  None: not known, or not tried.
-    capture: whether a captured graph replays.
+    built_for: CUDA version of ONNX Runtime's build, None without CUDA. driver: newest CUDA version
+    that the driver supports. found, missing: libraries that the build needs. free_mb, total_mb:
+    VRAM. capture: whether a captured graph replays.
     """
 
     built_for: str | None = None
@@ -58,9 +60,10 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that `doctor` reports. problems: nothing runs until solved; notes: what it costs to leave as is.
+    """The whole report of `doctor`.
 
-    memory_bandwidth: GB/s.  pair: what to expect of it, where one was named.
+    memory_bandwidth: GB/s. pair: estimate for the named pair, if any. problems: facts that stop
+    every run. notes: other facts and their cost.
     """
 
     cpu: machine.Cpu
@@ -75,17 +78,17 @@ class Diagnosis:
     cuda: Cuda
     cuda_problem: str | None
     drafter_device: str
-    pair: expect.Expectation | None
+    pair: estimate.PairEstimate | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
-    """Look at the CPU, both engines, the GPUs, and the pair if one is named; CUDA is tried on a one-node model.
+    """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
 
-    vram: bytes that the pair's drafter may take, if said.  Raises InputError, PairError.
+    vram: bytes that the pair's drafter may take, if given. Raises InputError, PairError.
     """
-    found = None if named is None else expect.find_pair(named)
+    found = None if named is None else estimate.find_pair(named)
     cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
@@ -93,7 +96,7 @@ def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
     pair = None
     if found:
         room = None if no_cuda else cuda.free_mb
-        pair = expect.expect(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+        pair = estimate.estimate_pair(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,
@@ -114,7 +117,7 @@ def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
 
 
 def openvino_devices() -> tuple[tuple[str, ...], str]:
-    """OpenVINO's devices, and the problem in one line ("" when there is none)."""
+    """Return OpenVINO's devices and the problem in one line ("" without a problem)."""
     try:
         import openvino
     except ImportError as err:
@@ -124,7 +127,7 @@ def openvino_devices() -> tuple[tuple[str, ...], str]:
 
 
 def onnxruntime_providers() -> tuple[tuple[str, ...], str]:
-    """ONNX Runtime's execution providers, and the problem in one line ("" when there is none)."""
+    """Return ONNX Runtime's providers and the problem in one line ("" without a problem)."""
     try:
         import onnxruntime
     except ImportError as err:
@@ -135,7 +138,7 @@ def onnxruntime_providers() -> tuple[tuple[str, ...], str]:
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi lists; none where it is not installed or finds no driver."""
+    """Return the GPUs that nvidia-smi lists; none without nvidia-smi or a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -151,7 +154,7 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 
 
 def try_cuda() -> tuple[Cuda, str | None]:
-    """What there is of CUDA, and why the drafter cannot run on it, with the remedy; None when it can."""
+    """Return facts about CUDA, and why the drafter cannot use CUDA with a remedy, or None."""
     problem = cuda_problem()
     built_for = _built_for()
     missing = missing_libraries() if built_for else []
@@ -174,7 +177,7 @@ def try_cuda() -> tuple[Cuda, str | None]:
 
 
 def capture_problem(device: Device) -> str | None:
-    """Why a graph that is captured does not replay with what is then uploaded; None when it does."""
+    """Return why a captured graph does not replay with newly uploaded data, or None if it does."""
     import onnxruntime as ort
 
     expected: tuple[type[Exception], ...] = (DeviceError, *failures())
@@ -203,27 +206,27 @@ def capture_problem(device: Device) -> str | None:
 
 
 def _built_for() -> str | None:
-    """The CUDA version that this ONNX Runtime was built for."""
+    """Return the CUDA version that this ONNX Runtime was built for."""
     from onnxruntime.capi import build_and_package_info as build
 
     return getattr(build, "cuda_version", None) or None
 
 
 def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:
-    """What lacks here, each with its cost in one plain sentence."""
+    """Return the machine's shortcomings, each with its cost in one sentence."""
     said = []
     if cpu.instruction_sets and not machine.INT8_SETS & set(cpu.instruction_sets):
         said.append(
-            "The CPU has no INT8 dot-product instructions: a tree costs nearly as much per node as plain decoding."
+            "The CPU has no INT8 dot-product instructions. A node of a tree costs nearly as much as a plain step."
         )
     room = min(cpu.usable, cpu.quota or cpu.usable)
     if room < cpu.threads:
         said.append(f"This process may use {room:g} of {cpu.threads} hardware threads, so passes take longer.")
     if available_mb < 2048:
-        said.append(f"Only {available_mb} MiB of memory are free: a target that does not fit is slow or is killed.")
+        said.append(f"Only {available_mb} MiB of memory are free. A target that does not fit is slow or is killed.")
     if no_cuda:
         said.append(
-            "No GPU can be used, so drafter and target take turns on the CPU, which leaves a smaller speedup. "
+            "No GPU can be used. Drafter and target take turns on the CPU, with a smaller speedup. "
             f"The reason: {no_cuda}."
         )
     return said

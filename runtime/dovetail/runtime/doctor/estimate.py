@@ -1,4 +1,4 @@
-"""What a pair takes of this machine and how fast it may be: from sizes, the memory's bandwidth, and measured costs."""
+"""Estimate a pair's memory and speed here from sizes, memory bandwidth and measured costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.doctor.memory import expected_memory
+from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.errors import DeviceError, IntegrityError, PairError
 from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
@@ -16,15 +16,16 @@ from dovetail.runtime.policy.choose import widths
 from dovetail.runtime.tune.applied import properties_line, target_properties
 from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, recall
 
-RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer.  An allowance, not a measurement.
-CONTEXT = 128  # tokens at which speed is told
+RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
+CONTEXT = 128  # context in tokens for the estimated speed
 
 
 @dataclass(frozen=True)
 class Ram:
-    """An estimate from sizes.  parts_mb: weights as stored, KV at the full context; the drafter's if it is on the CPU.
+    """An estimate of RAM from sizes.
 
-    fits: with the full context.  context: tokens that do fit, 0 where not even the weights do.
+    parts_mb: weights as stored, KV at the full context; the drafter's too if the drafter runs on
+    the CPU. fits: with the full context. context: tokens that fit, 0 if the weights do not fit.
     """
 
     parts_mb: dict[str, float]
@@ -34,16 +35,16 @@ class Ram:
     context: int
 
     def __str__(self) -> str:
-        """The arithmetic in a line."""
+        """Return the arithmetic in one line."""
         sizes = " + ".join(f"{size} {part.replace('_', ' ')}" for part, size in self.parts_mb.items())
         return f"about {sizes} = {self.needed_mb} MiB (an estimate), {self.available_mb} MiB are free"
 
 
 @dataclass(frozen=True)
 class Vram:
-    """plan: of the drafter, sizes in MiB; None where there is none, or none within --vram.
+    """plan: of the drafter, sizes in MiB; None without a drafter or without a plan within --vram.
 
-    fits: None where nothing is known to compare with.  said: the arithmetic and what follows from it.
+    fits: None if the free VRAM or the plan is unknown. said: the arithmetic and the conclusion.
     """
 
     plan: dict[str, float | int] | None
@@ -53,9 +54,9 @@ class Vram:
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree of `width` nodes that pays first: from this acceptance length on rounds beat plain decoding.
+    """The tree that pays first: above this acceptance length its rounds beat plain decoding.
 
-    verify_ms, draft_ms: of a round, the drafter's calls being one per level.
+    verify_ms, draft_ms: of a round, with one call of the drafter per level.
     """
 
     width: int
@@ -66,9 +67,10 @@ class Tree:
 
 @dataclass(frozen=True)
 class Speed:
-    """plain_tokens_per_s: of plain decoding.
+    """plain_tokens_per_s: speed of plain decoding.
 
-    measured: when, ISO 8601; None where it was not, then the speed is the bound that the memory's bandwidth sets.
+    measured: date of the measurement, ISO 8601. None without a measurement; the speed is then the
+    bound that the memory's bandwidth sets.
     """
 
     plain_tokens_per_s: float
@@ -77,11 +79,12 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Expectation:
-    """What `doctor` says of a pair.  drafter_device: None for a pair without a drafter.  vram: None without a graph.
+class PairEstimate:
+    """The estimate for one pair.
 
-    properties: of OpenVINO for the target, as target_properties() gives them.
-    problem: why it cannot run here; notes: what it costs as it is.
+    drafter_device: None for a pair without a drafter. vram: None without a graph for a GPU.
+    properties: the target's OpenVINO properties as target_properties() returns them. problem: why
+    the pair cannot run here. notes: other facts and their cost.
     """
 
     folder: str
@@ -96,7 +99,7 @@ class Expectation:
 
 
 def find_pair(named: str) -> tuple[Path, Manifest]:
-    """Folder and manifest of a pair that is there: nothing is built for a diagnosis, and no digest computed.
+    """Return folder and manifest of an existing pair. Nothing is built, no digest computed.
 
     Raises InputError for an unknown name, PairError.
     """
@@ -111,7 +114,7 @@ def find_pair(named: str) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-def expect(
+def estimate_pair(
     folder: Path,
     manifest: Manifest,
     *,
@@ -119,34 +122,38 @@ def expect(
     bandwidth: float,
     free_vram_mb: int | None,
     vram: int | None,
-) -> Expectation:
-    """bandwidth: GB/s.  free_vram_mb: None where CUDA cannot be used.  vram: bytes, None for the pair's own limit."""
-    video = expect_vram(manifest, free_vram_mb, vram)
+) -> PairEstimate:
+    """Return the estimate for a pair.
+
+    bandwidth: GB/s. free_vram_mb: None if CUDA cannot be used. vram: bytes, None for the pair's own
+    limit.
+    """
+    video = estimate_vram(manifest, free_vram_mb, vram)
     device = None if manifest.drafter is None else "cpu"
     if video and video.fits and free_vram_mb is not None:
         device = "cuda"
-    ram = expect_ram(folder, manifest, device, available_mb)
-    speed = expect_speed(manifest, device, bandwidth)
+    ram = estimate_ram(folder, manifest, device, available_mb)
+    speed = estimate_speed(manifest, device, bandwidth)
     problem = (
-        None if ram.context else f"the pair {manifest.name} does not fit: {ram}: free memory or take a smaller one"
+        None if ram.context else f"the pair {manifest.name} does not fit: {ram}: free memory or take a smaller pair"
     )
     properties = target_properties(manifest)
     notes = []
     if 0 < ram.context < manifest.target.max_context:
-        notes.append(f"Of the {manifest.target.max_context} tokens of context about {ram.context} fit the free memory.")
+        notes.append(f"The context has {manifest.target.max_context} tokens; about {ram.context} fit the free memory.")
     if device == "cpu" and speed.tree:
         tree = speed.tree
         share = tree.draft_ms / (tree.draft_ms + tree.verify_ms)
         notes.append(
-            f"Drafting {tree.width} nodes takes the CPU {tree.draft_ms:.1f} ms, {share:.0%} of a round with them: the "
-            "target waits for it, and a GPU could shorten it."
+            f"Drafting {tree.width} nodes on the CPU takes {tree.draft_ms:.1f} ms, {share:.0%} of a round. The target "
+            "waits meanwhile. A GPU could shorten the wait."
         )
-    return Expectation(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
+    return PairEstimate(str(folder), manifest.name, device, ram, video, speed, properties, problem, tuple(notes))
 
 
-def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
-    """device: where the drafter runs, if there is one; on a GPU it takes no RAM worth telling."""
-    sizes = expected_memory(folder, manifest)
+def estimate_ram(folder: Path, manifest: Manifest, device: str | None, available_mb: int) -> Ram:
+    """Return the RAM estimate. device: the drafter's, if any. On a GPU it takes little RAM."""
+    sizes = estimate_memory(folder, manifest)
     names = {"target": "target_weights_mb", "target_kv": "target_kv_mb"}
     if device == "cpu":
         names |= {"drafter": "drafter_cpu_weights_mb", "drafter_kv": "drafter_cpu_kv_mb"}
@@ -160,15 +167,19 @@ def expect_ram(folder: Path, manifest: Manifest, device: str | None, available_m
     return Ram(parts, round(needed, 1), available_mb, False, int(most * room / kv) if room else 0)
 
 
-def expect_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
-    """free_mb: beside this process's own context on the GPU, which the plan counts too: an error on the safe side."""
+def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
+    """Return the VRAM estimate, or None without a drafter for a GPU.
+
+    free_mb: excludes this process's CUDA context, which the plan counts again: an error on the safe
+    side.
+    """
     if manifest.drafter is None or "cuda" not in manifest.drafter.files:
         return None
     try:
         plan = plan_pair(manifest, limit, fit=False)
     except DeviceError as error:
         known = bool(manifest.drafter.workspace)
-        return Vram(None, False if known else None, f"{error}; as it is the drafter runs on the CPU")
+        return Vram(None, False if known else None, f"{error}; otherwise the drafter runs on the CPU")
     within = f", within --vram of {limit >> 20} MiB" if limit else ""
     if free_mb is None:
         return Vram(plan.as_dict(), True if limit else None, f"would take {plan}{within}")
@@ -179,14 +190,14 @@ def expect_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> V
     )
 
 
-def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
-    """From the costs measured with default flags and the drafter on `device`; without them plain decoding's bound."""
+def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
+    """Return the speed from costs measured with default flags, else plain decoding's bound."""
     known = recall(CostKey.of(manifest, device, None)) if device else None
     if known is None:
         return Speed(round(bandwidth * 1e9 / manifest.files[WEIGHTS].size, 1))
     target, draft, limits = known.costs.target, known.costs.draft, manifest.tree
     plain_ms, call_ms = target.at(CONTEXT, 1), draft.at(CONTEXT, limits.top_k)
-    rounds = {  # a tree of that many nodes has at most width - 1 levels
+    rounds = {  # a tree of `width` nodes has at most width - 1 levels
         width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms)
         for width in widths(known.costs, CONTEXT)
         if width > 1
@@ -196,8 +207,8 @@ def expect_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Sp
     return Speed(round(1e3 / plain_ms, 1), known.date, tree)
 
 
-def rows(pair: Expectation) -> list[tuple[str, str]]:
-    """For a person: names and facts."""
+def rows(pair: PairEstimate) -> list[tuple[str, str]]:
+    """Return names and facts for display."""
     speed, tree = pair.speed, pair.speed.tree
     if speed.measured:
         said = f"plain decoding {speed.plain_tokens_per_s:.1f} tokens/s, as measured here on {speed.measured[:10]}"
@@ -208,8 +219,8 @@ def rows(pair: Expectation) -> list[tuple[str, str]]:
     trees = "not measured" if pair.drafter_device else "none: the pair has no drafter"
     if tree:
         trees = (
-            f"faster than that from an acceptance length of {tree.acceptance_length} on ({tree.width} nodes: verify "
-            f"{tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
+            f"faster than plain decoding above an acceptance length of {tree.acceptance_length} ({tree.width} nodes: "
+            f"verify {tree.verify_ms:.1f} ms, draft {tree.draft_ms:.1f} ms)"
         )
     some = f"{pair.ram.context} tokens of context fit" if pair.ram.context else "it does not fit"
     fits = "it fits" if pair.ram.fits else some

@@ -1,4 +1,4 @@
-"""What a run holds in memory, from sizes alone."""
+"""Memory of a run, from sizes alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TARGET_KV_BYTES = 2  # the target's KV cache is 16-bit
 DRAFTER_KV_BYTES = {"cuda": 2, "cpu": 4}
 
 
-def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
-    """What a run holds in MiB, from sizes: weights as stored, KV caches at the full context.
+def estimate_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]:
+    """Return the memory of a run in MiB: weights as stored, KV caches at the full context.
 
-    target_kv is None where the target's config does not tell its KV heads.
+    target_kv_mb is None if the target's config does not give the KV heads.
     """
     weights = sum(
         entry.size for name, entry in manifest.files.items() if name.startswith("target/") and name.endswith(".bin")
@@ -38,7 +38,7 @@ def expected_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
 
 
 def target_kv_bytes(folder: Path, manifest: Manifest) -> int | None:
-    """Bytes of KV per token, all layers, from target/config.json."""
+    """Return the bytes of KV per token over all layers, from target/config.json, or None."""
     try:
         config = read_json(folder / "target" / "config.json", PairError, "")
         config = config.get("text_config", config)

@@ -1,6 +1,7 @@
-"""The drafter's INT8 graph on the CPU.
+"""Run the drafter's INT8 graph on the CPU.
 
-Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft vocabulary.
+Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft
+vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from dovetail.runtime.drafter.graph_io import (
 from dovetail.runtime.drafter.ort import CPU, call, open_session, session_options
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
-from dovetail.runtime.system.page_release import LookedUp
+from dovetail.runtime.system.page_release import LookupMapping
 from dovetail.runtime.tree.growth import Candidates
 
-PREFIX_STEP = 256  # context pairs by which the bound prefix of the CPU's KV buffer grows
-SPIN_US = 100  # microseconds that threads of the CPU's session wait for work before they sleep
+PREFIX_STEP = 256  # context pairs by which the bound part of the KV buffer grows
+SPIN_US = 100  # microseconds that the session's threads wait for work before they sleep
 
 
 class CpuRunner:
-    """INT8 graph on the CPU.  KV and bank are numpy arrays, input and output of the graph at once."""
+    """Runner for the INT8 graph. KV and bank are numpy arrays, both inputs and outputs."""
 
     file_key = "cpu"
     bus_bytes = 0
@@ -45,32 +46,32 @@ class CpuRunner:
         options = session_options(ort)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Long enough for the operators of a call, whose threads would else have to be woken for each; the target's
-        # threads need the cores between calls.
+        # Threads spin between the operators of a call; waking them for each operator would take
+        # longer. Between calls the target's threads need the cores.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self._embedding = LookedUp(file.with_name(file.name + ".data"))
+        self._embedding = LookupMapping(file.with_name(file.name + ".data"))
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU])
         check_ports(self._session, file, facts, np.float32)
         self.max_context, self._slots = facts.max_context, facts.tree_slots
         self._rows = Rows.zeros(facts, CHUNK, np.float32)
-        # Pages of the whole context are reserved, not touched: memory is taken as the context grows.
+        # Linux reserves pages for the whole context and provides them as the context grows.
         shapes = state_shapes(facts, facts.max_context)
         try:
             self._bank = np.zeros(shapes.pop(STATE), np.float32)
             self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         except MemoryError:
             raise DeviceError(
-                f"the drafter's context of {facts.max_context} tokens does not fit into memory: free some, or generate "
-                "without speculation"
+                f"the drafter's context of {facts.max_context} tokens does not fit into memory: free memory, or "
+                "generate without speculation"
             ) from None
         given = {port.name for port in self._session.get_inputs()}
-        self._inputs = [name for name in INPUTS if name in given]  # a graph of an older pair answers for every row
+        self._inputs = [name for name in INPUTS if name in given]  # an older pair's graph answers for every row
         self.draft_ids = read_draft_ids(self._session, file, facts)
         self._noise = np.zeros((1, facts.draft_vocab_size), np.float32)
         self._noisy = False
-        self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # rows and answers -> (KV rows bound, binding)
+        self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # (rows, answers) -> (bound KV rows, binding)
 
     def rows(self, n: int) -> Rows:
         """See Runner."""
@@ -79,7 +80,7 @@ class CpuRunner:
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """See Runner."""
         if noise is not None or self._noisy:
-            self._noisy = True  # until it is certain that there is none: an interrupt may come in between
+            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
             self._noise[:] = 0 if noise is None else noise
             self._noisy = noise is not None
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
@@ -92,15 +93,15 @@ class CpuRunner:
         return Candidates(self._rows.top_logprobs[:answers], self._rows.top_ids[:answers])
 
     def touch(self, context: int) -> None:
-        """See Runner: pages that were never written share one page of zeros, which is read too quickly."""
+        """See Runner. Unwritten pages share one page of zeros, which is read too quickly."""
         for buffer in self._kv.values():
             buffer[: self._slots + context, :, :, 0] += 0
 
     def close(self) -> None:
-        """See Runner: memory of the host is freed with the last reference."""
+        """See Runner. Python frees the memory with the last reference."""
 
     def _bind(self, n: int, answers: int, kv_rows: int, binding: Any | None) -> Any:
-        """Point the graph at the first n rows, the last `answers` of them, and the first `kv_rows` of each buffer."""
+        """Bind the first n rows, their last `answers`, and the first `kv_rows` of each buffer."""
         if binding is None:
             binding = self._session.io_binding()
             for name in self._inputs:
@@ -120,5 +121,5 @@ class CpuRunner:
 
 
 def _bind_array(bind: Any, name: str, array: Array) -> None:
-    """Bind a numpy array by address: no copy, and the array must stay alive."""
+    """Bind a numpy array by address, without a copy. The array must stay alive."""
     bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,9 +1,10 @@
-"""The float16 graph on a GPU: state that stays on the device, one captured CUDA graph per bucket of rows.
+"""Run the float16 graph on a GPU: state on the device, one captured graph per bucket of rows.
 
-A call is one copy up, one replay and one copy down, in order on one stream, and one wait at its end (ONNX Runtime may
-wait for the replay too).  Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
-the host; the noise of sampled answers, in a block of its own for all buckets, is a copy up more.  ONNX Runtime keeps
-captured graphs per thread: the thread that opens a drafter runs it; another captures anew.
+A call is one copy up, one replay and one copy down, in order on one stream, and one wait at the
+end. ONNX Runtime may wait for the replay too. Inputs and outputs of a bucket lie in one block of
+memory each, on the device and, pinned, on the host. The noise of sampled answers needs a further
+copy up, from one block for all buckets. ONNX Runtime keeps captured graphs per thread. Run a
+drafter on the thread that opened it; another thread captures again.
 """
 
 from __future__ import annotations
@@ -37,31 +38,31 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.tree.growth import Candidates
 
-ALIGNMENT = 256  # bytes, of each array in a block: what cudaMalloc gives
+ALIGNMENT = 256  # bytes, of each array in a block, as in cudaMalloc
 
 Bytes = NDArray[np.uint8]
 
 
 class Device(Protocol):
-    """Where graphs are captured: its memory by address, pinned host memory, and one stream of copies and runs.
+    """A device for captured graphs: memory by address, pinned host memory, one stream.
 
-    kind: ONNX Runtime's name of where the memory is.  provider: the execution provider that runs there.
-    All but `close` raise DeviceError.
+    kind: ONNX Runtime's name for the memory. provider: the execution provider of the device. All
+    methods except `close` raise DeviceError.
     """
 
     kind: str
     provider: str
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
-        """Of the provider: it captures, runs on the stream, and keeps its arena to `arena` bytes."""
+        """Return options to capture, to use the stream, and to limit the arena to `arena` bytes."""
         ...
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes of zeros."""
+        """Return the address of `size` bytes of zeros."""
         ...
 
     def pinned(self, size: int) -> Bytes:
-        """`size` bytes of zeros on the host."""
+        """Return `size` bytes of zeros on the host."""
         ...
 
     def upload(self, to: int, source: Bytes) -> None:
@@ -73,17 +74,17 @@ class Device(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until everything queued is done."""
+        """Wait until all queued work is done."""
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free all memory and the stream."""
         ...
 
 
 @dataclass(frozen=True)
 class Block:
-    """Arrays side by side: on the device at `address`, on the host as `host`.  offsets: in bytes, of each array."""
+    """Arrays side by side, on the device at `address` and on the host. offsets: in bytes."""
 
     specs: Mapping[str, Spec]
     offsets: Mapping[str, int]
@@ -92,7 +93,7 @@ class Block:
 
     @classmethod
     def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
-        """Both sides of it.  Raises DeviceError."""
+        """Allocate the block on the device and on the host. Raises DeviceError."""
         offsets, size = {}, 0
         for name, spec in specs.items():
             offsets[name] = size
@@ -100,7 +101,7 @@ class Block:
         return cls(specs, offsets, device.allocate(size), device.pinned(size))
 
     def array(self, name: str) -> NDArray[Any]:
-        """The host's side of one array."""
+        """Return the host's side of one array."""
         shape, dtype = self.specs[name]
         begin = self.offsets[name]
         return self.host[begin : begin + _nbytes(self.specs[name])].view(dtype).reshape(shape)
@@ -113,7 +114,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Captured:
-    """One bucket's graph.  short: bytes of the inputs without features, which come last."""
+    """One bucket's graph. short: bytes of the inputs without features, which come last."""
 
     rows: Rows
     inputs: Block
@@ -124,21 +125,22 @@ class Captured:
 
 
 class CudaRunner:
-    """Runner on a GPU.  ONNX Runtime replays a graph by its id without looking at shapes: `_graphs` is the registry.
+    """Runner on a GPU.
 
-    Raises DeviceError where the device, its libraries or the graph do not allow for it.
+    ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
+    Raises DeviceError if the device, its libraries or the graph do not permit capturing.
     """
 
     file_key = "cuda"
 
     def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int = 0):
-        """plan: context and memory.  limit: bytes for all of it, 0 for none."""
+        """plan: context and memory. limit: bytes for all memory, 0 for no limit."""
         import onnxruntime as ort
 
         self.max_context, self.bus_bytes = plan.context, 0
         self._ort, self._device, self._trash, self._facts = ort, device, facts.tree_slots, facts
         self._graphs: dict[int, Captured] = {}
-        self._held: list[Any] = [self._graphs]  # what must go before the device does; and nobody else holds it
+        self._held: list[Any] = [self._graphs]  # freed before the device; no other object may hold these references
         self._release = weakref.finalize(self, _release, self._held, device)
         problem = None
         try:
@@ -150,11 +152,11 @@ class CudaRunner:
             self._noisy = False
             shapes = state_shapes(facts, plan.context)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
-            for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # the largest first: its memory serves the others
+            for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # largest first: the others reuse its memory
                 self._graphs[bucket] = self._capture(number, bucket)
         except DeviceError as error:
             problem = str(error)
-        if problem:  # outside the handler: a traceback would keep the session, which must go before its stream
+        if problem:  # outside the handler, because a traceback would keep the session longer than its stream
             self.close()
             raise DeviceError(f"{problem} (planned: {plan})")
 
@@ -163,12 +165,12 @@ class CudaRunner:
         return self._graphs[_bucket(n)].rows
 
     def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
-        """See Runner; `context` needs no binding here, the mask says how far rows see.  Not after `close`."""
+        """See Runner. `context` needs no binding: the mask limits each row. Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._trash)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
         if self._noise and (noise is not None or self._noisy):
-            self._noisy = True  # until it is certain that there is none: an interrupt may come in between
+            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
             self._noise.array(NOISE)[:] = 0 if noise is None else noise
             device.upload(self._noise.address, self._noise.host)
             self._noisy = noise is not None
@@ -181,10 +183,10 @@ class CudaRunner:
         return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
 
     def touch(self, context: int) -> None:
-        """See Runner: device memory is there from the start."""
+        """See Runner. Device memory exists from the start."""
 
     def close(self) -> None:
-        """Give session, memory and stream back; nothing may be run after it."""
+        """Free session, memory and stream. No further run is possible."""
         self._release()
 
     @property
@@ -192,7 +194,7 @@ class CudaRunner:
         return self._held[1]
 
     def _open(self, file: Path, plan: VramPlan, arena: int | None) -> Any:
-        """A session that captures.  Raises DeviceError, which names nodes that cannot be captured."""
+        """Open a session that captures. Raises DeviceError, which names unsuitable nodes."""
         provider, slots = self._device.provider, self._facts.tree_slots + plan.context
 
         def options() -> Any:
@@ -206,7 +208,7 @@ class CudaRunner:
             session = open_session(self._ort, file, options(), [(provider, self._device.provider_options(arena))])
         except DeviceError as error:
             problem = error.args[0]
-        if problem:  # ONNX Runtime does not say which nodes it would not capture
+        if problem:  # ONNX Runtime does not name the nodes that it cannot capture
             plain = (provider, self._device.provider_options(arena, capture=False))
             check_placement(open_session(self._ort, file, options(), [plain]), provider)
             raise DeviceError(problem)
@@ -214,7 +216,7 @@ class CudaRunner:
         return session
 
     def _capture(self, number: int, bucket: int) -> Captured:
-        """Memory and binding of one bucket; the first runs capture its graph under this number."""
+        """Allocate and bind one bucket. The first runs capture its graph under this number."""
         specs = row_specs(self._facts, bucket, np.float16)
         inputs = Block.allocate(self._device, {name: specs[name] for name in INPUTS})
         outputs = Block.allocate(self._device, {name: specs[name] for name in OUTPUTS})
@@ -233,7 +235,7 @@ class CudaRunner:
             binding.bind_output(output_name(name), kind, 0, np.float16, shape, address)
         run_options = self._ort.RunOptions()
         run_options.add_run_config_entry("gpu_graph_id", str(number))
-        # The wait of `run` is for its copy down as well.
+        # `run` itself waits, after its copy down.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         rows = Rows(**arrays)
         rows.pad(0, self._trash)
@@ -245,15 +247,15 @@ class CudaRunner:
 
 
 def _release(held: list[Any], device: Device) -> None:
-    """Let go of the graphs, held[0], and the session, held[1], then of the device.
+    """Free the graphs, held[0], and the session, held[1], then the device.
 
-    Where somebody else still holds the session, the traceback of an error that is on its way, the device waits for it.
+    The traceback of a pending error may still hold the session. The device is then freed after it.
     """
     if keep_on_failed(device, *held):
         held.clear()
         device.close()
         return
-    held[0].clear()  # bindings first
+    held[0].clear()  # frees the bindings first
     session = weakref.ref(held[1]) if len(held) > 1 else None
     held.clear()
     alive = session() if session else None
@@ -264,9 +266,10 @@ def _release(held: list[Any], device: Device) -> None:
 
 
 def keep_on_failed(device: Device, *held: Any) -> bool:
-    """Whether the device failed; then `held`, a session and what is bound to it, is kept until the process ends.
+    """Return whether the device failed. If so, keep `held` until the process ends.
 
-    ONNX Runtime, destroying a captured graph on a device that failed, would end the process at once.
+    held: a session and its bindings. ONNX Runtime would end the process at once if it destroyed a
+    captured graph on a failed device.
     """
     try:
         device.wait()
@@ -278,7 +281,7 @@ def keep_on_failed(device: Device, *held: Any) -> bool:
 
 
 def check_placement(session: Any, provider: str) -> None:
-    """Check that every node runs on `provider`.  Raises DeviceError naming those that do not."""
+    """Raise DeviceError unless every node runs on `provider`. The message names the other nodes."""
     if session.get_providers()[0] != provider:
         raise DeviceError(f"ONNX Runtime could not load its {provider}: run dovetail-run doctor for the reason")
     elsewhere = [
@@ -290,7 +293,7 @@ def check_placement(session: Any, provider: str) -> None:
     if elsewhere:
         more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
         raise DeviceError(
-            f"the graph cannot be captured, {len(elsewhere)} nodes would not run on {provider}: "
+            f"the graph cannot be captured: {len(elsewhere)} nodes would not run on {provider}: "
             f"{', '.join(elsewhere[:3])}{more}: use --drafter-device cpu"
         )
 

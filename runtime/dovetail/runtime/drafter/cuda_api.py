@@ -1,7 +1,7 @@
-"""CUDA without torch: why it cannot be used, and the few calls that a captured graph needs around it.
+"""CUDA without torch: diagnose CUDA, and provide the few calls around a captured graph.
 
-The CUDA runtime is the one that onnxruntime-gpu was built for, called through ctypes: ONNX Runtime's Python API has no
-pinned memory and no copy that does not wait.
+ctypes calls the CUDA runtime that onnxruntime-gpu was built for. ONNX Runtime's Python API has no
+pinned memory and no copy without a wait.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dovetail.runtime.errors import DeviceError
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip install 'dovetail-spec[cuda]' brings CUDA and cuDNN"
 DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
-CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # of all onnxruntime-gpu in our range
+CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # for all supported onnxruntime-gpu versions
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
-_NON_BLOCKING = 1  # a stream that does not wait for the default one
+_NON_BLOCKING = 1  # flag: the stream does not wait for the default stream
 _OUT_OF_MEMORY = 2
 
 _POINTER, _SIZE, _OUT = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
@@ -47,9 +47,10 @@ Bytes = NDArray[np.uint8]
 
 
 def cuda_problem() -> str | None:
-    """Why CUDA cannot be used, and what to do about it; None when a device answers and the libraries load.
+    """Return why CUDA cannot be used, with the remedy, or None if a device and all libraries work.
 
-    Asks driver and libraries themselves, because ONNX Runtime only tells its log what it lacks.
+    The function asks driver and libraries, because ONNX Runtime reports missing libraries only in
+    its log.
     """
     import onnxruntime as ort
 
@@ -74,7 +75,7 @@ def cuda_problem() -> str | None:
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver supports, major and minor version; None where there is no driver."""
+    """Return the newest CUDA version (major, minor) of the NVIDIA driver; None without a driver."""
     version = ctypes.c_int(0)
     try:
         code = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
@@ -84,14 +85,14 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def cuda_major() -> int:
-    """Major version of CUDA that onnxruntime-gpu was built for; 0 for a build without."""
+    """Return the major CUDA version of the onnxruntime-gpu build; 0 for a build without CUDA."""
     from onnxruntime.capi import build_and_package_info as build
 
     return int((getattr(build, "cuda_version", None) or "0").split(".")[0])
 
 
 def libraries() -> list[str]:
-    """File names of the libraries that the CUDA provider needs, those first that others need."""
+    """Return the file names of the CUDA provider's libraries, dependencies first."""
     major = cuda_major()
     if os.name == "nt":
         named = [f"{name}64_{major}.dll" for name in ("cudart", "cublasLt", "cublas")]
@@ -101,17 +102,17 @@ def libraries() -> list[str]:
 
 
 def missing_libraries() -> list[str]:
-    """Those of `libraries` that do not load, from their wheels or from where the system has them."""
+    """Return the `libraries` that load neither from their wheels nor from the system."""
     preload()
     return [name for name in libraries() if not _loads(name)]
 
 
 @cache
 def preload() -> None:
-    """Load CUDA and cuDNN from their wheels, where those are installed."""
+    """Load CUDA and cuDNN from their wheels if these are installed."""
     import onnxruntime as ort
 
-    with redirect_stdout(StringIO()):  # it prints what it does not find
+    with redirect_stdout(StringIO()):  # preload_dlls prints what it does not find
         ort.preload_dlls()
 
 
@@ -124,12 +125,12 @@ def _loads(name: str) -> bool:
 
 
 class CudaDevice:
-    """Device 0: memory, pinned host memory, and copies in order with what runs on one stream.
+    """Device 0: memory, pinned host memory, and copies in order with the runs of one stream.
 
-    Every method but `close`, which gives memory and stream back, raises DeviceError.
+    Every method except `close` raises DeviceError.
     """
 
-    kind = "cuda"  # ONNX Runtime's name of where its memory is
+    kind = "cuda"  # ONNX Runtime's name for the memory
     provider = PROVIDER
 
     def __init__(self) -> None:
@@ -148,7 +149,7 @@ class CudaDevice:
         self._stream = stream
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
-        """Of the execution provider: it runs on this stream, and its arena grows by what is asked, to `arena` bytes."""
+        """Return options: this stream, and an arena that grows by each request up to `arena`."""
         options = {
             "enable_cuda_graph": "1" if capture else "0",
             "user_compute_stream": str(self._stream.value),
@@ -157,13 +158,13 @@ class CudaDevice:
         return options if arena is None else {**options, "gpu_mem_limit": str(arena)}
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all."""
+        """Return free bytes and total bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._check("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes of zeros on the device."""
+        """Return the address of `size` bytes of zeros on the device."""
         pointer = ctypes.c_void_p()
         self._check("cudaMalloc", ctypes.byref(pointer), size)
         assert pointer.value is not None
@@ -172,7 +173,7 @@ class CudaDevice:
         return pointer.value
 
     def pinned(self, size: int) -> Bytes:
-        """`size` bytes of zeros on the host that the device copies from and to directly; valid until `close`."""
+        """Return `size` bytes of zeros on the host for direct copies; valid until `close`."""
         pointer = ctypes.c_void_p()
         self._check("cudaHostAlloc", ctypes.byref(pointer), size, 0)
         assert pointer.value is not None
@@ -194,7 +195,7 @@ class CudaDevice:
         self._check("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Give memory and stream back; a device that failed keeps them until the process ends."""
+        """Free memory and stream. A failed device keeps them until the process ends."""
         for pointer in self._device:
             self._cuda.cudaFree(pointer)
         for pointer in self._host:
@@ -211,7 +212,7 @@ class CudaDevice:
         code = getattr(self._cuda, function)(*arguments)
         if code == 0:
             return
-        self._cuda.cudaGetLastError()  # else the next who asks, ONNX Runtime or torch, takes it for their own
+        self._cuda.cudaGetLastError()  # clears the error: otherwise ONNX Runtime or torch would see it as their own
         said = (self._cuda.cudaGetErrorString(code) or b"unknown error").decode(errors="replace")
         full = "free VRAM" if function == "cudaMalloc" else "free memory"
         remedy = f"{full}, or give --vram SIZE --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"

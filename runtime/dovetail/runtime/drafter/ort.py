@@ -1,4 +1,4 @@
-"""ONNX Runtime: sessions that are opened, and calls whose failures are one line."""
+"""ONNX Runtime: open sessions and run them, with each failure in one line."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.files import open_regular
 from dovetail.runtime.system.telemetry import decline_telemetry
 
-decline_telemetry()  # whoever embeds this has no command line that would
+decline_telemetry()  # the commands do so too, but an embedding program may not
 
 CPU = "CPUExecutionProvider"
-_LOOP = b'"\x04Loop'  # an operator's type, as protobuf writes it: of all operators it alone may never end
+_LOOP = b'"\x04Loop'  # an operator's type as protobuf writes it; only a Loop may never end
 
 
 def session_options(ort: Any) -> Any:
-    """Options of a session whose errors reach the user as exceptions, and not on stderr as well."""
+    """Return options of a session that reports errors as exceptions and not also on stderr."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return options
 
 
 def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any]) -> Any:
-    """Load a graph; providers that do not start are an error, or missing in the session.  Raises DeviceError.
+    """Load a graph. Raises DeviceError.
 
-    For any provider but the CPU's, ONNX Runtime's own log is silenced meanwhile, and then back at its default.
+    A provider that does not start is an error, or missing in the session. For any provider except
+    the CPU's, ONNX Runtime's own log is silent meanwhile and then back at its default.
     """
     if isinstance(model, Path):
         _check_endless(model)
     source, what = (str(model), model) if isinstance(model, Path) else (model, "a graph")
     quiet = providers != [CPU]
     if quiet:
-        ort.set_default_logger_severity(4)  # what fails is told below, in one line
+        ort.set_default_logger_severity(4)  # the exception below reports a failure in one line
     try:
         return ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
     except failures() as error:
@@ -45,7 +46,7 @@ def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequenc
 
 
 def _check_endless(file: Path) -> None:
-    """Raise DeviceError for a graph that could run for ever, or a file that cannot be read."""
+    """Raise DeviceError for a graph with a Loop, or for an unreadable file."""
     try:
         with open_regular(file) as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
             endless = content.find(_LOOP) >= 0
@@ -54,11 +55,11 @@ def _check_endless(file: Path) -> None:
     except (OSError, ValueError) as error:
         raise DeviceError(f"{file} cannot be read ({error}): export the drafter again") from None
     if endless:
-        raise DeviceError(f"{file} holds a Loop, which no drafter has and which may never end: export it again")
+        raise DeviceError(f"{file} holds a Loop, which may never end: export the drafter again")
 
 
 def call(session: Any, binding: Any, run_options: Any = None) -> None:
-    """Run a bound graph.  Raises DeviceError."""
+    """Run a bound graph. Raises DeviceError."""
     try:
         session.run_with_iobinding(binding, run_options)
     except failures() as error:
@@ -66,7 +67,7 @@ def call(session: Any, binding: Any, run_options: Any = None) -> None:
 
 
 def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
-    """remedy: where it is not memory that lacks."""
+    """Return the error for a failed call. remedy: for failures other than a lack of memory."""
     said = one_line(error)
     if any(word in said.lower() for word in ("failed to allocate", "out of memory", "available memory")):
         remedy = "free memory, or shorten the drafter's context on a GPU with --vram SIZE --fit"
@@ -74,7 +75,7 @@ def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own exceptions have no common base; a run with bindings raises RuntimeError."""
+    """Return ONNX Runtime's exceptions, which share no base. Bound runs raise RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
@@ -82,5 +83,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def one_line(error: Exception) -> str:
-    """What an engine says, fit for a message of ours."""
+    """Return an engine's error text in one line."""
     return " ".join(str(error).split())[:300]

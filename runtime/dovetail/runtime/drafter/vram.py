@@ -1,4 +1,4 @@
-"""What a drafter takes of a GPU's memory, known before it is loaded: the arithmetic behind --vram.
+"""Plan a drafter's GPU memory before it is loaded: the arithmetic of --vram.
 
 Axes: n rows of a call, T tree slots, S context pairs, K draft vocabulary, D feature size.
 """
@@ -15,11 +15,12 @@ from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.machine import mib
 
 BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted tokens, wider levels, prompts
-CONTEXT = 4096  # pairs that the device holds; beyond, the drafter goes on with the last of them
-LEAST_CONTEXT = 1024  # 256 pairs that are read again, 256 of a prompt, and as many to go on with as both
+CONTEXT = 4096  # pairs that the device holds; a longer text keeps its last pairs
+LEAST_CONTEXT = 1024  # 256 pairs to read again, 256 of a prompt, 512 to continue with
 CONTEXT_STEP = 256
 HALF, SINGLE, INDEX = 2, 4, 8  # bytes
-# CUDA's own: context, kernels, cuBLAS workspaces.  An allowance, not a measurement: it differs from GPU to GPU.
+# CUDA itself: context, kernels, cuBLAS workspaces. The value is an allowance, not a measurement,
+# because it differs from GPU to GPU.
 CUDA_ITSELF = 512 << 20
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -27,10 +28,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 @dataclass(frozen=True)
 class VramPlan:
-    """Bytes on the device.  context: pairs.  weights: of the graph.  state: KV and feature bank.
+    """Bytes on the device. context: pairs. weights: of the graph. state: KV and feature bank.
 
-    rows: inputs and outputs of all buckets, and noise for the draft vocabulary.  workspace: activations of the largest
-    call.  cuda: the allowance for CUDA itself.
+    rows: inputs and outputs of all buckets, and noise for the draft vocabulary. workspace:
+    activations of the largest call. cuda: the allowance for CUDA itself.
     """
 
     context: int
@@ -45,23 +46,23 @@ class VramPlan:
         return self.weights + self.state + self.rows + self.workspace + self.cuda
 
     def arena(self, limit: int) -> int:
-        """What ONNX Runtime's arena may take of a limit in bytes: weights, activations, and what is left."""
+        """Return `limit`'s bytes for ONNX Runtime's arena: weights, activations and the rest."""
         return limit - self.state - self.rows - self.cuda
 
     def __str__(self) -> str:
-        """The arithmetic in one line."""
+        """Return the arithmetic in one line."""
         parts = ("weights", "state", "rows", "workspace", "cuda")
         sizes = " + ".join(f"{mib(getattr(self, part))} {part}" for part in parts)
         return f"{sizes} = {mib(self.total)} MiB with a context of {self.context}"
 
     def as_dict(self) -> dict[str, float | int]:
-        """JSON form, sizes in MiB."""
+        """Return the JSON form, sizes in MiB."""
         parts = ("weights", "state", "rows", "workspace", "cuda", "total")
         return {"context": self.context, **{f"{part}_mb": mib(getattr(self, part)) for part in parts}}
 
 
 def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
-    """What a drafter with `weights` bytes of float16 graph and room for `context` pairs takes."""
+    """Return the plan of a drafter with `weights` bytes of float16 graph and `context` pairs."""
     state = facts.blocks * (facts.tree_slots + context) * _pair_bytes(facts)
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
     one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
@@ -71,25 +72,27 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
 
 
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
-    """The plan of a pair's drafter that keeps to `vram` bytes; None for the limit of the pair, to which it then fits.
+    """Return the plan of a pair's drafter within `vram` bytes.
 
-    Raises DeviceError: see plan_within; or for a pair without a float16 drafter, or exported without these facts.
+    vram: None for the limit of the pair, which the plan then fits to. Raises DeviceError: see
+    plan_within; or for a pair without a float16 drafter or without these facts.
     """
     facts = manifest.drafter
     if facts is None or "cuda" not in facts.files:
-        raise DeviceError("the pair holds no float16 drafter: export it again")
+        raise DeviceError("the pair holds no float16 drafter: export the drafter again")
     weights = sum(entry.size for entry in manifest.drafter_files("cuda"))
     limit = facts.vram if vram is None else vram
     return plan_within(facts, weights, limit, fit=fit or vram is None)
 
 
 def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> VramPlan:
-    """The plan that keeps to `limit` bytes, 0 for none, with CONTEXT pairs; with `fit`, down to LEAST_CONTEXT.
+    """Return the plan within `limit` bytes, 0 for no limit, with CONTEXT pairs.
 
-    Raises DeviceError with the arithmetic when there is none, or for facts without a workspace.
+    With `fit` the context may shrink to LEAST_CONTEXT pairs. Raises DeviceError with the arithmetic
+    if no plan fits, or for facts without a workspace.
     """
     if not facts.workspace:
-        raise DeviceError("the pair does not say what its drafter takes of a GPU: export the drafter again")
+        raise DeviceError("the pair does not say how much GPU memory its drafter takes: export the drafter again")
     wanted = plan(facts, weights, min(facts.max_context, CONTEXT))
     least = plan(facts, weights, min(facts.max_context, LEAST_CONTEXT))
     if not limit or wanted.total <= limit:
@@ -105,12 +108,15 @@ def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> 
         return least
     raise DeviceError(
         f"the drafter does not fit {mib(limit)} MiB of VRAM with the shortest context either: {least}: give a larger "
-        "--vram, or export it with fewer draft tokens: dovetail-export drafter --vram SIZE --fit"
+        "--vram, or export the drafter with fewer draft tokens: dovetail-export drafter --vram SIZE --fit"
     )
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "3GB", "3000MB", "512MiB", "2g" or "4096"; units of 1000, with an i of 1024.  Raises InputError."""
+    """Return the bytes of "3GB", "3000MB", "512MiB", "2g" or "4096". Raises InputError.
+
+    Units are powers of 1000, or of 1024 with an i.
+    """
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmg]?i?)b?", text.strip().lower())
     size = int(Decimal(found[1]) * _UNITS.get(found[2], 0)) if found else 0
     if size < 1:
@@ -119,7 +125,7 @@ def parse_size(text: str) -> int:
 
 
 def check_limit(vram: int | None, fit: bool, device: str) -> None:
-    """Check that a limit in bytes, if there is one, makes sense for a drafter device.  Raises InputError."""
+    """Raise InputError unless a limit in bytes, if given, makes sense for the drafter's device."""
     if vram is not None and (not isinstance(vram, int) or isinstance(vram, bool) or vram < 1):
         raise InputError(f"vram {vram!r} is out of range: give bytes, 1 or more, or a text such as 3GB")
     if fit and vram is None:
@@ -129,5 +135,5 @@ def check_limit(vram: int | None, fit: bool, device: str) -> None:
 
 
 def _pair_bytes(facts: DrafterFacts) -> int:
-    """Bytes of one block's keys and values of a pair."""
+    """Return the bytes of one block's keys and values for a pair."""
     return 2 * facts.num_kv_heads * facts.head_size * HALF

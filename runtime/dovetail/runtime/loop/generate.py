@@ -267,7 +267,7 @@ class Conversation:
         self.tokens += tokens
         self.target_length += len(path)
         for found in self._found:
-            self.repeats.judge(found, tokens)
+            self.repeats.learn(found, tokens)
 
     def limits(self, asked: TreeLimits | None, known: int, tokens_left: int) -> TreeLimits:
         """The tree that pays after `known` tokens: `asked`, cut to what the answer and the contexts have room for."""

@@ -1,1 +1,1 @@
-"""The artifact: a pair folder and its manifest."""
+"""The pair folder and its manifest."""

@@ -1,4 +1,7 @@
-"""From what the user names to a pair folder: a path, a name in the cache, or the reference pair built on first use."""
+"""Resolve a user's name for a pair to a folder: a path, a name in the cache, or a reference pair.
+
+Dovetail builds a reference pair on its first use.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,21 @@ EXPORT_EXTRA = ("torch", "transformers", "optimum")
 
 
 def pairs_dir() -> Path:
-    """Where pairs that are known by name live."""
+    """Return the cache folder of named pairs."""
     return cache_dir() / "pairs"
 
 
 def known_pairs() -> list[str]:
-    """The names that `--pair` takes: reference pairs, and whatever was built into the cache."""
+    """Return the names that `--pair` takes: the reference pairs and all pairs in the cache."""
     built = (path.parent.name for path in pairs_dir().glob(f"*/{MANIFEST_NAME}"))
     return sorted({*REFERENCE_PAIRS, *built})
 
 
 def resolve_pair(named: str | None) -> Path:
-    """The pair folder for `--pair`; a reference pair that is not built yet is built, with progress on stderr.
+    """Return the pair folder for `--pair`. A reference pair is built first if the cache lacks it.
 
-    Raises InputError for an unknown name or a missing export stack, ExportError for a build that failed.
+    The build shows its progress on stderr. Raises InputError for an unknown name or missing
+    packages for the build, ExportError for a failed build.
     """
     if named == "":
         raise InputError(f"pair '' is unknown: name a pair folder, or one of {', '.join(known_pairs())}")
@@ -49,29 +53,30 @@ def resolve_pair(named: str | None) -> Path:
 
 
 def build_pair(name: str, pair: Path) -> None:
-    """Build a reference pair into `pair` through the exporter, which resumes what an earlier try left.
+    """Build a reference pair into `pair` through the exporter, which resumes an earlier try.
 
-    In a process of its own: the memory and threads of the export stack are gone when the answer starts.
+    The build runs in a process of its own, so that its memory and threads are free before the
+    answer.
     """
     lacking = [module for module in ("dovetail.exporter", *EXPORT_EXTRA) if not _installed(module)]
     if lacking:
         raise InputError(
-            f"pair {name} is not built yet and building it needs {', '.join(lacking)}: "
+            f"pair {name} is not built yet, and the build needs {', '.join(lacking)}: "
             f'pip install "dovetail-spec[export]", or copy a built pair to {pair}'
         )
     try:
         pair.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise InputError(
-            f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a folder of yours, or give --pair"
+            f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a writable folder, or give --pair"
         ) from None
-    click.echo(f"Building the pair {name} in {pair}: once, a few minutes.", err=True)
-    stderr = 2  # stdout is for the answer alone
+    click.echo(f"Building the pair {name} in {pair}. This happens once and takes a few minutes.", err=True)
+    stderr = 2  # stdout holds only the answer
     command = [sys.executable, "-m", "dovetail.exporter.cli.main", "pair", name, str(pair), "--resume"]
     done = subprocess.run(command, stdout=stderr, check=False)
     if done.returncode != 0 or not (pair / MANIFEST_NAME).is_file():
         raise ExportError(
-            f"building the pair {name} failed (exit {done.returncode}): the reason is above, run again to resume"
+            f"building the pair {name} failed (exit {done.returncode}): see the reason above, run again to resume"
         )
 
 

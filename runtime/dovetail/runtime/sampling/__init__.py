@@ -1,1 +1,1 @@
-"""How a token is chosen from the target's logits."""
+"""Choosing a token from the target's logits."""

@@ -1,4 +1,4 @@
-"""The random numbers that tokens are drawn with: a function of seed, position and token."""
+"""Random numbers for sampling: a function of seed, position and token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Noise = Callable[[int, int], NDArray[np.float32]]  # absolute position, V -> [V]
 
 
 def gumbel_noise(seed: int) -> Noise:
-    """Independent noise for every absolute position and token.
+    """Return independent noise for every absolute position and token.
 
-    -log of an exponential variate, which is drawn in double precision: in float32 one in 2**23 would be 0, and its
-    token infinitely good.
+    The noise is -log of an exponential variate in double precision. In float32 one variate in 2**23
+    would be 0, and the noise of its token infinite.
     """
 
     def noise(position: int, size: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""How tokens are to be chosen from the target's logits: the settings of one generation."""
+"""Sampling settings of one generation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SEED_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen from the target's logits. The defaults are greedy decoding.
+    """How to choose a token from the target's logits. The defaults are greedy decoding.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: share of the best token's probability,
-    0 is off. repetition_penalty: 1 is off, above 1 discourages tokens of the prompt and the answer.
-    seed: None draws one when a generation samples.
-    Raises InputError that names the value.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: share of the best token's
+    probability, 0 is off. repetition_penalty: 1 is off, above 1 discourages tokens of the prompt
+    and the answer. seed: None draws a seed when a generation samples. Raises InputError, which
+    names the value.
     """
 
     temperature: float = 0.0
@@ -43,7 +43,7 @@ class SamplingParams:
         return self.temperature == 0
 
     def seeded(self) -> SamplingParams:
-        """The same with a seed: drawn now if sampling needs one and none was given."""
+        """Return these settings with a seed; sampling without a seed draws a seed now."""
         if self.greedy or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbelow(2**32))

@@ -1,13 +1,14 @@
-"""From the target's logits to a token: processors, and noise keyed by position.
+"""Choose a token from the target's logits: processors, and noise keyed by position.
 
-Axes: V target vocabulary, S tokens that survived the processors.
-Processors and their order are those of transformers' generate: repetition penalty, temperature, top-k,
-top-p, min-p. What survives them is drawn by the Gumbel-max trick: the token with the best sum of its logit and
-temperature x noise, where each token has noise of its own. That depends on the seed and the absolute position alone,
-so a seed draws the same whether tokens are found one by one or as the path of a tree; and a drafter that adds of the
-same noise to its logits finds what the target will draw more often than its own best tokens would be drawn.
-Source of the latter: Daliri, Musco and Suresh, Coupling without Communication and Drafter-Invariant Speculative
-Decoding (arXiv 2408.07978).
+Axes: V target vocabulary, S tokens that pass the processors. Processors and their order are those
+of transformers' generate: repetition penalty, temperature, top-k, top-p, min-p. The sampler draws
+from the remaining tokens by the Gumbel-max trick: it takes the token with the best sum of logit and
+temperature x noise. Each token has noise of its own. The noise depends on the seed and the absolute
+position alone. A seed therefore draws the same tokens one by one or along the path of a tree. The
+drafter adds part of the same noise to its own logits. Its proposals then agree with the target's
+samples more often than its most probable tokens would. Source of the shared noise: Daliri, Musco
+and Suresh, Coupling without Communication and Drafter-Invariant Speculative Decoding (arXiv
+2408.07978).
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.sampling.noise import Noise, gumbel_noise
 from dovetail.runtime.sampling.params import SamplingParams
 
-_KEPT = 12  # positions whose noise is kept: a tree's levels ask for it before the target does
-# Of the noise, what a drafter adds to its own logits.  Where the target is surer than the drafter thinks, its token
-# does not hang on the noise, and the drafter's best is the better guess (docs/speed.md, Sampled answers).
+_KEPT = 12  # positions whose noise is kept: a tree's levels use the noise before the target does
+# The share of the noise that a drafter adds to its logits. If the target is surer than the drafter,
+# noise decides less, and the drafter's best token is the better guess (docs/results/sampling.md).
 TRUST = 0.6
-_HOTTEST = 1e4  # temperature of a drafter's noise: beyond, its logits count for nothing anyway
+_HOTTEST = 1e4  # highest temperature of a drafter's noise; above it the logits do not matter
 
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """The tokens that may be chosen.  ids: [S] int64, ascending.  probs: [S] float64, sum 1.
+    """The tokens that may be chosen. ids: [S] int64, ascending. probs: [S] float64, sum 1.
 
-    Both may be the sampler's own memory: valid until its next call.
+    Both arrays may be the sampler's own memory: valid until its next call.
     """
 
     ids: NDArray[np.int64]
@@ -43,24 +44,24 @@ class Support:
 
 
 class Sampler:
-    """Chooses tokens for one generation; works on the rows it is asked for, nothing ahead.
+    """Chooses tokens for one generation, and computes only the rows that a caller passes.
 
-    noise: of a position, for the whole vocabulary; the default is keyed by params.seed.
+    noise: returns a position's noise for the whole vocabulary; by default keyed by params.seed.
     """
 
     def __init__(self, params: SamplingParams, noise: Noise | None = None) -> None:
         self.params = params.seeded()
         self._new_noise = noise or gumbel_noise(self.params.seed or 0)
-        self._size = 0  # V, once it is known
-        self._noise: dict[int, NDArray[np.float32]] = {}  # by position, the newest last
-        # Of the whole vocabulary, kept: fresh memory of a megabyte is slower to get than to fill.
+        self._size = 0  # V, 0 until the first sampled token
+        self._noise: dict[int, NDArray[np.float32]] = {}  # position -> noise, the newest last
+        # Buffers for the whole vocabulary: allocating a megabyte takes longer than filling it.
         self._ids, self._scores = np.empty(0, np.int64), np.empty(0, np.float64)
 
     def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
-        """The token at absolute `position`.
+        """Return the token at absolute `position`.
 
-        logits: [V] float32, given `context`: every token id before the position, path included.
-        Raises DeviceError when the logits are not finite.
+        logits: [V] float32, given `context`. context: every token id before the position, path
+        included. Raises DeviceError if the logits are not finite.
         """
         scores, params = self._penalised(logits, context), self.params
         if params.greedy:
@@ -74,7 +75,7 @@ class Sampler:
         return int(ids[self.draw(scores[ids], ids, position)])
 
     def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
-        """[V] float64: the probability of each token to be chosen; one-hot when greedy."""
+        """Return [V] float64, the probability that each token is chosen; one-hot when greedy."""
         probs = np.zeros(len(logits), np.float64)
         if self.params.greedy:
             probs[self.pick(logits, 0, context)] = 1.0
@@ -84,21 +85,21 @@ class Sampler:
         return probs
 
     def draw(self, scores: NDArray[np.floating[Any]], ids: NDArray[np.int64] | None, position: int) -> int:
-        """Index into `scores` [S], drawn with the probabilities of their softmax at the temperature.
+        """Return an index into `scores` [S], drawn from their softmax at the temperature.
 
-        ids: [S], the tokens that they belong to, None for the whole vocabulary.  Raises DeviceError when they are not
-        finite.
+        ids: [S], the tokens of the scores, None for the whole vocabulary. Raises DeviceError if the
+        scores are not finite.
         """
         noise = self.noise(position) if ids is None else self.noise(position)[ids]
         heat = np.float64(self.params.temperature)
-        # Neither of the two overflows.
+        # Each form avoids overflow in its range of temperatures.
         perturbed = scores / heat + noise if heat > 1 else scores + heat.astype(np.float32) * noise
         index = int(perturbed.argmax())
         _check_finite(float(perturbed[index]))
         return index
 
     def noise(self, position: int) -> NDArray[np.float32]:
-        """[V] float32, the vocabulary's noise at an absolute position; the last few are remembered."""
+        """Return [V] float32, the vocabulary's noise at an absolute position, from a cache."""
         found = self._noise.pop(position, None)
         if found is None:
             found = self._new_noise(position, self._size)
@@ -108,9 +109,10 @@ class Sampler:
         return found
 
     def ahead(self, position: int, ids: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """[K] float32: what is added to a drafter's logits of the tokens `ids` [K], so that it finds what is drawn.
+        """Return [K] float32 to add to a drafter's logits of the tokens `ids` [K].
 
-        Zeros before the first `pick`, and for greedy decoding, which draws nothing.
+        With this noise the drafter prefers the tokens that the target will draw. The result is
+        zeros before the first `pick`, and for greedy decoding, which draws nothing.
         """
         if not self._size:
             return np.zeros(len(ids), np.float32)
@@ -119,7 +121,7 @@ class Sampler:
         return noise
 
     def _support(self, given: NDArray[np.floating[Any]]) -> Support:
-        """The processed distribution at a temperature above 0.  given: [V], penalised logits."""
+        """Return the processed distribution (temperature above 0). given: [V], penalised logits."""
         params = self.params
         if len(self._ids) != len(given):
             self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)
@@ -130,7 +132,7 @@ class Sampler:
         if 0 < params.top_k < len(scores):
             ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])  # keeps ties
             scores = scores[ids]
-        with np.errstate(over="ignore", under="ignore"):  # a tiny temperature leaves the best token alone
+        with np.errstate(over="ignore", under="ignore"):  # a tiny temperature leaves only the best token
             scores -= top
             scores /= params.temperature
             probs = np.exp(scores, out=scores)
@@ -144,7 +146,7 @@ class Sampler:
         return Support(ids, probs if len(probs) == len(given) else probs / probs.sum())
 
     def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
-        """Scores of tokens in the context, divided by the penalty, or multiplied when negative."""
+        """Divide the scores of tokens in the context by the penalty; multiply negative scores."""
         penalty = self.params.repetition_penalty
         if penalty == 1:
             return logits
@@ -156,21 +158,22 @@ class Sampler:
 
 
 def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices, ascending, of the fewest best tokens that hold top_p of the mass; at least one.
+    """Return ascending indices of the fewest best tokens that hold top_p of the mass; at least one.
 
-    Tokens below (1 - top_p) / S hold less than 1 - top_p together, so none of them is needed: only the rest,
-    a few hundred of a large vocabulary, is sorted. Half of it as the bound leaves room for rounding.
+    Tokens below (1 - top_p) / S together hold less than 1 - top_p, so the nucleus needs none of
+    them. Only the other tokens, a few hundred of a large vocabulary, are sorted. Half of that bound
+    leaves room for rounding.
     """
     likely: NDArray[np.int64] = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
     values = probs[likely]
-    ranked = np.sort(values)[::-1]  # values alone: several times faster than argsort
-    count = min(int(ranked.cumsum().searchsorted(top_p)) + 1, len(ranked))  # the token that reaches top_p is in
+    ranked = np.sort(values)[::-1]  # sorting values is several times faster than argsort
+    count = min(int(ranked.cumsum().searchsorted(top_p)) + 1, len(ranked))  # includes the token that reaches top_p
     last = ranked[count - 1]
     kept = values > last
-    kept[np.flatnonzero(values == last)[: count - np.count_nonzero(kept)]] = True  # of ties the first ids
+    kept[np.flatnonzero(values == last)[: count - np.count_nonzero(kept)]] = True  # ties keep the lowest ids
     return likely.compress(kept)
 
 
 def _check_finite(best: float) -> None:
     if not math.isfinite(best):
-        raise DeviceError(f"the target's best logit is {best}: its weights or its precision are broken, check the pair")
+        raise DeviceError(f"the target's best logit is {best}: weights or precision are wrong: export the pair again")

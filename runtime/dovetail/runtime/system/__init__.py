@@ -1,1 +1,1 @@
-"""The machine, its files, and what libraries do unasked."""
+"""The machine, its files, and switches for the libraries that Dovetail loads."""

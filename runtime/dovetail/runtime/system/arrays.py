@@ -1,4 +1,4 @@
-"""The types of arrays that rooms hand to each other."""
+"""Array types that several rooms share."""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""How large the numbers of a configuration, a manifest or a flag can be: checked before memory or time is spent."""
+"""Upper bounds for numbers in a configuration, a manifest or a flag.
+
+Dovetail checks these numbers before it spends memory or time.
+"""
 
 from __future__ import annotations
 
 CONTEXT_MOST = 2**27  # tokens
 THREADS_MOST = 2**12
 BYTES_MOST = 2**50
-TOKEN_MOST = 2**31 - 1  # as a token id
+TOKEN_MOST = 2**31 - 1  # a token id
 SEED_MOST = 2**63 - 1
 
-# Each is far above every published model.
+# Every bound is far above the value of any published model.
 LARGEST = {
     "vocab_size": 2**24,
     "target_vocab_size": 2**24,
@@ -33,7 +36,10 @@ LARGEST = {
 def check_whole(
     name: str, value: object, failure: type[Exception], remedy: str, *, least: int = 1, most: int | None = None
 ) -> None:
-    """Raise `failure` unless `value` is a whole number from `least` to `most`, by default LARGEST's of `name`."""
+    """Raise `failure` unless `value` is a whole number from `least` to `most`.
+
+    most: by default the bound that LARGEST has for `name`.
+    """
     most = LARGEST[name.rpartition(".")[2]] if most is None else most
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise failure(f"{name} {value!r:.60} is out of range, not a whole number from {least} to {most}: {remedy}")

@@ -1,4 +1,7 @@
-"""Files that somebody else may have written: only regular ones are read, of a bounded size, and shallow JSON."""
+"""Reading files that a stranger may have written.
+
+Dovetail reads regular files of bounded size only, and JSON of bounded depth.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from zlib import error as ZlibError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TEXT_BYTES = 64 << 20  # of a JSON file or another text
-JSON_DEPTH = 64  # objects and lists inside each other; libraries copy what they read by recursion
-ARRAY_BYTES = 64 << 20  # of unpacked arrays, or
-ARRAY_RATIO = 50  # times the size of their archive: token ids shrink to a fraction, zeros to a thousandth
+TEXT_BYTES = 64 << 20  # largest JSON or text file
+JSON_DEPTH = 64  # nested objects and lists; libraries copy what they read by recursion
+ARRAY_BYTES = 64 << 20  # largest size of unpacked arrays, or
+ARRAY_RATIO = 50  # times the archive's size: token ids shrink to a fraction, zeros to a thousandth
 
-# What numpy raises on an archive that it cannot read; TokenError comes from headers that are no Python literals.
+# Exceptions that numpy raises for an unreadable archive. TokenError comes from headers that are no
+# Python literals.
 _ARRAY_FAILURES = (
     OSError, EOFError, KeyError, IndexError, TypeError, ValueError, ArithmeticError, MemoryError, RuntimeError,
     SyntaxError, TokenError, BadZipFile, ZlibError, UserWarning,
@@ -29,20 +33,20 @@ _ARRAY_FAILURES = (
 
 
 def check_regular(file: Path) -> None:
-    """Raise OSError where `file` is a pipe, a device or a socket: reading these may never end."""
+    """Raise OSError if `file` is a pipe, a device or a socket: reading them may never end."""
     mode = file.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder fails by itself
-        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
 def open_regular(file: Path) -> BufferedReader:
-    """`file`, opened for reading. Raises OSError, also where it is no regular file."""
+    """Open `file` for reading. Raises OSError, also if `file` is not a regular file."""
     check_regular(file)
     return file.open("rb")
 
 
 def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
-    """The content of `file`. Raises OSError, ValueError where it holds more than `most` bytes."""
+    """Return the content of `file`. Raises OSError, and ValueError for more than `most` bytes."""
     with open_regular(file) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
@@ -51,7 +55,7 @@ def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, also for JSON that is nested too deep or holds a lone surrogate."""
+    """Return the value of a JSON text. Raises ValueError, also for deep or non-Unicode JSON."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -66,15 +70,15 @@ def parse_json(text: str | bytes) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+        raise ValueError("half of a surrogate pair is no valid text") from None
     return value
 
 
 def read_json(file: Path, failure: type[Exception], remedy: str) -> Any:
-    """The value in the JSON file `file`.
+    """Return the value in the JSON file `file`.
 
-    Raises FileNotFoundError or NotADirectoryError where there is none, `failure` with `remedy` where it cannot be read
-    or is no JSON.
+    Raises FileNotFoundError or NotADirectoryError if the file does not exist. Raises `failure` with
+    `remedy` if the file cannot be read or is not JSON.
     """
     try:
         return parse_json(read_bytes(file).decode())
@@ -87,7 +91,7 @@ def read_json(file: Path, failure: type[Exception], remedy: str) -> Any:
 
 
 def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, Any]:
-    """The object in the JSON file `file`, {} where there is no file. Raises `failure` with `remedy`."""
+    """Return the object in a JSON file, {} without a file. Raises `failure` with `remedy`."""
     try:
         content = read_json(file, failure, remedy)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,16 +102,20 @@ def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, 
 
 
 def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
-    """The arrays `names` of an .npz file. Raises `failure` with `remedy`; unpacked sizes are checked beforehand."""
-    import numpy as np  # the command lines check their arguments here, and start without it
+    """Return the arrays `names` of an .npz file.
+
+    The size of the unpacked arrays is checked before they are unpacked. Raises `failure` with
+    `remedy`.
+    """
+    import numpy as np  # the commands check their arguments with this module and must start without numpy
 
     try:
         with open_regular(file) as stream, warnings.catch_warnings():
-            warnings.simplefilter("error")  # a header of Python 2, of which numpy warns, is none of ours
+            warnings.simplefilter("error")  # numpy warns of a header of Python 2, which Dovetail never writes
             with ZipFile(stream) as archive:
                 size = sum(member.file_size for member in archive.infolist())
             if size > max(ARRAY_BYTES, ARRAY_RATIO * file.stat().st_size):
-                raise ValueError(f"it unpacks to {size >> 20} MiB")
+                raise ValueError(f"the archive unpacks to {size >> 20} MiB")
             stream.seek(0)
             with np.load(stream) as data:
                 return [data[name] for name in names]
@@ -117,13 +125,13 @@ def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], re
 
 
 def check_text(what: str, text: str, failure: type[Exception]) -> None:
-    """Raise `failure` where `text` is no Unicode text or holds a NUL: no file, manifest or terminal takes it."""
+    """Raise `failure` if `text` is not valid Unicode or holds a NUL, which files refuse."""
     if "\0" in text or not _encodes(text):
         raise failure(f"{what} {text!r:.80} is no valid text: leave out NUL and bytes that are not UTF-8")
 
 
 def printable(text: str) -> str:
-    """`text` with every lone surrogate as its escape: a file name that is not UTF-8, for a record of it."""
+    """Return `text` with lone surrogates escaped, for file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -136,5 +144,5 @@ def _encodes(text: str) -> bool:
 
 
 def _inside(value: object) -> list[Any]:
-    """The values of an object or a list."""
+    """Return the values of an object or a list."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

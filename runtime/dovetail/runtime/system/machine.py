@@ -1,7 +1,7 @@
-"""What this machine is, and what a container leaves of it: CPU, memory, system, versions.
+"""Facts about this machine within the limits of its container: CPU, memory, system, versions.
 
-Standard library only, and nothing is measured by running it, but for `memory_bandwidth`.
-`root` is the folder that holds `proc` and `sys`.
+This module needs only the standard library, except `memory_bandwidth`, which also measures. `root`
+is the folder that holds `proc` and `sys`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ROOT = Path("/")
 CPUINFO = Path("/proc/cpuinfo")
 STATUS = Path("/proc/self/status")
 
-# What makes INT8 passes quick, newest first within each family; names as in /proc/cpuinfo.
+# Instruction sets that make INT8 passes quick, newest last within each family. Names as in
+# /proc/cpuinfo.
 INSTRUCTION_SETS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
     "asimddp", "i8mm", "sve", "sve2",
@@ -31,15 +32,16 @@ INT8_SETS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 
 PACKAGES = ("dovetail-spec", "openvino", "onnxruntime-gpu", "onnxruntime", "tokenizers", "numpy")
 
-COPIED_BYTES = 128 << 20  # with its copy more than the caches of nearly all machines hold
+COPIED_BYTES = 128 << 20  # source and copy exceed the caches of nearly all machines
 COPIES = 5
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """cores: physical; threads: logical; usable: logical ones this process may keep busy.
+    """Facts about the CPU.
 
-    quota: CPUs whose time a container allows, None without a limit.
+    cores: physical cores. threads: logical CPUs. usable: logical CPUs that this process may keep
+    busy. quota: number of CPUs whose time the container allows, None without a limit.
     """
 
     model: str
@@ -51,7 +53,10 @@ class Cpu:
 
 
 def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:
-    """The CPU as the system describes it; unknown facts are "unknown" or the logical count."""
+    """Return the CPU as the system describes it.
+
+    An unknown model is "unknown". An unknown number of cores is the number of logical CPUs.
+    """
     entries = list(_cpu_entries(cpuinfo))
     threads = os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -71,21 +76,22 @@ def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:
 
 
 def usable_cores(root: Path = ROOT, allowed: Collection[int] | None = None) -> int:
-    """Threads that an engine should run: one for each core that this process may use, within its quota.
+    """Return how many threads an engine should run: one for each usable core within the quota.
 
-    allowed: logical CPUs, by default those of the affinity mask.  Hyper-threads of one core count once.
+    allowed: logical CPUs, by default those of the affinity mask. Hyper-threads of one core count
+    once.
     """
     return _within(cpu_quota(root), _quick_cores(root, allowed))
 
 
 def quota_threads(root: Path = ROOT, allowed: Collection[int] | None = None) -> int | None:
-    """Threads that the quota allows, None where it allows as many as there are cores."""
+    """Return the threads that the quota allows, or None if the quota covers all usable cores."""
     threads = usable_cores(root, allowed)
     return threads if threads < _quick_cores(root, allowed) else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """CPUs whose time the control groups of this process allow, None without a limit."""
+    """Return how many CPUs' time the process's control groups allow, None without a limit."""
     quotas = []
     for folder in _control_groups("cpu", root):
         words = _words(folder / "cpu.max") or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
@@ -95,7 +101,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def ram_mb(root: Path = ROOT) -> tuple[int, int]:
-    """Total and available memory in MiB, within the limits of this process's control groups."""
+    """Return total and available memory in MiB, within this process's control groups."""
     rows = _table(root / "proc/meminfo")
     if rows:
         total, available = (int(rows[name].split()[0]) << 10 for name in ("MemTotal:", "MemAvailable:"))
@@ -105,7 +111,7 @@ def ram_mb(root: Path = ROOT) -> tuple[int, int]:
         limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
         used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
         if limit and used and limit[0].isdecimal():  # "max" is no limit
-            stat = _table(folder / "memory.stat")  # the system gives up pages of files that nobody uses
+            stat = _table(folder / "memory.stat")  # the system frees unused file pages on demand
             idle = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
             total = min(total, int(limit[0]))
             available = min(available, int(limit[0]) - max(0, int(used[0]) - idle))
@@ -113,9 +119,9 @@ def ram_mb(root: Path = ROOT) -> tuple[int, int]:
 
 
 def memory_bandwidth() -> float:
-    """GB/s between memory and all usable threads, reads and writes counted: the best of some copies.
+    """Return GB/s between memory and all usable threads, reads and writes counted.
 
-    It takes some tenths of a second and 256 MiB.
+    The result is the best of COPIES copies. They take some tenths of a second and 256 MiB.
     """
     import numpy as np
 
@@ -123,28 +129,28 @@ def memory_bandwidth() -> float:
     targets, sources = (np.array_split(np.empty(COPIED_BYTES, np.uint8), threads) for _ in range(2))
     times = []
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: part.fill(1), sources))  # memory is had, and near a CPU, once it is written
+        list(pool.map(lambda part: part.fill(1), sources))  # Linux provides memory, near the CPU, at the first write
         for _ in range(COPIES):
             begin = perf_counter()
-            list(pool.map(np.copyto, targets, sources))  # other threads run meanwhile
+            list(pool.map(np.copyto, targets, sources))  # copyto releases the interpreter lock
             times.append(perf_counter() - begin)
     return 2 * COPIED_BYTES / min(times) / 1e9
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has held so far, in MiB (mapped weights included)."""
+    """Return the most memory that this process has held so far, in MiB, mapped weights included."""
     if STATUS.exists():
         rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
         if "VmHWM" in rows:
             return round(int(rows["VmHWM"].split()[0]) / 1024, 1)
-    import resource  # there is none on Windows
+    import resource  # Windows has no such module
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of every package of PACKAGES that is installed."""
+    """Return the versions of Python and of the installed packages of PACKAGES."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -155,7 +161,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, object]:
-    """The machine for a report: {"cpu", "cores", "threads", "ram_mb", "os"}."""
+    """Return the machine's facts for a report: CPU, cores, threads, instruction sets, RAM, OS."""
     facts = cpu()
     return {
         "cpu": facts.model,
@@ -169,20 +175,25 @@ def describe() -> dict[str, object]:
 
 
 def _within(quota: float | None, threads: int) -> int:
-    """A part of a CPU counts as one: of two threads on 1.5 CPUs one waits for a third of the time."""
+    """Return how many of `threads` the quota allows.
+
+    A part of a CPU counts as a whole one: with 1.5 CPUs one of two threads is idle a third of the
+    time.
+    """
     return threads if quota is None else max(1, min(threads, math.ceil(quota)))
 
 
 def _quick_cores(root: Path, allowed: Collection[int] | None) -> int:
-    """Physical cores in `allowed`, without efficiency cores if there are at most two of them for a performance core.
+    """Return the number of physical cores in `allowed` that a pass should use.
 
-    A pass waits for its slowest thread.  OpenVINO runs a language model on the same cores.
+    Efficiency cores are left out if there are at most two for each performance core, because a pass
+    waits for its slowest thread. OpenVINO runs a language model on the same cores.
     """
     allowed = _allowed_cpus() if allowed is None else allowed
-    cores: dict[str, int] = {}  # by its hyper-threads, a logical CPU of the core
+    cores: dict[str, int] = {}  # list of hyper-threads -> one logical CPU of the core
     for number in allowed:
         siblings = _words(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        cores[siblings[0] if siblings else str(number)] = number  # no sysfs: some containers, macOS
+        cores[siblings[0] if siblings else str(number)] = number  # some containers and macOS have no sysfs
     performance, efficiency = (
         set(cores.values()) & _cpu_list(root / f"sys/devices/{kind}/cpus") for kind in ("cpu_core", "cpu_atom")
     )
@@ -190,8 +201,8 @@ def _quick_cores(root: Path, allowed: Collection[int] | None) -> int:
 
 
 def _control_groups(controller: str, root: Path) -> list[Path]:
-    """Folders of the control groups that this process is in, inner ones first, of versions 1 and 2."""
-    mounts: dict[str, tuple[str, Path]] = {}  # by controller, "" for version 2: group that is mounted, and where
+    """Return the folders of this process's control groups, versions 1 and 2, inner groups first."""
+    mounts: dict[str, tuple[str, Path]] = {}  # controller, "" for version 2 -> mounted group, mount point
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, kind = line.partition(" - ")
         if kind.startswith(("cgroup ", "cgroup2 ")):
@@ -203,14 +214,14 @@ def _control_groups(controller: str, root: Path) -> list[Path]:
         _, controllers, group = line.split(":", 2)
         for name in {"", controller} & mounts.keys() & set(controllers.split(",")):
             mounted, top = mounts[name]
-            path = PurePosixPath(group)  # a container may see the path outside it, and its own group mounted
+            path = PurePosixPath(group)  # a container may see the host's path but a mount of its own group
             inner = path.relative_to(mounted).parts if path.is_relative_to(mounted) else ()
             found += [top.joinpath(*inner[:depth]) for depth in range(len(inner), -1, -1)]
     return found
 
 
 def _lines(file: Path) -> list[str]:
-    """Of a file that the system may not have."""
+    """Return the lines of a file, or [] if the system lacks the file."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -222,12 +233,12 @@ def _words(file: Path) -> list[str]:
 
 
 def _table(file: Path) -> dict[str, str]:
-    """Lines "name value"."""
+    """Return the file's lines "name value" as a dict."""
     return {name: value for name, _, value in (line.partition(" ") for line in _lines(file))}
 
 
 def _cpu_list(file: Path) -> set[int]:
-    """Logical CPUs of a list such as "0-3,8"."""
+    """Return the logical CPUs of a list such as "0-3,8"."""
     ranges = (part.split("-") for words in _words(file) for part in words.split(","))
     return {number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)}
 
@@ -255,5 +266,5 @@ def _cpu_name() -> str:
 
 
 def mib(size: int) -> float:
-    """Bytes in MiB, rounded for a person."""
+    """Return `size` bytes in MiB, rounded for display."""
     return round(size / 2**20, 1)

@@ -1,10 +1,10 @@
-"""Weights once in memory: engines pack them anew for the CPU while the file stays mapped beside the copy.
+"""Release pages of mapped weights, so that RAM holds the weights once.
 
-What is looked up there row by row, an embedding, comes into memory 64 KiB around each row, and would stay.
-
-Pages of a file that is mapped for reading can be given back at any time; whoever still needs one reads it again
-from the page cache.  Whoever else in the process maps the same file must not unmap it in the meantime: what took its
-place would be given back.
+Engines pack the weights for the CPU into memory of their own while the file stays mapped. Looking
+up a row of an embedding loads 64 KiB of the file around the row, and these pages stay resident.
+Linux lets a process release the pages of a read-only mapping at any time. The next access reads a
+released page again from the page cache. No other code of the process may unmap the file meanwhile:
+the release would then hit the mapping that takes its place.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Self
 
-_MAPS = Path("/proc/self/maps")  # Linux; elsewhere nothing is given back
+_MAPS = Path("/proc/self/maps")  # Linux only; elsewhere no page is released
 _READ_ONLY = "r--"
 _MADV_DONTNEED = 4
-_INTERVAL = 0.01  # seconds; a few MiB are packed in one
+_INTERVAL = 0.01  # seconds; an engine packs a few MiB in this time
 _SMAPS = Path("/proc/self/smaps")
-_LOOKUPS = 512  # rows, which bring at most 32 MiB; looking at the mappings takes a millisecond or two
+_LOOKUPS = 512  # rows, which load at most 32 MiB; reading the list of mappings takes 1 to 2 ms
 
-Span = tuple[int, int]  # addresses of a mapping's begin and end
+Span = tuple[int, int]  # first and end address of a mapping
 
-_opening = Lock()  # mappings that appear meanwhile belong to who holds it
+_opening = Lock()  # mappings that appear while this lock is held belong to its holder
 
 
 @contextmanager
-def giving_back(file: Path) -> Iterator[None]:
-    """While the body runs, and at its end, give back what is resident of `file`'s read-only mappings."""
+def releasing_pages(file: Path) -> Iterator[None]:
+    """Release the pages of `file`'s read-only mappings while the body runs and at its end."""
     if not _MAPS.exists():
         yield
         return
     done = Event()
-    worker = Thread(target=_keep_giving_back, args=(str(file.resolve()), done), daemon=True)
+    worker = Thread(target=_keep_releasing, args=(str(file.resolve()), done), daemon=True)
     worker.start()
     try:
         yield
@@ -45,11 +45,12 @@ def giving_back(file: Path) -> Iterator[None]:
         worker.join()
 
 
-class LookedUp:
-    """The mapping of a file of which rows are looked up, made in the `with` block by whoever looks them up.
+class LookupMapping:
+    """The mapping of a file that an engine opens in the `with` block to look up rows.
 
-    It must be used no longer than that one lives, and while none of its calls runs: its mapping alone is given back.
-    One to which it has written by the end of the block is left alone; later nobody writes to weights.
+    Use this object only while the engine lives and while none of its calls runs. Only the engine's
+    own mapping is released. A mapping with a write before the end of the block is never released.
+    Later, no code writes to weights.
     """
 
     def __init__(self, file: Path) -> None:
@@ -61,7 +62,7 @@ class LookedUp:
         _opening.acquire()
         try:
             self._own = {span for span, _ in _all_mappings(self._file)}
-        except BaseException:  # an interrupt too
+        except BaseException:  # also for KeyboardInterrupt
             _opening.release()
             raise
         return self
@@ -75,33 +76,33 @@ class LookedUp:
             _opening.release()
 
     def add(self, rows: int) -> None:
-        """So many more were looked up; from time to time all pages are given back."""
+        """Count `rows` more lookups. After every _LOOKUPS rows all pages are released."""
         self._rows += rows
         if self._own and self._rows >= _LOOKUPS:
             self._rows = 0
-            _give_back(self._own.intersection(span for span, _ in _all_mappings(self._file)))
+            _release(self._own.intersection(span for span, _ in _all_mappings(self._file)))
 
 
-def _keep_giving_back(file: str, done: Event) -> None:
+def _keep_releasing(file: str, done: Event) -> None:
     last = False
     while not last:
         last = done.wait(_INTERVAL)
-        _give_back(_mappings(file))
+        _release(_mappings(file))
 
 
-def _give_back(spans: Iterable[Span]) -> None:
+def _release(spans: Iterable[Span]) -> None:
     libc = ctypes.CDLL(None)
     for begin, end in spans:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
 
 def _mappings(file: str) -> Iterator[Span]:
-    """Every mapping of `file` that nobody can have written to."""
+    """Yield every mapping of `file` that the process cannot write to."""
     return (span for span, mode in _all_mappings(file) if mode.startswith(_READ_ONLY))
 
 
 def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:
-    """Every mapping of `file`, with its mode."""
+    """Yield every mapping of `file` with its mode."""
     if not _MAPS.exists():
         return
     for line in _MAPS.read_text(errors="surrogateescape").splitlines():
@@ -111,7 +112,10 @@ def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:
 
 
 def _unwritten(file: str) -> Iterator[Span]:
-    """Every mapping of `file` of which no page was written to: private ones then have pages of their own."""
+    """Yield every mapping of `file` without a written page.
+
+    A write gives a private mapping anonymous pages.
+    """
     here: Span | None = None
     if not _SMAPS.exists():
         return

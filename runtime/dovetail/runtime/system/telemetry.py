@@ -1,4 +1,4 @@
-"""OpenVINO's Python packages and ONNX Runtime report their use unasked; Dovetail declines for both."""
+"""Turn off the usage reports of OpenVINO's Python packages and of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 
 
 def decline_telemetry() -> None:
-    """Keep openvino, nncf and ONNX Runtime from reporting; call it before one of them is imported.
+    """Stop usage reports of openvino, nncf and ONNX Runtime. Call this before importing them.
 
-    Every report of OpenVINO's is a fork of a process that may hold a model, and a wait of a second where there is no
-    network.  ONNX Runtime keeps a device id and a queue of events under ~/.cache/Microsoft; its own switch after the
-    import comes too late (https://github.com/microsoft/onnxruntime/pull/27379).
+    For every report OpenVINO forks a process that may hold a model. Without a network the report
+    also waits for a second. ONNX Runtime keeps a device id and a queue of events under
+    ~/.cache/Microsoft. Its own switch, after the import, acts too late
+    (https://github.com/microsoft/onnxruntime/pull/27379).
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

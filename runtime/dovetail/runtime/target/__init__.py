@@ -1,1 +1,1 @@
-"""The model that decides: its session, OpenVINO's paged attention, the KV blocks."""
+"""The target model: its session, OpenVINO's paged attention, KV blocks."""

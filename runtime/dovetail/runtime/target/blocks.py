@@ -1,4 +1,4 @@
-"""Which KV blocks of a model are free, and memory for blocks that costs nothing until it is written."""
+"""The owners of a model's KV blocks, and block memory that stays unused until the first write."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 BlockIds = NDArray[np.int32]
 
 _FREE = 0
-_MAP_NORESERVE = 0x4000  # Linux's; Python 3.13 is the first to name it
+_MAP_NORESERVE = 0x4000  # Linux's value; Python has the name from 3.13 on
 
 
 class BlockPool:
-    """Who owns which of a model's KV blocks: `owners[b]` is the owner's number, from 1, or 0 where block b is free.
+    """The owner of each KV block of a model: `owners[b]` is a number, or 0 if block b is free.
 
-    An interrupted `take` leaves blocks that nobody uses; the owner's next `keep` frees them.
+    An interrupted `take` leaves blocks without a use. The owner's next `keep` frees them.
     """
 
     def __init__(self) -> None:
@@ -28,33 +28,33 @@ class BlockPool:
         self._count = 0
 
     def new_owner(self) -> int:
-        """The number of another owner."""
+        """Return the number of a new owner."""
         self._count += 1
         return self._count
 
     def grow(self, blocks: int) -> None:
-        """Have `blocks` blocks in all."""
+        """Grow the pool to `blocks` blocks in all."""
         self.owners = np.concatenate([self.owners, np.zeros(blocks - len(self.owners), np.int32)])
 
     def take(self, owner: int, count: int) -> BlockIds:
-        """The first `count` free blocks, now the owner's; there must be so many."""
+        """Give the owner the first `count` free blocks, which must exist, and return them."""
         taken = np.flatnonzero(self.owners == _FREE)[:count].astype(np.int32)
         assert len(taken) == count
         self.owners[taken] = owner
         return taken
 
     def keep(self, owner: int, blocks: BlockIds) -> None:
-        """Free whatever the owner has beside `blocks`."""
+        """Free all blocks of the owner except `blocks`."""
         dropped = self.owners == owner
         dropped[blocks] = False
         self.owners[dropped] = _FREE
 
 
 def untouched_zeros(shape: Sequence[int]) -> NDArray[np.uint16]:
-    """Zeros of `shape`, uint16, whose memory Linux provides page by page when it is first written.
+    """Return zeros of `shape`, uint16. Linux provides each page of memory at its first write.
 
     numpy asks Linux for pages of 2 MiB, which would take memory for blocks that no text needs.
-    Raises OSError where the process may not have such a range of addresses.
+    Raises OSError if the process may not have a range of addresses of this size.
     """
     size = 2 * prod(shape)
     if size == 0 or sys.platform != "linux":

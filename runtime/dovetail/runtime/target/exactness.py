@@ -1,7 +1,7 @@
-"""Whether a target's rows are the same bits in every pass: the promise that the text rests on, tried on the spot.
+"""Test whether a target's rows are the same bits in every pass, which exact text depends on.
 
-A row's logits and features must depend on the tokens before it alone: not on how many rows its pass has, on other paths
-of its tree, or on the passes that read the text before it.
+A row's logits and features must depend on the tokens before it alone. The number of rows in the
+pass, other paths of the tree, and the passes that read the earlier text must not matter.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.session import TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-CONTEXT = 40  # tokens before the tree: more than a KV block, and no multiple of it
-_PARENTS = (-1, 0, 1, 2, 3, 4, 1, 6, 0, 8, 3, 0)  # five paths, which part at the root and below it
-_STRANGE = 0x9E3779B1  # multiplied with positions it gives tokens without a pattern
+CONTEXT = 40  # tokens before the tree: more than a KV block, not a multiple of one
+_PARENTS = (-1, 0, 1, 2, 3, 4, 1, 6, 0, 8, 3, 0)  # five paths that branch at the root and below it
+_STRANGE = 0x9E3779B1  # a factor for positions that gives tokens without a pattern
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Rows of a tree that differ from a chain's.  largest: the most that one of their logits is off by."""
+    """rows: rows of a tree that differ from a chain's. largest: the largest difference."""
 
     rows: int
     largest: float
 
 
 def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference:
-    """Verify a tree after `context` tokens, and every path of it as a chain of its own; the target ends empty.
+    """Verify a tree after `context` tokens, then every path as a chain, and return the difference.
 
-    The chains follow a text that was read in other passes than the tree's.  It takes some twenty passes.
+    The chains follow the same text, read in other passes than the tree's text. The test takes about
+    20 passes and leaves the target empty.
     """
     vocab_size = target.model.vocab_size
     text = _tokens(0, context, vocab_size)
@@ -48,7 +49,7 @@ def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference
                 target.reset(context)
                 chain = DraftTree(tree.tokens[kept], np.arange(-1, len(kept) - 1), np.zeros(len(kept), np.float32))
                 rows = _rows(target.verify(chain))
-                # A NaN, too, is a difference.
+                # A NaN also counts as a difference.
                 apart = np.where(rows == found[kept], 0.0, np.abs(rows - found[kept])).max(axis=1)
                 off[kept] = np.maximum(off[kept], np.nan_to_num(apart, nan=np.inf))
         return Difference(int(np.count_nonzero(off)), float(off.max()))

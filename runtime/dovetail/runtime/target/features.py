@@ -1,6 +1,6 @@
-"""Which features of the target a drafter reads: its last, or a mix of several blocks' outputs.
+"""The target's features for a drafter: its last feature, or a mix with outputs of several blocks.
 
-Axes: D feature size, H hidden size (the same), L blocks that are read besides.
+Axes: D feature size, H hidden size (the same), L further blocks that the drafter reads.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from dovetail.runtime.target.graph import FEATURES, find_head
 
 @dataclass(frozen=True, eq=False)
 class FeatureMix:
-    """What a drafter reads of the target besides its last feature.
+    """A drafter's addition to the target's last feature.
 
-    layers: L blocks of the target, 0 the first.  weight: [H, L * H] float32, applied to their outputs, each
-    divided by its root mean square (eps inside), and added to the last feature [.., H].
+    layers: L blocks of the target, 0 the first. weight: [H, L * H] float32. Each block's output is
+    divided by its root mean square (eps inside). The weighted outputs are added to the last feature
+    [.., H].
     """
 
     layers: tuple[int, ...]
@@ -36,12 +37,12 @@ class FeatureMix:
     eps: float
 
     def save(self, file: Path) -> None:
-        """Write an .npz, the weight in float16."""
+        """Write an .npz file with the weight in float16."""
         np.savez(file, layers=np.array(self.layers), weight=self.weight.astype(np.float16), eps=np.array(self.eps))
 
     @classmethod
     def load(cls, file: Path, facts: DrafterFacts) -> FeatureMix:
-        """Read back what belongs to a drafter of these `facts`. Raises IntegrityError."""
+        """Read the mix of a drafter with these `facts`. Raises IntegrityError."""
         remedy = "export the drafter again"
         layers, weight, eps = read_arrays(file, ("layers", "weight", "eps"), IntegrityError, remedy)
         if layers.ndim != 1 or layers.dtype.kind not in "iu" or eps.ndim or weight.dtype.kind + eps.dtype.kind != "ff":
@@ -55,15 +56,15 @@ class FeatureMix:
         return cls(tuple(int(layer) for layer in layers), weight.astype(np.float32), float(eps))
 
 
-# What may stand between a constant and the node that uses it.
+# Operations between a constant and the node that uses it.
 _AFTER_CONSTANT = {"Convert", "Reshape"}
 
 
 def layer_outputs(model: ov.Model) -> list[ov.Output]:
-    """The residual stream after each block of the target, first to last, each [.., H].
+    """Return the residual stream after each block of the target, first to last, each [.., H].
 
-    Walks back from the lm_head along the additions that make the stream, two a block (attention, feed-forward).
-    Raises ExportError when the graph is built in another way.
+    The search walks back from the lm_head along the stream's additions, two for each block
+    (attention, feed-forward). Raises ExportError if the graph has another structure.
     """
     stream: list[ov.Output] = []
     node = _addition_before(find_head(model).input_value(0).get_node())
@@ -80,7 +81,7 @@ def layer_outputs(model: ov.Model) -> list[ov.Output]:
 
 
 def widen_tap(model: ov.Model, layers: Sequence[int]) -> None:
-    """Make "features" [.., (L + 1) * H]: the outputs of `layers` (0 is the first block), then the lm_head's input."""
+    """Make "features" [.., (L + 1) * H] the outputs of `layers`, then the lm_head's input."""
     from openvino import opset13 as ops
 
     last = find_head(model).input_value(0)
@@ -96,18 +97,18 @@ def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
     normed = []
     for output in _layers(model, mix.layers):
         x = ops.convert(output, "f32")
-        # In the form that OpenVINO fuses into one operation.
+        # OpenVINO fuses this form into one operation.
         square = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
         inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(mix.eps))))
         normed.append(ops.multiply(ops.constant(np.ones(mix.weight.shape[0], np.float32)), ops.multiply(x, inverse)))
-    values, scales = quantize_rows(mix.weight)  # as the target's own weights: every pass reads them
+    values, scales = quantize_rows(mix.weight)  # INT8 like the target's own: every pass reads it
     weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
     mixed = ops.matmul(ops.concat(normed, -1), weight, False, True)
     _replace_tap(model, ops.add(last, mixed).output(0))
 
 
 def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """weight [N, C] -> values [N, C] int8, scales [N, 1] float32, whose product is near it."""
+    """Return values [N, C] int8 and scales [N, 1] float32, whose product is near weight [N, C]."""
     scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / 127
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
@@ -120,7 +121,7 @@ def _layers(model: ov.Model, layers: Sequence[int]) -> list[ov.Output]:
 
 
 def _replace_tap(model: ov.Model, value: ov.Output) -> None:
-    """Let the output "features" carry `value` instead."""
+    """Make the output "features" carry `value`."""
     from openvino import opset13 as ops
 
     old = next(result for result in model.get_results() if FEATURES in result.input_value(0).get_names())
@@ -132,7 +133,7 @@ def _replace_tap(model: ov.Model, value: ov.Output) -> None:
 
 
 def _addition_before(node: ov.Node) -> ov.Node | None:
-    """The nearest addition of two computed branches on the way from the lm_head to the inputs: under the final norm."""
+    """Return the last addition of two computed branches before the final norm and the lm_head."""
     pending = [node]
     while pending:
         node = pending.pop(0)
@@ -143,7 +144,7 @@ def _addition_before(node: ov.Node) -> ov.Node | None:
 
 
 def _adds_two_branches(node: ov.Node) -> bool:
-    """Whether `node` is an Add that is no bias, epsilon or scale: both of its inputs depend on the tokens."""
+    """Return whether `node` adds two inputs that depend on tokens: no bias, epsilon or scale."""
     if node.get_type_name() != "Add":
         return False
     return not any(_is_constant(value.get_node()) for value in node.input_values())

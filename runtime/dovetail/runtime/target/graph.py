@@ -1,4 +1,4 @@
-"""Graph surgery on OpenVINO IRs: find and add the feature tap, turn a stateful IR into a tree verifier.
+"""Graph surgery on OpenVINO IRs: add the feature tap, turn a stateful IR into a tree verifier.
 
 Axes: T new tokens of all sequences, R rows whose logits are wanted, V vocabulary, D feature size.
 """
@@ -22,14 +22,14 @@ SAMPLED = "sampled_tokens_indices"
 PATH_ROWS = "path_rows"
 NODE_ROWS = "node_rows"
 RT_INFO_TAP = ["dovetail", "tap"]
-# What may stand between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
+# Operations between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
 _AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
 
 
 def find_head(model: ov.Model) -> ov.Node:
-    """The MatMul of the lm_head; its first input is the feature that drafters read.
+    """Return the MatMul of the lm_head. Its first input is the feature that drafters read.
 
-    Raises ExportError when the graph has no "logits" output fed by a MatMul.
+    Raises ExportError if the graph has no "logits" output fed by a MatMul.
     """
     for result in model.outputs:
         if LOGITS not in result.get_names():
@@ -50,13 +50,14 @@ def find_head(model: ov.Model) -> ov.Node:
 
 
 def add_tap(model: ov.Model) -> str:
-    """Add the output "features" [.., D], the lm_head's input, once; returns the tapped node's name."""
+    """Add the output "features" [.., D], the lm_head's input. Return the tapped node's name."""
     from openvino import opset13 as ops
 
     feature = find_head(model).input_value(0)
     name: str = feature.get_node().get_friendly_name()
     if not has_tap(model):
-        # A node of its own: the tensor may carry other names already, and a Result's name is its tensor's.
+        # The tap needs a node of its own: the tensor may already have names, which a Result would
+        # take over.
         tap = ops.convert(feature, "f32")
         tap.output(0).get_tensor().set_names({FEATURES})
         model.add_results([ops.result(tap)])
@@ -65,12 +66,12 @@ def add_tap(model: ov.Model) -> str:
 
 
 def has_tap(model: ov.Model) -> bool:
-    """Whether the graph already has the "features" output."""
+    """Return whether the graph already has the "features" output."""
     return any(FEATURES in output.get_names() for output in model.outputs)
 
 
 def read_model(xml: Path) -> ov.Model:
-    """Read an IR; an unreadable one raises ExportError in one line."""
+    """Read an IR. Raises ExportError in one line if OpenVINO cannot read the file."""
     import openvino as ov
 
     try:
@@ -83,13 +84,14 @@ def read_model(xml: Path) -> ov.Model:
 def to_paged(model: ov.Model) -> None:
     """Turn a stateful IR with a tap into a paged tree verifier, in place.
 
-    Afterwards the inputs are flat `input_ids` and `position_ids` [T], block tables, `sampled_tokens_indices` [R] that
-    selects which rows reach the lm_head (logits [R, 1, V], while features stay [T, 1, D]), and two row tables around
-    the attention.  `path_rows` [A] names the row of T that each attention row copies, `node_rows` [T] the attention
-    row whose output each row of T takes.  A node that several paths share is thus one row everywhere but in the
-    attention, where every path is a causal sequence of its own.
-    Dovetail converts at every load: a saved paged IR loses runtime information that the CPU plugin needs, and the
-    operator's inputs change between releases.  Raises ExportError for a graph without attention that can be paged.
+    The new inputs are flat `input_ids` and `position_ids` [T], block tables, and three tables of
+    rows. `sampled_tokens_indices` [R] selects the rows that reach the lm_head: logits are [R, 1,
+    V], while features stay [T, 1, D]. `path_rows` [A] names the row of T that each attention row
+    copies. `node_rows` [T] names the attention row whose output each row of T takes. A node that
+    several paths share is thus one row everywhere except in the attention, where every path is a
+    causal sequence. Dovetail converts at every load. A saved paged IR loses runtime information
+    that the CPU plugin needs, and the operator's inputs change between releases. Raises ExportError
+    for a graph without attention that can be paged.
     """
     from openvino._offline_transformations import paged_attention_transformation
 
@@ -113,7 +115,7 @@ def to_paged(model: ov.Model) -> None:
 
 
 def _index_input(name: str, kind: type[np.integer[Any]]) -> ov.Output:
-    """A new input of row numbers, any number of them."""
+    """Return a new input for any number of row numbers."""
     from openvino import opset13 as ops
 
     output = ops.parameter([-1], kind, name=name).output(0)
@@ -122,7 +124,7 @@ def _index_input(name: str, kind: type[np.integer[Any]]) -> ov.Output:
 
 
 def _rows_of(value: ov.Output, rows: ov.Output) -> ov.Output:
-    """The rows of `value` that `rows` names."""
+    """Return the rows of `value` that `rows` names."""
     from openvino import opset13 as ops
 
     return ops.gather(value, rows, ops.constant(np.int64(0))).output(0)

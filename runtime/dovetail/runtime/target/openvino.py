@@ -2,9 +2,10 @@
 
 Axes: N nodes, T new tokens, V target vocabulary, D feature size.
 
-Every path from a tree's root to a leaf is a causal sequence of its own.  The paths share the KV blocks of the committed
-text but for the last, which is rarely full: each path has a copy of it, and blocks of its own after it.  A row's logits
-and its KV are then the same bits as in a chain: they depend on the tokens before it alone.
+Every path from a tree's root to a leaf is a causal sequence of its own. The paths share the KV
+blocks of the committed text except the last block, which is rarely full. Each path has a copy of
+that block, and blocks of its own after it. A row's logits and KV depend on the tokens before the
+row alone. They are therefore the same bits as in a chain.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from dovetail.runtime.target.paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batc
 from dovetail.runtime.target.session import TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-# OpenVINO prepares every size of a pass, and keeps what it prepared: prompts come in few.
+# OpenVINO prepares its kernels for each size of a pass and keeps them. Prompts therefore use few
+# sizes.
 _SMALL_PROMPTS = (2, 4, 8)
-_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/speed.md)
-_SPARE_BLOCKS = 64  # beside those of a full context: a tree's paths end in blocks of their own
+_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
+_SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
 
 
 class OpenVINOTarget:
     """One conversation of the target LLM; implements `TargetSession`.
 
-    exact: no row is computed alone, so that equal tokens give equal bits in every pass.  Without it a tree of one node
-    runs through OpenVINO's kernel for single rows, which is quicker and adds in another order.
-
-    `_blocks` are the conversation's KV blocks in the order of its text, and after them those that trees may use.
+    exact: compute no row alone, so that equal tokens give equal bits in every pass. Without `exact`
+    a tree of one node runs through OpenVINO's kernel for single rows, which is quicker and adds in
+    another order. `_blocks` are the conversation's KV blocks in the order of its text, then blocks
+    for trees.
     """
 
     device = "CPU"
@@ -48,7 +50,7 @@ class OpenVINOTarget:
         self._owner = model.pool.new_owner()
         self._blocks: BlockIds = np.zeros(0, np.int32)
         self._length = 0
-        self._verified: _Paths | None = None  # of the verified tree, until it is committed
+        self._verified: _Paths | None = None  # paths of the verified tree, until `commit`
         model.reserve(model.blocks + _blocks_for(max_context) + _SPARE_BLOCKS)
 
     @classmethod
@@ -61,15 +63,16 @@ class OpenVINOTarget:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
     ) -> OpenVINOTarget:
-        """Load the target of a pair; `threads` defaults to what OpenVINO finds best.
+        """Load the target of a pair. `threads` defaults to OpenVINO's own choice.
 
-        ov_config: properties of OpenVINO's CPU plugin.  exact: see the class.  If the pair's drafter reads more than
-        the last feature, the target's graph mixes that in.  Raises IntegrityError, InputError (a property that
-        verification depends on), DeviceError (one that OpenVINO refuses).
+        ov_config: properties of OpenVINO's CPU plugin. exact: see the class. If the pair's drafter
+        reads more than the last feature, the target's graph mixes these features in. Raises
+        IntegrityError, InputError (a property that verification depends on), DeviceError (a
+        property that OpenVINO refuses).
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
-            raise InputError(f"{taken[0]} must stay {required}, trees depend on it: leave it out")
+            raise InputError(f"{taken[0]} must stay {required}, which trees depend on: leave the property out")
         facts, xml = manifest.drafter, pair / "target" / "openvino_model.xml"
         mix = facts.files.get("features") if facts else None
         features = FeatureMix.load(pair / mix, facts) if facts and mix else None
@@ -77,7 +80,7 @@ class OpenVINOTarget:
         return cls(model, manifest.target.max_context, exact=exact)
 
     def another(self) -> OpenVINOTarget:
-        """An empty conversation of the same model: `verify_together` runs both in one pass."""
+        """Return an empty conversation of the same model, for `verify_together`."""
         return OpenVINOTarget(self.model, self.max_context, exact=self.exact)
 
     @property
@@ -86,7 +89,7 @@ class OpenVINOTarget:
         return self._length
 
     def prefill(self, tokens: TokenArray) -> TargetPass:
-        """Append and commit tokens [T]; logits [1, V] of the last one, features [T, D]."""
+        """Append and commit tokens [T]. Return the last token's logits [1, V], features [T, D]."""
         count = len(tokens)
         self._verified = None
         chain = _Paths([np.arange(count)], self._length, TOGETHER)
@@ -96,17 +99,18 @@ class OpenVINOTarget:
         return TargetPass(logits[:1], features[:count])
 
     def verify(self, tree: DraftTree) -> TargetPass:
-        """All nodes in one pass: logits [N, V], features [N, D]; each row has the bits that it has in a chain."""
+        """Run all nodes in one pass. Return logits [N, V], features [N, D]: a chain's bits."""
         return verify_together({self: tree})[self]
 
     def commit(self, path: NDArray[np.int64]) -> None:
-        """Keep the KV of `path`, root first: its blocks become the conversation's."""
+        """Keep the KV of `path`, root first. The path's blocks become the conversation's."""
         found = self._verified.find(path) if self._verified else None
         if found is None:
-            raise DeviceError(f"commit of {len(path)} nodes that are no path of a verified tree: verify the tree first")
+            raise DeviceError(f"commit of {len(path)} nodes, not a path of a verified tree: verify the tree first")
         full = self._length // BLOCK
         others = np.delete(self._blocks[full:], slice(found.start - full, found.stop - full))
-        # One assignment each: an interrupt between them leaves the old text, whose last block the path has copied.
+        # Each line is one assignment: an interrupt between them leaves the old text, whose last
+        # block the path has copied.
         self._blocks = np.concatenate([self._blocks[:full], self._blocks[found], others])
         self._length += len(path)
         self._verified = None
@@ -118,24 +122,24 @@ class OpenVINOTarget:
         self.model.pool.keep(self._owner, self._blocks)
 
     def close(self) -> None:
-        """Forget everything and leave the KV blocks to other conversations of the model."""
+        """Forget everything and free the KV blocks for other conversations of the model."""
         self._blocks = np.zeros(0, np.int32)
         self.reset()
 
-    def assume(self, length: int) -> None:
-        """Behave as if `length` tokens were committed, for timing alone: their KV is whatever lies there."""
+    def pretend_length(self, length: int) -> None:
+        """Act as if `length` tokens were committed, for timing only: KV content is arbitrary."""
         blocks = _blocks_for(length)
         self._hold(blocks)
-        self.model.touch(self._blocks[:blocks])
+        self.model.fault_in(self._blocks[:blocks])
         self._length, self._verified = length, None
 
     @property
     def least_rows(self) -> int:
-        """Rows that a pass has at least."""
+        """Smallest number of rows in a pass."""
         return TOGETHER if self.exact else ALONE
 
     def _offer(self, tree: DraftTree) -> Part:
-        """What `tree` adds to a pass."""
+        """Return the rows that `tree` adds to a pass."""
         self._verified = None
         paths = _Paths(tree.paths(), self._length, self.least_rows)
         part = self._part(tree.tokens, tree.depths(), paths, np.arange(len(tree)))
@@ -143,9 +147,10 @@ class OpenVINOTarget:
         return part
 
     def _part(self, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]) -> Part:
-        """Rows for `tokens`, `depths` after the committed text; every path gets its blocks, the last one's copy first.
+        """Return rows for `tokens` at `depths` after the committed text.
 
-        Raises ContextOverflow, DeviceError.
+        Every path gets its blocks, beginning with a copy of the text's last block. Raises
+        ContextOverflow, DeviceError.
         """
         if (end := self._length + int(depths.max()) + 1) > self.max_context:
             raise ContextOverflow(
@@ -161,7 +166,7 @@ class OpenVINOTarget:
         return Part(np.asarray(tokens, np.int64), self._length + depths, paths.rows, self._length, tables, wanted)
 
     def _hold(self, blocks: int) -> None:
-        """Own at least so many blocks."""
+        """Own at least `blocks` blocks."""
         if (missing := blocks - len(self._blocks)) > 0:
             pool = self.model.pool
             pool.keep(self._owner, self._blocks)
@@ -170,10 +175,11 @@ class OpenVINOTarget:
 
 
 class _Paths:
-    """The paths of a tree, or of a prompt the only one, and where their blocks lie.
+    """The paths of a tree, or the single path of a prompt, and the blocks of each path.
 
-    rows: the rows of each path; a shorter one than `least` repeats its row.  ends: for each path the part of the
-    conversation's blocks that is its own, which begins with the block that the text of `length` tokens ends in.
+    rows: the rows of each path; a path shorter than `least` repeats its row. ends: for each path
+    its own part of the conversation's blocks. The part begins with the last block of the text of
+    `length` tokens.
     """
 
     def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
@@ -186,7 +192,7 @@ class _Paths:
             self.ends.append(slice(begin, at))
 
     def find(self, path: NDArray[np.int64]) -> slice | None:
-        """The blocks of a path that begins with `path`; None if there is none."""
+        """Return the blocks of a path that begins with `path`, or None."""
         if not len(path):
             return None
         for rows, blocks in zip(self.rows, self.ends, strict=True):
@@ -196,9 +202,12 @@ class _Paths:
 
 
 def verify_together(offers: Mapping[OpenVINOTarget, DraftTree]) -> dict[OpenVINOTarget, TargetPass]:
-    """Every conversation's tree in one pass.  Raises InputError if they do not share one model (see `another`)."""
+    """Verify every conversation's tree in one pass.
+
+    Raises InputError if the conversations do not share one model (see `another`).
+    """
     if len({id(target.model) for target in offers}) != 1:
-        raise InputError("conversations in one pass must be of one model: make the others with another()")
+        raise InputError("conversations in one pass must share one model: open the others with another()")
     parts = {target: target._offer(tree) for target, tree in offers.items()}
     first = next(iter(offers))
     rows = sum(map(len, offers.values()))
@@ -212,12 +221,12 @@ def verify_together(offers: Mapping[OpenVINOTarget, DraftTree]) -> dict[OpenVINO
 
 
 def _blocks_for(tokens: int) -> int:
-    """KV blocks that hold `tokens` tokens."""
+    """Return how many KV blocks hold `tokens` tokens."""
     return -(-tokens // BLOCK)
 
 
 def prompt_rows(count: int) -> int:
-    """Rows of the pass that reads `count` tokens of a prompt."""
+    """Return the rows of the pass that reads `count` tokens of a prompt."""
     if count <= _SMALL_PROMPTS[-1]:
         return next(rows for rows in _SMALL_PROMPTS if rows >= count)
     step = _STEP if count <= _LARGE else _LARGE_STEP

@@ -1,8 +1,8 @@
-"""A compiled paged-attention model and the KV blocks it works on.
+"""A compiled paged-attention model and its KV blocks.
 
-Axes: T rows of a pass (new tokens of all sequences), A attention rows, S sequences of the attention, R rows whose
-logits are wanted, V vocabulary, D feature size; KV tensors are [blocks, kv_heads, BLOCK, head_size], one key and one
-value per layer.
+Axes: T rows of a pass (new tokens of all sequences), A attention rows, S sequences of the
+attention, R rows whose logits are wanted, V vocabulary, D feature size. KV tensors are [blocks,
+kv_heads, BLOCK, head_size], one key and one value per layer.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system import machine
-from dovetail.runtime.system.page_release import LookedUp, giving_back
+from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
 from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
 from dovetail.runtime.target.graph import FEATURES, LOGITS, NODE_ROWS, PATH_ROWS, SAMPLED, read_model, to_paged
 
-decline_telemetry()  # whoever embeds this has no command line that would
+decline_telemetry()  # the commands do so too, but an embedding program may not
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
-# OpenVINO computes a lone row, and the attention of a lone row, by other kernels than several: the sums differ.
+# OpenVINO computes a single row, and the attention of a single row, by other kernels. Their sums
+# differ.
 ALONE, TOGETHER = 1, 2
-_ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB holds
+_ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 256 16-bit words
 
-# A cache of 16-bit floats: the plugin's default u8 is quantised over a whole block, so rows could not be
-# moved, and a row's result would depend on its neighbours.
+# The KV cache is 16-bit floats. The plugin's default u8 is quantised over a whole block: its rows
+# cannot be moved, and a row's result depends on its neighbours.
 REQUIRED = {"KV_CACHE_PRECISION": "f16"}
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
-# Between INT8 weights bfloat16 only adds conversions: with float32 passes are quicker, and more exact, which pays for
-# activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md; other weights were not measured).
+# With INT8 weights bfloat16 only adds conversions. Passes in float32 are quicker and more exact.
+# The exactness pays for activations quantised in groups of 64 instead of OpenVINO's 32
+# (docs/results/passes.md; other weights were not measured).
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 
 def default_properties(instruction_sets: Collection[str] | None = None) -> dict[str, str]:
-    """OpenVINO's properties for the target where nothing else is asked for.
+    """Return OpenVINO's default properties for the target.
 
-    instruction_sets: of the CPU, by default this one's.  On every x86 CPU with AVX2 activations are float32, also where
-    the CPU has bfloat16 units (AMX): with bfloat16 a row's logits change with the number of rows in its pass, and
-    passes of a tree's size take longer.  On other CPUs precision and groups are OpenVINO's own choice.
+    instruction_sets: of the CPU, by default this machine's. With AVX2 activations are float32, also
+    on CPUs with bfloat16 units (AMX). In bfloat16 a row's logits change with the number of rows in
+    its pass, and passes of a tree's size take longer. On other CPUs OpenVINO chooses precision and
+    groups.
     """
     have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
     return {**PROPERTIES, **(FLOAT32 if "avx2" in have else {})}
@@ -54,11 +57,11 @@ def default_properties(instruction_sets: Collection[str] | None = None) -> dict[
 
 @dataclass(frozen=True)
 class Part:
-    """What one text adds to a pass.
+    """The rows of one text in a pass.
 
-    tokens, positions: [T] int64.  paths: causal sequences over the T rows; each lists its rows, and a row in no path
-    has no meaning.  past: tokens cached before each path.  tables: each path's KV blocks.
-    wanted: [R] rows of T whose logits are wanted.
+    tokens, positions: [T] int64. paths: causal sequences over the T rows, each a list of rows. A
+    row in no path has no meaning. past: tokens cached before each path. tables: each path's KV
+    blocks. wanted: [R] rows of T whose logits are wanted.
     """
 
     tokens: NDArray[np.int64]
@@ -73,11 +76,12 @@ class Part:
 class Batch:
     """The rows of one pass, and the sequences of its attention.
 
-    tokens, positions: [T] int64.  past: [S] int32, tokens already cached per sequence.
-    begins: [S+1] int32, where each sequence's attention rows begin.  blocks: block ids of all sequences, flat;
-    block_begins: [S+1] int32.  wanted: [R] int64, rows of T whose logits are wanted.
-    path_rows: [A] int32, the row of T that each attention row copies; node_rows: [T] int32, the attention row whose
-    output each row takes.  None where rows and attention rows are the same.
+    tokens, positions: [T] int64. past: [S] int32, tokens already cached per sequence.
+    begins: [S+1] int32, where each sequence's attention rows begin. blocks: block ids of all
+    sequences, flat. block_begins: [S+1] int32. wanted: [R] int64, rows of T whose logits are
+    wanted.
+    path_rows: [A] int32, the row of T that each attention row copies. node_rows: [T] int32, the
+    attention row whose output each row takes. None if rows and attention rows are the same.
     """
 
     tokens: NDArray[np.int64]
@@ -92,9 +96,10 @@ class Batch:
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int) -> Batch:
-        """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them.
+        """Return one pass of `rows` rows for all parts. Surplus rows copy the last row.
 
-        If the pass has several rows, so has the lm_head, for the same reason: `wanted` then repeats a lone row.
+        If the pass has several rows, the lm_head has several too, for the same reason: `wanted`
+        then repeats a single row.
         """
         starts = [0, *accumulate(len(part.tokens) for part in parts)]
         placed = list(zip(parts, starts, strict=False))
@@ -118,14 +123,14 @@ class Batch:
 
 
 def _filled(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`values`, and copies of the last until there are `count`."""
+    """Return `values`, with the last value repeated up to `count` values."""
     missing = count - len(values)
     return np.concatenate([values, np.repeat(values[-1:], missing)]) if missing > 0 else values
 
 
 @dataclass
 class _KVGroup:
-    """All KV tensors of one shape, in one array [tensors, blocks, heads, BLOCK, size] of 16-bit words."""
+    """All KV tensors of one shape: an array [tensors, blocks, heads, BLOCK, size] of 16 bits."""
 
     names: list[str]
     element_type: Any
@@ -134,7 +139,7 @@ class _KVGroup:
     data: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
 
     def grown(self, blocks: int, kept: BlockIds) -> _KVGroup:
-        """The same with `blocks` blocks, of which those of `kept` hold what they held.  Raises OSError."""
+        """Return the group with `blocks` blocks, `kept` ones with their content. Raises OSError."""
         data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size))
         if len(kept):
             data[:, kept] = self.data[:, kept]
@@ -142,10 +147,11 @@ class _KVGroup:
 
 
 class PagedModel:
-    """One compiled model, one inference request, and the KV blocks it owns.
+    """One compiled model, one inference request, and the model's KV blocks.
 
-    properties: of OpenVINO's CPU plugin, by name, in place of the defaults; those that are required here stay.
-    mix: what a drafter adds to the last feature; layers: blocks whose outputs come before it, as training reads them.
+    properties: of OpenVINO's CPU plugin, by name; they override the defaults, but not REQUIRED.
+    mix: a drafter's addition to the last feature. layers: blocks whose outputs precede the last
+    feature, for training.
     """
 
     def __init__(
@@ -160,7 +166,7 @@ class PagedModel:
         import openvino as ov
 
         weights = xml.with_suffix(".bin")
-        self._embedding = LookedUp(weights)
+        self._embedding = LookupMapping(weights)
         with self._embedding:
             model = read_model(xml)
         if mix:
@@ -168,7 +174,7 @@ class PagedModel:
         if layers:
             widen_tap(model, layers)
         settings: dict[str, Any] = {**default_properties(), **(properties or {}), **REQUIRED}
-        if quota := machine.quota_threads():  # OpenVINO sees no quota, and pins every container to the same cores
+        if quota := machine.quota_threads():  # OpenVINO ignores quotas and pins all containers to the same cores
             settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -182,9 +188,9 @@ class PagedModel:
             remedy = f": correct {refused[0]} or leave it out" if refused else ""
             raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}{remedy}") from error
         self.request = self.compiled.create_infer_request()
-        self._unpacked: Path | None = weights  # until the first pass has packed its weights
-        self._inputs: dict[str, NDArray[Any]] = {}  # by name, what the request is known to hold
-        self._given: dict[str, NDArray[Any]] = {}  # and memory that it points to
+        self._unpacked: Path | None = weights  # until the first pass has packed the weights
+        self._inputs: dict[str, NDArray[Any]] = {}  # name -> value that the request is known to hold
+        self._given: dict[str, NDArray[Any]] = {}  # name -> memory that the request points to
         self.pool = BlockPool()
         self._groups = self._kv_groups()
         self._placed = False  # whether the request points to the memory of all groups
@@ -193,12 +199,12 @@ class PagedModel:
 
     @property
     def blocks(self) -> int:
-        """KV blocks allocated."""
+        """Number of allocated KV blocks."""
         return len(self.pool.owners)
 
     @property
     def block_bytes(self) -> int:
-        """Memory of one KV block over all layers."""
+        """Bytes of one KV block over all layers."""
         return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:
@@ -219,9 +225,10 @@ class PagedModel:
         ]
 
     def reserve(self, blocks: int) -> None:
-        """Have at least `blocks` KV blocks; memory comes as they are written.  Raises DeviceError.
+        """Grow to at least `blocks` KV blocks. Raises DeviceError.
 
-        Blocks that somebody owns keep what they hold.  A target asks once for all that its context can need.
+        Owned blocks keep their content. Linux provides memory when blocks are written. A target
+        calls this once, with all blocks that its context can need.
         """
         if blocks <= self.blocks:
             return
@@ -233,7 +240,8 @@ class PagedModel:
                 f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
                 f"({error.strerror}): export the target with a smaller --max-context"
             ) from error
-        # An interrupt between these lines leaves the old groups, or new ones that the next pass places.
+        # An interrupt between these lines leaves the old groups, or new groups that the next pass
+        # places.
         self._placed = False
         self._groups = groups
         self.pool.grow(blocks)
@@ -247,21 +255,25 @@ class PagedModel:
                 self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
         self._placed = True
 
-    def touch(self, blocks: BlockIds) -> None:
-        """Have memory of its own under `blocks`, whatever they hold.
+    def fault_in(self, blocks: BlockIds) -> None:
+        """Write to the memory of `blocks` without changing their content.
 
-        Pages that were never written share one page of zeros, which a pass reads too quickly to be timed.
+        Linux maps all unwritten pages to one page of zeros. A pass reads that page faster than real
+        KV, so its time would be too short.
         """
         for group in self._groups:
             group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
 
     def copy_rows(self, source: int, targets: BlockIds, rows: int) -> None:
-        """Copy the first `rows` KV rows of block `source` to each block of `targets`, in all layers."""
+        """Copy the first `rows` KV rows of block `source` to each of `targets`, in all layers."""
         for group in self._groups:
             group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """One pass: logits [R, V] and features [T, D], views of engine memory valid until the next pass."""
+        """Run one pass. Return logits [R, V] and features [T, D].
+
+        Both are views of engine memory: valid until the next pass.
+        """
         longest = int((batch.past + np.diff(batch.begins)).max())
         same = np.arange(len(batch.tokens), dtype=np.int32)
         inputs: dict[str, NDArray[Any]] = {
@@ -291,9 +303,10 @@ class PagedModel:
         return logits[:, 0], features[:, 0]
 
     def _give(self, name: str, array: NDArray[Any]) -> None:
-        """Set an input; one of the same shape as in the last pass goes into the memory that the request points to.
+        """Set an input, by a copy into the request's memory if the shape is that of the last pass.
 
-        An interrupt leaves an input either as it was or unknown, so that the next pass sets it again.
+        An interrupt leaves an input either unchanged or unknown. The next pass sets an unknown
+        input again.
         """
         import openvino as ov
 
@@ -306,10 +319,10 @@ class PagedModel:
         self._inputs[name] = held
 
     def _infer(self) -> None:
-        """A pass; its outputs are read where they lie, which without `share_outputs` would be copied for nobody."""
+        """Run the request. `share_outputs` avoids a copy: outputs are read in place."""
         if self._unpacked is None:
             self.request.infer(share_outputs=True)
             return
-        with giving_back(self._unpacked):
+        with releasing_pages(self._unpacked):
             self.request.infer(share_outputs=True)
         self._unpacked = None

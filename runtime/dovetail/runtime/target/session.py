@@ -1,12 +1,12 @@
-"""The two seams: a target that verifies, a drafter that proposes.
+"""The target's protocol: a session that verifies trees.
 
 Axes: N nodes of a tree, T new tokens, V target vocabulary, D feature size.
 
-Position arithmetic, the same on both sides: the target has committed tokens x[0..L-1] and with them
-features f[0..L-1]. The next token x[L] is known (sampled) but not committed: it is the root of the
-next tree. The drafter pairs feature f[t] with token x[t+1], so after L committed tokens and a known
-x[L] it has been extended L times, or less often: it may be told later, and t counts from the first pair
-that it was given.
+Positions, the same for target and drafter: the target has committed tokens x[0..L-1] and with them
+features f[0..L-1]. The next token x[L] is known (sampled) but not committed. x[L] is the root of
+the next tree. The drafter pairs feature f[t] with token x[t+1]. After L committed tokens and a
+known x[L] it holds L pairs, or fewer if pairs are passed later. t counts from the first pair that
+the drafter was given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class TargetPass:
-    """What one forward pass of the target gives back.
+    """The result of one forward pass of the target.
 
     logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
     features: [T or N, D] float32, row i belongs to new token or node i.
@@ -47,7 +47,7 @@ class TargetSession(Protocol):
         ...
 
     def prefill(self, tokens: TokenArray) -> TargetPass:
-        """Append and commit one chunk of prompt tokens; logits of its last token only."""
+        """Append and commit one chunk of prompt tokens. Return logits of the last token only."""
         ...
 
     def verify(self, tree: DraftTree) -> TargetPass:
@@ -55,9 +55,9 @@ class TargetSession(Protocol):
         ...
 
     def commit(self, path: NDArray[np.int64]) -> None:
-        """Keep the KV rows of `path` (node indices of the last verified tree, root first), drop the rest."""
+        """Keep the KV rows of `path` (nodes of the verified tree, root first), drop the rest."""
         ...
 
     def reset(self, keep: int = 0) -> None:
-        """Forget everything after the first `keep` committed tokens, and any unverified tree."""
+        """Forget everything after the first `keep` committed tokens, and any uncommitted tree."""
         ...

@@ -1,1 +1,1 @@
-"""Sessions without engines, for tests and for whoever embeds the loop."""
+"""Sessions without engines: for tests, and for programs that embed the loop."""

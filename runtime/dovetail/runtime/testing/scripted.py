@@ -1,8 +1,9 @@
-"""Sessions and a tokenizer without engines: for tests, and for whoever embeds the loop.
+"""Sessions and a tokenizer without engines: for tests, and for programs that embed the loop.
 
-Axes: N nodes, T tokens, V vocabulary, D = 3 feature columns (position, token, checksum of the prefix).
-They check what real sessions could not: every misuse of the protocol raises DeviceError, the features tell the
-drafter whether it is told the right pairs, and arrays that are no longer valid turn into nan.
+Axes: N nodes, T tokens, V vocabulary, D = 3 feature columns (position, token, checksum of the
+prefix). The sessions make errors visible that real sessions hide. Every misuse of the protocol
+raises DeviceError. The features show the drafter whether its pairs are right. Arrays turn into nan
+when they become invalid.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FEATURE_SIZE = 3
 
 
 class MarkovLogits:
-    """Random logits that depend on the last `order` tokens: [V] float32, normal with deviation `sharpness`."""
+    """Random logits by the last `order` tokens: [V] float32, normal with deviation `sharpness`."""
 
     def __init__(self, vocab_size: int, seed: int = 0, order: int = 2, sharpness: float = 2.0) -> None:
         self.vocab_size, self.seed, self.order, self.sharpness = vocab_size, seed, order, sharpness
@@ -47,7 +48,7 @@ class MarkovLogits:
 
 
 def _feature(prefix: Prefix) -> tuple[float, float, float]:
-    """Of the last token of `prefix`; all three are whole numbers that float32 holds exactly."""
+    """Return the feature of the last token: three whole numbers that float32 holds exactly."""
     checksum = crc32(np.array(prefix, np.int64).tobytes()) & 0xFFFFFF
     return len(prefix) - 1, prefix[-1], checksum
 
@@ -55,7 +56,8 @@ def _feature(prefix: Prefix) -> tuple[float, float, float]:
 class ScriptedTarget:
     """A target whose logits are a function of the tokens so far; implements TargetSession.
 
-    calls: what was called, e.g. ("prefill", 12) or ("commit", 3); counts are tokens, nodes or rows.
+    calls: the calls so far, e.g. ("prefill", 12) or ("commit", 3); counts are tokens, nodes or
+    rows.
     """
 
     device = "scripted"
@@ -128,18 +130,18 @@ class ScriptedDrafter:
 
     def __init__(self, propose: Propose) -> None:
         self._propose = propose
-        self.tokens: list[int] = []  # x[0..length], x[0] known from the first feature
-        self.start = 0  # tokens of the text before x[0], known from it too
+        self.tokens: list[int] = []  # x[0..length]; the first feature gives x[0]
+        self.start = 0  # tokens of the text before x[0], also from the first feature
         self.calls: list[tuple[str, int]] = []
 
     @classmethod
     def copy_of(cls, logits_of: LogitsOf, noise: float = 0.0, seed: int = 0) -> ScriptedDrafter:
-        """Drafts with top-k growth from the target's own logits, `noise` (a deviation) added to them."""
+        """Return a drafter with the target's logits plus normal noise of deviation `noise`."""
         return cls(partial(_grow, _noisy(logits_of, noise, seed)))
 
     @classmethod
     def hostile_to(cls, logits_of: LogitsOf) -> ScriptedDrafter:
-        """Drafts what the target finds least likely."""
+        """Return a drafter that proposes the target's least likely tokens."""
         return cls(partial(_grow, lambda path: -logits_of(path)))
 
     @property
@@ -154,7 +156,7 @@ class ScriptedDrafter:
             if not self.tokens:
                 self.start, self.tokens = int(feature[0]), [int(feature[1])]
             place, *rest = _feature(tuple(self.tokens))
-            known = len(rest) if self.start == 0 else 1  # the checksum is of the whole text
+            known = len(rest) if self.start == 0 else 1  # the checksum covers the whole text
             own = [place + self.start, *rest[:known]] == feature[: known + 1]
             _require(own, f"pair {self.length} has the feature of another")
             self.tokens.append(token)
@@ -171,7 +173,7 @@ class ScriptedDrafter:
 
 
 class ScriptedTokenizer:
-    """One token per character, its place in `alphabet`; chat turns become role:content lines."""
+    """One token per character: its place in `alphabet`. Chat turns become role:content lines."""
 
     def __init__(self, alphabet: str, *, has_chat_template: bool = False, eos_token_ids: tuple[int, ...] = ()) -> None:
         self.alphabet, self.has_chat_template, self.eos_token_ids = alphabet, has_chat_template, eos_token_ids
@@ -195,7 +197,7 @@ class ScriptedTokenizer:
 
 
 class ScriptedDetokenizer:
-    """Holds "~" back until the next character, as an unfinished UTF-8 sequence would be."""
+    """Holds "~" back until the next character, like an unfinished UTF-8 sequence."""
 
     def __init__(self, alphabet: str) -> None:
         self._alphabet, self._held = alphabet, ""
@@ -216,7 +218,7 @@ def _require(condition: bool, misuse: str) -> None:
 
 
 def _paths(tree: DraftTree) -> Iterator[Prefix]:
-    """Tokens from the root to each node."""
+    """Yield the tokens from the root to each node."""
     paths: list[Prefix] = []
     for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))

@@ -1,9 +1,9 @@
-"""Chat templates: messages in, one prompt string out.
+"""Render chat templates: messages in, one prompt string out.
 
-The environment is the one that checkpoints' templates are written for (transformers' own): sandboxed, blocks
-trimmed, loop controls, `raise_exception`, `strftime_now`, a `tojson` that keeps Unicode and HTML characters, and
-`{% generation %}` blocks, which mark training targets there and are transparent here. `template_limits` bounds what a
-rendering may cost.
+Checkpoints' templates are written for transformers' environment, so this module provides the same:
+a sandbox, trimmed blocks, loop controls, `raise_exception`, `strftime_now`. `tojson` keeps Unicode
+and HTML characters. `{% generation %}` blocks mark training targets in transformers; here they
+render their body. `template_limits` bounds the cost of a rendering.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLi
 
 Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
 
-# What an expression inside a template can raise when a message has another shape than the template expects.
+# Exceptions from an expression in a template that expects messages of another shape.
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -37,14 +37,14 @@ _TEMPLATE_FAILURES = (
     ValueError,
 )
 _LIMITS = (TemplateLimit, RecursionError, MemoryError)
-_PROBE = "dovetail"  # a content that the probes below look for in what is rendered
+_PROBE = "dovetail"  # the probes below look for this content in the rendered text
 
 
 class ChatTemplate:
-    """One compiled template; `variables` are the special tokens it may name (`bos_token`, `eos_token`, ...)."""
+    """One compiled template. `variables`: special tokens that it may name (`bos_token`, ...)."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        """Compile `source` (Jinja). Raises InputError where it is no valid template."""
+        """Compile `source` (Jinja). Raises InputError if the template is not valid."""
         self._variables = dict(variables)
         self._environment = _environment()
         try:
@@ -56,17 +56,20 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **kwargs: Any) -> str:
-        """The prompt for `messages`; further keywords (`tools`, `enable_thinking`, ...) reach the template.
+        """Return the prompt for `messages`. The template gets further keywords (`tools`, ...).
 
-        Raises InputError for messages of the wrong shape, for what the template itself refuses, and for a template
-        that exceeds the limits of `template_limits`.
+        Raises InputError if the messages have the wrong shape, if the template refuses them, or if
+        the template exceeds the limits of `template_limits`.
         """
         check_messages(messages)
         turns = [self._as_it_takes(message) for message in messages]
         return self._render(turns, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def _as_it_takes(self, message: Message) -> dict[str, Any]:
-        """`message`, its content a text or a list of parts, as the template reads it; several texts become lines."""
+        """Return `message` with the content that the template reads: a text or a list of parts.
+
+        Several texts become lines of one text.
+        """
         content, takes_text = message.get("content"), self._takes_text
         if isinstance(content, str) and not takes_text:
             content = [{"type": "text", "text": content}]
@@ -76,13 +79,13 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template reads the text of a list of parts, and does not print the list."""
+        """Whether the template reads the text of a list of parts instead of printing the list."""
         shown = self._probe([{"type": "text", "text": _PROBE}])
         return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
 
     @cached_property
     def _takes_text(self) -> bool:
-        """Whether a content may be a plain text; some templates read lists of parts alone."""
+        """Whether a content may be a plain text. Some templates read only lists of parts."""
         return _PROBE in self._probe(_PROBE) or not self._takes_parts
 
     def _probe(self, content: object) -> str:
@@ -103,14 +106,14 @@ class ChatTemplate:
             ) from error
         except _TEMPLATE_FAILURES as error:
             raise InputError(
-                f"the chat template refuses these messages ({_one_line(error)}): use roles and contents it knows"
+                f"the chat template refuses these messages ({_one_line(error)}): use other roles or contents"
             ) from error
 
 
 def check_messages(messages: object) -> None:
-    """Raise InputError unless `messages` is a list of dicts, each with a role and a content (or tool calls).
+    """Raise InputError unless `messages` is a list of dicts with role and content (or tool calls).
 
-    Checked here since a template renders a missing content as nothing, without an error.
+    The check is needed because a template renders a missing content as nothing, without an error.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")
@@ -134,15 +137,15 @@ def _check_parts(index: int, parts: Sequence[object]) -> None:
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text":
-            raise InputError(f"message {index} has a part of type {kind!r}: this target reads text alone")
+            raise InputError(f"message {index} has a part of type {kind!r}: pass text parts only")
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             raise InputError(f"message {index} has a part without text: pass {{'type': 'text', 'text': ...}}")
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` renders its body."""
+    """Renders the body of `{% generation %}...{% endgeneration %}`."""
 
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # declared as a mutable set upstream
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 declares a mutable set
 
     def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno

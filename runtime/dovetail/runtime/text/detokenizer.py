@@ -1,4 +1,4 @@
-"""Token ids to text, as they come: letters when they are complete."""
+"""Turn a stream of token ids into text, character by complete character."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     pass
 
-_REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+_REPLACEMENT = "\ufffd"  # decoded form of an unfinished UTF-8 sequence
 
 
 class IncrementalDetokenizer:
-    """Token by token to text; the pieces, `flush` included, concatenate to `Tokenizer.decode` of all tokens.
+    """Turns tokens into pieces of text, which add up, with `flush`, to `Tokenizer.decode` of all.
 
-    A token's text depends on its neighbours (a UTF-8 character over several tokens, a leading space), so each piece
-    is the difference of two decodes of a short window: its first `_read` tokens were emitted and give context, the
-    others are pending. Text is held back while its last character may still change.
+    A token's text depends on its neighbours: a UTF-8 character over several tokens, a leading
+    space. Each piece is therefore the difference of two decodes of a short window. The window's
+    first `_read` tokens are emitted and give context; the others are pending. Text waits while its
+    last character may change.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], is_hidden: Callable[[int], bool]) -> None:
         self._decode = decode
         self._is_hidden = is_hidden
-        self._window: list[int] = []  # visible tokens: those just emitted, then the pending ones
-        self._read = 0  # tokens of the window already emitted
-        self._context = ""  # their text
+        self._window: list[int] = []  # visible tokens: the last emitted ones, then the pending ones
+        self._read = 0  # emitted tokens of the window
+        self._context = ""  # text of the emitted tokens
 
     def add(self, token_id: int) -> str:
-        """The text that this token completes, "" while there is none."""
+        """Return the text that this token completes, or ""."""
         token = int(token_id)
         if self._is_hidden(token):
             return ""
@@ -40,15 +41,15 @@ class IncrementalDetokenizer:
         return self._emit(text, len(self._window))
 
     def flush(self) -> str:
-        """What is left, an unfinished character as U+FFFD; the detokenizer is as new afterwards."""
+        """Return the remaining text, U+FFFD for an unfinished character, and reset the object."""
         rest = self._decode(self._window)[len(self._context) :]
         self._window, self._read, self._context = [], 0, ""
         return rest
 
     def _emit_before_last(self, text: str) -> str:
-        """Let go of what precedes the last token where that token continues no character.
+        """Emit the text before the last token if that token starts a new character.
 
-        Without this a stream of invalid bytes would be held back, and decoded again, until its end.
+        Without this step a stream of invalid bytes would wait, and be decoded again, until its end.
         """
         head, last = self._window[:-1], self._window[-1:]
         before = self._decode(head)
@@ -57,7 +58,7 @@ class IncrementalDetokenizer:
         return self._emit(before, len(head))
 
     def _emit(self, text: str, read: int) -> str:
-        """Emit the window's text up to token `read` and slide the window to what was pending."""
+        """Emit the window's text up to token `read`, then move the window to the pending tokens."""
         piece = text[len(self._context) :]
         self._window, self._read = self._window[self._read :], read - self._read
         self._context = self._decode(self._window[: self._read])
@@ -65,9 +66,9 @@ class IncrementalDetokenizer:
 
 
 def _valid_bytes(tokens: list[int], bytes_of: Mapping[int, int]) -> list[int]:
-    """`tokens` with each malformed part of a run of byte tokens replaced by the three bytes of U+FFFD.
+    """Return `tokens` with U+FFFD's three bytes for each malformed part of a run of byte tokens.
 
-    `tokenizers` decodes a run as a whole: one bad byte makes U+FFFD of every byte of it.
+    `tokenizers` decodes a run as a whole: one bad byte turns every byte of the run into U+FFFD.
     """
     ids, valid, run = {byte: token for token, byte in bytes_of.items()}, list[int](), bytearray()
     for token in (*tokens, None):

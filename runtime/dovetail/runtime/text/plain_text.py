@@ -1,9 +1,10 @@
-"""Messages that spell out special tokens: only the chat template's own are encoded as such.
+"""Encode special tokens that messages spell out as ordinary text.
 
-A user who writes `<|im_end|>` must not end the turn. The conversation is rendered twice: as it is, and with marks in
-place of the special tokens that messages spell out. The second text says which tokens are the template's. A second
-tokenizer, in which every special token has a secret name, then encodes the whole text at once: a text's neighbours
-decide about its ids, so it must not be cut.
+A user who writes `<|im_end|>` must not end the turn. The template renders the conversation twice:
+once as given, once with marks in place of the special tokens in messages. The second text shows
+which special tokens are the template's own. A second tokenizer, in which every special token has a
+secret name, then encodes the whole text at once. The text must not be cut, because a text's
+neighbours affect its ids.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 
 from dovetail.runtime.errors import InputError
 
-_PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no text should hold
+_PRIVATE = range(0xF0000, 0xFFFFE)  # code points that texts should not hold
 
 
 class PlainText:
-    """The special tokens of one tokenizer, found in messages and encoded there as ordinary text."""
+    """Finds one tokenizer's special tokens in messages and encodes them there as ordinary text."""
 
     def __init__(self, backend: Any) -> None:
         """backend: a `tokenizers.Tokenizer`."""
@@ -37,18 +38,18 @@ class PlainText:
         self._longest = max(map(len, self._special), default=0)
 
     def needed(self, said: object) -> bool:
-        """Whether a text in `said` (messages, tools) holds a special token, or a part of one at its edge."""
+        """Return whether a text in `said` (messages, tools) has all or part of a special token."""
         return bool(self._special) and any(self._suspicious(text) for text in _texts(said))
 
     def encode(self, render: Callable[[Any], str], said: Any) -> list[int]:
-        """Token ids of `render(said)`; special tokens in the texts of `said` are encoded as text.
+        """Return token ids of `render(said)`; special tokens in the texts of `said` become text.
 
-        Raises InputError where the template does something else with them than to print them.
+        Raises InputError if the template does not print the special tokens unchanged.
         """
         whole = render(said)
         seen = set(whole).union(*_texts(said))
         free = _free(seen)
-        tag, marks = next(free), dict[str, str]()  # piece of a special token -> the character that stands for it
+        tag, marks = next(free), dict[str, str]()  # piece of a special token -> its mark
 
         def mark(piece: str) -> str:
             if piece not in marks:
@@ -56,17 +57,17 @@ class PlainText:
             return marks[piece]
 
         rendered = render(_mapped(said, lambda text: self._marked(text, mark)))
-        if _restored(rendered, marks) != whole:  # the template looks for a token, so it must find the token
+        if _restored(rendered, marks) != whole:  # the template looks for a special token, so the token itself must stay
             rendered = render(_mapped(said, lambda text: self._marked(text, lambda piece: piece + tag)))
             for piece in sorted(marks, key=len, reverse=True):
                 rendered = rendered.replace(piece + tag, marks[piece])
-            rendered = rendered.replace(tag, "")  # the template took the token and left its tag
+            rendered = rendered.replace(tag, "")  # the template removed the token and left the tag
         if _restored(rendered, marks) == whole:
             return self._encode_marked(rendered, marks)
         if shown := [piece for piece in marks if piece in self._special]:
             raise InputError(
-                f"the chat template does not print {', '.join(map(repr, shown))} as a message has it: "
-                "leave it out, or let messages hold special tokens (parse_special=True, --parse-special)"
+                f"the chat template does not print {', '.join(map(repr, shown))} as a message spells it: "
+                "change the message, or let messages hold special tokens (parse_special=True, --parse-special)"
             )
         return list(self._backend.encode(whole, add_special_tokens=False).ids)
 
@@ -75,9 +76,10 @@ class PlainText:
         return any(self._pattern.search(each) or any(self._edges(each)) for each in forms)
 
     def _edges(self, text: str) -> tuple[int, int]:
-        """How many characters at the beginning and at the end, spaces aside, a neighbour could make a special token.
+        """Return how many characters at start and end of `text` could be part of a special token.
 
-        The longest are taken: whatever part of them is used, they are marked.
+        A neighbour's text could complete the token. Spaces at the edges do not count. The longest
+        possible parts are marked.
         """
         core = text.strip()
         counts = range(min(self._longest - 1, len(core)), 0, -1)
@@ -86,7 +88,7 @@ class PlainText:
         return first, last
 
     def _marked(self, text: str, mark: Callable[[str], str]) -> str:
-        """`text` with `mark(piece)` for each special token, and for what could become one at its edges."""
+        """Return `text` with `mark(piece)` for each special token and for parts at the edges."""
         parts, done = list[str](), 0
         for found in self._pattern.finditer(text):
             parts += [text[done : found.start()], mark(found[0])]
@@ -103,7 +105,7 @@ class PlainText:
         return "".join(parts)
 
     def _encode_marked(self, rendered: str, marks: Mapping[str, str]) -> list[int]:
-        """Token ids of a text in which the template's special tokens are spelled out and others are marks."""
+        """Return token ids of a text that spells out only the template's own special tokens."""
         tokenizer, names, ids = self._secret
         own = _any_of(self._added).sub(lambda found: names.get(found[0], found[0]), rendered)
         encoded = tokenizer.encode(_restored(own, marks), add_special_tokens=False).ids
@@ -111,7 +113,7 @@ class PlainText:
 
     @cached_property
     def _secret(self) -> tuple[Any, dict[str, str], dict[int, int]]:
-        """A tokenizer that knows special tokens by other names alone; those names, and the ids where they differ."""
+        """A tokenizer that knows special tokens by secret names; the names; the ids that differ."""
         content = json.loads(self._backend.to_str())
         word = secrets.token_hex(8)
         names = {token: f"\U0010fffd{word}-{number}\U0010fffd" for number, token in enumerate(self._special)}
@@ -125,27 +127,27 @@ class PlainText:
 
 
 def _renamed(model: Mapping[str, Any], names: Mapping[str, str]) -> Any:
-    """The model's vocabulary, in which ordinary text must not find a special token either."""
+    """Return the vocabulary with special tokens renamed: ordinary text must not match them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score] in the order of ids
         return [[names.get(piece, piece), score] for piece, score in vocabulary]
-    kept = {model.get("unk_token")}  # named by the model itself, as the products of merges are
+    kept = {model.get("unk_token")}  # the model itself uses these names, as it does products of merges
     if names.keys() & vocabulary.keys():
         kept |= {"".join(merge) for merge in model.get("merges") or ()}
     return {token if token in kept else names.get(token, token): number for token, number in vocabulary.items()}
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds the leftmost of `tokens`, the longest where several begin there, as a tokenizer does."""
+    """Return a pattern for the leftmost of `tokens`, then the longest, like a tokenizer's."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def _free(seen: Set[str]) -> Iterator[str]:
-    """Private characters that are not in `seen`. Raises InputError when there are no more."""
+    """Yield private characters that are not in `seen`. Raises InputError when none is left."""
     for character in map(chr, _PRIVATE):
         if character not in seen:
             yield character
-    raise InputError("the messages hold every private character of Unicode: leave some out")
+    raise InputError("the messages hold every private character of Unicode: remove some of them")
 
 
 def _restored(text: str, marks: Mapping[str, str]) -> str:
@@ -153,7 +155,7 @@ def _restored(text: str, marks: Mapping[str, str]) -> str:
 
 
 def _texts(said: object) -> Iterator[str]:
-    """Every text in messages or tools, names of fields included."""
+    """Yield every text in messages or tools, names of fields included."""
     if isinstance(said, str):
         yield said
     elif isinstance(said, Mapping):
@@ -166,7 +168,7 @@ def _texts(said: object) -> Iterator[str]:
 
 
 def _mapped(said: Any, change: Callable[[str], str]) -> Any:
-    """`said` with every text changed."""
+    """Return `said` with `change` applied to every text."""
     if isinstance(said, str):
         return change(said)
     if isinstance(said, Mapping):

@@ -1,4 +1,4 @@
-"""Benchmark prompts from a JSONL file: rows with `prompt`, or with `turns` as in spec_bench."""
+"""Read benchmark prompts from a JSONL file: rows with `prompt`, or `turns` as in spec_bench."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from dovetail.runtime.system.files import parse_json
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """User turns that are asked one after the other. name: the row's `question_id` or `id`, else its line."""
+class PromptTurns:
+    """A user's turns in one conversation, asked one after the other.
+
+    name: the row's `question_id` or `id`, otherwise the number of its line.
+    """
 
     name: str
     turns: tuple[str, ...]
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
-    """The first `limit` rows of `path`; blank lines are skipped.
+def read_prompts(path: Path, limit: int | None = None) -> list[PromptTurns]:
+    """Return the first `limit` rows of `path`. Blank lines are skipped.
 
-    Raises InputError naming file and line: not JSON, no `prompt` or `turns`, an empty or non-text turn; no rows.
+    Raises InputError, which names file and line: not JSON, no `prompt` or `turns`, a turn that is
+    empty or not text. Raises InputError for a file without rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} is out of range: give 1 or more")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
     except OSError as err:
         raise InputError(f"{path} cannot be read ({err.strerror}): name a JSONL file") from None
     except UnicodeDecodeError:
@@ -36,15 +40,15 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
     return rows[:limit]
 
 
-def parse_row(line: str, where: str, number: int) -> Conversation:
-    """One row. Raises InputError that starts with `where`."""
+def parse_row(line: str, where: str, number: int) -> PromptTurns:
+    """Return the turns of one row. Raises InputError with a message that starts with `where`."""
     try:
         row = parse_json(line)
     except ValueError as err:
         raise InputError(f"{where} is not JSON ({err}): give one object a line") from None
     if not isinstance(row, dict) or ("prompt" in row) == ("turns" in row):
-        raise InputError(f"{where} needs either `prompt` (a text) or `turns` (a list of texts)")
+        raise InputError(f"{where} is no prompt: give either `prompt` (a text) or `turns` (a list of texts)")
     turns = [row["prompt"]] if "prompt" in row else row["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise InputError(f"{where}: every turn must be a text that is not empty")
-    return Conversation(str(row.get("question_id", row.get("id", number))), tuple(turns))
+        raise InputError(f"{where} has an empty turn, or one that is not text: give a text for every turn")
+    return PromptTurns(str(row.get("question_id", row.get("id", number))), tuple(turns))

@@ -1,4 +1,4 @@
-"""Stop strings: end a text before them, and never let a part of one out."""
+"""Stop strings: end a text before the first stop string and emit no part of the string."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dovetail.runtime.errors import InputError
 
 
 def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One string or several; raises InputError for an empty one or something else."""
+    """Return the stop strings as a tuple. Raises InputError for an empty string or another type."""
     if not isinstance(stop, Sequence):
-        raise InputError(f"stop {stop!r} cannot be used: give a string, or several in a list")
+        raise InputError(f"stop {stop!r} cannot be used: give a string, or a list of strings")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:
@@ -19,9 +19,9 @@ def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class StopFilter:
-    """Text goes in piece by piece and comes out up to the first stop string.
+    """Takes text piece by piece and returns it up to the first stop string.
 
-    The end of what came in is held back while it may be the beginning of one.
+    The filter holds back the end of the text while that end may begin a stop string.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class StopFilter:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """What is certain to come before any stop string; "" once `stopped`."""
+        """Return the text that certainly precedes any stop string; "" once `stopped`."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -43,12 +43,12 @@ class StopFilter:
         return text[:keep]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the held text, at the end of the stream."""
         text, self._held = self._held, ""
         return text
 
     def _suspicious(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Return the length of the longest end of `text` that begins a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         ends = range(min(longest, len(text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

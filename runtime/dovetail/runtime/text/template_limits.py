@@ -1,9 +1,9 @@
-"""A Jinja sandbox in which one rendering has a budget: chat templates are programs that come with a checkpoint.
+"""A Jinja sandbox with a budget for each rendering: chat templates are programs from a checkpoint.
 
-Loop iterations, calls, filters, operators and outputs pay for the characters and items that they handle, and they pay
-before the work. Payments also read the clock of the thread, which stands still while the machine does something else.
-The limits hold in every thread and on every platform.
-Worst case: a rendering ends some seconds after MAX_SECONDS, and holds some hundred MB until then.
+Loop iterations, calls, filters, operators and outputs pay for the characters and items that they
+handle, before they do the work. Payments also read the thread's processor clock, which stands still
+while other programs run. The limits hold in every thread and on every platform. Worst case: a
+rendering ends some seconds after MAX_SECONDS and holds some hundred MB until then.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 10.0  # a rendering, of processor time
-MAX_SOURCE = 2**18  # characters of a template; the longest that checkpoints have are below 2**16
+MAX_SECONDS = 10.0  # processor time of a rendering
+MAX_SOURCE = 2**18  # characters of a template; checkpoints' templates have fewer than 2**16
 _FREE = 2**26  # characters that every rendering may handle
-_SHARE = 64  # characters more for each character of its messages
-_ITEM = 16  # characters that an item of a list, or a step, counts as
-_NODE = 128  # characters that a value counts as where lists are searched to their depth, which takes longer
-_CLOCK = 2**14  # characters between two looks at the clock
-_MAX_NUMBER = 10_000  # widths, counts and bits in one operation
+_SHARE = 64  # further characters for each character of its messages
+_ITEM = 16  # price of a list item or a step, in characters
+_NODE = 128  # price of a value in a deep search of a list, which takes longer
+_CLOCK = 2**14  # characters between two readings of the clock
+_MAX_NUMBER = 10_000  # largest width, count or number of bits in one operation
 
 _LISTS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 _CONTAINERS = (*_LISTS, Mapping)
-# Filters that pick or arrange items and make no text of them.
+# Filters that select or arrange items without building text.
 _LIST_FILTERS = {
     "attr", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random", "reject",
     "rejectattr", "reverse", "safe", "select", "selectattr",
 }  # fmt: skip
-# Methods whose cost is not seen in their arguments, or that make bytes; templates need none of them.
+# Methods whose arguments do not show their cost, or that return bytes. Templates need none of them.
 _REFUSED = {"encode", "maketrans", "to_bytes", "translate"}
-# The width of a printf conversion, and its precision.
+# Width and precision of a printf conversion.
 _WIDE = re.compile(r"%(\([^)]*\))?[-#0 +]*(\*|\d{5,}|\d*\.(\*|\d{5,}))")
 
 
 class TemplateLimit(jinja2.TemplateError):
-    """A template that asks for more than its budget."""
+    """A template exceeds its budget."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Templates of this environment are rendered by `render` alone, one at a time."""
+    """Renders templates one at a time, through `render` only."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self, **options: Any) -> None:
-        # Without the optimizer nothing is computed while a template is compiled, where there is no budget.
+        # The optimizer would compute constants during compilation, outside the budget.
         super().__init__(optimized=False, finalize=_finalize, **options)
         self._left, self._look, self._end, self._running = 0, 0, 0.0, Lock()
         del self.globals["lipsum"]
 
     def meter_filters(self) -> None:
-        """Make every filter pay; called once all are there."""
+        """Make every filter pay. Call this after the last filter is added."""
         self.filters = {name: self._metered(name, each) for name, each in self.filters.items()}
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """The text of `template`. Raises TemplateLimit, and whatever expressions of the template raise."""
+        """Return the text of `template`. Raises TemplateLimit and errors of the expressions."""
         with self._running:
             self._left = self._look = _FREE + _SHARE * _size(dict(variables), _FREE)
             self._end = thread_time() + MAX_SECONDS
@@ -73,23 +73,23 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def pay(self, units: int) -> None:
         self._left -= units
         if self._left < 0:
-            raise TemplateLimit("it makes too much text")
+            raise TemplateLimit("too much text")
         if self._left < self._look:
             self._look = self._left - _CLOCK
             if thread_time() > self._end:
-                raise TemplateLimit(f"it takes more than {MAX_SECONDS:g} seconds")
+                raise TemplateLimit(f"more than {MAX_SECONDS:g} seconds")
 
     def weigh(self, *values: Any) -> int:
-        """Characters of all `values`, those in lists included; stops counting above what is left."""
+        """Return the characters of all `values`, lists included; stops above what is left."""
         return sum(len(value) if isinstance(value, str) else _size(value, self._left) for value in values)
 
     def weighed(self, value: Any) -> Any:
-        """`value`, paid for: compiled templates call this for what they compare."""
+        """Pay for `value` and return it. Compiled templates call this in comparisons."""
         self.pay(_ITEM if isinstance(value, str) else self.weigh(value))
         return value
 
     def concat_values(self, *values: Any) -> str:
-        """`~` of a template."""
+        """Return the result of the template operator `~`."""
         self.pay(self.weigh(*values))
         return "".join(map(str, values))
 
@@ -97,7 +97,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > MAX_SOURCE:
-            raise TemplateLimit(f"it has {len(source)} characters, more than {MAX_SOURCE}")
+            raise TemplateLimit(f"{len(source)} characters, more than {MAX_SOURCE}")
         metered: nodes.Template = _Metering().visit(super()._parse(source, name, filename))
         return metered
 
@@ -147,7 +147,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     # --- prices
 
     def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        passed = int(hasattr(function, "jinja_pass_arg"))  # the context, or the environment, comes first
+        passed = int(hasattr(function, "jinja_pass_arg"))  # the first argument is the context or the environment
 
         @functools.wraps(function)
         def metered(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self._method_cost(name, value, *given)
 
     def _method_cost(self, name: str, value: Any, *args: Any, **kwargs: Any) -> int:
-        """The price of a method of a text, or of the filter of that name."""
+        """Return the price of a string method, or of the filter of that name."""
         given = [*args, *kwargs.values()]
         paid = self.weigh(value, *given)
         text = value if isinstance(value, str) else ""
@@ -190,7 +190,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return paid + self._numbers(given) * (1 + text.count("\t" if name == "expandtabs" else "\n"))
 
     def _numbers(self, values: list[Any]) -> int:
-        """The sum of the whole numbers among `values`, each within bounds."""
+        """Return the sum of the whole numbers in `values`. Raises TemplateLimit for a large one."""
         numbers = [abs(each) for each in values if isinstance(each, int)]
         for number in numbers:
             _check_number(number)
@@ -203,7 +203,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Puts payments into loops, comparisons and `~`, which the sandbox does not hand to its environment."""
+    """Adds payments to loops, comparisons and `~`, which the sandbox does not intercept."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -226,7 +226,7 @@ class _Metering(NodeTransformer):
 
 
 def _call(method: str, *arguments: Any, at: nodes.Node) -> nodes.Call:
-    """A call of the environment's method."""
+    """Return a call of the environment's method."""
     function = nodes.EnvironmentAttribute(method, lineno=at.lineno)
     return nodes.Call(function, list(arguments), [], None, None, lineno=at.lineno)
 
@@ -241,18 +241,18 @@ def _finalize(context: Context, value: Any) -> Any:
 
 def _check_number(number: int) -> None:
     if number > _MAX_NUMBER:
-        raise TemplateLimit("it computes with too large a number")
+        raise TemplateLimit("a number is too large")
 
 
 def _shallow(value: Any) -> int:
-    """Characters of a text; items of a list count _ITEM each, whatever they hold."""
+    """Return the characters of a text; each item of a list counts _ITEM."""
     if isinstance(value, str):
         return len(value)
     return _ITEM * len(value) if isinstance(value, _CONTAINERS) else _ITEM
 
 
 def _size(value: Any, most: int) -> int:
-    """Characters of a value and of everything in it; a little more than `most` where there is more."""
+    """Return the characters of a value and its content; slightly above `most` if there are more."""
     total, waiting = 0, [value]
     while waiting and total <= most:
         each = waiting.pop()

@@ -1,8 +1,9 @@
 """Text to token ids and back, from the files of a target folder.
 
-Reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special tokens, and the chat template
-of older folders), `chat_template.jinja`, and the end-of-sequence ids of `generation_config.json` and `config.json`.
-`tokenizers` and `jinja2` are imported when a tokenizer is read and when a template is rendered.
+The tokenizer reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special
+tokens, and the chat template in older folders) and `chat_template.jinja`. End-of-sequence ids come
+from `generation_config.json` and `config.json`. `tokenizers` and `jinja2` are imported only when a
+tokenizer is read and when a template is rendered.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, _valid_byt
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN = "export the target again"
-TOKENIZER_BYTES = 1 << 30  # of tokenizer.json
-# Tokens that end an assistant's turn, in llama.cpp's list and in the templates of OpenChat, Command R and Llama 4.
+TOKENIZER_BYTES = 1 << 30  # largest tokenizer.json
+# Tokens that end an assistant's turn: llama.cpp's list, and the templates of OpenChat, Command R
+# and Llama 4.
 _END_OF_TURN = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "< EOT >", "_< EOT >", "[EOT]", "[EOS]",
@@ -47,7 +49,7 @@ class Tokenizer:
         chat_template: str | None = None,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
-        """`tokenizer_json`: the bytes of the file. Raises ValueError where `tokenizers` cannot read them."""
+        """tokenizer_json: bytes of the file. Raises ValueError if `tokenizers` cannot read them."""
         self._backend = _parse_backend(tokenizer_json)
         self._digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._template_source = chat_template
@@ -60,7 +62,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Tokenizer:
-        """Read the tokenizer of a target folder. Raises IntegrityError for a missing or malformed file."""
+        """Read a target folder's tokenizer. Raises IntegrityError for a missing or bad file."""
         folder = Path(path)
         file = folder / "tokenizer.json"
         try:
@@ -78,11 +80,11 @@ class Tokenizer:
                 eos_token_ids=_eos_token_ids(folder),
             )
         except (ValueError, InputError) as error:
-            raise IntegrityError(f"{file} is no tokenizer ({_one_line(error)}): export the target again") from error
+            raise IntegrityError(f"{file} is not a tokenizer ({_one_line(error)}): export the target again") from error
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; a target's logits may be padded beyond it."""
+        """Number of tokens, added tokens included. The target's logits may have padding."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -90,29 +92,29 @@ class Tokenizer:
         return self._template_source is not None
 
     def digest(self) -> str:
-        """SHA-256 of tokenizer.json, hexadecimal: equal digests, equal token ids."""
+        """Return the SHA-256 of tokenizer.json, hexadecimal. Equal digests mean equal token ids."""
         return self._digest
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens spelled out in it are recognised.
+        """Return token ids of `text`. Special tokens spelled out in the text are recognised.
 
-        add_special_tokens: let tokenizer.json's post-processor add its own (Llama's BOS), unless the text begins with
-        it. False for the output of `apply_chat_template`, which spells out what it wants. Raises InputError for text
-        that is not valid Unicode.
+        add_special_tokens: let tokenizer.json's post-processor add its own token (Llama's BOS),
+        unless the text begins with that token. Pass False for the output of `apply_chat_template`,
+        which spells out the special tokens. Raises InputError for text that is not valid Unicode.
         """
         with _readable():
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
             if add_special_tokens and len(ids) > 1 and ids[0] == ids[1] and ids[0] in self._special_ids:
                 own = list(self._backend.encode(text, add_special_tokens=False).ids)
-                if ids[: len(own) + 1] == [ids[0], *own]:  # the text begins with the token that is put before it
+                if ids[: len(own) + 1] == [ids[0], *own]:  # the text already begins with the added token
                     del ids[0]
         return ids
 
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **kwargs: Any) -> list[int]:
-        """Token ids of `apply_chat_template(messages, **kwargs)`, nothing added.
+        """Return token ids of `apply_chat_template(messages, **kwargs)`, without additions.
 
-        parse_special: whether special tokens that messages, tools or documents spell out are recognised as such;
-        False encodes them as text, and special tokens come from the template alone.
+        parse_special: whether special tokens spelled out in messages, tools or documents are
+        recognised. False encodes them as text, so that only the template gives special tokens.
         """
         said: dict[str, Any] = {"messages": messages}
         said |= {name: kwargs[name] for name in ("tools", "documents") if name in kwargs}
@@ -122,11 +124,11 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
 
     def has_token(self, token_id: int) -> bool:
-        """Whether the vocabulary has a token of this id."""
+        """Return whether the vocabulary has a token of this id."""
         return 0 <= token_id < 2**31 and self._backend.id_to_token(token_id) is not None
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids beyond the vocabulary have none, and bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids`. Unknown ids give no text; invalid UTF-8 becomes U+FFFD."""
         tokens = [int(token) for token in ids]
         if not self._bytes.keys().isdisjoint(tokens):
             tokens = _valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
@@ -136,10 +138,10 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt text of a conversation, ending where the assistant begins.
+        """Return the prompt text of a conversation, which ends where the assistant begins.
 
-        Further keywords reach the template. Raises InputError: no template, messages of the wrong shape, or
-        messages that the template refuses.
+        Further keywords reach the template. Raises InputError for a target without chat template,
+        messages of the wrong shape, and messages that the template refuses.
         """
         if self._template_source is None:
             raise InputError("this target has no chat template: pass a plain string with raw=True")
@@ -150,7 +152,7 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A fresh detokenizer for one answer."""
+        """Return a new detokenizer for one answer."""
         return IncrementalDetokenizer(
             decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
             is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
@@ -163,7 +165,7 @@ class Tokenizer:
         return PlainText(self._backend)
 
     def _is_hidden(self, token: int, skip_special_tokens: bool) -> bool:
-        """True for a token that `decode` leaves out: a special one, or an id beyond the vocabulary."""
+        """Return whether `decode` leaves the token out: a special token or an unknown id."""
         return (skip_special_tokens and token in self._special_ids) or self._backend.id_to_token(token) is None
 
     def _eos_by_name(self) -> tuple[int, ...]:
@@ -172,17 +174,17 @@ class Tokenizer:
         return () if token is None else (int(token),)
 
     def _ends_of_turn(self) -> Iterator[int]:
-        """Special tokens that end a turn, where the chat template spells them out."""
+        """Yield special tokens that end a turn and that the chat template spells out."""
         for name in _END_OF_TURN:
             token = self._backend.token_to_id(name)
             if token not in self._special_ids or name not in (self._template_source or ""):
                 continue
             if name == "<|end|>" and self._backend.token_to_id("<|return|>") is not None:
-                continue  # it ends one of several messages of a turn (gpt-oss)
+                continue  # in gpt-oss <|end|> ends a message, not a turn
             yield int(token)
 
     def _byte_tokens(self) -> dict[int, int]:
-        """Token id -> byte, where each byte has a token of its own that decodes to it; else {}."""
+        """Return token id -> byte if every byte has a token that decodes to it, otherwise {}."""
         by_byte = [self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         with _readable():
             if None in by_byte or self._backend.decode([by_byte[ord("A")]]) != "A":
@@ -192,7 +194,7 @@ class Tokenizer:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Raises InputError where the text is not Unicode, is nested too deep, or where `tokenizers` fails on it."""
+    """Raise InputError if the text is not Unicode, nested too deep, or makes `tokenizers` fail."""
     try:
         yield
     except RecursionError as error:
@@ -206,7 +208,7 @@ def _readable() -> Iterator[None]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code of `tokenizers` gave up; its PanicException is no Exception and cannot be imported."""
+    """Return whether Rust code panicked. PanicException is no Exception, nor importable."""
     return type(error).__name__ == "PanicException"
 
 
@@ -217,7 +219,7 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     check_rules(text)
     try:
         backend = Backend.from_str(text)
-    except Exception as error:  # `tokenizers` raises bare Exception for everything that it cannot parse
+    except Exception as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
         raise ValueError(str(error)) from error
     except BaseException as error:
         if not _is_panic(error):
@@ -229,14 +231,14 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, {} where there is no file."""
+    """Return the object in `file`, or {} if the file does not exist."""
     return read_object(file, IntegrityError, _AGAIN)
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens; each is written as a string or as an object with a `content`.
+    """Return named special tokens. Each is given as a string or as an object with a `content`.
 
-    As in transformers, special_tokens_map.json decides where the config lists no added tokens, and else the config.
+    As in transformers, special_tokens_map.json has priority if the config lists no added tokens.
     """
     given = config
     if "added_tokens_decoder" not in config:
@@ -251,7 +253,7 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the config's template; of several named ones, `default`."""
+    """Return chat_template.jinja, else the config's template, named `default` among several."""
     file = folder / "chat_template.jinja"
     try:
         return read_bytes(file).decode()
@@ -266,7 +268,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config and of the model's config, each once."""
+    """Return the end-of-sequence ids of the generation config and the model's config, each once."""
     found = list[int]()
     for name in ("generation_config.json", "config.json"):
         config = _read_json(folder / name)

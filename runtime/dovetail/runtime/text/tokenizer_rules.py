@@ -1,4 +1,4 @@
-"""What the rules of a tokenizer.json may ask for: they come with a checkpoint."""
+"""Check the rules of a tokenizer.json, which come with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_MAX_GROWTH = 2**12  # characters that the rules of a tokenizer may make of one
-# A rule that is checked, or an ASCII letter written as a number, which may hide its name.  Most files hold neither, and
-# parsing a large vocabulary takes 0.1 s.
+_MAX_GROWTH = 2**12  # characters that the rules may make of one character
+# A rule that needs a check, or an ASCII letter written as a number, which may hide the rule's name.
+# Most files hold neither, and parsing a large vocabulary takes 0.1 s.
 _CHECKED = re.compile(r'"type"\s*:\s*"(Replace|Precompiled)"|\\u00[2-7]')
 
 
 def check_rules(tokenizer_json: str) -> None:
-    """Raise ValueError for rules that make a text much longer, or that ask for memory by a junk number.
+    """Raise ValueError for rules that make a text much longer or hold a wrong size.
 
-    `tokenizers` aborts the process where memory is short.
+    `tokenizers` aborts the process when memory is short.
     """
     if not _CHECKED.search(tokenizer_json):
         return
     try:
         content = json.loads(tokenizer_json)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("JSON is nested too deep") from None
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        raise ValueError(f"a {type(content).__name__}, not an object")
     growth, waiting = 1, [content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
     while waiting:
         rule = waiting.pop()
@@ -41,11 +41,11 @@ def check_rules(tokenizer_json: str) -> None:
         elif rule.get("type") == "Precompiled":
             _check_precompiled(rule.get("precompiled_charsmap"))
     if growth > _MAX_GROWTH:
-        raise ValueError(f"its rules make {growth} characters of one")
+        raise ValueError(f"the rules make {growth} characters of one")
 
 
 def _growth(replace: Mapping[str, Any]) -> int:
-    """Characters that a Replace rule makes of one. Raises ValueError for a rule that replaces the empty text."""
+    """Return the characters a Replace rule makes of one. Raises ValueError for an empty pattern."""
     pattern, content = replace.get("pattern"), replace.get("content")
     if not isinstance(pattern, dict) or not isinstance(content, str):
         return 1  # `tokenizers` refuses the rule
@@ -58,10 +58,10 @@ def _growth(replace: Mapping[str, Any]) -> int:
 
 
 def _check_precompiled(charsmap: object) -> None:
-    """A map begins with the size of its table, which must be in the map."""
+    """Raise ValueError unless the map holds the table whose size stands at its beginning."""
     try:
         content = base64.b64decode(charsmap or b"", validate=True)  # type: ignore[arg-type]  # TypeError says so
     except (TypeError, ValueError):
         return  # `tokenizers` refuses the rule
     if content and int.from_bytes(content[:4], "little") > len(content) - 4:
-        raise ValueError("its precompiled map is cut")
+        raise ValueError("the precompiled map is cut")

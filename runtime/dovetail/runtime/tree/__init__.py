@@ -1,1 +1,1 @@
-"""What is proposed: draft trees, their limits, and how they grow."""
+"""Draft trees: their nodes, their limits and their growth."""

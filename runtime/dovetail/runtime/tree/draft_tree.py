@@ -1,9 +1,10 @@
-"""Token trees: what the drafter proposes and the target verifies.
+"""Token trees: the drafter proposes a tree, the target verifies the tree.
 
-Axes: N nodes, node 0 is the root: the last known token, not yet in the target's KV cache.
-Nodes are in verification order: the principal chain (the most probable child at each step) first,
-so that accepting it needs no move of KV rows; parents always precede children.
-While it grows, a tree is in draft order instead: rows of the drafter's buffers, in order of expansion.
+Axes: N nodes. Node 0 is the root: the last known token, which is not yet in the target's KV cache.
+Nodes are in verification order: first the principal chain (the most probable child at each step),
+then the others. Accepting the principal chain therefore moves no KV rows. A parent always precedes
+its children. A growing tree is in draft order instead: rows of the drafter's buffers, in order of
+expansion.
 """
 
 from __future__ import annotations
@@ -46,45 +47,45 @@ class DraftTree:
 
     @classmethod
     def root(cls, token: int) -> DraftTree:
-        """The tree of plain decoding: the known token alone."""
+        """Return the tree of plain decoding: the known token alone."""
         return cls(np.array([token], np.int64), np.array([-1], np.int64), np.zeros(1, np.float32))
 
     def __len__(self) -> int:
-        """Nodes, root included."""
+        """Return the number of nodes, root included."""
         return len(self.tokens)
 
     @cached_property
     def expected_lengths(self) -> list[float]:
-        """Tokens that verifying its best 1, 2, ... N nodes is expected to give, if the log-probabilities are true."""
+        """Expected tokens from verifying the best 1, 2, ... N nodes, if `logprobs` are right."""
         return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
 
     @cached_property
     def path_counts(self) -> list[int]:
-        """Paths from the root to a leaf that its best 1, 2, ... N nodes have."""
+        """Number of paths from the root to a leaf among the best 1, 2, ... N nodes."""
         parents, inner, counts, paths = self.parents.tolist(), set[int](), list[int](), 1
         for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
-            paths += parents[node] in inner  # its parent is no leaf any more
+            paths += parents[node] in inner  # only a first child adds no path
             inner.add(parents[node])
             counts.append(paths)
         return counts
 
     @property
     def expected_length(self) -> float:
-        """Tokens that verifying it is expected to give."""
+        """Expected number of tokens from verifying the whole tree."""
         return self.expected_lengths[-1]
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
-        """(parent, token) -> node; of siblings with one token the first."""
+        """Map (parent, token) -> node. Among siblings with the same token the first node wins."""
         edges = list(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))
         return {edges[node]: node for node in range(len(edges) - 1, 0, -1)}
 
     def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that carries `token`, if there is one."""
+        """Return the child of `node` that carries `token`, or None."""
         return self._children.get((node, token))
 
     def paths(self) -> list[NDArray[np.int64]]:
-        """From the root to each leaf, the nodes of that path, int64; first the path of the lowest nodes."""
+        """Return the nodes of each path from root to leaf, int64, the lowest nodes' path first."""
         parents: list[int] = self.parents.tolist()
         paths = []
         for leaf in sorted({*range(len(parents))} - {*parents}):
@@ -96,7 +97,7 @@ class DraftTree:
         return [np.array(path, np.int64) for path in sorted(paths)]
 
     def depths(self) -> NDArray[np.int64]:
-        """[N] int64, levels below the root: node i has position (root's position) + depths[i]."""
+        """Return [N] int64, levels below the root. Node i is depths[i] positions after the root."""
         depths = [0]
         for parent in self.parents.tolist()[1:]:
             depths.append(depths[parent] + 1)
@@ -104,13 +105,14 @@ class DraftTree:
 
 
 def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budget: int) -> DraftTree:
-    """The root and the `budget` best nodes, in verification order: principal chain, then the rest by rank.
+    """Return the root and the `budget` best nodes, in verification order.
 
-    Node 0 is the root; parents come before their children and are at least as probable.  Ties keep the earlier node.
+    Node 0 is the root. Parents precede their children and are at least as probable. Ties keep the
+    earlier node.
     """
     kept = sorted(range(1, len(tokens)), key=lambda node: -logprobs[node])[:budget]
     order, tip = [0], 0
-    for node in kept:  # by rank: the first child of the tip met here is its best, and its own children follow
+    for node in kept:  # by rank: the tip's first child here is its best child, and that child's children follow
         if parents[node] == tip:
             order.append(node)
             tip = node
@@ -125,9 +127,10 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
 
 
 def without_branches(tree: DraftTree, least: float) -> DraftTree:
-    """`tree` without the branches that are expected to give fewer than `least` tokens, each beside its best sibling.
+    """Return `tree` without branches that are expected to give fewer than `least` tokens.
 
-    A path costs attention over the whole context, whatever its length.  Source: dynamic programming from the leaves.
+    The best child of each node always stays. A branch costs one more path. Even a short path costs
+    attention over the whole context. Source: dynamic programming from the leaves.
     """
     parents = tree.parents.tolist()
     worth = [exp(logprob) for logprob in tree.logprobs.tolist()]
@@ -155,9 +158,9 @@ def without_branches(tree: DraftTree, least: float) -> DraftTree:
 
 
 def graft(tree: DraftTree, paths: Iterable[Repeat], width: int) -> DraftTree:
-    """Put paths of tokens below the root, as far as they are not there yet, and keep the best `width` nodes of all.
+    """Add the repeated `paths` below the root and return the best `width` nodes of the result.
 
-    A node that several propose has the best of their log-probabilities.
+    A node that several paths share gets the best of their log-probabilities.
     """
     tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
     children = dict(tree._children)

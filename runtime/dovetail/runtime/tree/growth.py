@@ -1,7 +1,7 @@
-"""Growing a draft tree, level by level, out of what the drafter offers.
+"""Grow a draft tree, level by level, from the drafter's candidates.
 
-Axes: n nodes of a level, K candidates of each.  A growing tree is in draft order: rows of the drafter's buffers, in
-order of expansion.  Source: EAGLE-2.
+Axes: n nodes of a level, K candidates of each node. A growing tree is in draft order: rows of the
+drafter's buffers, in order of expansion. Source: EAGLE-2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEVER = float("-inf")
 class Candidates:
     """Children that the drafter offers: the K best next tokens of each of n nodes.
 
-    logprobs: [n, K] float32, log-probability given the node; -inf or nan is no candidate.
+    logprobs: [n, K] float32, log-probability given the node; -inf or nan marks no candidate.
     ids: [n, K] integers, target vocabulary.
     """
 
@@ -34,7 +34,7 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Nodes of one depth that the drafter runs next, in draft order: row 0 is the root, which is never among them.
+    """Nodes of one depth that the drafter runs next, in draft order, without the root's row 0.
 
     depth: levels below the root, from 1.
     rows: [n] int64, the buffer row of each node: 1, 2, 3, ... over the levels of one tree.
@@ -54,14 +54,14 @@ Expand = Callable[[Level], Candidates]
 
 
 class Judge(Protocol):
-    """Somebody who knows what a drafter's word is worth and what its calls cost."""
+    """Corrects a drafter's log-probabilities and decides whether another level pays."""
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities [n, K] of candidates at `depth`, given the path, as they deserve; in the same order."""
+        """Return corrected log-probabilities [n, K] at `depth`, given the path; order stays."""
         ...
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
-        """Whether to expand nodes of `depth`, given their cumulative log-probabilities."""
+        """Return whether to expand nodes of `depth`, given their cumulative log-probabilities."""
         ...
 
 
@@ -74,13 +74,15 @@ def grow_tree(
     slots: int = 64,
     judge: Judge | None = None,
 ) -> DraftTree:
-    """Grow the tree of the `width - 1` nodes with the best cumulative log-probability.
+    """Return the tree of the `width - 1` nodes with the best cumulative log-probability.
 
-    first: [1, K], the root's children. expand: called at most depth - 1 times, level by level, with at most
-    top_k nodes; not called for nodes whose children could not be among the best any more.
-    slots: buffer rows of the drafter, root's included; what would not fit is not expanded.
-    judge: corrects the log-probabilities and may end the growth; None takes the drafter at its word.
-    Source: EAGLE-2's expansion and reranking, without sampling: the tree depends on the candidates alone.
+    first: [1, K], the root's children.
+    expand: runs the drafter on one level; called at most depth - 1 times, with at most top_k nodes.
+    A node is not expanded if its children cannot be among the best.
+    slots: buffer rows of the drafter, the root's included. Nodes without a row are not expanded.
+    judge: corrects the log-probabilities and may end the growth. None leaves them as they are.
+    Source: EAGLE-2's expansion and reranking, without sampling. The tree depends on candidates
+    alone.
     """
     growth = _Growth(root_token, limits, slots)
 
@@ -99,26 +101,27 @@ def grow_tree(
 
 
 class _Growth:
-    """The nodes found so far, in order of discovery: parents before children, so ties keep ancestors first.
+    """The nodes found so far, in order of discovery: parents precede children.
 
-    Plain lists: a few dozen nodes a round are cheaper in Python than in many small numpy calls.
+    Ties therefore keep ancestors. Lists are cheaper here than many small numpy calls: a round has a
+    few dozen nodes.
     """
 
     def __init__(self, root_token: int, limits: TreeLimits, slots: int) -> None:
         self.limits, self.slots = limits, slots
         self.budget = limits.width - 1
         self.tokens, self.parents, self.logprobs = [root_token], [-1], [0.0]
-        self.best: list[float] = []  # min-heap: log-probabilities of the best `budget` nodes
-        self.rows: dict[int, int] = {0: 0}  # node -> draft row, for nodes that were expanded
-        self.lineage: dict[int, list[int]] = {0: []}  # node -> rows it attends to
+        self.best: list[float] = []  # min-heap of the `budget` best log-probabilities
+        self.rows: dict[int, int] = {0: 0}  # expanded node -> draft row
+        self.lineage: dict[int, list[int]] = {0: []}  # node -> rows that the node attends to
 
     def add(self, nodes: list[int], found: Candidates) -> list[int]:
-        """Append the children of `nodes` that are among the best so far; returns them."""
+        """Append the children of `nodes` that are among the best so far, and return them."""
         best, budget, top_k, start = self.best, self.budget, self.limits.top_k, len(self.tokens)
         for node, row, ids in zip(nodes, found.logprobs.tolist(), found.ids.tolist(), strict=True):
             above = self.logprobs[node]
             for logprob, token in zip(row[:top_k], ids[:top_k], strict=True):
-                total = above + min(logprob, 0.0)  # rounding must not lift a child over its parent
+                total = above + min(logprob, 0.0)  # rounding must not make a child more probable than its parent
                 if not total > _NEVER:
                     continue
                 if len(best) < budget:
@@ -126,21 +129,21 @@ class _Growth:
                 elif total > best[0]:
                     heapreplace(best, total)
                 else:
-                    continue  # neither it nor its descendants can be kept
+                    continue  # the tree cannot keep this child or its descendants
                 self.tokens.append(token)
                 self.parents.append(node)
                 self.logprobs.append(total)
         return list(range(start, len(self.tokens)))
 
     def expandable(self, frontier: list[int]) -> list[int]:
-        """The best top_k of `frontier` whose children may still be kept, as far as there are rows."""
+        """Return the best top_k of `frontier` whose children may be kept, limited by free rows."""
         if len(self.best) == self.budget:
             frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
         count = min(self.limits.top_k, self.slots - len(self.rows))
         return self.ranked(frontier)[:count]
 
     def level(self, nodes: list[int], depth: int) -> Level:
-        """Give `nodes` their draft rows and describe them to the drafter."""
+        """Give `nodes` their draft rows and return the level that the drafter runs."""
         attend = np.zeros((len(nodes), self.slots), np.bool_)
         for index, node in enumerate(nodes):
             row = self.rows[node] = len(self.rows)
@@ -155,10 +158,10 @@ class _Growth:
         )
 
     def ranked(self, nodes: Iterable[int]) -> list[int]:
-        """Best first; ties in order of discovery."""
+        """Return the nodes, best first. Ties stay in order of discovery."""
         logprobs = self.logprobs
         return sorted(nodes, key=lambda node: -logprobs[node])
 
     def tree(self) -> DraftTree:
-        """The best nodes in verification order."""
+        """Return the best nodes in verification order."""
         return best_tree(self.tokens, self.parents, self.logprobs, self.budget)

@@ -1,4 +1,4 @@
-"""How far a draft tree may grow."""
+"""Limits for the growth of a draft tree."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from dovetail.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class TreeLimits:
-    """How far a tree may grow. Source: EAGLE-2's top-k expansion, the paper's total / depth / top-k.
+    """Limits for the growth of a tree.
+
+    Source: EAGLE-2's top-k expansion, the paper's total / depth / top-k.
 
     width: nodes verified in one pass, root included; 1 drafts nothing.
     depth: levels below the root.
     top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
-    lookup: tokens of repeated text that may join the tree as a path below the root (see repeats.py); 0 is off.
+    lookup: tokens of repeated text that may join the tree as a path below the root (see
+    repeats.py); 0 turns lookup off.
     """
 
     width: int = 10
     depth: int = 5
     top_k: int = 3
-    lookup: int = field(default=12, metadata={"may_be_missing": True})  # in manifests that are older than it
+    lookup: int = field(default=12, metadata={"may_be_missing": True})  # older manifests lack this field
 
     def __post_init__(self) -> None:
         for name, low in (("width", 1), ("depth", 0), ("top_k", 1), ("lookup", 0)):

@@ -1,9 +1,9 @@
-"""Repeated text: what followed the last tokens when they occurred before, as paths for the draft tree.
+"""Repeated text as paths of the draft tree: tokens that followed the same run of tokens earlier.
 
-A drafter of one block cannot copy; models that quote their prompt, or repeat themselves, do.  The paths cost no
-engine anything.  They enter the tree by what such paths were worth so far in this conversation, so text that does not
-repeat itself is not charged for them.
-Source: prompt lookup decoding (A. Saxena, 2023), here as branches of the tree instead of the whole draft.
+A drafter of one block cannot copy. Models that quote their prompt or repeat themselves do copy. The
+paths need no pass of an engine. Their probabilities come from how often repeats were right in this
+conversation, so text without repetition loses nothing. Source: prompt lookup decoding (A. Saxena,
+2023), here as branches of the tree instead of the whole draft.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SIZES = (16, 8, 4, 3, 2, 1)  # tokens that must have occurred before, longest first
+SIZES = (16, 8, 4, 3, 2, 1)  # lengths of the run of tokens that must have occurred before, longest first
 
-# How often the repeated token came, before a conversation says otherwise: (first, later ones) of a path, by the length
-# of the run and whether its first token is the first guess (0) or another than that of a path found before it (1).
-# Rounded from counts on 600 answers that SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct wrote for training, in
-# which the two agree within some hundredths.  A rate counts as much as PRIOR_TRIES observations.
+# How often the repeated token was right, before the conversation gives counts of its own. Each pair
+# is for the first token of a path and for later tokens. The key is the run's length, and 0 for the
+# first path found or 1 for a path that begins with another token. The rates are rounded counts over
+# 600 answers that SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct wrote for training. The two
+# models agree within some hundredths. A rate weighs as much as PRIOR_TRIES observations.
 PRIOR = {
     (16, 0): (0.97, 0.97), (8, 0): (0.9, 0.93), (4, 0): (0.74, 0.89),
     (3, 0): (0.6, 0.84), (2, 0): (0.5, 0.8), (1, 0): (0.23, 0.72),
@@ -31,8 +32,8 @@ PRIOR_TRIES = 4.0
 class Repeat:
     """A repeated path below the root.
 
-    tokens: what may come.  logprobs: of the path down to each, descending.  kind: run length, and 0 for the first guess
-    or 1 for one that begins otherwise than one found before it.
+    tokens: the proposed tokens. logprobs: of the path down to each token, descending.
+    kind: the run's length, and 0 for the first path found or 1 for a path with another first token.
     """
 
     tokens: tuple[int, ...]
@@ -42,15 +43,18 @@ class Repeat:
 
 @dataclass
 class RepeatIndex:
-    """Where every short run of tokens of one conversation occurred last, and what repeats were worth."""
+    """The last places of short runs of tokens in a conversation, and counts of right repeats."""
 
     _tokens: list[int] = field(default_factory=list)
-    _ends: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # run -> after its last occurrences
-    _indexed: int = 0  # runs that end at or before this index are known
+    _ends: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # run -> ends of its last two
+    _indexed: int = 0  # runs that end at or before this index are indexed
     _tallies: dict[tuple[int, int], list[list[float]]] = field(default_factory=dict)  # kind -> 2 x [hits, tries]
 
     def find(self, tokens: Sequence[int], count: int) -> list[Repeat]:
-        """What may follow `tokens`, `count` tokens each: of the longest run first, no two with the same first token."""
+        """Return paths of `count` tokens that may follow `tokens`.
+
+        Paths after the longest run come first. No two paths begin with the same token.
+        """
         self._follow(tokens)
         found: dict[int, Repeat] = {}
         for size in SIZES:
@@ -62,8 +66,8 @@ class RepeatIndex:
                     found[first] = Repeat(self._copy(end, count), self._logprobs(kind, count), kind)
         return list(found.values())
 
-    def judge(self, repeat: Repeat, truth: Sequence[int]) -> None:
-        """Learn from what came: `truth` are the tokens that followed, as far as they are known."""
+    def learn(self, repeat: Repeat, truth: Sequence[int]) -> None:
+        """Count how many tokens of `repeat` were right. truth: the known tokens that followed."""
         for index, (guess, token) in enumerate(zip(repeat.tokens, truth, strict=False)):
             tally = self._tally(repeat.kind)[min(index, 1)]
             tally[0] += guess == token
@@ -72,13 +76,13 @@ class RepeatIndex:
                 return
 
     def _follow(self, tokens: Sequence[int]) -> None:
-        """Index what is new; start over when the text is another one."""
+        """Index the new tokens. Start over if the text is another one."""
         known = len(self._tokens)
         if self._tokens != list(tokens[:known]):
             self._tokens, self._ends, self._indexed = [], {}, 0
             known = 0
         self._tokens += tokens[known:]
-        # The run at the very end is what is looked for: it is indexed once there is a token after it.
+        # `find` looks for the run at the very end: a run is indexed only once a token follows.
         for end in range(self._indexed + 1, len(self._tokens)):
             for size in SIZES:
                 if end >= size:
@@ -87,7 +91,7 @@ class RepeatIndex:
         self._indexed = max(self._indexed, len(self._tokens) - 1)
 
     def _copy(self, start: int, count: int) -> tuple[int, ...]:
-        """`count` tokens from `start` on; past the end it goes on with what it has copied, as a loop does."""
+        """Return `count` tokens from `start`. Past the end the copy repeats itself like a loop."""
         path = self._tokens[start : start + count]
         for index in range(count - len(path)):
             path.append(path[index])

@@ -1,1 +1,1 @@
-"""What passes cost on this machine, measured and kept."""
+"""Measured costs of passes on this machine, kept in the cache."""

@@ -1,4 +1,4 @@
-"""Which properties of OpenVINO a pair's target has on this machine, and why: for inspect, doctor and tune."""
+"""The OpenVINO properties of a pair's target on this machine: for inspect, doctor and tune."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from dovetail.runtime.tune.cost_cache import recall_choice
 def target_properties(
     manifest: Manifest, threads: int | None = None, given: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """As JSON.  set: by name.  chosen: what `tune` chose, None if it was never asked.  given: by --ov-config."""
+    """Return the properties as JSON.
+
+    set: all properties by name. chosen: the choice of `tune`, None if `tune` made no choice. given:
+    properties from --ov-config.
+    """
     chosen = recall_choice(manifest, threads)
     return {
         "set": {**default_properties(), **(chosen.properties if chosen else {}), **(given or {}), **REQUIRED},
@@ -24,7 +28,7 @@ def target_properties(
 
 
 def properties_line(properties: Mapping[str, Any]) -> str:
-    """For a person."""
+    """Return the properties as one line for display."""
     named = ", ".join(f"{name}={value}" for name, value in properties["set"].items())
     chosen = properties["chosen"]
     if properties["given"]:
@@ -34,6 +38,6 @@ def properties_line(properties: Mapping[str, Any]) -> str:
     why = (
         f"passes {chosen['speedup']:.2f}x as fast"
         if chosen["properties"]
-        else "none is surely quicker that keeps rows equal"
+        else "no other that keeps rows equal is surely quicker"
     )
     return f"{named}; tune chose {'them' if chosen['properties'] else 'the defaults'} on {chosen['date'][:10]}: {why}"

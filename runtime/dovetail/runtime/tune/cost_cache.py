@@ -1,4 +1,4 @@
-"""Measured costs, kept in the cache: one file for each target, drafter and machine they were measured with."""
+"""Measured costs in the cache: one file for each combination of target, drafter and machine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # p
 
 @dataclass(frozen=True)
 class CostKey:
-    """What costs depend on; where one of these differs they are measured anew.
+    """Everything that costs depend on. If one fact differs, Dovetail measures again.
 
-    target: digest of its weights.  drafter: digests of its graph and weights.  device: of the drafter's file, "cuda"
-    or "cpu".  threads: as asked for, None for the engines' choice.  usable_threads: those this process may run on.
-    ov_config: properties of OpenVINO for the target: the defaults, those that were chosen, those that were asked for.
-    exact: whether a plain pass computes two rows.  spin_us: how long the drafter's threads wait for work.
+    target: digest of the weights. drafter: digests of graph and weights. device: of the drafter's
+    file, "cuda" or "cpu". threads: the user's number, None for the engines' choice. usable_threads:
+    threads that this process may run on. ov_config: the target's OpenVINO properties: defaults,
+    chosen, given. exact: whether a plain pass computes two rows. spin_us: how long the drafter's
+    threads wait for work.
     """
 
     target: str
@@ -52,7 +53,7 @@ class CostKey:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
     ) -> CostKey:
-        """The key of a pair, which must have a drafter and digests of its files, on this machine."""
+        """Return a pair's key on this machine. The pair must have a drafter and file digests."""
         assert manifest.drafter is not None
         cpu, versions = here.cpu(), here.versions()
         return cls(
@@ -70,7 +71,7 @@ class CostKey:
 
     @property
     def file(self) -> Path:
-        """Where its costs are kept."""
+        """The file that keeps the costs of this key."""
         digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return cache_dir() / "costs" / f"{digest}.json"
 
@@ -81,7 +82,10 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Costs, and for people what they were measured on.  seconds: what it took.  date: ISO 8601, UTC."""
+    """Costs, and the circumstances of their measurement for display.
+
+    seconds: duration of the measurement. date: ISO 8601, UTC.
+    """
 
     pair: str
     key: CostKey
@@ -92,20 +96,21 @@ class Measured:
     versions: Mapping[str, str] = field(default_factory=here.versions)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the JSON form."""
         return {**asdict(self), "costs": self.costs.as_dict()}
 
     def store(self) -> None:
-        """Keep it in place of what is there, whole or not at all.  Raises OSError."""
+        """Write the costs to the cache atomically, in place of older costs. Raises OSError."""
         self.key.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.key.file, (json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Properties of OpenVINO that `tune` found to be the quickest of those that keep rows equal.
+    """The quickest OpenVINO properties that `tune` found among those that keep rows equal.
 
-    properties: what is set in place of the defaults; empty if none is quicker.  speedup: of passes, over the defaults.
+    properties: replacements for defaults, empty if none is quicker. speedup: of passes, over the
+    defaults.
     """
 
     properties: Mapping[str, str]
@@ -113,14 +118,14 @@ class Chosen:
     date: str = field(default_factory=_now)
 
     def store(self, manifest: Manifest, threads: int | None) -> None:
-        """Keep it for this target on this machine.  Raises OSError."""
+        """Write the choice for this target on this machine to the cache. Raises OSError."""
         file = _choice_file(manifest, threads)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
-    """What `tune` chose for this target on this machine; None for nothing, or for a file that says something else."""
+    """Return the choice of `tune` for this target on this machine. None without a valid file."""
     try:
         raw = json.loads(_choice_file(manifest, threads).read_text(encoding="utf-8"))
         properties = {str(name): str(value) for name, value in raw["properties"].items()}
@@ -132,7 +137,7 @@ def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
 
 
 def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]:
-    """The properties that this target is opened with here beside the defaults."""
+    """Return the properties that replace defaults when this target is opened here."""
     chosen = recall_choice(manifest, threads)
     return dict(chosen.properties) if chosen else {}
 
@@ -145,7 +150,7 @@ def _choice_file(manifest: Manifest, threads: int | None) -> Path:
 
 
 def recall(key: CostKey) -> Measured | None:
-    """What was measured for `key`; None where that is nothing, or a file that says something else."""
+    """Return the measured costs of `key`, or None without a valid file."""
     try:
         raw = json.loads(key.file.read_text(encoding="utf-8"))
         if raw["key"] != asdict(key):

@@ -1,8 +1,9 @@
-"""Measure what a pass costs here: the target's by its nodes, a drafter's call by its rows, both by the context.
+"""Measure costs on this machine: passes of the target by nodes, calls of the drafter by rows.
 
-All points are timed in turns, round after round in shuffled order, so that whatever else the machine does falls
-on all of them alike; a point's time is its median.  Each is called twice: the target's first pass of another width
-than the last takes longer, which is noted apart.
+Both depend on the context. The measurement takes all points in turns, round after round in shuffled
+order, so that other work on the machine affects all points alike. A point's time is the median.
+Each point runs twice: OpenVINO's first pass after a change of width takes longer, and this extra
+time is recorded separately.
 """
 
 from __future__ import annotations
@@ -37,22 +38,23 @@ log = logging.getLogger(__name__)
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
-# Rows of a call up to which it is timed as a tree's level, which gives children to every row; a larger one reads.  A
-# short read is cheaper than a level of as many rows: the scheduler's pace of drafts evens that out.
+# A call of at most LEVEL rows is timed as a tree's level, which returns children for every row. A
+# larger call is timed as a read. A short read is cheaper than a level of as many rows. The
+# scheduler's pace of drafts corrects for that.
 LEVEL = 16
-# When a pair is first opened somebody waits for an answer.
+# Values for a quick measurement: a user who opens a pair for the first time waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
 QUICK_SECONDS = 4.0
 
-FEW = {*WIDTHS, CHUNK}  # sizes where there is no time for all
-SAMPLES = 2  # of every point at least
-LEAST_MS = 1e-3  # of a path, where noise hides what it takes
-FORK = 12  # nodes of the tree whose further paths are timed, against a chain of so many
-PATHS = 5  # of that tree
+FEW = {*WIDTHS, CHUNK}  # sizes to measure when time is short
+SAMPLES = 2  # least number of times for each point
+LEAST_MS = 1e-3  # least time of a path, where noise hides the true time
+FORK = 12  # nodes of the tree that times further paths, compared with a chain of FORK nodes
+PATHS = 5  # paths of that tree
 
 Engine = Literal["target", "path", "draft"]
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
-Progress = Callable[[float], None]  # is told the part that is done, 0 to 1
+Progress = Callable[[float], None]  # takes the finished part of the work, 0 to 1
 
 
 def known_or_measured(
@@ -64,11 +66,11 @@ def known_or_measured(
     *,
     progress: Progress | None = None,
 ) -> Costs:
-    """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
+    """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
-    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.  Then, too, a
-    warning in the log says if the target's rows are not equal on this machine.
-    Raises DeviceError.
+    A measurement is kept in the cache, and both sessions end empty. After a measurement a log
+    warning says if the target's rows are not equal on this machine. threads, ov_config: as passed
+    to open the sessions. Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
@@ -78,10 +80,10 @@ def known_or_measured(
     costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
     if target.exact and (different := differing_rows(target)).rows:
         log.warning(
-            "this target's rows differ by up to %.2g logits between passes here, so drafts may change the text: "
+            "the target's rows differ by up to %.2g logits between passes here, so drafts may change the text: "
             "dovetail-run tune --properties shows which properties of OpenVINO keep rows equal", different.largest,
         )  # fmt: skip
-    with suppress(OSError):  # a cache that cannot be written costs time at the next start, not correctness
+    with suppress(OSError):  # without a writable cache the next start measures again
         Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
     return costs
 
@@ -95,11 +97,12 @@ def measure(
     seconds: float,
     progress: Progress | None = None,
 ) -> Costs:
-    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`; both sessions end empty.
+    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
 
-    Contexts that a session has no room for are left out.  Where the time does not allow for SAMPLES of every point,
-    only FEW sizes and the largest are measured; where it does not for those either, it takes longer.
-    Raises InputError for what cannot be measured, DeviceError.
+    Both sessions end empty. Contexts beyond a session's room are left out. If time is too short for
+    SAMPLES of every point, only FEW sizes and the largest are measured. The measurement takes
+    longer than `seconds` if these sizes need more time. Raises InputError for values that cannot be
+    measured, DeviceError.
     """
     check_seconds(seconds)
     begin = perf_counter()
@@ -145,12 +148,12 @@ def measure(
 
 
 def check_seconds(seconds: float) -> None:
-    """Raises InputError for a time that measuring cannot take."""
-    check_number("seconds", seconds, InputError, "give another time", most=86400)
+    """Raise InputError for a duration that no measurement can have."""
+    check_number("seconds", seconds, InputError, "give another number of seconds", most=86400)
 
 
 def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
-    """A tree of `nodes` nodes: a chain below the root, of which the last `paths - 1` nodes hang from its first ones."""
+    """Return a tree of `nodes` nodes and `paths` paths: a chain with leaves on its first nodes."""
     chain = nodes - paths
     parents = [-1, *range(chain), *range(paths - 1)]
     return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
@@ -158,7 +161,7 @@ def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
 
 @dataclass(frozen=True)
 class _Point:
-    """A call to be timed: a pass of `size` nodes or a drafter's call of `size` rows, after `context` tokens.
+    """A call to time: a pass of `size` nodes or a drafter's call of `size` rows, after `context`.
 
     engine: "path" is the target's pass over a tree of several paths.
     """
@@ -170,7 +173,7 @@ class _Point:
 
 @dataclass
 class _Stopwatch:
-    """Times calls as the loop makes them: the mask of a tree is part of its pass, growing the tree is not."""
+    """Times calls as the loop makes them: a pass includes the tree's mask, not its growth."""
 
     target: OpenVINOTarget
     drafter: OnnxDrafter
@@ -178,14 +181,14 @@ class _Stopwatch:
     switches: list[float] = field(default_factory=list)  # ms
 
     def time(self, point: _Point) -> None:
-        """Two calls: the time of the second is noted, and of the target's what the first took more."""
+        """Call the point twice. Record the second time and, for the target, the first's excess."""
         first, second = self.call(point), self.call(point)
         self.times[point].append(second)
         if point.engine == "target":
             self.switches.append(first - second)
 
     def warm_up(self, sizes: Sizes, context: int) -> None:
-        """One call of each size that was not timed yet: the first of a shape is slower."""
+        """Call each size without a time once: the first call of a shape is slower."""
         for engine in sizes:
             for size in reversed(sizes[engine]):
                 point = _Point(engine, size, context)
@@ -193,9 +196,9 @@ class _Stopwatch:
                     self.call(point)
 
     def call(self, point: _Point) -> float:
-        """One call, in ms."""
+        """Return the time of one call in ms."""
         if point.engine in ("target", "path"):
-            self.target.assume(point.context)
+            self.target.pretend_length(point.context)
             tree = timed_tree(point.size, PATHS if point.engine == "path" else 1)
             begin = perf_counter()
             self.target.verify(tree)
@@ -212,11 +215,11 @@ class _Stopwatch:
         return (perf_counter() - begin) * 1e3
 
     def sampled(self, points: Sequence[_Point]) -> float:
-        """The part, 0 to 1, of the times that `points` need which is there: SAMPLES of each."""
+        """Return the part, 0 to 1, of the required times of `points`: SAMPLES for each point."""
         return sum(min(len(self.times[point]), SAMPLES) for point in points) / (SAMPLES * len(points))
 
     def predict(self, known: Sizes, wanted: Sizes, contexts: Sequence[int]) -> float:
-        """Milliseconds of one round over `wanted`, by the times of `known`, which has the largest of each."""
+        """Return ms of a round over `wanted`, by times of `known`, which has the largest sizes."""
         total = 0.0
         for engine in wanted:
             curve = self.curve(engine, known[engine], contexts)
@@ -224,23 +227,23 @@ class _Stopwatch:
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
 
     def path_curve(self, target: Curve, contexts: Sequence[int]) -> Curve:
-        """What each path beside the first takes: a tree's medians less those of chains of its size."""
+        """Return the cost of each further path: a tree's median less a chain's of its size."""
         ms = [median(self.times[_Point("path", FORK, context)]) - target.at(context, FORK) for context in contexts]
         return Curve.fit(contexts, (1,), np.maximum(np.array([ms]).T / (PATHS - 1), LEAST_MS))
 
     def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
-        """The medians, made to rise."""
+        """Return the medians as a curve that never falls."""
         ms = [[median(self.times[_Point(engine, size, context)]) for size in sizes] for context in contexts]
         return Curve.fit(contexts, sizes, np.array(ms))
 
 
 def _fitting(contexts: Sequence[int], room: int) -> list[int]:
-    """The contexts of at most `room` tokens; where none fits, what fits."""
+    """Return the contexts of at most `room` tokens, or [room] if none fits."""
     return [context for context in contexts if context <= room] or [max(0, room)]
 
 
 def _ascending(name: str, values: Iterable[int], low: int) -> list[int]:
     ordered = sorted(set(values))
     if not ordered or ordered[0] < low:
-        raise InputError(f"{name} {ordered} cannot be measured: give one or more, from {low}")
+        raise InputError(f"{name} {ordered} cannot be measured: give at least one value, from {low}")
     return ordered

@@ -1,7 +1,7 @@
-"""What properties of OpenVINO's CPU plugin change here: how quick the target's passes are, and its best tokens.
+"""Measure how properties of OpenVINO's CPU plugin change the target's speed and its best tokens.
 
-One candidate at a time is opened beside the target as it was given, and the passes of the two are timed in turns, so
-that whatever else the machine does falls on both alike.  `choose` names the one that later openings may use.
+`compare` opens one candidate at a time next to the given target and times their passes in turns.
+Other work on the machine then affects both alike. `choose` names the property for later openings.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
 from dovetail.runtime.tune.measure import Progress, check_seconds, timed_tree
 
 CONTEXT = 128  # tokens before a timed pass
-NODES = (1, 8, 16)  # of a timed pass; 1 is plain decoding
-CHAIN = 16  # tokens of the text that are read in one pass
-TOKENS = 128  # of the text
-SAMPLES = 7  # of every size at least
+NODES = (1, 8, 16)  # nodes of a timed pass; 1 is plain decoding
+CHAIN = 16  # tokens of the text in one pass
+TOKENS = 128  # tokens of the text
+SAMPLES = 7  # least number of pairs of passes for each size
 PROMPT = "The three most important discoveries in the history of science, and what each of them changed:"
 
 
@@ -46,13 +46,14 @@ class Property:
 
 @dataclass(frozen=True)
 class Compared(Property):
-    """What a property changes, set beside those that were given.
+    """The effect of one property, compared with the given properties.
 
-    speedups: by nodes, how many times as fast a pass is: the median of `samples` pairs of passes, between the ends of
-        an interval that holds the true one in 98 of 100 cases.
+    speedups: by nodes, (low, median, high) of how many times as fast a pass is, over `samples`
+    pairs of passes. The interval holds the true speedup in 98 of 100 cases.
     same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
-    rows_equal: whether its rows are the same bits in passes of every width but 1, and in trees (exactness.py).
-    problem: why OpenVINO does not take the property; nothing was measured then.
+    rows_equal: whether rows are the same bits in trees and in passes of every width but 1
+    (exactness.py).
+    problem: OpenVINO's reason for refusing the property; nothing was measured then.
     """
 
     speedups: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
@@ -63,15 +64,18 @@ class Compared(Property):
 
 
 def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
-    """What is worth a try on this machine, but for what it has already.  threads: as the target was told, if it was."""
+    """Return the properties worth a try here, without those already set.
+
+    threads: the user's number, if any.
+    """
     tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
     tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
     facts, cores = machine.cpu(), machine.usable_cores()
     if facts.threads > facts.cores:
         tried.append(("ENABLE_HYPER_THREADING", "NO"))
     if threads is None and cores > 1:
-        tried.append(("INFERENCE_NUM_THREADS", str(cores - 1)))  # leaves one to the drafter
-    now = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", **default_properties(), **given}  # 32 is OpenVINO's own
+        tried.append(("INFERENCE_NUM_THREADS", str(cores - 1)))  # leaves a core to the drafter
+    now = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", **default_properties(), **given}  # 32 is OpenVINO's default
     return [Property(name, value) for name, value in tried if now.get(name) != value]
 
 
@@ -84,11 +88,12 @@ def compare(
     seconds: float,
     progress: Progress | None = None,
 ) -> list[Compared]:
-    """A record for each property of `tried`, measured for `seconds` in all; `base` ends empty.
+    """Return a record for each property of `tried`, measured for about `seconds` in all.
 
-    base: the target as it was given.  open_with: the same with one more.  prompt: tokens that a text follows.
-    It takes longer where SAMPLES of every size do.
-    Raises InputError for such seconds, DeviceError where `base` cannot read the text.
+    base: the target as given; empty at the end. open_with: opens the target with one more property.
+    prompt: tokens before the measured text. The comparison takes longer than `seconds` if SAMPLES
+    of every size need more time. Raises InputError for wrong seconds, DeviceError if `base` cannot
+    read the text.
     """
     check_seconds(seconds)
     end = perf_counter() + seconds
@@ -113,7 +118,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Read:
-    """A text after a prompt, and the best token of `base` after each of its tokens [T]."""
+    """A text after a prompt, and the best token of `base` after each token of the text [T]."""
 
     base: OpenVINOTarget
     prompt: Sequence[int]
@@ -123,7 +128,7 @@ class _Read:
     def beside(
         self, one: Property, open_with: Callable[[Property], OpenVINOTarget], until: float, tell: Progress
     ) -> Compared:
-        """Open a candidate, let it read the text, time it, and let it go: there are never more than two models."""
+        """Open a candidate, read the text, time passes and close: at most two models are open."""
         try:
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
@@ -138,7 +143,7 @@ class _Read:
 
 
 def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
-    """Whether its rows are equal where none is computed alone, as without --no-exact."""
+    """Return whether rows are equal if no row is computed alone, as without --no-exact."""
     exact = OpenVINOTarget(candidate.model, candidate.max_context)
     try:
         return differing_rows(exact).rows == 0
@@ -147,9 +152,9 @@ def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
 
 
 def choose(rows: Sequence[Compared]) -> Chosen:
-    """The quickest precision or group size that keeps rows equal and is quicker than the base beyond doubt, if any.
+    """Choose the quickest precision or group size that keeps rows equal and surely beats the base.
 
-    Speeds of the passes of NODES nodes count alike.
+    Passes of all NODES count alike. The choice is empty if no property qualifies.
     """
     found = [row for row in rows if row.name in CHOOSABLE and row.rows_equal]
     sure = [row for row in found if geometric_mean(low for low, _, _ in row.speedups.values()) > 1]
@@ -162,7 +167,7 @@ def _speedup(row: Compared) -> float:
 
 
 def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:
-    """The `count` tokens, at least one, that the target writes after the prompt; plain decoding."""
+    """Return `count` tokens, at least one, that plain decoding writes after the prompt."""
     target.reset(0)
     text = [int(target.prefill(np.array(prompt, np.int64)).logits[0].argmax())]
     while len(text) < count:
@@ -172,7 +177,7 @@ def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> li
 
 
 def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[int]) -> NDArray[np.int64]:
-    """The target's best token after each of `text` [T], which it reads in chains; int64 [T]."""
+    """Return the target's best token after each of `text` [T], read in chains; int64 [T]."""
     best: list[NDArray[np.int64]] = []
     target.reset(0)
     target.prefill(np.array(prompt, np.int64))
@@ -185,12 +190,15 @@ def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[in
 
 
 def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Progress) -> dict[int, list[float]]:
-    """By nodes, how many times as fast `candidate` was in each pair of passes, until then or for SAMPLES of them."""
+    """Return by nodes how many times as fast `candidate` was in each pair of passes.
+
+    Timing ends at `until`, but not before SAMPLES pairs.
+    """
     turns, order, begin = [base, candidate], Random(0), perf_counter()
     ratios: dict[int, list[float]] = {nodes: [] for nodes in NODES}
     for nodes in NODES:
         for target in turns:
-            _pass_ms(target, nodes)  # the first of a shape is slower
+            _pass_ms(target, nodes)  # the first pass of a shape is slower
     samples = 0
     while samples < SAMPLES or perf_counter() < until:
         for nodes in order.sample(NODES, len(NODES)):
@@ -203,10 +211,10 @@ def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: P
 
 
 def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
-    """The second of two passes, in ms: the first after one of another width takes longer."""
+    """Return the second of two passes in ms: the first after a change of width takes longer."""
     tree, begin = timed_tree(nodes), 0.0
     for _ in range(2):
-        target.assume(max(0, min(CONTEXT, target.max_context - max(NODES))))
+        target.pretend_length(max(0, min(CONTEXT, target.max_context - max(NODES))))
         begin = perf_counter()
         target.verify(tree)
     return (perf_counter() - begin) * 1e3
