@@ -1,11 +1,11 @@
 """The drafter: a fusion, m Llama blocks, and the target's own embedding and head rows.
 
 Axes: B batch, T positions, H hidden = feature size, K draft vocabulary, h query heads, g key-value
-heads, d head size.  Position t pairs feature f[t] with token x[t+1]; its output approximates f[t+1],
+heads, d head size. Position t pairs feature f[t] with token x[t+1]; its output approximates f[t+1],
 so `logits` there are over x[t+2].
 
 Source: Dovetail (arXiv 2412.18934): block 0 has no input norm, there is no final norm, the head is the
-target's.  The draft vocabulary is EAGLE-3's (arXiv 2503.01840), with absolute target ids in `d2t`.
+target's. The draft vocabulary is EAGLE-3's (arXiv 2503.01840), with absolute target ids in `d2t`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rope_table(config: DrafterConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding in the half-split layout.  x: [..., T, heads, d], cos/sin: [..., T, d]."""
+    """Apply rotary embedding in the half-split layout. x: [..., T, heads, d], cos/sin: [..., T, d]."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
@@ -93,7 +93,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residuals and feed-forward.  x: [..., T, H], attended: [..., T, h, d]."""
+        """Residuals and feed-forward. x: [..., T, H], attended: [..., T, h, d]."""
         x = x + self.self_attn.o_proj(attended.flatten(-2))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -148,10 +148,10 @@ class Drafter(nn.Module):
     def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache], start: int = 0, lend: int = 0) -> Tensor:
         """One unrolled step (EAGLE-3's training-time test); appends this step's keys and values to `caches`.
 
-        Step j = len(caches[0]) replays drafting level j at every position at once.  f: [B, T, H] is the
-        target's feature for j = 0, else the previous step's output shifted right by one.  A query at t
+        Step j = len(caches[0]) replays drafting level j at every position at once. f: [B, T, H] is the
+        target's feature for j = 0, else the previous step's output shifted right by one. A query at t
         attends, in step 0's keys, to positions <= t - j (true features) and, for 0 < i <= j, to step i's
-        key at t - j + i (its own drafted ancestors): the diagonal.  Steps after the first may run on the
+        key at t - j + i (its own drafted ancestors): the diagonal. Steps after the first may run on the
         positions from `start` on alone; f and tokens are then that slice, and its first j rows are void.
         The first `lend` rows only lend their keys and values: the output is [B, T - lend, H].
         """
@@ -166,7 +166,7 @@ class Drafter(nn.Module):
 
 
 def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:
-    """Attention of unrolled step j = len(cache) - 1.  q: [B, T, h, d] of positions start.. -> [B, T, h, d].
+    """Attention of unrolled step j = len(cache) - 1. q: [B, T, h, d] of positions start.. -> [B, T, h, d].
 
     Rows t < j (from `start`) have no such ancestors: they are void and carry no loss.
     """
@@ -188,7 +188,7 @@ def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:
 
 
 def shift(pair: tuple[Tensor, Tensor], by: int) -> tuple[Tensor, Tensor]:
-    """Move keys and values `by` positions right, zeros entering.  Each: [B, T, g, d]."""
+    """Move keys and values `by` positions right, zeros entering. Each: [B, T, g, d]."""
     if by == 0:
         return pair
     k, v = (F.pad(x, (0, 0, 0, 0, by, 0))[:, : x.shape[1]] for x in pair)

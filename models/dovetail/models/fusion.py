@@ -1,6 +1,6 @@
 """How the target's feature and the next token's embedding become the drafter's input.
 
-Axes: B batch, T positions, H hidden = feature size.  f: feature [B, T, H], e: embedding [B, T, H].
+Axes: B batch, T positions, H hidden = feature size. f: feature [B, T, H], e: embedding [B, T, H].
 A fusion is an nn.Module with `forward(f, e) -> [B, T, H]`; `FUSIONS` names the members of the seam.
 """
 
@@ -69,7 +69,7 @@ class LayerMix(nn.Module):
 
     f = last + P [rms(l1); ...; rms(lL)], P zero at first: a drafter starts out as one of the last feature alone,
     and the sum stays in the space of the drafter's own outputs, which take its place after the first step.
-    The runtime adds it inside the target's graph.  Which blocks: EAGLE-3 (arXiv 2503.01840).
+    The runtime adds it inside the target's graph. Which blocks: EAGLE-3 (arXiv 2503.01840).
     """
 
     def __init__(self, size: int, layers: int, eps: float):

@@ -3,9 +3,9 @@
 Axes: n tokens of a call, m of them whose children are wanted, T tree slots, S context pairs, K draft vocabulary,
 k children per row, D = H feature and hidden size, h query heads, g key-value heads, d head size.
 
-A key-value buffer has T + S rows: row i < T belongs to tree node i, row T + j to context pair j.  The
+A key-value buffer has T + S rows: row i < T belongs to tree node i, row T + j to context pair j. The
 feature bank has T + 1 rows: row 0 is the root's feature, row i tree node i's, row T takes what nobody
-will read.  Both are inputs and outputs of one buffer each, so that the caller can bind them in place.
+will read. Both are inputs and outputs of one buffer each, so that the caller can bind them in place.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def attend(
 
     x: [n, H], mask: [h/g * m, T + S] additive, kv: [T + S, 2, g, d] -> [m, H] and the buffer.
 
-    Query heads of a group are stacked as rows of one product, so keys and values are never repeated.  No
+    Query heads of a group are stacked as rows of one product, so keys and values are never repeated. No
     shape depends on n but through one free axis: fixing `slots` alone leaves no shape arithmetic.
     """
     k, v = block.self_attn.keys_and_values(block.input_layernorm(x), cos, sin)  # [n, g, d]

@@ -1,7 +1,7 @@
 """Weights of an exported float32 graph to INT8, for ONNX Runtime on the CPU.
 
 Linear layers become MatMulNBits: weights 8 bit in blocks along the input axis, activations quantised per
-row and block inside the kernel (accuracy level 4).  Dynamic quantisation of whole tensors is up to 1.7x
+row and block inside the kernel (accuracy level 4). Dynamic quantisation of whole tensors is up to 1.7x
 faster from 8 rows on, but a target's features have outliers of 12 to 20 times their RMS: one scale per
 call keeps the drafter's first choice in 87% of rows, one scale per row and block in 97%.
 

@@ -42,7 +42,7 @@ class Tolerance:
 
 
 # Measured with random weights, H = 32 and 576, 1 and 2 blocks: float16 up to 0.0021 sd and 0.05%, INT8 up to 0.11 sd
-# and 3.1%.  A weight matrix turned upside down shows in INT8 as 0.27 to 4.4 sd: what is subtler float16 must catch.
+# and 3.1%. A weight matrix turned upside down shows in INT8 as 0.27 to 4.4 sd: what is subtler float16 must catch.
 TOLERANCES = {"float16": Tolerance(logprob=0.01, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.06)}
 
 
@@ -71,7 +71,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Answer:
-    """One call's result, of the file or of torch.  logprobs: [m, k] or all K; ids: [m, k]; features: [m, D]."""
+    """One call's result, of the file or of torch. logprobs: [m, k] or all K; ids: [m, k]; features: [m, D]."""
 
     logprobs: NDArray[np.float32]
     ids: NDArray[np.int64]
@@ -109,7 +109,7 @@ def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
     """Largest error of a child's log-probability, or of its rank, in standard deviations of its row.
 
     The rank's error is how far torch puts a child below its own child of that rank.
-    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.  An id that is no draft id is inf.
+    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id. An id that is no draft id is inf.
     """
     if not set(got.ids.flat) <= set(columns):
         return float("inf")
@@ -176,7 +176,7 @@ class GraphRun:
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
 
     def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
-        """Append pairs, of which all give children, or the last.  Their bank rows are kept apart, to be compared."""
+        """Append pairs, of which all give children, or the last. Their bank rows are kept apart, to be compared."""
         n, slots = len(tokens), self.tree_slots
         positions = np.arange(self.length, self.length + n)
         self.length += n
@@ -218,7 +218,7 @@ class GraphRun:
 def check_static(file: Path, tokens: int, slots: int) -> None:
     """Fix all dimensions and fold: nothing may be left whose shape or control flow depends on data.
 
-    A CUDA graph replays fixed addresses and shapes.  Raises ExportError naming the first such node.
+    A CUDA graph replays fixed addresses and shapes. Raises ExportError naming the first such node.
     """
     model = folded(file, tokens, slots)
     if dynamic := [node for node in model.graph.node if node.op_type in DYNAMIC_OPS]:

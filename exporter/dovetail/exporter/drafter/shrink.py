@@ -55,7 +55,7 @@ def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
 def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]) -> Drafter:
     """The same drafter with fewer draft tokens, by as many as `plan` is above `limit` bytes in rows of the head.
 
-    Those with the lowest ids stay, which BPE merged first, and those of `keep`.  Raises ExportError with the plan when
+    Those with the lowest ids stay, which BPE merged first, and those of `keep`. Raises ExportError with the plan when
     LEAST_VOCABULARY tokens would be too many.
     """
     size = drafter.config.draft_vocab_size

@@ -1,7 +1,7 @@
 """An environment of its own, with another transformers, for an architecture that the installed one cannot convert.
 
 It holds what converts a checkpoint (optimum-intel, torch, nncf, OpenVINO) in the versions installed here, and the
-newest transformers with which optimum-intel converts the architecture.  `optimum-cli` there writes an IR, which
+newest transformers with which optimum-intel converts the architecture. `optimum-cli` there writes an IR, which
 `dovetail-export target` takes.
 """
 
@@ -20,7 +20,7 @@ from dovetail.exporter.target.architectures import ARCHITECTURES
 from dovetail.runtime.errors import ExportError, InputError
 
 # torchvision: optimum-intel declares it, text models never import it, and one that was not built for the installed
-# torch breaks `import transformers`.  The others come with the transformers and the torch that pip is asked for.
+# torch breaks `import transformers`. The others come with the transformers and the torch that pip is asked for.
 _LEFT_OUT = {"torchvision", "transformers", "huggingface-hub", "tokenizers", "torch"}
 _ROOTS = ("optimum-intel", "accelerate")
 

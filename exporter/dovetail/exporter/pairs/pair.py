@@ -88,7 +88,7 @@ def add_drafter(
 def build_drafter(
     build: PairBuild, checkpoint: Path, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = ()
 ) -> DrafterFacts:
-    """Run the drafter's stage on the build's target; returns its facts.  vram, fit, keep: see export_drafter."""
+    """Run the drafter's stage on the build's target; returns its facts. vram, fit, keep: see export_drafter."""
     inputs = {
         "checkpoint": _checkpoint_digest(checkpoint),
         "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes

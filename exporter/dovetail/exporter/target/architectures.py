@@ -1,7 +1,7 @@
 """Which architectures can become a target, decided from the configuration alone, before any weight is read.
 
 Three questions: does each layer keep keys and values and nothing else, does optimum-intel export the architecture,
-and does it do so with the installed transformers.  docs/families.md lists the answers; the tests of families hold both
+and does it do so with the installed transformers. docs/families.md lists the answers; the tests of families hold both
 to optimum-intel's own export classes.
 """
 
@@ -22,7 +22,7 @@ OPTIMUM_INTEL = "2.2"
 class Range:
     """Versions of transformers, both ends included, with which optimum-intel exports an architecture.
 
-    last: None where no release is too new.  newest: the release to install for it.
+    last: None where no release is too new. newest: the release to install for it.
     """
 
     first: str
@@ -74,7 +74,7 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 def check_architecture(location: str, config: Mapping[str, Any], transformers: str | None = None) -> None:
     """Refuse a checkpoint that cannot become a target.
 
-    config: its config.json.  transformers: a version, by default the installed one.
+    config: its config.json. transformers: a version, by default the installed one.
     Raises SourceError, one line with the reason and what to do.
     """
     kind = check_attention(location, config)

@@ -1,7 +1,7 @@
 """Fused projections: quantised layers that read the same input (query, key and value; gate and up) become one.
 
 Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
-a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
+a good part of a pass. A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
 
 Axes: N rows (outputs) of a layer, K columns (inputs).
 """
@@ -45,7 +45,7 @@ class _Projection:
 def fuse_projections(model: ov.Model, apart: ov.Node | None = None) -> int:
     """Let every group of quantised layers with one input be one layer, followed by a split; returns the groups.
 
-    apart: the MatMul of a layer that stays alone, such as the lm_head.  Left as they are, too: weights in floating
+    apart: the MatMul of a layer that stays alone, such as the lm_head. Left as they are, too: weights in floating
     point, of different formats, transposed, of one row, made by other operations than OpenVINO's own quantisation
     uses, and layers whose product is an output of the model or that have no company.
     """

@@ -1,7 +1,7 @@
 """Proof that the exported graph computes the model, in the form in which it verifies trees.
 
-The runtime turns a target into a paged graph.  Where an architecture's attention does not survive that (a window, a
-sink, a bias, a scale), the text is wrong and nothing fails.  An export therefore compares three things before it ends:
+The runtime turns a target into a paged graph. Where an architecture's attention does not survive that (a window, a
+sink, a bias, a scale), the text is wrong and nothing fails. An export therefore compares three things before it ends:
 
     plain   logits of the paged graph with those of a reference, one token a pass, behind a prompt
     window  the same behind a prompt that is longer than the attention's window
@@ -34,8 +34,8 @@ _FOLLOWING = 8  # K
 _PROMPT = 48  # T where no window asks for more
 _LONGEST = 640  # T, so that a model of 7B takes a minute at most; windows beyond that are not entered
 # How far rows of logits may be from those of the same weights, and from float ones where they are INT8, as a part of
-# their spread.  In tiny random models float16 keys give 0.004, INT8 weights 0.08, wrong attention 0.2 to 1.5.  INT4
-# weights give 0.3 to 1.1, which says nothing.  The median row counts: a near tie may send one token to another expert.
+# their spread. In tiny random models float16 keys give 0.004, INT8 weights 0.08, wrong attention 0.2 to 1.5. INT4
+# weights give 0.3 to 1.1, which says nothing. The median row counts: a near tie may send one token to another expert.
 _SAME_WEIGHTS, _INT8 = 0.05, 0.3
 _EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # Two long branches and short ones, off the first chain at every level.
@@ -85,7 +85,7 @@ def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
 def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: FloatArray | None = None) -> None:
     """Compare the paged graph of a tapped IR with its references, and a tree with its chains.
 
-    same: logits [K, V] of the graph's own weights.  close: those of float weights that INT8 stands for.
+    same: logits [K, V] of the graph's own weights. close: those of float weights that INT8 stands for.
     Raises ExportError.
     """
     target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))

@@ -1,7 +1,7 @@
 """A sentencepiece model as rules of a tokenizer.json.
 
 transformers' own conversion differs by release: it takes Unigram models for BPE, or BPE models for Unigram (5.0.0), and
-treats spaces in its own way.  The vocabulary therefore comes from the model itself.
+treats spaces in its own way. The vocabulary therefore comes from the model itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where a target comes from: a Hub id, a Hugging Face folder, a GGUF file or an OpenVINO IR folder.
 
-Resolving reads no weights beyond their digests, and imports neither torch nor transformers.  A checkpoint whose
+Resolving reads no weights beyond their digests, and imports neither torch nor transformers. A checkpoint whose
 configuration rules it out is refused before that, from the Hub before it is downloaded.
 """
 

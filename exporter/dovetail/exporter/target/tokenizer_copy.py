@@ -78,7 +78,7 @@ _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
     """Put the source's tokenizer files in `out_dir`, in place of any there; gives the source's `encode` for the probe.
 
-    A folder with slow files alone is converted by transformers' AutoTokenizer.  trust: Python code that comes with it
+    A folder with slow files alone is converted by transformers' AutoTokenizer. trust: Python code that comes with it
     may run. Raises SourceError where the source has no readable tokenizer, or one that takes too much memory,
     ExportError where the copy cannot be written.
     """

@@ -24,7 +24,7 @@ from dovetail.runtime.errors import TrainError
 class Windows:
     """One batch, padded right.
 
-    features: [B, T, (L + 1) * D] float32, f[t] and the L layers read beside it.  tokens: [B, T] x[t+1].
+    features: [B, T, (L + 1) * D] float32, f[t] and the L layers read beside it. tokens: [B, T] x[t+1].
     following: [B, T, D] f[t+1], the teacher's.
     answer: [B, T] bool, positions whose next token x[t+2] lies in the answer and in the draft vocabulary.
     start: first position that any conversation of the batch needs beyond step 0.
@@ -118,7 +118,7 @@ class Batches:
         )
 
     def stream(self, step: int, hold: Callable[[int], None]) -> Iterator[tuple[int, Windows]]:
-        """(step, batch) from `step` on, without end.  hold(group) is called before the features of a group are read."""
+        """(step, batch) from `step` on, without end. hold(group) is called before the features of a group are read."""
         held: int | None = None
         while True:
             epoch, index = divmod(step, self.per_epoch)

@@ -1,7 +1,7 @@
 """Does training text repeat a benchmark's prompts?  Word n-grams say so.
 
 A conversation that shares one run of 13 words with a prompt of a benchmark is left out of training; a prompt
-of fewer words counts as one run, one of fewer than 6 says nothing of its own and is not looked for.  Words are
+of fewer words counts as one run, one of fewer than 6 says nothing of its own and is not looked for. Words are
 letters and digits in lower case: layout does not hide a copy.
 Source: the 13-gram rule of GPT-3's contamination study (arXiv 2005.14165, appendix C).
 """

@@ -32,7 +32,7 @@ class Conversation:
 class Corpus:
     """Conversations, concatenated.
 
-    tokens: [total] int64.  lengths, prompt_lengths: [conversations] int64; the answer starts at prompt_length.
+    tokens: [total] int64. lengths, prompt_lengths: [conversations] int64; the answer starts at prompt_length.
     """
 
     tokens: NDArray[np.int64]

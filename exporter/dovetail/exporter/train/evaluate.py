@@ -30,7 +30,7 @@ class Rows(Protocol):
 class HeldOut:
     """acceptance_length: mean tokens per verification of a chain of `depth`, bonus token included.
 
-    accepted_per_position: how often the i-th drafted token was kept.  positions: where chains were started.
+    accepted_per_position: how often the i-th drafted token was kept. positions: where chains were started.
     calibration: per depth, what the candidates' probabilities were worth.
     """
 
@@ -44,7 +44,7 @@ class HeldOut:
 class Candidates:
     """The drafter's best tokens at the positions of one depth whose path is the target's own text.
 
-    logprobs: [n, k] float32, best first, given the path.  hits: [n, k] bool, whether it is the target's token.
+    logprobs: [n, k] float32, best first, given the path. hits: [n, k] bool, whether it is the target's token.
     """
 
     logprobs: NDArray[np.float32]
@@ -95,7 +95,7 @@ def candidates(
 ) -> Iterator[Candidates]:
     """For each step j: the candidates at positions first + j.. whose next token x[t+2] is known.
 
-    features: [1, T-1, D], tokens: [T].  Row i of every step belongs to the chain that starts at first + i.
+    features: [1, T-1, D], tokens: [T]. Row i of every step belongs to the chain that starts at first + i.
     """
     caches: list[Any] = [[] for _ in drafter.layers]
     g = drafter.read(features)
@@ -106,7 +106,7 @@ def candidates(
         yield Candidates(best.values.cpu().numpy(), hits.cpu().numpy())
 
 
-# --- what a drafter claims, fitted to what was seen: Platt scaling in logit space.  Axes: n candidates, B bins.
+# --- what a drafter claims, fitted to what was seen: Platt scaling in logit space. Axes: n candidates, B bins.
 
 # Finer where trees are decided: a path of five steps lives on candidates of a few per cent.
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -117,7 +117,7 @@ Floats = NDArray[np.float64]
 
 
 def fit_depth(logprobs: NDArray[np.floating], hits: NDArray[np.bool_]) -> DepthCalibration:
-    """Calibrate one depth.  logprobs: [n] conditional on the path, hits: [n] whether it was the target's token."""
+    """Calibrate one depth. logprobs: [n] conditional on the path, hits: [n] whether it was the target's token."""
     z, seen = logit_of(logprobs), hits.astype(np.float64)
     scale, shift = platt(z, seen)
     if scale < 0:  # q tells less than nothing here: keep the base rate alone, not the reverse order
@@ -140,7 +140,7 @@ def fit_depth(logprobs: NDArray[np.floating], hits: NDArray[np.bool_]) -> DepthC
 def platt(z: Floats, seen: Floats) -> tuple[float, float]:
     """(scale, shift) that minimise the log loss of sigmoid(scale * z + shift), and a weak prior for (1, 0).
 
-    z, seen: [n].  Damped Newton on a convex loss; the prior makes the minimum unique and finite.
+    z, seen: [n]. Damped Newton on a convex loss; the prior makes the minimum unique and finite.
     """
     start = np.array([1.0, 0.0])
 

@@ -1,8 +1,8 @@
 """The target's features of a training corpus, on disk in float16 and never more of them than was agreed.
 
-Axes: T tokens of the corpus, D feature size.  2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
+Axes: T tokens of the corpus, D feature size. 2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
 
-A corpus comes in parts.  When the features of all parts fit into the budget, they are computed once.  When they
+A corpus comes in parts. When the features of all parts fit into the budget, they are computed once. When they
 do not, parts form groups that fit: fitting works through group after group, and a group's features are computed
 again whenever its turn comes.
 """
@@ -42,8 +42,8 @@ def feature_bytes(corpus: Corpus, feature_size: int) -> int:
 class FeatureStore:
     """Rows [T, D] float16 of all parts in a row, of which one group at a time is on disk.
 
-    folder: holds one file per part, `NAME.f16`.  open_model: the target; called when features are missing.
-    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget.
+    folder: holds one file per part, `NAME.f16`. open_model: the target; called when features are missing.
+    budget_bytes: disk for the files. Raises TrainError when one part alone exceeds the budget.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[in
     """Compute f for every token of every conversation, from the model that will verify; yields tokens done.
 
     Resumable: what `file` holds of whole passes is kept, so that the rest is computed in the same passes as without
-    an interruption, and rounded alike.  Raises OSError, a full disk's included.
+    an interruption, and rounded alike. Raises OSError, a full disk's included.
     """
     offsets = corpus.offsets
     size = 2 * model.feature_size  # bytes of a token

@@ -3,7 +3,7 @@
 Axes: B conversations of a batch, T positions, D feature size, K draft vocabulary.
 Source: EAGLE-3's training-time test (arXiv 2503.01840): the loss sums 0.8^j times the cross-entropy of
 step j against the target's own distribution; positions whose token the drafter cannot propose are left
-out; there is no feature regression.  The paper's loss (arXiv 2412.18934, after EAGLE) is `unroll=1` with
+out; there is no feature regression. The paper's loss (arXiv 2412.18934, after EAGLE) is `unroll=1` with
 `regression=10`: smooth L1 on the features plus a tenth of the cross-entropy.
 """
 
@@ -23,7 +23,7 @@ from dovetail.models import Drafter
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: mean over positions and steps.  agreement: per step, how often the drafter's top token is the target's."""
+    """loss: mean over positions and steps. agreement: per step, how often the drafter's top token is the target's."""
 
     loss: float
     agreement: tuple[float, ...]
@@ -92,6 +92,6 @@ def _teacher(drafter: Drafter, following: Tensor, top_k: int) -> tuple[Tensor, T
 
 
 def _valid_rows(answer: Tensor, unroll: int) -> list[Tensor]:
-    """Per step j: which answer rows have j drafted ancestors inside the slice.  answer: [B, T]."""
+    """Per step j: which answer rows have j drafted ancestors inside the slice. answer: [B, T]."""
     position = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)[answer]
     return [position >= j for j in range(unroll)]

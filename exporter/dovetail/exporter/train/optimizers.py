@@ -3,7 +3,7 @@
 Muon in float32: the direction of every matrix's update is its momentum, made orthogonal.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the step of Liu et al.,
-"Muon is scalable for LLM training" (arXiv 2502.16982).  `torch.optim.Muon` does the same in bfloat16, which took
+"Muon is scalable for LLM training" (arXiv 2502.16982). `torch.optim.Muon` does the same in bfloat16, which took
 the CPU that this was written on twice as long.
 """
 
@@ -24,7 +24,7 @@ ADAMW_RMS = 0.2  # of an update of AdamW: learning rates mean the same for both
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone.  Decay is AdamW's, momentum Nesterov's."""
+    """For matrices alone. Decay is AdamW's, momentum Nesterov's."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -25,10 +25,10 @@ _WHOLE = (
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to fit.  `epochs` sets the length; the learning rate falls linearly to zero at its end.
+    """How to fit. `epochs` sets the length; the learning rate falls linearly to zero at its end.
 
     unroll: steps on the drafter's own outputs, the first on the target's features.
-    window: positions of one conversation seen at most.  batch: conversations per update.
+    window: positions of one conversation seen at most. batch: conversations per update.
     teacher_top_k: learn from the target's k most probable tokens alone, renormalised; 0 from all it can propose.
     regression: weight of the smooth L1 distance between output and the target's next feature.
     optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
@@ -63,13 +63,13 @@ class FitOptions:
 class TrainPlan:
     """What to train, on what.
 
-    prompts: JSONL of the user's, or None.  own_prompts: how many the target writes itself.
+    prompts: JSONL of the user's, or None. own_prompts: how many the target writes itself.
     openings: how its own prompts may begin, each as likely as the others; "" leaves the beginning to it.
     feature_layers: read three blocks of the target beside its last feature.
     corpora: .npz files of conversations that the same target wrote earlier.
     exclude: JSONL files of benchmark prompts that no training text may repeat.
-    minutes: time for the whole run; without any text given, a third of it goes into writing some.  It overrides
-    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint with the same fusion and blocks to go on from.
+    minutes: time for the whole run; without any text given, a third of it goes into writing some. It overrides
+    `fit.epochs`. disk_gb: most disk for features. init: a checkpoint with the same fusion and blocks to go on from.
     """
 
     prompts: Path | None = None

@@ -52,8 +52,8 @@ JUDGED = 40  # of them, while fitting
 class Text:
     """All conversations of a run in the order of their parts, and which are for what.
 
-    kept, held_out: indices of conversations to train on and, in random order, to judge by.  repeated: how many were
-    left out because they share 13 words with an excluded prompt.  doubled: because their prompt was there before.
+    kept, held_out: indices of conversations to train on and, in random order, to judge by. repeated: how many were
+    left out because they share 13 words with an excluded prompt. doubled: because their prompt was there before.
     """
 
     parts: list[Part]
@@ -145,7 +145,7 @@ def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
 
 
 def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
-    """Trained weights to go on from.  The draft vocabulary may be another, and layers may be read that were not."""
+    """Trained weights to go on from. The draft vocabulary may be another, and layers may be read that were not."""
     assert plan.init is not None
     try:
         config, tensors = read_checkpoint(plan.init)

@@ -42,7 +42,7 @@ class TextWriter:
     """Writes the parts that need the target.
 
     folder: takes `NAME.npz` and `NAME.prompts.json`; features: takes `NAME.f16` while there are `feature_budget`
-    bytes for them.  progress(stage, done, total, note).
+    bytes for them. progress(stage, done, total, note).
     """
 
     folder: Path

@@ -25,7 +25,7 @@ PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be continued.  prompt: token ids; temperature 0 is greedy."""
+    """One text to be continued. prompt: token ids; temperature 0 is greedy."""
 
     prompt: tuple[int, ...]
     temperature: float
@@ -122,7 +122,7 @@ class BatchWriter:
 
 
 def draw(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
-    """One draw at `temperature` by inverting the distribution function.  logits: [V]."""
+    """One draw at `temperature` by inverting the distribution function. logits: [V]."""
     weights = np.exp((logits - logits.max()) / temperature)
     edges = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(edges, rng.random() * edges[-1], side="right").clip(max=len(logits) - 1))
@@ -158,7 +158,7 @@ def write_prompts(
     """Let the target write about `count` prompts from the bare chat prefix, sampled at temperature 1.
 
     openings: how prompts may begin, one drawn for each; "" leaves the beginning to the target too.
-    seen: prompts there already, in their `fingerprint`; grows.  Duplicates, fragments and prompts of fewer than
+    seen: prompts there already, in their `fingerprint`; grows. Duplicates, fragments and prompts of fewer than
     16 or more than 1,200 characters are dropped, so fewer than `count` may come.
     """
     prefix = bare_prefix(tokenizer)

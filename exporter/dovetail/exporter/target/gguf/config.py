@@ -26,9 +26,9 @@ _LARGEST = 2**31 - 1
 class _Architecture:
     """How transformers names the facts of one of llama.cpp's architectures.
 
-    eps: keys of the norm's epsilon.  sizes, numbers: further keys of integers and floats.  fixed: facts that
-    llama.cpp has in its code.  rotary: "whole" (head), "part" or "none".  head_dim: whether heads have a size of their
-    own.  names: where transformers calls the common facts otherwise.  biases: a tensor of the first block to the flag
+    eps: keys of the norm's epsilon. sizes, numbers: further keys of integers and floats. fixed: facts that
+    llama.cpp has in its code. rotary: "whole" (head), "part" or "none". head_dim: whether heads have a size of their
+    own. names: where transformers calls the common facts otherwise. biases: a tensor of the first block to the flag
     that gives every block such a bias.
     """
 
