@@ -1,4 +1,4 @@
-"""Torch modules: what is trained. Drafter, gated fusion, checkpoint format."""
+"""The torch modules that training fits: drafter, fusions and checkpoint format."""
 
 from dovetail.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from dovetail.models.config import DrafterConfig
