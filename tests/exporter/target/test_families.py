@@ -154,8 +154,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon, ALiBi": ({"model_type": "falcon", "alibi": True}, "ALiBi"),
     "mpt": ({"model_type": "mpt"}, "ALiBi"),
     "gpt_neo": ({"model_type": "gpt_neo"}, "window"),
-    "xglm": ({"model_type": "xglm"}, "without scaled dot-product attention"),
-    "gpt_neox_japanese": ({"model_type": "gpt_neox_japanese"}, "without scaled dot-product attention"),
+    "xglm": ({"model_type": "xglm"}, "no scaled dot-product attention"),
+    "gpt_neox_japanese": ({"model_type": "gpt_neox_japanese"}, "no scaled dot-product attention"),
     "mamba": ({"model_type": "mamba", "state_size": 16}, "another state"),
     "falcon_mamba": ({"model_type": "falcon_mamba", "state_size": 16}, "another state"),
     "zamba2": ({"model_type": "zamba2", "mamba_d_state": 64}, "another state"),
@@ -405,7 +405,7 @@ def test_a_graph_that_leaves_the_window_out_is_caught_at_export(
     }  # fmt: skip
     monkeypatch.delitem(UNPAGED, "gpt_neo")
     make_model(Family("gpt_neo", {}, settings), tmp_path / "hf")
-    with pytest.raises(ExportError, match="does not compute the model: behind 80 tokens"):
+    with pytest.raises(ExportError, match="does not compute the model: after 80 tokens"):
         options = TargetOptions(WeightOptions(weight_format, group_size=32 if weight_format == "int4" else None))
         export_target(str(tmp_path / "hf"), tmp_path / "pair", options=options)
     assert not (tmp_path / "pair").exists()

@@ -69,10 +69,10 @@ class Record:
 
 
 class PairBuild:
-    """One export into the pair folder `out`: a context manager that runs stages and finishes the pair.
+    """One export into the pair folder `out`: a context manager that runs stages.
 
-    Raises ExportError: `out` holds a finished pair (without `resume` and `force`) or no pair at
-    all; another export writes to `out`; the disk is full.
+    Raises ExportError: `out` holds a finished pair (without `resume` and `force`) or something
+    else; another export writes to `out`; the disk is full.
     """
 
     def __init__(self, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent):

@@ -57,7 +57,10 @@ class DrafterGraph(nn.Module):
         bank: Tensor,  # [T + 1, D]
         kv: list[Tensor],  # per block [T + S, 2, g, d]; 0 = key after RoPE, 1 = value
     ) -> tuple[Tensor, ...]:
-        """Return top_logprobs [m, k] float32, top_ids [m, k] int32 of the target, bank, kv per block."""
+        """Return top_logprobs [m, k] float32, top_ids [m, k] int32, bank, kv per block.
+
+        The ids are ids of the target's vocabulary.
+        """
         drafter = self.drafter
         feature = nn.functional.embedding(feature_rows, torch.cat([bank, features]))  # [n, D]
         x = drafter.fusion(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))

@@ -1,4 +1,4 @@
-"""Re-validation of a pair: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
+"""Checks a finished pair: manifest, digests, both graphs, tokenizer, a short run of each engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
-# What makes passes of different widths comparable: no quantised activations, no rounding on the way.
+# Without quantised activations and without rounding, passes of different widths agree.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -47,10 +47,10 @@ LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
 
 
 def check_pair_folder(pair: Path, progress: Progress = silent) -> Manifest:
-    """Check everything about the pair; returns its manifest.
+    """Check every part of the pair and return its manifest.
 
-    Raises ManifestError at once. Other failures are collected: a single one is raised as it is, several as
-    one PairError naming each.
+    Raises ManifestError at once. A single other failure raises its own error. Several failures
+    raise one PairError that names each.
     """
     manifest = read_manifest(pair)
     failures: list[DovetailError] = []
@@ -81,7 +81,7 @@ def check_pair_folder(pair: Path, progress: Progress = silent) -> Manifest:
 
 
 def _damaged_parts(pair: Path, manifest: Manifest, failures: list[DovetailError], progress: Progress) -> Iterator[str]:
-    """Verify each file by itself, so that every damaged one is reported; yields the folders they lie in."""
+    """Verify each file separately, to report all damaged files; yield the files' folders."""
     for relative, entry in manifest.files.items():
         progress(f"digest of {relative}")
         try:
@@ -103,7 +103,7 @@ def _check_tokenizer(pair: Path, manifest: Manifest) -> None:
 
 
 def _check_target_graph(pair: Path, manifest: Manifest) -> None:
-    """The graph has its tap, its sizes are the manifest's, and it can become a tree verifier."""
+    """Check that the graph has its tap and the manifest's sizes, and can verify trees."""
     facts, model = manifest.target, read_model(pair / "target" / IR_XML)
     if not has_tap(model):
         raise MismatchError(f"{pair / 'target' / IR_XML} has no {FEATURES!r} output: export the target again")
@@ -122,7 +122,7 @@ def _check_target_graph(pair: Path, manifest: Manifest) -> None:
 
 
 def _run_target(pair: Path, manifest: Manifest) -> None:
-    """One pass over a few tokens and two passes over the same ones agree: the KV state works."""
+    """Check the KV state: one pass over some tokens agrees with two passes over these tokens."""
     import openvino as ov
 
     compiled = ov.Core().compile_model(pair / "target" / IR_XML, "CPU", EXACT)
@@ -153,7 +153,7 @@ def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDAr
 
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
-    """Each graph has the promised inputs and outputs, runs, and the graphs agree with each other."""
+    """Check that each graph runs with the manifest's sizes, and that the graphs agree."""
     if "features" in facts.files:
         FeatureMix.load(pair / facts.files["features"], facts)
     graphs = {device: facts.files[device] for device in DEVICES if device in facts.files}
@@ -168,14 +168,14 @@ def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
 
 
 def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[np.float32]:
-    """Extend an empty context by two pairs; returns top_logprobs [2, K]."""
+    """Extend an empty context by two context pairs and return top_logprobs [2, k]."""
     import onnxruntime as ort
 
     try:
         session = open_session(ort, path, session_options(ort), [CPU])
         check_ports(session, path, facts, kind)
         drafted = read_draft_ids(session, path, facts)
-    except DeviceError as error:  # no device is at fault here
+    except DeviceError as error:  # the file is at fault, not a device
         raise IntegrityError(str(error)) from error
     logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
@@ -185,7 +185,7 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
     if drafted is not None and not np.isin(ids, drafted).all():
-        raise MismatchError(f"{path.name} proposes tokens that are none of its draft vocabulary: export it again")
+        raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
     result: NDArray[np.float32] = logprobs
     return result
 
@@ -199,11 +199,13 @@ def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path)
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
-    """Two pairs with random features, in an empty context of four slots."""
+    """Inputs of a call: two context pairs with random features, in a context of four slots."""
     slots, size = facts.tree_slots, facts.feature_size
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
     given = {port.name for port in session.get_inputs()}
-    queries = {"queries": np.arange(2)} if "queries" in given else {}  # a graph of an older pair answers for every row
+    queries = (
+        {"queries": np.arange(2)} if "queries" in given else {}
+    )  # an older pair's graph returns children of every row
     kv = np.zeros((slots + 4, 2, facts.num_kv_heads, facts.head_size), kind)
     return {
         "input_ids": np.array([0, 1]),
