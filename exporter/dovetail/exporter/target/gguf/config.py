@@ -160,10 +160,9 @@ def _gemma(name: str, facts: _Facts, config: dict[str, Any], head_dim: int) -> N
 
 
 class _Facts:
-    """The keys of an architecture's namespace: `take` removes a key, `finish` refuses the others."""
+    """Keys of an architecture's namespace: `take` removes a key, `finish` refuses the others."""
 
-    # Keys without effect, with the values that have none. None: every value, such as the
-    # converter's layout.
+    # Keys with the values that have no effect. None: no value has an effect.
     _INERT: Mapping[str, tuple[Any, ...] | None] = {
         "tensor_data_layout": None,
         "rope.scaling.finetuned": None,

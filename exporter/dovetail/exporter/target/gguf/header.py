@@ -53,7 +53,7 @@ class GgufTensor:
     byte_shape: tuple[int, ...]
 
     def read(self) -> NDArray[np.float32]:
-        """The values, dequantised. Raises NotImplementedError for a kind that `gguf` cannot dequantise."""
+        """The values, dequantised. Raises NotImplementedError for a kind unknown to `gguf`."""
         from gguf import dequantize
 
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
