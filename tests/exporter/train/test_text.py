@@ -101,7 +101,7 @@ def test_a_given_corpus_is_cut_into_parts(corpus_file: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": np.zeros((2, 12), int)}, "must be lists"),
+        ({"tokens": np.zeros((2, 12), int)}, "no list"),
         ({"tokens": np.full(24, -3)}, "token -3"),
         ({"lengths": np.array([12, 13])}, "add up to 25"),
         ({"prompt_lengths": np.array([0, 4])}, "conversation 0"),

@@ -226,7 +226,7 @@ class PairBuild:
             self.finished = read_manifest(self.out)
         except PairError as error:
             if not self.force:
-                raise ExportError(f"{error}; use --force to replace the pair at {self.out}") from error
+                raise ExportError(f"{error}; --force replaces the pair at {self.out}") from error
             return
         if not (self.resume or self.force):
             raise ExportError(

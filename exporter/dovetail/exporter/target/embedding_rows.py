@@ -103,7 +103,7 @@ def _find_embedding(model: ov.Model) -> ov.Node:
                     return node
                 if node.get_type_name() in _BEFORE_GATHER:
                     pending.append(node.output(0))
-    raise ExportError("the target's graph has no embedding indexed by 'input_ids': export it from its checkpoint")
+    raise ExportError("the target's graph has no embedding that 'input_ids' indexes: export it from its checkpoint")
 
 
 def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:

@@ -142,7 +142,7 @@ def _local(path: Path, location: str) -> Source:
         if len(ggufs) == 1 or len({name_of_split(gguf) or gguf for gguf in ggufs}) == 1:
             return _local(ggufs[0], location)
         raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
-    raise SourceError(f"{path} is no checkpoint: it has neither {IR_XML}, config.json nor a GGUF file")
+    raise SourceError(f"{path} is no checkpoint: give a folder with {IR_XML}, config.json or a GGUF file")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -150,14 +150,14 @@ def _weight_files(folder: Path) -> list[str]:
         p.name for p in folder.glob("pytorch_model*.bin")
     )
     if not weights:
-        raise SourceError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
+        raise SourceError(f"{folder} has no weights: add the *.safetensors or pytorch_model*.bin of its config.json")
     return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
 
 
 def check_fetched(path: Path) -> None:
     """Raise SourceError if a file is missing or is a Git LFS pointer."""
     if not path.is_file():
-        raise SourceError(f"{path} is missing: the source is incomplete, copy or download it again")
+        raise SourceError(f"{path} is missing from the source: copy or download the source again")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise SourceError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")

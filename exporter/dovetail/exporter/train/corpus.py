@@ -42,19 +42,19 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.lengths.ndim != 1 or self.lengths.shape != self.prompt_lengths.shape:
-            raise TrainError("corpus is inconsistent: tokens, lengths and prompt_lengths must be lists: write it again")
+            raise TrainError("corpus has tokens, lengths or prompt_lengths that are no list: write the corpus again")
         if int(self.lengths.sum()) != len(self.tokens):
             raise TrainError(
-                f"corpus is inconsistent: {len(self.tokens)} tokens, lengths add up to {int(self.lengths.sum())}: "
-                "write it again"
+                f"corpus has {len(self.tokens)} tokens, but lengths add up to {int(self.lengths.sum())}: "
+                "write the corpus again"
             )
         if len(self.tokens) and int(self.tokens.min()) < 0:
-            raise TrainError(f"corpus has token {int(self.tokens.min())}: token ids count from 0, write it again")
+            raise TrainError(f"corpus has token {int(self.tokens.min())}, but ids count from 0: write the corpus again")
         odd = np.flatnonzero((self.prompt_lengths < 1) | (self.prompt_lengths > self.lengths))
         if len(odd):
             raise TrainError(
                 f"conversation {odd[0]} of the corpus has {self.prompt_lengths[odd[0]]} prompt tokens of "
-                f"{self.lengths[odd[0]]}: give 1 or more, and no more than there are"
+                f"{self.lengths[odd[0]]}: give 1 or more, at most all"
             )
 
     def __len__(self) -> int:

@@ -138,7 +138,7 @@ class Fitting:
             return FitState(**saved["state"])
         except _LOAD_FAILURES as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove it, and --resume fits anew") from error
+            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove the file; --resume fits again") from error
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:

@@ -30,8 +30,7 @@ class FitOptions:
     unroll: unrolled steps. The first reads the target's features, later steps the drafter's
     outputs.
     window: largest number of positions of one conversation. batch: conversations per update.
-    teacher_top_k: learn only from the target's k most probable draft tokens; 0 learns from all of
-    them.
+    teacher_top_k: number of the target's most probable draft tokens to learn from; 0 for all.
     regression: weight of the smooth L1 distance between output and the target's next feature.
     optimizer: "adamw", or "muon" for matrices with AdamW for other parameters.
     """

@@ -155,14 +155,14 @@ def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
     try:
         config, tensors = read_checkpoint(plan.init)
     except CheckpointError as error:
-        raise TrainError(f"cannot go on from {plan.init}: {error}") from error
+        raise TrainError(f"cannot start from {plan.init}: {error}") from error
     for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
         if found != asked:
             raise TrainError(
-                f"cannot go on from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
+                f"cannot start from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
             )
     if config.feature_layers and not plan.feature_layers:
-        raise TrainError(f"cannot go on from {plan.init}: it reads blocks of the target: leave out --last-feature")
+        raise TrainError(f"cannot start from {plan.init}, which reads blocks of the target: leave out --last-feature")
     return {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
 
 
@@ -171,9 +171,9 @@ def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
         missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrainError(f"cannot go on from {plan.init}: {reason}: it is for another target") from error
+        raise TrainError(f"cannot start from {plan.init}: {reason}: give a checkpoint for this target") from error
     if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
-        raise TrainError(f"cannot go on from {plan.init}: {odd[0]} does not fit: it reads other parts of the target")
+        raise TrainError(f"cannot start from {plan.init}: {odd[0]} does not fit: give a checkpoint for this target")
 
 
 @dataclass
@@ -309,7 +309,7 @@ def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
     mine = work / "plan.json"
     if mine.exists():
         if not resume:
-            raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
+            raise TrainError(f"{work} holds an unfinished run: add --resume to continue, or give another folder")
         # A resumed run may use another device and another amount of disk.
         theirs, ours = (
             {name: value for name, value in one.items() if name not in ("disk_gb", "device")}

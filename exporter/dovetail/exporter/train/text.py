@@ -33,7 +33,7 @@ PART_TOKENS = 1 << 18  # tokens of a part of a given corpus
 FIRST_PROMPTS = 64  # prompts of the first part under a time limit
 ASK_MORE = 1.4  # own prompts begun per wanted prompt, because some are duplicates or fragments
 SECONDS_MOST = 1e9  # longest run
-DAMAGED = "remove the work folder and train anew"
+DAMAGED = "remove the work folder and train again"
 ROUNDS = 4  # most attempts to fill a part with own prompts
 
 

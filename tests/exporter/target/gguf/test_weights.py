@@ -308,7 +308,7 @@ def test_parts_that_are_missing_or_misnamed_are_named(split: tuple[Path, ...]) -
     kept = second.read_bytes()
     second.unlink()
     for location in (first, first.parent):
-        with pytest.raises(SourceError, match=r"m-00002-of-00002.gguf is missing: the model is in 2 files"):
+        with pytest.raises(SourceError, match=r"m-00002-of-00002.gguf is missing, and the model is in 2 files"):
             resolve_source(str(location))
     second.write_bytes(first.read_bytes())
     with pytest.raises(SourceError, match="do not belong together"):

@@ -1,8 +1,7 @@
 """Makes the transformers configuration of a GGUF model from its header.
 
-The configuration takes every key of the header that changes the model. `_Facts` refuses each
-unknown key by name, because the key may be a soft cap or a window, and the model is wrong without
-it.
+The configuration takes every key of the header that changes the model. `_Facts` refuses unknown
+keys by name, because such a key may be a soft cap or a window that the model needs.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ class _Facts:
         """Raise SourceError for the first key that nothing took and that changes the model."""
         for key, value in self._left.items():
             if key not in self._INERT or ((inert := self._INERT[key]) is not None and value not in inert):
-                raise self.error(key, f"({value if not isinstance(value, list) else '...'}) is not applied here")
+                raise self.error(key, f"({value if not isinstance(value, list) else '...'}) is not supported")
 
 
 def _table(header: GgufHeader, facts: _Facts) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def read_model(path: Path) -> GgufHeader:
     paths = tuple(path.with_name(f"{name[1]}-{index:05}-of-{name[3]}.gguf") for index in range(1, count + 1))
     for part in paths:
         if not part.is_file():
-            raise SourceError(f"{part} is missing: the model is in {count} files, put all of them into one folder")
+            raise SourceError(f"{part} is missing, and the model is in {count} files: put all files into one folder")
     headers = [read_header(part) for part in paths]
     tensors = {name: tensor for part in headers for name, tensor in part.tensors.items()}
     numbers = [(part.metadata.get("split.no"), part.metadata.get("split.count")) for part in headers]
@@ -141,7 +141,7 @@ class _Reader:
     def header(self) -> GgufHeader:
         version = self._number("<I")
         if version not in _VERSIONS:
-            raise SourceError(f"{self._path} is GGUF version {version}, which is not read: convert the model again")
+            raise SourceError(f"{self._path} has unknown GGUF version {version}: convert the model again")
         tensor_count, key_count = self._number("<Q"), self._number("<Q")
         self._count(tensor_count + key_count)
         metadata: dict[str, Any] = {}

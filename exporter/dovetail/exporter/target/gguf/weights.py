@@ -106,7 +106,7 @@ def _values(header: GgufHeader, name: str, tensor: GgufTensor) -> Any:
         return tensor.read()
     except NotImplementedError as error:
         raise SourceError(
-            f"{header.path}: {name} is stored as {tensor.kind.name}, which is not read: {_REMEDY}"
+            f"{header.path}: {name} has type {tensor.kind.name}, which gguf cannot read: {_REMEDY}"
         ) from error
 
 
