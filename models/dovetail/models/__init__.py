@@ -1,4 +1,4 @@
-"""The torch modules that training fits: drafter, fusions and checkpoint format."""
+"""Torch modules: what is trained.  Drafter, gated fusion, checkpoint format."""
 
 from dovetail.models.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from dovetail.models.config import DrafterConfig

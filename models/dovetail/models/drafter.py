@@ -1,12 +1,11 @@
 """The drafter: a fusion, m Llama blocks, and the target's own embedding and head rows.
 
 Axes: B batch, T positions, H hidden = feature size, K draft vocabulary, h query heads, g key-value
-heads, d head size. Position t pairs feature f[t] with token x[t+1]. The output at t approximates
-f[t+1], so the logits at t predict x[t+2].
+heads, d head size.  Position t pairs feature f[t] with token x[t+1]; its output approximates f[t+1],
+so `logits` there are over x[t+2].
 
-Source: Dovetail (arXiv 2412.18934). Block 0 has no input norm, no norm follows the last block, and
-the head is the target's. The draft vocabulary follows EAGLE-3 (arXiv 2503.01840); `d2t` holds
-absolute target ids.
+Source: Dovetail (arXiv 2412.18934): block 0 has no input norm, there is no final norm, the head is the
+target's.  The draft vocabulary is EAGLE-3's (arXiv 2503.01840), with absolute target ids in `d2t`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dovetail.models.fusion import FUSIONS, LayerMix, RMSNorm
 
 
 def rope_table(config: DrafterConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary embedding, each [*positions.shape, d] float32."""
+    """cos and sin for rotary embedding, each [*positions.shape, d] float32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     inverse = 1.0 / (config.rope_theta**exponents)
     angles = positions.float().unsqueeze(-1) * inverse
@@ -31,14 +30,14 @@ def rope_table(config: DrafterConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding (half-split). x: [..., T, heads, d], cos, sin: [..., T, d]."""
+    """Apply rotary embedding in the half-split layout.  x: [..., T, heads, d], cos/sin: [..., T, d]."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention without biases; the caller computes the attention."""
+    """Grouped-query attention without biases; the caller decides what is attended to."""
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -84,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One Llama block. The first block has no input norm, because the fusion gives its input."""
+    """One Llama block; the first has no input norm (its input comes from the fusion)."""
 
     def __init__(self, config: DrafterConfig, index: int):
         super().__init__()
@@ -94,7 +93,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add attention and feed-forward to x. x: [..., T, H], attended: [..., T, h, d]."""
+        """Residuals and feed-forward.  x: [..., T, H], attended: [..., T, h, d]."""
         x = x + self.self_attn.o_proj(attended.flatten(-2))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -105,7 +104,7 @@ StepCache = list[tuple[Tensor, Tensor]]
 
 
 class Drafter(nn.Module):
-    """Fusion, blocks, and frozen tensors: embedding [V, H], head rows [K, H], `d2t` [K] int64."""
+    """Fusion + blocks + frozen embedding [V, H], head rows [K, H] and `d2t` [K] int64 (target ids)."""
 
     embed_tokens: Tensor
     head: Tensor
@@ -131,35 +130,30 @@ class Drafter(nn.Module):
         self.register_buffer("d2t", d2t, persistent=False)
 
     def blocks(self) -> Sequence[Block]:
-        """The Llama blocks, with their type."""
+        """The Llama blocks, typed."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def read(self, features: Tensor) -> Tensor:
-        """Mix the L tapped blocks and the last feature, [..., (L + 1) * D], into f, [..., D]."""
+        """What `step` takes for the target's feature, [..., D], from all that is read of it, [..., (L + 1) * D]."""
         return features if self.mix is None else self.mix(features)
 
     def logits(self, g: Tensor) -> Tensor:
-        """Logits over the draft vocabulary [..., K] from output features g [..., H]."""
+        """Draft-vocabulary logits [..., K] of output features g [..., H]."""
         return F.linear(g, self.head)
 
     def forward(self, f: Tensor, tokens: Tensor) -> Tensor:
-        """Output features [B, T, H] of true features. f: [B, T, H], tokens: [B, T] x[t+1]."""
+        """Causal pass over true features: f [B, T, H], tokens [B, T] (x[t+1]) -> output features [B, T, H]."""
         return self.step(f, tokens, [[] for _ in self.layers])
 
     def step(self, f: Tensor, tokens: Tensor, caches: list[StepCache], start: int = 0, lend: int = 0) -> Tensor:
-        """Run an unrolled step (EAGLE-3's training-time test); add its keys and values to `caches`.
+        """One unrolled step (EAGLE-3's training-time test); appends this step's keys and values to `caches`.
 
-        Step j = len(caches[0]) drafts level j of a tree at every position at once. f: [B, T, H] is
-        the
-        target's feature for j = 0, else the previous step's output shifted right by one. A query at
-        t
-        attends to step 0's keys at positions <= t - j (true features). For 0 < i <= j the query
-        also
-        attends to step i's key at t - j + i (its own drafted ancestors): the diagonal.
-        start: steps after the first may run on positions from `start` on. f and tokens are then
-        that
-        slice, and its first j rows are void.
-        lend: the first `lend` rows give keys and values only. The output is [B, T - lend, H].
+        Step j = len(caches[0]) replays drafting level j at every position at once.  f: [B, T, H] is the
+        target's feature for j = 0, else the previous step's output shifted right by one.  A query at t
+        attends, in step 0's keys, to positions <= t - j (true features) and, for 0 < i <= j, to step i's
+        key at t - j + i (its own drafted ancestors): the diagonal.  Steps after the first may run on the
+        positions from `start` on alone; f and tokens are then that slice, and its first j rows are void.
+        The first `lend` rows only lend their keys and values: the output is [B, T - lend, H].
         """
         x = self.fusion(f, F.embedding(tokens, self.embed_tokens))
         cos, sin = rope_table(self.config, torch.arange(start, start + x.shape[1], device=x.device))
@@ -172,9 +166,9 @@ class Drafter(nn.Module):
 
 
 def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:
-    """Attention [B, T, h, d] of unrolled step j = len(cache) - 1. q: [B, T, h, d], from `start` on.
+    """Attention of unrolled step j = len(cache) - 1.  q: [B, T, h, d] of positions start.. -> [B, T, h, d].
 
-    Rows t < j (from `start`) have no drafted ancestors. These rows are void and carry no loss.
+    Rows t < j (from `start`) have no such ancestors: they are void and carry no loss.
     """
     step = len(cache) - 1
     _, rows, heads, size = q.shape
@@ -194,7 +188,7 @@ def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:
 
 
 def shift(pair: tuple[Tensor, Tensor], by: int) -> tuple[Tensor, Tensor]:
-    """Move keys and values `by` positions right, zeros entering. Each: [B, T, g, d]."""
+    """Move keys and values `by` positions right, zeros entering.  Each: [B, T, g, d]."""
     if by == 0:
         return pair
     k, v = (F.pad(x, (0, 0, 0, 0, by, 0))[:, : x.shape[1]] for x in pair)
