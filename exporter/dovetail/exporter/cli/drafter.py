@@ -18,9 +18,7 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
     "--checkpoint",
     required=True,
     metavar="DIR|NAME",
-    help="Folder of a trained drafter (config.json and drafter.safetensors), or a shipped drafter: "
-    + ", ".join(sorted(REFERENCE_PAIRS))
-    + ".",
+    help="Folder of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
 )
 @click.option("--vram", metavar="SIZE", help="GPU memory that the drafter may take, e.g. 3GB.  [default: no limit]")
 @click.option("--fit", is_flag=True, help="Shrink the drafter's context, then its draft vocabulary, to fit --vram.")
