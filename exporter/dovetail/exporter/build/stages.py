@@ -60,7 +60,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     """The stored record of a finished stage. files: path inside the pair -> size and digest."""
 
     inputs: dict[str, Any]
@@ -81,7 +81,7 @@ class PairBuild:
         self.resume, self.force, self.progress = resume, force, progress
         self.work = self.out.parent / f".{self.out.name}.build"
         self.finished: Manifest | None = None  # the pair already at `out`
-        self.records: dict[str, Record] = {}  # stages of this build, in order
+        self.records: dict[str, StageRecord] = {}  # stages of this build, in order
         self._kept: set[str] = set()  # stages whose output is already in `out`
         self._intermediate: set[str] = set()
         self._lock: IO[str] | None = None
@@ -156,7 +156,7 @@ class PairBuild:
             exchange(self.work / "pair", self.out, self.work / "old")
         return manifest
 
-    def _standing(self, name: str, inputs: dict[str, Any]) -> Record | None:
+    def _standing(self, name: str, inputs: dict[str, Any]) -> StageRecord | None:
         """The record of a finished output, from the work folder or the finished pair; or None."""
         record = _read_record(self.work / "records" / f"{name}.json")
         if record and record.inputs == inputs and _files_hold(self.work / "pair", record.files):
@@ -177,7 +177,7 @@ class PairBuild:
         self._kept.add(name)
         return record
 
-    def _build(self, stage: Stage, inputs: dict[str, Any]) -> Record:
+    def _build(self, stage: Stage, inputs: dict[str, Any]) -> StageRecord:
         temporary, final = self.work / "temporary" / stage.name, self.work / "pair" / stage.name
         memory = self.work / "records" / f"{stage.name}.json"
         self.progress(stage.name)
@@ -188,7 +188,7 @@ class PairBuild:
             ):
                 temporary.mkdir(parents=True)
                 facts = json.loads(json.dumps(stage.build(temporary)))
-                record = Record(inputs, facts, _digest_folder(temporary, stage.name))
+                record = StageRecord(inputs, facts, _digest_folder(temporary, stage.name))
                 memory.unlink(missing_ok=True)
                 shutil.rmtree(final, ignore_errors=True)
                 final.parent.mkdir(exist_ok=True)
@@ -292,11 +292,11 @@ def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
         return False
 
 
-def _read_record(path: Path) -> Record | None:
+def _read_record(path: Path) -> StageRecord | None:
     try:
         raw = read_json(path, ManifestError, "")
         files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
-        return Record({**raw["inputs"]}, {**raw["facts"]}, files)
+        return StageRecord({**raw["inputs"]}, {**raw["facts"]}, files)
     except (
         OSError,
         ManifestError,
@@ -307,10 +307,10 @@ def _read_record(path: Path) -> Record | None:
         return None
 
 
-def _record_of(manifest: Manifest, name: str) -> Record:
+def _record_of(manifest: Manifest, name: str) -> StageRecord:
     stage = manifest.provenance.get("stages", {}).get(name, {})
     files = {path: entry for path, entry in manifest.files.items() if path.startswith(f"{name}/")}
-    return Record(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
+    return StageRecord(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
 
 
 def _same(manifest: Manifest, other: Manifest) -> bool:
