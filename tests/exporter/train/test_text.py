@@ -12,7 +12,14 @@ from tokenizers import processors
 
 from dovetail.exporter.train.corpus import Conversation, Corpus, draft_vocabulary
 from dovetail.exporter.train.text import TextWriter, split
-from dovetail.exporter.train.writer import BatchWriter, Request, bare_prefix, chat_prompt, fingerprint, write_prompts
+from dovetail.exporter.train.writer import (
+    BatchWriter,
+    TextRequest,
+    bare_prefix,
+    chat_prompt,
+    fingerprint,
+    write_prompts,
+)
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -21,7 +28,7 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> None:
     """Continuous batching changes the order of answers, not one token of them."""
     rng = np.random.default_rng(1)
-    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
+    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
     together = set(BatchWriter(model, [7], slots=3, max_length=40).write(requests, rng))
     alone = {c for r in requests for c in BatchWriter(model, [7], slots=2, max_length=40).write([r], rng)}
     assert together == alone

@@ -24,7 +24,7 @@ PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """One text to continue. prompt: token ids; temperature 0 is greedy."""
 
     prompt: tuple[int, ...]
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass
 class _Slot:
-    request: Request
+    request: TextRequest
     tokens: list[int]
     cached: int = 0
     features: list[NDArray[np.float16]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class BatchWriter:
         self._slots: list[_Slot | None] = [None] * slots
         model.reserve(slots * self.blocks_per_slot)
 
-    def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[Conversation]:
+    def write(self, requests: Iterable[TextRequest], rng: np.random.Generator) -> Iterator[Conversation]:
         """Continue every request; yield conversations in the order in which they finish.
 
         A prompt that fills `max_length` alone gives no conversation, so count the conversations.
@@ -95,7 +95,7 @@ class BatchWriter:
                     kept = np.concatenate(slot.features) if self.keep_features else None
                     yield Conversation(tuple(slot.tokens), len(slot.request.prompt), kept)
 
-    def _admit(self, waiting: Iterator[Request]) -> None:
+    def _admit(self, waiting: Iterator[TextRequest]) -> None:
         budget = PREFILL_TOKENS
         for index, slot in enumerate(self._slots):
             if slot is not None or budget <= 0:
@@ -164,7 +164,7 @@ def write_prompts(
     """
     prefix = bare_prefix(tokenizer)
     starts = [prefix + tuple(tokenizer.encode(text, add_special_tokens=False)) for text in openings]
-    requests = (Request(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
+    requests = (TextRequest(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
     for conversation in writer.write(requests, rng):
         text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
         ended = conversation.tokens[-1] in writer.stop
@@ -180,8 +180,8 @@ def fingerprint(prompt: str) -> str:
 
 def answer_requests(
     tokenizer: Tokenizer, prompts: Iterable[str], rng: np.random.Generator, max_new_tokens: int
-) -> Iterator[Request]:
+) -> Iterator[TextRequest]:
     """Yield a request per prompt: three in four greedy, as in most use, the others at 0.8."""
     for prompt in prompts:
         temperature = 0.0 if rng.random() < 0.75 else 0.8
-        yield Request(chat_prompt(tokenizer, prompt), temperature, max_new_tokens)
+        yield TextRequest(chat_prompt(tokenizer, prompt), temperature, max_new_tokens)
