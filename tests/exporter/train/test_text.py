@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from dovetail.exporter.train.corpus import Conversation, Corpus, draft_vocabulary
+from dovetail.exporter.train.corpus import Corpus, TrainingText, draft_vocabulary
 from dovetail.exporter.train.text import TextWriter, split
 from dovetail.exporter.train.writer import (
     BatchWriter,
@@ -136,7 +136,7 @@ def test_an_array_is_no_corpus(tmp_path: Path) -> None:
 
 
 def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
-    corpus = Corpus.of([Conversation((9, 9, 9, 9, 5, 5, 3), 4), Conversation((8, 5, 3, 3), 1)])
+    corpus = Corpus.of([TrainingText((9, 9, 9, 9, 5, 5, 3), 4), TrainingText((8, 5, 3, 3), 1)])
     assert draft_vocabulary(corpus, 2, 20).tolist() == [3, 5]
     assert draft_vocabulary(corpus, 4, 20).tolist() == [3, 5, 8, 9]
     assert draft_vocabulary(corpus, 6, 20).tolist() == [0, 1, 3, 5, 8, 9]

@@ -17,7 +17,7 @@ _AGAIN = "give an .npz that `train` can write"
 
 
 @dataclass(frozen=True)
-class Conversation:
+class TrainingText:
     """One text. tokens: prompt and answer, with a stop token that the target wrote.
 
     prompt_length: position of the answer's first token. features: [len(tokens) - 1, D] float16 if
@@ -71,7 +71,7 @@ class Corpus:
         return int((self.lengths - self.prompt_lengths).sum())
 
     @classmethod
-    def of(cls, conversations: Iterable[Conversation]) -> Corpus:
+    def of(cls, conversations: Iterable[TrainingText]) -> Corpus:
         """A corpus of the conversations, in order."""
         found = list(conversations)
         return cls(

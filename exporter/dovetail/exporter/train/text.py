@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dovetail.exporter.train.corpus import Conversation, Corpus
+from dovetail.exporter.train.corpus import Corpus, TrainingText
 from dovetail.exporter.train.features import Part
 from dovetail.exporter.train.loop import Progress
 from dovetail.exporter.train.writer import BatchWriter, answer_requests, fingerprint, write_prompts
@@ -191,7 +191,7 @@ class TextWriter:
         keep = self.writer.keep_features = self._has_room(file, len(prompts))
         rng = np.random.default_rng((self.seed, *key))
         requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
-        written: list[Conversation] = []
+        written: list[TrainingText] = []
         with FeatureFile(file) if keep else nullcontext() as rows:
             for conversation in self.writer.write(requests, rng):
                 if rows:
@@ -227,7 +227,7 @@ class FeatureFile:
         self.file, self.temporary = file, file.with_name(file.name + ".tmp")
         self._out = self.temporary.open("wb")
 
-    def add(self, conversation: Conversation) -> None:
+    def add(self, conversation: TrainingText) -> None:
         """Append one conversation's rows. Raises OSError."""
         rows = conversation.features
         assert rows is not None

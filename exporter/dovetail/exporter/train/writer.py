@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.exporter.train.corpus import Conversation
+from dovetail.exporter.train.corpus import TrainingText
 from dovetail.exporter.train.features import to_float16
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
@@ -67,7 +67,7 @@ class BatchWriter:
         self._slots: list[_Slot | None] = [None] * slots
         model.reserve(slots * self.blocks_per_slot)
 
-    def write(self, requests: Iterable[TextRequest], rng: np.random.Generator) -> Iterator[Conversation]:
+    def write(self, requests: Iterable[TextRequest], rng: np.random.Generator) -> Iterator[TrainingText]:
         """Continue every request; yield conversations in the order in which they finish.
 
         A prompt that fills `max_length` alone gives no conversation, so count the conversations.
@@ -93,7 +93,7 @@ class BatchWriter:
                 if full or token in self.stop:
                     self._slots[index] = None
                     kept = np.concatenate(slot.features) if self.keep_features else None
-                    yield Conversation(tuple(slot.tokens), len(slot.request.prompt), kept)
+                    yield TrainingText(tuple(slot.tokens), len(slot.request.prompt), kept)
 
     def _admit(self, waiting: Iterator[TextRequest]) -> None:
         budget = PREFILL_TOKENS
