@@ -31,12 +31,12 @@ TIMED_UPDATES = 20  # updates after which a run with a time limit fixes its leng
 _LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, PickleError, BadZipFile)
 
 # progress(stage, done, total, note)
-Progress = Callable[[str, float, float, str], None]
+TrainProgress = Callable[[str, float, float, str], None]
 
 
 @dataclass
 class FitState:
-    """Progress of a fit, as `state.pt` stores it.
+    """TrainProgress of a fit, as `state.pt` stores it.
 
     total: updates of the whole run, 0 while unknown.
     """
@@ -51,7 +51,7 @@ class FitState:
 class Fitting:
     """One run over `batches`; `folder`/state.pt stores its state."""
 
-    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
+    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: TrainProgress):
         self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
         self.progress = progress
         self.options: FitOptions = batches.options

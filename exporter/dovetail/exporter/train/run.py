@@ -25,7 +25,7 @@ from dovetail.exporter.train.contamination import Forbidden
 from dovetail.exporter.train.corpus import Corpus, draft_vocabulary
 from dovetail.exporter.train.evaluate import HeldOut, evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, check_room
-from dovetail.exporter.train.loop import Fitting, Progress
+from dovetail.exporter.train.loop import Fitting, TrainProgress
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
@@ -80,7 +80,7 @@ class Text:
         }
 
 
-def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
+def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair`; write a checkpoint and a log to `out`."""
     check_text("folder", str(out), TrainError)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch ignores a container's CPU quota
@@ -184,7 +184,7 @@ class Work:
     manifest: Manifest
     plan: TrainPlan
     folder: Path
-    progress: Progress
+    progress: TrainProgress
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the target and of all files that the plan names."""
@@ -286,7 +286,7 @@ class Clock:
     def __exit__(self, *failure: object) -> None:
         self._book()
 
-    def watch(self, progress: Progress) -> Progress:
+    def watch(self, progress: TrainProgress) -> TrainProgress:
         """`progress`, which also stores the time every BOOK_SECONDS."""
 
         def watched(stage: str, done: float, total: float, note: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dovetail.exporter.train.corpus import Corpus, TrainingText
 from dovetail.exporter.train.features import Part
-from dovetail.exporter.train.loop import Progress
+from dovetail.exporter.train.loop import TrainProgress
 from dovetail.exporter.train.writer import BatchWriter, answer_requests, fingerprint, write_prompts
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import write_atomically
@@ -52,7 +52,7 @@ class TextWriter:
     open_writer: Callable[[], BatchWriter]
     seed: int
     max_new_tokens: int
-    progress: Progress
+    progress: TrainProgress
     _writer: BatchWriter | None = field(default=None, init=False)
 
     @property
