@@ -21,7 +21,7 @@ from dovetail.runtime.policy.calibration import Calibration, DepthCalibration, l
 CANDIDATES = 10  # k: children that an exported graph returns per row
 
 
-class Rows(Protocol):
+class FeatureRows(Protocol):
     """Features [total, D] of a corpus, by slices of a conversation: an array or a FeatureStore."""
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.float16]: ...
@@ -55,7 +55,7 @@ class Candidates:
 
 
 @torch.no_grad()
-def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, window: int = 512) -> HeldOut:
+def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int = 6, window: int = 512) -> HeldOut:
     """Draft at every answer position at once and compare the drafts with the target's own text.
 
     A greedy chain starts at each position that `depth` tokens follow. Candidates count at every
