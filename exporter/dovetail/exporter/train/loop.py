@@ -58,11 +58,11 @@ class Fitting:
         self.optimizers = make_optimizers(drafter, self.options)
         self.state = self._load()
 
-    def run(self, seconds: float | None, judge: Callable[[], float]) -> FitState:
+    def run(self, seconds: float | None, measure: Callable[[], float]) -> FitState:
         """Update until the options' epochs end, or for about `seconds`; return the state.
 
         With `seconds`, the speed of the first updates decides their number.
-        judge: measures the held-out acceptance length; called ten times in a run, for the curve.
+        measure: measures the held-out acceptance length; called ten times in a run, for the curve.
         """
         state, options = self.state, self.options
         if seconds is None:
@@ -81,7 +81,7 @@ class Fitting:
                 state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
                 self._save()
             if state.step % CURVE_EVERY == 0 or state.step == state.total:
-                recent = self._record(recent, judge)
+                recent = self._record(recent, measure)
             if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
@@ -105,13 +105,13 @@ class Fitting:
             optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _record(self, recent: list[StepReport], judge: Callable[[], float]) -> list[StepReport]:
+    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> list[StepReport]:
         """Add a point to the curve, every few points with a held-out measurement; return []."""
         state = self.state
         before = state.curve[-1]["update"] if state.curve else 0
         state.curve.append(point := _point(state, recent))
         if state.total and LOOKS * state.step // state.total > LOOKS * before // state.total:
-            point["held_out"] = round(judge(), 3)
+            point["held_out"] = round(measure(), 3)
         agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
         held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
         self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")

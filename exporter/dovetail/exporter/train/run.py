@@ -45,7 +45,7 @@ TEXT_SHARE = 1 / 3  # share of a run's minutes for text; the fit then sees the t
 FIT_SHARE = 1 / 3  # smallest share of a run's minutes for the fit
 BOOK_SECONDS = 5.0
 HELD_OUT_MOST = 200  # conversations
-JUDGED = 40  # held-out conversations that a measurement during the fit reads
+GLANCED = 40  # held-out conversations that a measurement during the fit reads
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, re
     batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
     fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
     seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
-    glance = held_corpus.select(np.arange(min(JUDGED, len(held_corpus))))  # the store's first rows
+    glance = held_corpus.select(np.arange(min(GLANCED, len(held_corpus))))  # the store's first rows
     state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
     progress("evaluate", 0, 1, "")
     result = evaluate(drafter, held_corpus, held_out)
