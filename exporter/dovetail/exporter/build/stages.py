@@ -297,13 +297,7 @@ def _read_record(path: Path) -> StageRecord | None:
         raw = read_json(path, ManifestError, "")
         files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
         return StageRecord({**raw["inputs"]}, {**raw["facts"]}, files)
-    except (
-        OSError,
-        ManifestError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # no record or a damaged record: the stage runs again
+    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # no usable record: the stage runs again
         return None
 
 

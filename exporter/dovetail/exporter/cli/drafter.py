@@ -27,8 +27,7 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
     """Add the drafter in the folder of --checkpoint to PAIR, the folder of an exported target.
 
     The command writes a float16 graph for CUDA and an INT8 graph for the CPU, and compares both
-    with
-    the torch module. It replaces the pair at the end: an interruption leaves PAIR unchanged.
+    with the torch module. It replaces the pair at the end: an interruption leaves PAIR unchanged.
     """
     limit = parse_size(vram) if vram is not None else 0
     check_limit(limit or None, fit, "cuda")

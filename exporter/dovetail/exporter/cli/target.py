@@ -69,8 +69,7 @@ def command(
     """Export the target LLM at SOURCE into the pair folder OUT.
 
     SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder. An IR folder
-    keeps its
-    weight format, and its export needs no torch.
+    keeps its weight format, and its export needs no torch.
     """
     options = TargetOptions(WeightOptions(**weights), tokenizer, max_context, trust_remote_code, verbose)
     with show_progress("target") as progress:

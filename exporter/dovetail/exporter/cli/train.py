@@ -23,8 +23,7 @@ class _Bars:
     """One rich progress bar per stage on stderr; the first stage starts the display.
 
     If stderr is no terminal, `_Bars` prints lines: when a stage begins, ends or changes its note,
-    and
-    every LINE_SECONDS.
+    and every LINE_SECONDS.
     """
 
     def __init__(self, progress: Progress):
@@ -66,7 +65,7 @@ class _Bars:
     help="Pair folder with the target that the drafter is for.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="[default: TARGET-drafter]")
-@click.option("--minutes", type=float, help="Time for the whole run; without text, the target writes for a third.")
+@click.option("--minutes", type=float, help="Time for the whole run. Without text, the target writes for a third.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with `prompt` rows."
 )
@@ -93,9 +92,7 @@ class _Bars:
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=320, show_default=True, help="Answer length.")
 @click.option("--epochs", type=float, default=4.0, show_default=True, help="Without --minutes: epochs over the text.")
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
-@click.option(
-    "--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Initial checkpoint."
-)
+@click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base checkpoint.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
 @click.option("--fusion", type=click.Choice(FUSIONS), default="dgf", show_default=True)
 @click.option(
@@ -107,14 +104,10 @@ class _Bars:
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
 @click.option("--unroll", type=click.IntRange(1, 8), default=3, show_default=True, help="Unrolled steps per update.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
-@click.option(
-    "--window", type=click.IntRange(min=16), default=384, show_default=True, help="Positions per conversation."
-)
+@click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Most positions per text.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True)
-@click.option(
-    "--teacher-top-k", type=click.IntRange(min=0), default=0, help="Learn the target's K best tokens; 0: all."
-)
+@click.option("--teacher-top-k", type=click.IntRange(min=0), default=0, help="Learn the K best target tokens; 0: all.")
 @click.option("--regression", type=float, default=0.0, help="Weight of the features' distance in the loss.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)

@@ -179,9 +179,7 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         raise IntegrityError(str(error)) from error
     logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
-        raise MismatchError(
-            f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export the drafter again"
-        )
+        raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export it again")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
         raise MismatchError(f"{path.name} gives log-probabilities that are not finite or not sorted: export it again")
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
@@ -197,9 +195,7 @@ def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path)
         return list(session.run(["top_logprobs", "top_ids"], inputs))
     except failures() as error:
         reason = one_line(error)
-        raise MismatchError(
-            f"{path.name} does not run with the manifest's sizes ({reason}): export it again"
-        ) from error
+        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
@@ -207,9 +203,7 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Ac
     slots, size = facts.tree_slots, facts.feature_size
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
     given = {port.name for port in session.get_inputs()}
-    queries = (
-        {"queries": np.arange(2)} if "queries" in given else {}
-    )  # an older pair's graph returns children of every row
+    queries = {"queries": np.arange(2)} if "queries" in given else {}  # older graphs return children of all rows
     kv = np.zeros((slots + 4, 2, facts.num_kv_heads, facts.head_size), kind)
     return {
         "input_ids": np.array([0, 1]),

@@ -200,9 +200,7 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
 
     model = SentencePiece.of_folder(source)
     try:
-        slow = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust
-        )  # with None, transformers asks on the terminal
+        slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None asks on the terminal
         slow.save_pretrained(out)
     except (
         OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,

@@ -73,9 +73,7 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int
             continue
         rows = torch.from_numpy(np.asarray(features[offsets[i] : offsets[i] + len(tokens) - 1], np.float32))
         steps = candidates(drafter, rows.to(device)[None], torch.from_numpy(tokens).to(device), first, depth, k)
-        alive = np.ones(
-            max(0, len(tokens) - 1 - depth - first), bool
-        )  # which chains have no rejected token, by their start
+        alive = np.ones(max(0, len(tokens) - 1 - depth - first), bool)  # chains without a rejected token
         positions += len(alive)
         for j, step in enumerate(steps):
             found[j].append(step)

@@ -177,9 +177,7 @@ class TextWriter:
             for prompt in write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen):
                 prompts.append(prompt)
                 self.progress("prompts", start + min(len(prompts), count), total, "")
-        seen.difference_update(
-            map(fingerprint, prompts[count:])
-        )  # equal to `seen` of a later start, which reads `prompts[:count]`
+        seen.difference_update(map(fingerprint, prompts[count:]))  # a later start reads only prompts[:count]
         return prompts[:count]
 
     def _part(self, name: str, key: tuple[int, int], prompts: Sequence[str], start: int, total: int) -> Part:
