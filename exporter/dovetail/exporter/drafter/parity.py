@@ -33,8 +33,7 @@ class Tolerance:
     """The largest allowed difference between a file and torch.
 
     logprob: error of a child's log-probability or rank. The unit is the standard deviation of
-    torch's log-probabilities over the draft vocabulary in that row, because errors grow with this
-    deviation.
+    torch's log-probabilities over the draft vocabulary in that row, because errors grow with it.
     feature: relative L2 error of the output features of one call.
     """
 

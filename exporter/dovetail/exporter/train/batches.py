@@ -26,8 +26,7 @@ class Windows:
 
     features: [B, T, (L + 1) * D] float32, the L tapped blocks and f[t]. tokens: [B, T] x[t+1].
     following: [B, T, D] f[t+1], from which the teacher's logits come.
-    answer: [B, T] bool, positions whose next token x[t+2] is in the answer and the draft
-    vocabulary.
+    answer: [B, T] bool, positions with x[t+2] in the answer and in the draft vocabulary.
     start: first position that any conversation of the batch needs after step 0.
     """
 

@@ -42,8 +42,7 @@ def feature_bytes(corpus: Corpus, feature_size: int) -> int:
 class FeatureStore:
     """Rows [T, D] float16 of all parts in order; one group of parts at a time is on disk.
 
-    folder: holds one file per part, `NAME.f16`. open_model: opens the target if features are
-    missing.
+    folder: holds one file per part, `NAME.f16`. open_model: opens the target for missing features.
     budget_bytes: disk for the files. Raises TrainError if one part alone exceeds the budget.
     """
 

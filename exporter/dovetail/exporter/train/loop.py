@@ -36,7 +36,7 @@ TrainProgress = Callable[[str, float, float, str], None]
 
 @dataclass
 class FitState:
-    """TrainProgress of a fit, as `state.pt` stores it.
+    """The state of a fit, as `state.pt` stores it.
 
     total: updates of the whole run, 0 while unknown.
     """
@@ -61,7 +61,7 @@ class Fitting:
     def run(self, seconds: float | None, measure: Callable[[], float]) -> FitState:
         """Update until the options' epochs end, or for about `seconds`; return the state.
 
-        With `seconds`, the speed of the first updates decides their number.
+        With `seconds`, the speed of the first updates sets the number of all updates.
         measure: measures the held-out acceptance length; called ten times in a run, for the curve.
         """
         state, options = self.state, self.options

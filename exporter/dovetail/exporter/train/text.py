@@ -155,8 +155,7 @@ class TextWriter:
     def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
         """Store a new part's size and seconds.
 
-        An earlier start may have begun the part, so it counts at least half the largest time per
-        prompt.
+        An earlier start may have begun the part, so a prompt counts at least half the slowest rate.
         """
         memory = self._memory(kind)
         if index >= len(memory):

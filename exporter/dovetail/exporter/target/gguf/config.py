@@ -291,8 +291,7 @@ def _rope(
 def _llama3_rope(header: GgufHeader, rope: Mapping[str, Any], turned: int) -> dict[str, Any]:
     """Llama 3.1's scaling of RoPE, from the factors that divide each frequency.
 
-    A GGUF file stores only the factors. Raises SourceError for factors that Meta's constants do not
-    give.
+    A GGUF file stores only the factors. Raises SourceError if Meta's constants give other factors.
     """
     factors = header.tensors[ROPE_FACTORS].read().ravel()
     if (factors == 1).all():
