@@ -61,11 +61,11 @@ ARCHITECTURES = {name: versions for versions, names in _EXPORTED.items() for nam
 # Decoders that optimum-intel exports but whose paged form is wrong or does not exist
 # (tests/exporter/target/test_families.py).
 UNPAGED = {
-    "gpt_neo": "limits every other layer to a window, which OpenVINO's paged attention ignores",
+    "gpt_neo": "limits every other layer to a window, which OpenVINO's paged attention leaves out",
     "mpt": "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for MPT",
     **dict.fromkeys(
         ("xglm", "gpt_neox_japanese"),
-        "has no scaled dot-product attention in its export, and OpenVINO needs it for paged attention",
+        "is exported without scaled dot-product attention, from which OpenVINO makes paged attention",
     ),
 }
 
