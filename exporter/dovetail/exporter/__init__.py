@@ -1,1 +1,1 @@
-"""Builds what the runtime runs: targets, drafters, and the pair folders that hold both."""
+"""Builds the runtime's input: targets, drafters, and the pair folders that hold both."""

@@ -61,7 +61,7 @@ def test_a_failure_of_pip_is_one_line_and_leaves_nothing(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert main(["environment", str(tmp_path / "env"), "--for", "exaone4"]) == ExportError.exit_code
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: pip could not fill") and "no-such-package-of-anyone" in last
+    assert last.startswith("error: pip could not install into") and "no-such-package-of-anyone" in last
     assert not (tmp_path / "env").exists()
 
 

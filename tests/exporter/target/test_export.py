@@ -446,8 +446,8 @@ def as_bin(folder: Path) -> Path:
         (lambda t: t.pop(UP), f"lacks weights of its model: {UP}:"),
         (lambda t: t.pop("lm_head.weight"), "lacks weights of its model: lm_head.weight"),
         (lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k], "lacks .* and 6 more"),
-        (lambda t: t.update({UP.replace("weight", "bias"): np.zeros(64, np.float32)}), "no place for: .*up_proj.bias"),
-        (lambda t: t.update({UP.replace(".1.", ".2."): t[UP]}), "no place for: model.layers.2.mlp.up_proj.weight"),
+        (lambda t: t.update({UP.replace("weight", "bias"): np.zeros(64, np.float32)}), "does not have: .*up_proj.bias"),
+        (lambda t: t.update({UP.replace(".1.", ".2."): t[UP]}), "does not have: model.layers.2.mlp.up_proj.weight"),
         (lambda t: t.update({UP: t[UP][:60].copy()}), rf"another shape .*: {UP} \(60, 32\) for \(64, 32\)"),
     ],
 )

@@ -34,7 +34,7 @@ from dovetail.exporter.target.export import TargetOptions, export_target, versio
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
-from dovetail.exporter.train.writer import BatchWriter, Request
+from dovetail.exporter.train.writer import BatchWriter, TextRequest
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.pair.manifest import read_manifest
@@ -405,7 +405,7 @@ def test_a_graph_that_leaves_the_window_out_is_caught_at_export(
     }  # fmt: skip
     monkeypatch.delitem(UNPAGED, "gpt_neo")
     make_model(Family("gpt_neo", {}, settings), tmp_path / "hf")
-    with pytest.raises(ExportError, match="does not compute the model: behind 80 tokens"):
+    with pytest.raises(ExportError, match="does not compute the model: after 80 tokens"):
         options = TargetOptions(WeightOptions(weight_format, group_size=32 if weight_format == "int4" else None))
         export_target(str(tmp_path / "hf"), tmp_path / "pair", options=options)
     assert not (tmp_path / "pair").exists()
@@ -417,7 +417,7 @@ def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_pa
     export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
     model = PagedModel(tmp_path / "pair/target/openvino_model.xml", properties=EXACT)
     random = np.random.default_rng(0)
-    requests = [Request(tuple(map(int, random.integers(1, 250, 6))), 0.0, 50) for _ in range(8)]
+    requests = [TextRequest(tuple(map(int, random.integers(1, 250, 6))), 0.0, 50) for _ in range(8)]
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, random)).save(tmp_path / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
     plan = TrainPlan(corpora=(tmp_path / "corpus.npz",), draft_vocab=128, held_out=0.1, fit=fit)

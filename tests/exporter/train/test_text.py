@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from dovetail.exporter.train.corpus import Conversation, Corpus, draft_vocabulary
+from dovetail.exporter.train.corpus import Corpus, TrainingText, draft_vocabulary
 from dovetail.exporter.train.text import TextWriter, split
-from dovetail.exporter.train.writer import BatchWriter, Request, bare_prefix, chat_prompt, fingerprint, write_prompts
+from dovetail.exporter.train.writer import (
+    BatchWriter,
+    TextRequest,
+    bare_prefix,
+    chat_prompt,
+    fingerprint,
+    write_prompts,
+)
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -21,7 +28,7 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> None:
     """Continuous batching changes the order of answers, not one token of them."""
     rng = np.random.default_rng(1)
-    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
+    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
     together = set(BatchWriter(model, [7], slots=3, max_length=40).write(requests, rng))
     alone = {c for r in requests for c in BatchWriter(model, [7], slots=2, max_length=40).write([r], rng)}
     assert together == alone
@@ -101,7 +108,7 @@ def test_a_given_corpus_is_cut_into_parts(corpus_file: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": np.zeros((2, 12), int)}, "must be lists"),
+        ({"tokens": np.zeros((2, 12), int)}, "no list"),
         ({"tokens": np.full(24, -3)}, "token -3"),
         ({"lengths": np.array([12, 13])}, "add up to 25"),
         ({"prompt_lengths": np.array([0, 4])}, "conversation 0"),
@@ -129,7 +136,7 @@ def test_an_array_is_no_corpus(tmp_path: Path) -> None:
 
 
 def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
-    corpus = Corpus.of([Conversation((9, 9, 9, 9, 5, 5, 3), 4), Conversation((8, 5, 3, 3), 1)])
+    corpus = Corpus.of([TrainingText((9, 9, 9, 9, 5, 5, 3), 4), TrainingText((8, 5, 3, 3), 1)])
     assert draft_vocabulary(corpus, 2, 20).tolist() == [3, 5]
     assert draft_vocabulary(corpus, 4, 20).tolist() == [3, 5, 8, 9]
     assert draft_vocabulary(corpus, 6, 20).tolist() == [0, 1, 3, 5, 8, 9]

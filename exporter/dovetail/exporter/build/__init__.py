@@ -1,1 +1,1 @@
-"""How a folder is built: in stages, and exchanged as a whole."""
+"""Builds a folder in stages and puts the finished folder in place in one step."""

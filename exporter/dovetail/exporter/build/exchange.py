@@ -1,4 +1,4 @@
-"""Folders that take the place of others in one step, and files that are linked in place of copied."""
+"""Replaces one folder by another in one step, and hard-links files instead of copying them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dovetail.runtime.errors import ExportError
 
 
 def exchange(new: Path, out: Path, aside: Path) -> None:
-    """Put the folder `new` at `out` in one step; what was at `out` ends up at `new` or `aside`.
+    """Put the folder `new` at `out` in one step; the old folder ends up at `new` or `aside`.
 
-    Where the system cannot exchange two folders at once there are two renames; `PairBuild` repairs a
-    kill between them at its next start. Raises OSError.
+    A system that cannot exchange two folders renames twice. After a kill between the two renames,
+    `PairBuild` restores the old folder at its next start. Raises OSError.
     """
     if not out.exists() or not any(out.iterdir()):
         os.replace(new, out)
@@ -37,7 +37,7 @@ def _renameat2_exchange(first: Path, second: Path) -> bool:
 
 
 def link_tree(source: Path, destination: Path) -> None:
-    """Hard-link a file or folder, copying what cannot be linked. Raises OSError."""
+    """Hard-link a file or folder; copy the files that no link can reach. Raises OSError."""
     if source.is_dir():
         shutil.copytree(source, destination, copy_function=link_file, dirs_exist_ok=True)
     else:
@@ -56,7 +56,7 @@ def link_file(source: str | Path, destination: str | Path) -> None:
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """Send `tempfile` to `folder`: libraries would fill /tmp, and a kill would leave their files there."""
+    """Make `tempfile` use `folder`: libraries fill /tmp, and a kill leaves their files there."""
     folder.mkdir(parents=True, exist_ok=True)
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
@@ -71,8 +71,8 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "repeat the command (--resume, where it has that, goes on)"
+        remedy = "repeat the command (with --resume, if the command has it)"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ExportError(f"{what}: the disk is full; free some space and {remedy}") from error
         place = f" ({error.filename})" if error.filename else ""
-        raise ExportError(f"{what}: {error.strerror or error}{place}; mend that and {remedy}") from error
+        raise ExportError(f"{what}: {error.strerror or error}{place}; correct this and {remedy}") from error

@@ -1,4 +1,4 @@
-"""What the user sees while an export runs: a line per step, a moving bar on a terminal, no chatter."""
+"""Shows the user the steps of an export: a bar on a terminal, a line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dovetail.exporter.build.stages import Progress
 
 @contextlib.contextmanager
 def show_progress(title: str) -> Iterator[Progress]:
-    """A progress callback: one bar with the current step on a terminal, plain lines elsewhere (both on stderr)."""
+    """Yield a progress callback: on stderr, a bar on a terminal and plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield _plain_lines(title)
         return
@@ -24,7 +24,7 @@ def show_progress(title: str) -> Iterator[Progress]:
 
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(bar_width=20), TimeElapsedColumn())
-    # The stream is bound now: `quiet` redirects sys.stderr later.
+    # The console keeps this stream, because `quiet` redirects sys.stderr later.
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(title, total=None)
@@ -42,7 +42,7 @@ def _plain_lines(title: str) -> Progress:
 
 @contextlib.contextmanager
 def quiet(verbose: bool = False) -> Iterator[None]:
-    """Keep the chatter of transformers, optimum, nncf and torch off the terminal, unless `verbose`."""
+    """Hide the output of transformers, optimum, nncf and torch, unless `verbose`."""
     if verbose:
         yield
         return

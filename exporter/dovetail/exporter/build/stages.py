@@ -1,15 +1,15 @@
-"""Build stages: each output is the old one or the new one, never half.
+"""Build stages. After a kill, each output is the old output or the new output as a whole.
 
-A pair is built in a hidden sibling of its folder and exchanged with it at the end:
+`PairBuild` builds a pair in a hidden sibling of the pair's folder and exchanges the two at the end:
 
     parent/pair/               the finished pair, untouched until the exchange
     parent/.pair.build/
       lock                     one export at a time
-      temporary/               the stage being written; removed at the next start after a kill
+      temporary/               the stage in progress; removed at the next start after a kill
       records/<stage>.json     inputs, facts and output digests of every finished stage
-      pair/<stage>/            outputs of the finished stages; dovetail.json goes in last
+      pair/<stage>/            outputs of the finished stages; dovetail.json comes last
 
-`resume` skips the stages whose inputs and output digests hold, those of a finished pair included.
+`resume` skips each stage with equal inputs and unchanged output, in a finished pair as well.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ Progress = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """The progress callback that shows nothing."""
+    """A progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One folder of the pair and how it is made.
+    """One folder of the pair and the function that builds it.
 
-    inputs: JSON of whatever decides the output (digests, options, versions): equal inputs, equal output.
-    build: fills the given empty folder and returns facts (JSON) for the stages after it.
-    intermediate: kept for --resume while the export is unfinished, no part of the pair.
+    inputs: JSON of everything that decides the output: digests, options, versions.
+    build: fills the given empty folder and returns facts (JSON) for later stages.
+    intermediate: the output is no part of the pair; an unfinished export keeps it for --resume.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is remembered of a finished stage. files: path inside the pair -> size and digest."""
+class StageRecord:
+    """The stored record of a finished stage. files: path inside the pair -> size and digest."""
 
     inputs: dict[str, Any]
     facts: dict[str, Any]
@@ -69,10 +69,10 @@ class Record:
 
 
 class PairBuild:
-    """One export into the pair folder `out`; use as a context manager, then `run` stages and `finish`.
+    """One export into the pair folder `out`: a context manager that runs stages.
 
-    Raises ExportError: `out` holds a finished pair (and neither `resume` nor `force`) or something that
-    is no pair, another export is writing to it, the disk is full.
+    Raises ExportError: `out` holds a finished pair (without `resume` and `force`) or something
+    else; another export writes to `out`; the disk is full.
     """
 
     def __init__(self, out: Path, *, resume: bool = False, force: bool = False, progress: Progress = silent):
@@ -81,8 +81,8 @@ class PairBuild:
         self.resume, self.force, self.progress = resume, force, progress
         self.work = self.out.parent / f".{self.out.name}.build"
         self.finished: Manifest | None = None  # the pair already at `out`
-        self.records: dict[str, Record] = {}  # stages of this build, in order
-        self._kept: set[str] = set()  # those that stand in `out` already
+        self.records: dict[str, StageRecord] = {}  # stages of this build, in order
+        self._kept: set[str] = set()  # stages whose output is already in `out`
         self._intermediate: set[str] = set()
         self._lock: IO[str] | None = None
 
@@ -109,10 +109,10 @@ class PairBuild:
         self._release_lock()
 
     def run(self, stage: Stage) -> dict[str, Any]:
-        """Build one stage, or skip it when resuming and it holds; returns its facts."""
+        """Build a stage, or skip a finished stage when resuming; return the facts of the stage."""
         if stage.intermediate:
             self._intermediate.add(stage.name)
-        inputs = json.loads(json.dumps(stage.inputs))  # tuples become lists, as in a record read back
+        inputs = json.loads(json.dumps(stage.inputs))  # tuples become lists, as in a stored record
         if self.resume and (record := self._standing(stage.name, inputs)):
             self.progress(f"{stage.name}: up to date")
         else:
@@ -121,7 +121,7 @@ class PairBuild:
         return record.facts
 
     def keep(self, name: str) -> None:
-        """Take over the folder `name` of the finished pair unchanged. Raises ExportError when it is damaged."""
+        """Keep the folder `name` of the finished pair. Raises ExportError for a damaged folder."""
         if self.finished is None:
             raise ExportError(f"{self.out} holds no finished pair: export its target first")
         record = _record_of(self.finished, name)
@@ -131,17 +131,17 @@ class PairBuild:
         self._kept.add(name)
 
     def kept(self, name: str) -> bool:
-        """Whether the stage `name` stands unchanged in the finished pair."""
+        """Whether the finished pair holds the stage `name` unchanged."""
         return name in self._kept
 
     def folder(self, name: str) -> Path:
-        """Where the finished output of a stage of this build lies."""
+        """The folder with the finished output of the stage `name`."""
         return (self.out if name in self._kept else self.work / "pair") / name
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Add files and stages to `manifest`, write it, and put the pair in place.
+        """Add files and stages to `manifest`, write it, put the pair in place; return the manifest.
 
-        A finished pair that is identical stays untouched and its own manifest is returned.
+        An identical finished pair stays untouched, and `finish` returns the manifest of that pair.
         """
         parts = {name: record for name, record in self.records.items() if name not in self._intermediate}
         files = {path: entry for record in parts.values() for path, entry in record.files.items()}
@@ -156,8 +156,8 @@ class PairBuild:
             exchange(self.work / "pair", self.out, self.work / "old")
         return manifest
 
-    def _standing(self, name: str, inputs: dict[str, Any]) -> Record | None:
-        """The record of an output that need not be built: in the work folder or in the finished pair."""
+    def _standing(self, name: str, inputs: dict[str, Any]) -> StageRecord | None:
+        """The record of a finished output, from the work folder or the finished pair; or None."""
         record = _read_record(self.work / "records" / f"{name}.json")
         if record and record.inputs == inputs and _files_hold(self.work / "pair", record.files):
             return record
@@ -177,7 +177,7 @@ class PairBuild:
         self._kept.add(name)
         return record
 
-    def _build(self, stage: Stage, inputs: dict[str, Any]) -> Record:
+    def _build(self, stage: Stage, inputs: dict[str, Any]) -> StageRecord:
         temporary, final = self.work / "temporary" / stage.name, self.work / "pair" / stage.name
         memory = self.work / "records" / f"{stage.name}.json"
         self.progress(stage.name)
@@ -188,7 +188,7 @@ class PairBuild:
             ):
                 temporary.mkdir(parents=True)
                 facts = json.loads(json.dumps(stage.build(temporary)))
-                record = Record(inputs, facts, _digest_folder(temporary, stage.name))
+                record = StageRecord(inputs, facts, _digest_folder(temporary, stage.name))
                 memory.unlink(missing_ok=True)
                 shutil.rmtree(final, ignore_errors=True)
                 final.parent.mkdir(exist_ok=True)
@@ -200,10 +200,10 @@ class PairBuild:
         return record
 
     def _carry_over(self, parts: set[str]) -> None:
-        """Bring into the new folder what stays of the old one: kept stages, and files that are not ours."""
+        """Link kept stages and the user's own files from the old folder into the new folder."""
         new = self.work / "pair"
         new.mkdir(exist_ok=True)
-        for name in {entry.name for entry in new.iterdir()} - (parts - self._kept):  # intermediate or superseded
+        for name in {entry.name for entry in new.iterdir()} - (parts - self._kept):  # intermediate or replaced
             shutil.rmtree(new / name, ignore_errors=True)
         if self.finished is None:
             return
@@ -226,7 +226,7 @@ class PairBuild:
             self.finished = read_manifest(self.out)
         except PairError as error:
             if not self.force:
-                raise ExportError(f"{error}; use --force to replace the pair at {self.out}") from error
+                raise ExportError(f"{error}; --force replaces the pair at {self.out}") from error
             return
         if not (self.resume or self.force):
             raise ExportError(
@@ -242,14 +242,14 @@ class PairBuild:
             shutil.rmtree(self.work / "pair", ignore_errors=True)
 
     def _recover_exchange(self) -> None:
-        """A kill between the two renames of an exchange left the old pair aside: put it back."""
+        """Restore the old pair after a kill between the two renames of an exchange."""
         if (self.work / "old").is_dir() and not self.out.exists():
             os.rename(self.work / "old", self.out)
 
     def _acquire_lock(self) -> None:
         try:
             import fcntl
-        except ImportError:  # no flock on Windows: two exports into one folder are the user's to avoid
+        except ImportError:  # Windows has no flock: the user must avoid two exports into one folder
             self.work.mkdir(exist_ok=True)
             return
         while True:
@@ -260,7 +260,7 @@ class PairBuild:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino:
                     return
-            except FileNotFoundError:  # the export that held it has just removed its work folder
+            except FileNotFoundError:  # the export with the lock has just removed its work folder
                 pass
             except BlockingIOError:
                 raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
@@ -292,21 +292,21 @@ def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
         return False
 
 
-def _read_record(path: Path) -> Record | None:
+def _read_record(path: Path) -> StageRecord | None:
     try:
         raw = read_json(path, ManifestError, "")
         files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
-        return Record({**raw["inputs"]}, {**raw["facts"]}, files)
-    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # none, or damaged: the stage is built again
+        return StageRecord({**raw["inputs"]}, {**raw["facts"]}, files)
+    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # no usable record: the stage runs again
         return None
 
 
-def _record_of(manifest: Manifest, name: str) -> Record:
+def _record_of(manifest: Manifest, name: str) -> StageRecord:
     stage = manifest.provenance.get("stages", {}).get(name, {})
     files = {path: entry for path, entry in manifest.files.items() if path.startswith(f"{name}/")}
-    return Record(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
+    return StageRecord(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
 
 
 def _same(manifest: Manifest, other: Manifest) -> bool:
-    """Equal but for provenance, which has dates."""
+    """Whether two manifests are equal without provenance, which holds dates."""
     return replace(manifest, provenance={}) == replace(other, provenance={})

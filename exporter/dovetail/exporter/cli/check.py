@@ -13,7 +13,7 @@ from dovetail.exporter.pairs.check import check_pair_folder
 @click.command()
 @click.argument("pair", type=click.Path(path_type=Path))
 def command(pair: Path) -> None:
-    """Re-validate PAIR: manifest, digests, both graphs, the tokenizer, and a short run of each engine."""
+    """Check PAIR: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
     with show_progress("check") as progress:
         manifest = check_pair_folder(pair, progress)
     what = f"drafter with {manifest.drafter.fusion} fusion" if manifest.drafter else "no drafter yet"

@@ -18,20 +18,16 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
     "--checkpoint",
     required=True,
     metavar="DIR|NAME",
-    help="Folder of a trained drafter (config.json and drafter.safetensors), or one that ships: "
-    + ", ".join(sorted(REFERENCE_PAIRS))
-    + ".",
+    help="Folder of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
 )
-@click.option(
-    "--vram", metavar="SIZE", help="GPU memory that the drafter is to keep to, e.g. 3GB.  [default: no limit]"
-)
-@click.option("--fit", is_flag=True, help="Shrink its context, then its draft vocabulary, to fit --vram.")
+@click.option("--vram", metavar="SIZE", help="GPU memory that the drafter may take, e.g. 3GB.  [default: no limit]")
+@click.option("--fit", is_flag=True, help="Shrink the drafter's context, then its draft vocabulary, to fit --vram.")
 @click.option("--force", is_flag=True, help="Replace another drafter of the pair.")
 def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: bool) -> None:
     """Add the drafter in the folder of --checkpoint to PAIR, the folder of an exported target.
 
-    Writes a float16 graph for CUDA and an INT8 graph for the CPU, both compared with the torch module; the
-    pair is exchanged as a whole at the end, so that an interruption leaves it as it was.
+    The command writes a float16 graph for CUDA and an INT8 graph for the CPU, and compares both
+    with the torch module. It replaces the pair at the end: an interruption leaves PAIR unchanged.
     """
     limit = parse_size(vram) if vram is not None else 0
     check_limit(limit or None, fit, "cuda")

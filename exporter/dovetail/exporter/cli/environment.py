@@ -1,4 +1,4 @@
-"""`dovetail-export environment`: another transformers, beside the installed one."""
+"""`dovetail-export environment`: a virtual environment with another release of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dovetail.exporter.pairs.environment import make_environment
 def command(folder: Path, architecture: str) -> None:
     """Make a virtual environment at FOLDER with the transformers that an architecture needs.
 
-    It converts checkpoints with optimum-cli; `dovetail-export target` takes the IR. It needs about 2 GB of disk.
+    optimum-cli in FOLDER converts a checkpoint to an IR, and `dovetail-export target` takes the IR.
+    The environment needs about 2 GB of disk.
     """
     with show_progress("environment") as progress:
         version = make_environment(folder, architecture, progress)

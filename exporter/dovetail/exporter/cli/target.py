@@ -15,20 +15,20 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Flags of optimum-cli export openvino, passed through with its meanings.
+# Flags of `optimum-cli export openvino`; each flag means the same here.
 _WEIGHT_FLAGS = (
     click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True),
     click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation."),
-    click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: per column."),
+    click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column."),
     click.option("--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"])),
-    click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the rest is int8."),
+    click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the others are int8."),
     click.option("--all-layers", is_flag=True, default=None, help="Embedding and head in 4 bits too."),
     click.option("--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"])),
     click.option("--awq", is_flag=True, default=None, help="Activation-aware 4-bit weights."),
     click.option("--scale-estimation", is_flag=True, default=None),
     click.option("--gptq", is_flag=True, default=None),
     click.option("--lora-correction", is_flag=True, default=None),
-    click.option("--sensitivity-metric", help="How layers are chosen for 4 bits."),
+    click.option("--sensitivity-metric", help="How nncf chooses the layers for 4 bits."),
     click.option("--dataset", help="Data for data-aware compression, e.g. wikitext2 or auto."),
     click.option("--num-samples", type=int, help="Samples to take from the dataset."),
 )
@@ -47,10 +47,10 @@ def weight_flags(command: Command) -> Command:
 @click.option("--name", help="Name of the pair in its manifest  [default: OUT's name].")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder or GGUF file to take the tokenizer from.")
-@click.option("--max-context", type=int, help="Tokens, where the source does not say.")
+@click.option("--max-context", type=int, help="Tokens of context, if config.json does not say.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @weight_flags
-@click.option("--resume", is_flag=True, help="Go on after an interruption; stages that hold are skipped.")
+@click.option("--resume", is_flag=True, help="Continue after an interruption and skip the finished stages.")
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")
 def command(
@@ -68,8 +68,8 @@ def command(
 ) -> None:
     """Export the target LLM at SOURCE into the pair folder OUT.
 
-    SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder (which needs no torch
-    and keeps its weight format).
+    SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder. An IR folder
+    keeps its weight format, and its export needs no torch.
     """
     options = TargetOptions(WeightOptions(**weights), tokenizer, max_context, trust_remote_code, verbose)
     with show_progress("target") as progress:
@@ -83,7 +83,7 @@ def command(
     )
     if not Tokenizer.from_folder(out / "target").has_chat_template:
         click.echo(
-            f"note: {out} has no chat template, so it continues texts and cannot chat: "
-            "--tokenizer FOLDER takes the tokenizer from a folder that has one",
+            f"note: {out} has no chat template, so the model continues texts and cannot chat: "
+            "give --tokenizer FOLDER with a tokenizer that has a chat template",
             err=True,
         )

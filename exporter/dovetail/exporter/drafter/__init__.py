@@ -1,1 +1,1 @@
-"""A drafter checkpoint becomes ONNX graphs."""
+"""Exports a drafter checkpoint as ONNX graphs."""

@@ -1,11 +1,13 @@
-"""The drafter as one ONNX graph: tree levels, accepted tokens and prompt chunks all run through it.
+"""The drafter as one ONNX graph, which runs tree levels, accepted tokens and prompt chunks.
 
-Axes: n tokens of a call, m of them whose children are wanted, T tree slots, S context pairs, K draft vocabulary,
-k children per row, D = H feature and hidden size, h query heads, g key-value heads, d head size.
+Axes: n tokens of a call, m query rows, T tree slots, S context pairs, K draft vocabulary, k
+children per row, D = H feature and hidden size, h query heads, g key-value heads, d head size. A
+call returns children for its m query rows.
 
-A key-value buffer has T + S rows: row i < T belongs to tree node i, row T + j to context pair j.  The
-feature bank has T + 1 rows: row 0 is the root's feature, row i tree node i's, row T takes what nobody
-will read.  Both are inputs and outputs of one buffer each, so that the caller can bind them in place.
+A key-value buffer has T + S rows: row i < T belongs to tree node i, row T + j to context pair j.
+The feature bank has T + 1 rows. Row 0 holds the root's feature and row i holds the feature of tree
+node i. Row T takes features that nobody reads. Each buffer is both an input and an output of the
+graph, so the caller can bind it in place.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from dovetail.models.drafter import Block, Drafter, rope_table
 from dovetail.runtime.drafter.graph_io import DRAFT_IDS, NOISE
 
 OPSET = 20
-BLOCKED = -1e4  # added to a score that must not count; float16 holds it
+BLOCKED = -1e4  # added to the score of a masked key; in float16's range
 
 
 class DrafterGraph(nn.Module):
-    """A drafter behind the graph's interface: every tensor static but `tokens` (n), `queries` (m) and `slots` (T + S).
+    """A drafter with the graph's interface. Three axes are dynamic: n, m and T + S.
 
-    Of a prompt only the last token's children are wanted: what the others leave is their keys and values.
+    A prompt needs children for its last token only. Its other tokens leave keys and values.
     """
 
     target_ids: Tensor
@@ -44,25 +46,28 @@ class DrafterGraph(nn.Module):
         self,
         input_ids: Tensor,  # [n] int64, target vocabulary
         position_ids: Tensor,  # [n] int64, for RoPE
-        features: Tensor,  # [n, D], the target's, for extension
+        features: Tensor,  # [n, D], of the target, for new context pairs
         feature_rows: Tensor,  # [n] int64: row of concat(bank, features)
         kv_slots: Tensor,  # [n] int64: buffer rows written
         bank_slots: Tensor,  # [n] int64: bank rows written
         context_end: Tensor,  # [n] int64: context pairs attended to
         tree_mask: Tensor,  # [n, T] additive, over tree rows
-        noise: Tensor,  # [1, K] float32, added to the logits: the target adds the same to its own where it samples
-        queries: Tensor,  # [m] int64, of n: rows whose children are wanted; the bank gets theirs alone
+        noise: Tensor,  # [1, K] float32, added to the logits: a sampling target adds the same noise to its logits
+        queries: Tensor,  # [m] int64, rows of n: only these rows get children, and the bank takes only their features
         bank: Tensor,  # [T + 1, D]
         kv: list[Tensor],  # per block [T + S, 2, g, d]; 0 = key after RoPE, 1 = value
     ) -> tuple[Tensor, ...]:
-        """Returns top_logprobs [m, k] float32, top_ids [m, k] int32 (target ids), bank, and kv per block."""
+        """Return top_logprobs [m, k] float32, top_ids [m, k] int32, bank, kv per block.
+
+        The ids are ids of the target's vocabulary.
+        """
         drafter = self.drafter
         feature = nn.functional.embedding(feature_rows, torch.cat([bank, features]))  # [n, D]
         x = drafter.fusion(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))
         cos, sin = (table.to(x.dtype) for table in rope_table(drafter.config, position_ids))
         written = []
         for block, buffer in zip(drafter.blocks(), kv, strict=True):
-            rows = queries if block is drafter.layers[-1] else None  # the blocks before give keys and values to all
+            rows = queries if block is drafter.layers[-1] else None  # later blocks need keys and values of all rows
             seen, end = _taken(rows, tree_mask, context_end)
             mask = self._mask(seen, end, buffer)
             x, buffer = attend(block, x, cos, sin, mask, buffer, kv_slots, rows)
@@ -72,7 +77,10 @@ class DrafterGraph(nn.Module):
         return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
 
     def _mask(self, tree_mask: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
-        """[h/g * rows, T + S] additive, the same for all heads of a group: pair j counts below context_end[row]."""
+        """Additive mask [h/g * rows, T + S], equal for all heads of a group.
+
+        A row attends to context pair j if j < context_end[row].
+        """
         config, dtype = self.drafter.config, tree_mask.dtype
         pairs = torch.arange(kv.shape[0] - self.tree_slots)
         blocked = torch.tensor(BLOCKED, dtype=dtype)
@@ -82,7 +90,7 @@ class DrafterGraph(nn.Module):
 
 
 def _taken(rows: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
-    """`rows` of each value [n] or [n, d]; None for all."""
+    """Take `rows` of each value [n] or [n, d]; None takes all rows."""
     if rows is None:
         return values
     taken = (nn.functional.embedding(rows, value.reshape(value.shape[0], -1)) for value in values)
@@ -92,12 +100,13 @@ def _taken(rows: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
 def attend(
     block: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor, kv_slots: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One block over its static buffer, for the m `rows` of x, None for all.
+    """Run one block over its static buffer, for the m `rows` of x; None runs all rows.
 
     x: [n, H], mask: [h/g * m, T + S] additive, kv: [T + S, 2, g, d] -> [m, H] and the buffer.
 
-    Query heads of a group are stacked as rows of one product, so keys and values are never repeated.  No
-    shape depends on n but through one free axis: fixing `slots` alone leaves no shape arithmetic.
+    The query heads of a group are the rows of one product, so the graph never repeats keys and
+    values. Shapes depend on n through one free axis only: with `slots` fixed, no shape arithmetic
+    remains.
     """
     k, v = block.self_attn.keys_and_values(block.input_layernorm(x), cos, sin)  # [n, g, d]
     x, cos, sin = _taken(rows, x, cos, sin)
@@ -113,11 +122,11 @@ def attend(
 
 
 def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int) -> ir.Model:
-    """Export with weights and activations of `dtype` (float16 or float32); opset 20, names as in the interface."""
+    """Export the drafter with weights and activations of `dtype` (float16 or float32), opset 20."""
     graph = DrafterGraph(copy.deepcopy(drafter).to(dtype).eval(), tree_slots, top_k)
     config = drafter.config
     tokens, slots = torch.export.Dim("tokens", min=1, max=4096), torch.export.Dim("slots", min=tree_slots + 2)
-    n, rows = 3, tree_slots + 5  # any values that are no other size of the graph
+    n, rows = 3, tree_slots + 5  # any sizes that differ from all other sizes of the graph
 
     def index() -> Tensor:
         return torch.arange(n)
@@ -139,7 +148,7 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
     kv_shape = (rows, 2, config.num_key_value_heads, config.head_dim)
     kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(config.blocks)]
     layers = [f"kv.{i}" for i in range(config.blocks)]
-    with torch.no_grad(), quiet():  # the exporter narrates, and warns about its own internals
+    with torch.no_grad(), quiet():  # the exporter prints progress, and warnings about its own internals
         program = torch.onnx.export(
             graph,
             (*(value for value, _ in arguments.values()), kv),

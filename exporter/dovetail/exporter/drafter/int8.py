@@ -1,9 +1,10 @@
-"""Weights of an exported float32 graph to INT8, for ONNX Runtime on the CPU.
+"""Quantises the weights of an exported float32 graph to INT8, for ONNX Runtime on the CPU.
 
-Linear layers become MatMulNBits: weights 8 bit in blocks along the input axis, activations quantised per
-row and block inside the kernel (accuracy level 4).  Dynamic quantisation of whole tensors is up to 1.7x
-faster from 8 rows on, but a target's features have outliers of 12 to 20 times their RMS: one scale per
-call keeps the drafter's first choice in 87% of rows, one scale per row and block in 97%.
+Linear layers become MatMulNBits. Its weights have 8 bits, in blocks along the input axis. The
+kernel quantises activations per row and block (accuracy level 4). Dynamic quantisation of whole
+tensors is up to 1.7x faster from 8 rows on. But a target's features have outliers of 12 to 20 times
+their RMS. One scale per call keeps the drafter's first choice in 87% of rows, one scale per row and
+block in 97%.
 
 The embedding becomes int8 rows with one scale per row.
 
@@ -26,8 +27,8 @@ INT8_COMPUTE = 4  # MatMulNBits' accuracy_level: multiply in int8
 def quantize(model: ir.Model) -> None:
     """Quantise every linear layer and the embedding, in place.
 
-    Raises ExportError naming the layer when one stayed float: a quantiser that skips in silence costs
-    its layer's speed, and nobody looks.
+    Raises ExportError naming a layer that kept float weights: such a layer is slow, and nothing
+    else shows it.
     """
     graph = model.graph
     for node in tuple(graph):
@@ -39,14 +40,14 @@ def quantize(model: ir.Model) -> None:
         del graph.initializers[name]
     if left := [node for node in graph if reads_weight(node)]:
         raise ExportError(
-            f"{left[0].op_type} {left[0].name!r} kept its float weights ({len(left)} such): "
+            f"{left[0].op_type} {left[0].name!r} kept its float weights ({len(left)} nodes): "
             "the INT8 writer does not know this form of linear layer"
         )
     model.opset_imports["com.microsoft"] = 1
 
 
 def is_linear(node: ir.Node) -> bool:
-    """Whether `node` is x W^T without a bias and with constant W, as the exporter writes nn.Linear."""
+    """Whether `node` is x W^T with constant W and no bias, as the exporter writes nn.Linear."""
     if node.op_type != "Gemm" or len([value for value in node.inputs if value is not None]) != 2:
         return False
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
@@ -55,7 +56,7 @@ def is_linear(node: ir.Node) -> bool:
 
 
 def reads_weight(node: ir.Node) -> bool:
-    """Whether a product or a lookup still reads a float matrix, directly or through a Transpose."""
+    """Whether a product or a lookup reads a float matrix, directly or through a Transpose."""
     for value in node.inputs if node.op_type in ("Gemm", "MatMul", "Gather", "FusedMatMul") else ():
         producer = value.producer() if value is not None else None
         if is_weight(value) or (producer and producer.op_type == "Transpose" and is_weight(producer.inputs[0])):
@@ -64,7 +65,7 @@ def reads_weight(node: ir.Node) -> bool:
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether `value` is a constant float matrix (a column of scales is none)."""
+    """Whether `value` is a constant float matrix; a column of scales is not."""
     return (
         value is not None
         and value.const_value is not None
@@ -121,5 +122,5 @@ def _constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Valu
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put `new` in place of `old`; the last one's output takes over."""
+    """Replace `old` by the nodes `new`; the last node's output replaces the output of `old`."""
     ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)

@@ -1,8 +1,8 @@
-"""Does an exported drafter compute what the torch module computes, and can a CUDA graph capture it?
+"""Checks that an exported drafter computes the same as torch and that a CUDA graph can capture it.
 
-Each ONNX file runs a script through ONNX Runtime on the CPU: extend, grow two tree levels, extend again.
-The reference is the training code itself (`Drafter.step`), not the exported wrapper, so a mistake in the
-wrapper's masks, positions or buffers shows as well.
+ONNX Runtime runs a script with each ONNX file on the CPU: extend, grow two tree levels, extend
+again. The reference is the training code (`Drafter.step`) instead of the exported wrapper. The
+comparison therefore also finds mistakes in the wrapper's masks, positions and buffers.
 
 Axes: n rows of a call, T tree slots, K draft vocabulary, k children per row, D feature size.
 """
@@ -30,10 +30,10 @@ DYNAMIC_OPS = {"If", "Loop", "Scan", "Shape", "Size", "NonZero", "Range"}
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a file may differ by.
+    """The largest allowed difference between a file and torch.
 
-    logprob: of any returned child, and by how much a child may be out of order, in standard deviations of
-    torch's log-probabilities over the draft vocabulary in that row: a peaked drafter's are larger throughout.
+    logprob: error of a child's log-probability or rank. The unit is the standard deviation of
+    torch's log-probabilities over the draft vocabulary in that row, because errors grow with it.
     feature: relative L2 error of the output features of one call.
     """
 
@@ -41,18 +41,19 @@ class Tolerance:
     feature: float
 
 
-# Measured with random weights, H = 32 and 576, 1 and 2 blocks: float16 up to 0.0021 sd and 0.05%, INT8 up to 0.11 sd
-# and 3.1%.  A weight matrix turned upside down shows in INT8 as 0.27 to 4.4 sd: what is subtler float16 must catch.
+# Measured with random weights, H = 32 and 576, 1 and 2 blocks. float16 errs by up to 0.0021 sd and
+# 0.05%, INT8 by up to 0.11 sd and 3.1%. A weight matrix with its rows reversed errs in INT8 by 0.27
+# to 4.4 sd. The float16 file must show smaller mistakes.
 TOLERANCES = {"float16": Tolerance(logprob=0.01, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.06)}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How one file compares with torch over the script.
+    """Differences between one file and torch over the script.
 
-    top1, topk: fraction of rows with the same first child; mean overlap of the k children.
-    logprob_error, feature_error: the largest, in the units of Tolerance.
-    failures: one line for each call that left the tolerance.
+    top1: fraction of rows with the same first child. topk: mean overlap of the k children.
+    logprob_error, feature_error: the largest errors, in the units of Tolerance.
+    failures: one line for each call outside the tolerance.
     """
 
     file: str
@@ -71,7 +72,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Answer:
-    """One call's result, of the file or of torch.  logprobs: [m, k] or all K; ids: [m, k]; features: [m, D]."""
+    """The result of one call. logprobs: [m, k] or [m, K], ids: [m, k], features: [m, D]."""
 
     logprobs: NDArray[np.float32]
     ids: NDArray[np.int64]
@@ -79,7 +80,7 @@ class Answer:
 
 
 def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slots: int, seed: int = 0) -> Parity:
-    """Run the script through `file` and through torch; never raises for a difference, it is in `failures`."""
+    """Compare `file` with torch over the script. `failures` lists differences; nothing raises."""
     script = Script(drafter, seed)
     graph = GraphRun(file, drafter, tree_slots, script.noise)
     steps = [
@@ -97,7 +98,7 @@ def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slo
         top1 += (got.ids[:, 0] == expected[:, 0]).tolist()
         topk += [len(set(a) & set(b)) / len(a) for a, b in zip(got.ids.tolist(), expected.tolist(), strict=True)]
         worst_logprob, worst_feature = max(worst_logprob, logprob_error), max(worst_feature, feature_error)
-        if not (logprob_error <= tolerance.logprob and feature_error <= tolerance.feature):  # nan fails too
+        if not (logprob_error <= tolerance.logprob and feature_error <= tolerance.feature):  # `not`, so that nan fails
             failures.append(
                 f"{file.name}, {name}: log-probability off by {logprob_error:.3f} sd (at most {tolerance.logprob}), "
                 f"features by {feature_error:.2%} (at most {tolerance.feature:.0%})"
@@ -106,22 +107,23 @@ def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slo
 
 
 def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
-    """Largest error of a child's log-probability, or of its rank, in standard deviations of its row.
+    """Largest error of a child's log-probability or rank, in standard deviations of its row.
 
-    The rank's error is how far torch puts a child below its own child of that rank.
-    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.  An id that is no draft id is inf.
+    The error of a rank is torch's log-probability at that rank less torch's value for the child.
+    An id outside the draft vocabulary gives inf.
+    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.
     """
     if not set(got.ids.flat) <= set(columns):
         return float("inf")
     draft_ids = np.vectorize(columns.__getitem__)(got.ids)
     true = np.take_along_axis(want.logprobs, draft_ids, axis=1)
     best = -np.sort(-want.logprobs, axis=1)[:, : got.ids.shape[1]]
-    errors = np.maximum(np.abs(got.logprobs - true), best - true)  # keeps a nan
+    errors = np.maximum(np.abs(got.logprobs - true), best - true)  # maximum keeps nan
     return float((errors / want.logprobs.std(axis=1, keepdims=True)).max())
 
 
 class Script:
-    """Inputs of the parity run and torch's answers: 20 pairs, and a tree of 2 + 2 nodes after the first 12."""
+    """The parity run's inputs and torch's answers: 20 pairs, and a tree of 2 + 2 nodes after 12."""
 
     def __init__(self, drafter: Drafter, seed: int):
         rng = np.random.default_rng(seed)
@@ -130,19 +132,19 @@ class Script:
         self.columns = {int(target): draft for draft, target in enumerate(drafter.d2t.tolist())}
         self.tokens = rng.integers(0, config.vocab_size, 20)
         self.features = rng.standard_normal((20, config.feature_size)).astype(np.float32)
-        self.features[:, ::128] *= 15  # a target's features have such outliers, a few in hundreds
+        self.features[:, ::128] *= 15  # a target's features have such outliers: a few in hundreds of values
         self.noise = rng.gumbel(size=(1, config.draft_vocab_size)).astype(np.float32)
         self.level1, self.level2 = rng.integers(0, config.vocab_size, (2, 2))
 
     @torch.no_grad()
     def extended(self, start: int, end: int) -> Answer:
-        """Pairs start..end of the causal pass over true features."""
+        """Torch's answer for pairs start..end in a causal pass over true features."""
         f, tokens = torch.from_numpy(self.features[:end])[None], torch.from_numpy(self.tokens[:end])[None]
         return self._answer(self.drafter(f, tokens)[0, start:])
 
     @torch.no_grad()
     def drafted(self, length: int, depth: int) -> Answer:
-        """Both nodes of `depth` below `length` pairs: each path replayed as the unrolled steps of training."""
+        """Torch's answer for both nodes of `depth` after `length` pairs, by unrolled steps."""
         rows = []
         for path in zip(self.level1.tolist(), self.level2.tolist(), strict=True):
             tokens = torch.tensor([*self.tokens[:length].tolist(), *path[:depth]])[None]
@@ -160,10 +162,10 @@ class Script:
 
 
 class GraphRun:
-    """An exported file driven row by row through ONNX Runtime on the CPU; state as plain arrays, nothing in place."""
+    """Runs an exported file with ONNX Runtime on the CPU; the state is plain arrays."""
 
     def __init__(self, file: Path, drafter: Drafter, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
-        """noise: [1, K] float32, of all calls."""
+        """noise: [1, K] float32, added in every call."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -176,7 +178,10 @@ class GraphRun:
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
 
     def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
-        """Append pairs, of which all give children, or the last.  Their bank rows are kept apart, to be compared."""
+        """Append pairs and return children of all pairs, or of the last pair only (`last`).
+
+        Each pair writes a bank row of its own, so that the caller can compare all features.
+        """
         n, slots = len(tokens), self.tree_slots
         positions = np.arange(self.length, self.length + n)
         self.length += n
@@ -190,7 +195,7 @@ class GraphRun:
     def level(
         self, rows: list[int], parents: list[int], tokens: NDArray[np.int64], depth: int, attend: list[list[int]]
     ) -> Answer:
-        """Run tree nodes: `rows` of the buffer, with `parents`' bank rows as features."""
+        """Run the tree nodes `rows`; the bank rows of `parents` are their features."""
         n = len(rows)
         mask = np.full((n, self.tree_slots), BLOCKED)
         for row, seen in enumerate(attend):
@@ -216,9 +221,9 @@ class GraphRun:
 
 
 def check_static(file: Path, tokens: int, slots: int) -> None:
-    """Fix all dimensions and fold: nothing may be left whose shape or control flow depends on data.
+    """Check that, with all dimensions fixed, no shape and no control flow depends on data.
 
-    A CUDA graph replays fixed addresses and shapes.  Raises ExportError naming the first such node.
+    A CUDA graph replays fixed addresses and shapes. Raises ExportError naming the first bad node.
     """
     model = folded(file, tokens, slots)
     if dynamic := [node for node in model.graph.node if node.op_type in DYNAMIC_OPS]:
@@ -233,7 +238,7 @@ def check_static(file: Path, tokens: int, slots: int) -> None:
 
 
 def folded(file: Path, tokens: int, slots: int) -> onnx.ModelProto:
-    """The graph with all dimensions fixed, every token's children wanted, constants folded and every shape inferred."""
+    """The graph with all dimensions fixed (m = n), constants folded and all shapes inferred."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "folded.onnx"
         options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""What an exported drafter takes of a GPU beyond its weights, and a drafter that takes less.
+"""Measures a drafter's activations on a GPU, and makes a drafter that needs less GPU memory.
 
 Axes: K draft vocabulary, D feature size.
 """
@@ -24,9 +24,10 @@ LEAST_VOCABULARY = 1024  # draft tokens
 
 
 def workspace(file: Path, tree_slots: int) -> tuple[int, int]:
-    """Bytes of activations that the largest call of a graph holds at once, fixed and per pair of context.
+    """Return the activation bytes of a graph's largest call: fixed, and per context pair.
 
-    The line through a short and a long context lies above what those in between need, a maximum of such lines.
+    The peak is a maximum of lines in the context's length. A line through a short and a long
+    context therefore lies above the peak of every context between the two.
     """
     model = onnx.load(file, load_external_data=False)
     low, high = (peak_bytes(model, CHUNK, tree_slots + context) for context in (CONTEXT_STEP, CONTEXT))
@@ -35,9 +36,9 @@ def workspace(file: Path, tree_slots: int) -> tuple[int, int]:
 
 
 def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
-    """The most that a graph's activations take when each is kept from its node to its last reader.
+    """Return the peak bytes of a graph's activations, each kept from its node to its last reader.
 
-    Inputs, outputs and weights are not counted; ONNX Runtime may do better, by working in place.
+    Inputs, outputs and weights do not count. ONNX Runtime may need less, because it works in place.
     """
     fixed = {"tokens": tokens, "queries": tokens, "slots": slots}
     sizes = {value.name: _nbytes(value.type.tensor_type, fixed) for value in model.graph.value_info}
@@ -53,13 +54,13 @@ def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
 
 
 def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]) -> Drafter:
-    """The same drafter with fewer draft tokens, by as many as `plan` is above `limit` bytes in rows of the head.
+    """Return the drafter with fewer draft tokens, so that `plan` fits `limit` bytes.
 
-    Those with the lowest ids stay, which BPE merged first, and those of `keep`.  Raises ExportError with the plan when
-    LEAST_VOCABULARY tokens would be too many.
+    The tokens in `keep` stay, and then the tokens with the lowest ids, which BPE merged first.
+    Raises ExportError with the plan if LEAST_VOCABULARY tokens do not fit.
     """
     size = drafter.config.draft_vocab_size
-    each = 2 * drafter.config.feature_size + 4  # its row of the head, and its target id
+    each = 2 * drafter.config.feature_size + 4  # bytes of a draft token: its row of the head and its target id
     fewer = size + (limit - plan.total) // each
     least = min(LEAST_VOCABULARY, size)
     if fewer < least:
@@ -76,6 +77,6 @@ def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]
 
 
 def _nbytes(tensor: onnx.TypeProto.Tensor, fixed: dict[str, int]) -> int:
-    """Dimensions are numbers, or terms like "3*tokens"."""
+    """Bytes of a tensor whose dimensions are numbers or terms like "3*tokens"."""
     dims = (dim.dim_value or int(sympy.sympify(dim.dim_param).subs(fixed)) for dim in tensor.shape.dim)
     return prod(dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).itemsize

@@ -1,1 +1,1 @@
-"""Whole pairs: the reference pairs, and the check of a pair that is there."""
+"""Whole pairs: builds the reference pairs, and checks a finished pair."""

@@ -1,4 +1,4 @@
-"""Re-validation of a pair: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
+"""Checks a finished pair: manifest, digests, both graphs, tokenizer, a short run of each engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
-# What makes passes of different widths comparable: no quantised activations, no rounding on the way.
+# Without quantised activations and without rounding, passes of different widths agree.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -47,10 +47,10 @@ LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
 
 
 def check_pair_folder(pair: Path, progress: Progress = silent) -> Manifest:
-    """Check everything about the pair; returns its manifest.
+    """Check every part of the pair and return its manifest.
 
-    Raises ManifestError at once. Other failures are collected: a single one is raised as it is, several as
-    one PairError naming each.
+    Raises ManifestError at once. A single other failure raises its own error. Several failures
+    raise one PairError that names each.
     """
     manifest = read_manifest(pair)
     failures: list[DovetailError] = []
@@ -81,7 +81,7 @@ def check_pair_folder(pair: Path, progress: Progress = silent) -> Manifest:
 
 
 def _damaged_parts(pair: Path, manifest: Manifest, failures: list[DovetailError], progress: Progress) -> Iterator[str]:
-    """Verify each file by itself, so that every damaged one is reported; yields the folders they lie in."""
+    """Verify each file separately, to report all damaged files; yield the files' folders."""
     for relative, entry in manifest.files.items():
         progress(f"digest of {relative}")
         try:
@@ -103,7 +103,7 @@ def _check_tokenizer(pair: Path, manifest: Manifest) -> None:
 
 
 def _check_target_graph(pair: Path, manifest: Manifest) -> None:
-    """The graph has its tap, its sizes are the manifest's, and it can become a tree verifier."""
+    """Check that the graph has its tap and the manifest's sizes, and can verify trees."""
     facts, model = manifest.target, read_model(pair / "target" / IR_XML)
     if not has_tap(model):
         raise MismatchError(f"{pair / 'target' / IR_XML} has no {FEATURES!r} output: export the target again")
@@ -116,13 +116,13 @@ def _check_target_graph(pair: Path, manifest: Manifest) -> None:
     for what, (in_graph, in_manifest) in found.items():
         if in_graph != in_manifest:
             raise MismatchError(
-                f"the target's {what} is {in_graph!r}, the manifest says {in_manifest!r}: export it again"
+                f"the target's {what} is {in_graph!r}, the manifest says {in_manifest!r}: export the target again"
             )
     check_verifiable(model)
 
 
 def _run_target(pair: Path, manifest: Manifest) -> None:
-    """One pass over a few tokens and two passes over the same ones agree: the KV state works."""
+    """Check the KV state: one pass over some tokens agrees with two passes over these tokens."""
     import openvino as ov
 
     compiled = ov.Core().compile_model(pair / "target" / IR_XML, "CPU", EXACT)
@@ -132,7 +132,7 @@ def _run_target(pair: Path, manifest: Manifest) -> None:
     if not (np.isfinite(whole).all() and np.isfinite(halves).all()):
         raise MismatchError("the target's logits are not finite: export the target again")
     if (difference := float(np.abs(whole - halves).max())) > LOGIT_TOLERANCE:
-        raise MismatchError(f"the target's logits differ by {difference:.2f} in one pass and two: export it again")
+        raise MismatchError(f"the target's logits of one pass and of two differ by {difference:.2f}: export it again")
 
 
 def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -153,7 +153,7 @@ def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDAr
 
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
-    """Each graph has the promised inputs and outputs, runs, and the graphs agree with each other."""
+    """Check that each graph runs with the manifest's sizes, and that the graphs agree."""
     if "features" in facts.files:
         FeatureMix.load(pair / facts.files["features"], facts)
     graphs = {device: facts.files[device] for device in DEVICES if device in facts.files}
@@ -168,24 +168,24 @@ def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
 
 
 def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[np.float32]:
-    """Extend an empty context by two pairs; returns top_logprobs [2, K]."""
+    """Extend an empty context by two context pairs and return top_logprobs [2, k]."""
     import onnxruntime as ort
 
     try:
         session = open_session(ort, path, session_options(ort), [CPU])
         check_ports(session, path, facts, kind)
         drafted = read_draft_ids(session, path, facts)
-    except DeviceError as error:  # no device is at fault here
+    except DeviceError as error:  # the file is at fault, not a device
         raise IntegrityError(str(error)) from error
     logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
-        raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, the manifest says {facts.top_k}")
+        raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export it again")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
-        raise MismatchError(f"{path.name} returns log-probabilities that are not finite or not sorted: export it again")
+        raise MismatchError(f"{path.name} gives log-probabilities that are not finite or not sorted: export it again")
     if ids.min() < 0 or ids.max() >= facts.target_vocab_size:
-        raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the target's vocabulary")
+        raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the vocabulary: export it again")
     if drafted is not None and not np.isin(ids, drafted).all():
-        raise MismatchError(f"{path.name} proposes tokens that are none of its draft vocabulary: export it again")
+        raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
     result: NDArray[np.float32] = logprobs
     return result
 
@@ -195,15 +195,15 @@ def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path)
         return list(session.run(["top_logprobs", "top_ids"], inputs))
     except failures() as error:
         reason = one_line(error)
-        raise MismatchError(f"{path.name} does not run with the manifest's sizes ({reason}): export again") from error
+        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
-    """Two pairs with random features, in an empty context of four slots."""
+    """Inputs of a call: two context pairs with random features, in a context of four slots."""
     slots, size = facts.tree_slots, facts.feature_size
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
     given = {port.name for port in session.get_inputs()}
-    queries = {"queries": np.arange(2)} if "queries" in given else {}  # a graph of an older pair answers for every row
+    queries = {"queries": np.arange(2)} if "queries" in given else {}  # older graphs return children of all rows
     kv = np.zeros((slots + 4, 2, facts.num_kv_heads, facts.head_size), kind)
     return {
         "input_ids": np.array([0, 1]),

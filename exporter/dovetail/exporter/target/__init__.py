@@ -1,1 +1,1 @@
-"""A checkpoint becomes an OpenVINO IR with its tokenizer."""
+"""Exports a checkpoint as an OpenVINO IR with its tokenizer."""

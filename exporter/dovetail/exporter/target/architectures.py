@@ -1,8 +1,9 @@
-"""Which architectures can become a target, decided from the configuration alone, before any weight is read.
+"""Decides from the configuration alone whether a model can become a target.
 
-Three questions: does each layer keep keys and values and nothing else, does optimum-intel export the architecture,
-and does it do so with the installed transformers.  docs/families.md lists the answers; the tests of families hold both
-to optimum-intel's own export classes.
+Three conditions hold for a target. Each layer keeps keys and values and no other state.
+optimum-intel exports the architecture, and does so with the installed transformers.
+docs/families.md lists the architectures. The tests of families compare that list and the tables
+here with optimum-intel's own export classes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ OPTIMUM_INTEL = "2.2"
 
 @dataclass(frozen=True)
 class Range:
-    """Versions of transformers, both ends included, with which optimum-intel exports an architecture.
+    """Versions of transformers with which optimum-intel exports an architecture, ends included.
 
-    last: None where no release is too new.  newest: the release to install for it.
+    last: None if no release is too new. newest: the release to install for the architecture.
     """
 
     first: str
@@ -37,13 +38,14 @@ class Range:
         return f"{self.first} to {self.last}" if self.last else f"{self.first} or newer"
 
 
-# Decoders that optimum-intel exports, by the range that it declares for them.
+# Decoders that optimum-intel exports, by the range of transformers that optimum-intel declares.
 _EXPORTED = {
     Range("4.57", None, "5.0.0"): """
         afmoe arcee biogpt bloom codegen cohere cohere2 falcon glm4 gpt2 gpt_bigcode gpt_neo gpt_neox
         gpt_neox_japanese gpt_oss gptj granite granitemoe hunyuan_v1_dense llama mistral mixtral mpt olmo olmo2 opt
         persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2 xglm""",
-    # Wider for optimum-intel, but what it makes with 5.0.0 does not compute the model, and with 5.5.4 it does.
+    # optimum-intel declares a wider range. But its export with 5.0.0 computes another model; 5.5.4
+    # is right.
     Range("5.5", None, "5.5.4"): "phimoe",
     Range("4.57", "5.0.0", "5.0.0"): "gemma gemma2 gemma3_text glm",
     Range("5.0", "5.0.0", "5.0.0"): "gemma3n_text",
@@ -56,7 +58,8 @@ _EXPORTED = {
 DOVETAIL_RUNS_WITH = Range("5.0.0", "5.5.4", "5.0.0")  # as pyproject.toml says
 ARCHITECTURES = {name: versions for versions, names in _EXPORTED.items() for name in names.split()}
 
-# Decoders that are exported, and whose paged form is wrong or does not exist (tests/exporter/target/test_families.py).
+# Decoders that optimum-intel exports but whose paged form is wrong or does not exist
+# (tests/exporter/target/test_families.py).
 UNPAGED = {
     "gpt_neo": "limits every other layer to a window, which OpenVINO's paged attention leaves out",
     "mpt": "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for MPT",
@@ -66,7 +69,7 @@ UNPAGED = {
     ),
 }
 
-# Fields of configurations whose layers keep a state of another kind: Mamba, short convolutions, linear attention.
+# Fields of models with another kind of state: Mamba, short convolutions, linear attention.
 _STATE_FIELDS = ("mamba_", "ssm_", "state_size", "conv_L_cache", "linear_num_", "linear_conv_")
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -74,14 +77,14 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 def check_architecture(location: str, config: Mapping[str, Any], transformers: str | None = None) -> None:
     """Refuse a checkpoint that cannot become a target.
 
-    config: its config.json.  transformers: a version, by default the installed one.
-    Raises SourceError, one line with the reason and what to do.
+    config: its config.json. transformers: a version, by default the installed version.
+    Raises SourceError with the reason and the remedy.
     """
     kind = check_attention(location, config)
     if (versions := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
-            f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a decoder of text: "
-            "docs/families.md lists the architectures that can be exported"
+            f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a text decoder: "
+            "choose an architecture from docs/families.md"
         )
     installed = transformers or _installed()
     if installed and installed not in versions:
@@ -94,17 +97,17 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
 
 
 def check_attention(location: str, config: Mapping[str, Any]) -> str:
-    """Refuse a model whose layers a tree verifier cannot compute, converted or not; returns its model_type.
+    """Return the model_type, and refuse a model whose layers a tree verifier cannot compute.
 
-    Raises SourceError.
+    The model may be a checkpoint or an IR. Raises SourceError.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise SourceError(f"config.json of {location} names no model_type: it is no language model")
+        raise SourceError(f"config.json of {location} names no model_type: give a language model")
     if state := _other_state(config):
         raise SourceError(
-            f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and a state "
-            "cannot follow the branches of a token tree: choose a model whose layers are attention alone"
+            f"{location} ({kind}) has layers that keep another state than keys and values ({state}), and that state "
+            "cannot follow the branches of a token tree: choose a model with attention in every layer"
         )
     if wrong := _wrong_attention(config):
         raise SourceError(f"{location} ({kind}) {wrong}: choose another model")
@@ -112,10 +115,10 @@ def check_attention(location: str, config: Mapping[str, Any]) -> str:
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
-    """Tokens of context that a target computes rightly, None where its configuration does not say.
+    """Tokens of context that a target computes correctly; None if its configuration does not say.
 
-    Long RoPE (Phi-3) rotates keys by other factors once a text passes the original context, while those in the cache
-    keep the old ones: such a target ends at its original context.
+    Long RoPE (Phi-3) changes its factors when a text passes the original context, but cached keys
+    keep the old factors. The context of such a target therefore ends at the original context.
     """
     text = _text(config)
     claimed = next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), None)
@@ -124,7 +127,7 @@ def context_of(config: Mapping[str, Any]) -> int | None:
 
 
 def original_context(config: Mapping[str, Any]) -> int | None:
-    """Where the factors of long RoPE change, None for every other kind of position."""
+    """The length in tokens at which long RoPE's factors change; None without long RoPE."""
     text = _text(config)
     rope = text.get("rope_parameters") or text.get("rope_scaling")
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
@@ -134,13 +137,13 @@ def original_context(config: Mapping[str, Any]) -> int | None:
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the decoder of text."""
+    """The part of a configuration that describes the text decoder."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 
 
 def _other_state(config: Mapping[str, Any]) -> str | None:
-    """The field that says that not every layer is attention."""
+    """The field that names a layer without attention; None if every layer is attention."""
     text = _text(config)
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and (other := next((kind for kind in kinds if kind not in _ATTENTION), None)):
@@ -149,16 +152,16 @@ def _other_state(config: Mapping[str, Any]) -> str | None:
 
 
 def _wrong_attention(config: Mapping[str, Any]) -> str | None:
-    """Attention that OpenVINO's paged form of the exported graph computes wrongly."""
+    """The reason why OpenVINO's paged attention computes the model wrongly; None if it is right."""
     if config.get("is_encoder_decoder"):
-        return "is an encoder with a decoder, and Dovetail verifies decoders"
+        return "has an encoder and a decoder, and Dovetail needs a decoder alone"
     if config.get("model_type") == "falcon" and config.get("alibi"):
         return "adds ALiBi to its attention, which OpenVINO's paged attention computes wrongly for Falcon"
     return UNPAGED.get(str(config.get("model_type")))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """5.0.0rc1 -> (5, 0, 0); as many as are plain numbers, three at least."""
+    """The first three numbers of a version: 5.0.0rc1 -> (5, 0, 0), 5.1 -> (5, 1, 0)."""
     parts = []
     for part in version.split(".")[:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -170,4 +173,4 @@ def _installed() -> str | None:
     try:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError:
-        return None  # converting says which extra is missing
+        return None  # the conversion names the missing extra

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say, checked before transformers and optimum act on it."""
+"""Reads a checkpoint's JSON files and checks them before transformers and optimum use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JSON_FILES = (
 )  # fmt: skip
 
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
-_SCALED = ("linear", "dynamic", "yarn", "llama3")  # with a factor
+_SCALED = ("linear", "dynamic", "yarn", "llama3")  # types of RoPE that need a factor
 _ROPE_LISTS = ("short_factor", "long_factor")
 _ROPE_NUMBERS = (
     "factor", "rope_theta", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
@@ -26,16 +26,16 @@ _ROPE_NUMBERS = (
 )  # fmt: skip
 _ROPE_MOST = 1e15
 
-WEIGHTS_PER_BYTE = 8  # at most, whatever they are packed in
+WEIGHTS_PER_BYTE = 8  # at most, in every packing
 _AGAIN = "copy or download it again"
-# Sizes of a model, whose bounds are those of the name in LARGEST.
+# Sizes of a model and the name of their bound in LARGEST.
 _SIZES = {
     "vocab_size": "vocab_size",
     **dict.fromkeys(WIDTH_KEYS, "hidden_size"),
     **dict.fromkeys(LAYER_KEYS, "num_layers"),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), "num_attention_heads"),
 }
-# Sizes that follow from the others where they are null, and that some models give layer by layer.
+# Sizes that may be null, because they follow from other sizes, or a list with a size per layer.
 _OPTIONAL_SIZES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), "num_kv_heads"),
     **dict.fromkeys(("intermediate_size", "n_inner"), "intermediate_size"),
@@ -45,13 +45,13 @@ _OPTIONAL_SIZES = {
 
 
 def check_json(folder: Path) -> None:
-    """Check the JSON files that a checkpoint may have. Raises SourceError naming the first that is no object."""
+    """Check the JSON files of a checkpoint. Raises SourceError for the first that is no object."""
     for name in JSON_FILES:
         read_object(folder / name, SourceError, _AGAIN)
 
 
 def read_config(folder: Path, failure: type[Exception] = SourceError) -> dict[str, Any]:
-    """config.json of a checkpoint or an exported target, with sizes that a model can have. Raises `failure`."""
+    """config.json of a checkpoint or target. Raises `failure` for sizes that no model has."""
     file = folder / "config.json"
     config = read_object(file, failure, _AGAIN)
     for sizes in (config, text_config(config, file, failure)):
@@ -68,7 +68,10 @@ def read_config(folder: Path, failure: type[Exception] = SourceError) -> dict[st
 
 
 def _check_rope(where: str, rope: object, failure: type[Exception]) -> None:
-    """Raise `failure` for a scaling of RoPE that no library can compute with; types of layers may have one each."""
+    """Raise `failure` for a RoPE scaling that no library can compute.
+
+    Each type of layer may have a scaling of its own (`full_attention`, `sliding_attention`).
+    """
     if rope is None:
         return
     if not isinstance(rope, dict):
@@ -89,9 +92,9 @@ def _check_rope(where: str, rope: object, failure: type[Exception]) -> None:
 
 
 def check_weights(config: dict[str, Any], folder: Path, stored: int) -> None:
-    """Raise SourceError where config.json describes far more weights than `stored` bytes can hold.
+    """Raise SourceError if config.json describes far more weights than `stored` bytes can hold.
 
-    Libraries fill what is missing at random, and take memory for it.
+    Libraries fill missing weights with random numbers, and need memory for them.
     """
     sizes = text_config(config, folder / "config.json")
     width, layers = (next((sizes[key] for key in keys if key in sizes), 0) for keys in (WIDTH_KEYS, LAYER_KEYS))
@@ -112,7 +115,7 @@ def text_config(config: dict[str, Any], file: Path, failure: type[Exception] = S
 
 
 def token_ids(value: object, where: str) -> tuple[int, ...]:
-    """Token ids that are written as one, as a list, or as null. Raises SourceError."""
+    """Token ids from one id, from a list or from null. Raises SourceError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         check_whole(where, token, SourceError, _AGAIN, least=0, most=TOKEN_MOST)

@@ -1,6 +1,6 @@
-"""A checkpoint becomes an OpenVINO IR, through optimum-intel's public API.
+"""Converts a checkpoint to an OpenVINO IR through optimum-intel's public API.
 
-Only this module imports torch, transformers and optimum, and only when a checkpoint is converted.
+A conversion imports torch, transformers and optimum; the import of this module does not.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
 REFERENCE = "reference.npy"  # logits of the checkpoint itself, for graph_probe
 TASK = "text-generation-with-past"
-# Tables of older checkpoints that models compute by themselves today: of RoPE, and the causal mask.
+# Tables in older checkpoints that models now compute themselves: RoPE and the causal mask.
 _INERT_TENSORS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\b(attn|attention)\.(bias|masked_bias|causal_mask)|"
     r"\bposition_ids|_extra_state)$"
 )
-# What transformers, optimum and nncf raise on a model that they cannot convert.
+# Errors of transformers, optimum and nncf for a model that they cannot convert.
 _CONVERSION_ERRORS = (
     RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-# What torch's unpickler raises on a damaged pytorch_model.bin.
+# Errors of torch's unpickler for a damaged pytorch_model.bin.
 _DAMAGED_PICKLE = (EOFError, PickleError, BadZipFile, IndexError, struct.error)
 
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """How weights are stored, named and meant as in `optimum-cli export openvino`; None is its default."""
+    """Options for weights, as in `optimum-cli export openvino`; None is optimum-cli's default."""
 
     weight_format: str = "int8"
     sym: bool | None = None
@@ -65,10 +65,12 @@ class WeightOptions:
 
     def __post_init__(self) -> None:
         if self.weight_format not in WEIGHT_FORMATS:
-            raise InputError(f"weight format {self.weight_format!r} is unknown: one of {', '.join(WEIGHT_FORMATS)}")
+            raise InputError(f"weight format {self.weight_format!r} is none of {', '.join(WEIGHT_FORMATS)}: choose one")
         given = self.given()
         if given and self.is_float:
-            raise InputError(f"--{given[0].replace('_', '-')} has no meaning with {self.weight_format}: drop it")
+            raise InputError(
+                f"--{given[0].replace('_', '-')} has no meaning with {self.weight_format}: drop the option"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -76,20 +78,20 @@ class WeightOptions:
         return self.weight_format in ("fp32", "fp16")
 
     def given(self) -> list[str]:
-        """Names of the options that were set."""
+        """Names of the options that the user set."""
         return [f.name for f in fields(self) if f.name != "weight_format" and getattr(self, f.name) is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """The options that were set, for provenance."""
+        """The options that the user set, for provenance."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def convert(
     source: Source, folder: Path, options: WeightOptions, trust: bool, progress: Progress, verbose: bool
 ) -> None:
-    """Write openvino_model.xml/.bin, config.json, generation_config.json and a reference of `source` into `folder`.
+    """Write the IR of `source`, its configurations and reference logits to `folder`.
 
-    trust: run Python code that comes with the checkpoint. Needs the `export` extra.
+    trust: run Python code that comes with the checkpoint. The conversion needs the `export` extra.
     Raises SourceError (unreadable or unsupported checkpoint), InputError (options) or ExportError.
     """
     progress("loading torch, transformers and optimum")
@@ -101,8 +103,8 @@ def convert(
             _export_plain(checkpoint, folder, options.weight_format, trust, progress)
         else:
             _export_compressed(source, checkpoint, folder, options, trust, progress)
-        if options.is_float or options.weight_format == "int8":  # those of 4 bits are too far from it to be compared
-            progress("computing what the checkpoint itself computes")
+        if options.is_float or options.weight_format == "int8":  # 4-bit weights differ too much for a comparison
+            progress("computing reference logits with the checkpoint")
             tokens = probe_tokens(read_config(checkpoint))
             np.save(folder / REFERENCE, torch_logits(checkpoint, tokens, trust))
 
@@ -134,7 +136,7 @@ def _export_compressed(
 
 
 def _quantization(source: Source, options: WeightOptions) -> OVWeightQuantizationConfig:
-    """The configuration that `optimum-cli export openvino` would build from the same flags."""
+    """The configuration that `optimum-cli export openvino` builds from the same flags."""
     from optimum.intel import OVWeightQuantizationConfig
     from optimum.intel.openvino.configuration import get_default_quantization_config
 
@@ -165,17 +167,17 @@ def _gguf_to_hf(source: Source, progress: Progress) -> Path:
 
 
 def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
-    """Raises SourceError where checkpoint and model do not have the same tensors, in the same shapes.
+    """Raise SourceError if checkpoint and model differ in tensors or shapes.
 
-    transformers would fill the missing ones at random and skip the others. It is asked here without weights: on the
-    device "meta" tensors have names and shapes alone.
+    transformers fills missing tensors with random numbers and skips unknown tensors. The comparison
+    reads no weights: tensors on the device "meta" have names and shapes only.
     """
     import torch
     from torch.overrides import TorchFunctionMode
     from transformers import AutoModelForCausalLM
 
     class Differs(TorchFunctionMode):
-        """Compares no values, which transformers does where a checkpoint holds both of two tied tables."""
+        """Skips the comparison of values that transformers makes between two stored tied tables."""
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return False if function is torch.equal else function(*args, **(kwargs or {}))
@@ -193,19 +195,17 @@ def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
     mismatched = sorted(f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in found["mismatched_keys"])
     for names, what in (
         (sorted(found["missing_keys"]), "lacks weights of its model"),
-        (unexpected, "holds weights that the model of its config.json has no place for"),
+        (unexpected, "holds weights that the model of its config.json does not have"),
         (mismatched, "holds weights of another shape than its config.json says"),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise SourceError(
-                f"{location} {what}: {', '.join(names[:3])}{more}: take all of its files from one checkpoint"
-            )
+            raise SourceError(f"{location} {what}: {', '.join(names[:3])}{more}: take all files from one checkpoint")
 
 
 @contextmanager
 def _one_line_errors(source: Source) -> Iterator[None]:
-    """What the libraries raise on a checkpoint they cannot convert, as one line; OSError passes."""
+    """Turn the libraries' errors for a bad checkpoint into one-line errors; OSError passes."""
     try:
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
@@ -216,7 +216,7 @@ def _one_line_errors(source: Source) -> Iterator[None]:
     except DovetailError:
         raise
     except OSError as error:
-        if error.errno is None:  # transformers' own: a file of the checkpoint is missing or malformed
+        if error.errno is None:  # from transformers: a file of the checkpoint is missing or malformed
             raise SourceError(f"{source.location} is no usable checkpoint: {_first_line(error)}") from error
         raise
     except ImportError as error:
@@ -233,10 +233,10 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         raise SourceError(
             f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
         ) from error
-    except StrictDataclassError as error:  # a value in config.json is of another type than the model's
+    except StrictDataclassError as error:  # a value in config.json has a type that the model does not take
         raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
-        if "PytorchStreamReader" in str(error):  # torch's reader of the archive that a pytorch_model.bin is
+        if "PytorchStreamReader" in str(error):  # torch's reader of pytorch_model.bin
             raise SourceError(
                 f"{source.location}: unreadable weights: pytorch_model.bin is damaged: download them again"
             ) from error

@@ -1,7 +1,7 @@
-"""Embedding and lm_head rows, read back from a target's OpenVINO IR.
+"""Reads the rows of embedding and lm_head from a target's OpenVINO IR.
 
-The drafter borrows both from the target that will verify it, so they are taken from the very file that
-runs: whatever weight format it was exported in, OpenVINO itself evaluates the decompression.
+The drafter uses the embedding and head of the target that verifies its tokens. Both come from the
+target's IR, and OpenVINO decompresses every weight format itself.
 
 Axes: V target vocabulary, H hidden size.
 """
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 
-# The axis of a table along which positions select.
+# The axis of a table that positions index.
 _TABLE_AXES = {"Gather": 0, "GatherElements": 1}
-# What may stand between the embedding table's rows and `input_ids`.
+# Operations that may lie between `input_ids` and the embedding's Gather.
 _BEFORE_GATHER = {"Convert", "Reshape", "Unsqueeze", "Squeeze"}
 
 
 def read_embedding_and_head(ir_xml: Path) -> tuple[FloatArray, FloatArray]:
     """The target's embedding table and lm_head, both [V, H] float32, decompressed.
 
-    Tied weights come back as two equal arrays (the same one when the IR shares the constant).
-    Raises ExportError when the IR cannot be read, has no lm_head MatMul or no embedding Gather.
+    Tied weights give two equal arrays, or the same array twice if the IR shares the constant.
+    Raises ExportError if the IR cannot be read, has no lm_head MatMul or no embedding Gather.
     """
     model = read_model(Path(ir_xml))
     gather = _find_embedding(model)
@@ -44,16 +44,16 @@ def read_embedding_and_head(ir_xml: Path) -> tuple[FloatArray, FloatArray]:
         rows = np.ascontiguousarray(rows.T)
     if embed.ndim != 2 or embed.shape != rows.shape:
         raise ExportError(
-            f"embedding {embed.shape} and lm_head {rows.shape} of {ir_xml} do not match: "
-            "this architecture cannot lend its rows to a drafter"
+            f"embedding {embed.shape} and lm_head {rows.shape} of {ir_xml} do not match, "
+            "and a drafter needs rows of both: choose another model"
         )
     return embed, rows
 
 
 def position_rows(model: ov.Model) -> int | None:
-    """Rows of the smallest table that positions index (learned embeddings, sines); None where positions are computed.
+    """Rows of the smallest table (learned embeddings, sines) that positions index; None without.
 
-    A position beyond the table reads whatever lies behind it.
+    A position beyond the table reads foreign memory.
     """
     rows = [
         int(node.get_input_partial_shape(0)[axis].get_length())
@@ -66,7 +66,7 @@ def position_rows(model: ov.Model) -> int | None:
 
 
 def _is_table(node: ov.Node) -> bool:
-    """Whether a table is made of constants; the repeats of a Tile, one row per text, may be dynamic."""
+    """Whether a table consists of constants; a Tile may repeat the table any number of times."""
     if node.get_type_name() == "Tile":
         return _is_table(node.input_value(0).get_node())
     return node.get_type_name() == "Constant" or (
@@ -75,7 +75,7 @@ def _is_table(node: ov.Node) -> bool:
 
 
 def _parameters(node: ov.Node) -> set[str]:
-    """Names of the graph's inputs that a value depends on."""
+    """Names of the graph inputs that `node` depends on."""
     names: set[str] = set()
     seen: set[str] = set()
     pending = [node]
@@ -103,11 +103,11 @@ def _find_embedding(model: ov.Model) -> ov.Node:
                     return node
                 if node.get_type_name() in _BEFORE_GATHER:
                     pending.append(node.output(0))
-    raise ExportError("the target's graph has no embedding indexed by 'input_ids': export it from its checkpoint")
+    raise ExportError("the target's graph has no embedding that 'input_ids' indexes: export it from its checkpoint")
 
 
 def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
-    """Value of a subgraph made of constants only, float32."""
+    """Value of a subgraph of constants, float32."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -119,7 +119,7 @@ def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
 
 
 def _require_constant(node: ov.Node, ir_xml: Path) -> None:
-    """Refuse a subgraph that depends on an input: its "weight" would not be one."""
+    """Raise ExportError for a subgraph that depends on an input, because it is no weight."""
     if node.get_type_name() == "Parameter":
         raise ExportError(
             f"weights of {ir_xml} depend on input {node.get_friendly_name()!r}: export the target from its checkpoint"

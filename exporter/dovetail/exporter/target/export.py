@@ -1,7 +1,7 @@
-"""The target: any source becomes a stateful IR with a feature tap, its tokenizer and its facts.
+"""Exports a source as a target: a stateful IR with a feature tap, its tokenizer and its facts.
 
-Two stages: "weights" converts a checkpoint (long, needs torch; skipped for an IR), "target" fuses projections, adds the
-tap, takes the tokenizer from its source and proves that it survived.
+The stage "weights" converts a checkpoint, takes long and needs torch; an IR skips this stage.
+The stage "target" fuses projections, adds the tap, copies the tokenizer and checks the copy.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ WEIGHTS_FILE = "target/openvino_model.bin"
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How to export a target.
+    """Options for the export of a target.
 
-    tokenizer: a folder (or GGUF file) to take the tokenizer from, when the source has none or a broken one.
-    max_context: tokens, when the source's configuration does not say. trust_remote_code: run its Python code.
+    tokenizer: a folder or GGUF file with the tokenizer, if the source has no usable tokenizer.
+    max_context: tokens of context, if the source's configuration does not say.
+    trust_remote_code: run the source's Python code.
     """
 
     weights: WeightOptions = field(default_factory=WeightOptions)
@@ -84,7 +85,7 @@ def export_target(
 ) -> Manifest:
     """Export the target at `location` (see sources) as a pair without a drafter at `out`.
 
-    Raises SourceError, InputError or ExportError; `out` then is what it was before.
+    Raises SourceError, InputError or ExportError, and leaves `out` unchanged.
     """
     options = options or TargetOptions()
     with PairBuild(out, resume=resume, force=force, progress=progress) as build:
@@ -100,12 +101,12 @@ def export_target(
 def _repaired(
     build: PairBuild, old: Manifest, facts: TargetFacts, provenance: dict[str, Any], name: str | None
 ) -> Manifest:
-    """The pair `old` with its target built again: drafter, tree and name stay when the target is the same."""
+    """The pair `old` with its target built again; an equal target keeps drafter, tree and name."""
     if old.drafter:
-        # Weights alone: node names in the .xml are counted anew by every conversion.
+        # Only weights count, because every conversion numbers the node names in the .xml anew.
         if build.records["target"].files[WEIGHTS_FILE] != old.files.get(WEIGHTS_FILE):
             raise ExportError(
-                f"{build.out}: the target came out different from the one that its drafter was added to: use --force, "
+                f"{build.out}: the new target differs from the target that its drafter was added to: use --force, "
                 "then add the drafter again with dovetail-export drafter"
             )
         build.keep("drafter")
@@ -113,7 +114,7 @@ def _repaired(
 
 
 def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
-    """Run the stages of the target; returns its facts. Raises SourceError, InputError or ExportError."""
+    """Run the target's stages and return its facts. Raises SourceError, InputError, ExportError."""
     tokenizer = options.tokenizer or (source.path if source.kind == "gguf" else source.folder)
     if tokenizer.is_dir():
         check_json(tokenizer)
@@ -131,12 +132,12 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
 
 
 def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
-    """Facts as they come back from a stage's record."""
+    """Facts from a stage's record."""
     return parse_record(TargetFacts, raw, "target")
 
 
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
-    """Provenance of a target: where it came from, how, when and with what it was exported."""
+    """Provenance of a target: its source, and the options, time and versions of its export."""
     if build.finished and build.kept("target") and "target" in build.finished.provenance:
         kept: dict[str, Any] = build.finished.provenance["target"]
         return kept
@@ -152,7 +153,7 @@ def describe_target(build: PairBuild, source: Source, options: TargetOptions) ->
 
 
 def describe_tools() -> dict[str, Any]:
-    """Provenance of any export: when, by which command, with which versions."""
+    """Provenance of every export: time, command and versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [printable(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
@@ -162,7 +163,7 @@ def describe_tools() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions; a package that is not installed is left out. Imports none of them."""
+    """Versions of the installed packages among `packages`, without an import."""
     found = {}
     for package in packages:
         try:
@@ -180,7 +181,7 @@ def _weights_inputs(source: Source, options: TargetOptions) -> dict[str, Any]:
 
 
 def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) -> Path:
-    """The untapped IR: the source itself, or what the "weights" stage made of it."""
+    """The folder of the untapped IR: the source itself, or the output of the "weights" stage."""
     if source.kind == "ir":
         return source.path
 
@@ -207,11 +208,11 @@ def _fill_target(
         own = source.folder / name
         if (origin := own if source.kind != "gguf" and own.is_file() else ir / name).is_file():
             shutil.copyfile(origin, folder / name)
-    progress("target: taking and proving the tokenizer")
+    progress("target: copying and checking the tokenizer")
     eos_token_ids: tuple[int, ...] = ()
     encode = None
     if tokenizer.is_file():
-        from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer  # gguf is needed for GGUF files alone
+        from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer  # only GGUF files need gguf
 
         eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
         _name_ends(folder, eos_token_ids)
@@ -220,7 +221,7 @@ def _fill_target(
     probe_tokenizer(folder, encode)
     facts = _facts(model, tap, folder, source, options, eos_token_ids)
     if original_context(read_config(folder)) == facts.max_context:
-        progress(f"target: its context ends at {facts.max_context} tokens, where the factors of its long RoPE change")
+        progress(f"target: the context ends at {facts.max_context} tokens, where the factors of long RoPE change")
     progress("target: comparing the graph with the model")
     tokens = probe_tokens(read_config(folder))
     float_logits = np.load(ir / REFERENCE) if (ir / REFERENCE).is_file() else None
@@ -251,11 +252,11 @@ def _facts(
             tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
         )
     except KeyError as error:
-        raise SourceError(f"config.json of {source.location} has no {error}: it is no causal language model") from error
+        raise SourceError(f"config.json of {source.location} has no {error}: give a causal language model") from error
 
 
 def detect_weight_format(model: ov.Model) -> str:
-    """The format that most bytes of a graph's constants are stored in, as optimum names it."""
+    """The format that stores most bytes of a graph's constants, by optimum's name."""
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8", "u4": "int4", "i4": "int4"}
     sizes: dict[str, int] = {}
     for node in model.get_ops():
@@ -267,7 +268,7 @@ def detect_weight_format(model: ov.Model) -> str:
 
 
 def save_ir(model: ov.Model, xml: Path) -> None:
-    """Write an IR as it is (no compression). Raises OSError; OpenVINO itself hides a full disk."""
+    """Write an IR without compression. Raises OSError for a full disk, which OpenVINO hides."""
     import openvino as ov
 
     needed = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
@@ -280,7 +281,7 @@ def save_ir(model: ov.Model, xml: Path) -> None:
 
 
 def check_verifiable(model: ov.Model) -> None:
-    """A target must be stateful and of a shape that OpenVINO's paged attention understands."""
+    """Raise ExportError if a target is not stateful or OpenVINO cannot make its attention paged."""
     if not model.get_sinks():
         raise ExportError(
             "the IR is not stateful (its KV cache is among the inputs): export it without --disable-stateful"
@@ -293,7 +294,7 @@ def check_verifiable(model: ov.Model) -> None:
 
 
 def _check_positions(model: ov.Model, config: Mapping[str, Any], options: TargetOptions) -> None:
-    """Refuse a context that passes the end of a position table. Raises InputError, SourceError."""
+    """Refuse a context longer than the position table. Raises InputError or SourceError."""
     rows = position_rows(model)
     if rows is None:
         return
@@ -312,14 +313,14 @@ def _check_positions(model: ov.Model, config: Mapping[str, Any], options: Target
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids: the generation config's, else the model's."""
+    """End-of-sequence ids from generation_config.json, else from the model's `config`."""
     generation = read_object(folder / "generation_config.json", SourceError, "copy or download it again")
     ids = generation.get("eos_token_id")
     return token_ids(config.get("eos_token_id") if ids is None else ids, f"eos_token_id of {folder}")
 
 
 def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
-    """Have the model's configurations name the ids that end an answer, for every reader of the folder."""
+    """Write the ids that end an answer into the configurations, for other readers of the folder."""
     for name in ("config.json", "generation_config.json"):
         path = folder / name
         if ids and path.is_file():

@@ -1,7 +1,7 @@
-"""Fused projections: quantised layers that read the same input (query, key and value; gate and up) become one.
+"""Fuses quantised layers that read the same input: query, key and value; gate and up.
 
-Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
-a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
+Every layer quantises its input again and waits for all threads. In narrow models these steps take
+much of a pass. Each row of a weight has its own scales, so the sums stay the same (docs/speed.md).
 
 Axes: N rows (outputs) of a layer, K columns (inputs).
 """
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
 _FOUR_BITS = {"u4", "i4"}
 _INTEGERS = {"u8", "i8", *_FOUR_BITS}
-# What makes float weights of stored integers: values, less zero points, times scales, and for groups a reshape.
+# These operations make float weights from integers: values less zero points, times scales, and a
+# reshape for groups.
 _DEQUANTISING = {"Constant", "Convert", "Subtract", "Multiply", "Reshape"}
-PARTS = "+"  # between the names of the layers that one was made of
+PARTS = "+"  # joins the names of fused layers
 
 
 @dataclass(frozen=True)
 class _Projection:
     """A quantised layer: x [.., K] -> x W^T + bias [.., N].
 
-    form: equal for layers whose weights, and biases, can lie one below the other.
+    form: equal for layers whose weights and biases can be stacked.
     """
 
     matmul: ov.Node
-    bias: ov.Node | None  # the Add that follows it
+    bias: ov.Node | None  # the Add that follows the MatMul
     rows: int
     form: Hashable
 
@@ -43,11 +44,12 @@ class _Projection:
 
 
 def fuse_projections(model: ov.Model, apart: ov.Node | None = None) -> int:
-    """Let every group of quantised layers with one input be one layer, followed by a split; returns the groups.
+    """Fuse the quantised layers that share an input into one layer and a split; count the groups.
 
-    apart: the MatMul of a layer that stays alone, such as the lm_head.  Left as they are, too: weights in floating
-    point, of different formats, transposed, of one row, made by other operations than OpenVINO's own quantisation
-    uses, and layers whose product is an output of the model or that have no company.
+    apart: the MatMul of a layer that stays alone, such as the lm_head. A layer also stays alone if
+    its weight is floating point, is transposed, has one row, or has no equal format in the group.
+    So does a layer whose product is an output of the model. So does a layer whose weight comes from
+    operations that OpenVINO's quantisation does not use.
     """
     groups: dict[Hashable, list[_Projection]] = defaultdict(list)
     for node in model.get_ordered_ops():
@@ -79,7 +81,7 @@ def _fuse(group: Sequence[_Projection]) -> None:
 
 
 def _projection(matmul: ov.Node) -> _Projection | None:
-    """The layer whose product `matmul` is, None where it is none that can be fused."""
+    """The layer of `matmul`; None if the layer cannot be fused."""
     attributes, weight = matmul.get_attributes(), matmul.input_value(1)
     shape = weight.get_partial_shape()
     if attributes["transpose_a"] or not attributes["transpose_b"] or shape.is_dynamic or len(shape) != 2:
@@ -94,7 +96,7 @@ def _projection(matmul: ov.Node) -> _Projection | None:
 
 
 def _stackable(weight: ov.Output, rows: int) -> bool:
-    """Whether `weight` is quantised, and each of its constants has something for every row, or one value for all."""
+    """Whether `weight` is quantised, and each constant has values per row or one value for all."""
     nodes = _nodes_before(weight)
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     for node in nodes:
@@ -115,7 +117,7 @@ def _stackable(weight: ov.Output, rows: int) -> bool:
 
 
 def _bias(matmul: ov.Node, rows: int) -> ov.Node | None:
-    """The Add of a constant [.., 1, N] that alone reads the product."""
+    """The Add of a constant [.., 1, N] that is the only reader of the product; or None."""
     readers = list(matmul.output(0).get_target_inputs())
     node = readers[0].get_node() if len(readers) == 1 and readers[0].get_index() == 0 else None
     if node is None or node.get_type_name() != "Add":
@@ -128,7 +130,7 @@ def _bias(matmul: ov.Node, rows: int) -> ov.Node | None:
 
 
 def _nodes_before(value: ov.Output) -> list[ov.Node]:
-    """The node of `value` and what it is made of, down to constants or to what dequantises nothing."""
+    """The node of `value` and its sources, down to nodes that are no part of a dequantisation."""
     found: dict[str, ov.Node] = {}
     pending = [value.get_node()]
     while pending:
@@ -140,7 +142,10 @@ def _nodes_before(value: ov.Output) -> list[ov.Node]:
 
 
 def _form(value: ov.Output, axis: int) -> Hashable:
-    """How a weight [N, ..] (axis 0) or a bias [.., N] (axis -1) is made of its constants, but for N."""
+    """The form of a weight [N, ..] (axis 0) or bias [.., N] (axis -1), independent of N.
+
+    Values of equal form come from equal operations and constants, and can be stacked.
+    """
     node, kind = value.get_node(), (value.get_node().get_type_name(), value.get_element_type().get_type_name())
     if kind[0] == "Constant":
         shape = [*value.get_shape()]
@@ -148,18 +153,18 @@ def _form(value: ov.Output, axis: int) -> Hashable:
             return kind, tuple(shape), node.data.tobytes()
         shape[axis] = 0
         return kind, tuple(shape)
-    before = node.input_values()[:1] if kind[0] == "Reshape" else node.input_values()  # its second names the shape
+    before = node.input_values()[:1] if kind[0] == "Reshape" else node.input_values()  # the second input is the shape
     return kind, tuple(_form(each, axis) for each in before)
 
 
 def _by_rows(value: ov.Output, axis: int) -> bool:
-    """Whether what is made of constants has something for each row of its layer, or the same for all."""
+    """Whether `value` has an entry per row of its layer, instead of one entry for all rows."""
     shape = [*value.get_shape()]
     return bool(shape) and shape[axis] > 1
 
 
 def _stacked(values: Sequence[ov.Output], axis: int) -> ov.Output:
-    """Weights, or biases, of one form, one below the other; what is the same for all rows stays."""
+    """Stack weights or biases of one form; an entry for all rows stays the same."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -171,7 +176,7 @@ def _stacked(values: Sequence[ov.Output], axis: int) -> ov.Output:
     if kind == "Constant":
         stored = np.concatenate([node.data.reshape(-1).view(np.uint8) for node in nodes])  # 4-bit values are packed
         tensor = ov.Tensor(stored, ov.Shape(shape), element)
-        return ov.op.Constant(tensor, shared_memory=False).output(0)  # a copy: `stored` ends here
+        return ov.op.Constant(tensor, shared_memory=False).output(0)  # a copy, because `stored` is local
     if kind == "Reshape":
         first = _stacked([node.input_value(0) for node in nodes], axis)
         return ops.reshape(first, ops.constant(np.array(shape, np.int64)), special_zero=False).output(0)

@@ -1,16 +1,17 @@
-"""Proof that the exported graph computes the model, in the form in which it verifies trees.
+"""Checks that the exported graph computes the model when it verifies trees.
 
-The runtime turns a target into a paged graph.  Where an architecture's attention does not survive that (a window, a
-sink, a bias, a scale), the text is wrong and nothing fails.  An export therefore compares three things before it ends:
+The runtime turns a target into a paged graph. If the paged graph loses a part of the attention (a
+window, a sink, a bias, a scale), the text is wrong and nothing fails. An export therefore compares
+logits three times before it ends:
 
-    plain   logits of the paged graph with those of a reference, one token a pass, behind a prompt
-    window  the same behind a prompt that is longer than the attention's window
-    tree    logits of a token tree with those of every node's own path as a chain
+    plain   the paged graph and a reference, one token a pass, after a prompt
+    window  the same, after a prompt that is longer than the attention's window
+    tree    the nodes of a token tree and each node's own path as a chain
 
-There are two references: the checkpoint in torch, which shows what a conversion spoils, and the IR itself without paged
-attention, which has the same weights.
+There are two references. The checkpoint in torch shows mistakes of the conversion. The IR without
+paged attention has the same weights as the paged graph.
 
-Axes: T prompt tokens, K tokens behind them, N nodes, V vocabulary.
+Axes: T prompt tokens, K tokens after the prompt, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,19 +32,20 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 FloatArray = NDArray[np.float32]
 
 _FOLLOWING = 8  # K
-_PROMPT = 48  # T where no window asks for more
-_LONGEST = 640  # T, so that a model of 7B takes a minute at most; windows beyond that are not entered
-# How far rows of logits may be from those of the same weights, and from float ones where they are INT8, as a part of
-# their spread.  In tiny random models float16 keys give 0.004, INT8 weights 0.08, wrong attention 0.2 to 1.5.  INT4
-# weights give 0.3 to 1.1, which says nothing.  The median row counts: a near tie may send one token to another expert.
+_PROMPT = 48  # T without a window
+_LONGEST = 640  # largest T: a model of 7B takes a minute at most; longer windows stay unchecked
+# Largest allowed distance of logits, as a share of their spread: for equal weights, and for INT8
+# against float weights. In tiny random models float16 keys give 0.004, INT8 weights 0.08 and wrong
+# attention 0.2 to 1.5. INT4 weights give 0.3 to 1.1, too much for a comparison. The median row
+# counts, because a near tie may send one token to another expert.
 _SAME_WEIGHTS, _INT8 = 0.05, 0.3
 _EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-# Two long branches and short ones, off the first chain at every level.
+# Two long branches and several short branches, which leave the first chain at every level.
 _PARENTS = (-1, 0, 1, 2, 0, 4, 5, 1, 7, 0, 9, 2)
 
 
 def probe_tokens(config: Mapping[str, Any]) -> NDArray[np.int64]:
-    """A random text [T + K], longer than the attention's window where that is short enough."""
+    """A random text [T + K]; T passes the attention's window if _LONGEST allows."""
     text = config.get("text_config") or config
     window = text.get("sliding_window") or text.get("window_size") or 0
     length = window + _PROMPT if window + _PROMPT <= _LONGEST else _PROMPT
@@ -52,7 +54,7 @@ def probe_tokens(config: Mapping[str, Any]) -> NDArray[np.int64]:
 
 
 def torch_logits(checkpoint: Path, tokens: NDArray[np.int64], trust: bool) -> FloatArray:
-    """Logits [K, V] behind the prompt, of the checkpoint in transformers, in the precision that it is stored in."""
+    """Logits [K, V] after the prompt, from the checkpoint in torch at its stored precision."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +67,7 @@ def torch_logits(checkpoint: Path, tokens: NDArray[np.int64], trust: bool) -> Fl
 
 
 def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
-    """Logits [K, V] behind the prompt, of a stateful IR as it is."""
+    """Logits [K, V] after the prompt, from a stateful IR without paged attention."""
     import openvino as ov
 
     compiled = ov.Core().compile_model(xml, "CPU", {**_EXACT, "KV_CACHE_PRECISION": "f16"})
@@ -85,7 +87,7 @@ def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
 def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: FloatArray | None = None) -> None:
     """Compare the paged graph of a tapped IR with its references, and a tree with its chains.
 
-    same: logits [K, V] of the graph's own weights.  close: those of float weights that INT8 stands for.
+    same: logits [K, V] of equal weights. close: logits [K, V] of the float weights before INT8.
     Raises ExportError.
     """
     target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))
@@ -99,19 +101,19 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
         off = 0.0 if reference is None else float(np.median(_difference(np.array(rows), reference)))
         if not off <= limit:
             raise ExportError(
-                f"the graph does not compute the model: behind {len(prompt)} tokens its logits are off by {off:.2f} of "
-                "their spread: OpenVINO's paged attention has no right form of this architecture, choose another model"
+                f"the graph does not compute the model: after {len(prompt)} tokens its logits are off by {off:.2f} of "
+                "their spread, and OpenVINO's paged attention does not fit this architecture: choose another model"
             )
     off = _tree_difference(target, len(prompt), tokens)
     if not off <= _SAME_WEIGHTS:
         raise ExportError(
-            f"the graph does not verify trees: logits of a node are off by {off:.2f} of their spread from those of "
-            "its own path: choose another model"
+            f"the graph does not verify trees: logits of a node are off by {off:.2f} of their spread from the logits "
+            "of its own path: choose another model"
         )
 
 
 def _tree_difference(target: OpenVINOTarget, length: int, tokens: NDArray[np.int64]) -> float:
-    """The largest difference of a node's logits from those at the end of its path, read as a chain."""
+    """The largest difference between a node's logits and the logits of its path as a chain."""
     target.reset(length)
     nodes = np.resize(tokens[::-1], len(_PARENTS))
     tree = _tree(nodes, _PARENTS)
@@ -132,7 +134,7 @@ def _tree(tokens: NDArray[np.int64], parents: Iterable[int]) -> DraftTree:
 
 
 def _difference(ours: FloatArray, theirs: FloatArray) -> Any:
-    """Root mean square of the difference over the spread of `theirs`, of each row [.., V]."""
-    size = min(ours.shape[-1], theirs.shape[-1])  # a graph may have padding
+    """RMS of the difference divided by the standard deviation of `theirs`, per row [.., V]."""
+    size = min(ours.shape[-1], theirs.shape[-1])  # a graph may pad the vocabulary
     ours, theirs = ours[..., :size], theirs[..., :size]
     return np.sqrt(np.mean((ours - theirs) ** 2, axis=-1)) / np.maximum(np.std(theirs, axis=-1), 1e-9)

@@ -1,7 +1,8 @@
-"""A sentencepiece model as rules of a tokenizer.json.
+"""Writes a sentencepiece model as rules of a tokenizer.json.
 
-transformers' own conversion differs by release: it takes Unigram models for BPE, or BPE models for Unigram (5.0.0), and
-treats spaces in its own way.  The vocabulary therefore comes from the model itself.
+The conversion in transformers differs by release. 5.0.0 reads BPE models as Unigram; other releases
+read Unigram models as BPE, and treat spaces differently. The vocabulary here therefore comes from
+the model itself.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from dovetail.runtime.errors import SourceError
 
 _FILES = ("tokenizer.model", "spiece.model")
 _UNIGRAM = 1  # TrainerSpec.ModelType
-_NORMAL = 1  # SentencePiece.Type of a piece that is no control, byte or user-defined one
+_NORMAL = 1  # SentencePiece.Type of a piece that is no control, byte or user-defined piece
 
 
 class SentencePiece:
     """A model that the sentencepiece library reads."""
 
     def __init__(self, file: Path) -> None:
-        """Raises SourceError without the library, ValueError for a file of another format."""
+        """Raises SourceError if the library is missing, ValueError for a file of another format."""
         try:
             from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
         except ImportError as error:
@@ -42,7 +43,7 @@ class SentencePiece:
 
     @classmethod
     def of_folder(cls, folder: Path) -> SentencePiece | None:
-        """The model of a checkpoint; None where there is none, or a tiktoken file of the same name."""
+        """The model of a checkpoint; None without a model, or for a tiktoken file of that name."""
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         try:
             return None if file is None else cls(file)
@@ -51,7 +52,7 @@ class SentencePiece:
 
     @property
     def encode(self) -> Callable[[str], Sequence[int]]:
-        """Text -> ids by the library itself, between special tokens, which it does not look for."""
+        """A function from text to ids: the library encodes the text between special tokens."""
         names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
         def encode(text: str) -> list[int]:
@@ -61,7 +62,7 @@ class SentencePiece:
         return encode
 
     def correct(self, tokenizer_json: Path) -> None:
-        """Give the converted tokenizer the model's own vocabulary, and its rules for spaces and bytes."""
+        """Give the converted tokenizer the model's vocabulary and rules for spaces and bytes."""
         content: dict[str, Any] = json.loads(tokenizer_json.read_text(encoding="utf-8"))
         spec = self._proto.normalizer_spec
         content["model"] = json.loads(Tokenizer(self._rules()).to_str())["model"]
@@ -76,7 +77,7 @@ class SentencePiece:
         tokenizer_json.write_text(tokenizer.to_str(), encoding="utf-8")
 
     def _rules(self) -> BPE | Unigram:
-        """The same vocabulary for `tokenizers`; a BPE model merges whatever gives the piece of the best score."""
+        """The vocabulary for `tokenizers`; merges of BPE follow the scores of the merged pieces."""
         trainer, pieces = self._proto.trainer_spec, self._proto.pieces
         if trainer.model_type == _UNIGRAM:
             scored = [(piece.piece, piece.score) for piece in pieces]
@@ -94,7 +95,7 @@ class SentencePiece:
 
 
 def _normalizers(spec: Any) -> list[Any]:
-    """What a NormalizerSpec does with a text."""
+    """The normalizers that a NormalizerSpec describes."""
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]

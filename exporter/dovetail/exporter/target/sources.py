@@ -1,7 +1,7 @@
-"""Where a target comes from: a Hub id, a Hugging Face folder, a GGUF file or an OpenVINO IR folder.
+"""Resolves the source of a target: a Hub id, a Hugging Face folder, a GGUF file or an IR folder.
 
-Resolving reads no weights beyond their digests, and imports neither torch nor transformers.  A checkpoint whose
-configuration rules it out is refused before that, from the Hub before it is downloaded.
+`resolve_source` reads weights only for their digests, and imports neither torch nor transformers.
+It refuses an unsuitable configuration before the digests and before a download of weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IR_XML = "openvino_model.xml"
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
-_DEQUANTISED = ("mxfp4",)  # optimum-intel has transformers dequantise these as it reads them
+_DEQUANTISED = ("mxfp4",)  # transformers dequantises these weights for optimum-intel
 _HUB_WEIGHTS = ("*.bin", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.pth", "*.pt", "*.onnx*", "*.tflite")
 
 
@@ -34,8 +34,9 @@ _HUB_WEIGHTS = ("*.bin", "*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.ot",
 class Source:
     """A target's checkpoint on this machine.
 
-    location: what the user gave. path: a folder, or the GGUF file. repo, revision: the Hub id and the
-    commit it resolved to, None for local sources. files: relative name -> sha256 of what the export reads.
+    location: the user's argument. path: a folder, or the GGUF file.
+    files: relative name -> sha256 of each file that the export reads.
+    repo, revision: the Hub id and its commit; None for local sources.
     """
 
     kind: Kind
@@ -52,15 +53,15 @@ class Source:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two sources the same, as JSON; a moved checkpoint stays the same."""
+        """The facts that identify a source, as JSON; a moved checkpoint keeps its identity."""
         return {"kind": self.kind, "repo": self.repo, "revision": self.revision, "files": self.files}
 
 
 def resolve_source(location: str, revision: str | None = None) -> Source:
-    """Find out what `location` is; a Hub id is downloaded into the Hugging Face cache.
+    """Return the source at `location`; download a Hub id into the Hugging Face cache.
 
-    Raises SourceError: no such path or Hub id, hub unreachable, a folder or file of no known kind, an architecture
-    that cannot become a target.
+    Raises SourceError: no such path or Hub id, Hub unreachable, unknown kind of folder or file, an
+    architecture that cannot become a target.
     """
     check_text("source", location, SourceError)
     path = Path(os.path.expanduser(location))
@@ -76,9 +77,9 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """Fetch a Hub repository as transformers would; returns its folder, named after the commit.
+    """Download a Hub repository into the cache and return its folder, named after the commit.
 
-    Raises SourceError in one line when the hub is unreachable or refuses.
+    Raises SourceError in one line if the Hub is unreachable or refuses.
     """
     import httpx
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -95,9 +96,9 @@ def download(repo: str, revision: str | None = None) -> Path:
                 config = read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent)
                 check_architecture(repo, config)
                 _check_quantization(repo, config)
-            # By branch or tag: then its name leads to the commit without the Hub too.
+            # With the branch or tag, so that its name leads to the commit without the Hub as well.
             return Path(snapshot_download(repo, revision=revision, ignore_patterns=_unwanted(names)))
-        except (OfflineModeIsEnabled, httpx.TransportError):  # unreachable: what was downloaded before will do
+        except (OfflineModeIsEnabled, httpx.TransportError):  # without the Hub, use an earlier download
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         raise SourceError(
@@ -113,7 +114,7 @@ def _local(path: Path, location: str) -> Source:
     if path.is_file():
         if path.name == IR_XML:
             return _local(path.parent, location)
-        from dovetail.exporter.target.gguf.config import gguf_config  # gguf is needed for GGUF files alone
+        from dovetail.exporter.target.gguf.config import gguf_config  # only GGUF files need gguf
         from dovetail.exporter.target.gguf.header import read_model
 
         header = read_model(path)
@@ -141,7 +142,7 @@ def _local(path: Path, location: str) -> Source:
         if len(ggufs) == 1 or len({name_of_split(gguf) or gguf for gguf in ggufs}) == 1:
             return _local(ggufs[0], location)
         raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
-    raise SourceError(f"{path} is no checkpoint: it has neither {IR_XML}, config.json nor a GGUF file")
+    raise SourceError(f"{path} is no checkpoint: give a folder with {IR_XML}, config.json or a GGUF file")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -149,27 +150,27 @@ def _weight_files(folder: Path) -> list[str]:
         p.name for p in folder.glob("pytorch_model*.bin")
     )
     if not weights:
-        raise SourceError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
+        raise SourceError(f"{folder} has no weights: add the *.safetensors or pytorch_model*.bin of its config.json")
     return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
 
 
 def check_fetched(path: Path) -> None:
-    """Raises SourceError where a file is missing, or is the pointer that Git LFS leaves for one."""
+    """Raise SourceError if a file is missing or is a Git LFS pointer."""
     if not path.is_file():
-        raise SourceError(f"{path} is missing: the source is incomplete, copy or download it again")
+        raise SourceError(f"{path} is missing from the source: copy or download the source again")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise SourceError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
 
 
 def _check_quantization(location: str, config: Mapping[str, Any]) -> None:
-    """Refuse weights that were quantised for another engine, by their config.json. Raises SourceError."""
+    """Raise SourceError if config.json says that the weights are quantised for another engine."""
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
     method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
     if found and method not in _DEQUANTISED:
         raise SourceError(
-            f"{location} holds weights quantised with {str(method)[:40]!r}: give the model that it was quantised from, "
+            f"{location} holds weights quantised with {str(method)[:40]!r}: give the model before its quantisation, "
             "which --weight-format int8 or int4 compresses"
         )
 
@@ -186,11 +187,11 @@ def _digest(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _unwanted(names: list[str]) -> list[str]:
-    """Which files of a repository not to download: weights of every kind but the best one, and subfolders."""
+    """Patterns of files that a download skips: subfolders, and weights except the best kind."""
     top = [name for name in names if "/" not in name]
     for marker, kept in ((IR_XML, "*.bin"), (".safetensors", "*.safetensors"), (".bin", "*.bin")):
         if any(name.endswith(marker) for name in top):
             return [*(pattern for pattern in _HUB_WEIGHTS if pattern != kept), "*/*"]
     if any(name.endswith(".gguf") for name in top):
-        raise ValueError("it holds GGUF files only: download one of them and give its path")
+        raise ValueError("the repository holds only GGUF files: download one file and give its path")
     return [*_HUB_WEIGHTS, "*/*"]

@@ -1,7 +1,8 @@
-"""A target's tokenizer: taken from its source, and proved before a pair is written.
+"""Copies a target's tokenizer from its source and checks the copy before the export ends.
 
-A tokenizer that loses spaces or splits digits another way raises nothing: the model merely answers nonsense. So its
-files are copied, never re-saved, and every export asks the copy to give back a set of texts, and the source's ids.
+A tokenizer that loses spaces or splits digits differently raises no error, and the model answers
+nonsense. An export therefore copies the files and never saves them through another library. It then
+checks that the copy decodes a set of texts to themselves and gives the source's ids.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ TOKENIZER_FILES = (
 )
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
-# Texts that every tokenizer of a language model gives back: no leading space, which some take for their own, and
-# composed accents, since some normalise to NFC.
+# Texts that every tokenizer of a language model decodes to themselves. None starts with a space,
+# because some tokenizers add a space there. All accents are composed, because some normalise to
+# NFC.
 ROUND_TRIPS = (
     "The quick brown fox jumps over the lazy dog.",
     "two  three   four    spaces, and one at the end ",
@@ -49,12 +51,13 @@ ROUND_TRIPS = (
     'https://example.org/a?b=1&c=%20#d <tag/> {"k": [1, 2]} a_b $x ^~`|\\',
     "I'm, you've, we'll, IT'S",
 )
-# Texts whose ids must be the source's, whatever they decode to.
+# Texts that must have the source's ids, but may decode to another text.
 SAME_IDS = (*ROUND_TRIPS, "", " ", "\n", "  leading spaces", "e\u0301 decomposed", "ﬁ ½ Ⅷ", "\u200bzero\u00a0width")
 _RANDOM_TEXTS = 400
 _TRIAL_S = 120
-# What a tokenizer may do is written in its file, and `tokenizers` aborts the process when memory is short. A file that
-# cannot be parsed is left to its reader, who says why.
+# A tokenizer's file can ask for any amount of memory, and `tokenizers` aborts the process when
+# memory is short. The script ignores a file that it cannot parse, because the later reader names
+# the reason.
 _TRIAL = """
 import json, os, sys
 from tokenizers import Tokenizer
@@ -76,11 +79,12 @@ _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
 def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
-    """Put the source's tokenizer files in `out_dir`, in place of any there; gives the source's `encode` for the probe.
+    """Replace the tokenizer files in `out_dir` by the source's; return the source's `encode`.
 
-    A folder with slow files alone is converted by transformers' AutoTokenizer.  trust: Python code that comes with it
-    may run. Raises SourceError where the source has no readable tokenizer, or one that takes too much memory,
-    ExportError where the copy cannot be written.
+    transformers' AutoTokenizer converts a folder that has only slow files.
+    trust: run Python code that comes with the tokenizer.
+    Raises SourceError if the source's tokenizer is missing, unreadable or takes too much memory.
+    Raises ExportError if the copy cannot be written.
     """
     source, out = Path(source_folder), Path(out_dir)
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -93,17 +97,17 @@ def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: boo
             if name in present:
                 shutil.copyfile(source / name, out / name)
             else:
-                (out / name).unlink(missing_ok=True)  # another tokenizer's file must not stay beside these
+                (out / name).unlink(missing_ok=True)  # remove files of another tokenizer
     except OSError as error:
         raise ExportError(f"tokenizer files cannot be copied to {out} ({error}): free the space and resume") from error
     return encode if encode is not None else _convert_slow(source, out, trust)
 
 
 def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) -> None:
-    """Prove that the tokenizer in `folder` keeps text, and that its ids are the source's.
+    """Check that the tokenizer in `folder` keeps text and gives the source's ids.
 
-    reference_encode: the source tokenizer's, without special tokens added; None where there is no source tokenizer.
-    Collects every failure, then raises one ExportError that names them all.
+    reference_encode: the source's `encode`, which adds no special tokens; None without a source.
+    Raises one ExportError that names all failures.
     """
     tokenizer = Tokenizer.from_folder(folder)
     failures = [*_kept_text(tokenizer), *_special_tokens(tokenizer)]
@@ -117,7 +121,7 @@ def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) 
 
 
 def _kept_text(tokenizer: Tokenizer) -> Iterator[str]:
-    """Text comes back, whole and piece by piece."""
+    """Yield a failure for each text that decoding changes, as a whole or token by token."""
     for text in ROUND_TRIPS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if (decoded := tokenizer.decode(ids)) != text:
@@ -128,7 +132,7 @@ def _kept_text(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
-    """Named special tokens and end-of-sequence ids are one token each, and the chat template renders."""
+    """Yield failures of special tokens (each is one token), end ids and the chat template."""
     for name, token in tokenizer.special_tokens.items():
         if len(ids := tokenizer.encode(token, add_special_tokens=False)) != 1:
             yield f"{name} {token!r} is encoded as {len(ids)} tokens"
@@ -157,7 +161,7 @@ def _same_ids(tokenizer: Tokenizer, reference_encode: Encode) -> Iterator[str]:
 
 
 def _random_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of a few tokens each, of the whole vocabulary."""
+    """Texts of 1 to 12 random tokens from the whole vocabulary."""
     rng = random.Random(0)
     return [
         tokenizer.decode(rng.choices(range(tokenizer.vocab_size), k=rng.randint(1, 12))) for _ in range(_RANDOM_TEXTS)
@@ -165,7 +169,10 @@ def _random_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def try_limited(file: Path) -> None:
-    """Load `file` and encode the probes in a process of limited memory and time. Raises SourceError if that fails."""
+    """Load `file` and encode the probes in a process with limited memory and time.
+
+    Raises SourceError if the process fails.
+    """
     texts = json.dumps([*SAME_IDS, "".join(SAME_IDS) * 50])
     command = [sys.executable, "-c", _TRIAL, str(file)]
     try:
@@ -187,13 +194,13 @@ def _encode_of(folder: Path) -> Encode:
 
 
 def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
-    """Write tokenizer.json through transformers, the only reader of slow formats; the probe judges the result."""
+    """Write tokenizer.json through transformers, which reads slow formats; return `encode`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     model = SentencePiece.of_folder(source)
     try:
-        slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None would ask on the terminal
+        slow = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)  # None asks on the terminal
         slow.save_pretrained(out)
     except (
         OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,

@@ -1,1 +1,1 @@
-"""Training a drafter: text, features, fit, evaluation."""
+"""Trains a drafter: text, features, fit, evaluation."""

@@ -1,4 +1,4 @@
-"""What one update of a drafter sees: windows of conversations, in seeded batches.
+"""Makes seeded batches of windows from conversations; a drafter's update reads one batch.
 
 Axes: B conversations of a batch, T positions, D feature size.
 """
@@ -24,10 +24,10 @@ from dovetail.runtime.errors import TrainError
 class Windows:
     """One batch, padded right.
 
-    features: [B, T, (L + 1) * D] float32, f[t] and the L layers read beside it.  tokens: [B, T] x[t+1].
-    following: [B, T, D] f[t+1], the teacher's.
-    answer: [B, T] bool, positions whose next token x[t+2] lies in the answer and in the draft vocabulary.
-    start: first position that any conversation of the batch needs beyond step 0.
+    features: [B, T, (L + 1) * D] float32, the L tapped blocks and f[t]. tokens: [B, T] x[t+1].
+    following: [B, T, D] f[t+1], from which the teacher's logits come.
+    answer: [B, T] bool, positions with x[t+2] in the answer and in the draft vocabulary.
+    start: first position that any conversation of the batch needs after step 0.
     """
 
     features: Tensor
@@ -37,7 +37,7 @@ class Windows:
     start: int
 
     def to(self, device: str) -> Windows:
-        """The same on `device`."""
+        """The batch on `device`."""
         features, tokens, following, answer = (
             tensor.to(device) for tensor in (self.features, self.tokens, self.following, self.answer)
         )
@@ -45,9 +45,9 @@ class Windows:
 
 
 class Batches:
-    """Seeded batches without end, by step number: a resumed run sees what an unbroken one would have seen.
+    """Endless seeded batches by step number, so a resumed run sees the batches of an unbroken run.
 
-    An epoch takes the store's groups one after the other, each shuffled within itself.
+    An epoch takes the store's groups in turn, and shuffles the conversations within each group.
     usable: indices of the conversations to train on.
     """
 
@@ -74,16 +74,17 @@ class Batches:
         self.proposable[drafter.d2t.cpu().numpy()] = True
 
     def order(self, epoch: int) -> list[tuple[int, NDArray[np.int64]]]:
-        """per_epoch times (group, [batch] conversations)."""
+        """The batches of an epoch: a list [per_epoch] of (group, conversations [batch])."""
         rng = np.random.default_rng((self.options.seed, 6, epoch))
         batches = []
-        # There and back: an epoch begins with the group that ended the last one, whose features are there.
+        # Every other epoch reverses the groups: it begins with the last group, whose features are
+        # on disk.
         for group in list(range(len(self.members)))[:: -1 if epoch % 2 else 1]:
             batches += [(group, rows) for rows in self._shuffled(self.members[group], rng)]
         return batches
 
     def _shuffled(self, members: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """[n, batch]: shuffled, then grouped by like prompt lengths so that little is padding."""
+        """Shuffled batches [n, batch] of similar prompt lengths, which need little padding."""
         size = self.options.batch
         shuffled = rng.permutation(members)[: len(members) // size * size]
         parts = [shuffled[i : i + 16 * size] for i in range(0, len(shuffled), 16 * size)]
@@ -93,7 +94,7 @@ class Batches:
     def batch(self, rows: NDArray[np.int64]) -> Windows:
         """Pad the conversations `rows` into one batch."""
         offsets, window = self.corpus.offsets, self.options.window
-        # A window keeps the answer's first part and as much of the prompt before it as fits in half of it.
+        # At most half of a window is the end of the prompt; the answer's beginning fills the rest.
         firsts = np.maximum(0, self.corpus.prompt_lengths[rows] - window // 2)
         spans = np.minimum(self.corpus.lengths[rows] - firsts, window + 1) - 1  # pairs (f[t], x[t+1])
         size = int(spans.max())
@@ -118,7 +119,10 @@ class Batches:
         )
 
     def stream(self, step: int, hold: Callable[[int], None]) -> Iterator[tuple[int, Windows]]:
-        """(step, batch) from `step` on, without end.  hold(group) is called before the features of a group are read."""
+        """Yield (step, batch) from `step` on, without end.
+
+        `stream` calls hold(group) before it reads the features of a group.
+        """
         held: int | None = None
         while True:
             epoch, index = divmod(step, self.per_epoch)

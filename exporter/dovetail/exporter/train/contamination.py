@@ -1,8 +1,8 @@
-"""Does training text repeat a benchmark's prompts?  Word n-grams say so.
+"""Finds training text that repeats a benchmark's prompts, by runs of words.
 
-A conversation that shares one run of 13 words with a prompt of a benchmark is left out of training; a prompt
-of fewer words counts as one run, one of fewer than 6 says nothing of its own and is not looked for.  Words are
-letters and digits in lower case: layout does not hide a copy.
+Training leaves out a conversation that shares a run of 13 words with a benchmark prompt. A prompt
+of 6 to 12 words is one run. A shorter prompt has no run, because chance alone repeats it. Words are
+letters and digits in lower case, so another layout does not hide a copy.
 Source: the 13-gram rule of GPT-3's contamination study (arXiv 2005.14165, appendix C).
 """
 

@@ -1,4 +1,4 @@
-"""Training text as token ids, and the draft vocabulary counted from it."""
+"""Training text as token ids, and the draft vocabulary from the text's token counts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _AGAIN = "give an .npz that `train` can write"
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """tokens: prompt and answer, stop token included if there was one; prompt_length: where the answer starts.
+class TrainingText:
+    """One text. tokens: prompt and answer, with a stop token that the target wrote.
 
-    features: [len(tokens) - 1, D] float16 if the writer keeps them: the last token is never run.
+    prompt_length: position of the answer's first token. features: [len(tokens) - 1, D] float16 if
+    the writer keeps features; the target never runs the last token.
     """
 
     tokens: tuple[int, ...]
@@ -32,7 +33,7 @@ class Conversation:
 class Corpus:
     """Conversations, concatenated.
 
-    tokens: [total] int64.  lengths, prompt_lengths: [conversations] int64; the answer starts at prompt_length.
+    tokens: [total] int64. lengths, prompt_lengths: [conversations] int64.
     """
 
     tokens: NDArray[np.int64]
@@ -41,19 +42,19 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.lengths.ndim != 1 or self.lengths.shape != self.prompt_lengths.shape:
-            raise TrainError("corpus is inconsistent: tokens, lengths and prompt_lengths must be lists: write it again")
+            raise TrainError("corpus has tokens, lengths or prompt_lengths that are no list: write the corpus again")
         if int(self.lengths.sum()) != len(self.tokens):
             raise TrainError(
-                f"corpus is inconsistent: {len(self.tokens)} tokens, lengths add up to {int(self.lengths.sum())}: "
-                "write it again"
+                f"corpus has {len(self.tokens)} tokens, but lengths add up to {int(self.lengths.sum())}: "
+                "write the corpus again"
             )
         if len(self.tokens) and int(self.tokens.min()) < 0:
-            raise TrainError(f"corpus has token {int(self.tokens.min())}: token ids count from 0, write it again")
+            raise TrainError(f"corpus has token {int(self.tokens.min())}, but ids count from 0: write the corpus again")
         odd = np.flatnonzero((self.prompt_lengths < 1) | (self.prompt_lengths > self.lengths))
         if len(odd):
             raise TrainError(
                 f"conversation {odd[0]} of the corpus has {self.prompt_lengths[odd[0]]} prompt tokens of "
-                f"{self.lengths[odd[0]]}: give 1 or more, and no more than there are"
+                f"{self.lengths[odd[0]]}: give 1 or more, at most all"
             )
 
     def __len__(self) -> int:
@@ -61,17 +62,17 @@ class Corpus:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """Where each conversation starts: [conversations + 1]."""
+        """Position of each conversation's first token, and the end: [conversations + 1]."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens written by the target itself."""
+        """Number of tokens that the target wrote."""
         return int((self.lengths - self.prompt_lengths).sum())
 
     @classmethod
-    def of(cls, conversations: Iterable[Conversation]) -> Corpus:
-        """Gather conversations."""
+    def of(cls, conversations: Iterable[TrainingText]) -> Corpus:
+        """A corpus of the conversations, in order."""
         found = list(conversations)
         return cls(
             np.array([token for c in found for token in c.tokens], np.int64),
@@ -81,7 +82,7 @@ class Corpus:
 
     @classmethod
     def join(cls, corpora: Sequence[Corpus]) -> Corpus:
-        """All their conversations, in order."""
+        """A corpus of all conversations of the corpora, in order."""
         none = np.zeros(0, np.int64)
         return cls(
             np.concatenate([none, *(corpus.tokens for corpus in corpora)]),
@@ -120,7 +121,10 @@ class Corpus:
         return Corpus(tokens, self.lengths[indices], self.prompt_lengths[indices])
 
     def doubles(self) -> NDArray[np.bool_]:
-        """[conversations]: whether the same prompt came before, which would tell a held-out answer in training."""
+        """Whether an earlier conversation has the same prompt: [conversations].
+
+        Training on such a double would reveal a held-out answer.
+        """
         seen: set[bytes] = set()
         out = np.zeros(len(self), bool)
         for i, (start, size) in enumerate(zip(self.offsets[:-1], self.prompt_lengths, strict=True)):
@@ -131,14 +135,15 @@ class Corpus:
 
 
 def draft_vocabulary(corpus: Corpus, size: int, vocab_size: int) -> NDArray[np.int64]:
-    """`d2t`: the `size` most frequent tokens, sorted by id; unseen ones follow by id (BPE's merge order).
+    """`d2t` [size] int64: the most frequent tokens, sorted by id.
 
-    Answers count fully, prompts a tenth: answers are what will be drafted.
+    Unseen tokens rank by id, which is BPE's order of merges. A token of a prompt counts a tenth of
+    a token of an answer, because the drafter drafts answers.
     """
     if corpus.tokens.size and int(corpus.tokens.max()) >= vocab_size:
         raise TrainError(
             f"corpus has token {int(corpus.tokens.max())}, the target's vocabulary ends at {vocab_size - 1}: "
-            "it was written by another target"
+            "give a corpus that this target wrote, not another target"
         )
     position = np.arange(len(corpus.tokens)) - np.repeat(corpus.offsets[:-1], corpus.lengths)
     weight = np.where(position >= np.repeat(corpus.prompt_lengths, corpus.lengths), 1.0, 0.1)

@@ -1,6 +1,7 @@
-"""Held-out quality of a drafter before any engine runs it: what it would have accepted, and whether its q are true.
+"""Measures a drafter on held-out text: its acceptance length, and the calibration of its q.
 
-Axes: T positions of one conversation, D size of what is read of the target, n positions of one depth, k candidates.
+Axes: T positions of one conversation, D size of the features that the drafter reads, n positions of
+one depth, k candidates.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from dovetail.runtime.policy.calibration import Calibration, DepthCalibration, l
 CANDIDATES = 10  # k: children that an exported graph returns per row
 
 
-class Rows(Protocol):
-    """Features [total, D] of a corpus, a conversation's at a time: an array, or a FeatureStore."""
+class FeatureRows(Protocol):
+    """Features [total, D] of a corpus, by slices of a conversation: an array or a FeatureStore."""
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.float16]: ...
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """acceptance_length: mean tokens per verification of a chain of `depth`, bonus token included.
+    """acceptance_length: mean tokens per verified chain of `depth`, bonus token included.
 
-    accepted_per_position: how often the i-th drafted token was kept.  positions: where chains were started.
-    calibration: per depth, what the candidates' probabilities were worth.
+    accepted_per_position: share of chains that keep the i-th drafted token.
+    positions: number of chains.
+    calibration: per depth, a fit from the candidates' probabilities to observed frequencies.
     """
 
     acceptance_length: float
@@ -42,9 +44,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The drafter's best tokens at the positions of one depth whose path is the target's own text.
+    """The drafter's best tokens at one depth, after paths of the target's own text.
 
-    logprobs: [n, k] float32, best first, given the path.  hits: [n, k] bool, whether it is the target's token.
+    logprobs: [n, k] float32, best first, given the path. hits: [n, k] bool, equal to the target's
+    token.
     """
 
     logprobs: NDArray[np.float32]
@@ -52,11 +55,11 @@ class Candidates:
 
 
 @torch.no_grad()
-def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, window: int = 512) -> HeldOut:
-    """Draft at every answer position at once and compare with the target's own text.
+def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int = 6, window: int = 512) -> HeldOut:
+    """Draft at every answer position at once and compare the drafts with the target's own text.
 
-    A greedy chain starts wherever `depth` tokens follow; candidates count at every answer position.
-    features: row i belongs to corpus.tokens[i].
+    A greedy chain starts at each position that `depth` tokens follow. Candidates count at every
+    answer position. features: row i belongs to corpus.tokens[i].
     """
     k = min(CANDIDATES, drafter.config.draft_vocab_size)
     found = [[Candidates(np.zeros((0, k), np.float32), np.zeros((0, k), bool))] for _ in range(depth)]
@@ -66,11 +69,11 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, w
     for i in range(len(corpus)):
         tokens = corpus.tokens[offsets[i] : offsets[i + 1]][: window + 1]
         first = int(corpus.prompt_lengths[i]) - 1
-        if len(tokens) - first < 3:  # no drafted token's successor is known
+        if len(tokens) - first < 3:  # the text is too short for one candidate
             continue
         rows = torch.from_numpy(np.asarray(features[offsets[i] : offsets[i] + len(tokens) - 1], np.float32))
         steps = candidates(drafter, rows.to(device)[None], torch.from_numpy(tokens).to(device), first, depth, k)
-        alive = np.ones(max(0, len(tokens) - 1 - depth - first), bool)  # chains, by their start
+        alive = np.ones(max(0, len(tokens) - 1 - depth - first), bool)  # chains without a rejected token
         positions += len(alive)
         for j, step in enumerate(steps):
             found[j].append(step)
@@ -82,7 +85,7 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: Rows, depth: int = 6, w
 
 
 def calibrate(found: list[list[Candidates]]) -> Calibration:
-    """Fit every depth on its candidates, gathered conversation by conversation."""
+    """Fit every depth on its candidates from all conversations."""
     fits = []
     for parts in found:
         logprobs = np.concatenate([part.logprobs.ravel() for part in parts])
@@ -93,9 +96,10 @@ def calibrate(found: list[list[Candidates]]) -> Calibration:
 def candidates(
     drafter: Drafter, features: torch.Tensor, tokens: torch.Tensor, first: int, depth: int, k: int
 ) -> Iterator[Candidates]:
-    """For each step j: the candidates at positions first + j.. whose next token x[t+2] is known.
+    """Yield, for each step j, the candidates at positions t >= first + j with a known x[t+2].
 
-    features: [1, T-1, D], tokens: [T].  Row i of every step belongs to the chain that starts at first + i.
+    features: [1, T-1, D], tokens: [T]. Row i of every step belongs to the chain that starts at
+    first + i.
     """
     caches: list[Any] = [[] for _ in drafter.layers]
     g = drafter.read(features)
@@ -106,21 +110,21 @@ def candidates(
         yield Candidates(best.values.cpu().numpy(), hits.cpu().numpy())
 
 
-# --- what a drafter claims, fitted to what was seen: Platt scaling in logit space.  Axes: n candidates, B bins.
+# --- calibration: Platt scaling in logit space. Axes: n candidates, B bins.
 
-# Finer where trees are decided: a path of five steps lives on candidates of a few per cent.
+# The bins are finer at a few per cent, because candidates of deep paths have such probabilities.
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-PRIOR = 1.0  # weight of scale 1 and shift 0, so that a depth with few or one-sided candidates stays near them
+PRIOR = 1.0  # weight of scale 1 and shift 0: a depth with few or one-sided candidates stays near these values
 NEWTON_STEPS = 50
 
 Floats = NDArray[np.float64]
 
 
 def fit_depth(logprobs: NDArray[np.floating], hits: NDArray[np.bool_]) -> DepthCalibration:
-    """Calibrate one depth.  logprobs: [n] conditional on the path, hits: [n] whether it was the target's token."""
+    """Calibrate one depth. logprobs: [n], given the path. hits: [n], as in Candidates."""
     z, seen = logit_of(logprobs), hits.astype(np.float64)
     scale, shift = platt(z, seen)
-    if scale < 0:  # q tells less than nothing here: keep the base rate alone, not the reverse order
+    if scale < 0:  # q is worse than chance: use the base rate alone, and never reverse the order
         scale, shift = 0.0, platt(np.zeros_like(z), seen)[1]
     q = np.exp(np.asarray(logprobs, np.float64))
     counts, mean_q, observed = reliability(q, seen)
@@ -138,9 +142,10 @@ def fit_depth(logprobs: NDArray[np.floating], hits: NDArray[np.bool_]) -> DepthC
 
 
 def platt(z: Floats, seen: Floats) -> tuple[float, float]:
-    """(scale, shift) that minimise the log loss of sigmoid(scale * z + shift), and a weak prior for (1, 0).
+    """(scale, shift) with the least log loss of sigmoid(scale * z + shift), with a prior at (1, 0).
 
-    z, seen: [n].  Damped Newton on a convex loss; the prior makes the minimum unique and finite.
+    z, seen: [n]. The method is damped Newton on a convex loss. The prior makes the minimum unique
+    and finite.
     """
     start = np.array([1.0, 0.0])
 
@@ -165,14 +170,14 @@ def platt(z: Floats, seen: Floats) -> tuple[float, float]:
 
 
 def reliability(q: Floats, seen: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """counts, mean claim and observed frequency per bin of EDGES, each [B]; 0 where a bin is empty."""
+    """Counts, mean q and observed frequency per bin of EDGES, each [B]; 0 for an empty bin."""
     bins = np.clip(np.searchsorted(EDGES, q, side="right") - 1, 0, len(EDGES) - 2)
     counts, claimed, hit = (np.bincount(bins, weights, len(EDGES) - 1) for weights in (None, q, seen))
     return counts, claimed / np.maximum(counts, 1), hit / np.maximum(counts, 1)
 
 
 def calibration_error(q: Floats, seen: Floats) -> float:
-    """Expected calibration error: |mean claim - observed frequency|, averaged over bins by their candidates."""
+    """Expected calibration error: |mean q - observed frequency|, averaged over candidates."""
     counts, claimed, observed = reliability(q, seen)
     return float(counts @ np.abs(claimed - observed) / max(int(counts.sum()), 1))
 

@@ -1,10 +1,10 @@
-"""The target's features of a training corpus, on disk in float16 and never more of them than was agreed.
+"""Stores the target's features of a training corpus on disk in float16, within a disk budget.
 
-Axes: T tokens of the corpus, D feature size.  2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
+Axes: T tokens of the corpus, D feature size. 2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
 
-A corpus comes in parts.  When the features of all parts fit into the budget, they are computed once.  When they
-do not, parts form groups that fit: fitting works through group after group, and a group's features are computed
-again whenever its turn comes.
+A corpus consists of parts. If the features of all parts fit into the budget, the target computes
+them once. If not, parts form groups that fit. The fit takes one group after the other, and the
+target computes a group's features again for each of its turns.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
-PASS_TOKENS = 1024  # tokens per pass: past this the CPU gains nothing
+PASS_TOKENS = 1024  # tokens per pass; longer passes are no faster on the CPU
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a run's conversations, whose features lie in one file `name`.f16."""
+    """Some of a run's conversations, with their features in one file `name`.f16."""
 
     name: str
     corpus: Corpus
 
 
 def feature_bytes(corpus: Corpus, feature_size: int) -> int:
-    """Disk that the features of `corpus` take."""
+    """Bytes of disk that the features of `corpus` take."""
     return 2 * len(corpus.tokens) * feature_size
 
 
 class FeatureStore:
-    """Rows [T, D] float16 of all parts in a row, of which one group at a time is on disk.
+    """Rows [T, D] float16 of all parts in order; one group of parts at a time is on disk.
 
-    folder: holds one file per part, `NAME.f16`.  open_model: the target; called when features are missing.
-    budget_bytes: disk for the files.  Raises TrainError when one part alone exceeds the budget.
+    folder: holds one file per part, `NAME.f16`. open_model: opens the target for missing features.
+    budget_bytes: disk for the files. Raises TrainError if one part alone exceeds the budget.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class FeatureStore:
         self.starts = np.concatenate([[0], np.cumsum([len(part.corpus.tokens) for part in self.parts])])
         self.groups = _groups(sizes, budget_bytes)
         self.bytes = sum(sizes)
-        self._rows: dict[int, NDArray[np.float16]] = {}  # of the parts of the group that is held
+        self._rows: dict[int, NDArray[np.float16]] = {}  # by part of the held group
         self._held: int | None = None
         self.largest = max((sum(sizes[part] for part in group) for group in self.groups), default=0)
         folder.mkdir(parents=True, exist_ok=True)
 
     def hold(self, group: int, progress: Callable[[int], None]) -> None:
-        """Have the features of one group on disk, and of no other; resumable in mid-part.
+        """Bring the features of one group to disk and remove all others; can resume within a part.
 
-        progress is told how many tokens of the group are done.
+        progress: called with the number of finished tokens of the group.
         """
         if group == self._held:
             return
@@ -93,19 +93,22 @@ class FeatureStore:
         self._held = group
 
     def __getitem__(self, rows: slice) -> NDArray[np.float16]:
-        """Rows of one conversation: it lies within one part, whose group is held."""
+        """Rows of one conversation. The store must hold the group of the conversation's part."""
         part = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
         start = int(self.starts[part])
         return self._rows[part][rows.start - start : rows.stop - start]
 
     def group_of(self, row: int) -> int:
-        """The group that holds row `row`."""
+        """The group with the row `row`."""
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         return next(index for index, group in enumerate(self.groups) if part in group)
 
 
 def check_room(stores: Sequence[FeatureStore]) -> None:
-    """Raise TrainError when the disk has no room for the largest group of each store, less what is there."""
+    """Raise TrainError if the disk lacks room for the largest group of each store.
+
+    Feature files that are on disk count as room.
+    """
     needed = sum(store.largest for store in stores)
     present = sum(file.stat().st_size for store in stores for file in store.folder.glob("*.f16"))
     free = shutil.disk_usage(stores[0].folder).free
@@ -117,7 +120,7 @@ def check_room(stores: Sequence[FeatureStore]) -> None:
 
 
 def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
-    """Parts in order, cut where the budget is full."""
+    """Groups of parts in order; a new group begins when the budget is full."""
     groups: list[list[int]] = []
     room = 0.0
     for part, size in enumerate(sizes):
@@ -135,15 +138,15 @@ def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
 
 
 def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
-    """Whether `file` holds the features of all of `corpus`: it grows pass by pass."""
+    """Whether `file` holds the features of the whole `corpus`; the file grows pass by pass."""
     return file.exists() and file.stat().st_size == feature_bytes(corpus, feature_size)
 
 
 def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:
-    """Compute f for every token of every conversation, from the model that will verify; yields tokens done.
+    """Compute f for every token with the model that verifies; yield the number of finished tokens.
 
-    Resumable: what `file` holds of whole passes is kept, so that the rest is computed in the same passes as without
-    an interruption, and rounded alike.  Raises OSError, a full disk's included.
+    A resumed call keeps the whole passes in `file`. The other passes are then the same as without
+    an interruption, with the same rounding. Raises OSError, for a full disk as well.
     """
     offsets = corpus.offsets
     size = 2 * model.feature_size  # bytes of a token
@@ -163,12 +166,12 @@ def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[in
 
 
 def to_float16(features: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Rounded, and cut where float16 ends: some blocks of some targets have a few enormous values."""
+    """Round to float16 and clip to its range, because some blocks have a few very large values."""
     return features.clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
 
 
 def _pass_end(corpus: Corpus, first: int) -> int:
-    """The end of a run of conversations that fill one pass."""
+    """The end of the conversations from `first` on that fill one pass."""
     last, total = first, 0
     while last < len(corpus) and (last == first or total + corpus.lengths[last] <= PASS_TOKENS):
         total += int(corpus.lengths[last])

@@ -1,4 +1,4 @@
-"""The fitting loop: seeded batches in, a resumable state and a learning curve out."""
+"""The fitting loop: trains a drafter on seeded batches, with a resumable state and a curve."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import write_atomically
 
 CURVE_EVERY = 25  # updates per point of the learning curve
-LOOKS = 10  # at held-out text in a run
+LOOKS = 10  # measurements on held-out text in a run
 SAVE_SECONDS = 60.0
-TIMED_UPDATES = 20  # updates after which the length of a run limited by time is fixed
+TIMED_UPDATES = 20  # updates after which a run with a time limit fixes its length
 
-# What torch raises on a file that is not, or no longer, what it wrote.
+# Errors of torch for a damaged or foreign file.
 _LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, PickleError, BadZipFile)
 
 # progress(stage, done, total, note)
-Progress = Callable[[str, float, float, str], None]
+TrainProgress = Callable[[str, float, float, str], None]
 
 
 @dataclass
 class FitState:
-    """Where fitting stands; what `state.pt` holds.
+    """The state of a fit, as `state.pt` stores it.
 
-    total: updates of the whole run, 0 while not known.
+    total: updates of the whole run, 0 while unknown.
     """
 
     step: int = 0
@@ -49,19 +49,20 @@ class FitState:
 
 
 class Fitting:
-    """One run over `batches`; its state lives in `folder`/state.pt."""
+    """One run over `batches`; `folder`/state.pt stores its state."""
 
-    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
+    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: TrainProgress):
         self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
         self.progress = progress
         self.options: FitOptions = batches.options
         self.optimizers = make_optimizers(drafter, self.options)
         self.state = self._load()
 
-    def run(self, seconds: float | None, judge: Callable[[], float]) -> FitState:
-        """Update until the options' epochs are done, or for about `seconds`: the number of updates is fixed early.
+    def run(self, seconds: float | None, measure: Callable[[], float]) -> FitState:
+        """Update until the options' epochs end, or for about `seconds`; return the state.
 
-        judge: the held-out acceptance length, asked ten times in a run for the curve.
+        With `seconds`, the speed of the first updates sets the number of all updates.
+        measure: measures the held-out acceptance length; called ten times in a run, for the curve.
         """
         state, options = self.state, self.options
         if seconds is None:
@@ -71,7 +72,7 @@ class Fitting:
         for step, windows in self.batches.stream(state.step, self._hold):
             if state.total and step >= state.total:
                 break
-            begun = time.monotonic()  # features of a next turn and looks at held-out text are no fitting
+            begun = time.monotonic()  # features of a turn and held-out measurements do not count as time of fitting
             recent.append(self._update(step, windows))
             now = time.monotonic()
             state.step, state.seconds = step + 1, state.seconds + now - begun
@@ -80,7 +81,7 @@ class Fitting:
                 state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
                 self._save()
             if state.step % CURVE_EVERY == 0 or state.step == state.total:
-                recent = self._record(recent, judge)
+                recent = self._record(recent, measure)
             if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
@@ -88,7 +89,7 @@ class Fitting:
         return state
 
     def _update(self, step: int, windows: Windows) -> StepReport:
-        """One update of all weights."""
+        """Update all weights once and return the report of the step."""
         options = self.options
         share = step / self.state.total if self.state.total else 0.0
         for optimizer in self.optimizers:
@@ -104,13 +105,13 @@ class Fitting:
             optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _record(self, recent: list[StepReport], judge: Callable[[], float]) -> list[StepReport]:
-        """Add a point to the curve, with a look at held-out text when it is time for one."""
+    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> list[StepReport]:
+        """Add a point to the curve, every few points with a held-out measurement; return []."""
         state = self.state
         before = state.curve[-1]["update"] if state.curve else 0
         state.curve.append(point := _point(state, recent))
         if state.total and LOOKS * state.step // state.total > LOOKS * before // state.total:
-            point["held_out"] = round(judge(), 3)
+            point["held_out"] = round(measure(), 3)
         agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
         held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
         self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")
@@ -137,11 +138,11 @@ class Fitting:
             return FitState(**saved["state"])
         except _LOAD_FAILURES as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove it, and --resume fits anew") from error
+            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove the file; --resume fits again") from error
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
-    """One point of the learning curve: means since the last one."""
+    """One point of the learning curve: means since the last point."""
     agreement = np.nan_to_num([report.agreement for report in recent]).mean(axis=0)  # nan: no position in a batch
     return {
         "update": state.step,

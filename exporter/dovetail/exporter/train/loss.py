@@ -1,10 +1,10 @@
-"""What one update of a drafter sees and minimises: windows of conversations, unrolled steps on its own outputs.
+"""The loss of one update: unrolled steps of the drafter on its own outputs, over windows.
 
 Axes: B conversations of a batch, T positions, D feature size, K draft vocabulary.
-Source: EAGLE-3's training-time test (arXiv 2503.01840): the loss sums 0.8^j times the cross-entropy of
-step j against the target's own distribution; positions whose token the drafter cannot propose are left
-out; there is no feature regression.  The paper's loss (arXiv 2412.18934, after EAGLE) is `unroll=1` with
-`regression=10`: smooth L1 on the features plus a tenth of the cross-entropy.
+Source: EAGLE-3's training-time test (arXiv 2503.01840). The loss sums 0.8^j times the cross-entropy
+of step j against the target's own distribution. Positions whose token the drafter cannot propose do
+not count. There is no feature regression. The paper's loss (arXiv 2412.18934, after EAGLE) is
+`unroll=1` with `regression=10`: smooth L1 on the features plus a tenth of the cross-entropy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from dovetail.models import Drafter
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: mean over positions and steps.  agreement: per step, how often the drafter's top token is the target's."""
+    """loss: mean over positions and steps.
+
+    agreement: per step, the share of rows in which drafter and target have the same top token.
+    """
 
     loss: float
     agreement: tuple[float, ...]
@@ -31,7 +34,7 @@ class StepReport:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Soft cross-entropy through the frozen head without keeping [rows, K] twice.
+    """Soft cross-entropy through the frozen head, which stores [rows, K] only once.
 
     g: [rows, D], head: [K, D], teacher: [rows, K] probabilities -> loss [rows], top [rows] int64.
     """
@@ -54,7 +57,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tuple[Tensor, StepReport]:
-    """The loss to minimise (a scalar) and what to show of it."""
+    """The loss (a scalar) and its report."""
     start = windows.start
     answer = windows.answer[:, start:]
     following = windows.following[:, start:][answer]  # [rows, D]
@@ -83,7 +86,7 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
 
 @torch.no_grad()
 def _teacher(drafter: Drafter, following: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The target's probabilities over the draft vocabulary [rows, K], and its best token there [rows]."""
+    """The target's probabilities [rows, K] and best token [rows] over the draft vocabulary."""
     logits = drafter.logits(following)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
@@ -92,6 +95,6 @@ def _teacher(drafter: Drafter, following: Tensor, top_k: int) -> tuple[Tensor, T
 
 
 def _valid_rows(answer: Tensor, unroll: int) -> list[Tensor]:
-    """Per step j: which answer rows have j drafted ancestors inside the slice.  answer: [B, T]."""
+    """Per step j, which answer rows have j drafted ancestors in the slice. answer: [B, T]."""
     position = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)[answer]
     return [position >= j for j in range(unroll)]

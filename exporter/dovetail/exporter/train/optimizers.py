@@ -1,10 +1,10 @@
 """The optimizers of a fit, and its learning rate.
 
-Muon in float32: the direction of every matrix's update is its momentum, made orthogonal.
+Muon here computes in float32. A matrix's update is the matrix's momentum, made orthogonal.
+`torch.optim.Muon` computes in bfloat16, which takes twice as long on the development CPU.
 
-Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the step of Liu et al.,
-"Muon is scalable for LLM training" (arXiv 2502.16982).  `torch.optim.Muon` does the same in bfloat16, which took
-the CPU that this was written on twice as long.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the
+step size of Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from dovetail.exporter.train.plan import FitOptions
 from dovetail.models import Drafter
 
-COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of the quintic step of Newton and Schulz: the largest slope at 0
+COEFFICIENTS = (3.4445, -4.775, 2.0315)  # quintic Newton-Schulz step with the largest slope at 0
 STEPS = 5
-ADAMW_RMS = 0.2  # of an update of AdamW: learning rates mean the same for both
+ADAMW_RMS = 0.2  # RMS of AdamW's updates, so that one learning rate suits both optimizers
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone.  Decay is AdamW's, momentum Nesterov's."""
+    """Muon for matrices, with AdamW's weight decay and Nesterov's momentum."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closures
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """[N, C] float32, whose singular values become 0.7 to 1.2, and its singular vectors stay."""
+    """Return `matrix`, [N, C] float32, with singular values of 0.7 to 1.2 and the same vectors."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -59,12 +59,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, share: float, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` updates, and a linear fall to zero with the share of the run done."""
+    """The learning rate: a linear rise over `warmup` updates, a linear fall to zero at share 1."""
     return peak * min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1.0 - share)
 
 
 def make_optimizers(drafter: Drafter, options: FitOptions) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; each parameter group says its highest learning rate as `peak`."""
+    """The optimizers of a run; each parameter group holds its highest learning rate as `peak`."""
     muon = options.optimizer == "muon"
     matrices = [p for p in drafter.parameters() if p.ndim == 2 and muon]
     rest = [p for p in drafter.parameters() if p.ndim != 2 or not muon]

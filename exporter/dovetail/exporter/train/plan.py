@@ -1,4 +1,4 @@
-"""What a training run is asked for: its text, its time, and how the drafter is fitted."""
+"""Options of a training run: its text, its time, and the fit of the drafter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MINUTES_MOST = 60.0 * 24 * 366  # a year
 DISK_GB_MOST = 1e6
 OWN_PROMPTS_MOST = 10**6  # weeks of writing on a CPU
 OPTIMIZERS = ("adamw", "muon")
-# Options, their least and their largest value.
+# Whole-number options with their least and largest value.
 _WHOLE = (
     ("unroll", 1, 64), ("window", 1, CONTEXT_MOST), ("batch", 1, 2**16), ("teacher_top_k", 0, LARGEST["vocab_size"]),
     ("seed", 0, SEED_MOST),
@@ -25,13 +25,14 @@ _WHOLE = (
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to fit.  `epochs` sets the length; the learning rate falls linearly to zero at its end.
+    """Options of a fit of `epochs`. The learning rate falls linearly to zero at the end of the fit.
 
-    unroll: steps on the drafter's own outputs, the first on the target's features.
-    window: positions of one conversation seen at most.  batch: conversations per update.
-    teacher_top_k: learn from the target's k most probable tokens alone, renormalised; 0 from all it can propose.
+    unroll: unrolled steps. The first reads the target's features, later steps the drafter's
+    outputs.
+    window: largest number of positions of one conversation. batch: conversations per update.
+    teacher_top_k: number of the target's most probable draft tokens to learn from; 0 for all.
     regression: weight of the smooth L1 distance between output and the target's next feature.
-    optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
+    optimizer: "adamw", or "muon" for matrices with AdamW for other parameters.
     """
 
     epochs: float = 4.0
@@ -61,15 +62,16 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What to train, on what.
+    """The drafter to train, and its training text.
 
-    prompts: JSONL of the user's, or None.  own_prompts: how many the target writes itself.
-    openings: how its own prompts may begin, each as likely as the others; "" leaves the beginning to it.
-    feature_layers: read three blocks of the target beside its last feature.
+    prompts: the user's JSONL, or None. own_prompts: number of prompts that the target writes.
+    openings: equally likely beginnings of the target's prompts; "" lets the target begin.
+    feature_layers: read three blocks of the target and its last feature.
     corpora: .npz files of conversations that the same target wrote earlier.
     exclude: JSONL files of benchmark prompts that no training text may repeat.
-    minutes: time for the whole run; without any text given, a third of it goes into writing some.  It overrides
-    `fit.epochs`.  disk_gb: most disk for features.  init: a checkpoint with the same fusion and blocks to go on from.
+    minutes: time for the whole run, in place of `fit.epochs`. Without text, the target writes text
+    for a third of this time. disk_gb: largest size of the features on disk.
+    init: a checkpoint with the same fusion and blocks, to start from.
     """
 
     prompts: Path | None = None
@@ -102,13 +104,13 @@ class TrainPlan:
         check_whole("blocks", self.blocks, TrainError, "give another")
         check_whole("own_prompts", self.own_prompts, TrainError, "give another", least=0, most=OWN_PROMPTS_MOST)
         if not self.openings:
-            raise TrainError("openings are empty: give at least one, '' leaves the beginning to the target")
+            raise TrainError("openings are empty: give at least one; '' lets the target begin its prompts")
         if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:
             raise TrainError(f"opening {self.openings[0]!r} needs prompts that the target writes: give --own-prompts N")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise TrainError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+            raise TrainError("device is cuda, but torch finds no CUDA device: use --device cpu")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, for the training log and to tell whether a stopped run was this one."""
+        """JSON form, for the training log and to compare with the plan of a stopped run."""
         plan: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return plan

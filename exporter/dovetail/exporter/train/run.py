@@ -1,8 +1,8 @@
 """`dovetail-export train`: text -> features -> fit -> evaluate -> checkpoint.
 
-Everything is learned from the INT8 target that will verify: its answers, its features, its distribution.
-Each stage leaves its result in `OUT/work/`: a stopped run goes on with the part of text, the pass of features
-or the minute of fitting in which it stopped, and ends with the weights of an unbroken run.
+The drafter learns from the target that verifies: its answers, its features, its distribution. Each
+stage leaves its result in `OUT/work/`. A stopped run continues with its last part of text, pass of
+features or minute of fitting. It ends with the weights of an unbroken run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dovetail.exporter.train.contamination import Forbidden
 from dovetail.exporter.train.corpus import Corpus, draft_vocabulary
 from dovetail.exporter.train.evaluate import HeldOut, evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, check_room
-from dovetail.exporter.train.loop import Fitting, Progress
+from dovetail.exporter.train.loop import Fitting, TrainProgress
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
@@ -41,19 +41,21 @@ from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.text.prompts import read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
 
-TEXT_SHARE = 1 / 3  # of a run's minutes goes into writing text, which fitting then sees two or three times
-FIT_SHARE = 1 / 3  # at least, whatever the stages before it took
+TEXT_SHARE = 1 / 3  # share of a run's minutes for text; the fit then sees the text two or three times
+FIT_SHARE = 1 / 3  # smallest share of a run's minutes for the fit
 BOOK_SECONDS = 5.0
 HELD_OUT_MOST = 200  # conversations
-JUDGED = 40  # of them, while fitting
+GLANCED = 40  # held-out conversations that a measurement during the fit reads
 
 
 @dataclass(frozen=True)
 class Text:
-    """All conversations of a run in the order of their parts, and which are for what.
+    """All conversations of a run in the order of their parts, and their use.
 
-    kept, held_out: indices of conversations to train on and, in random order, to judge by.  repeated: how many were
-    left out because they share 13 words with an excluded prompt.  doubled: because their prompt was there before.
+    kept: indices of the conversations to train on. held_out: indices of the conversations to
+    evaluate with, in random order.
+    repeated: number left out because they share 13 words with an excluded prompt.
+    doubled: number left out because an earlier conversation has the same prompt.
     """
 
     parts: list[Part]
@@ -64,7 +66,7 @@ class Text:
     doubled: int
 
     def describe(self, plan: TrainPlan) -> dict[str, Any]:
-        """For the training log."""
+        """Numbers for the training log."""
         training = self.corpus.select(self.kept)
         return {
             "conversations": len(self.corpus),
@@ -78,17 +80,17 @@ class Text:
         }
 
 
-def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
-    """Train a drafter for the target of `pair` and leave a checkpoint, with its log, in `out`."""
+def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, resume: bool = False) -> HeldOut:
+    """Train a drafter for the target of `pair`; write a checkpoint and a log to `out`."""
     check_text("folder", str(out), TrainError)
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch sees no container's quota
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch ignores a container's CPU quota
     manifest = read_manifest(pair)
     verify_files(pair, manifest)
     work = Work(pair, manifest, plan, out / "work", progress)
     forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
     prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
     given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
-    _shape(pair, plan, min(plan.draft_vocab, manifest.target.vocab_size))  # what cannot be shaped is told at once
+    _shape(pair, plan, min(plan.draft_vocab, manifest.target.vocab_size))  # raises before the long stages
     if plan.init:
         _read_initial(plan)
     for part in given:
@@ -103,7 +105,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
     fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
     seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
-    glance = held_corpus.select(np.arange(min(JUDGED, len(held_corpus))))  # its rows are the store's first
+    glance = held_corpus.select(np.arange(min(GLANCED, len(held_corpus))))  # the store's first rows
     state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
     progress("evaluate", 0, 1, "")
     result = evaluate(drafter, held_corpus, held_out)
@@ -120,12 +122,12 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
     result.calibration.save(out)
-    save_checkpoint(drafter, out)  # last: a folder with weights is a finished one
+    save_checkpoint(drafter, out)  # last, because weights mark a finished folder
     return result
 
 
 def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
-    """A drafter on the target's own embedding and head rows: fresh and seeded, or with the weights of `plan.init`."""
+    """A drafter on the target's embedding and head rows, seeded or with `plan.init`'s weights."""
     embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / "target/openvino_model.xml"))
     vocabulary = min(plan.draft_vocab, len(head))
     d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
@@ -145,19 +147,22 @@ def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
 
 
 def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
-    """Trained weights to go on from.  The draft vocabulary may be another, and layers may be read that were not."""
+    """The weights of `plan.init`. Its draft vocabulary may differ, and it may read fewer blocks.
+
+    Raises TrainError if the checkpoint cannot be read or has another fusion or other blocks.
+    """
     assert plan.init is not None
     try:
         config, tensors = read_checkpoint(plan.init)
     except CheckpointError as error:
-        raise TrainError(f"cannot go on from {plan.init}: {error}") from error
+        raise TrainError(f"cannot start from {plan.init}: {error}") from error
     for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
         if found != asked:
             raise TrainError(
-                f"cannot go on from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
+                f"cannot start from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
             )
     if config.feature_layers and not plan.feature_layers:
-        raise TrainError(f"cannot go on from {plan.init}: it reads layers of the target, leave out --last-feature")
+        raise TrainError(f"cannot start from {plan.init}, which reads blocks of the target: leave out --last-feature")
     return {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
 
 
@@ -166,9 +171,9 @@ def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
         missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrainError(f"cannot go on from {plan.init}: {reason}: it is for another target") from error
+        raise TrainError(f"cannot start from {plan.init}: {reason}: give a checkpoint for this target") from error
     if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
-        raise TrainError(f"cannot go on from {plan.init}: {odd[0]} does not fit: it reads other parts of the target")
+        raise TrainError(f"cannot start from {plan.init}: {odd[0]} does not fit: give a checkpoint for this target")
 
 
 @dataclass
@@ -179,10 +184,10 @@ class Work:
     manifest: Manifest
     plan: TrainPlan
     folder: Path
-    progress: Progress
+    progress: TrainProgress
 
     def inputs(self) -> dict[str, Any]:
-        """Digests of everything that the plan names: what is cached here was made from these."""
+        """Digests of the target and of all files that the plan names."""
         plan = self.plan
         files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
         if plan.init:
@@ -194,12 +199,12 @@ class Work:
             raise TrainError(f"cannot read {error.filename} ({error.strerror}): check the path") from error
 
     def open_model(self) -> PagedModel:
-        """The target that will verify."""
+        """Open the target that verifies."""
         return PagedModel(self.pair / "target" / "openvino_model.xml", layers=self.layers)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks of the target whose outputs are read beside its last feature."""
+        """Blocks of the target that the drafter reads besides the last feature."""
         return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
 
     def open_writer(self) -> BatchWriter:
@@ -210,7 +215,7 @@ class Work:
         return Tokenizer.from_folder(self.pair / "target")
 
     def write(self, prompts: list[str]) -> list[Part]:
-        """Answers to the prompts given, and to as many of the target's own as the plan says or has time for."""
+        """Parts with answers to `prompts` and to the target's own prompts, as `plan` asks."""
         plan = self.plan
         for name in ("text", "features"):
             (self.folder / name).mkdir(exist_ok=True)
@@ -227,7 +232,7 @@ class Work:
         return parts
 
     def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
-        """Leave out what repeats a benchmark, and hold out some of the rest, seeded."""
+        """Leave out repeats and doubles, and hold out some of the other conversations, seeded."""
         plan = self.plan
         corpus = Corpus.join([part.corpus for part in parts])
         repeats, doubles = self._repeats(corpus, forbidden), corpus.doubles()
@@ -249,7 +254,7 @@ class Work:
         return out
 
     def features(self, text: Text) -> tuple[FeatureStore, FeatureStore]:
-        """(of all parts, of the held-out conversations), computed as far as the disk allows."""
+        """Stores for (all parts, held-out conversations), computed as far as the disk allows."""
         size = self.manifest.target.feature_size * (len(self.layers) + 1)
         held = [Part("held-out", text.corpus.select(text.held_out))]
         held_out = FeatureStore(self.folder / "held-out", held, size, self.open_model, float("inf"))
@@ -260,13 +265,13 @@ class Work:
         check_room([features, held_out])
         total = len(text.corpus.tokens)
         held_out.hold(0, lambda n: self.progress("held out", n, len(held[0].corpus.tokens), ""))
-        if len(features.groups) == 1:  # else fitting says whose turn it is
+        if len(features.groups) == 1:  # else the fit asks for each group
             features.hold(0, lambda n: self.progress("features", n, total, note))
         return features, held_out
 
 
 class Clock:
-    """Seconds that the stages before fitting took, over all starts of a run, killed ones included."""
+    """Seconds of the stages before the fit, over all starts of a run, killed starts included."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -281,8 +286,8 @@ class Clock:
     def __exit__(self, *failure: object) -> None:
         self._book()
 
-    def watch(self, progress: Progress) -> Progress:
-        """`progress`, booking the time every few seconds."""
+    def watch(self, progress: TrainProgress) -> TrainProgress:
+        """`progress`, which also stores the time every BOOK_SECONDS."""
 
         def watched(stage: str, done: float, total: float, note: str) -> None:
             if time.monotonic() - self._mark > BOOK_SECONDS:
@@ -298,14 +303,14 @@ class Clock:
 
 
 def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
-    """Own `out` for this plan and target: never overwrite a finished drafter, never mix in another plan's work."""
+    """Mark `out` as this plan's folder. Raises TrainError for a finished drafter or other plan."""
     if (out / "drafter.safetensors").exists():
         raise TrainError(f"{out} already holds a trained drafter: give another folder")
     mine = work / "plan.json"
     if mine.exists():
         if not resume:
-            raise TrainError(f"{work} holds an unfinished run: add --resume to go on, or give another folder")
-        # Where it runs and how much disk it may take is no part of what it is.
+            raise TrainError(f"{work} holds an unfinished run: add --resume to continue, or give another folder")
+        # A resumed run may use another device and another amount of disk.
         theirs, ours = (
             {name: value for name, value in one.items() if name not in ("disk_gb", "device")}
             for one in (read_object(mine, TrainError, DAMAGED), plan)

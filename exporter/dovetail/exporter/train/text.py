@@ -1,7 +1,7 @@
-"""The training text of a run, in parts: conversations given, answers to given prompts, and what the target asks itself.
+"""The training text of a run, in parts: given conversations, and answers to given or own prompts.
 
-Each part is written whole, from a seed of its own, and is left in `folder`: a stopped run goes on with the part
-in which it stopped, and gets the text that an unbroken run would have got.
+Each part has its own seed, is written as a whole and stays in `folder`. A stopped run continues
+with the unfinished part and gets the text of an unbroken run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from dovetail.exporter.train.corpus import Conversation, Corpus
+from dovetail.exporter.train.corpus import Corpus, TrainingText
 from dovetail.exporter.train.features import Part
-from dovetail.exporter.train.loop import Progress
+from dovetail.exporter.train.loop import TrainProgress
 from dovetail.exporter.train.writer import BatchWriter, answer_requests, fingerprint, write_prompts
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import write_atomically
@@ -30,19 +30,19 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 
 PART_PROMPTS = 512  # prompts answered together
 PART_TOKENS = 1 << 18  # tokens of a part of a given corpus
-FIRST_PROMPTS = 64  # of the first part under a time limit
-ASK_MORE = 1.4  # own prompts begun for each one wanted: some are duplicates or fragments
-SECONDS_MOST = 1e9  # of a run
-DAMAGED = "remove the work folder and train anew"
-ROUNDS = 4  # of asking for the rest, before a part is taken as it is
+FIRST_PROMPTS = 64  # prompts of the first part under a time limit
+ASK_MORE = 1.4  # own prompts begun per wanted prompt, because some are duplicates or fragments
+SECONDS_MOST = 1e9  # longest run
+DAMAGED = "remove the work folder and train again"
+ROUNDS = 4  # most attempts to fill a part with own prompts
 
 
 @dataclass
 class TextWriter:
     """Writes the parts that need the target.
 
-    folder: takes `NAME.npz` and `NAME.prompts.json`; features: takes `NAME.f16` while there are `feature_budget`
-    bytes for them.  progress(stage, done, total, note).
+    folder: for `NAME.npz` and `NAME.prompts.json`. features: for `NAME.f16`, up to `feature_budget`
+    bytes. progress(stage, done, total, note).
     """
 
     folder: Path
@@ -52,18 +52,18 @@ class TextWriter:
     open_writer: Callable[[], BatchWriter]
     seed: int
     max_new_tokens: int
-    progress: Progress
+    progress: TrainProgress
     _writer: BatchWriter | None = field(default=None, init=False)
 
     @property
     def writer(self) -> BatchWriter:
-        """Opened when the first part must be written."""
+        """The writer, opened for the first part."""
         if self._writer is None:
             self._writer = self.open_writer()
         return self._writer
 
     def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:
-        """Parts of the target's answers to given prompts; those that `seconds` leave no time for are left out."""
+        """Parts with the target's answers to `prompts`, as many as `seconds` allow."""
 
         def ask(index: int, start: int, count: int) -> Sequence[str]:
             return prompts[start : start + count]
@@ -74,7 +74,7 @@ class TextWriter:
         return parts
 
     def own(self, count: int | None, openings: Sequence[str], seconds: float | None = None) -> list[Part]:
-        """Parts of answers to prompts that the target writes itself: `count`, or as many as `seconds` allow."""
+        """Parts with answers to `count` of the target's own prompts, or as many as time allows."""
         seen: set[str] = set()
 
         def ask(index: int, start: int, wanted: int) -> Sequence[str]:
@@ -103,10 +103,10 @@ class TextWriter:
         total: int | None,
         seconds: float | None,
     ) -> list[Part]:
-        """Part after part until `total` prompts are answered, `seconds` are over, or `ask` has none left.
+        """Parts until `total` prompts are answered, `seconds` are over, or `ask` has no prompts.
 
-        With a time limit the first part is small and tells how fast the target is; `KIND.json` keeps the size and
-        the seconds of each part, so that a stopped run goes on with the same ones.
+        With a time limit, the first part is small and shows the target's speed. `KIND.json` stores
+        the size and the seconds of each part, so that a stopped run continues with the same parts.
         """
         parts: list[Part] = []
         start = 0
@@ -123,7 +123,7 @@ class TextWriter:
         return parts
 
     def _size(self, kind: str, index: int, left: int | None, seconds: float | None) -> int:
-        """Prompts of part `index`: as remembered, else all that are left, PART_PROMPTS, or what there is time for."""
+        """Prompts of part `index`: the stored number, or the limit by `left`, size and time."""
         memory = self._memory(kind)
         if index < len(memory):
             return int(memory[index]["prompts"])
@@ -137,7 +137,7 @@ class TextWriter:
         return min(most, affordable) if affordable >= FIRST_PROMPTS // 2 else 0
 
     def _expected(self, kind: str, start: int, seconds: float | None) -> int:
-        """Prompts that there will be, by the speed so far; 0 while unknown."""
+        """Estimated number of prompts of the run, from the speed so far; 0 while unknown."""
         memory = self._memory(kind)
         spent = sum(part["seconds"] for part in memory)
         return max(start, round((seconds or 0) * sum(part["prompts"] for part in memory) / spent)) if spent else 0
@@ -153,7 +153,10 @@ class TextWriter:
         return memory
 
     def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
-        """Remember a part; one that was begun by an earlier start took at least as long per prompt as the others."""
+        """Store a new part's size and seconds.
+
+        An earlier start may have begun the part, so a prompt counts at least half the slowest rate.
+        """
         memory = self._memory(kind)
         if index >= len(memory):
             rate = max((part["seconds"] / part["prompts"] for part in memory), default=0.0)
@@ -163,7 +166,7 @@ class TextWriter:
     def _ask(
         self, count: int, openings: Sequence[str], rng: np.random.Generator, seen: set[str], start: int, total: int
     ) -> list[str]:
-        """About `count` new prompts; fewer when the target repeats itself."""
+        """About `count` new prompts; fewer if the target repeats itself."""
         self.writer.keep_features = False
         prompts: list[str] = []
         for _ in range(ROUNDS):
@@ -173,11 +176,11 @@ class TextWriter:
             for prompt in write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen):
                 prompts.append(prompt)
                 self.progress("prompts", start + min(len(prompts), count), total, "")
-        seen.difference_update(map(fingerprint, prompts[count:]))  # as a later start, which reads the rest back, has it
+        seen.difference_update(map(fingerprint, prompts[count:]))  # a later start reads only prompts[:count]
         return prompts[:count]
 
     def _part(self, name: str, key: tuple[int, int], prompts: Sequence[str], start: int, total: int) -> Part:
-        """Answers to `prompts`, read back or written, with their features while there is room for them."""
+        """The part of answers to `prompts`, read or written; features are stored if they fit."""
         path = self.folder / f"{name}.npz"
         if path.exists():
             return Part(name, Corpus.load(path))
@@ -185,7 +188,7 @@ class TextWriter:
         keep = self.writer.keep_features = self._has_room(file, len(prompts))
         rng = np.random.default_rng((self.seed, *key))
         requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
-        written: list[Conversation] = []
+        written: list[TrainingText] = []
         with FeatureFile(file) if keep else nullcontext() as rows:
             for conversation in self.writer.write(requests, rng):
                 if rows:
@@ -193,35 +196,35 @@ class TextWriter:
                 written.append(replace(conversation, features=None))
                 self.progress("answers", start + len(written), total, "")
         if lost := len(prompts) - len(written):
-            note = f"{lost} left out: a prompt fills {self.writer.max_length} tokens by itself"
+            note = f"{lost} left out: the prompt alone fills {self.writer.max_length} tokens"
             self.progress("answers", start + len(prompts), total, note)
         corpus = Corpus.of(written)
         corpus.save(path)
         return Part(name, corpus)
 
     def _has_room(self, file: Path, prompts: int) -> bool:
-        """Whether the features of so many conversations fit into the budget and on the disk, at their longest."""
+        """Whether features of `prompts` full-length conversations fit the budget and the disk."""
         longest = 2 * prompts * self.writer.max_length * self.writer.model.feature_size
         used = sum(other.stat().st_size for other in self.features.glob("*.f16") if other != file)
         return used + longest <= self.feature_budget and longest < shutil.disk_usage(self.features).free
 
 
 def read_work(path: Path) -> Any:
-    """What a file of a work folder says. Raises TrainError for a damaged one."""
+    """Read a JSON file of a work folder. Raises TrainError for a damaged file."""
     return read_json(path, TrainError, DAMAGED)
 
 
 class FeatureFile:
-    """Features of conversations as they end, [T, D] float16; the file appears when the block that writes it is done.
+    """Writes features [T, D] float16 of finished conversations; the file appears on a clean exit.
 
-    The last token's row, which no pass computed, is zero and never read.
+    No pass computes a row for a conversation's last token. That row is zero, and nobody reads it.
     """
 
     def __init__(self, file: Path):
         self.file, self.temporary = file, file.with_name(file.name + ".tmp")
         self._out = self.temporary.open("wb")
 
-    def add(self, conversation: Conversation) -> None:
+    def add(self, conversation: TrainingText) -> None:
         """Append one conversation's rows. Raises OSError."""
         rows = conversation.features
         assert rows is not None
@@ -240,7 +243,7 @@ class FeatureFile:
 
 
 def split(name: str, corpus: Corpus) -> list[Part]:
-    """A given corpus in parts of at most PART_TOKENS tokens (one conversation at least)."""
+    """Split a corpus into parts of at most PART_TOKENS tokens, and of at least one conversation."""
     offsets = corpus.offsets
     cuts = [0]
     while cuts[-1] < len(corpus):

@@ -1,7 +1,7 @@
-"""The target writes its own training text: prompts from a file or from itself, answers in batches.
+"""Lets the target write training text: answers to prompts, and prompts of its own, in batches.
 
-Axes: S sequences in flight, V vocabulary.
-A conversation is kept as token ids with the length of its prompt; the drafter is trained on the answer.
+Axes: S sequences of a batch, V vocabulary.
+A conversation holds token ids and the length of its prompt; the drafter trains on the answer.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.exporter.train.corpus import Conversation
+from dovetail.exporter.train.corpus import TrainingText
 from dovetail.exporter.train.features import to_float16
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
-PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers do not stall
+PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers do not wait
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to be continued.  prompt: token ids; temperature 0 is greedy."""
+class TextRequest:
+    """One text to continue. prompt: token ids; temperature 0 is greedy."""
 
     prompt: tuple[int, ...]
     temperature: float
@@ -34,17 +34,18 @@ class Request:
 
 @dataclass
 class _Slot:
-    request: Request
+    request: TextRequest
     tokens: list[int]
     cached: int = 0
     features: list[NDArray[np.float16]] = field(default_factory=list)
 
 
 class BatchWriter:
-    """Continuous batching over one PagedModel: a finished sequence makes room for the next at once.
+    """Continuous batching over one PagedModel: the next request takes a finished sequence's slot.
 
-    kv_bytes: memory for keys and values; it decides how many sequences are in flight, at most `slots`.
-    keep_features: hand out the target's features with each conversation, as they come with every pass anyway.
+    kv_bytes: memory for keys and values, which limits the sequences of a batch. slots: their
+    largest number. keep_features: return the target's features with each conversation; every pass
+    computes them.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class BatchWriter:
         self._slots: list[_Slot | None] = [None] * slots
         model.reserve(slots * self.blocks_per_slot)
 
-    def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[Conversation]:
-        """Continue every request; conversations come in the order in which they finish.
+    def write(self, requests: Iterable[TextRequest], rng: np.random.Generator) -> Iterator[TrainingText]:
+        """Continue every request; yield conversations in the order in which they finish.
 
-        A prompt that fills `max_length` by itself gets no answer and no conversation: count what comes back.
+        A prompt that fills `max_length` alone gives no conversation, so count the conversations.
         """
         waiting = iter(requests)
         while True:
@@ -92,9 +93,9 @@ class BatchWriter:
                 if full or token in self.stop:
                     self._slots[index] = None
                     kept = np.concatenate(slot.features) if self.keep_features else None
-                    yield Conversation(tuple(slot.tokens), len(slot.request.prompt), kept)
+                    yield TrainingText(tuple(slot.tokens), len(slot.request.prompt), kept)
 
-    def _admit(self, waiting: Iterator[Request]) -> None:
+    def _admit(self, waiting: Iterator[TextRequest]) -> None:
         budget = PREFILL_TOKENS
         for index, slot in enumerate(self._slots):
             if slot is not None or budget <= 0:
@@ -122,7 +123,7 @@ class BatchWriter:
 
 
 def draw(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
-    """One draw at `temperature` by inverting the distribution function.  logits: [V]."""
+    """Draw one token at `temperature` by inverting the distribution function. logits: [V]."""
     weights = np.exp((logits - logits.max()) / temperature)
     edges = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(edges, rng.random() * edges[-1], side="right").clip(max=len(logits) - 1))
@@ -136,9 +137,9 @@ def chat_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What a chat template puts before the user's words: a target that continues it writes a prompt.
+    """Token ids of a chat template before the user's words; a target continues with a prompt.
 
-    Raises TrainError when the target has no chat template.
+    Raises TrainError if the target has no chat template.
     """
     if not tokenizer.has_chat_template:
         raise TrainError("the target has no chat template to write prompts from: give --prompts FILE.jsonl")
@@ -155,15 +156,15 @@ def write_prompts(
     rng: np.random.Generator,
     seen: set[str],
 ) -> Iterator[str]:
-    """Let the target write about `count` prompts from the bare chat prefix, sampled at temperature 1.
+    """Yield up to `count` prompts that the target samples after the bare chat prefix.
 
-    openings: how prompts may begin, one drawn for each; "" leaves the beginning to the target too.
-    seen: prompts there already, in their `fingerprint`; grows.  Duplicates, fragments and prompts of fewer than
-    16 or more than 1,200 characters are dropped, so fewer than `count` may come.
+    openings: beginnings of prompts, one drawn for each; "" lets the target begin.
+    seen: fingerprints of earlier prompts; grows. Duplicates, fragments and prompts outside 16 to
+    1,200 characters are dropped.
     """
     prefix = bare_prefix(tokenizer)
     starts = [prefix + tuple(tokenizer.encode(text, add_special_tokens=False)) for text in openings]
-    requests = (Request(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
+    requests = (TextRequest(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
     for conversation in writer.write(requests, rng):
         text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
         ended = conversation.tokens[-1] in writer.stop
@@ -173,14 +174,14 @@ def write_prompts(
 
 
 def fingerprint(prompt: str) -> str:
-    """What two prompts share that differ in case, spaces or punctuation alone."""
+    """The words of a prompt in lower case, equal for prompts with other spaces or punctuation."""
     return " ".join(re.findall(r"\w+", prompt.lower()))
 
 
 def answer_requests(
     tokenizer: Tokenizer, prompts: Iterable[str], rng: np.random.Generator, max_new_tokens: int
-) -> Iterator[Request]:
-    """One request per prompt: three in four greedy, as most use is, the others at temperature 0.8."""
+) -> Iterator[TextRequest]:
+    """Yield a request per prompt: three in four greedy, as in most use, the others at 0.8."""
     for prompt in prompts:
         temperature = 0.0 if rng.random() < 0.75 else 0.8
-        yield Request(chat_prompt(tokenizer, prompt), temperature, max_new_tokens)
+        yield TextRequest(chat_prompt(tokenizer, prompt), temperature, max_new_tokens)

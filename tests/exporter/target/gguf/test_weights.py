@@ -230,16 +230,16 @@ def add(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
         ("llama", drop("blk.1.ffn_up.weight"), "lacks blk.1.ffn_up.weight"),
         ("llama", drop("output_norm.weight", "blk.0.attn_q.weight"), "lacks blk.0.attn_q.weight, output_norm.weight"),
         ("llama-biases", drop("blk.0.attn_output.bias"), "lacks blk.0.attn_output.bias"),
-        ("llama-biases", drop("blk.0.attn_q.bias"), "no place for blk.0.attn_k.bias"),
-        ("llama", add("blk.1.attn_q.bias", 32), "no place for blk.1.attn_q.bias"),
-        ("llama", add("blk.0.attn_q_norm.weight", 8), "no place for blk.0.attn_q_norm.weight"),
+        ("llama-biases", drop("blk.0.attn_q.bias"), "no tensor for blk.0.attn_k.bias"),
+        ("llama", add("blk.1.attn_q.bias", 32), "no tensor for blk.1.attn_q.bias"),
+        ("llama", add("blk.0.attn_q_norm.weight", 8), "no tensor for blk.0.attn_q_norm.weight"),
         ("llama", add("blk.0.attn_k.weight", 8, 32), r"blk.0.attn_k.weight of shape \(8, 32\) does not fit llama"),
         ("llama", add(ROPE, 4), None),
         ("llama3", add(ROPE, 16), None),
         ("llama3", lambda tensors: tensors.update({ROPE: tensors[ROPE] * 1.5}), "not Llama 3.1's scaling"),
         ("llama-linear", lambda tensors: tensors.update({ROPE: llama3_factors()[12:]}), "not Llama 3.1"),
-        ("phi3", add("rope_factors_long.weight", 2), "no place for rope_factors_long.weight"),
-        ("gpt2", add(ROPE, 4), "no place for rope_freqs.weight"),
+        ("phi3", add("rope_factors_long.weight", 2), "no tensor for rope_factors_long.weight"),
+        ("gpt2", add(ROPE, 4), "no tensor for rope_freqs.weight"),
         ("qwen2", drop("blk.1.attn_k.bias"), "lacks blk.1.attn_k.bias"),
         ("qwen3moe", drop("blk.1.ffn_up_exps.weight"), "ffn_gate_exps.weight of shape"),
     ],
@@ -308,7 +308,7 @@ def test_parts_that_are_missing_or_misnamed_are_named(split: tuple[Path, ...]) -
     kept = second.read_bytes()
     second.unlink()
     for location in (first, first.parent):
-        with pytest.raises(SourceError, match=r"m-00002-of-00002.gguf is missing: the model is in 2 files"):
+        with pytest.raises(SourceError, match=r"m-00002-of-00002.gguf is missing, and the model is in 2 files"):
             resolve_source(str(location))
     second.write_bytes(first.read_bytes())
     with pytest.raises(SourceError, match="do not belong together"):

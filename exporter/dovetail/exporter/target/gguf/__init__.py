@@ -1,1 +1,1 @@
-"""GGUF files: header, configuration, tokenizer, weights."""
+"""Reads GGUF files: header, configuration, tokenizer, weights."""

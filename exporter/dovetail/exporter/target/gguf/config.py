@@ -1,7 +1,7 @@
-"""The transformers configuration of a GGUF model, from its header alone.
+"""Makes the transformers configuration of a GGUF model from its header.
 
-Every fact of the header that changes the model is either in the configuration or refused by name: a key of the
-architecture that nothing here takes may be a soft cap or a window, and a model without it answers something else.
+The configuration takes every key of the header that changes the model. `_Facts` refuses unknown
+keys by name, because such a key may be a soft cap or a window that the model needs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ _LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class _Architecture:
-    """How transformers names the facts of one of llama.cpp's architectures.
+    """Names in transformers for the facts of one of llama.cpp's architectures.
 
-    eps: keys of the norm's epsilon.  sizes, numbers: further keys of integers and floats.  fixed: facts that
-    llama.cpp has in its code.  rotary: "whole" (head), "part" or "none".  head_dim: whether heads have a size of their
-    own.  names: where transformers calls the common facts otherwise.  biases: a tensor of the first block to the flag
-    that gives every block such a bias.
+    eps: keys of the norm's epsilon. sizes, numbers: more keys of integers and floats.
+    fixed: facts from llama.cpp's code. rotary: "whole" (head), "part" or "none".
+    head_dim: whether the configuration states the size of a head.
+    names: common facts that transformers names differently.
+    biases: a tensor of the first block -> the flag that gives every block this bias.
     """
 
     model_type: str
@@ -91,14 +92,14 @@ _ARCHITECTURES = {
     "gemma2": _Architecture("gemma2", window=True, numbers={key: key for key in _SOFT_CAPS}),
     "gemma3": _Architecture("gemma3_text", window=True),
 }
-_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models that scale attention in their own way
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose attention has another scale
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
-    """`config.json` of a GGUF file, or of its header when that was read before; reads no weights.
+    """`config.json` of a GGUF file or of its header; reads no weights.
 
-    Raises SourceError: unreadable file, unknown architecture, a fact that is malformed or cannot be applied.
+    Raises SourceError: unreadable file, unknown architecture, malformed fact, unknown fact.
     """
     header = source if isinstance(source, GgufHeader) else read_model(source)
     name = header.architecture
@@ -146,7 +147,7 @@ def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
 
 
 def _gemma(name: str, facts: _Facts, config: dict[str, Any], head_dim: int) -> None:
-    """What llama.cpp has in its code for Gemma 2 and 3: the scale of attention, and the RoPE of windows."""
+    """Add the facts of Gemma 2 and 3 from llama.cpp's code: attention's scale, RoPE of windows."""
     is_27b = config["num_hidden_layers"] == _GEMMA_27B[name]
     config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"] if is_27b else head_dim
     if name == "gemma3":
@@ -158,9 +159,9 @@ def _gemma(name: str, facts: _Facts, config: dict[str, Any], head_dim: int) -> N
 
 
 class _Facts:
-    """The keys of an architecture's namespace; each is taken once, and what is left over is refused."""
+    """Keys of an architecture's namespace: `take` removes a key, `finish` refuses the others."""
 
-    # What changes nothing here: the layout is that of the converter, the others are said when they are the default.
+    # Keys with the values that have no effect. None: no value has an effect.
     _INERT: Mapping[str, tuple[Any, ...] | None] = {
         "tensor_data_layout": None,
         "rope.scaling.finetuned": None,
@@ -182,7 +183,7 @@ class _Facts:
         return key in self._left
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of `key`; an array of equal items, one per layer, counts as one. None where it is missing."""
+        """The value of `key`, or `default`; an array with equal items counts as one value."""
         value = self._left.pop(key, default)
         if isinstance(value, list):
             if not value or any(item != value[0] for item in value):
@@ -191,14 +192,14 @@ class _Facts:
         return value
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from `least` on that fits 32 bits."""
+        """The integer `key`, `least` to _LARGEST. Raises SourceError for other values."""
         value = self.take(key, default)
         if type(value) is not int or not least <= value <= _LARGEST:
             raise self.error(key, "is missing" if value is None else f"is {value!r}, not {least} to {_LARGEST}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """The positive finite number `key`. Raises SourceError for other values."""
         value = self.take(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise self.error(key, "is missing" if value is None else f"is {value!r}, no positive number")
@@ -210,17 +211,17 @@ class _Facts:
         )
 
     def finish(self) -> None:
-        """Raises SourceError for the first key that was not taken and does change the model."""
+        """Raise SourceError for the first key that nothing took and that changes the model."""
         for key, value in self._left.items():
             if key not in self._INERT or ((inert := self._INERT[key]) is not None and value not in inert):
-                raise self.error(key, f"({value if not isinstance(value, list) else '...'}) is not applied here")
+                raise self.error(key, f"({value if not isinstance(value, list) else '...'}) is not supported")
 
 
 def _table(header: GgufHeader, facts: _Facts) -> tuple[int, int]:
-    """Rows and columns of the embedding table, which the facts must fit."""
+    """Rows and columns of the embedding table. Raises SourceError if the facts differ."""
     table = header.tensors.get(EMBEDDING)
     if table is None or len(table.shape) != 2:
-        raise SourceError(f"{header.path} has no embedding table {EMBEDDING}: it is not a whole language model")
+        raise SourceError(f"{header.path} has no embedding table {EMBEDDING}: give a whole language model")
     rows, columns = table.shape
     if (said := facts.size("embedding_length")) != columns:
         raise facts.error("embedding_length", f"is {said}, but {EMBEDDING} has {columns} columns")
@@ -262,7 +263,7 @@ def _head_dim(facts: _Facts, config: Mapping[str, Any], architecture: _Architect
 def _rope(
     header: GgufHeader, facts: _Facts, head_dim: int, config: Mapping[str, Any], architecture: _Architecture
 ) -> dict[str, Any]:
-    """`rope_parameters`: the base, the part of the head that turns, and the scaling."""
+    """`rope_parameters`: the base, the rotated part of a head, and the scaling."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.number("rope.freq_base", 10000.0)}
     turned = facts.size("rope.dimension_count", head_dim)
     if turned > head_dim or turned % 2 or (turned != head_dim and architecture.rotary != "part"):
@@ -288,9 +289,9 @@ def _rope(
 
 
 def _llama3_rope(header: GgufHeader, rope: Mapping[str, Any], turned: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, of which a GGUF file keeps the factors alone: what divides each frequency.
+    """Llama 3.1's scaling of RoPE, from the factors that divide each frequency.
 
-    Meta's constants explain them, or the file is refused.
+    A GGUF file stores only the factors. Raises SourceError if Meta's constants give other factors.
     """
     factors = header.tensors[ROPE_FACTORS].read().ravel()
     if (factors == 1).all():
@@ -298,7 +299,7 @@ def _llama3_rope(header: GgufHeader, rope: Mapping[str, Any], turned: int) -> di
     scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_META_LLAMA3}
     low, high, original = _META_LLAMA3.values()
     frequencies = rope["rope_theta"] ** (-np.arange(0, turned, 2) / turned)
-    turns = original * frequencies / (2 * np.pi)  # of each frequency within the original context
+    turns = original * frequencies / (2 * np.pi)  # of each frequency, in the original context
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     if rope["rope_type"] != "default" or factors.shape != expected.shape or not np.allclose(factors, expected, 1e-3):

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: its metadata and where its tensors lie.
+"""Reads the header of a GGUF file: its metadata and the place of each tensor.
 
-gguf.GGUFReader makes numpy views of every string: 9 s for a vocabulary of 262,144 tokens, and no end for an array that
-claims 2**60 items. This reader takes 0.2 s, and no longer than the file is large.
+gguf.GGUFReader makes numpy views of every string. It takes 9 s for a vocabulary of 262,144 tokens
+and does not end for an array that claims 2**60 items. The reader here takes 0.2 s for that
+vocabulary, and the file's size limits its time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dovetail.runtime.errors import SourceError
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MOST_ITEMS = 1 << 23  # strings of all arrays, metadata keys and tensors together: vocabularies have below 2**20
+_MOST_ITEMS = 1 << 23  # sum of array strings, keys and tensors; vocabularies have less than 2**20 strings
 _MOST_DIMENSIONS = 4  # as in ggml
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names the parts of a split model
 _SCALARS = {
@@ -43,7 +44,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies in which file. shape: as numpy names it, the longest stride first."""
+    """The place of one tensor. shape: in numpy's order, the longest stride first."""
 
     file: Path
     kind: GGMLQuantizationType
@@ -52,7 +53,7 @@ class GgufTensor:
     byte_shape: tuple[int, ...]
 
     def read(self) -> NDArray[np.float32]:
-        """The values, dequantised. Raises NotImplementedError for a kind that `gguf` cannot dequantise."""
+        """The values, dequantised. Raises NotImplementedError for a kind unknown to `gguf`."""
         from gguf import dequantize
 
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
@@ -61,9 +62,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says before its weights begin; `tensors` are in the file's order.
+    """The part of a GGUF file before its weights; `tensors` have the file's order.
 
-    parts: the files of a split model, in order, or the file itself.
+    parts: the files of a split model in order, or the file itself.
     """
 
     path: Path
@@ -73,17 +74,18 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the architecture. Raises SourceError where there is none."""
+        """llama.cpp's name of the architecture. Raises SourceError without a name."""
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str) or not name:
-            raise SourceError(f"{self.path} names no architecture: it is not a language model")
+            raise SourceError(f"{self.path} names no architecture: give a language model")
         return name
 
 
 def read_model(path: Path) -> GgufHeader:
-    """The header of a whole model: of all parts, whichever of them `path` names.
+    """The header of a whole model with all its parts; `path` is any part.
 
-    Raises SourceError as read_header does, and for parts that are missing or do not belong together.
+    Raises SourceError as read_header does, and for parts that are missing or do not belong
+    together.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
@@ -92,13 +94,13 @@ def read_model(path: Path) -> GgufHeader:
     name = _PART.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise SourceError(
-            f"{path} is a part of a model in {count} files, but is not named so: name the parts "
-            "NAME-00001-of-00002.gguf and on, as llama.cpp does, in one folder"
+            f"{path} is a part of a model in {count} files, but its name does not say so: name the parts "
+            "NAME-00001-of-00002.gguf and so on, as llama.cpp does, in one folder"
         )
     paths = tuple(path.with_name(f"{name[1]}-{index:05}-of-{name[3]}.gguf") for index in range(1, count + 1))
     for part in paths:
         if not part.is_file():
-            raise SourceError(f"{part} is missing: the model is in {count} files, put all of them into one folder")
+            raise SourceError(f"{part} is missing, and the model is in {count} files: put all files into one folder")
     headers = [read_header(part) for part in paths]
     tensors = {name: tensor for part in headers for name, tensor in part.tensors.items()}
     numbers = [(part.metadata.get("split.no"), part.metadata.get("split.count")) for part in headers]
@@ -109,7 +111,7 @@ def read_model(path: Path) -> GgufHeader:
 
 
 def name_of_split(path: Path) -> tuple[str, str] | None:
-    """What all parts of a split model share in their names, None for other files."""
+    """The part of the name that all files of a split model share; None for other files."""
     name = _PART.fullmatch(path.name)
     return (name[1], name[3]) if name else None
 
@@ -125,13 +127,13 @@ def read_header(path: Path) -> GgufHeader:
                 return _Reader(path, data).header()
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): name a GGUF file that you may read") from error
-    except (struct.error, ValueError, KeyError) as error:  # beyond the end, no UTF-8, an unknown type
+    except (struct.error, ValueError, KeyError) as error:  # past the end, not UTF-8, an unknown type
         reason = " ".join(str(error).split())
         raise SourceError(f"{path} is a damaged or truncated GGUF file ({reason}): download it again") from error
 
 
 class _Reader:
-    """Reads one file from its start on; every failure is a ValueError, struct.error or KeyError."""
+    """Reads one file from start to end; every failure is a ValueError, struct.error or KeyError."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self._path, self._data, self._at, self._items = path, data, len(MAGIC), 0
@@ -139,7 +141,7 @@ class _Reader:
     def header(self) -> GgufHeader:
         version = self._number("<I")
         if version not in _VERSIONS:
-            raise SourceError(f"{self._path} is GGUF version {version}, which is not read: convert the model again")
+            raise SourceError(f"{self._path} has unknown GGUF version {version}: convert the model again")
         tensor_count, key_count = self._number("<Q"), self._number("<Q")
         self._count(tensor_count + key_count)
         metadata: dict[str, Any] = {}
@@ -180,7 +182,7 @@ class _Reader:
     def _bytes(self, size: int) -> bytes:
         start, self._at = self._at, self._at + size
         if self._at > len(self._data):
-            raise ValueError("it ends too early")
+            raise ValueError("the file ends too early")
         return self._data[start : self._at]
 
     def _value(self, key: str) -> Any:

@@ -1,8 +1,9 @@
-"""A Hugging Face tokenizer from the metadata of a GGUF file.
+"""Makes a Hugging Face tokenizer from the metadata of a GGUF file.
 
-A GGUF file names its vocabulary, merges (or scores) and a pre-tokenizer by its llama.cpp name. The tokenizer is built
-from these with the `tokenizers` library alone: transformers' own GGUF conversion turns a byte-level tokenizer with
-another pre-tokenizer into a Metaspace one, which drops every space, without an error.
+A GGUF file holds its vocabulary, merges (or scores) and llama.cpp's name of the pre-tokenizer. This
+module builds the tokenizer from these with the `tokenizers` library. The GGUF conversion in
+transformers turns some byte-level tokenizers into Metaspace tokenizers, which drop every space
+without an error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What a GGUF file says about its model; None where it says nothing."""
+    """Facts about the model of a GGUF file; None if the file lacks a fact."""
 
     architecture: str  # "llama", "qwen2", ...
     name: str | None
@@ -61,14 +62,14 @@ class GgufFacts:
 
 
 def gguf_facts(path: Path | str) -> GgufFacts:
-    """Facts of a GGUF file. Raises SourceError where it cannot be read or holds no tokenizer."""
+    """Facts of a GGUF file. Raises SourceError if the file is unreadable or has no tokenizer."""
     return _facts(_Metadata(Path(path)))
 
 
 def write_gguf_tokenizer(gguf_path: Path | str, out_dir: Path | str) -> GgufFacts:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja to `out_dir`.
+    """Write tokenizer.json, its configuration files and chat_template.jinja to `out_dir`.
 
-    Raises SourceError: unreadable file, unknown tokenizer model or pre-tokenizer. Nothing is written then.
+    Raises SourceError before it writes: unreadable file, unknown tokenizer model or pre-tokenizer.
     """
     metadata, folder = _Metadata(Path(gguf_path)), Path(out_dir)
     facts = _facts(metadata)
@@ -98,21 +99,21 @@ def write_gguf_tokenizer(gguf_path: Path | str, out_dir: Path | str) -> GgufFact
 
 
 class _Metadata:
-    """The key-value part of a GGUF file; every failure to read it is a SourceError."""
+    """The keys and values of a GGUF file; every failure is a SourceError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values = read_header(path).metadata
 
     def get(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> Value:
-        """The value of `key`; raises SourceError for one of another kind, and for a missing one without default."""
+        """The value of `key`, or `default`. Raises SourceError for another type or no value."""
         value = self._values.get(key, default)
         if value is not default and type(value) is not kind:
             raise self.error(f"{key} is {value!r:.40}, no {kind.__name__}")
         return self._given(key, value)
 
     def items(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> list[Value]:
-        """The array `key`, as `get`."""
+        """The array `key` with items of `kind`, or `default`. Raises SourceError as `get` does."""
         value = self._values.get(key, default)
         if value is not default and not (isinstance(value, list) and all(type(item) is kind for item in value)):
             raise self.error(f"{key} is no array of {kind.__name__}")
@@ -129,7 +130,7 @@ class _Metadata:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Tokens in id order with their types; the unused ones that pad the end are left out."""
+    """Tokens in id order with their types, without the unused tokens that pad the end."""
 
     tokens: list[str]
     types: list[int]
@@ -171,9 +172,10 @@ def _facts(metadata: _Metadata) -> GgufFacts:
 
 
 def _end_token_ids(metadata: _Metadata) -> tuple[int, ...]:
-    """What ends an answer: the tokens that the file names so, and control tokens that llama.cpp knows by their text.
+    """Ids that end an answer: the file's end tokens, and control tokens in llama.cpp's list.
 
-    Many files name the end of a document alone, while their chat template ends a turn with another token.
+    Many files name only the end of a document, but their chat template ends a turn with another
+    token.
     """
     vocabulary = _Vocabulary.read(metadata)
     named = (metadata.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
@@ -207,12 +209,12 @@ def _merge(metadata: _Metadata, merge: str) -> tuple[str, str]:
 def _bpe(metadata: _Metadata, vocabulary: _Vocabulary, merges: list[tuple[str, str]], **options: Any) -> BPE:
     try:
         return BPE(vocabulary.ids, merges, **options)
-    except Exception as error:  # `tokenizers` raises bare Exception, here for a merge outside the vocabulary
+    except Exception as error:  # `tokenizers` raises a bare Exception for a merge outside the vocabulary
         raise metadata.error(f"merges do not fit the vocabulary ({error})") from error
 
 
 def _words() -> pre_tokenizers.PreTokenizer:
-    """GPT-2's own regular expression, which ByteLevel carries."""
+    """Split words by GPT-2's regular expression, which ByteLevel contains."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -225,7 +227,7 @@ def _split(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
     return lambda: pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# llama.cpp's names (src/llama-vocab.cpp) to the pre-tokenizers of the checkpoints that they stand for.
+# llama.cpp's names (src/llama-vocab.cpp) -> the pre-tokenizers of the checkpoints with these names.
 _PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _words,
     "default": _words,
@@ -265,9 +267,9 @@ def _sentencepiece(metadata: _Metadata, vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
-    """SentencePiece joins the neighbours whose joint piece scores highest: every split of every piece, best first.
+    """Every split of every piece, best score first, because SentencePiece joins these first.
 
-    Ties are ordered as transformers orders them when it converts a SentencePiece model.
+    Ties have the order that transformers gives them when it converts a SentencePiece model.
     """
     pieces = {token: vocabulary.ids[token] for token in vocabulary.of_type(TokenType.NORMAL)}
     ranked = []
@@ -288,7 +290,7 @@ _MODELS: Mapping[str, Callable[[_Metadata, _Vocabulary], Tokenizer]] = {"gpt2": 
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Control and unknown tokens are special (skipped in decoded text); user-defined ones are text."""
+    """Add control and unknown tokens as special tokens, and user-defined tokens as text."""
     special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     defined = vocabulary.of_type(TokenType.USER_DEFINED)
@@ -296,7 +298,7 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 
 def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary, facts: GgufFacts) -> dict[str, str]:
-    """{"bos_token": "<s>", ...} for those that the file names."""
+    """{"bos_token": "<s>", ...} for the special tokens that the file names."""
     ids: dict[str, int | None] = {
         "bos_token": facts.bos_token_id,
         "eos_token": metadata.get("tokenizer.ggml.eos_token_id", int, None),
@@ -310,7 +312,7 @@ def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary, facts: GgufFacts
 
 
 def _adds(metadata: _Metadata, facts: GgufFacts) -> tuple[bool, bool]:
-    """Whether BOS and EOS are put around raw text; llama.cpp's defaults where the file does not say."""
+    """Whether raw text gets BOS and EOS, by the file or else by llama.cpp's defaults."""
     default = facts.tokenizer_model == "llama" or facts.tokenizer_pre in _BOS_BY_DEFAULT
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, default)
     return add_bos, metadata.get("tokenizer.ggml.add_eos_token", bool, False)

@@ -1,4 +1,4 @@
-"""A GGUF model becomes a Hugging Face folder, tensor by tensor: each is taken, and none of the model's is left out."""
+"""Writes a GGUF model as a Hugging Face folder, and checks that both have the same tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REMEDY = "use the checkpoint's Hub id or its folder instead"
 def write_checkpoint(header: GgufHeader, folder: Path) -> None:
     """Write config.json and the dequantised weights, a file per block, to `folder`.
 
-    Raises SourceError before any weight is read where the file and the model do not have the same tensors.
+    Raises SourceError before it reads weights if the file and the model differ in tensors.
     """
     import torch
     from safetensors.torch import save_file
@@ -48,7 +48,7 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
                 weights=_values(header, name, tensor),
                 name=name,
                 tensor_key_mapping=names,
-                parsed_parameters={"tensors": taken},  # merged experts are put there, without a name
+                parsed_parameters={"tensors": taken},  # the processor puts merged experts there, without a name
             )
             if result.name is not None:
                 taken[targets[name]] = torch.from_numpy(result.weights.copy())
@@ -62,7 +62,7 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
 
 
 def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, str]:
-    """The model's name of each tensor of the file. Raises SourceError where the two differ."""
+    """The model's name of each tensor of the file. Raises SourceError if the tensors differ."""
     targets: dict[str, str] = {}
     unknown = []
     for name in header.tensors:
@@ -72,7 +72,7 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
         elif name != ROPE_FACTORS or not getattr(model.config, "rope_parameters", None):
             unknown.append(name)
     if unknown:
-        raise SourceError(f"{header.path}: {model.config.model_type} has no place for {_listed(unknown)}: {_REMEDY}")
+        raise SourceError(f"{header.path}: {model.config.model_type} has no tensor for {_listed(unknown)}: {_REMEDY}")
     sizes = dict.fromkeys(targets.values(), 0)
     for name, target in targets.items():
         sizes[target] += math.prod(header.tensors[name].shape)
@@ -92,7 +92,7 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
 
 
 def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
-    """The tensors to be taken, a block at a time."""
+    """Yield the tensors of `targets`, a block at a time."""
 
     def block(name: str) -> str:
         return name.split(".")[1] if name.startswith("blk.") else ""
@@ -106,7 +106,7 @@ def _values(header: GgufHeader, name: str, tensor: GgufTensor) -> Any:
         return tensor.read()
     except NotImplementedError as error:
         raise SourceError(
-            f"{header.path}: {name} is stored as {tensor.kind.name}, which is not read: {_REMEDY}"
+            f"{header.path}: {name} has type {tensor.kind.name}, which gguf cannot read: {_REMEDY}"
         ) from error
 
 
