@@ -167,13 +167,29 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
     flags = "-t 3 --drafter-device auto --vram 3GB --fit --width 5 --tree-top-k 1 -n 2"
     assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
     tree = TreeLimits(width=5, depth=TreeLimits().depth, top_k=1)  # depth is the pair's
-    device = {"drafter_device": "auto", "vram": 3 * 10**9, "fit": True, "threads": 3, "ov_config": {}, "exact": True}
+    device = {
+        "drafter_device": "auto",
+        "vram": 3 * 10**9,
+        "fit": True,
+        "threads": 3,
+        "ov_config": {},
+        "exact": True,
+        "max_slowdown": 0.01,
+    }
     assert opener.calls == [(pair, {**device, "tree": tree})]
 
 
 def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     ask(invoke, pair, opener, "Hello", "-n", "2")
-    device = {"drafter_device": "auto", "vram": None, "fit": False, "threads": None, "ov_config": {}, "exact": True}
+    device = {
+        "drafter_device": "auto",
+        "vram": None,
+        "fit": False,
+        "threads": None,
+        "ov_config": {},
+        "exact": True,
+        "max_slowdown": 0.01,
+    }
     assert opener.calls == [(pair, {**device, "tree": None})]
 
 

@@ -17,6 +17,7 @@ from dovetail.runtime.loop.generate import Conversation, FinishReason, Request, 
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
 from dovetail.runtime.policy.choose import BOUNDS
+from dovetail.runtime.policy.estimates import MAX_SLOWDOWN
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -137,6 +138,7 @@ class Engine:
         tree: TreeLimits | None = None,
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
+        max_slowdown: float = MAX_SLOWDOWN,
         progress: Callable[[float], None] | None = None,
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
@@ -149,13 +151,14 @@ class Engine:
         ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}.
         exact: a text is the same tokens with any tree and with none; False lets plain passes run through OpenVINO's
         kernel for single rows, which is quicker and rounds otherwise.
+        max_slowdown: share of the time, 0 to 1, that drafts may lose against plain decoding in the long run.
         Raises PairError, DeviceError, InputError.
         """
         from dovetail.runtime.drafter.vram import parse_size
         from dovetail.runtime.load import LoadOptions, load
 
         room = parse_size(vram) if isinstance(vram, str) else vram
-        options = LoadOptions(drafter_device, room, fit, threads, tree, ov_config or {}, exact)
+        options = LoadOptions(drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown)
         parts = load(Path(path), options, progress)
         return cls(
             parts.target,

@@ -15,6 +15,7 @@ from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import Manifest, read_sound
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -36,12 +37,14 @@ class LoadOptions:
     tree: TreeLimits | None = None
     ov_config: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
+    max_slowdown: float = MAX_SLOWDOWN
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {self.drafter_device!r} is unknown: give auto, cpu or cuda")
         if self.threads is not None:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
+        check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
 
 
@@ -105,7 +108,9 @@ def _scheduled(
         drafter.close()
         drafter = _open_cpu(pair, manifest, options, f"no CUDA: {problem}")
         costs = measure(drafter)
-    return drafter, Scheduler(costs, pair_calibration(pair, manifest), plain_rows=target.least_rows)
+    return drafter, Scheduler(
+        costs, pair_calibration(pair, manifest), plain_rows=target.least_rows, max_slowdown=options.max_slowdown
+    )
 
 
 def _open_cpu(pair: Path, manifest: Manifest, options: LoadOptions, note: str) -> OnnxDrafter:

@@ -287,9 +287,8 @@ def test_what_was_left_in_the_long_run_is_come_back_to() -> None:
     scheduler = Scheduler(true)
     for _ in range(8):
         answer("copy", true, noise=1.5, temperature=1.0, tokens=200, scheduler=scheduler, deaf=True)
-    assert scheduler._sampled.left and not scheduler._greedy.left
     clocks = [answer("copy", true, sharpness=60.0, temperature=1.0, scheduler=scheduler)[0] for _ in range(5)]
-    assert not scheduler._sampled.left and clocks[-1].now < 0.6 * plain_seconds(true)
+    assert clocks[-1].now < 0.6 * plain_seconds(true)
 
 
 def test_a_drafter_that_becomes_good_again_is_found_out() -> None:
@@ -397,46 +396,7 @@ def test_leaps_for_repeats_that_pay_are_made() -> None:
 
 def test_leaps_are_made_again_when_they_pay() -> None:
     scheduler = repeats_alone(0.1, 0.2, 0.6, 0)[1]
-    assert scheduler._sampled.caution > 0.5
     assert [repeats_alone(0.1, 0.9, 0.9, seed, scheduler)[0] for seed in range(3)][-1] > 1.4
-
-
-def leap(scheduler: Scheduler, sampled: bool) -> None:
-    """The start of an answer: plain rounds, then a tree of repeats of which nothing comes true."""
-    scheduler.start(sampled)
-    for proposed in (*[DraftTree.root(1)] * 3, REPEAT):
-        plan, choice = undrafted(scheduler, proposed)
-        changed_ms = scheduler.costs.switch_ms * (len(choice.tree) != scheduler._width)
-        ms = scheduler.costs.target.at(100, len(choice.tree)) + changed_ms
-        scheduler.learn(Round(plan, choice, None, None, [99], 0.0, ms))
-    assert scheduler._width > 1
-
-
-def test_a_leap_that_an_answer_ends_in_is_judged_with_its_own_kind() -> None:
-    scheduler = Scheduler(costs(10.0, 0.2, switch_ms=7.0))
-    leap(scheduler, sampled=True)
-    leap(scheduler, sampled=False)
-    assert scheduler._sampled.caution > 0 == scheduler._greedy.caution
-    scheduler.start(sampled=True)
-    assert scheduler._greedy.caution > 0
-
-
-def test_what_drafts_lose_after_a_leap_is_not_its_doing() -> None:
-    cautions = []
-    for lost in (0, 8):
-        scheduler = Scheduler(costs(10.0, 0.2, switch_ms=7.0))
-        leap(scheduler, sampled=False)
-        for _ in range(lost):
-            plan = replace(scheduler.plan(100, 32, DraftTree.root(1), 1), draft=True)
-            scheduler.learn(Round(plan, scheduler.choose(plan, REPEAT), REPEAT, None, [99], 5.0, 14.0))
-        scheduler.start(sampled=False)
-        cautions.append(scheduler._greedy.caution)
-    assert cautions[0] == pytest.approx(cautions[1], abs=0.05) and cautions[0] > 0
-    scheduler.start(sampled=False)
-    plain, drafted = (Plan(100, 1, WIDTHS, draft=draft) for draft in (False, True))
-    assert scheduler._change(plain, 6) - scheduler._change(drafted, 6) == pytest.approx(
-        cautions[1] * scheduler.pace.target_ms(100, 1)
-    )
 
 
 def test_repeats_save_the_drafter_its_work() -> None:

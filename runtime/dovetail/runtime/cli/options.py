@@ -20,6 +20,7 @@ from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
@@ -47,6 +48,7 @@ class Opener(Protocol):
         tree: TreeLimits | None,
         ov_config: Mapping[str, str],
         exact: bool,
+        max_slowdown: float,
         progress: Callable[[float], None],
     ) -> Engine: ...
 
@@ -81,6 +83,7 @@ class EngineFlags:
     fit: bool = False
     ov_config: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
+    max_slowdown: float = MAX_SLOWDOWN
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
@@ -109,6 +112,7 @@ class EngineFlags:
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             ov_config=self.ov_config,
             exact=self.exact,
+            max_slowdown=self.max_slowdown,
             progress=Announcement(),
         )
 
@@ -183,6 +187,15 @@ def _parse_properties(_context: click.Context, _option: click.Parameter, given: 
     return dict(one.split("=", 1) for one in given)
 
 
+def _parse_percent(_context: click.Context, _option: click.Parameter, given: str) -> float:
+    try:
+        share = float(given.removesuffix("%")) / 100
+    except ValueError:
+        raise InputError(f"--max-slowdown {given!r} is no percentage: give e.g. 1%") from None
+    check_slowdown(share)
+    return share
+
+
 def engine_options(command: Command) -> Command:
     """Flags of EngineFlags; the command gets them as `engine_flags`."""
     pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
@@ -190,6 +203,9 @@ def engine_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
+        click.option("--max-slowdown", metavar="PERCENT", default=f"{MAX_SLOWDOWN:.0%}", show_default=True,
+                     callback=_parse_percent,
+                     help="Time that drafts may lose against plain decoding in the long run."),
         click.option("--fixed-tree", is_flag=True, help="The same limits for every tree: the pair's, or those given.  "
                      "[default: each tree as it pays here]"),
         click.option("--width", type=int, help="Nodes verified in one pass, root included; 1 drafts nothing; "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from math import exp, log
 
 import numpy as np
@@ -21,33 +20,21 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import MEMORY, Average, Correction, Experience, Outcome
+from dovetail.runtime.policy.estimates import CHILDREN, MAX_SLOWDOWN, PRIOR, Budget, Estimate, Experience
 from dovetail.runtime.policy.pace import OUTLIER, Pace
 from dovetail.runtime.policy.policy import Choice, Plan, Round
 from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
 from dovetail.runtime.tree.limits import TreeLimits
 
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # of a scheduled tree
-FADING = 0.995  # of what is remembered of trees, at each that was not worth verifying
-TRIAL_FADING = 0.5  # the same at a trial, of which there are few
 LOG_CERTAIN = np.float32(np.log(0.995))  # no token is surer than this: what is believed to be free is never questioned
-CHILDREN = 0.7  # of a node's probability that its drafted children take together, before any was seen
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # of a scheduled tree; 1 is plain decoding
 FEW_WIDTHS = (1, 6, 12)  # where a change from one to another is dear
 WIDE = 24  # one more there, if its further nodes take less than
 CHEAP = 0.25  # of a plain step
 DEAR = 0.1  # of a plain step: a change that takes more is dear
-FILLING = -50.0  # log-probability of a node that is there for the width alone
-PATIENCE = 4.0  # drafted rounds before a draft may be found not to pay
-MARGIN = 0.05  # of a plain step that drafting may seem to lose: what is seen of it is noisy
-TRIAL_START = 1.0  # plain rounds' time that may be lost to drafts before any has paid
-TRIAL_ROUNDS = 3.0  # the same at most, later
-TRIAL_SHARE = 0.005  # of the time that may be lost later to see whether drafting pays again
-TRIAL_REST = 4  # undrafted rounds between two trials
-TRIAL_MEMORY = 4.0  # what averages and corrections remember when a trial comes after a long rest
-ANSWER_LOSS = 3.0  # plain steps that an answer's drafted rounds may have lost, beyond which only trials draft
-ANSWER_GAIN = 5.0  # of what they gained before, or were forgiven, this much may be lost again
-FORGIVEN = 0.01  # of a plain step that each token makes up for, so that long answers are drafted again
+FILLING = -np.inf  # log-probability of a node that is there for the width alone
+MARGIN = 0.4
 
 
 @dataclass
@@ -55,32 +42,29 @@ class Scheduler:
     """Decides for one engine; what it learned stays when the conversation changes.  Implements `Policy`.
 
     calibration: of the drafter, None where it brought none.  plain_rows: rows that a plain pass computes in any case;
-    nodes of a tree that fit into them ride along at no cost.
+    nodes of a tree that fit into them ride along at no cost.  max_slowdown: share of its time that decoding may lose
+    in the long run by drafts that bring nothing.
     """
 
     costs: Costs
     calibration: Calibration | None = None
     plain_rows: int = 1
+    max_slowdown: float = MAX_SLOWDOWN
     pace: Pace = field(init=False)
-    _greedy: Experience = field(default_factory=Experience)
-    _sampled: Experience = field(default_factory=Experience)
+    _greedy: Experience = field(init=False)
+    _sampled: Experience = field(init=False)
     _known: Experience = field(init=False)  # of the two, that of the answer at hand
     _width: int = 0  # of the last verified tree, 0 for a pass of another kind
     _regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
-    _lost: float = 0.0  # plain steps that the answer at hand has lost to its drafts
-    _leap: float | None = None  # plain steps gained since repeats led from plain decoding to trees, None when back
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.costs)
+        self._greedy, self._sampled = (Experience(Budget(self.max_slowdown)) for _ in range(2))
         self._known = self._greedy
 
     def start(self, sampled: bool) -> None:
-        """An answer begins, and the last has ended: the target's last pass was none of a tree.
-
-        sampled: its tokens are drawn.
-        """
-        self._land()
-        self._width, self._regret, self._lost = 0, {}, 0.0
+        """An answer begins: the target's last pass was none of a tree.  sampled: its tokens are drawn."""
+        self._width, self._regret = 0, {}
         self._known = self._sampled if sampled else self._greedy
 
     # --- before the drafter is asked
@@ -94,16 +78,11 @@ class Scheduler:
         plan = Plan(context, unread, self._widths(context, most))
         if len(plan.widths) == 1:  # no room for a tree
             return plan
-        known, plain, otherwise = self._known, self.pace.target_ms(context, 1), self._otherwise(plan, repeats)
-        worth = known.drafted.worth(known.price) * plain - self.pace.backlog_ms(context, unread)
-        pays = worth >= otherwise - MARGIN * plain and self._lost <= ANSWER_LOSS and not known.left
-        plan = replace(plan, doubted=known.drafted.count >= PATIENCE and not pays, otherwise=otherwise)
-        if not plan.doubted:
-            return replace(plan, draft=True)
-        credit = TRIAL_START if known.credit is None else known.credit
-        if credit * plain < self.pace.draft_ms(context, 1) or known.rested < TRIAL_REST:
-            return plan
-        return replace(plan, draft=True, fresh=known.rested >= MEMORY)  # what was wrong then may be right now
+        known, pace = self._known, self.pace
+        plain = pace.target_ms(context, 1)
+        gain = known.price_of_token * known.tokens.value - known.steps.value - self._otherwise(plan, repeats) / plain
+        at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain < 0.0 else 0.0
+        return replace(plan, draft=gain >= -MARGIN and known.budget.covers(at_risk))
 
     def _widths(self, context: int, most: int) -> tuple[int, ...]:
         return tuple(width for width in widths(self.costs, context) if width <= most)
@@ -114,22 +93,16 @@ class Scheduler:
         """See Judge."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
-        first, others = (log(correction.factor) for correction in self._correction(plan, depth))
-        shift = np.full(logprobs.shape[-1], others, np.float32)
-        shift[0] = first
+        shift = np.full(logprobs.shape[-1], log(self._known.factor(self._known.others, depth)), np.float32)
+        shift[0] = log(self._known.factor(self._known.first, depth))
         believed: NDArray[np.float32] = np.minimum(logprobs + shift, LOG_CERTAIN)
         np.minimum(believed, believed[:, :1], out=believed)  # the first stays the first
         return believed
 
-    def _correction(self, plan: Plan, depth: int) -> Sequence[Correction]:
-        found = self._known.corrections.get(depth, (Correction(), Correction()))
-        return [one.recalled(TRIAL_MEMORY) for one in found] if plan.fresh else found
-
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
-        context, pace, children = plan.context, self.pace, self._known.children
-        taken = children[depth].value if depth in children else CHILDREN
-        gain = self._price(plan) * sum(map(exp, frontier)) * taken * self._known.trees[True].factor
+        context, pace, known = plan.context, self.pace, self._known
+        gain = self._price(plan) * sum(map(exp, frontier)) * known.share(depth) * known.trees[True].value
         node = (pace.target_ms(context, plan.widths[-1]) - pace.target_ms(context, 1)) / (plan.widths[-1] - 1)
         return gain > pace.draft_ms(context, len(frontier)) + node
 
@@ -140,7 +113,7 @@ class Scheduler:
 
         Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
         """
-        least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].factor)
+        least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
         worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}
         width, regret = self._best_width(plan, worth)
@@ -154,22 +127,32 @@ class Scheduler:
 
         With it the regret of every width, where that stays.
         """
-        change = {width: self._change(plan, width) for width in worth}
+        change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
+        if not plan.draft and self._width <= 1 < width and not self._affordable(plan, width):
+            width = 1
         if width != self._width:
             return width, {}
         regret = {other: max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width]) for other in worth}
         best = max((other for other in worth if regret[other] >= change[other]), key=worth.__getitem__)
+        if not plan.draft and self._width <= 1 < best and not self._affordable(plan, best):
+            best = width
         return best, {**self._regret, **regret} if best == self._width else {}
+
+    def _affordable(self, plan: Plan, width: int) -> bool:
+        """Whether the budget covers a tree of which nothing comes true, and the way there and back."""
+        plain = self.pace.target_ms(plan.context, 1)
+        loss = self.pace.target_ms(plan.context, width) - plain + self._change(width)
+        return self._known.budget.covers(loss / plain)
 
     def _price(self, plan: Plan) -> float:
         """Milliseconds that a token is worth."""
-        return self._known.price * self.pace.target_ms(plan.context, 1)
+        return self._known.price_of_token * self.pace.target_ms(plan.context, 1)
 
     def _worth(self, plan: Plan, tree: DraftTree) -> dict[int, float]:
         """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
         expected = tree.expected_lengths
-        price, factor = self._price(plan), self._known.trees[plan.draft].factor
+        price, factor = self._price(plan), self._known.trees[plan.draft].value
         out = {}
         for width in plan.widths:
             tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
@@ -185,95 +168,70 @@ class Scheduler:
 
         Such rounds come in rows, over which a change is spread: where there are no repeats `choose` makes it at once.
         """
-        return max(worth - self._change(plan, width) for width, worth in self._worth(plan, repeats).items())
+        return max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
 
-    def _change(self, plan: Plan, width: int) -> float:
+    def _change(self, width: int) -> float:
         """Ms that this width costs more because the last pass had another.
 
         Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
-        answer too), the way back counts.  For repeats alone plain decoding is left with caution.
+        answer too), the way back counts.
         """
-        if self._width == width:
-            return 0.0
-        ms = (1 + (1 in (self._width, width))) * self.pace.switch_ms
-        leaps = self._leaps(self._width, width, plan.draft)
-        return ms + leaps * self._known.caution * self.pace.target_ms(plan.context, 1)
-
-    @staticmethod
-    def _leaps(before: int, width: int, drafted: bool) -> bool:
-        """Whether repeats alone lead from plain decoding, or the start of an answer, to a tree."""
-        return not drafted and before <= 1 < width
+        return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 
     # --- when it has ended
 
     def learn(self, round: Round) -> None:
         """See Policy."""
         known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
-        context, drafted, tokens = plan.context, round.drafted, len(round.tokens)
+        context, drafted, tokens = plan.context, round.drafted is not None, len(round.tokens)
         offered = choice.offered or choice.tree
         unverified = choice.width == 1 < len(offered)
-        predicted = sum(self.costs.draft.at(context, rows) for rows in round.growth.rows) if round.growth else 0.0
-        missed = self._missed(round, offered, predicted) if drafted and unverified else None
-        if plan.doubted and known.credit is None:
-            known.credit = TRIAL_START
-        if plan.fresh:
-            known.drafted.forget(TRIAL_MEMORY)
-            for correction in chain(*known.corrections.values()):
-                correction.forget(TRIAL_MEMORY)
-        for depth, taken in round.growth.taken.items() if round.growth else ():
-            known.children.setdefault(depth, Average(CHILDREN, 1.0)).add(taken)
-        self._regret = choice.regret
+        missed = self._missed(round, offered) if drafted and unverified else None
+        known.fade(repeats=not drafted and len(offered) > 1)
+        predicted = 0.0
+        if round.growth:
+            for depth, taken in round.growth.taken.items():
+                known.children.setdefault(depth, Estimate(CHILDREN, 1.0)).add(taken)
+            predicted = self.costs.draft.at(context, plan.unread) + self._levels(round)
 
+        self._regret = choice.regret
         nodes = len(choice.tree) if len(choice.tree) > self.plain_rows else 1
-        before, self._width = self._width, nodes
-        changed = before != nodes
+        changed, self._width = self._width != nodes, nodes
         switch_ms = changed * self.costs.switch_ms
         paths_ms = (choice.tree.path_counts[-1] - 1) * self.costs.path.at(context, 1)
         verify_ms = pace.credible(context, nodes, paths_ms, switch_ms, round.verify_ms)
-        if drafted:
-            draft_ms = pace.learn_draft(predicted + self.costs.draft.at(context, plan.unread), round.draft_ms)
-        else:
-            draft_ms = round.draft_ms
-
-        plain = pace.target_ms(context, 1)
-        took = (draft_ms + verify_ms) / plain
-        known.rounds.add(Outcome(tokens, took))
-        change = changed * pace.switch_ms / plain
-        self._follow(before, change, -change if drafted else max(tokens - took, -OUTLIER), drafted is not None)
-        self._lost -= FORGIVEN * tokens
-        if drafted:
-            self._lost = max(self._lost + min(took - tokens, OUTLIER), -ANSWER_GAIN)
-        trees = known.trees[drafted is not None]
-        if nodes > 1:
-            trees.add(choice.tree.expected_length - 1.0, tokens - 1.0)
-        elif unverified:  # or what was wrong once would never be tried again
-            trees.forget((TRIAL_FADING if plan.trial else FADING) * trees.visits)
+        draft_ms = pace.learn_draft(predicted, round.draft_ms)
         predicted_ms = self.costs.target.at(context, nodes) + paths_ms + switch_ms
         pace.learn_target(context, nodes, predicted_ms, verify_ms, changed=changed)
-        if known.credit is not None:
-            loss = plan.otherwise / plain - (known.price * tokens - took) if plan.trial else 0.0
-            known.credit = min(known.credit + TRIAL_SHARE * took - max(loss, 0.0), TRIAL_ROUNDS)
-        if drafted is None:
-            known.rested += 1
-        else:
-            self._learn_draft(drafted, round.tokens)
-            known.rested, took = 0, took - pace.backlog_ms(context, plan.unread) / plain
-            # A trial tells what drafts are worth, also where the change alone kept its tree from being verified.
-            known.drafted.add((plan.trial and missed) or Outcome(tokens, took))
-            known.long_run.add(missed or Outcome(tokens, took - changed * pace.switch_ms / plain))
-        known.judge_long_run()
 
-    def _missed(self, round: Round, offered: DraftTree, predicted: float) -> Outcome:
-        """What the round would have been, had its draft been verified."""
-        plan, worth, pace = round.plan, round.choice.worth, self.pace
+        plain = pace.target_ms(context, 1)
+        took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain
+        known.price.add(took / tokens, tokens)
+        known.budget.add(took, max(tokens - took, -OUTLIER) if drafted or nodes > 1 else -change)
+        if nodes > 1 and (expected := choice.tree.expected_length - 1.0) > 0:
+            known.trees[drafted].add((tokens - 1.0) / expected, expected)
+        if round.drafted is not None:
+            self._learn_draft(round.drafted, round.tokens)
+            backlog = pace.backlog_ms(context, plan.unread) / plain
+            gave, steps = missed or (tokens, took - backlog)
+            known.tokens.add(gave)
+            known.steps.add(steps)
+
+    def _levels(self, round: Round) -> float:
+        """Ms that the levels of the round's tree take by the measured costs."""
+        return sum(self.costs.draft.at(round.plan.context, rows) for rows in round.growth.rows) if round.growth else 0.0
+
+    def _missed(self, round: Round, offered: DraftTree) -> tuple[float, float]:
+        """Tokens and plain steps of the round, had its draft been verified: it was not tried."""
+        context, worth, pace = round.plan.context, round.choice.worth, self.pace
         best = max((width for width in worth if width > 1), key=worth.__getitem__)
-        verify = pace.verify_ms(plan.context, offered, best)
-        took = verify + pace.draft_ms(plan.context, 1) + pace.draft_pace * predicted
-        return Outcome((worth[best] + verify) / self._price(plan), took / pace.target_ms(plan.context, 1))
+        verify = pace.verify_ms(context, offered, best)
+        took = verify + pace.draft_ms(context, 1) + pace.draft_pace * self._levels(round)
+        return (worth[best] + verify) / self._price(round.plan), took / pace.target_ms(context, 1)
 
     def _learn_draft(self, tree: DraftTree, tokens: Sequence[int]) -> None:
         """Compare the drafter's own tree with the tokens that came after its root."""
-        node = 0
+        node, known = 0, self._known
         probabilities = np.exp(tree.logprobs.astype(np.float64))
         for depth, token in enumerate(tokens, 1):
             children = np.flatnonzero(tree.parents == node)
@@ -282,34 +240,16 @@ class Scheduler:
             claims = probabilities[children] / probabilities[node]
             best = children[int(np.argmax(claims))]
             child = tree.child(node, token)
-            first, others = self._known.correction(depth)
-            expected = float(claims.max()), float(claims.sum() - claims.max())
-            right = child == best, child is not None and child != best
-            for correction, claim, hit in zip((first, others), expected, right, strict=True):
-                correction.add(min(claim / correction.factor, 1.0), hit)
+            for kind, claim, hit in (
+                (known.first, float(claims.max()), child == best),
+                (known.others, float(claims.sum() - claims.max()), child is not None and child != best),
+            ):
+                claimed = min(claim / known.factor(kind, depth), 1.0)  # before it was corrected
+                if claimed > 0:
+                    kind.setdefault(depth, Estimate(1.0, PRIOR)).add(hit / claimed, claimed)
             if child is None:
                 return
             node = child
-
-    def _follow(self, before: int, change: float, gain: float, drafted: bool) -> None:
-        """Count what a leap for repeats gains, from plain decoding to trees and back, all in plain steps.
-
-        before: width of the last pass, 0 at the start of an answer, where plain decoding has to change as well.
-        change: what this round's took.  gain: of the round; of a drafted one no more than that is the leap's doing.
-        """
-        if self._leap is None and self._leaps(before, self._width, drafted):
-            self._leap = 0.0 if before else change
-        if self._leap is not None and (not drafted or self._width == 1):
-            self._leap += gain
-        if self._width == 1:
-            self._land()
-            self._known.ease()
-
-    def _land(self) -> None:
-        """A leap is over, where there was one."""
-        if self._leap is not None:
-            self._known.judge_leap(self._leap)
-        self._leap = None
 
 
 def widths(costs: Costs, context: int) -> tuple[int, ...]:

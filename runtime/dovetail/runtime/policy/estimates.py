@@ -1,148 +1,121 @@
-"""What a scheduler has learned of drafts and of repeats: running means, and records of what came true.
+"""What a policy learns: running means that begin at a prior, and a budget for rounds that may lose.
 
 Times are kept in plain steps, not in milliseconds: they stay true when the machine gets busy, or the context longer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-MEMORY = 40.0  # rounds after which an average has mostly forgotten
-PRICE_MEMORY = 300.0  # the same for the price of a token, which is to be that of the long run
-EVIDENCE = 30.0  # visits that the correction of a depth remembers
-PRIOR = 3.0  # visits that the drafter's own word counts for
-LONG_RUN = 60.0  # drafted rounds after which the long run tells whether drafting pays
-LONG_LOSS = 0.06  # of a plain step that a drafted round may lose in the long run
-LONG_AGAIN = 40.0  # rounds that the long run remembers while drafting is left
-MOST_CAUTION = 6.0  # plain steps
-EASING = 0.003  # plain steps of caution that a plain round takes away
+from dovetail.runtime.errors import InputError
 
-
-@dataclass
-class Average:
-    """A running mean that starts with the first value and then remembers about `memory` of them."""
-
-    value: float = 0.0
-    count: float = 0.0
-    memory: float = MEMORY
-
-    def add(self, value: float) -> None:
-        self.count = min(self.count + 1.0, self.memory)
-        self.value += (value - self.value) / self.count
+MAX_SLOWDOWN = 0.01
+HALF_LIFE = 20.0
+SLOW_HALF_LIFE = 200.0
+PRIOR = 3.0
+CHILDREN = 0.7
+RESERVE = 20.0
+START = 3.0
+T0 = 2.0
+S0 = 1.5
 
 
 @dataclass
-class Correction:
-    """What was expected and what came, of one kind, and what a further expectation of that kind is worth."""
+class Estimate:
+    """A weighted mean that begins at `prior`, which counts for `weight` observations.
 
-    expected: float = 0.0
-    right: float = 0.0
-    visits: float = 0.0
+    half_life: calls of `fade` after which an observation counts half, so that a doubt is forgotten.
+    """
 
-    def add(self, expected: float, right: float) -> None:
-        self.forget(EVIDENCE - 1.0)
-        self.expected, self.right, self.visits = self.expected + expected, self.right + right, self.visits + 1.0
-
-    def forget(self, visits: float) -> None:
-        """Remember no more than so many."""
-        if self.visits > visits:
-            share = visits / self.visits
-            self.expected, self.right, self.visits = share * self.expected, share * self.right, visits
-
-    def recalled(self, visits: float) -> Correction:
-        """A copy that remembers no more than so many."""
-        copy = replace(self)
-        copy.forget(visits)
-        return copy
+    prior: float
+    weight: float
+    half_life: float = field(default_factory=lambda: HALF_LIFE)
+    _sum: float = 0.0
+    _seen: float = 0.0
 
     @property
-    def factor(self) -> float:
-        """What a probability of this kind, as it was before, is multiplied with."""
-        return (self.right + PRIOR) / (self.expected + PRIOR)
+    def value(self) -> float:
+        """The mean."""
+        return (self.prior * self.weight + self._sum) / (self.weight + self._seen)
 
+    def add(self, value: float, weight: float = 1.0) -> None:
+        """An observation."""
+        self._sum += value * weight
+        self._seen += weight
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a round gives and takes.  steps: time, in plain steps."""
-
-    tokens: float
-    steps: float
+    def fade(self) -> None:
+        """Time has passed."""
+        share = 0.5 ** (1.0 / self.half_life)
+        self._sum *= share
+        self._seen *= share
 
 
 @dataclass
-class Record:
-    """What rounds gave and took, of which about `memory` are remembered."""
+class Budget:
+    """Plain steps that rounds may lose against plain decoding: a conservative bandit.
 
-    memory: float = MEMORY
-    tokens: Average = field(init=False)
-    steps: Average = field(init=False)
+    share: of the time of every round, which is added.  balance: what is left, at most RESERVE.
+    Source: Wu, Shariff, Lattimore, Szepesvari, Conservative Bandits, ICML 2016.
+    """
 
-    def __post_init__(self) -> None:
-        self.tokens, self.steps = Average(memory=self.memory), Average(memory=self.memory)
+    share: float
+    balance: float = field(default_factory=lambda: START)
 
-    @property
-    def count(self) -> float:
-        return self.tokens.count
+    def covers(self, loss: float) -> bool:
+        """Whether a round may lose so much."""
+        return loss <= self.balance
 
-    def add(self, each: Outcome) -> None:
-        self.tokens.add(each.tokens)
-        self.steps.add(each.steps)
-
-    def forget(self, rounds: float) -> None:
-        """Remember no more than so many."""
-        self.tokens.count = self.steps.count = min(self.count, rounds)
-
-    def worth(self, price: float) -> float:
-        """Of such a round, in plain steps, where a token is worth `price` of them."""
-        return price * self.tokens.value - self.steps.value
+    def add(self, steps: float, gain: float) -> None:
+        """A round took `steps`, and gained so much over plain decoding."""
+        self.balance = min(self.balance + self.share * steps + gain, RESERVE)
 
 
 @dataclass
 class Experience:
     """What answers of one kind, greedy or sampled, have taught: drafts come true less often where tokens are drawn.
 
-    rounds: all of them, for the price of a token.  drafted: drafted ones, lately; rested: rounds since the last.
-    long_run: more of those, without changes of width, and as they would have been where nothing was verified.
-    left: the long run has shown that drafting does not pay.  credit: plain steps that trials may lose, None before one.
-    corrections: by depth, of a node's best child, and of the others: a drafter may be too sure of the one and right in
-    sum.  trees: of whole trees, without the drafter's part and with it: the best of many are not as good as each is
-    believed.  children: depth -> share of its nodes that their children take.
-    caution: plain steps that repeats must promise beyond the change of width before plain decoding is left for them.
+    price: plain steps that a token takes.  tokens, steps: of drafted rounds.
+    first, others: by depth, how often a node's best child is right, and the others, over what the drafter claims.
+    trees: tokens that trees give over those expected, without the drafter's part and with it: the best of many are not
+    as good as each is believed.  children: depth -> share of its nodes that their children take.
     """
 
-    rounds: Record = field(default_factory=lambda: Record(PRICE_MEMORY))
-    drafted: Record = field(default_factory=Record)
-    rested: int = 0
-    long_run: Record = field(default_factory=lambda: Record(PRICE_MEMORY))
-    left: bool = False
-    credit: float | None = None
-    corrections: dict[int, tuple[Correction, Correction]] = field(default_factory=dict)
-    trees: tuple[Correction, Correction] = field(default_factory=lambda: (Correction(), Correction()))
-    children: dict[int, Average] = field(default_factory=dict)
-    caution: float = 0.0
-
-    def correction(self, depth: int) -> tuple[Correction, Correction]:
-        return self.corrections.setdefault(depth, (Correction(), Correction()))
+    budget: Budget
+    price: Estimate = field(default_factory=lambda: Estimate(1.0, 1.0, SLOW_HALF_LIFE))
+    tokens: Estimate = field(default_factory=lambda: Estimate(T0, PRIOR))
+    steps: Estimate = field(default_factory=lambda: Estimate(S0, PRIOR))
+    first: dict[int, Estimate] = field(default_factory=dict)
+    others: dict[int, Estimate] = field(default_factory=dict)
+    trees: tuple[Estimate, Estimate] = field(
+        default_factory=lambda: (Estimate(1.0, PRIOR, SLOW_HALF_LIFE), Estimate(1.0, PRIOR))
+    )
+    children: dict[int, Estimate] = field(default_factory=dict)
 
     @property
-    def price(self) -> float:
+    def price_of_token(self) -> float:
         """Plain steps that a token is worth: what it has lately taken, at most one."""
-        return min(1.0, self.rounds.steps.value / self.rounds.tokens.value) if self.rounds.count else 1.0
+        return min(1.0, self.price.value)
 
-    def judge_leap(self, gain: float) -> None:
-        """From plain decoding to trees of repeats and back has gained so many plain steps; what it lost is asked for.
+    def factor(self, kind: dict[int, Estimate], depth: int) -> float:
+        """What a probability at `depth` is multiplied with.  kind: `first` or `others`."""
+        return kind[depth].value if depth in kind else 1.0
 
-        Each repeat may seem to pay: those that seem to most are those that are believed in too much.
-        """
-        self.caution = min(max(self.caution - gain, 0.0), MOST_CAUTION)
+    def share(self, depth: int) -> float:
+        """Of the probability of nodes at `depth`, what their children take."""
+        return self.children[depth].value if depth in self.children else CHILDREN
 
-    def ease(self) -> None:
-        """A plain round has passed: what was wrong once may be right now."""
-        self.caution = max(self.caution - EASING, 0.0)
+    def fade(self, *, repeats: bool) -> None:
+        """A round has passed.  repeats: with repeated text, and without a draft."""
+        for each in (self.price, self.tokens, self.steps, self.trees[True]):
+            each.fade()
+        for found in (self.first, self.others, self.children):
+            for each in found.values():
+                each.fade()
+        if repeats:
+            self.trees[False].fade()
 
-    def judge_long_run(self) -> None:
-        """Leave drafting where it has not paid, or come back."""
-        if self.left or self.long_run.count >= LONG_RUN:
-            self.left = self.long_run.worth(self.price) < self.price - 1.0 - LONG_LOSS
-        if self.left:
-            self.long_run.forget(LONG_AGAIN)
+
+def check_slowdown(share: float) -> None:
+    """Raises InputError for a share of time that is none."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise InputError(f"max_slowdown {share!r} is out of range: give a share from 0 to 1, e.g. 0.01")

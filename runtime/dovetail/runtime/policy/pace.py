@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import Average
+from dovetail.runtime.policy.estimates import Estimate
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 STALL = 10.0  # times its average that one call moves the drafter's pace by at most
@@ -17,9 +17,9 @@ class Pace:
     """Predicted milliseconds after `context` tokens."""
 
     costs: Costs
-    _target: Average = field(default_factory=lambda: Average(1.0))  # real over predicted ms
-    _width: dict[int, Average] = field(default_factory=dict)  # and of one width over that of all
-    _draft: Average = field(default_factory=lambda: Average(1.0))
+    _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.1))  # real over predicted ms
+    _width: dict[int, Estimate] = field(default_factory=dict)  # and of one width over that of all
+    _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.1))
 
     def target_ms(self, context: int, width: int) -> float:
         """A pass of the target, after one of the same width."""
@@ -58,6 +58,7 @@ class Pace:
         if not predicted:
             return draft_ms
         # A machine that slept must not make drafting too slow ever to be tried again.
+        self._draft.fade()
         self._draft.add(min(draft_ms / predicted, STALL * self._draft.value))
         return min(draft_ms, OUTLIER * predicted * self._draft.value)
 
@@ -70,8 +71,10 @@ class Pace:
 
     def learn_target(self, context: int, width: int, predicted: float, verify_ms: float, *, changed: bool) -> None:
         """A pass of `width` nodes took `verify_ms`.  predicted: by the measured costs.  changed: of another width."""
-        alone = self._width.setdefault(width, Average(1.0, 4.0))
+        alone = self._width.setdefault(width, Estimate(1.0, 4.0))
         ratio = verify_ms / predicted
-        if not changed and self._target.count:
+        if not changed:
+            alone.fade()
             alone.add(ratio / self._target.value)
+        self._target.fade()
         self._target.add(ratio / alone.value)
