@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import CHILDREN, MAX_SLOWDOWN, PRIOR, Budget, Estimate, Experience
+from dovetail.runtime.policy.estimates import CHILDREN, MAX_SLOWDOWN, PRIOR, START, Budget, Estimate, Experience
 from dovetail.runtime.policy.pace import OUTLIER, Pace
 from dovetail.runtime.policy.policy import Choice, Plan, Round
 from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
@@ -81,7 +81,7 @@ class Scheduler:
         known, pace = self._known, self.pace
         plain = pace.target_ms(context, 1)
         gain = known.price_of_token * known.tokens.value - known.steps.value - self._otherwise(plan, repeats) / plain
-        at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain < 0.0 else 0.0
+        at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -START
         return replace(plan, draft=gain >= -MARGIN and known.budget.covers(at_risk))
 
     def _widths(self, context: int, most: int) -> tuple[int, ...]:

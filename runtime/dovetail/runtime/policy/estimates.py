@@ -14,10 +14,9 @@ HALF_LIFE = 20.0
 SLOW_HALF_LIFE = 200.0
 PRIOR = 3.0
 CHILDREN = 0.7
-RESERVE = 20.0
+RESERVE = 10.0
 START = 3.0
-T0 = 2.0
-S0 = 1.5
+UNSEEN = 1.5
 
 
 @dataclass
@@ -82,8 +81,8 @@ class Experience:
 
     budget: Budget
     price: Estimate = field(default_factory=lambda: Estimate(1.0, 1.0, SLOW_HALF_LIFE))
-    tokens: Estimate = field(default_factory=lambda: Estimate(T0, PRIOR))
-    steps: Estimate = field(default_factory=lambda: Estimate(S0, PRIOR))
+    tokens: Estimate = field(default_factory=lambda: Estimate(UNSEEN, PRIOR))
+    steps: Estimate = field(default_factory=lambda: Estimate(UNSEEN, PRIOR))
     first: dict[int, Estimate] = field(default_factory=dict)
     others: dict[int, Estimate] = field(default_factory=dict)
     trees: tuple[Estimate, Estimate] = field(
