@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +14,11 @@ from numpy.typing import NDArray
 from dovetail.runtime.drafter.session import DraftNoise
 from dovetail.runtime.loop.generate import Conversation, Request, decode
 from dovetail.runtime.loop.metrics import Meter
-from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDE, WIDTHS, Scheduler, widths
+from dovetail.runtime.policy import choose, estimates, pace, policy
+from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDTHS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.policy.estimates import START
+from dovetail.runtime.policy.pace import OUTLIER
 from dovetail.runtime.policy.policy import Choice, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
@@ -169,7 +173,7 @@ def test_no_constant_tree_is_much_better(noise: float) -> None:
     for width, depth in ((1, 0), (3, 2), (4, 3), (6, 4), (8, 3), (10, 5), (16, 6), (24, 8)):
         limits = TreeLimits(width=width, depth=depth, top_k=3, lookup=0)
         fixed.append(answer("copy", true, noise=noise, limits=limits, scheduler=everything())[0].now)
-    assert answer("copy", true, noise=noise)[0].now < 1.05 * min(fixed)
+    assert answer("copy", true, noise=noise)[0].now < 1.06 * min(fixed)
 
 
 @pytest.mark.parametrize("noise", [3.0, 4.0, 6.0])
@@ -230,11 +234,6 @@ def test_few_widths_are_taken_where_changes_are_dear() -> None:
     for switch_ms, dear in ((0.0, False), (1.9, False), (2.1, True), (8.0, True)):  # a plain step takes 20 ms
         taken = {*answer("copy", costs(switch_ms=switch_ms), noise=1.0)[0].nodes}
         assert taken <= {*WIDTHS} and (taken <= {*FEW_WIDTHS}) == dear
-
-
-@pytest.mark.parametrize(("node_ms", "wide"), [(0.1, True), (0.4, True), (0.45, False), (2.0, False)])
-def test_a_wide_tree_is_one_of_the_few_where_its_nodes_are_cheap(node_ms: float, wide: bool) -> None:
-    assert widths(costs(switch_ms=8.0, node_ms=node_ms), 100) == (*FEW_WIDTHS, *[WIDE] * wide)
 
 
 def test_where_there_is_no_room_for_a_tree_nothing_is_drafted() -> None:
@@ -356,6 +355,51 @@ def test_repeats_are_left_while_they_do_not_come_true_and_found_out_when_they_do
 
     assert widths_of(100, [9])[20:].count(4) < 8
     assert widths_of(50, [2, 3, 4, 5])[-10:] == [4] * 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("kind", ["hostile", "copy"])
+def test_drafts_lose_no_more_than_their_budget(kind: str, share: float) -> None:
+    """Of 3,000 tokens in ten answers: the share of the time, the first allowance, and a round that goes beyond it."""
+    true = costs(12.0, 0.9, 5.0, switch_ms=8.4)
+    scheduler, seconds = Scheduler(true, max_slowdown=share), 0.0
+    for _ in range(10):
+        seconds += answer(kind, true, tokens=300, noise=4.0, scheduler=scheduler)[0].now
+    lost = seconds / plain_seconds(true, 3000) - 1
+    assert lost < share + (2 * START + OUTLIER) / 3000 + 0.001
+
+
+def test_questions_change_nothing() -> None:
+    """Each public question is asked twice at many points of an answer; what was learned stays as it was."""
+    asked = 0
+
+    class Curious(Scheduler):
+        def learn(self, round: Round) -> None:
+            nonlocal asked
+            before, plan = deepcopy(self), round.plan
+            offered = round.choice.offered
+            assert offered is not None
+            for question in (
+                lambda: self.widest(plan.context, 12),
+                lambda: self.plan(plan.context, 12, offered, plan.unread),
+                lambda: self.believe(plan, 1, np.log(np.array([[0.6, 0.3]], np.float32))).tolist(),
+                lambda: self.worth_expanding(plan, 1, (-0.5, -1.0)),
+                lambda: (lambda choice: (choice.width, choice.worth, choice.regret))(self.choose(plan, offered)),
+            ):
+                assert question() == question()
+                asked += 1
+            assert self == before
+            super().learn(round)
+
+    true = costs(switch_ms=8.0)
+    answer("copy", true, noise=2.0, scheduler=Curious(true), tokens=150)
+    assert asked > 100
+
+
+def test_the_policy_has_at_most_twelve_constants() -> None:
+    named = [name for module in (choose, estimates, pace, policy) for name in vars(module) if name.isupper()]
+    own = {name for name in named if name not in ("TYPE_CHECKING",)}
+    assert len(own) <= 12, sorted(own)
 
 
 PROMISE = tuple(float(np.log(0.7) + i * np.log(0.85)) for i in range(10))

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 
 from dovetail.runtime.errors import InputError
 
-MAX_SLOWDOWN = 0.01
-HALF_LIFE = 20.0
-SLOW_HALF_LIFE = 200.0
-PRIOR = 3.0
-CHILDREN = 0.7
-RESERVE = 10.0
-START = 3.0
-UNSEEN = 1.5
+MAX_SLOWDOWN = 0.01  # of the time: the user's --max-slowdown
+START = 3.0  # plain steps of the first budget: 2.3% of an answer of 128 tokens
+RESERVE = 10.0  # plain steps that a budget holds at most: the replay
+HALF_LIFE = 20.0  # rounds after which a doubt counts half: the replay
+SLOW_HALF_LIFE = 200.0  # rounds, of the price of a token and of repeats: longer than an answer
+PRIOR = 3.0  # observations that the drafter's own claim counts for: the replay
 
 
 @dataclass
@@ -35,7 +33,8 @@ class Estimate:
     @property
     def value(self) -> float:
         """The mean."""
-        return (self.prior * self.weight + self._sum) / (self.weight + self._seen)
+        weight = self.weight + self._seen
+        return (self.prior * self.weight + self._sum) / weight if weight else self.prior
 
     def add(self, value: float, weight: float = 1.0) -> None:
         """An observation."""
@@ -81,8 +80,8 @@ class Experience:
 
     budget: Budget
     price: Estimate = field(default_factory=lambda: Estimate(1.0, 1.0, SLOW_HALF_LIFE))
-    tokens: Estimate = field(default_factory=lambda: Estimate(UNSEEN, PRIOR))
-    steps: Estimate = field(default_factory=lambda: Estimate(UNSEEN, PRIOR))
+    tokens: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))
+    steps: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))
     first: dict[int, Estimate] = field(default_factory=dict)
     others: dict[int, Estimate] = field(default_factory=dict)
     trees: tuple[Estimate, Estimate] = field(
@@ -101,7 +100,7 @@ class Experience:
 
     def share(self, depth: int) -> float:
         """Of the probability of nodes at `depth`, what their children take."""
-        return self.children[depth].value if depth in self.children else CHILDREN
+        return self.children[depth].value if depth in self.children else 1.0
 
     def fade(self, *, repeats: bool) -> None:
         """A round has passed.  repeats: with repeated text, and without a draft."""

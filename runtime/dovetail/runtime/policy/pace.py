@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import Estimate
+from dovetail.runtime.policy.estimates import PRIOR, Estimate
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-STALL = 10.0  # times its average that one call moves the drafter's pace by at most
-OUTLIER = 2.0  # times what is expected that a call counts as at most
+OUTLIER = 2.0  # times the expected time that a call counts as at most: tests of machines that stall
 
 
 @dataclass
@@ -17,9 +16,9 @@ class Pace:
     """Predicted milliseconds after `context` tokens."""
 
     costs: Costs
-    _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.1))  # real over predicted ms
+    _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))  # real over predicted ms
     _width: dict[int, Estimate] = field(default_factory=dict)  # and of one width over that of all
-    _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.1))
+    _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
     def target_ms(self, context: int, width: int) -> float:
         """A pass of the target, after one of the same width."""
@@ -59,7 +58,7 @@ class Pace:
             return draft_ms
         # A machine that slept must not make drafting too slow ever to be tried again.
         self._draft.fade()
-        self._draft.add(min(draft_ms / predicted, STALL * self._draft.value))
+        self._draft.add(min(draft_ms / predicted, OUTLIER * self._draft.value))
         return min(draft_ms, OUTLIER * predicted * self._draft.value)
 
     def credible(self, context: int, width: int, paths_ms: float, switch_ms: float, verify_ms: float) -> float:
@@ -71,7 +70,7 @@ class Pace:
 
     def learn_target(self, context: int, width: int, predicted: float, verify_ms: float, *, changed: bool) -> None:
         """A pass of `width` nodes took `verify_ms`.  predicted: by the measured costs.  changed: of another width."""
-        alone = self._width.setdefault(width, Estimate(1.0, 4.0))
+        alone = self._width.setdefault(width, Estimate(1.0, PRIOR))
         ratio = verify_ms / predicted
         if not changed:
             alone.fade()
