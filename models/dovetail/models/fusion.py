@@ -1,7 +1,7 @@
-"""How the target's feature and the next token's embedding become the drafter's input.
+"""Fusions: each makes the drafter's input from the target's feature and a token's embedding.
 
-Axes: B batch, T positions, H hidden = feature size.  f: feature [B, T, H], e: embedding [B, T, H].
-A fusion is an nn.Module with `forward(f, e) -> [B, T, H]`; `FUSIONS` names the members of the seam.
+Axes: B batch, T positions, H hidden = feature size. f: feature [B, T, H], e: embedding [B, T, H].
+A fusion is an nn.Module with `forward(f, e) -> [B, T, H]`. `FUSIONS` lists the fusions by name.
 """
 
 from __future__ import annotations
@@ -10,27 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 so that a float16 graph stays safe."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size], any float dtype, kept."""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
+from dovetail.models.layers import RMSNorm
 
 
 class DynamicGatingFusion(nn.Module):
     """Dynamic gating fusion (Dovetail, arXiv 2412.18934, section 3.2).
 
     h1 = f W1, h2 = SiLU(RMSNorm(e) W2), z = sigmoid([h1; h2] Wz), out = z h1 + (1 - z) h2.
-    No biases, Xavier initialisation; weights are nn.Linear's (out, in), the paper's files store (in, out).
+    No layer has a bias, and Xavier initialisation fills every matrix. nn.Linear stores a matrix as
+    (out, in); the paper's files store (in, out).
     """
 
     def __init__(self, size: int, eps: float):
@@ -51,7 +39,7 @@ class DynamicGatingFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """EAGLE's fusion: one linear layer over [e; f] (arXiv 2401.15077), for ablation and import."""
+    """EAGLE's fusion (arXiv 2401.15077) for ablation and import: one linear layer over [e; f]."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -65,17 +53,19 @@ class ConcatFusion(nn.Module):
 
 
 class LayerMix(nn.Module):
-    """The feature that a fusion reads, from the outputs of L target blocks and the last feature.
+    """Mixes the outputs of L target blocks into the last feature; a fusion reads the sum.
 
-    f = last + P [rms(l1); ...; rms(lL)], P zero at first: a drafter starts out as one of the last feature alone,
-    and the sum stays in the space of the drafter's own outputs, which take its place after the first step.
-    The runtime adds it inside the target's graph.  Which blocks: EAGLE-3 (arXiv 2503.01840).
+    f = last + P [rms(l1); ...; rms(lL)]. P starts at zero, so an untrained mix returns the last
+    feature. f stays in the space of the drafter's own outputs, which replace f after the first
+    step. The runtime computes the mix inside the target's graph.
+    Source of the choice of blocks: EAGLE-3 (arXiv 2503.01840).
     """
 
-    def __init__(self, size: int, layers: int, eps: float):
+    def __init__(self, size: int, layers: tuple[int, ...], eps: float):
+        """layers: L blocks of the target, 0 the first."""
         super().__init__()
-        self.size, self.eps = size, eps
-        self.proj = nn.Linear(layers * size, size, bias=False)
+        self.size, self.layers, self.eps = size, layers, eps
+        self.proj = nn.Linear(len(layers) * size, size, bias=False)
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
     "--checkpoint",
     required=True,
     metavar="DIR|NAME",
-    help="Folder of a trained drafter (config.json and drafter.safetensors), or one that ships: "
-    + ", ".join(sorted(REFERENCE_PAIRS))
-    + ".",
+    help="Folder of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
 )
 @click.option(
     "--vram", metavar="SIZE", help="GPU memory that the drafter is to keep to, e.g. 3GB.  [default: no limit]"
@@ -42,4 +40,4 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
         manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
     facts = manifest.drafter
     assert facts is not None  # add_drafter's promise
-    click.echo(f"{pair}: {facts.fusion} drafter, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")
+    click.echo(f"{pair}: {manifest.drafter_kind}, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")

@@ -93,7 +93,7 @@ class _Bars:
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="Most GB for features.")
 @click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Go on from this.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
-@click.option("--fusion", type=click.Choice(FUSIONS), default="dgf", show_default=True)
+@click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
 @click.option(
     "--feature-layers/--last-feature",
     default=True,
