@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dovetail.exporter.cli.main import main
+from dovetail.exporter.drafter import shrink
 from dovetail.exporter.drafter.export import load_drafter
 from dovetail.exporter.pairs.check import check_pair_folder
 from dovetail.exporter.train.plan import TrainPlan
@@ -34,7 +35,7 @@ from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_pair
 from dovetail.runtime.errors import SourceError, TrainError
 from dovetail.runtime.pair.manifest import read_manifest
 
-SIZES = {"width": 32, "vocabulary": 264, "draft": 48, "heads": 2, "head": 16, "theta": 500.0}
+SIZES = {"width": 32, "vocabulary": 263, "draft": 48, "heads": 2, "head": 16, "theta": 500.0}
 TREE = TreeLimits(width=8, depth=4, top_k=3, lookup=0)
 
 
@@ -162,13 +163,16 @@ def test_a_fitted_copy_is_the_same_over_what_it_keeps(pair: Path, checkpoint: Pa
     kept = torch.arange(48) % 3 > 0
     small = whole.narrowed(kept)
     assert small.shape.draft_vocab_size == 32 and small.d2t.equal(whole.d2t[kept])
-    f, tokens = torch.randn(1, 5, 32), torch.randint(0, 264, (1, 5))
+    f, tokens = torch.randn(1, 5, 32), torch.randint(0, 263, (1, 5))
     with torch.no_grad():
         torch.testing.assert_close(small.logits(small(f, tokens)), whole.logits(whole(f, tokens))[..., kept])
     assert whole.shape.draft_vocab_size == 48 and len(whole.head) == 48
 
 
-def test_the_command_fits_it_to_a_limit(pair: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_fits_it_to_a_limit(
+    pair: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shrink, "LEAST_VOCABULARY", 16)
     copy = shutil.copytree(pair, tmp_path / "pair")
     facts, weights = read_manifest(copy).drafter, plan_pair(read_manifest(copy)).weights
     assert facts is not None
