@@ -129,7 +129,8 @@ def _drafter_line(drafter: dict[str, Any]) -> str:
     devices = ", ".join(device for device in DEVICES if device in drafter["files"])
     layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
     told = "" if drafter["noise"] else ", drafts sampled answers less well than it could: export it again"
-    return (f"{drafter['kind']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
+    kind = f"{drafter['kind']}, " if drafter["kind"] else ""
+    return (f"{kind}{drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
             f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
 
 

@@ -140,11 +140,11 @@ class Manifest:
                 raise ManifestError(f"files: {str(path)!r} lies outside the pair: export the pair again")
 
     @property
-    def drafter_kind(self) -> str:
-        """The drafter, as the format of its checkpoint describes it; "drafter" in older manifests."""
+    def drafter_kind(self) -> str | None:
+        """The drafter, as the format of its checkpoint describes it; None in older manifests."""
         record = self.provenance.get("drafter")
         kind = record.get("description") if isinstance(record, dict) else None
-        return kind if isinstance(kind, str) else "drafter"
+        return kind if isinstance(kind, str) else None
 
     def drafter_files(self, device: str) -> list[FileEntry]:
         """The drafter's graph for `device`, which it must have, and its weights where they lie beside it."""
