@@ -162,8 +162,8 @@ def test_kill_at_any_time_leaves_no_half_pair(plain_ir: Path, tmp_path: Path) ->
 def test_interrupt_exits_130_and_leaves_nothing(plain_ir: Path, tmp_path: Path) -> None:
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell ignores it
-        "import time; from dovetail.exporter import target; from dovetail.exporter.cli.main import main; import sys\n"
-        "target.save_ir = lambda model, xml: (xml.write_text('half'), print('writing', flush=True), time.sleep(30))\n"
+        "import sys, time; from dovetail.exporter.cli.main import main; from dovetail.exporter.target import export\n"
+        "export.save_ir = lambda model, xml: (xml.write_text('half'), print('writing', flush=True), time.sleep(30))\n"
         f"sys.exit(main(['target', {str(plain_ir)!r}, {str(tmp_path / 'pair')!r}]))"
     )
     process = subprocess.Popen(
