@@ -94,7 +94,7 @@ class _Bars:
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
 @click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base checkpoint.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
-@click.option("--fusion", type=click.Choice(FUSIONS), default="dgf", show_default=True)
+@click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
 @click.option(
     "--feature-layers/--last-feature",
     default=True,

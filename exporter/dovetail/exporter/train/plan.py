@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dovetail.models.config import DEFAULT_FUSION
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.system.bounds import CONTEXT_MOST, LARGEST, SEED_MOST, check_number, check_whole
 
@@ -83,7 +84,7 @@ class TrainPlan:
     minutes: float | None = None
     disk_gb: float = 20.0
     draft_vocab: int = 8192
-    fusion: str = "dgf"
+    fusion: str = DEFAULT_FUSION
     feature_layers: bool = True
     blocks: int = 1
     init: Path | None = None
