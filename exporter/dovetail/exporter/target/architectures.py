@@ -1,8 +1,8 @@
 """Which architectures can become a target, decided from the configuration alone, before any weight is read.
 
 Three questions: does each layer keep keys and values and nothing else, does optimum-intel export the architecture,
-and does it do so with the installed transformers.  docs/families.md lists the answers; the tests of families hold both
-to optimum-intel's own export classes.
+and does it do so with the installed transformers.  docs/reference/families.md lists the answers; the tests of families
+hold both to optimum-intel's own export classes.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
     if (versions := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a decoder of text: "
-            "docs/families.md lists the architectures that can be exported"
+            "docs/reference/families.md lists the architectures that can be exported"
         )
     installed = transformers or _installed()
     if installed and installed not in versions:
         here = f"pip install transformers=={versions.newest}"
-        apart = f"dovetail-export environment FOLDER --for {kind} (docs/families.md)"
+        apart = f"dovetail-export environment FOLDER --for {kind} (docs/reference/families.md)"
         raise SourceError(
             f"{location} ({kind}) needs transformers {versions}, and {installed} is installed: "
             f"{here if versions.newest in DOVETAIL_RUNS_WITH else apart}"

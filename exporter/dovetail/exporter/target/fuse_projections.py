@@ -1,7 +1,7 @@
 """Fused projections: quantised layers that read the same input (query, key and value; gate and up) become one.
 
 Every layer quantises its input anew and waits for all threads, whatever its size; with narrow models that is
-a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/speed.md).
+a good part of a pass.  A row of a weight has its own scales, so the sums stay the same (docs/results/passes.md).
 
 Axes: N rows (outputs) of a layer, K columns (inputs).
 """

@@ -26,7 +26,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 
 _KEPT = 12  # positions whose noise is kept: a tree's levels ask for it before the target does
 # Of the noise, what a drafter adds to its own logits.  Where the target is surer than the drafter thinks, its token
-# does not hang on the noise, and the drafter's best is the better guess (docs/speed.md, Sampled answers).
+# does not hang on the noise, and the drafter's best is the better guess (docs/results/sampling.md).
 TRUST = 0.6
 _HOTTEST = 1e4  # temperature of a drafter's noise: beyond, its logits count for nothing anyway
 

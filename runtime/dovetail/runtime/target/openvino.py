@@ -26,7 +26,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 # OpenVINO prepares every size of a pass, and keeps what it prepared: prompts come in few.
 _SMALL_PROMPTS = (2, 4, 8)
-_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/speed.md)
+_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # then multiples of 8, and of 16 beyond 64 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # beside those of a full context: a tree's paths end in blocks of their own
 
 

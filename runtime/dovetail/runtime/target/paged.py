@@ -37,7 +37,8 @@ _ROWS_PER_PAGE = 8  # rows of up to 256 16-bit words that one page of 4 KiB hold
 REQUIRED = {"KV_CACHE_PRECISION": "f16"}
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
 # Between INT8 weights bfloat16 only adds conversions: with float32 passes are quicker, and more exact, which pays for
-# activations quantised in groups of 64 in place of OpenVINO's 32 (docs/speed.md; other weights were not measured).
+# activations quantised in groups of 64 in place of OpenVINO's 32 (docs/results/passes.md; other weights were not
+# measured).
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 
