@@ -49,7 +49,7 @@ options: $(READY)
 # In an environment of its own: the site needs nothing of Dovetail's, and the lock nothing of the site's.
 site:
 	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
-	$(SITE)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import shlex, tomllib; print(shlex.join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
+	$(SITE)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	$(SITE)/bin/python docs/make_site.py
 
 # The lock is complete, hence --no-deps. A CUDA build of torch needs libraries that a CPU build, which the lock was made
