@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dovetail.exporter.train.plan import OPTIMIZERS, FitOptions, TrainPlan
-from dovetail.runtime.pair.manifest import FUSIONS
+from dovetail.models.config import FUSIONS
 
 LINE_SECONDS = 10.0
 
