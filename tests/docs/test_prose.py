@@ -1,8 +1,9 @@
 """The documents: sentences that a newcomer can read, links that lead somewhere, options that are the commands'.
 
-Sentences: README.md, CONTRIBUTING.md and docs/**/*.md; docs/reference/options.md is generated and has the help's words.
+Sentences: README.md, CONTRIBUTING.md, docs/**/*.md and the README of tests/bench; docs/reference/options.md is
+generated and has the words of --help.
 Code blocks and tables are no sentences, and may be as wide as they are; so may a line that holds nothing but one link
-or one word too long to break.  Links: these pages, CHANGELOG.md, the README of tests/bench and the drafters' cards.
+or one word too long to break.  Links: these pages, CHANGELOG.md and the drafters' cards.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ROOT / "docs" / "reference" / "options.md"
-PROSE = [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))]
-LINKED = [*PROSE, ROOT / "CHANGELOG.md", ROOT / "tests/bench/README.md", *sorted((ROOT / "models").rglob("README.md"))]
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "bench" / "README.md"]
+PROSE = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*PROSE, ROOT / "CHANGELOG.md", *sorted((ROOT / "models").rglob("README.md"))]
 CODE = [file for room in ("runtime", "exporter", "models", "tests") for file in sorted((ROOT / room).rglob("*.py"))]
 
 MOST_WORDS = 30
