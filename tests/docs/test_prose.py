@@ -8,6 +8,7 @@ or one word too long to break.  Links: these pages, CHANGELOG.md and the drafter
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -138,6 +139,22 @@ def dead_links(text: str, page: Path) -> list[str]:
     return found
 
 
+def strings(source: str) -> Iterator[str]:
+    """Every string of a module, "{}" where an f-string has a value."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def explained(text: str) -> list[list[str]]:
+    """The messages in the last table of the page of errors, each as its pieces around "..."."""
+    table = text.partition("## Some messages")[2]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [quoted.strip("`").split("...") for cell in cells for quoted in re.findall("`[^`]+`", cell)]
+
+
 def load_options() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
     assert spec and spec.loader
@@ -191,6 +208,13 @@ def test_files_that_the_map_names_are_there() -> None:
     for page in (ROOT / "docs" / "architecture.md", *(ROOT / "docs" / "developing").glob("*.md")):
         for path in re.findall(r"`([\w./-]+\.py)`", page.read_text(encoding="utf-8")):
             assert any((home / path).is_file() for home in homes), f"{name(page)}: {path}"
+
+
+def test_messages_that_are_explained_are_said() -> None:
+    said = "\n".join(text for file in CODE if "tests" not in file.parts for text in strings(file.read_text("utf-8")))
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    lost = [pieces for pieces in explained(page) if not re.search(".*".join(map(re.escape, pieces)), said)]
+    assert explained(page) and not lost
 
 
 def test_options_are_those_of_the_commands() -> None:
