@@ -132,7 +132,7 @@ def dead_links(text: str, page: Path) -> list[str]:
             continue
         path, _, anchor = link.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file != page and not file.exists() or not file.is_relative_to(ROOT):
+        if (file != page and not file.exists()) or not file.is_relative_to(ROOT):
             found.append(f"{link}: no such file")
         elif anchor and anchor not in anchors(text if file == page else file.read_text(encoding="utf-8")):
             found.append(f"{link}: no such heading")
