@@ -1,11 +1,14 @@
 # make run     set up, then stream an answer from SmolLM2 (PROMPT="..." asks something else)
 # make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them)
 # make benchmark PROMPTS=FOLDER OUT=FOLDER   measure the README's table anew (PAIR="ONE TWO", BENCH_ARGS="--limit 10")
+# make options   write docs/reference/options.md anew, from the commands
+# make site      the documents as a web site in build/site
 # make lock    resolve requirements.lock anew
 # make clean   remove the environment and every cache
 
 PYTHON ?= python3
 VENV   ?= .venv
+SITE   ?= .venv-docs
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -18,10 +21,10 @@ BENCH_ARGS ?=
 UV_ARGS ?=
 # The release that `make lock` pins: the newest one with a CPU build where the lock is made.
 TORCH ?= 2.13.0
-# The release with which optimum-intel exports the most architectures (docs/families.md).
+# The release with which optimum-intel exports the most architectures (docs/reference/families.md).
 TRANSFORMERS ?= 5.0.0
 
-.PHONY: run test lint types benchmark lock clean
+.PHONY: run test lint types benchmark options site lock clean
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -39,6 +42,15 @@ types: $(READY)
 benchmark: $(READY)
 	@test -n "$(PROMPTS)" -a -n "$(OUT)" || { echo "error: name the folders, make benchmark PROMPTS=... OUT=..." >&2; exit 2; }
 	$(BIN)/python tests/bench/table.py $(PAIR) --prompts "$(PROMPTS)" --out "$(OUT)" $(BENCH_ARGS)
+
+options: $(READY)
+	$(BIN)/python docs/make_options.py
+
+# In an environment of its own: the site needs nothing of Dovetail's, and the lock nothing of the site's.
+site:
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(SITE)/bin/python docs/make_site.py
 
 # The lock is complete, hence --no-deps. A CUDA build of torch needs libraries that a CPU build, which the lock was made
 # with, does not: where pip found such a build, its own dependencies are installed with it.
@@ -58,5 +70,5 @@ lock:
 	mv requirements.new requirements.lock && rm requirements.body
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(SITE) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find exporter models runtime tests -name __pycache__ -type d -prune -exec rm -rf {} +

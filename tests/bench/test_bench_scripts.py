@@ -63,7 +63,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     pair.mkdir()
     tasks.mkdir()
     target = TargetFacts("llama", 16, 16, 32, 2, 4096, "int8", ("norm",), (0,), "0" * 64)
-    drafter = DrafterFacts("dgf", 1, 16, 16, 32, 8, 2, 4, 4, 64, 4096, "0" * 64, {"cpu": "drafter/x.onnx"})
+    drafter = DrafterFacts(1, 16, 16, 32, 8, 2, 4, 4, 64, 4096, "0" * 64, {"cpu": "drafter/x.onnx"})
     write_manifest(pair, Manifest("tiny", target, drafter, {}))
     rows = {"chat": [["One"], ["Two", "Three"], ["Four"]], "sums": [["Five"], ["Six"]]}
     for name, turns in rows.items():

@@ -52,7 +52,7 @@ def make_pair(tmp_path: Path) -> Callable[..., Path]:
             weight_format="int8", taps=("norm",), eos_token_ids=(0,), tokenizer_sha256=DIGEST,
         )  # fmt: skip
         drafter = DrafterFacts(
-            fusion="dgf", blocks=1, hidden_size=16, feature_size=16, target_vocab_size=32, draft_vocab_size=8,
+            blocks=1, hidden_size=16, feature_size=16, target_vocab_size=32, draft_vocab_size=8,
             num_kv_heads=2, head_size=4, top_k=4, tree_slots=64, max_context=2**20, tokenizer_sha256=DIGEST,
             files={"cpu": "drafter/drafter.int8.onnx"},
         )  # fmt: skip

@@ -45,7 +45,7 @@ def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
     facts = json.loads(result.stdout)
     assert facts["digests_ok"] is True
     assert facts["tree"] == asdict(TreeLimits())
-    assert facts["target"]["vocab_size"] == 32 and facts["drafter"]["fusion"] == "dgf"
+    assert facts["target"]["vocab_size"] == 32 and facts["drafter"]["kind"] is None
     # 2 layers, key and value, 2 KV heads of 4, 16 bits, 1,048,576 tokens of context
     assert facts["memory"]["target_kv_mb"] == 2 * 2 * 2 * 4 * 2
     assert set(facts["files"]) == {"target/openvino_model.bin", "target/config.json", "drafter/drafter.int8.onnx"}

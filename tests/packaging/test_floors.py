@@ -23,7 +23,7 @@ FLOORS = {
         ("bench", "doctor"),
         ("cli",),
     ),
-    "models": (("config",), ("fusion",), ("drafter",), ("checkpoint",)),
+    "models": (("config", "layers"), ("fusion",), ("drafter", "checkpoint"), ("formats",)),
     "exporter": (("build",), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
 }
 PACKAGES = ("runtime", "models", "exporter")  # from the ground up, too

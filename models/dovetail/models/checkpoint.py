@@ -1,74 +1,75 @@
-"""A drafter checkpoint: `config.json` and `drafter.safetensors` with only what was trained, and `d2t`.
-
-Embedding and head rows belong to the target and are sliced from it when the drafter is built.
-"""
+"""What the readers of all checkpoint formats share: errors, `config.json`, exact tensors."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from dovetail.models.config import DrafterConfig
-from dovetail.models.drafter import Drafter
-from dovetail.runtime.system.files import check_regular
+from dovetail.runtime.errors import SourceError
+from dovetail.runtime.system.files import check_regular, read_json
 
-WEIGHTS = "drafter.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder is incomplete, unreadable, or its tensors do not fit its config."""
+CONFIG = "config.json"
 
 
-def save_checkpoint(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write config and trained tensors (`dtype`) plus `d2t` (int32); the weights file is replaced atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
-    tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)
-    drafter.config.save(folder)
-    temporary = folder / (WEIGHTS + ".tmp")
-    temporary.write_bytes(save(tensors))  # not save_file: its files are for their owner alone
-    os.replace(temporary, folder / WEIGHTS)
+class CheckpointError(SourceError):
+    """A checkpoint folder is incomplete or unreadable, or its tensors do not fit its config."""
 
 
-def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Drafter:
-    """Build the drafter on the target's rows.  embed_tokens, lm_head: [V, H] float32.
+class UnknownFormat(CheckpointError):
+    """No format that Dovetail knows recognises the folder's `config.json`."""
 
-    Raises CheckpointError when a file is missing or unreadable or any key or shape is left over: weights
-    of another architecture would load and silently draft nonsense.
+
+def unreadable(folder: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint whose files cannot be read."""
+    return CheckpointError(f"cannot read drafter checkpoint {folder}: {error}: copy or download it again")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `config.json`. Raises CheckpointError."""
+    try:
+        config = read_json(folder / CONFIG, ValueError, "correct it")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder / CONFIG} is missing: name the folder of a trained drafter") from None
+    except ValueError as error:
+        raise unreadable(folder, error) from error
+    if not isinstance(config, dict):
+        raise unreadable(folder, ValueError(f"{CONFIG} holds a {type(config).__name__}, not an object"))
+    return config
+
+
+def read_safetensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file. Raises CheckpointError."""
+    try:
+        check_regular(folder / name)
+        return load_file(folder / name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreadable(folder, error) from error
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Load `tensors`, as float32, into the parameters of `module`.
+
+    Raises CheckpointError for any name or shape that is left over on either side: weights of
+    another architecture would load and silently draft nonsense.
     """
-    config, tensors = read_checkpoint(folder)
-    d2t = tensors.pop("d2t").long()
-    if d2t.shape != (config.draft_vocab_size,) or int(d2t.min()) < 0 or int(d2t.max()) >= config.vocab_size:
-        raise CheckpointError(f"d2t in {folder} does not map {config.draft_vocab_size} ids into the target vocabulary")
-    if lm_head.shape != (config.vocab_size, config.hidden_size):
-        raise CheckpointError(
-            f"the target's lm_head is {tuple(lm_head.shape)}, the drafter in {folder} was trained for "
-            f"{(config.vocab_size, config.hidden_size)}: use the target that it was trained for"
-        )
-    head = lm_head[d2t].contiguous()
-    with torch.device("meta"):  # shapes alone: a config may ask for more than there is memory
-        expected = {name: tuple(p.shape) for name, p in Drafter(config, embed_tokens, head, d2t).named_parameters()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    check_exact(module, tensors, folder)
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def check_exact(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise CheckpointError unless names and shapes are those of the module's parameters."""
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := sorted(set(expected.items()) ^ set(found.items())):
         raise CheckpointError(f"checkpoint {folder} does not fit its config: first difference at {wrong[0][0]!r}")
-    drafter = Drafter(config, embed_tokens, head, d2t)
-    drafter.load_state_dict({name: t.float() for name, t in tensors.items()})
-    return drafter
 
 
-def read_checkpoint(folder: Path) -> tuple[DrafterConfig, dict[str, Tensor]]:
-    """Config and raw tensors of a checkpoint folder."""
-    try:
-        config = DrafterConfig.load(folder)
-        check_regular(folder / WEIGHTS)
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read drafter checkpoint {folder}: {error}: copy or download it again") from error
-    if "d2t" not in tensors:
-        raise CheckpointError(f"checkpoint {folder} has no d2t table: it is not a Dovetail drafter")
-    return config, tensors
+def check_draft_ids(d2t: Tensor, size: int, vocab_size: int, folder: Path) -> None:
+    """Raise CheckpointError unless `d2t` holds `size` ids of the target's vocabulary."""
+    if d2t.shape != (size,) or int(d2t.min()) < 0 or int(d2t.max()) >= vocab_size:
+        raise CheckpointError(f"d2t in {folder} does not map {size} ids into the target vocabulary")

@@ -1,4 +1,4 @@
-"""What a drafter is made of, as data: `config.json` of a checkpoint."""
+"""What Dovetail's own drafter is made of, as data: `config.json` of its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
 from dovetail.runtime.system.files import read_json
 
 FUSIONS = ("dgf", "fc")
+DEFAULT_FUSION = "dgf"
 _AGAIN = "correct config.json"
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Shape of a drafter; everything but `fusion`, `blocks` and `draft_vocab_size` follows the target.
+    """The sizes of Dovetail's drafter.
+
+    The target gives all but `fusion`, `blocks` and `draft_vocab_size`.
 
     hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
     feature_size: D, width of the target's feature (the input of its lm_head).
-    feature_layers: blocks of the target (0 is the first) whose outputs are read beside it; () for none.
-    draft_vocab_size: K, tokens the drafter can propose, the target's most frequent ones.
+    feature_layers: blocks of the target (0 is the first) that the drafter reads too; () for none.
+    draft_vocab_size: K, the number of tokens that the drafter can propose.
     """
 
     vocab_size: int
@@ -35,7 +38,7 @@ class DrafterConfig:
     max_position_embeddings: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    fusion: str = "dgf"
+    fusion: str = DEFAULT_FUSION
     blocks: int = 1
     feature_layers: tuple[int, ...] = ()
 
@@ -87,12 +90,12 @@ class DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
-        The drafter leaves out how the target scales its RoPE (Llama 3's, YaRN): it learns from the target's features
-        with plain RoPE.  Whether scaling it too would train better is not measured.
+        The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN). Nobody
+        has measured whether a drafter with scaled RoPE would train better.
         """
         target = target.get("text_config", target)
         rope = target.get("rope_parameters") or target.get("rope_scaling") or {}
-        rope = rope.get("full_attention", rope)  # of targets whose layers differ
+        rope = rope.get("full_attention", rope)  # for targets whose layers differ
         heads = target["num_attention_heads"]
         return cls(
             vocab_size=target["vocab_size"],
@@ -125,5 +128,5 @@ class DrafterConfig:
 
 
 def low_middle_high(depth: int) -> tuple[int, ...]:
-    """The blocks that EAGLE-3 reads (arXiv 2503.01840): near the bottom, in the middle, near the top."""
+    """The blocks that EAGLE-3 reads (arXiv 2503.01840): one low, one middle, one high block."""
     return tuple(sorted({min(2, depth - 1), depth // 2, max(depth - 3, 0)}))

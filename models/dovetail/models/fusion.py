@@ -10,20 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 so that a float16 graph stays safe."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size], any float dtype, kept."""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
+from dovetail.models.layers import RMSNorm
 
 
 class DynamicGatingFusion(nn.Module):
@@ -74,10 +61,11 @@ class LayerMix(nn.Module):
     Source of the choice of blocks: EAGLE-3 (arXiv 2503.01840).
     """
 
-    def __init__(self, size: int, layers: int, eps: float):
+    def __init__(self, size: int, layers: tuple[int, ...], eps: float):
+        """layers: L blocks of the target, 0 the first."""
         super().__init__()
-        self.size, self.eps = size, eps
-        self.proj = nn.Linear(layers * size, size, bias=False)
+        self.size, self.layers, self.eps = size, layers, eps
+        self.proj = nn.Linear(len(layers) * size, size, bias=False)
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -149,6 +149,22 @@ def test_same_drafter_again_is_a_no_op_and_another_needs_force(
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in pair.rglob("*")} == before
 
 
+def test_a_pair_of_an_older_version_stands(tiny_full_pair: Path, tiny_drafter: Path, tmp_path: Path) -> None:
+    """Its manifest and its drafter's stage name a fusion, its provenance no format."""
+    pair = tmp_path / "pair"
+    shutil.copytree(tiny_full_pair, pair)
+    raw = json.loads((pair / MANIFEST_NAME).read_text())
+    for facts in (raw["drafter"], raw["provenance"]["stages"]["drafter"]["facts"]):
+        facts["fusion"] = "dgf"
+    for key in ("format", "description"):
+        del raw["provenance"]["drafter"][key]
+    (pair / MANIFEST_NAME).write_text(json.dumps(raw))
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in pair.rglob("*")}
+    assert check_pair_folder(pair).drafter == read_manifest(tiny_full_pair).drafter
+    add_drafter(tiny_drafter, pair)
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in pair.rglob("*")} == before
+
+
 def test_drafter_of_another_target_is_refused(tiny_pair: Path, tiny_drafter: Path, tmp_path: Path) -> None:
     pair, other = tmp_path / "pair", tmp_path / "other"
     shutil.copytree(tiny_pair, pair)

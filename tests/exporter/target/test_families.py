@@ -44,7 +44,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
 
 ROOT = Path(__file__).parents[3]
-DOCS = ROOT / "docs" / "families.md"
+DOCS = ROOT / "docs" / "reference" / "families.md"
 FLOAT32 = TargetOptions(WeightOptions("fp32"))
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 INSTALLED = versions("transformers")["transformers"]
@@ -364,7 +364,7 @@ def status(name: str) -> str:
 def test_the_documentation_lists_every_architecture() -> None:
     rows = [f"| `{name}` | {ARCHITECTURES[name]} | {status(name)} |" for name in sorted(ARCHITECTURES)]
     table = "\n".join(["| `model_type` | transformers | |", "|---|---|---|", *rows])
-    assert table in DOCS.read_text(), f"docs/families.md needs this table:\n{table}"
+    assert table in DOCS.read_text(), f"docs/reference/families.md needs this table:\n{table}"
 
 
 def test_a_context_ends_where_the_factors_of_long_rope_change(tmp_path: Path) -> None:

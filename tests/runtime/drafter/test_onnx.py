@@ -46,7 +46,7 @@ class Tiny:
     def manifest(self, file: str, **facts: object) -> Manifest:
         c = CONFIG
         drafter = DrafterFacts(
-            c.fusion, c.blocks, c.hidden_size, c.feature_size, c.vocab_size, c.draft_vocab_size, c.num_key_value_heads,
+            c.blocks, c.hidden_size, c.feature_size, c.vocab_size, c.draft_vocab_size, c.num_key_value_heads,
             c.head_dim, TOP_K, TREE_SLOTS, MAX_CONTEXT, "t", {"cpu": file, "cuda": "absent.onnx"},
         )  # fmt: skip
         target = TargetFacts("llama", 32, 32, c.vocab_size, 2, MAX_CONTEXT, "int8", ("tap",), (1,), "t")

@@ -21,7 +21,7 @@ from dovetail.runtime.pair.manifest import DrafterFacts, FileEntry, Manifest, Ta
 
 MIB = 2**20
 FACTS = DrafterFacts(
-    fusion="dgf", blocks=2, hidden_size=576, feature_size=576, target_vocab_size=49152, draft_vocab_size=8192,
+    blocks=2, hidden_size=576, feature_size=576, target_vocab_size=49152, draft_vocab_size=8192,
     num_kv_heads=3, head_size=64, top_k=10, tree_slots=64, max_context=8192, tokenizer_sha256="t",
     files={"cpu": "drafter/cpu.onnx", "cuda": "drafter/cuda.onnx"}, workspace=(8 * MIB, 4096),
 )  # fmt: skip

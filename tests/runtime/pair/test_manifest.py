@@ -33,7 +33,7 @@ TARGET = TargetFacts(
     weight_format="int8", taps=("norm",), eos_token_ids=(2,), tokenizer_sha256="a" * 64,
 )  # fmt: skip
 DRAFTER = DrafterFacts(
-    fusion="dgf", blocks=1, hidden_size=32, feature_size=32, target_vocab_size=300, draft_vocab_size=64,
+    blocks=1, hidden_size=32, feature_size=32, target_vocab_size=300, draft_vocab_size=64,
     num_kv_heads=2, head_size=8, top_k=4, tree_slots=64, max_context=256, tokenizer_sha256="a" * 64,
     files={"cpu": "drafter/drafter.int8.onnx", "cuda": "drafter/drafter.fp16.onnx"},
 )  # fmt: skip
@@ -93,6 +93,26 @@ def test_written_manifest_reads_back_equal(pair: Path) -> None:
     assert sorted(p.name for p in pair.iterdir()) == [MANIFEST_NAME, "drafter", "target"]  # no temporary left
 
 
+@pytest.mark.parametrize("fusion", ["dgf", "fc", 3])
+def test_a_manifest_of_an_older_version_is_read(pair: Path, fusion: object) -> None:
+    """It names the drafter's fusion, which the graph holds."""
+    manifest = read_manifest(pair)
+    edit(pair, "drafter", "fusion", value=fusion)
+    assert read_manifest(pair) == manifest
+    write_manifest(pair, read_manifest(pair))
+    assert "fusion" not in json.loads((pair / MANIFEST_NAME).read_text())["drafter"]
+
+
+@pytest.mark.parametrize(
+    ("provenance", "kind"),
+    [({}, None), ({"drafter": 3}, None), ({"drafter": {}}, None), ({"drafter": {"description": 3}}, None),
+     ({"drafter": {"description": "a pebble"}}, "a pebble")],
+)  # fmt: skip
+def test_provenance_says_what_the_drafter_is(pair: Path, provenance: dict[str, object], kind: str | None) -> None:
+    edit(pair, "provenance", value=provenance)
+    assert read_manifest(pair).drafter_kind == kind
+
+
 @pytest.mark.parametrize(
     "path",
     [("colour",), ("target", "colour"), ("drafter", "colour"), ("tree", "colour"),
@@ -127,7 +147,7 @@ def test_other_version_says_what_to_do(pair: Path, version: object) -> None:
     ("path", "value"),
     [(("target", "vocab_size"), "300"), (("target", "vocab_size"), True), (("target", "vocab_size"), 0),
      (("target", "taps"), []), (("target", "taps"), "norm"), (("target", "eos_token_ids"), [1.5]),
-     (("drafter", "fusion"), "eagle9"), (("drafter", "files"), ["a"]), (("drafter",), 3), (("files",), []),
+     (("drafter", "files"), ["a"]), (("drafter",), 3), (("files",), []),
      (("drafter", "noise"), 1), (("drafter", "noise"), "yes"),
      (("tree", "width"), 0), (("name",), 7), (("files", "../../etc/passwd"), {"size": 0, "sha256": "0" * 64}),
      (("files", "x"), {"size": 0, "sha256": "xyz"}), (("files", "x"), {"size": -1, "sha256": "0" * 64})],

@@ -16,5 +16,5 @@ def command(pair: Path) -> None:
     """Check PAIR: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
     with show_progress("check") as progress:
         manifest = check_pair_folder(pair, progress)
-    what = f"drafter with {manifest.drafter.fusion} fusion" if manifest.drafter else "no drafter yet"
+    what = (manifest.drafter_kind or "a drafter") if manifest.drafter else "no drafter yet"
     click.echo(f"{pair}: fine ({manifest.name}; target {manifest.target.weight_format}; {what})")

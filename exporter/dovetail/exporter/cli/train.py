@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dovetail.exporter.train.plan import OPTIMIZERS, FitOptions, TrainPlan
-from dovetail.exporter.train.run import train
 from dovetail.models.config import FUSIONS
 
 LINE_SECONDS = 10.0
@@ -94,7 +93,7 @@ class _Bars:
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
 @click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base checkpoint.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
-@click.option("--fusion", type=click.Choice(FUSIONS), default="dgf", show_default=True)
+@click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
 @click.option(
     "--feature-layers/--last-feature",
     default=True,
@@ -118,6 +117,8 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
     Without --prompts and --corpus the target writes the text: as much as --minutes allow, else
     1,000 prompts.
     """
+    from dovetail.exporter.train.run import train  # torch: --help does without it
+
     if not (options["prompts"] or options["own_prompts"] or options["corpora"] or options["minutes"]):
         options["own_prompts"] = 1000
     options["openings"] = options["openings"] or ("",)

@@ -1,6 +1,6 @@
-"""A drafter checkpoint to the pair's `drafter/` folder: float16 for CUDA, INT8 for the CPU, both checked.
+"""Writes a pair's `drafter/` folder: float16 for CUDA, INT8 for the CPU, both checked.
 
-checkpoint + target's rows -> torch module -> ONNX float16 and INT8 -> parity with torch -> files in place
+checkpoint + target's rows -> torch module -> ONNX float16, INT8 -> parity with torch -> files
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.int8 import quantize
 from dovetail.exporter.drafter.parity import TOLERANCES, Parity, check_parity, check_static
 from dovetail.exporter.drafter.shrink import narrowed, workspace
+from dovetail.exporter.target.configuration import read_config, text_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
-from dovetail.models.checkpoint import CheckpointError, load_checkpoint
-from dovetail.models.drafter import Drafter
+from dovetail.models.checkpoint import CONFIG
+from dovetail.models.drafter import DraftModel
+from dovetail.models.formats.format import TargetParts
+from dovetail.models.formats.registry import find_checkpoint
+from dovetail.models.fusion import LayerMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
 from dovetail.runtime.errors import DeviceError, ExportError, PairError, SourceError
 from dovetail.runtime.pair.manifest import DATA_SUFFIX, DrafterFacts, sha256_file
@@ -30,11 +34,10 @@ from dovetail.runtime.policy.calibration import CALIBRATION_NAME, Calibration
 from dovetail.runtime.target.features import FeatureMix
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
-TOP_K = 10  # children returned per row; the paper's largest
+TOP_K = 10  # children that the graph returns per row; the paper's largest
 FILES = {"cuda": "drafter.fp16.onnx", "cpu": "drafter.int8.onnx"}
 PRECISION = {"cuda": "float16", "cpu": "int8"}
 FEATURE_MIX = "feature_mix.npz"
-CONFIG = "config.json"
 
 
 def export_drafter(
@@ -49,13 +52,15 @@ def export_drafter(
     keep: Collection[int] = (),
     progress: Progress = silent,
 ) -> DrafterFacts:
-    """Write both ONNX files, the config and, where the checkpoint has one, the calibration; returns the facts.
+    """Write both ONNX files, the config and any calibration of the checkpoint; return the facts.
 
-    out_dir: a pair's `drafter` folder.  target_dir: the pair's `target` folder, whose rows and tokenizer the
-    drafter shares.  vram: bytes of GPU memory to keep to, 0 for no limit; fit: its context and then its draft
-    vocabulary may shrink to that, the tokens of `keep` stay.  progress is told each stage, and the parity of each
-    file.  The files appear only after every check has passed.
-    Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more than `vram`).
+    checkpoint: a folder of any registered format. out_dir: a pair's `drafter` folder.
+    target_dir: the pair's `target` folder; the drafter takes rows of the target and shares its
+    tokenizer. vram: the most bytes of GPU memory, 0 for no limit. fit: to keep to `vram`, the
+    context and then the draft vocabulary may shrink; the tokens of `keep` stay.
+    The files appear in `out_dir` only after every check has passed.
+    Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more
+    than `vram`).
     """
     copied = [CONFIG, CALIBRATION_NAME] if read_calibration(Path(checkpoint)) else [CONFIG]
     progress("reading the target's embedding and head")
@@ -68,7 +73,7 @@ def export_drafter(
             if vram:
                 drafter, facts = _fitted(drafter, Path(scratch), replace(facts, vram=vram), fit, keep, progress)
             if drafter.mix:
-                feature_mix(drafter).save(Path(scratch) / FEATURE_MIX)
+                feature_mix(drafter.mix).save(Path(scratch) / FEATURE_MIX)
             for report in check_files(drafter, Path(scratch), facts):
                 progress(str(report))
             for name in copied:
@@ -80,62 +85,59 @@ def export_drafter(
     return facts
 
 
-def load_drafter(checkpoint: Path, target_dir: Path) -> Drafter:
-    """The torch module on the rows of the target's IR, float32.  Raises SourceError, ExportError."""
-    embed, head = read_embedding_and_head(target_dir / "openvino_model.xml")
+def load_drafter(checkpoint: Path, target_dir: Path) -> DraftModel:
+    """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
+    found = find_checkpoint(checkpoint)
+    config = text_config(read_config(target_dir), target_dir / CONFIG, SourceError)
+    embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / "openvino_model.xml"))
     try:
-        return load_checkpoint(checkpoint, torch.from_numpy(embed), torch.from_numpy(head)).eval()
-    except CheckpointError as error:
-        raise SourceError(str(error)) from error
-    except ValueError as error:  # embedding of another shape than the config says
+        return found.read(TargetParts(config, embed, head)).eval()
+    except ValueError as error:  # rows of another shape than the config says
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
 
 
 def read_calibration(checkpoint: Path) -> Calibration | None:
-    """The checkpoint's calibration; None for a drafter that was trained without.  Raises SourceError."""
+    """The checkpoint's calibration; None if the checkpoint has none. Raises SourceError."""
     try:
         return Calibration.load(checkpoint)
     except PairError as error:
         raise SourceError(str(error)) from error
 
 
-def feature_mix(drafter: Drafter) -> FeatureMix:
-    """What the target's graph adds to its last feature for this drafter."""
-    assert drafter.mix is not None
-    weight = drafter.mix.proj.weight.detach().cpu().numpy()
-    return FeatureMix(drafter.config.feature_layers, weight, drafter.config.rms_norm_eps)
+def feature_mix(mix: LayerMix) -> FeatureMix:
+    """What the runtime adds to the last feature inside the target's graph."""
+    return FeatureMix(mix.layers, mix.proj.weight.detach().cpu().numpy(), mix.eps)
 
 
-def drafter_facts(drafter: Drafter, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
-    """What the manifest says about this drafter; files lie in `folder` of the pair.  Raises SourceError."""
-    config = drafter.config
+def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
+    """What the manifest says about this drafter. folder: of the pair. Raises SourceError."""
+    shape, layers = drafter.shape, drafter.mix.layers if drafter.mix else ()
     tokenizer = target_dir / "tokenizer.json"
     try:
         tokenizer_sha256 = sha256_file(tokenizer)
     except OSError as error:
         raise SourceError(f"cannot read {tokenizer} ({error.strerror}): export the target again") from error
-    files = FILES | ({"features": FEATURE_MIX} if config.feature_layers else {})
+    files = FILES | ({"features": FEATURE_MIX} if layers else {})
     return DrafterFacts(
-        fusion=config.fusion,
-        blocks=config.blocks,
-        hidden_size=config.hidden_size,
-        feature_size=config.feature_size,
-        target_vocab_size=config.vocab_size,
-        draft_vocab_size=config.draft_vocab_size,
-        num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        top_k=min(top_k, config.draft_vocab_size),
+        blocks=shape.blocks,
+        hidden_size=shape.hidden_size,
+        feature_size=shape.feature_size,
+        target_vocab_size=shape.vocab_size,
+        draft_vocab_size=shape.draft_vocab_size,
+        num_kv_heads=shape.num_key_value_heads,
+        head_size=shape.head_dim,
+        top_k=min(top_k, shape.draft_vocab_size),
         tree_slots=tree_slots,
-        max_context=config.max_position_embeddings,
+        max_context=shape.max_context,
         tokenizer_sha256=tokenizer_sha256,
         files={name: f"{folder}/{file}" for name, file in files.items()},
-        feature_layers=config.feature_layers,
+        feature_layers=layers,
         noise=True,
     )
 
 
-def check_files(drafter: Drafter, folder: Path, facts: DrafterFacts) -> list[Parity]:
-    """Compare every file in `folder` with torch, and see that the CUDA file can be captured.
+def check_files(drafter: DraftModel, folder: Path, facts: DrafterFacts) -> list[Parity]:
+    """Compare every file in `folder` with torch, and check that CUDA can capture its file.
 
     Raises ExportError with all failures of all files.
     """
@@ -149,8 +151,8 @@ def check_files(drafter: Drafter, folder: Path, facts: DrafterFacts) -> list[Par
     return reports
 
 
-def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
-    """Both graphs; returns the facts with what the one for CUDA takes there."""
+def _write_files(drafter: DraftModel, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
+    """Write both graphs; return the facts with the workspace of the CUDA graph."""
     for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
         progress(f"exporting {FILES[device]}")
         model = to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
@@ -161,9 +163,9 @@ def _write_files(drafter: Drafter, folder: Path, facts: DrafterFacts, progress: 
 
 
 def _fitted(
-    drafter: Drafter, folder: Path, facts: DrafterFacts, fit: bool, keep: Collection[int], progress: Progress
-) -> tuple[Drafter, DrafterFacts]:
-    """The drafter in `folder` if it keeps to facts.vram, else, with `fit`, a narrower one in its place."""
+    drafter: DraftModel, folder: Path, facts: DrafterFacts, fit: bool, keep: Collection[int], progress: Progress
+) -> tuple[DraftModel, DrafterFacts]:
+    """The drafter in `folder` if it keeps to facts.vram; with `fit`, a narrower one that does."""
     while True:
         try:
             plan_within(facts, _weights(folder), facts.vram, fit=fit)
@@ -173,21 +175,21 @@ def _fitted(
                 raise ExportError(str(error)) from None
         least = plan(facts, _weights(folder), min(facts.max_context, LEAST_CONTEXT))
         drafter = narrowed(drafter, least, facts.vram, keep)
-        size = drafter.config.draft_vocab_size
+        size = drafter.shape.draft_vocab_size
         progress(f"keeping {size} of {facts.draft_vocab_size} draft tokens, to fit the limit of VRAM")
         facts = replace(facts, draft_vocab_size=size, top_k=min(facts.top_k, size))
         facts = _write_files(drafter, folder, facts, progress)
 
 
 def _weights(folder: Path) -> int:
-    """Bytes of the graph for CUDA, as the manifest counts them."""
+    """Bytes of the CUDA graph and its weights, as the manifest counts them."""
     return sum(file.stat().st_size for file in folder.glob(f"{FILES['cuda']}*"))
 
 
 def save(model: ir.Model, file: Path) -> None:
     """Write a graph, and its weights in a `.data` file beside it.
 
-    Weights in a file of their own are mapped when the graph is loaded: of an embedding only the rows that are looked
-    up come into memory, and protobuf's limit of 2 GiB does not count.
+    ONNX Runtime maps weights that have a file of their own: only the embedding rows that a run
+    looks up come into memory. Protobuf's limit of 2 GiB does not count for such a file.
     """
     ir.save(model, file, external_data=f"{file.name}{DATA_SUFFIX}")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.exporter.build.progress import quiet
-from dovetail.models.drafter import Block, Drafter, rope_table
+from dovetail.models.drafter import DraftModel
+from dovetail.models.layers import DraftLayer
 from dovetail.runtime.drafter.graph_io import DRAFT_IDS, NOISE
 
 OPSET = 20
@@ -35,7 +36,7 @@ class DrafterGraph(nn.Module):
 
     target_ids: Tensor
 
-    def __init__(self, drafter: Drafter, tree_slots: int, top_k: int):
+    def __init__(self, drafter: DraftModel, tree_slots: int, top_k: int):
         super().__init__()
         self.drafter = drafter
         self.tree_slots = tree_slots
@@ -63,14 +64,14 @@ class DrafterGraph(nn.Module):
         """
         drafter = self.drafter
         feature = nn.functional.embedding(feature_rows, torch.cat([bank, features]))  # [n, D]
-        x = drafter.fusion(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))
-        cos, sin = (table.to(x.dtype) for table in rope_table(drafter.config, position_ids))
-        written = []
-        for block, buffer in zip(drafter.blocks(), kv, strict=True):
-            rows = queries if block is drafter.layers[-1] else None  # later blocks need keys and values of all rows
+        x = drafter.combine(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))
+        cos, sin = (table.to(x.dtype) for table in drafter.rope(position_ids))
+        written, layers = [], drafter.blocks()
+        for layer, buffer in zip(layers, kv, strict=True):
+            rows = queries if layer is layers[-1] else None  # later layers need keys and values of all rows
             seen, end = _taken(rows, tree_mask, context_end)
             mask = self._mask(seen, end, buffer)
-            x, buffer = attend(block, x, cos, sin, mask, buffer, kv_slots, rows)
+            x, buffer = attend(layer, x, cos, sin, mask, buffer, kv_slots, rows)
             written.append(buffer)
         logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
         ids = nn.functional.embedding(rows, self.target_ids).squeeze(-1)
@@ -81,12 +82,12 @@ class DrafterGraph(nn.Module):
 
         A row attends to context pair j if j < context_end[row].
         """
-        config, dtype = self.drafter.config, tree_mask.dtype
+        shape, dtype = self.drafter.shape, tree_mask.dtype
         pairs = torch.arange(kv.shape[0] - self.tree_slots)
         blocked = torch.tensor(BLOCKED, dtype=dtype)
         context = torch.where(pairs < context_end.unsqueeze(1), torch.zeros((), dtype=dtype), blocked)
         mask = torch.cat([tree_mask, context], dim=1)
-        return torch.cat([mask] * (config.num_attention_heads // config.num_key_value_heads))
+        return torch.cat([mask] * (shape.num_attention_heads // shape.num_key_value_heads))
 
 
 def _taken(rows: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
@@ -98,9 +99,10 @@ def _taken(rows: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def attend(
-    block: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor, kv_slots: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run one block over its static buffer, for the m `rows` of x; None runs all rows.
+    layer: DraftLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor, kv_slots: Tensor,
+    rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run one layer over its static buffer, for the m `rows` of x; None runs all rows.
 
     x: [n, H], mask: [h/g * m, T + S] additive, kv: [T + S, 2, g, d] -> [m, H] and the buffer.
 
@@ -108,9 +110,9 @@ def attend(
     values. Shapes depend on n through one free axis only: with `slots` fixed, no shape arithmetic
     remains.
     """
-    k, v = block.self_attn.keys_and_values(block.input_layernorm(x), cos, sin)  # [n, g, d]
+    k, v = layer.keys_and_values(x, cos, sin)  # [n, g, d]
     x, cos, sin = _taken(rows, x, cos, sin)
-    q = block.self_attn.queries(block.input_layernorm(x), cos, sin)  # [m, h, d]
+    q = layer.queries(x, cos, sin)  # [m, h, d]
     kv = kv.index_put((kv_slots,), torch.stack([k, v], dim=1))
     groups, size = k.shape[1], k.shape[2]
     repeats = q.shape[1] // groups
@@ -118,13 +120,13 @@ def attend(
     scores = q.reshape(groups, -1, size) @ kv[:, 0].permute(1, 2, 0)  # [g, h/g * m, T + S]
     out = torch.softmax(scores + mask, dim=-1) @ kv[:, 1].permute(1, 0, 2)  # [g, h/g * m, d]
     out = out.reshape(groups, repeats, -1, size).permute(2, 0, 1, 3).flatten(1, 2)  # [m, h, d]
-    return block.finish(x, out), kv
+    return layer.finish(x, out), kv
 
 
-def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int) -> ir.Model:
+def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: int) -> ir.Model:
     """Export the drafter with weights and activations of `dtype` (float16 or float32), opset 20."""
     graph = DrafterGraph(copy.deepcopy(drafter).to(dtype).eval(), tree_slots, top_k)
-    config = drafter.config
+    shape = drafter.shape
     tokens, slots = torch.export.Dim("tokens", min=1, max=4096), torch.export.Dim("slots", min=tree_slots + 2)
     n, rows = 3, tree_slots + 5  # any sizes that differ from all other sizes of the graph
 
@@ -135,19 +137,19 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
     arguments: dict[str, tuple[Tensor, dict[int, torch.export.Dim]]] = {
         "input_ids": (index(), per_token),
         "position_ids": (index(), per_token),
-        "features": (torch.zeros(n, config.feature_size, dtype=dtype), per_token),
+        "features": (torch.zeros(n, shape.feature_size, dtype=dtype), per_token),
         "feature_rows": (index(), per_token),
         "kv_slots": (index(), per_token),
         "bank_slots": (index(), per_token),
         "context_end": (index(), per_token),
         "tree_mask": (torch.zeros(n, tree_slots, dtype=dtype), per_token),
-        NOISE: (torch.zeros(1, config.draft_vocab_size), {}),
+        NOISE: (torch.zeros(1, shape.draft_vocab_size), {}),
         "queries": (torch.arange(n - 1), {0: torch.export.Dim("queries", min=1, max=4096)}),
-        "bank": (torch.zeros(tree_slots + 1, config.feature_size, dtype=dtype), {}),
+        "bank": (torch.zeros(tree_slots + 1, shape.feature_size, dtype=dtype), {}),
     }
-    kv_shape = (rows, 2, config.num_key_value_heads, config.head_dim)
-    kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(config.blocks)]
-    layers = [f"kv.{i}" for i in range(config.blocks)]
+    kv_shape = (rows, 2, shape.num_key_value_heads, shape.head_dim)
+    kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(shape.blocks)]
+    layers = [f"kv.{i}" for i in range(shape.blocks)]
     with torch.no_grad(), quiet():  # the exporter prints progress, and warnings about its own internals
         program = torch.onnx.export(
             graph,
@@ -156,7 +158,7 @@ def to_onnx(drafter: Drafter, dtype: torch.dtype, *, tree_slots: int, top_k: int
             opset_version=OPSET,
             input_names=[*arguments, *layers],
             output_names=["top_logprobs", "top_ids", "bank_out", *(f"{name}.out" for name in layers)],
-            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: slots}] * config.blocks),
+            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: slots}] * shape.blocks),
             optimize=True,
             verbose=False,
         )

@@ -47,8 +47,8 @@ def quantize(model: ir.Model) -> None:
 
 
 def is_linear(node: ir.Node) -> bool:
-    """Whether `node` is x W^T with constant W and no bias, as the exporter writes nn.Linear."""
-    if node.op_type != "Gemm" or len([value for value in node.inputs if value is not None]) != 2:
+    """Whether `node` is x W^T, or x W^T + b, with constant W, as the exporter writes nn.Linear."""
+    if node.op_type != "Gemm":
         return False
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     turned = node.attributes.get_int("transB", 0) == 1 and node.attributes.get_int("transA", 0) == 0
@@ -100,7 +100,9 @@ def _quantize_linear(graph: ir.Graph, node: ir.Node) -> None:
         "accuracy_level": INT8_COMPUTE,
     }
     inputs = [x, _constant(graph, f"{weight.name}.int8", values), _constant(graph, f"{weight.name}.scale", scales)]
-    _replace(graph, node, [ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)])
+    product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    _replace(graph, node, [product] if bias is None else [product, ir.node("Add", [product.outputs[0], bias])])
 
 
 def _quantize_rows(graph: ir.Graph, node: ir.Node) -> None:

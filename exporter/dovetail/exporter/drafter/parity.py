@@ -1,7 +1,7 @@
 """Checks that an exported drafter computes the same as torch and that a CUDA graph can capture it.
 
 ONNX Runtime runs a script with each ONNX file on the CPU: extend, grow two tree levels, extend
-again. The reference is the training code (`Drafter.step`) instead of the exported wrapper. The
+again. The reference is the training code (`DraftModel.step`) instead of the exported wrapper. The
 comparison therefore also finds mistakes in the wrapper's masks, positions and buffers.
 
 Axes: n rows of a call, T tree slots, K draft vocabulary, k children per row, D feature size.
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.exporter.drafter.graph import BLOCKED
-from dovetail.models.drafter import Drafter
+from dovetail.models.drafter import DraftModel
 from dovetail.runtime.drafter.graph_io import NOISE
 from dovetail.runtime.errors import ExportError
 
@@ -79,7 +79,7 @@ class Answer:
     features: NDArray[np.float32]
 
 
-def check_parity(drafter: Drafter, file: Path, tolerance: Tolerance, *, tree_slots: int, seed: int = 0) -> Parity:
+def check_parity(drafter: DraftModel, file: Path, tolerance: Tolerance, *, tree_slots: int, seed: int = 0) -> Parity:
     """Compare `file` with torch over the script. `failures` lists differences; nothing raises."""
     script = Script(drafter, seed)
     graph = GraphRun(file, drafter, tree_slots, script.noise)
@@ -125,16 +125,16 @@ def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
 class Script:
     """The parity run's inputs and torch's answers: 20 pairs, and a tree of 2 + 2 nodes after 12."""
 
-    def __init__(self, drafter: Drafter, seed: int):
+    def __init__(self, drafter: DraftModel, seed: int):
         rng = np.random.default_rng(seed)
-        config = drafter.config
+        shape = drafter.shape
         self.drafter = drafter
         self.columns = {int(target): draft for draft, target in enumerate(drafter.d2t.tolist())}
-        self.tokens = rng.integers(0, config.vocab_size, 20)
-        self.features = rng.standard_normal((20, config.feature_size)).astype(np.float32)
+        self.tokens = rng.integers(0, shape.vocab_size, 20)
+        self.features = rng.standard_normal((20, shape.feature_size)).astype(np.float32)
         self.features[:, ::128] *= 15  # a target's features have such outliers: a few in hundreds of values
-        self.noise = rng.gumbel(size=(1, config.draft_vocab_size)).astype(np.float32)
-        self.level1, self.level2 = rng.integers(0, config.vocab_size, (2, 2))
+        self.noise = rng.gumbel(size=(1, shape.draft_vocab_size)).astype(np.float32)
+        self.level1, self.level2 = rng.integers(0, shape.vocab_size, (2, 2))
 
     @torch.no_grad()
     def extended(self, start: int, end: int) -> Answer:
@@ -148,9 +148,9 @@ class Script:
         rows = []
         for path in zip(self.level1.tolist(), self.level2.tolist(), strict=True):
             tokens = torch.tensor([*self.tokens[:length].tolist(), *path[:depth]])[None]
-            x = torch.zeros(1, length + depth, self.drafter.config.feature_size)
+            x = torch.zeros(1, length + depth, self.drafter.shape.feature_size)
             x[0, :length] = torch.from_numpy(self.features[:length])
-            caches: list = [[] for _ in self.drafter.layers]
+            caches: list = [[] for _ in self.drafter.blocks()]
             for step in range(depth + 1):
                 x = self.drafter.step(x if step == 0 else x.roll(1, dims=1), tokens, caches)
             rows.append(x[0, length + depth - 1])
@@ -164,18 +164,18 @@ class Script:
 class GraphRun:
     """Runs an exported file with ONNX Runtime on the CPU; the state is plain arrays."""
 
-    def __init__(self, file: Path, drafter: Drafter, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
+    def __init__(self, file: Path, drafter: DraftModel, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
         """noise: [1, K] float32, added in every call."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         half = "float16" in next(i.type for i in self.session.get_inputs() if i.name == "bank")
         self.dtype = np.float16 if half else np.float32
-        config = drafter.config
+        sizes = drafter.shape
         self.tree_slots, self.noise, self.length = tree_slots, noise, 0
-        self.bank: Array = np.zeros((tree_slots + 1, config.feature_size), self.dtype)
-        shape = (tree_slots + context, 2, config.num_key_value_heads, config.head_dim)
-        self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(config.blocks)]
+        self.bank: Array = np.zeros((tree_slots + 1, sizes.feature_size), self.dtype)
+        shape = (tree_slots + context, 2, sizes.num_key_value_heads, sizes.head_dim)
+        self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(sizes.blocks)]
 
     def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
         """Append pairs and return children of all pairs, or of the last pair only (`last`).

@@ -6,7 +6,6 @@ Axes: K draft vocabulary, D feature size.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import onnx
 import sympy
 import torch
 
-from dovetail.models.drafter import Drafter
+from dovetail.models.drafter import DraftModel
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, VramPlan
 from dovetail.runtime.errors import ExportError
@@ -53,14 +52,14 @@ def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
     return peak
 
 
-def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]) -> Drafter:
+def narrowed(drafter: DraftModel, plan: VramPlan, limit: int, keep: Collection[int]) -> DraftModel:
     """Return the drafter with fewer draft tokens, so that `plan` fits `limit` bytes.
 
     The tokens in `keep` stay, and then the tokens with the lowest ids, which BPE merged first.
     Raises ExportError with the plan if LEAST_VOCABULARY tokens do not fit.
     """
-    size = drafter.config.draft_vocab_size
-    each = 2 * drafter.config.feature_size + 4  # bytes of a draft token: its row of the head and its target id
+    size = drafter.shape.draft_vocab_size
+    each = 2 * drafter.shape.feature_size + 4  # bytes of a draft token: its row of the head and its target id
     fewer = size + (limit - plan.total) // each
     least = min(LEAST_VOCABULARY, size)
     if fewer < least:
@@ -70,10 +69,7 @@ def narrowed(drafter: Drafter, plan: VramPlan, limit: int, keep: Collection[int]
         )
     kept = torch.isin(drafter.d2t, torch.tensor(sorted(keep), dtype=torch.int64))
     kept[torch.nonzero(~kept).flatten()[: max(0, fewer - int(kept.sum()))]] = True
-    config = replace(drafter.config, draft_vocab_size=int(kept.sum()))
-    small = Drafter(config, drafter.embed_tokens, drafter.head[kept], drafter.d2t[kept])
-    small.load_state_dict(drafter.state_dict())
-    return small.eval()
+    return drafter.narrowed(kept).eval()
 
 
 def _nbytes(tensor: onnx.TypeProto.Tensor, fixed: dict[str, int]) -> int:

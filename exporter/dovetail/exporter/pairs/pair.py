@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.build.stages import PairBuild, Progress, Stage, silent
 from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
@@ -17,11 +17,12 @@ from dovetail.exporter.target.export import (
     describe_tools,
     versions,
 )
-from dovetail.runtime.errors import SourceError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, cache_dir, check_pair, parse_record, sha256_file
 from dovetail.runtime.policy.calibration import CALIBRATION_NAME
 
-CHECKPOINT_FILES = ("config.json", "drafter.safetensors")
+if TYPE_CHECKING:
+    from dovetail.models.formats.registry import Checkpoint
+
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
 DRAFTER_LAYOUT = 5  # version of the drafter's files; another number builds the files again
 
@@ -93,7 +94,7 @@ def build_drafter(
 ) -> DrafterFacts:
     """Run the drafter's stage and return its facts. vram, fit, keep: see export_drafter."""
     inputs = {
-        "checkpoint": _checkpoint_digest(checkpoint),
+        "checkpoint": _digests(_find_checkpoint(checkpoint)),
         "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # the drafter takes rows of these weights
         "packages": versions(*DRAFTER_PACKAGES),
         "layout": DRAFTER_LAYOUT,
@@ -117,7 +118,14 @@ def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
     if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
         kept: dict[str, Any] = build.finished.provenance["drafter"]
         return kept
-    return {"checkpoint": str(checkpoint), "files": _checkpoint_digest(checkpoint), **describe_tools()}
+    found = _find_checkpoint(checkpoint)
+    return {
+        "checkpoint": str(checkpoint),
+        "format": found.format.name,
+        "description": found.description,
+        "files": _digests(found),
+        **describe_tools(),
+    }
 
 
 def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
@@ -125,9 +133,16 @@ def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
     return build.finish(manifest)
 
 
-def _checkpoint_digest(checkpoint: Path) -> dict[str, str]:
-    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
-    if missing:
-        raise SourceError(f"{checkpoint / missing[0]} is missing: name the folder of a trained drafter")
-    present = [*CHECKPOINT_FILES, *([CALIBRATION_NAME] if (checkpoint / CALIBRATION_NAME).is_file() else [])]
-    return {name: sha256_file(checkpoint / name) for name in present}
+def _find_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, whatever its format. Raises CheckpointError, a SourceError."""
+    from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
+
+    return find_checkpoint(folder)
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Digests of the checkpoint's files, and of the calibration if there is one."""
+    folder, names = checkpoint.folder, list(checkpoint.files)
+    if (folder / CALIBRATION_NAME).is_file():
+        names.append(CALIBRATION_NAME)
+    return {name: sha256_file(folder / name) for name in names}

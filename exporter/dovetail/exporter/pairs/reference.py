@@ -90,9 +90,12 @@ def find_reference(name: str) -> ReferencePair:
 def shipped_drafter(pair: ReferencePair) -> Path:
     """The drafter checkpoint that Dovetail ships. Raises SourceError if this install lacks it."""
     folder = Path(str(resources.files("dovetail.models") / "data" / pair.drafter))
-    if not (folder / "drafter.safetensors").is_file():
-        raise SourceError(f"{folder} holds no drafter: install Dovetail again, or name a checkpoint with --drafter")
-    return folder
+    from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
+
+    try:
+        return find_checkpoint(folder).folder
+    except SourceError as error:
+        raise SourceError(f"{error}; install Dovetail again, or name a checkpoint with --drafter") from error
 
 
 def fetch_target(

@@ -2,8 +2,8 @@
 
 Three conditions hold for a target. Each layer keeps keys and values and no other state.
 optimum-intel exports the architecture, and does so with the installed transformers.
-docs/families.md lists the architectures. The tests of families compare that list and the tables
-here with optimum-intel's own export classes.
+docs/reference/families.md lists the architectures. The tests of families compare that list and
+the tables here with optimum-intel's own export classes.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
     if (versions := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a text decoder: "
-            "choose an architecture from docs/families.md"
+            "choose an architecture from docs/reference/families.md"
         )
     installed = transformers or _installed()
     if installed and installed not in versions:
         here = f"pip install transformers=={versions.newest}"
-        apart = f"dovetail-export environment FOLDER --for {kind} (docs/families.md)"
+        apart = f"dovetail-export environment FOLDER --for {kind} (docs/reference/families.md)"
         raise SourceError(
             f"{location} ({kind}) needs transformers {versions}, and {installed} is installed: "
             f"{here if versions.newest in DOVETAIL_RUNS_WITH else apart}"

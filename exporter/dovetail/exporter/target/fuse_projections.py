@@ -1,7 +1,8 @@
 """Fuses quantised layers that read the same input: query, key and value; gate and up.
 
 Every layer quantises its input again and waits for all threads. In narrow models these steps take
-much of a pass. Each row of a weight has its own scales, so the sums stay the same (docs/speed.md).
+much of a pass. Each row of a weight has its own scales, so the sums stay the same
+(docs/results/passes.md).
 
 Axes: N rows (outputs) of a layer, K columns (inputs).
 """

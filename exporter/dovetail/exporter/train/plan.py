@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dovetail.models.config import DEFAULT_FUSION
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.system.bounds import CONTEXT_MOST, LARGEST, SEED_MOST, check_number, check_whole
 
@@ -83,7 +82,7 @@ class TrainPlan:
     minutes: float | None = None
     disk_gb: float = 20.0
     draft_vocab: int = 8192
-    fusion: str = "dgf"
+    fusion: str = DEFAULT_FUSION
     feature_layers: bool = True
     blocks: int = 1
     init: Path | None = None
@@ -107,8 +106,11 @@ class TrainPlan:
             raise TrainError("openings are empty: give at least one; '' lets the target begin its prompts")
         if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:
             raise TrainError(f"opening {self.openings[0]!r} needs prompts that the target writes: give --own-prompts N")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise TrainError("device is cuda, but torch finds no CUDA device: use --device cpu")
+        if self.device == "cuda":
+            import torch  # here, because --help does without torch
+
+            if not torch.cuda.is_available():
+                raise TrainError("device is cuda, but torch finds no CUDA device: use --device cpu")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, for the training log and to compare with the plan of a stopped run."""

@@ -29,9 +29,11 @@ from dovetail.exporter.train.loop import Fitting, TrainProgress
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
-from dovetail.models import Drafter, DrafterConfig, save_checkpoint
-from dovetail.models.checkpoint import CheckpointError, read_checkpoint
+from dovetail.models import Drafter, DrafterConfig
+from dovetail.models.checkpoint import CheckpointError
 from dovetail.models.config import low_middle_high
+from dovetail.models.formats import dovetail as own
+from dovetail.models.formats.registry import find_checkpoint
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
 from dovetail.runtime.system.bounds import check_number
@@ -122,7 +124,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, re
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
     result.calibration.save(out)
-    save_checkpoint(drafter, out)  # last, because weights mark a finished folder
+    own.save_checkpoint(drafter, out)  # last, because weights mark a finished folder
     return result
 
 
@@ -153,7 +155,9 @@ def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
     """
     assert plan.init is not None
     try:
-        config, tensors = read_checkpoint(plan.init)
+        if (format := find_checkpoint(plan.init).format) is not own.FORMAT:
+            raise CheckpointError(f"its format is {format.name}: give a drafter that Dovetail trained")
+        config, tensors = own.read_checkpoint(plan.init)
     except CheckpointError as error:
         raise TrainError(f"cannot start from {plan.init}: {error}") from error
     for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
@@ -191,7 +195,7 @@ class Work:
         plan = self.plan
         files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
         if plan.init:
-            files.append(plan.init / "drafter.safetensors")
+            files.append(plan.init / own.WEIGHTS)
         target = self.manifest.files["target/openvino_model.bin"].sha256
         try:
             return {"target": target, "digests": {str(file): sha256_file(file) for file in files}}
@@ -304,7 +308,7 @@ class Clock:
 
 def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
     """Mark `out` as this plan's folder. Raises TrainError for a finished drafter or other plan."""
-    if (out / "drafter.safetensors").exists():
+    if (out / own.WEIGHTS).exists():
         raise TrainError(f"{out} already holds a trained drafter: give another folder")
     mine = work / "plan.json"
     if mine.exists():

@@ -67,7 +67,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "name": manifest.name,
         "format_version": manifest.format_version,
         "target": asdict(manifest.target),
-        "drafter": asdict(manifest.drafter) if manifest.drafter else None,
+        "drafter": {"kind": manifest.drafter_kind, **asdict(manifest.drafter)} if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
         "costs": measured.as_dict() if measured else None,
         "properties": target_properties(manifest),
@@ -131,7 +131,8 @@ def _drafter_line(drafter: dict[str, Any]) -> str:
     devices = ", ".join(device for device in DEVICES if device in drafter["files"])
     layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
     told = "" if drafter["noise"] else ", drafts sampled answers less well without noise: export the drafter again"
-    return (f"{drafter['fusion']}, {drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
+    kind = f"{drafter['kind']}, " if drafter["kind"] else ""
+    return (f"{kind}{drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
             f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
 
 

@@ -25,7 +25,6 @@ FORMAT_VERSION = 1
 TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "target/tokenizer.json")
 MANIFEST_NAME = "dovetail.json"
 PARTS = ("target", "drafter")
-FUSIONS = ("dgf", "fc")
 
 TREE_MOST = 2**12  # of each limit of a manifest's tree
 _AGAIN = "export the pair again"
@@ -79,17 +78,17 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class DrafterFacts:
-    """What the runtime must know about a drafter: sizes of its graph, and which file serves which device.
+    """What the runtime must know about a drafter: the sizes of its graph, and the file for each device.
 
-    top_k: children that the graph returns per row. tree_slots: rows of KV kept for tree nodes.
+    top_k: children that the graph returns per row. tree_slots: rows of KV for tree nodes.
     max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
-    feature_layers: blocks of the target read beside its last feature; then files["features"] says how (FeatureMix).
-    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; () where unknown.
-    vram: bytes of GPU memory that it was exported to keep to; 0 for no limit.
-    noise: whether its graphs take the noise of sampled answers, which those of older versions do not.
+    feature_layers: blocks of the target that the drafter reads beside the last feature. If there are
+    any, files["features"] holds their FeatureMix.
+    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; ()
+    in pairs of older versions. vram: the most bytes of GPU memory that the drafter may take; 0 for no
+    limit. noise: whether the graphs take the noise of sampled answers; those of older versions do not.
     """
 
-    fusion: str
     blocks: int
     hidden_size: int
     feature_size: int
@@ -108,8 +107,6 @@ class DrafterFacts:
     noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
 
     def __post_init__(self) -> None:
-        if self.fusion not in FUSIONS:
-            raise ManifestError(f"drafter.fusion {self.fusion!r} is unknown: one of {', '.join(FUSIONS)}")
         if "cpu" not in self.files:
             raise ManifestError("drafter.files has no 'cpu' entry: export the drafter again")
         if bool(self.feature_layers) != ("features" in self.files):
@@ -141,6 +138,13 @@ class Manifest:
         for path in map(PurePosixPath, listed):
             if path.is_absolute() or ".." in path.parts or set("\\\0") & set(str(path)):
                 raise ManifestError(f"files: {str(path)!r} lies outside the pair: export the pair again")
+
+    @property
+    def drafter_kind(self) -> str | None:
+        """The drafter, as the format of its checkpoint describes it; None in older manifests."""
+        record = self.provenance.get("drafter")
+        kind = record.get("description") if isinstance(record, dict) else None
+        return kind if isinstance(kind, str) else None
 
     def drafter_files(self, device: str) -> list[FileEntry]:
         """The drafter's graph for `device`, which it must have, and its weights where they lie beside it."""
@@ -371,10 +375,13 @@ def _provenance(raw: object) -> dict[str, Any]:
     return dict(provenance)
 
 
+_RETIRED: dict[type, set[str]] = {DrafterFacts: {"fusion"}}  # keys of older manifests, which nothing reads
+
+
 def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
     known = {f.name: f for f in fields(record)}
     for key in data:
-        if key not in known:
+        if key not in known and key not in _RETIRED.get(record, ()):
             raise ManifestError(f"unknown key {where + key!r}: remove it, or use the Dovetail that wrote it")
     for name, entry in known.items():
         if name not in data and not entry.metadata.get("may_be_missing"):
@@ -382,11 +389,11 @@ def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
 
 
 def parse_record(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from JSON: every field present, none unknown, each of its type. Raises ManifestError."""
+    """A dataclass from JSON. Every field must be present and of its type. Raises ManifestError."""
     data = _mapping(raw, where)
     _check_keys(record, data, f"{where}.")
     hints = get_type_hints(record)
-    return record(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    return record(**{key: _value(hints[key], data[key], f"{where}.{key}") for key in hints if key in data})
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
