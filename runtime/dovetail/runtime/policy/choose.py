@@ -1,12 +1,12 @@
-"""How much to draft and to verify, round by round: what is expected to come against what it costs here.
+"""How much to draft and to verify in a round, from what passes cost here and what drafts brought.
 
-Every round is worth (expected tokens) x (price of a token) - (its time).  The price is what a token has lately
-cost in milliseconds, at most a plain step: a round that beats it makes the answer faster, and only such rounds
-are run.  With nothing worth drafting rounds become plain decoding, so decoding is slower than that only by the
-drafts that had to be tried and the changes of width.  (A ratio of one round, tokens per millisecond, would
-undervalue long trees: the next round begins with the same fixed costs.)
+A round is worth (expected tokens) x (price of a token) - (its time).  The price is the time that a
+token has lately taken, at most a plain step.  The scheduler chooses what is worth most; if nothing is
+worth more than plain decoding, it decodes plainly.  Source: Dinkelbach's rule for a ratio of sums.  The
+ratio of a single round, tokens per millisecond, would undervalue long trees.
 
-Probabilities are the drafter's, calibrated when it was trained, and corrected by what came true here.
+A budget bounds what drafts may lose (estimates.py).  Probabilities are the drafter's, calibrated by its
+training and corrected by what came true here.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ OPTIMISM = 0.4  # plain steps that a drafted round may seem to lose: the budget 
 
 @dataclass
 class Scheduler:
-    """Decides for one engine; what it learned stays when the conversation changes.  Implements `Policy`.
+    """Decides for one engine, and keeps what it learned when the conversation changes.  Implements `Policy`.
 
-    calibration: of the drafter, None where it brought none.  plain_rows: rows that a plain pass computes in any case;
-    nodes of a tree that fit into them ride along at no cost.  max_slowdown: share of its time that decoding may lose
-    in the long run by drafts that bring nothing.
+    calibration: of the drafter, None if the drafter has no calibration file.  plain_rows: rows that a plain pass
+    computes anyway; as many nodes of a tree cost nothing.  max_slowdown: share of the time that drafts may lose in
+    the long run.
     """
 
     costs: Costs
@@ -107,9 +107,9 @@ class Scheduler:
     # --- before the target verifies
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """The part of `tree` whose verification is worth most, in one of a few widths; filled up where it is smaller.
+        """The part of `tree` whose verification is worth most, filled up to one of a few widths.
 
-        Where a draft would not pay and there are no repeats, neither do nodes that are there for the width alone.
+        Without a draft and without repeats the round is plain: nodes that only fill a width bring nothing.
         """
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
@@ -121,9 +121,9 @@ class Scheduler:
         return Choice(filled(tree, width), offered, width, worth, regret)
 
     def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
-        """The last one, or another: when this tree alone makes the change pay, or when what staying lost would have.
+        """The width to verify, and the regret of every width if the width stays.
 
-        With it the regret of every width, where that stays.
+        The width changes if this tree alone pays for the change, or if the regret has grown to its price (ski rental).
         """
         change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
@@ -138,7 +138,7 @@ class Scheduler:
         return best, {**self._regret, **regret} if best == self._width else {}
 
     def _affordable(self, plan: Plan, width: int) -> bool:
-        """Whether the budget covers a tree of which nothing comes true, and the way there and back."""
+        """Whether the budget covers a tree without a right node, and the changes of width there and back."""
         plain = self.pace.target_ms(plan.context, 1)
         loss = self.pace.target_ms(plan.context, width) - plain + self._change(width)
         return self._known.budget.covers(loss / plain)
@@ -148,7 +148,7 @@ class Scheduler:
         return self._known.price_of_token * self.pace.target_ms(plan.context, 1)
 
     def _worth(self, plan: Plan, tree: DraftTree) -> dict[int, float]:
-        """Of verifying the best part of `tree` in each width, in ms, without the change to it."""
+        """Width -> milliseconds that verifying the best part of `tree` is worth, without the change of width."""
         expected = tree.expected_lengths
         price, factor = self._price(plan), self._known.trees[plan.draft].value
         out = {}
@@ -162,17 +162,13 @@ class Scheduler:
         return out
 
     def _otherwise(self, plan: Plan, repeats: DraftTree) -> float:
-        """Worth of a round without a draft, in the last width or in another, the change to that included.
-
-        Such rounds come in rows, over which a change is spread: where there are no repeats `choose` makes it at once.
-        """
+        """Milliseconds that a round without a draft is worth in its best width, less the change to that width."""
         return max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
 
     def _change(self, width: int) -> float:
-        """Ms that this width costs more because the last pass had another.
+        """Milliseconds that this width costs more because the last pass had another.
 
-        Text in which plain decoding pays, or does not, seldom goes on for long: from it, and to it (at the start of an
-        answer too), the way back counts.
+        From plain decoding and to it the way back counts too: text in which it pays seldom goes on for long.
         """
         return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 

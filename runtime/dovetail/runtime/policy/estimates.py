@@ -1,6 +1,6 @@
 """What a policy learns: running means that begin at a prior, and a budget for rounds that may lose.
 
-Times are kept in plain steps, not in milliseconds: they stay true when the machine gets busy, or the context longer.
+Times are in plain steps, not in milliseconds, so that they hold on a busy machine and in a longer context.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ class Budget:
 
 @dataclass
 class Experience:
-    """What answers of one kind, greedy or sampled, have taught: drafts come true less often where tokens are drawn.
+    """What answers of one kind, greedy or sampled, have taught.  Sampled tokens agree with drafts less often.
 
-    price: plain steps that a token takes.  tokens, steps: of drafted rounds.
-    first, others: by depth, how often a node's best child is right, and the others, over what the drafter claims.
-    trees: tokens that trees give over those expected, without the drafter's part and with it: the best of many are not
-    as good as each is believed.  children: depth -> share of its nodes that their children take.
+    price: plain steps that a token takes.  tokens, steps: of a drafted round.
+    first, others: depth -> how often a node's best child, or another child, is right over what the drafter claims.
+    trees: tokens that trees gave over those expected, without a draft and with one.  The best nodes of many are
+    believed too much, so a tree gives less than the sum of its claims.
+    children: depth -> share of the probability of nodes at this depth that their children have.
     """
 
     budget: Budget

@@ -21,24 +21,14 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 class Plan:
     """What a round is to do.
 
-    context: tokens committed before it.  unread: pairs that the drafter has not been given yet.
-    widths: numbers of nodes, ascending, of the trees that may be verified.  draft: whether the drafter is asked.
-    doubted: whether drafting seems not to pay; a doubted draft is a trial.
-    otherwise: milliseconds that the round is worth without a draft.  fresh: whether old experience counts little.
+    context: tokens committed before it.  unread: pairs that the drafter has not read yet.
+    widths: numbers of nodes, ascending, that the tree may have.  draft: whether to ask the drafter.
     """
 
     context: int
     unread: int
     widths: tuple[int, ...]
     draft: bool = False
-    doubted: bool = False
-    otherwise: float = 0.0
-    fresh: bool = False
-
-    @property
-    def trial(self) -> bool:
-        """Whether the drafter is asked although that seems not to pay."""
-        return self.draft and self.doubted
 
 
 @dataclass(frozen=True, eq=False)
