@@ -24,10 +24,11 @@ import numpy as np
 
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.errors import DovetailError, InputError, PairError
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_atomically
 from dovetail.runtime.policy.calibration import pair_calibration
@@ -87,11 +88,11 @@ def record(
         folder, manifest = read_pair(pair)
         tokenizer = Tokenizer.from_folder(folder / "target")
         drafter = OnnxDrafter.open(folder, manifest, device="cpu")
-        talk = Conversation(OpenVINOTarget.open(folder, manifest), drafter, drafter.max_context)
+        talk = Sequence(OpenVINOTarget.open(folder, manifest), drafter)
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []
         for number, asked in enumerate(talks, 1):
             prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
-            room = len(prompt) + max_new_tokens <= talk.draft_context
+            room = len(prompt) + max_new_tokens <= drafter.capacity
             if room:
                 records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}, sampler))
             click.echo(f"{number}/{len(talks)} {asked.name}{'' if room else ': too long, left out'}", err=True)
@@ -147,25 +148,20 @@ def limits_of(manifest: Manifest) -> TreeLimits:
 
 
 def follow(
-    talk: Conversation, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
+    talk: Sequence, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
 ) -> Record:
     """Decode up to `count` tokens, a node a pass; the drafter is asked after each."""
-    assert talk.drafter
+    assert talk.window
     talk.forget()
-    talk.sampler = None if sampler.params.greedy else sampler
-    talk.reuse(prompt, speculate=True)
-    found = talk.prefill(speculate=True)
-    answer, trees = [sampler.pick(found.logits[-1], len(prompt), prompt)], []
-    talk.tokens += answer
-    talk.tell(np.array(found.features))
+    talk.begin(Request(tuple(prompt), count + 1, limits=limits), sampler)  # one more: the last token is drafted too
+    answer, trees = [*talk.first(talk.prefill()).tokens], []
     while len(answer) < count and answer[-1] not in stop:
-        talk.read()
-        trees.append(talk.drafter.propose(limits, noise=talk.noise()))
-        found = talk.target.verify(DraftTree.root(answer[-1]))
-        features = np.array(found.features)
-        answer.append(sampler.pick(found.logits[0], len(talk.tokens), talk.tokens))
-        talk.commit(np.zeros(1, np.int64), answer[-1:])
-        talk.tell(features)
+        trees.append(talk.window.propose(talk.tokens, limits, None, talk.noise()))
+        root = DraftTree.root(answer[-1])
+        found = talk.accept(root, talk.target.verify(root))
+        answer += found.step.tokens
+        talk.commit(found.verdict.path, found.step.tokens)
+        talk.tell(found.features)
     return Record(tuple(prompt), tuple(answer), tuple(trees), not sampler.params.greedy)
 
 
@@ -266,7 +262,7 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     # The recorded token leads by one logit, which at DRAWN leaves no other.
     sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
     request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
-    steps = decode(Conversation(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
+    steps = decode(Sequence(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
     if tuple(token for step in steps for token in step.tokens) != each.answer:
         raise InputError("the record does not replay to its own text: record it again with this version")
     return target.rounds, clock.ms
@@ -317,7 +313,7 @@ class ReplayTarget:
 class ReplayDrafter:
     """DraftSession that proposes what was recorded, level by level as a scheduler asks for it."""
 
-    device = "record"
+    device, capacity, report = "record", 1 << 20, DeviceReport()
 
     def __init__(self, each: Record, target: ReplayTarget, clock: Clock) -> None:
         self.each, self.target, self.clock, self.length = each, target, clock, 0
@@ -357,6 +353,9 @@ class ReplayDrafter:
 
     def reset(self, keep: int = 0) -> None:
         self.length = min(self.length, keep)
+
+    def close(self) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from dovetail.exporter.drafter.export import load_drafter, save
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system.arrays import TokenArray
@@ -80,10 +81,10 @@ def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], A
             session.extend(tokens[at : at + 1], features[at : at + 1])
     assert first / len(rounds) > 0.99 and agreeing / total > 0.99, (first, len(rounds), agreeing, total)
     assert gained["half"] == pytest.approx(gained["whole"], rel=0.01)
-    before = half.bus_bytes
+    before = half.report.bus_bytes
     half.extend(tokens[rounds[0] : rounds[0] + 9], features[rounds[0] : rounds[0] + 9])
     half.propose(LIMITS)
-    assert 0 < half.bus_bytes - before < 64 * 1024  # of a round: nine accepted pairs, a tree of six levels
+    assert 0 < half.report.bus_bytes - before < 64 * 1024  # of a round: nine accepted pairs, a tree of six levels
     assert gained["whole"] > 1.5 * len(rounds), "the shipped drafter does not fit this target"
 
 
@@ -93,7 +94,7 @@ def text_of(pair: Path) -> tuple[TokenArray, np.ndarray]:
     target = OpenVINOTarget.open(pair, manifest)
     prompt = Tokenizer.from_folder(pair / "target").encode_chat([{"role": "user", "content": PROMPT}])
     limits = TreeLimits(width=2, depth=1, top_k=1, lookup=0)  # so that the drafter is told
-    for _ in decode(Conversation(target, recorder), Request(tuple(prompt), TOKENS, limits=limits), Meter()):
+    for _ in decode(Sequence(target, recorder), Request(tuple(prompt), TOKENS, limits=limits), Meter()):
         pass
     return np.concatenate(recorder.tokens), np.concatenate(recorder.features)
 

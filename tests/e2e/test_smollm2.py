@@ -88,7 +88,7 @@ def test_drafts_of_sampled_answers_know_the_noise(engine: Engine, monkeypatch: p
         return sum(metrics.new_tokens for metrics in told) / sum(metrics.rounds for metrics in told)
 
     told = acceptance_length()
-    monkeypatch.setattr("dovetail.runtime.loop.generate.Conversation.noise", lambda _: None)
+    monkeypatch.setattr("dovetail.runtime.loop.sequence.Sequence.noise", lambda _: None)
     assert told > 1.06 * acceptance_length()
 
 

@@ -223,7 +223,7 @@ def test_what_is_no_token_is_refused(token: int) -> None:
 
 def test_without_a_drafter_a_pass_has_one_node() -> None:
     one = engine(speculative=False)
-    calls = one._conversation.target.calls  # type: ignore[union-attr]
+    calls = one._sequence.target.calls  # type: ignore[union-attr]
     for options in ({}, {"tree": TreeLimits(1, 0, 1, lookup=0)}):
         calls.clear()
         one.generate("abc", 5, **options)

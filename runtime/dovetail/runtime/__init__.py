@@ -30,9 +30,9 @@ if TYPE_CHECKING:
         TrainError,
     )
     from dovetail.runtime.loop.accept import Verdict
-    from dovetail.runtime.loop.generate import Conversation, Request, Step
     from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
     from dovetail.runtime.loop.rescore import Choice
+    from dovetail.runtime.loop.sequence import Request, Sequence, Step
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "loop.accept": ("Verdict",),
-    "loop.generate": ("Conversation", "Request", "Step"),
     "engine": ("Chunk", "Engine", "GenerationResult"),
     "errors": (
         "ContextOverflow",
@@ -63,6 +62,7 @@ _HOME = {
     "pair.manifest": ("Manifest", "read_manifest"),
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
+    "loop.sequence": ("Request", "Sequence", "Step"),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
     "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
@@ -80,7 +80,6 @@ __all__ = [
     "Choice",
     "Chunk",
     "ContextOverflow",
-    "Conversation",
     "DeviceError",
     "DovetailError",
     "DraftSession",
@@ -104,6 +103,7 @@ __all__ = [
     "ScriptedDrafter",
     "ScriptedTarget",
     "ScriptedTokenizer",
+    "Sequence",
     "SourceError",
     "Step",
     "TargetPass",

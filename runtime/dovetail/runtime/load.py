@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
@@ -50,7 +50,7 @@ class Parts:
     """What an engine is made of.  drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
 
     target: OpenVINOTarget
-    drafter: SteadyDrafter | None
+    drafter: FailoverDrafter | None
     tokenizer: Tokenizer
     tree: TreeLimits
     scheduler: Scheduler | None
@@ -78,7 +78,7 @@ def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | N
         drafter, scheduler = _scheduled(pair, manifest, target, drafter, options, progress)
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
     open_second = partial(_open_cpu, pair, manifest, options) if drafter.file_key == "cuda" else None
-    return Parts(target, SteadyDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
+    return Parts(target, FailoverDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
 
 
 def _scheduled(

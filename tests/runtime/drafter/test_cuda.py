@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="a pair is exported")
 from dovetail.runtime.drafter import cuda as cuda_runner
 from dovetail.runtime.drafter import ort
 from dovetail.runtime.drafter.cuda import CudaRunner, check_placement
-from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
 from dovetail.runtime.errors import DeviceError
@@ -83,9 +83,9 @@ def test_features_cross_the_bus_once_and_levels_only_small_rows(HostDevice, pair
     session = pairs.on(HostDevice())
     features = 8 * pairs.manifest.target.feature_size * 2
     session.extend(stream[0][:5], stream[1][:5])
-    first = session.bus_bytes
+    first = session.report.bus_bytes
     session.propose(TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
-    level = session.bus_bytes - first
+    level = session.report.bus_bytes - first
     assert 0 <= first - level - features < 256  # the block's padding
 
 
@@ -125,7 +125,7 @@ def test_what_is_allocated_is_what_was_planned(HostDevice, pairs) -> None:
     device = HostDevice()
     session = pairs.on(device)
     plan, held = plan_pair(pairs.manifest), sum(block.nbytes for block in device.blocks.values())
-    assert session.max_context == plan.context
+    assert session.capacity == plan.context
     assert plan.state + plan.rows <= held <= plan.state + plan.rows + 60 * 256  # what blocks are rounded up by
 
 
@@ -165,7 +165,7 @@ def test_a_session_goes_before_its_device_and_a_failed_one_stays(HostDevice, pai
     close = device.close
     device.close = lambda: (gone.append(session() is None), close())
     if way == "engine":
-        with pairs.engine(SteadyDrafter(drafter)) as engine:
+        with pairs.engine(FailoverDrafter(drafter)) as engine:
             del drafter
             engine.generate(pairs.prompt, 4, raw=True)
     elif way == "drop":
@@ -193,7 +193,7 @@ def test_a_device_waits_for_a_session_that_a_traceback_holds(
         raise problem
 
     def leave() -> None:
-        with pairs.engine(SteadyDrafter(opened.pop())) as engine:
+        with pairs.engine(FailoverDrafter(opened.pop())) as engine:
             monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", raise_it)
             engine.generate(pairs.prompt, 30, raw=True)
 

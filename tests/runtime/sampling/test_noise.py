@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dovetail.runtime.drafter.session import DraftNoise
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.sampling import sampler as sampling
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -33,7 +34,7 @@ class Deaf(ScriptedDrafter):
 
 def metrics(drafter: Callable[[MarkovLogits], ScriptedDrafter], params: SamplingParams) -> GenerationMetrics:
     logits, meter = MarkovLogits(40, seed=2), Meter()
-    talk = Conversation(ScriptedTarget(logits), drafter(logits))
+    talk = Sequence(ScriptedTarget(logits), drafter(logits))
     list(decode(talk, Request((1, 2, 3), 101, params, limits=CHAIN), meter))
     return meter.metrics()
 
@@ -69,7 +70,7 @@ def test_greedy_answers_have_no_noise_also_after_sampled_ones() -> None:
             return super().propose(limits, judge, noise)
 
     logits = MarkovLogits(40)
-    talk = Conversation(ScriptedTarget(logits), Listening.copy_of(logits))
+    talk = Sequence(ScriptedTarget(logits), Listening.copy_of(logits))
     for params in (HOT, SamplingParams()):
         heard.clear()
         list(decode(talk, Request((1, 2, 3), 20, params, limits=CHAIN), Meter()))
@@ -80,7 +81,7 @@ def test_the_tree_changes_nothing_of_what_is_drawn() -> None:
     """The target draws alike whether its drafter is told the noise or not."""
     logits, texts = MarkovLogits(40, seed=5), []
     for drafter in (ScriptedDrafter.copy_of(logits, noise=1.0), Deaf.copy_of(logits, noise=1.0)):
-        talk = Conversation(ScriptedTarget(logits), drafter)
+        talk = Sequence(ScriptedTarget(logits), drafter)
         steps = decode(talk, Request((1, 2, 3), 60, HOT, limits=TreeLimits(8, 4, 3)), Meter())
         texts.append([token for step in steps for token in step.tokens])
     text, sampler = [1, 2, 3], Sampler(HOT)
@@ -104,11 +105,11 @@ def test_noise_crosses_the_bus_for_sampled_answers_alone(
 
     def drafted(begin: int, given: DraftNoise | None) -> tuple[DraftTree, DraftTree, list[str], int]:
         device.calls.clear()
-        before, trees = there.bus_bytes, []
+        before, trees = there.report.bus_bytes, []
         for session in (there, here):
             session.extend(tokens[begin : begin + 5], features[begin : begin + 5], given)
             trees.append(session.propose(limits, None, given))
-        return trees[0], trees[1], list(device.calls), there.bus_bytes - before
+        return trees[0], trees[1], list(device.calls), there.report.bus_bytes - before
 
     silent, _, calls, moved = drafted(0, None)
     assert calls == ["up", "down", "wait"] * 2

@@ -19,8 +19,8 @@ from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.drafter import cpu, graph_io, onnx, ort
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop import generate, rescore
-from dovetail.runtime.loop.generate import Conversation, Request
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import blocks, openvino, paged
 from dovetail.runtime.target.blocks import BlockPool
@@ -195,7 +195,7 @@ def test_drafts_change_no_token(engine: Engine, sampling: dict[str, Any]) -> Non
 
 def test_a_second_turn_has_the_text_of_a_fresh_engine(target: OpenVINOTarget) -> None:
     """The KV of an answer is that of the same tokens in a prompt."""
-    talk = Conversation(target, None)
+    talk = Sequence(target, None)
 
     def answer(prompt: tuple[int, ...], meter: Meter) -> tuple[int, ...]:
         return tuple(token for step in generate.decode(talk, Request(prompt, 40), meter) for token in step.tokens)

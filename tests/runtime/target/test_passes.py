@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.errors import ContextOverflow
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import openvino as openvino_target
 from dovetail.runtime.target.openvino import OpenVINOTarget, prompt_rows
@@ -54,7 +55,7 @@ def rows(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: OpenVINOTarget, rows: list[int]) -> None:
     for exact, least in ((True, 2), (False, 1)):
         target.exact = exact
-        talk = Conversation(target, None)
+        talk = Sequence(target, None)
         for prompt in (PROMPT.tolist(), [7]):
             rows.clear()
             list(decode(talk, Request(tuple(prompt), 5), Meter()))

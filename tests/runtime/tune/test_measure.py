@@ -15,8 +15,9 @@ pytest.importorskip("torch", reason="a pair is exported")
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.errors import DeviceError, InputError
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import Manifest, file_entry, read_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system.machine import Cpu
@@ -41,7 +42,7 @@ class Sessions:
 
     def text(self) -> list[int]:
         """Forty tokens, drafted and verified from empty sessions."""
-        talk = Conversation(self.target, self.drafter)
+        talk = Sequence(self.target, self.drafter)
         talk.forget()
         request = Request(tuple(range(5, 25)), 40, limits=TreeLimits(width=8, depth=3, top_k=2))
         return [token for step in decode(talk, request, Meter()) for token in step.tokens]
@@ -160,8 +161,8 @@ def test_a_failure_leaves_the_sessions_empty(sessions: Sessions, monkeypatch) ->
 
 @pytest.mark.parametrize(("room", "contexts"), [(256, (16, 128)), (255, (16,)), (140, (12,)), (128, (0,)), (100, (0,))])
 def test_contexts_without_room_are_left_out(sessions: Sessions, monkeypatch, room: int, contexts) -> None:
-    for session in (sessions.target, sessions.drafter):
-        monkeypatch.setattr(session, "max_context", room)
+    monkeypatch.setattr(sessions.target, "max_context", room)
+    monkeypatch.setattr(sessions.drafter, "capacity", room)
     costs = measure(sessions.target, sessions.drafter, contexts=(16, 128, 1024), widths=(1, 4), seconds=SECONDS)
     assert costs.target.contexts == costs.draft.contexts == contexts
     assert costs.draft.rows[-1] == (64 if room < CHUNK else CHUNK)

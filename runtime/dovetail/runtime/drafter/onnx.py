@@ -23,7 +23,7 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
-    """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why.
+    """DraftSession on ONNX Runtime.  `device` says where it runs, `report` why.
 
-    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.  top_k: children it offers.
+    file_key: of its graph in DrafterFacts.files.  capacity: pairs that it holds.  top_k: children it offers.
     """
 
-    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
-        self.device, self.device_note = device, device_note
-        self.file_key, self.max_context, self.top_k = runner.file_key, runner.max_context, facts.top_k
-        self._facts, self._runner = facts, runner
+    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
+        self.device = device
+        self.file_key, self.capacity, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self._facts, self._runner, self._note = facts, runner, note
         self._length = 0
         self._root: tuple[int, Candidates] | None = None  # last known token and its children
 
@@ -92,7 +92,7 @@ class OnnxDrafter:
         facts = manifest.drafter
         assert facts is not None
         runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
-        return cls(facts, runner, device="CPU (int8)", device_note=note)
+        return cls(facts, runner, device="CPU (int8)", note=note)
 
     @classmethod
     def open_cuda(
@@ -112,7 +112,7 @@ class OnnxDrafter:
         plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
         device = (new_device or CudaDevice)()
         runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
-        return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
+        return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
 
     @property
     def length(self) -> int:
@@ -120,9 +120,9 @@ class OnnxDrafter:
         return self._length
 
     @property
-    def bus_bytes(self) -> int:
-        """Bytes moved so far between host and device; 0 on the CPU."""
-        return self._runner.bus_bytes
+    def report(self) -> DeviceReport:
+        """Why it runs on its device, and what it moved there and back."""
+        return DeviceReport(self._note, self._runner.bus_bytes)
 
     def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
@@ -224,9 +224,9 @@ class OnnxDrafter:
             raise InputError(
                 f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
             )
-        if self._length + len(tokens) > self.max_context:
+        if self._length + len(tokens) > self.capacity:
             raise ContextOverflow(
-                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.max_context}: shorten "
+                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
                 "the prompt or generate without speculation"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:

@@ -6,11 +6,13 @@ Axes: T new tokens, K candidates, D feature size.  For positions see the target'
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
@@ -21,11 +23,39 @@ from dovetail.runtime.tree.limits import TreeLimits
 DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a drafter says of its device.
+
+    note: why it runs there.  bus_bytes: moved so far between host and device, both ways; 0 on the CPU.
+    """
+
+    note: str = ""
+    bus_bytes: int = 0
+
+
+class Moved(DeviceError):
+    """The drafter's device failed.  It runs on another one now, holds no pair, and must be extended again."""
+
+
 @runtime_checkable
 class DraftSession(Protocol):
     """The drafter with its own KV of the same conversation."""
 
-    device: str  # e.g. "CPU (int8)", "CUDA"
+    @property
+    def device(self) -> str:
+        """Where it runs: "CPU (int8)", "CUDA (fp16)"."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """(feature, token) pairs that it can hold."""
+        ...
+
+    @property
+    def report(self) -> DeviceReport:
+        """Facts of its device, for whoever runs the engine."""
+        ...
 
     @property
     def length(self) -> int:
@@ -45,4 +75,8 @@ class DraftSession(Protocol):
 
     def reset(self, keep: int = 0) -> None:
         """Forget everything after the first `keep` pairs."""
+        ...
+
+    def close(self) -> None:
+        """Give the device's memory back; the drafter is not to be used any more."""
         ...

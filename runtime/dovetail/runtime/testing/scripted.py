@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.target.session import TargetPass
@@ -125,9 +125,10 @@ class ScriptedDrafter:
     """A drafter whose trees are a function of the tokens so far; implements DraftSession."""
 
     device = "scripted"
+    report = DeviceReport()
 
-    def __init__(self, propose: Propose) -> None:
-        self._propose = propose
+    def __init__(self, propose: Propose, capacity: int = 1 << 20) -> None:
+        self._propose, self.capacity = propose, capacity
         self.tokens: list[int] = []  # x[0..length], x[0] known from the first feature
         self.start = 0  # tokens of the text before x[0], known from it too
         self.calls: list[tuple[str, int]] = []
@@ -149,6 +150,7 @@ class ScriptedDrafter:
     def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         self.calls.append(("extend", len(tokens)))
         _require(len(tokens) > 0, "extend by nothing")
+        _require(self.length + len(tokens) <= self.capacity, "extend past the capacity")
         _require(features.shape == (len(tokens), FEATURE_SIZE), f"features {features.shape} for {len(tokens)} tokens")
         for token, feature in zip(tokens.tolist(), features.tolist(), strict=True):
             if not self.tokens:
@@ -168,6 +170,9 @@ class ScriptedDrafter:
         self.calls.append(("reset", keep))
         _require(0 <= keep <= self.length, f"reset to {keep} of {self.length} pairs")
         del self.tokens[keep + 1 if keep else 0 :]
+
+    def close(self) -> None:
+        self.calls.append(("close", 0))
 
 
 class ScriptedTokenizer:

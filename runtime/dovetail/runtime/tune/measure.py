@@ -105,11 +105,11 @@ def measure(
     begin = perf_counter()
     if progress is not None:
         progress(0.0)
-    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
+    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.capacity) - CHUNK)
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
         "path": [FORK],
-        "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
+        "draft": [rows for rows in ROWS if rows <= drafter.capacity - contexts[-1]],
     }
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
     watch, order = _Stopwatch(target, drafter), Random(0)
