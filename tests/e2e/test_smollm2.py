@@ -128,9 +128,9 @@ def test_a_conversation_goes_on_from_its_kv(engine: Engine) -> None:
 
 def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
     drafter, taken = OnnxDrafter.open(pair, read_manifest(pair), device="cpu", threads=2), []
-    drafter.assume(100)
+    drafter.pretend_length(1, 100)
     for _ in range(5):
-        drafter.rehearse(8)
+        drafter.time_pass(1, 8)
         before = process_time()
         sleep(0.05)
         taken.append(process_time() - before)

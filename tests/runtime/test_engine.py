@@ -24,7 +24,6 @@ from dovetail.runtime import (
     TreeLimits,
 )
 from dovetail.runtime.text.stop_strings import StopFilter
-from dovetail.runtime.tree.draft_tree import DraftTree
 
 ALPHABET = "abcdefgh~:\nusr"  # with the letters of "user:"
 
@@ -247,8 +246,8 @@ def test_ctrl_c_within_a_pass_leaves_the_engine_usable() -> None:
     class Pressed(ScriptedTarget):
         presses = 3
 
-        def verify(self, tree: DraftTree) -> TargetPass:
-            result = super().verify(tree)
+        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+            result = super().verify(*offers)
             self.presses -= 1
             if self.presses == 0:
                 raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dovetail.runtime.drafter.session import DraftSession
+    from dovetail.runtime.drafter.session import DeviceReport, Drafter
     from dovetail.runtime.engine import Chunk, Engine, GenerationResult
     from dovetail.runtime.errors import (
         ContextOverflow,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
-    from dovetail.runtime.target.session import TargetPass, TargetSession
+    from dovetail.runtime.target.session import Target, TargetPass
     from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
     from dovetail.runtime.text.tokenizer import Tokenizer
     from dovetail.runtime.tree.draft_tree import DraftTree
@@ -66,8 +66,8 @@ _HOME = {
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
     "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
-    "drafter.session": ("DraftSession",),
-    "target.session": ("TargetPass", "TargetSession"),
+    "drafter.session": ("DeviceReport", "Drafter"),
+    "target.session": ("Target", "TargetPass"),
     "text.tokenizer": ("Tokenizer",),
     "tree.draft_tree": ("DraftTree",),
     "tree.growth": ("Candidates", "Level", "grow_tree"),
@@ -81,9 +81,10 @@ __all__ = [
     "Chunk",
     "ContextOverflow",
     "DeviceError",
+    "DeviceReport",
     "DovetailError",
-    "DraftSession",
     "DraftTree",
+    "Drafter",
     "Engine",
     "ExportError",
     "GenerationMetrics",
@@ -106,8 +107,8 @@ __all__ = [
     "Sequence",
     "SourceError",
     "Step",
+    "Target",
     "TargetPass",
-    "TargetSession",
     "Tokenizer",
     "TrainError",
     "TreeLimits",

@@ -12,7 +12,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
-from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, InputError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
@@ -22,7 +22,7 @@ from dovetail.runtime.policy.choose import BOUNDS
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.target.session import TargetSession
+from dovetail.runtime.target.session import Target
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -105,8 +105,8 @@ class Engine:
 
     def __init__(
         self,
-        target: TargetSession,
-        drafter: DraftSession | None,
+        target: Target,
+        drafter: Drafter | None,
         tokenizer: TextTokenizer,
         *,
         tree: TreeLimits | None = None,
@@ -301,10 +301,12 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
-        drafter, self._sequence, self._drafter = self._drafter, None, None
-        if drafter and self._busy.acquire(blocking=False):
+        (sequence, self._sequence), (drafter, self._drafter) = (self._sequence, None), (self._drafter, None)
+        if sequence and self._busy.acquire(blocking=False):
             try:
-                drafter.close()
+                sequence.target.close(sequence.id)
+                if drafter:
+                    drafter.close()
             finally:
                 self._busy.release()
 

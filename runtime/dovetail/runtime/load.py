@@ -66,7 +66,7 @@ def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | N
     tokenizer = Tokenizer.from_folder(pair / "target")
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
-    target = OpenVINOTarget.open(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
+    target = OpenVINOTarget.load(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
     tree = options.tree or manifest.tree
     if manifest.drafter is None:
         return Parts(target, None, tokenizer, tree, None, stop_tokens)

@@ -196,7 +196,7 @@ def make_model(family: Family, folder: Path, **settings: Any) -> Any:
 
 
 def open_target(pair: Path) -> OpenVINOTarget:
-    return OpenVINOTarget.open(pair, read_manifest(pair), ov_config=EXACT)
+    return OpenVINOTarget.load(pair, read_manifest(pair), ov_config=EXACT)
 
 
 def tree_of(tokens: Any, parents: Any) -> DraftTree:
@@ -205,12 +205,13 @@ def tree_of(tokens: Any, parents: Any) -> DraftTree:
 
 def greedy(target: OpenVINOTarget, prompt: list[int], count: int) -> list[int]:
     """Plain text of the target: `count` tokens after `prompt`."""
-    target.reset()
-    logits, text = target.prefill(np.array(prompt)).logits[0], []
+    seq = target.open()
+    logits, text = target.prefill(seq, np.array(prompt)).logits[0], []
     for _ in range(count):
         text.append(int(logits.argmax()))
-        logits = target.verify(DraftTree.root(text[-1])).logits[0]
-        target.commit(np.zeros(1, np.int64))
+        logits = target.verify({seq: DraftTree.root(text[-1])})[seq].logits[0]
+        target.commit(seq, np.zeros(1, np.int64))
+    target.close(seq)
     return text
 
 
@@ -226,16 +227,17 @@ def margins(model: Any, prompt: list[int], text: list[int]) -> np.ndarray:
 
 def assert_tree_equals_chains(target: OpenVINOTarget, prompt: list[int], tokens: np.ndarray) -> None:
     """Every node's logits have the bits of its own path, read as a chain."""
-    target.reset()
-    target.prefill(np.array(prompt))
-    logits = target.verify(tree_of(tokens, PARENTS)).logits.copy()
+    seq = target.open()
+    target.prefill(seq, np.array(prompt))
+    logits = target.verify({seq: tree_of(tokens, PARENTS)})[seq].logits.copy()
     for node in range(len(PARENTS)):
         path = [node]
         while PARENTS[path[0]] >= 0:
             path.insert(0, PARENTS[path[0]])
-        target.reset(len(prompt))
-        row = target.verify(tree_of(tokens[path], np.arange(len(path)) - 1)).logits[-1]
+        target.rewind(seq, len(prompt))
+        row = target.verify({seq: tree_of(tokens[path], np.arange(len(path)) - 1)})[seq].logits[-1]
         assert np.array_equal(row, logits[node]), f"node {node} behind {len(prompt)} tokens"
+    target.close(seq)
 
 
 @pytest.mark.parametrize("name", HERE)

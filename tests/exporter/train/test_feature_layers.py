@@ -59,12 +59,14 @@ def test_the_layers_are_those_of_eagle_3() -> None:
 
 
 def test_the_runtime_gives_the_features_that_training_read(pair: Path, checkpoint: Path) -> None:
-    tokens = np.arange(40, 60)
+    def features_of(target: OpenVINOTarget) -> np.ndarray:
+        return target.prefill(target.open(), np.arange(40, 60)).features.copy()
+
     manifest = read_manifest(pair)
-    mixed = OpenVINOTarget.open(pair, manifest).prefill(tokens).features.copy()
+    mixed = features_of(OpenVINOTarget.load(pair, manifest))
     wide = PagedModel(pair / "target" / "openvino_model.xml", layers=(0, 1))
     assert wide.feature_size == 3 * mixed.shape[1]
-    read = OpenVINOTarget(wide, 256).prefill(tokens).features.copy()
+    read = features_of(OpenVINOTarget(wide, 256))
     drafter = load_drafter(checkpoint, pair / "target")
     assert drafter.mix is not None and drafter.mix.proj.weight.abs().max() > 0
     with torch.no_grad():

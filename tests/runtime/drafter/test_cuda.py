@@ -26,6 +26,8 @@ from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 CUDA = "CUDAExecutionProvider"
 
 
@@ -64,27 +66,27 @@ def test_float16_in_buckets_drafts_what_float32_does(HostDevice, pairs, exact, s
     begin = 0
     for rows in (9, 1, 128, 3, 17, 40, 2):
         for session in (got, want):
-            session.extend(tokens[begin : begin + rows], features[begin : begin + rows])
+            session.extend(SEQ, tokens[begin : begin + rows], features[begin : begin + rows])
         begin += rows
-        pairs.assert_alike(got.propose(pairs.limits), want.propose(pairs.limits))
+        pairs.assert_alike(got.propose(SEQ, pairs.limits), want.propose(SEQ, pairs.limits))
 
 
 def test_a_call_is_one_copy_up_one_down_and_one_wait(HostDevice, pairs, stream) -> None:
     device = HostDevice()
     session = pairs.on(device)
     device.calls.clear()
-    session.extend(stream[0][:9], stream[1][:9])
+    session.extend(SEQ, stream[0][:9], stream[1][:9])
     assert device.calls == ["up", "down", "wait"]
-    session.propose(TreeLimits(width=12, depth=3, top_k=3, lookup=0))  # two levels below the root's children
+    session.propose(SEQ, TreeLimits(width=12, depth=3, top_k=3, lookup=0))  # two levels below the root's children
     assert device.calls == ["up", "down", "wait"] * 3
 
 
 def test_features_cross_the_bus_once_and_levels_only_small_rows(HostDevice, pairs, stream) -> None:
     session = pairs.on(HostDevice())
     features = 8 * pairs.manifest.target.feature_size * 2
-    session.extend(stream[0][:5], stream[1][:5])
+    session.extend(SEQ, stream[0][:5], stream[1][:5])
     first = session.report.bus_bytes
-    session.propose(TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
+    session.propose(SEQ, TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
     level = session.report.bus_bytes - first
     assert 0 <= first - level - features < 256  # the block's padding
 
@@ -98,7 +100,7 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) ->
     assert sorted(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
     ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._graphs.items()}
     assert ids == {8: "1", 16: "2", 128: "3"}
-    session.extend(stream[0][:150], stream[1][:150])
+    session.extend(SEQ, stream[0][:150], stream[1][:150])
     assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
 
 

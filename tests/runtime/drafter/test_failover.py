@@ -23,6 +23,8 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("fault", ["raises", "nan"])
@@ -96,7 +98,7 @@ class Told:
 
     def __init__(self, drafter: Any, stream: tuple[np.ndarray, np.ndarray]) -> None:
         self.tokens, self.features = stream
-        self.window, self.told = Window(drafter), 0
+        self.window, self.told = Window(drafter, SEQ), 0
 
     def extend(self, count: int) -> None:
         """The next `count` pairs, which are read at once."""
@@ -117,8 +119,8 @@ class Told:
 
 
 def fresh_tree(drafter: OnnxDrafter, stream: tuple[np.ndarray, np.ndarray], pairs: slice, limits: TreeLimits):
-    drafter.extend(stream[0][pairs], stream[1][pairs])
-    return drafter.propose(limits)
+    drafter.extend(SEQ, stream[0][pairs], stream[1][pairs])
+    return drafter.propose(SEQ, limits)
 
 
 @pytest.fixture
@@ -135,7 +137,7 @@ def test_a_full_context_begins_anew_with_the_last_pairs(pairs, short, stream) ->
     for _ in range(10):
         told.extend(6)
     told.extend(10)  # 70 do not fit: the last 16 are read
-    assert told.window.start == 54 and told.window.drafter.length == 16
+    assert told.window.start == 54 and told.window.drafter.length(SEQ) == 16
     got, want = told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(54, 70), pairs.limits)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
@@ -159,7 +161,7 @@ def test_a_cut_behind_what_is_held_begins_there(pairs, short, stream) -> None:
     for keep in (97, 90, 20, 0):
         told.cut(keep)
         assert (
-            told.window.drafter.length == told.window.length and told.window.waiting == 0
+            told.window.drafter.length(SEQ) == told.window.length and told.window.waiting == 0
         ) or told.window.length == 0
     told.extend(9)
     pairs.assert_alike(told.propose(pairs.limits), fresh_tree(short(), stream, slice(0, 9), pairs.limits))
@@ -173,7 +175,7 @@ def test_a_context_shorter_than_a_prompt_reads_its_end(pairs, stream, room: int)
     told = Told(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1), long)
     for count in (511, 7, 150, 9):
         told.extend(count)
-        held = told.window.drafter.length
+        held = told.window.drafter.length(SEQ)
         assert told.window.start + held == told.told and 0 < held <= room
         fresh = OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1)
         pairs.assert_alike(
@@ -198,7 +200,9 @@ def test_an_interrupt_while_the_drafter_moves_leaves_it_on_the_cpu(HostDevice, p
         told.extend(5)
     told.cut(100)
     told.extend(20)
-    assert drafter.device == "CPU (int8)" and drafter.length == 120  # what is kept is read when there is something new
+    assert (
+        drafter.device == "CPU (int8)" and drafter.length(SEQ) == 120
+    )  # what is kept is read when there is something new
     pairs.assert_alike(told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(0, 120), pairs.limits))
 
 
@@ -232,8 +236,8 @@ def test_after_an_interrupted_call_the_kept_pairs_are_still_the_last(pairs, stre
     runner.run = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         told.extend(140)
-    assert drafter.length > 100
+    assert drafter.length(SEQ) > 100
     told.cut(100)
-    assert drafter.length == 100 and told.window.waiting == 0
+    assert drafter.length(SEQ) == 100 and told.window.waiting == 0
     told.extend(20)
     pairs.assert_alike(told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(0, 120), pairs.limits))

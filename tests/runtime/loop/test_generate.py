@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
@@ -21,7 +21,7 @@ from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.target.session import TargetPass, TargetSession
+from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -80,12 +80,13 @@ def consistent(conversation: Sequence) -> bool:
     """What the sessions hold is what the conversation says, and a prefix of its tokens."""
     target, window = conversation.target, conversation.window
     assert isinstance(target, ScriptedTarget)
-    held = [target.length == conversation.length, target.tokens == conversation.tokens[: target.length]]
+    held = [target.texts[conversation.id] == conversation.tokens[: conversation.length]]
     if window is not None:
-        drafter, start = drafter_of(conversation), window.start
-        held += [drafter.length == window.length]
-        held += [drafter.tokens == conversation.tokens[start : start + drafter.length + 1] or not drafter.length]
-        held += [drafter.start == start or not drafter.length]
+        drafter = drafter_of(conversation)
+        held += [drafter.length(conversation.id) == window.length]
+        if read := drafter.texts.get(conversation.id):
+            tokens = conversation.tokens[window.start : window.start + window.length + 1]
+            held += [drafter.starts[conversation.id] == window.start, read == tokens]
     return all(held)
 
 
@@ -188,7 +189,7 @@ def test_accepted_tokens_beyond_the_end_are_not_counted() -> None:
     tokens, finish, metrics = run(conversation, request)
     assert tokens == free[:index] and finish == "stop"
     assert metrics.accepted + metrics.rounds == index  # the token after the last round's path does not count
-    assert conversation.target.length == 2 + index  # all that was emitted, nothing after it
+    assert conversation.target.length(conversation.id) == 2 + index  # all that was emitted, nothing after it
 
 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
@@ -234,7 +235,7 @@ def test_beyond_the_drafters_capacity_drafting_goes_on(capacity: int) -> None:
         conversation = talk(drafter="perfect", capacity=capacity)
         tokens, _, metrics = run(conversation, request)
         assert tokens == autoregressive(request)
-        assert 0 < drafter_of(conversation).length <= capacity and metrics.acceptance_length > 3
+        assert 0 < drafter_of(conversation).length(conversation.id) <= capacity and metrics.acceptance_length > 3
 
 
 def test_prompts_are_read_in_chunks() -> None:
@@ -277,7 +278,7 @@ def test_the_first_token_does_not_wait_for_the_drafter() -> None:
     next(steps)
     assert not [call for call, _ in drafter_of(conversation).calls if call == "extend"]
     next(steps)
-    assert [call for call, _ in drafter_of(conversation).calls if call != "reset"][:2] == ["extend", "propose"]
+    assert [call for call, _ in drafter_of(conversation).calls if call != "rewind"][:2] == ["extend", "propose"]
 
 
 def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
@@ -323,12 +324,12 @@ def test_the_common_prefix_is_not_read_again() -> None:
 class Interrupted:
     """Raises KeyboardInterrupt at the n-th call of a session, before, or after its work is done."""
 
-    def __init__(self, session: TargetSession | DraftSession, at: int, after: bool) -> None:
+    def __init__(self, session: Target | Drafter, at: int, after: bool) -> None:
         self.session, self.left, self.after = session, at, after
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.session, name)
-        if not callable(value) or name == "reset":
+        if not callable(value) or name in ("length", "rewind"):
             return value
 
         def call(*arguments: Any) -> Any:
@@ -378,17 +379,17 @@ def test_an_interrupt_within_the_clean_up_is_made_good_by_the_next_request() -> 
     assert isinstance(target, ScriptedTarget)
 
     class Torn(ScriptedTarget):
-        def verify(self, tree: DraftTree) -> TargetPass:
-            super().verify(tree)
+        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+            super().verify(*offers)
             raise KeyboardInterrupt
 
-        def reset(self, keep: int = 0) -> None:
-            if self._tree is not None:
+        def rewind(self, seq: int, keep: int) -> None:
+            if self._trees:
                 raise KeyboardInterrupt
-            super().reset(keep)
+            super().rewind(seq, keep)
 
     torn = Torn(target.logits_of)
-    conversation.target = torn
+    conversation.target, conversation.id = torn, torn.open()
     with pytest.raises(KeyboardInterrupt):
         list(decode(conversation, request, Meter()))
     torn.__class__ = ScriptedTarget  # type: ignore[assignment]  # the same session, no longer interrupted
@@ -420,10 +421,10 @@ def test_a_drafter_out_of_step_is_an_error() -> None:
 
 def test_a_rollback_that_did_not_happen_is_an_error() -> None:
     class Stuck(ScriptedTarget):
-        def reset(self, keep: int = 0) -> None:
+        def rewind(self, seq: int, keep: int) -> None:
             pass
 
     conversation = Sequence(Stuck(MarkovLogits(VOCAB)), None)
     list(decode(conversation, Request((1, 2), 3), Meter()))
-    with pytest.raises(DeviceError, match="after a reset to 0"):
+    with pytest.raises(DeviceError, match="after a rewind to 0"):
         list(decode(conversation, Request((2, 2), 3), Meter()))

@@ -75,22 +75,25 @@ class TimedTarget(ScriptedTarget):
         super().__init__(logits)
         self.clock = clock
 
-    def verify(self, tree: DraftTree) -> TargetPass:
+    def verify(self, offers: abc.Mapping[int, DraftTree], *prompts: Any) -> dict[int, TargetPass]:
+        (tree,) = offers.values()
         self.clock.verify(len(tree))
-        return super().verify(tree)
+        return super().verify(offers, *prompts)
 
 
 class TimedDrafter(ScriptedDrafter):
     clock: Clock
     deaf = False  # does without the noise of sampled answers
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+    def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         self.clock.draft(len(tokens))
-        super().extend(tokens, features, noise)
+        super().extend(seq, tokens, features, noise)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         timed = TimedJudge(judge, self.clock) if judge else None
-        return super().propose(limits, timed, None if self.deaf else noise)
+        return super().propose(seq, limits, timed, None if self.deaf else noise)
 
 
 @dataclass

@@ -21,6 +21,8 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 HOT = SamplingParams(temperature=1.3, seed=4)
 CHAIN = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
 
@@ -28,8 +30,10 @@ CHAIN = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
 class Deaf(ScriptedDrafter):
     """Does without the noise, as a session may."""
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
-        return super().propose(limits, judge)
+    def propose(
+        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
+        return super().propose(seq, limits, judge)
 
 
 def metrics(drafter: Callable[[MarkovLogits], ScriptedDrafter], params: SamplingParams) -> GenerationMetrics:
@@ -61,13 +65,15 @@ def test_greedy_answers_have_no_noise_also_after_sampled_ones() -> None:
     heard: list[DraftNoise | None] = []
 
     class Listening(ScriptedDrafter):
-        def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
             heard.append(noise)
-            super().extend(tokens, features, noise)
+            super().extend(seq, tokens, features, noise)
 
-        def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        def propose(
+            self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+        ) -> DraftTree:
             heard.append(noise)
-            return super().propose(limits, judge, noise)
+            return super().propose(seq, limits, judge, noise)
 
     logits = MarkovLogits(40)
     talk = Sequence(ScriptedTarget(logits), Listening.copy_of(logits))
@@ -107,8 +113,8 @@ def test_noise_crosses_the_bus_for_sampled_answers_alone(
         device.calls.clear()
         before, trees = there.report.bus_bytes, []
         for session in (there, here):
-            session.extend(tokens[begin : begin + 5], features[begin : begin + 5], given)
-            trees.append(session.propose(limits, None, given))
+            session.extend(SEQ, tokens[begin : begin + 5], features[begin : begin + 5], given)
+            trees.append(session.propose(SEQ, limits, None, given))
         return trees[0], trees[1], list(device.calls), there.report.bus_bytes - before
 
     silent, _, calls, moved = drafted(0, None)
@@ -131,7 +137,7 @@ def test_an_interrupt_leaves_no_noise_on_the_device(
     device = HostDevice()
     session, fresh = pairs.on(device), pairs.on(HostDevice())
     loud = 8 * np.random.default_rng(0).gumbel(size=pairs.manifest.target.vocab_size).astype(np.float32)
-    session.extend(tokens[:5], features[:5], lambda depth, ids: loud[ids])
+    session.extend(SEQ, tokens[:5], features[:5], lambda depth, ids: loud[ids])
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -139,8 +145,8 @@ def test_an_interrupt_leaves_no_noise_on_the_device(
     with monkeypatch.context() as patched:
         patched.setattr(device, "upload", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            session.extend(tokens[5:6], features[5:6])
-    session.reset()
+            session.extend(SEQ, tokens[5:6], features[5:6])
+    session.rewind(SEQ, 0)
     for one in (session, fresh):
-        one.extend(tokens[:6], features[:6])
-    pairs.assert_alike(session.propose(limits), fresh.propose(limits))
+        one.extend(SEQ, tokens[:6], features[:6])
+    pairs.assert_alike(session.propose(SEQ, limits), fresh.propose(SEQ, limits))

@@ -9,7 +9,7 @@ from typing import NoReturn
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, Moved
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
@@ -18,25 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class FailoverDrafter:
-    """DraftSession over an OnnxDrafter, and a second one for when the first fails, which the log is told.
+    """Drafter over an OnnxDrafter, and a second one for when the first fails, which the log is told.
 
-    The second drafter holds nothing at first: the failed call raises Moved.
+    The second drafter holds nothing at first: the failed call raises Moved.  device, capacity: of the one at hand.
     """
 
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
         """open_second: makes the other drafter, told why; None where there is none, then errors are raised."""
         self._drafter, self._open_second = drafter, open_second
+        self.device, self.capacity = drafter.device, drafter.capacity
         self._moved = 0  # bytes that the first drafter moved, once it is left
-
-    @property
-    def device(self) -> str:
-        """Where it runs now."""
-        return self._drafter.device
-
-    @property
-    def capacity(self) -> int:
-        """Pairs that the drafter at hand can hold."""
-        return self._drafter.capacity
 
     @property
     def report(self) -> DeviceReport:
@@ -44,30 +35,33 @@ class FailoverDrafter:
         now = self._drafter.report
         return DeviceReport(now.note, self._moved + now.bus_bytes)
 
-    @property
-    def length(self) -> int:
+    def length(self, seq: SequenceId) -> int:
         """Pairs that the drafter at hand holds."""
-        return self._drafter.length
+        return self._drafter.length(seq)
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+    def extend(
+        self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
+    ) -> None:
         """See OnnxDrafter.  Raises Moved, InputError, and DeviceError where there is no other drafter."""
         try:
-            return self._drafter.extend(tokens, features, noise)
+            return self._drafter.extend(seq, tokens, features, noise)
         except DeviceError as error:
             problem = self._movable(error)
         self._move(problem)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         """See OnnxDrafter.  Raises as `extend` does."""
         try:
-            return self._drafter.propose(limits, judge, noise)
+            return self._drafter.propose(seq, limits, judge, noise)
         except DeviceError as error:
             problem = self._movable(error)
         self._move(problem)
 
-    def reset(self, keep: int = 0) -> None:
+    def rewind(self, seq: SequenceId, keep: int) -> None:
         """See OnnxDrafter."""
-        self._drafter.reset(keep)
+        self._drafter.rewind(seq, keep)
 
     def close(self) -> None:
         """Give a GPU's memory back; the session is not to be used any more."""
@@ -90,5 +84,6 @@ class FailoverDrafter:
         self._moved = self._drafter.report.bus_bytes
         first, self._drafter = self._drafter, second  # whole, should an interrupt come now
         self._open_second = None
+        self.device, self.capacity = second.device, second.capacity
         first.close()
         raise Moved(f"the drafter moved to {second.device} and holds nothing there: {problem}")

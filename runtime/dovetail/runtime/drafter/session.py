@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
@@ -39,41 +39,40 @@ class Moved(DeviceError):
 
 
 @runtime_checkable
-class DraftSession(Protocol):
-    """The drafter with its own KV of the same conversation."""
+class Drafter(Protocol):
+    """The drafter with its own KV of the target's sequences.
 
-    @property
-    def device(self) -> str:
-        """Where it runs: "CPU (int8)", "CUDA (fp16)"."""
-        ...
+    It holds a sequence from the first `extend` until a `rewind` to 0.
+    """
 
-    @property
-    def capacity(self) -> int:
-        """(feature, token) pairs that it can hold."""
-        ...
+    device: str  # where it runs: "CPU (int8)", "CUDA (fp16)"
+    capacity: int  # (feature, token) pairs of a sequence
 
     @property
     def report(self) -> DeviceReport:
         """Facts of its device, for whoever runs the engine."""
         ...
 
-    @property
-    def length(self) -> int:
-        """(feature, token) pairs it has been extended with."""
+    def length(self, seq: SequenceId) -> int:
+        """Pairs that it has been extended with; 0 for a sequence that it does not know."""
         ...
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+    def extend(
+        self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
+    ) -> None:
         """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D].
 
         noise: of what follows the last token, None where nothing is drawn; a session may do without it.
         """
         ...
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         """Grow a tree below the last token of `extend`, the root; judge: see grow_tree.  noise: see `extend`."""
         ...
 
-    def reset(self, keep: int = 0) -> None:
+    def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` pairs."""
         ...
 

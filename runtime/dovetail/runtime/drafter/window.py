@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dovetail.runtime.drafter.session import DraftNoise, DraftSession, Moved
+from dovetail.runtime.drafter.session import Drafter, DraftNoise, Moved
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.system.arrays import FloatArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
@@ -60,8 +60,8 @@ class Window:
     `rewind` brings the drafter back to it.
     """
 
-    def __init__(self, drafter: DraftSession) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
+        self.drafter, self._seq = drafter, seq
         self.start = self.length = 0
         self._kept = _Kept()
 
@@ -97,7 +97,7 @@ class Window:
             self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Let the drafter read what waits.  tokens: of the whole text; noise: see DraftSession.extend."""
+        """Let the drafter read what waits.  tokens: of the whole text; noise: see Drafter.extend."""
         while self.waiting:
             try:
                 self._read(tokens, noise)
@@ -111,26 +111,26 @@ class Window:
         while True:
             self.flush(tokens, noise)
             try:
-                return self.drafter.propose(limits, judge, noise)
+                return self.drafter.propose(self._seq, limits, judge, noise)
             except Moved:
                 self.length = 0
 
     def rewind(self) -> None:
         """Bring the drafter back to the pairs that it certainly holds.  Raises DeviceError."""
-        if self.drafter.length < self.length:  # it moved to another device, and an interrupt came
+        if self.drafter.length(self._seq) < self.length:  # it moved to another device, and an interrupt came
             self.length = 0
-        self.drafter.reset(self.length)
-        if (held := self.drafter.length) != self.length:
-            raise DeviceError(f"the drafter holds {held} pairs after a reset to {self.length}: open the engine again")
+        self.drafter.rewind(self._seq, self.length)
+        if (held := self.drafter.length(self._seq)) != self.length:
+            raise DeviceError(f"the drafter holds {held} pairs after a rewind to {self.length}: open the engine again")
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Append what waits, or begin anew with the last pairs."""
         kept, count, capacity = self._kept, self.waiting, self.drafter.capacity
         if not self.length or kept.begin > self._read_to or self.length + count > capacity:
             self.length = 0
-            self.drafter.reset()
+            self.drafter.rewind(self._seq, 0)
             count = min(max(min(KEPT, capacity // 2), min(count, capacity)), kept.end - kept.begin)
             self.start = kept.end - count
         after = tokens[kept.end - count + 1 : kept.end + 1]
-        self.drafter.extend(np.array(after, np.int64), kept.last(count), noise)
+        self.drafter.extend(self._seq, np.array(after, np.int64), kept.last(count), noise)
         self.length = kept.end - self.start

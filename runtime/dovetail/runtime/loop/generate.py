@@ -36,7 +36,7 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
             offer = sequence.draft(policy)
             draft_ms = meter.lap("draft")
 
-            result = sequence.target.verify(offer.tree)
+            result = sequence.target.verify({sequence.id: offer.tree})[sequence.id]
             verify_ms = meter.lap("verify")
 
             found = sequence.accept(offer.tree, result)

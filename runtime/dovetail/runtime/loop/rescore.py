@@ -60,7 +60,8 @@ def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[
             nodes = np.arange(len(tokens))
             chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
             width = min(_CHAIN, sequence.target.max_context - sequence.length)
-            yield from sequence.target.verify(filled(chain, width)).logits[: len(tokens)]
+            passes = sequence.target.verify({sequence.id: filled(chain, width)})
+            yield from passes[sequence.id].logits[: len(tokens)]
             sequence.commit(nodes, tokens.tolist())
     finally:
         sequence.rewind()

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from dovetail.runtime.drafter.session import DraftNoise, DraftSession
+from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import Window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
@@ -20,7 +20,7 @@ from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
-from dovetail.runtime.target.session import TargetPass, TargetSession
+from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
@@ -112,16 +112,16 @@ class Found:
 class Sequence:
     """One text on a target and, where there is one, a drafter.  It outlives an answer: `begin` keeps a common prefix.
 
-    tokens: ids whose KV may be kept, then at most one known token more.
+    id: its number at both.  tokens: ids whose KV may be kept, then at most one known token more.
     length: tokens whose KV the target certainly holds.  It grows after a call of the target and shrinks before one, so
     an interrupt at any point leaves it right, and `rewind` brings both sessions back to what is certain.
     room: tokens that the answer may still have.  sampler: draws the answer at hand.
     speculates: whether the answer at hand is drafted; its pairs then wait for the drafter in `window`.
     """
 
-    def __init__(self, target: TargetSession, drafter: DraftSession | None = None) -> None:
-        self.target = target
-        self.window = Window(drafter) if drafter else None
+    def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
+        self.target, self.id = target, target.open()
+        self.window = Window(drafter, self.id) if drafter else None
         self.tokens: list[int] = []
         self.length = self.room = 0
         self.request: Request | None = None
@@ -129,8 +129,6 @@ class Sequence:
         self.speculates = False
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
-
-    # --- the prompt
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request; returns how many tokens of its prompt the target holds already.
@@ -161,7 +159,7 @@ class Sequence:
         """Run what is left of the prompt; returns the pass of the last chunk, for `first`."""
         while True:
             begin, end = self.length, min(self.length + _CHUNK, len(self.tokens))
-            result = self.target.prefill(np.array(self.tokens[begin:end], np.int64))
+            result = self.target.prefill(self.id, np.array(self.tokens[begin:end], np.int64))
             self.length = end
             if end == len(self.tokens):
                 return result
@@ -170,13 +168,12 @@ class Sequence:
     def first(self, result: TargetPass) -> Step:
         """The first token of the answer.  result: of the pass that read the end of the prompt."""
         assert self.sampler
+        self.length = len(self.tokens)
         step = self._cut((self.sampler.pick(result.logits[-1], len(self.tokens), self.tokens),))
         self._append(step.tokens)
         if step.tokens:
             self.tell(result.features)
         return step
-
-    # --- a round
 
     def draft(self, policy: Policy | None = None) -> Offer:
         """A tree below the known token: the drafter's, with repeated text, or that token alone."""
@@ -208,7 +205,7 @@ class Sequence:
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
         """Keep the nodes of `path`; `tokens` follow its root."""
-        self.target.commit(path)
+        self.target.commit(self.id, path)
         self._append(tokens)
         self.length += len(path)
         for found in self._found:
@@ -218,8 +215,6 @@ class Sequence:
         """The next pairs for the drafter: `features` [n, D], which are copied, and their n tokens."""
         if self.window and self.speculates:
             self.window.add(np.array(features))
-
-    # --- both sessions
 
     @property
     def waiting(self) -> int:
@@ -246,9 +241,9 @@ class Sequence:
     def rewind(self) -> None:
         """Bring both sessions back to what is certain; an unverified tree is forgotten.  Raises DeviceError."""
         self._found = []
-        self.target.reset(self.length)
-        if (held := self.target.length) != self.length:
-            raise DeviceError(f"the target holds {held} tokens after a reset to {self.length}: open the engine again")
+        self.target.rewind(self.id, self.length)
+        if (held := self.target.length(self.id)) != self.length:
+            raise DeviceError(f"the target holds {held} tokens after a rewind to {self.length}: open the engine again")
         if self.window:
             self.window.rewind()
 
@@ -265,7 +260,12 @@ class Sequence:
         self.repeats = RepeatIndex()
         self.rewind()
 
-    # --- what is drafted, and how much of it counts
+    def close(self) -> None:
+        """Give the number and the KV back; the sequence is not to be used any more."""
+        if self.window:
+            self.window.cut(0)
+            self.window.rewind()
+        self.target.close(self.id)
 
     def _limits(self, known: int, room: int) -> TreeLimits:
         """The largest tree that pays after `known` tokens: what was asked, cut to the `room` of answer and context."""

@@ -1,4 +1,4 @@
-"""The types of arrays that rooms hand to each other."""
+"""The types that rooms hand to each other."""
 
 from __future__ import annotations
 
@@ -7,3 +7,5 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
+
+SequenceId = int  # the number of one text, given by the target that holds its KV

@@ -91,10 +91,10 @@ class Batch:
     node_rows: NDArray[np.int32] | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Part], rows: int) -> Batch:
+    def of(cls, parts: Sequence[Part], rows: int, least: int) -> Batch:
         """One pass of `rows` rows for all parts; rows beyond theirs copy the last one, and nobody sees them.
 
-        If the pass has several rows, so has the lm_head, for the same reason: `wanted` then repeats a lone row.
+        least: rows that the lm_head computes; `wanted` repeats its last row to have as many.
         """
         starts = [0, *accumulate(len(part.tokens) for part in parts)]
         placed = list(zip(parts, starts, strict=False))
@@ -111,7 +111,7 @@ class Batch:
             begins=np.array([0, *accumulate(map(len, paths))], np.int32),
             blocks=np.concatenate(tables),
             block_begins=np.array([0, *accumulate(map(len, tables))], np.int32),
-            wanted=_filled(wanted, min(rows, TOGETHER)),
+            wanted=_filled(wanted, least),
             path_rows=path_rows,
             node_rows=node_rows,
         )

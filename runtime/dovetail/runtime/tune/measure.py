@@ -16,7 +16,7 @@ from itertools import product
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -26,10 +26,10 @@ from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.choose import WIDTHS
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ log = logging.getLogger(__name__)
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
-# Rows of a call up to which it is timed as a tree's level, which gives children to every row; a larger one reads.  A
-# short read is cheaper than a level of as many rows: the scheduler's pace of drafts evens that out.
-LEVEL = 16
 # When a pair is first opened somebody waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
 QUICK_SECONDS = 4.0
@@ -55,6 +52,18 @@ Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 Progress = Callable[[float], None]  # is told the part that is done, 0 to 1
 
 
+class Timed(Protocol):
+    """A target or a drafter whose passes can be timed."""
+
+    def pretend_length(self, seq: SequenceId, count: int, /) -> None:
+        """Behave as if the sequence had so many tokens, or pairs."""
+        ...
+
+    def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float]) -> float:
+        """Milliseconds of a pass of `rows` rows after them; the next `pretend_length` undoes it."""
+        ...
+
+
 def known_or_measured(
     manifest: Manifest,
     target: OpenVINOTarget,
@@ -66,8 +75,8 @@ def known_or_measured(
 ) -> Costs:
     """The costs of a pair on this machine: from the cache, or measured quickly and kept there.
 
-    threads, ov_config: what the sessions were opened with.  Both sessions end empty where it is measured.  Then, too, a
-    warning in the log says if the target's rows are not equal on this machine.
+    threads, ov_config: what both were opened with.  Where it is measured, a warning in the log also says if the
+    target's rows are not equal on this machine.
     Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
@@ -95,10 +104,10 @@ def measure(
     seconds: float,
     progress: Progress | None = None,
 ) -> Costs:
-    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`; both sessions end empty.
+    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for `seconds`, in a sequence of its own.
 
-    Contexts that a session has no room for are left out.  Where the time does not allow for SAMPLES of every point,
-    only FEW sizes and the largest are measured; where it does not for those either, it takes longer.
+    Contexts that target or drafter have no room for are left out.  Where the time does not allow for SAMPLES of every
+    point, only FEW sizes and the largest are measured; where it does not for those either, it takes longer.
     Raises InputError for what cannot be measured, DeviceError.
     """
     check_seconds(seconds)
@@ -112,7 +121,8 @@ def measure(
         "draft": [rows for rows in ROWS if rows <= drafter.capacity - contexts[-1]],
     }
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
-    watch, order = _Stopwatch(target, drafter), Random(0)
+    seq = target.open()
+    watch, order = _Stopwatch(target, drafter, seq), Random(0)
 
     def shuffled(sizes: Sizes) -> list[_Point]:
         points = [_Point(engine, n, context) for engine in sizes for n, context in product(sizes[engine], contexts)]
@@ -140,20 +150,13 @@ def measure(
             switch_ms=max(0.0, median(watch.switches)),
         )
     finally:
-        target.reset(0)
-        drafter.reset(0)
+        target.close(seq)
+        drafter.rewind(seq, 0)
 
 
 def check_seconds(seconds: float) -> None:
     """Raises InputError for a time that measuring cannot take."""
     check_number("seconds", seconds, InputError, "give another time", most=86400)
-
-
-def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
-    """A tree of `nodes` nodes: a chain below the root, of which the last `paths - 1` nodes hang from its first ones."""
-    chain = nodes - paths
-    parents = [-1, *range(chain), *range(paths - 1)]
-    return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class _Stopwatch:
 
     target: OpenVINOTarget
     drafter: OnnxDrafter
+    seq: SequenceId
     times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
     switches: list[float] = field(default_factory=list)  # ms
 
@@ -194,22 +198,11 @@ class _Stopwatch:
 
     def call(self, point: _Point) -> float:
         """One call, in ms."""
-        if point.engine in ("target", "path"):
-            self.target.assume(point.context)
-            tree = timed_tree(point.size, PATHS if point.engine == "path" else 1)
-            begin = perf_counter()
-            self.target.verify(tree)
-        elif point.size <= LEVEL:
-            self.drafter.assume(point.context)
-            begin = perf_counter()
-            self.drafter.rehearse(point.size)
-        else:
-            self.drafter.assume(point.context)
-            tokens = np.zeros(point.size, np.int64)
-            features = np.zeros((point.size, self.target.model.feature_size), np.float32)
-            begin = perf_counter()
-            self.drafter.extend(tokens, features)
-        return (perf_counter() - begin) * 1e3
+        timed: Timed = self.drafter if point.engine == "draft" else self.target
+        timed.pretend_length(self.seq, point.context)
+        if point.engine == "path":
+            return self.target.time_pass(self.seq, point.size, paths=PATHS, clock=perf_counter)
+        return timed.time_pass(self.seq, point.size, clock=perf_counter)
 
     def sampled(self, points: Sequence[_Point]) -> float:
         """The part, 0 to 1, of the times that `points` need which is there: SAMPLES of each."""
