@@ -419,7 +419,7 @@ def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_pa
     export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
     model = PagedModel(tmp_path / "pair/target/openvino_model.xml", properties=EXACT)
     random = np.random.default_rng(0)
-    requests = [Request(tuple(map(int, random.integers(1, 250, 6))), 0.0, 50) for _ in range(8)]
+    requests = [Request(tuple(map(int, random.integers(1, 250, 6))), 50) for _ in range(8)]
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, random)).save(tmp_path / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
     plan = TrainPlan(corpora=(tmp_path / "corpus.npz",), draft_vocab=128, held_out=0.1, fit=fit)

@@ -35,7 +35,7 @@ from dovetail.runtime.target.paged import PagedModel
 def checkpoint(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drafter of the tiny target that has learned to read its layers."""
     folder, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(0)
-    requests = [Request(tuple(map(int, rng.integers(0, 200, 6))), 0.0, 40) for _ in range(24)]
+    requests = [Request(tuple(map(int, rng.integers(0, 200, 6))), 40) for _ in range(24)]
     model = PagedModel(tiny_pair / "target" / "openvino_model.xml")
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, rng)).save(folder / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, warmup=2, learning_rate=3e-3)

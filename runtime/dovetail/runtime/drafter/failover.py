@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class FailoverDrafter:
-    """Drafter over an OnnxDrafter, and a second one for when the first fails, which the log is told.
+    """Drafter over an OnnxDrafter, and a second one for when the first fails; the log has a line then.
 
     The second drafter holds nothing at first: the failed call raises Moved.  device, capacity: of the one at hand.
     """
@@ -68,7 +68,7 @@ class FailoverDrafter:
         self._drafter.close()
 
     def _movable(self, error: DeviceError) -> str:
-        """What the error says, if there is another drafter; else it is raised.
+        """The error's message, if there is another drafter; else raise the error.
 
         To be left behind with its traceback, whose frames hold what must go before the device does.
         """

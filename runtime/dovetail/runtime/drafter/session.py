@@ -25,7 +25,7 @@ DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What a drafter says of its device.
+    """Facts of the device that a drafter runs on.
 
     note: why it runs there.  bus_bytes: moved so far between host and device, both ways; 0 on the CPU.
     """

@@ -53,7 +53,7 @@ class _Kept(NamedTuple):
 
 
 class Window:
-    """What one text's drafter holds, and the last pairs of the text.
+    """The last pairs of one text, and how many pairs its drafter holds.
 
     start: pairs before the first that the drafter holds.  length: pairs that it certainly holds.
     `length` grows after a call of the drafter and shrinks before one, so an interrupt at any point leaves it right, and

@@ -80,7 +80,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """What is verified in a round, and how a policy came to it, where there is one.
+    """The tree of a round, and how a policy came to it, if there is one.
 
     tree: for the target.  drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
     """
@@ -99,7 +99,7 @@ class Offer:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a pass over a tree gave.
+    """The result of a pass over a tree.
 
     step: the part of the verdict that counts for the answer.  features: [A + 1, D], a copy, of the accepted nodes.
     """
@@ -198,7 +198,7 @@ class Sequence:
         return Offer(choice.tree, plan, choice, drafted, growth)
 
     def accept(self, tree: DraftTree, result: TargetPass) -> Found:
-        """What of `tree` is right, and what of that the answer has room for."""
+        """Pick the target's tokens along `tree`, and cut them to the answer's room."""
         assert self.sampler
         verdict = accept(tree, result.logits, self.sampler, len(self.tokens), self.tokens)
         return Found(verdict, self._cut(verdict.tokens), result.features[verdict.path])
@@ -232,7 +232,7 @@ class Sequence:
             self.window.flush(self.tokens, self.noise())
 
     def noise(self) -> DraftNoise | None:
-        """What the drafter adds to its logits below the known token, the last; None where nothing is drawn."""
+        """The noise that the drafter adds to its logits below the last token; None if tokens are not sampled."""
         if self.sampler is None or self.sampler.params.greedy:
             return None
         sampler, position = self.sampler, len(self.tokens) - 1
@@ -301,7 +301,7 @@ class Sequence:
         return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
     def _cut(self, tokens: tuple[int, ...]) -> Step:
-        """What counts of a round: up to a stop token, itself left out, or up to the room that is left."""
+        """The tokens of a round that count: those before a stop token, as far as there is room."""
         assert self.request
         for index, token in enumerate(tokens[: self.room]):
             if token in self.request.stop_tokens:

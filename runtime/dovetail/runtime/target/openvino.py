@@ -34,7 +34,7 @@ _SPARE_BLOCKS = 64  # beside those of a full context: a tree's paths end in bloc
 
 @dataclass
 class _Text:
-    """What the target holds of one sequence.
+    """The target's record of one sequence.
 
     blocks: KV blocks in the order of the text, and after them those that trees may use.  length: tokens committed.
     verified: paths of the verified tree, until it is committed.

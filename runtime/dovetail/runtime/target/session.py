@@ -27,7 +27,7 @@ NO_PROMPTS: Mapping[SequenceId, TokenArray] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TargetPass:
-    """What one forward pass of the target gives back.
+    """The result of one forward pass of the target.
 
     logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
     features: [T or N, D] float32, row i belongs to new token or node i.

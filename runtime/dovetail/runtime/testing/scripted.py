@@ -47,7 +47,7 @@ class MarkovLogits:
 
 
 def _feature(prefix: Prefix) -> tuple[float, float, float]:
-    """Of the last token of `prefix`; all three are whole numbers that float32 holds exactly."""
+    """The feature of the last token of `prefix`; all three are whole numbers that float32 holds exactly."""
     checksum = crc32(np.array(prefix, np.int64).tobytes()) & 0xFFFFFF
     return len(prefix) - 1, prefix[-1], checksum
 
