@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class FailoverDrafter:
     """Drafter over an OnnxDrafter, and a second one for when the first fails; the log has a line then.
 
-    The second drafter holds nothing at first: the failed call raises Moved.  device, capacity: of the one at hand.
+    The second drafter holds nothing at first: the failed call raises Moved. device, capacity: of the one at hand.
     """
 
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
@@ -42,7 +42,7 @@ class FailoverDrafter:
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """See OnnxDrafter.  Raises Moved, InputError, and DeviceError where there is no other drafter."""
+        """See OnnxDrafter. Raises Moved, InputError, and DeviceError where there is no other drafter."""
         try:
             return self._drafter.extend(seq, tokens, features, noise)
         except DeviceError as error:
@@ -52,7 +52,7 @@ class FailoverDrafter:
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """See OnnxDrafter.  Raises as `extend` does."""
+        """See OnnxDrafter. Raises as `extend` does."""
         try:
             return self._drafter.propose(seq, limits, judge, noise)
         except DeviceError as error:
@@ -77,7 +77,7 @@ class FailoverDrafter:
         return str(error)
 
     def _move(self, problem: str) -> NoReturn:
-        """Leave the first drafter for the second.  Raises Moved, and DeviceError if the second does not open."""
+        """Leave the first drafter for the second. Raises Moved, and DeviceError if the second does not open."""
         assert self._open_second is not None
         second = self._open_second(f"moved there: {problem}")
         log.warning("the drafter moves from %s to %s: %s", self.device, second.device, problem)

@@ -1,6 +1,6 @@
 """The drafter's seam: a session that proposes token trees.
 
-Axes: T new tokens, K candidates, D feature size.  For positions see the target's seam, target/session.py.
+Axes: T new tokens, K candidates, D feature size. For positions see the target's seam, target/session.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 class DeviceReport:
     """Facts of the device that a drafter runs on.
 
-    note: why it runs there.  bus_bytes: moved so far between host and device, both ways; 0 on the CPU.
+    note: why it runs there. bus_bytes: moved so far between host and device, both ways; 0 on the CPU.
     """
 
     note: str = ""
@@ -35,7 +35,7 @@ class DeviceReport:
 
 
 class Moved(DeviceError):
-    """The drafter's device failed.  It runs on another one now, holds no pair, and must be extended again."""
+    """The drafter's device failed. It runs on another one now, holds no pair, and must be extended again."""
 
 
 @runtime_checkable
@@ -60,7 +60,7 @@ class Drafter(Protocol):
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """Append pairs: features[i] = f[t], tokens[i] = x[t+1].  tokens: [T], features: [T, D].
+        """Append pairs: features[i] = f[t], tokens[i] = x[t+1]. tokens: [T], features: [T, D].
 
         noise: of what follows the last token, None where nothing is drawn; a session may do without it.
         """
@@ -69,7 +69,7 @@ class Drafter(Protocol):
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """Grow a tree below the last token of `extend`, the root; judge: see grow_tree.  noise: see `extend`."""
+        """Grow a tree below the last token of `extend`, the root; judge: see grow_tree. noise: see `extend`."""
         ...
 
     def rewind(self, seq: SequenceId, keep: int) -> None:

@@ -1,9 +1,9 @@
 """The last pairs of one text: those that wait for the drafter, and those that it must read again.
 
-Axes: n pairs, D feature size.  Pair t is the target's feature f[t] and the token x[t+1] after it.
+Axes: n pairs, D feature size. Pair t is the target's feature f[t] and the token x[t+1] after it.
 
-The target computes a feature for every token; the drafter reads pairs when it is asked for a tree.  The window keeps
-the last KEPT pairs on the host.  The drafter begins anew with them in three cases: its context is full, more pairs wait
+The target computes a feature for every token; the drafter reads pairs when it is asked for a tree. The window keeps
+the last KEPT pairs on the host. The drafter begins anew with them in three cases: its context is full, more pairs wait
 than the window keeps, or its device failed and another one holds nothing yet.
 """
 
@@ -25,7 +25,7 @@ KEPT = 256  # pairs: as many as a drafter is trained on at once
 
 
 class _Kept(NamedTuple):
-    """Features [n, D] of the last pairs, in the parts that they came in.  begin: number of the first pair."""
+    """Features [n, D] of the last pairs, in the parts that they came in. begin: number of the first pair."""
 
     begin: int = 0
     parts: tuple[FloatArray, ...] = ()
@@ -55,7 +55,7 @@ class _Kept(NamedTuple):
 class Window:
     """The last pairs of one text, and how many pairs its drafter holds.
 
-    start: pairs before the first that the drafter holds.  length: pairs that it certainly holds.
+    start: pairs before the first that the drafter holds. length: pairs that it certainly holds.
     `length` grows after a call of the drafter and shrinks before one, so an interrupt at any point leaves it right, and
     `rewind` brings the drafter back to it.
     """
@@ -97,7 +97,7 @@ class Window:
             self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Let the drafter read what waits.  tokens: of the whole text; noise: see Drafter.extend."""
+        """Let the drafter read what waits. tokens: of the whole text; noise: see Drafter.extend."""
         while self.waiting:
             try:
                 self._read(tokens, noise)
@@ -116,7 +116,7 @@ class Window:
                 self.length = 0
 
     def rewind(self) -> None:
-        """Bring the drafter back to the pairs that it certainly holds.  Raises DeviceError."""
+        """Bring the drafter back to the pairs that it certainly holds. Raises DeviceError."""
         if self.drafter.length(self._seq) < self.length:  # it moved to another device, and an interrupt came
             self.length = 0
         self.drafter.rewind(self._seq, self.length)

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 512  # prompt tokens admitted to a pass, so that running answers
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """The result of a pass for one text.  features: [n, D], a copy, of the tokens that were run."""
+    """The result of a pass for one text. features: [n, D], a copy, of the tokens that were run."""
 
     sequence: Sequence
     step: Step
@@ -28,7 +28,7 @@ class Advance:
 
 
 class SequenceBatch:
-    """Continuous batching, a token a text and pass.  slots: texts in flight at most."""
+    """Continuous batching, a token a text and pass. slots: texts in flight at most."""
 
     def __init__(self, target: Target, slots: int) -> None:
         self.target = target
@@ -39,7 +39,7 @@ class SequenceBatch:
     ) -> Generator[Advance, None, None]:
         """Answer every request, whose prompts are read whole; advances come pass by pass, in the order of the slots.
 
-        new_sampler: makes each request's, in place of its own.  Raises ContextOverflow, and what the target raises.
+        new_sampler: makes each request's, in place of its own. Raises ContextOverflow, and what the target raises.
         """
         waiting = iter(requests)
         try:
@@ -67,7 +67,7 @@ class SequenceBatch:
             budget -= len(request.prompt)
 
     def _step(self, active: list[Sequence]) -> list[Advance]:
-        """One pass.  All tokens are chosen before anything is committed: the next call may reuse the pass's memory."""
+        """One pass. All tokens are chosen before anything is committed: the next call may reuse the pass's memory."""
         prompts = {each.id: np.array(each.tokens, np.int64) for each in active if not each.length}
         offers = {each.id: each.draft().tree for each in active if each.length}
         passes = self.target.verify(offers, prompts)

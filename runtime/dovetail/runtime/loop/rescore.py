@@ -36,7 +36,7 @@ def read_again(
 ) -> list[Choice]:
     """A Choice for each of the A tokens of `answer`; `sequence` forgets what it held, and holds what was read.
 
-    It is read in chains, whose rows have the bits of a tree's first path.  Raises InputError for ids that are none.
+    It is read in chains, whose rows have the bits of a tree's first path. Raises InputError for ids that are none.
     """
     seen, found = list(prompt), list[Choice]()
     for token, logits in zip(answer, _logits(sequence, prompt, answer), strict=True):

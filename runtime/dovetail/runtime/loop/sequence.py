@@ -1,6 +1,6 @@
 """One text: its tokens, what target and drafter hold of it, and the answer that is being written.
 
-Axes: P prompt tokens, N nodes, n pairs, D feature size.  The position arithmetic is that of target/session.py.
+Axes: P prompt tokens, N nodes, n pairs, D feature size. The position arithmetic is that of target/session.py.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Step:
 class Offer:
     """The tree of a round, and how a policy came to it, if there is one.
 
-    tree: for the target.  drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
+    tree: for the target. drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
     """
 
     tree: DraftTree
@@ -101,7 +101,7 @@ class Offer:
 class Found:
     """The result of a pass over a tree.
 
-    step: the part of the verdict that counts for the answer.  features: [A + 1, D], a copy, of the accepted nodes.
+    step: the part of the verdict that counts for the answer. features: [A + 1, D], a copy, of the accepted nodes.
     """
 
     verdict: Verdict
@@ -110,12 +110,12 @@ class Found:
 
 
 class Sequence:
-    """One text on a target and, where there is one, a drafter.  It outlives an answer: `begin` keeps a common prefix.
+    """One text on a target and, where there is one, a drafter. It outlives an answer: `begin` keeps a common prefix.
 
-    id: its number at both.  tokens: ids whose KV may be kept, then at most one known token more.
-    length: tokens whose KV the target certainly holds.  It grows after a call of the target and shrinks before one, so
+    id: its number at both. tokens: ids whose KV may be kept, then at most one known token more.
+    length: tokens whose KV the target certainly holds. It grows after a call of the target and shrinks before one, so
     an interrupt at any point leaves it right, and `rewind` brings both sessions back to what is certain.
-    room: tokens that the answer may still have.  sampler: draws the answer at hand.
+    room: tokens that the answer may still have. sampler: draws the answer at hand.
     speculates: whether the answer at hand is drafted; its pairs then wait for the drafter in `window`.
     """
 
@@ -133,7 +133,7 @@ class Sequence:
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request; returns how many tokens of its prompt the target holds already.
 
-        sampler: in place of the request's own.  Raises ContextOverflow.
+        sampler: in place of the request's own. Raises ContextOverflow.
         """
         self.room = request.check_room(self.target.max_context)
         self.request, self.sampler = request, sampler or Sampler(request.sampling)
@@ -166,7 +166,7 @@ class Sequence:
             self.tell(result.features)
 
     def first(self, result: TargetPass) -> Step:
-        """The first token of the answer.  result: of the pass that read the end of the prompt."""
+        """The first token of the answer. result: of the pass that read the end of the prompt."""
         assert self.sampler
         self.length = len(self.tokens)
         step = self._cut((self.sampler.pick(result.logits[-1], len(self.tokens), self.tokens),))
@@ -239,7 +239,7 @@ class Sequence:
         return lambda depth, ids: sampler.ahead(position + depth, ids)
 
     def rewind(self) -> None:
-        """Bring both sessions back to what is certain; an unverified tree is forgotten.  Raises DeviceError."""
+        """Bring both sessions back to what is certain; an unverified tree is forgotten. Raises DeviceError."""
         self._found = []
         self.target.rewind(self.id, self.length)
         if (held := self.target.length(self.id)) != self.length:
