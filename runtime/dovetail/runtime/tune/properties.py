@@ -6,7 +6,8 @@ Other work on the machine then affects both alike. `choose` names the property f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system import machine
+from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import default_properties
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
-from dovetail.runtime.tune.measure import Progress, check_seconds, timed_tree
+from dovetail.runtime.tune.measure import Progress, check_seconds
 
 CONTEXT = 128  # tokens before a timed pass
 NODES = (1, 8, 16)  # nodes of a timed pass; 1 is plain decoding
@@ -103,17 +105,14 @@ def compare(
             progress((done + part) / len(tried))
 
     tell(0)
-    try:
-        text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
-        read = _Read(base, prompt, text, best_tokens(base, prompt, text))
-        rows = []
-        for done, one in enumerate(tried):
-            until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
-            rows.append(read.beside(one, open_with, until, partial(tell, done)))
-            tell(done + 1)
-        return rows
-    finally:
-        base.reset(0)
+    text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
+    read = _Read(base, prompt, text, best_tokens(base, prompt, text))
+    rows = []
+    for done, one in enumerate(tried):
+        until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
+        rows.append(read.beside(one, open_with, until, partial(tell, done)))
+        tell(done + 1)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,7 @@ class _Read:
 
 def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
     """Return whether rows are equal if no row is computed alone, as without --no-exact."""
-    exact = OpenVINOTarget(candidate.model, candidate.max_context)
-    try:
-        return differing_rows(exact).rows == 0
-    finally:
-        exact.close()
+    return differing_rows(OpenVINOTarget(candidate.model, candidate.max_context)).rows == 0
 
 
 def choose(rows: Sequence[Compared]) -> Chosen:
@@ -168,25 +163,36 @@ def _speedup(row: Compared) -> float:
 
 def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:
     """Return `count` tokens, at least one, that plain decoding writes after the prompt."""
-    target.reset(0)
-    text = [int(target.prefill(np.array(prompt, np.int64)).logits[0].argmax())]
-    while len(text) < count:
-        text.append(int(target.verify(DraftTree.root(text[-1])).logits[0].argmax()))
-        target.commit(np.zeros(1, np.int64))
-    return text
+    with _opened(target) as seq:
+        text = [int(target.prefill(seq, np.array(prompt, np.int64)).logits[0].argmax())]
+        while len(text) < count:
+            text.append(int(target.verify({seq: DraftTree.root(text[-1])})[seq].logits[0].argmax()))
+            target.commit(seq, np.zeros(1, np.int64))
+        return text
 
 
 def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[int]) -> NDArray[np.int64]:
     """Return the target's best token after each of `text` [T], read in chains; int64 [T]."""
     best: list[NDArray[np.int64]] = []
-    target.reset(0)
-    target.prefill(np.array(prompt, np.int64))
-    for begin in range(0, len(text), CHAIN):
-        tokens = np.array(text[begin : begin + CHAIN], np.int64)
-        nodes = np.arange(len(tokens))
-        best.append(target.verify(DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))).logits.argmax(1))
-        target.commit(nodes)
+    with _opened(target) as seq:
+        target.prefill(seq, np.array(prompt, np.int64))
+        for begin in range(0, len(text), CHAIN):
+            tokens = np.array(text[begin : begin + CHAIN], np.int64)
+            nodes = np.arange(len(tokens))
+            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
+            best.append(target.verify({seq: chain})[seq].logits.argmax(1))
+            target.commit(seq, nodes)
     return np.concatenate(best)
+
+
+@contextmanager
+def _opened(target: OpenVINOTarget) -> Iterator[SequenceId]:
+    """A sequence of the target, for a while."""
+    seq = target.open()
+    try:
+        yield seq
+    finally:
+        target.close(seq)
 
 
 def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Progress) -> dict[int, list[float]]:
@@ -212,9 +218,9 @@ def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: P
 
 def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
     """Return the second of two passes in ms: the first after a change of width takes longer."""
-    tree, begin = timed_tree(nodes), 0.0
-    for _ in range(2):
-        target.pretend_length(max(0, min(CONTEXT, target.max_context - max(NODES))))
-        begin = perf_counter()
-        target.verify(tree)
-    return (perf_counter() - begin) * 1e3
+    ms = 0.0
+    with _opened(target) as seq:
+        for _ in range(2):
+            target.pretend_length(seq, max(0, min(CONTEXT, target.max_context - max(NODES))))
+            ms = target.time_pass(seq, nodes)
+    return ms
