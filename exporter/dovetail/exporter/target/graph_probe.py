@@ -16,7 +16,7 @@ Axes: T prompt tokens, K tokens after the prompt, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _tree_difference(target: OpenVINOTarget, seq: SequenceId, length: int, token
     """The largest difference between a node's logits and the logits of its path as a chain."""
     target.rewind(seq, length)
     nodes = np.resize(tokens[::-1], len(_PARENTS))
-    tree = _tree(nodes, _PARENTS)
+    tree = DraftTree(nodes, np.array(_PARENTS), np.zeros(len(nodes), np.float32))
     logits = target.verify({seq: tree})[seq].logits.copy()
     worst = 0.0
     for node in range(len(_PARENTS)):
@@ -126,13 +126,9 @@ def _tree_difference(target: OpenVINOTarget, seq: SequenceId, length: int, token
         while (parent := _PARENTS[path[0]]) >= 0:
             path.insert(0, parent)
         target.rewind(seq, length)
-        row = target.verify({seq: _tree(nodes[path], range(-1, len(path) - 1))})[seq].logits[-1]
+        row = target.verify({seq: DraftTree.chain(nodes[path])})[seq].logits[-1]
         worst = max(worst, float(_difference(logits[node], row)))
     return worst
-
-
-def _tree(tokens: NDArray[np.int64], parents: Iterable[int]) -> DraftTree:
-    return DraftTree(tokens, np.array([*parents], np.int64), np.zeros(len(tokens), np.float32))
 
 
 def _difference(ours: FloatArray, theirs: FloatArray) -> Any:

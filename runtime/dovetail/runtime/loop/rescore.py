@@ -57,11 +57,9 @@ def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[
         yield from sequence.prefill().logits[-1:][: len(answer)]
         for begin in range(0, len(answer) - 1, _CHAIN):
             tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
-            nodes = np.arange(len(tokens))
-            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
             width = min(_CHAIN, sequence.target.max_context - sequence.length)
-            passes = sequence.target.verify({sequence.id: filled(chain, width)})
+            passes = sequence.target.verify({sequence.id: filled(DraftTree.chain(tokens), width)})
             yield from passes[sequence.id].logits[: len(tokens)]
-            sequence.commit(nodes, tokens.tolist())
+            sequence.commit(np.arange(len(tokens)), tokens.tolist())
     finally:
         sequence.rewind()

@@ -11,7 +11,8 @@ the drafter was given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -31,7 +32,7 @@ class TargetPass:
 
     logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
     features: [T or N, D] float32, row i belongs to new token or node i.
-    The arrays may be views of engine memory: valid until the target's next call, for whichever sequence.
+    The arrays may be views of engine memory: valid until the target's next call for any sequence.
     """
 
     logits: FloatArray
@@ -46,7 +47,7 @@ class Target(Protocol):
     max_context: int  # tokens of a sequence
 
     def open(self) -> SequenceId:
-        """A new sequence, empty."""
+        """Return the number of a new, empty sequence."""
         ...
 
     def length(self, seq: SequenceId) -> int:
@@ -60,9 +61,9 @@ class Target(Protocol):
     def verify(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
     ) -> Mapping[SequenceId, TargetPass]:
-        """Run all nodes of all trees in one pass, each attending to its sequence's committed tokens and its ancestors.
+        """Run all trees in one pass. A node attends to its sequence's tokens and its ancestors.
 
-        prompts: of further sequences, as `prefill` takes them; they share the pass.
+        prompts: prompt tokens of other sequences, as in `prefill`; they share the pass.
         """
         ...
 
@@ -77,3 +78,13 @@ class Target(Protocol):
     def close(self, seq: SequenceId) -> None:
         """Forget the sequence and its number; one that is not open is no error."""
         ...
+
+
+@contextmanager
+def opened(target: Target) -> Iterator[SequenceId]:
+    """Open a sequence for a `with` block, and close it after the block."""
+    seq = target.open()
+    try:
+        yield seq
+    finally:
+        target.close(seq)

@@ -6,8 +6,7 @@ Other work on the machine then affects both alike. `choose` names the property f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -17,12 +16,12 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
-from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.target.session import opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
 from dovetail.runtime.tune.measure import Progress, check_seconds
@@ -134,7 +133,7 @@ class _Read:
             equal = _keeps_rows_equal(candidate)
             ratios = _time(self.base, candidate, until, tell)
         except DeviceError as error:
-            return Compared(one.name, one.value, problem=" ".join(str(error).split()))
+            return Compared(one.name, one.value, problem=one_line(error))
         samples = len(ratios[NODES[0]])
         ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
@@ -163,7 +162,7 @@ def _speedup(row: Compared) -> float:
 
 def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:
     """Return `count` tokens, at least one, that plain decoding writes after the prompt."""
-    with _opened(target) as seq:
+    with opened(target) as seq:
         text = [int(target.prefill(seq, np.array(prompt, np.int64)).logits[0].argmax())]
         while len(text) < count:
             text.append(int(target.verify({seq: DraftTree.root(text[-1])})[seq].logits[0].argmax()))
@@ -174,25 +173,13 @@ def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> li
 def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[int]) -> NDArray[np.int64]:
     """Return the target's best token after each of `text` [T], read in chains; int64 [T]."""
     best: list[NDArray[np.int64]] = []
-    with _opened(target) as seq:
+    with opened(target) as seq:
         target.prefill(seq, np.array(prompt, np.int64))
         for begin in range(0, len(text), CHAIN):
             tokens = np.array(text[begin : begin + CHAIN], np.int64)
-            nodes = np.arange(len(tokens))
-            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
-            best.append(target.verify({seq: chain})[seq].logits.argmax(1))
-            target.commit(seq, nodes)
+            best.append(target.verify({seq: DraftTree.chain(tokens)})[seq].logits.argmax(1))
+            target.commit(seq, np.arange(len(tokens)))
     return np.concatenate(best)
-
-
-@contextmanager
-def _opened(target: OpenVINOTarget) -> Iterator[SequenceId]:
-    """A sequence of the target, for a while."""
-    seq = target.open()
-    try:
-        yield seq
-    finally:
-        target.close(seq)
 
 
 def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Progress) -> dict[int, list[float]]:
@@ -219,7 +206,7 @@ def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: P
 def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
     """Return the second of two passes in ms: the first after a change of width takes longer."""
     ms = 0.0
-    with _opened(target) as seq:
+    with opened(target) as seq:
         for _ in range(2):
             target.pretend_length(seq, max(0, min(CONTEXT, target.max_context - max(NODES))))
             ms = target.time_pass(seq, nodes)
