@@ -258,7 +258,7 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
     ) -> int:
-        """Tokens of `prompt` as `stream` takes it, template included.  Raises as that does, ContextOverflow too."""
+        """Tokens of `prompt` as `stream` takes it, template included. Raises as that does, ContextOverflow too."""
         tokens = self._encode(prompt, raw, template_options, parse_special)
         request = Request(tuple(tokens), max_new_tokens=1)
         request.check_room(self.max_context)
@@ -276,8 +276,8 @@ class Engine:
     ) -> list[Choice]:
         """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
 
-        Its passes are chains of tokens, as wide as trees.  sampling: as for the answer, with the seed that it had.
-        This is the last conversation from then on.  Raises InputError (no such ids, too), ContextOverflow.
+        Its passes are chains of tokens, as wide as trees. sampling: as for the answer, with the seed that it had.
+        This is the last conversation from then on. Raises InputError (no such ids, too), ContextOverflow.
         """
         sequence = self._open_sequence()
         tokens = self._encode(prompt, raw, template_options, parse_special)

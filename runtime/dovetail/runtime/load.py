@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a pair is opened.  Engine.from_pretrained says what each means.  Raises InputError."""
+    """How a pair is opened. Engine.from_pretrained says what each means. Raises InputError."""
 
     drafter_device: str = "auto"
     vram: int | None = None  # bytes
@@ -50,7 +50,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of.  drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
+    """What an engine is made of. drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
 
     target: OpenVINOTarget
     drafter: FailoverDrafter | None
@@ -63,7 +63,7 @@ class Parts:
 def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | None = None) -> Parts:
     """Open a pair; every file is checked before a weight is loaded.
 
-    progress: receives the part of the measurement that is done, 0 to 1.  Raises PairError, DeviceError, InputError.
+    progress: receives the part of the measurement that is done, 0 to 1. Raises PairError, DeviceError, InputError.
     """
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / "target")

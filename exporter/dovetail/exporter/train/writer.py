@@ -37,7 +37,7 @@ class SharedDraws(Sampler):
         self._rng = rng
 
     def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
-        """See Sampler.  logits: [V]."""
+        """See Sampler. logits: [V]."""
         return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 

@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class FailoverDrafter:
-    """Drafter over an OnnxDrafter, and a second one for when the first fails; the log has a line then.
+    """A drafter that moves from one OnnxDrafter to a second when the first fails, with a log line.
 
-    The second drafter holds nothing at first: the failed call raises Moved. device, capacity: of the one at hand.
+    The second drafter holds nothing at first: the failed call raises Moved. device, capacity: of
+    the drafter in use.
     """
 
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
-        """open_second: makes the other drafter, told why; None where there is none, then errors are raised."""
+        """open_second: opens the other drafter, given the reason; without it errors are raised."""
         self._drafter, self._open_second = drafter, open_second
         self.device, self.capacity = drafter.device, drafter.capacity
         self._moved = 0  # bytes that the first drafter moved, once it is left
@@ -36,13 +37,13 @@ class FailoverDrafter:
         return DeviceReport(now.note, self._moved + now.bus_bytes)
 
     def length(self, seq: SequenceId) -> int:
-        """Pairs that the drafter at hand holds."""
+        """See Drafter."""
         return self._drafter.length(seq)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """See OnnxDrafter. Raises Moved, InputError, and DeviceError where there is no other drafter."""
+        """See OnnxDrafter. Raises Moved, InputError, and DeviceError if there is no other drafter."""
         try:
             return self._drafter.extend(seq, tokens, features, noise)
         except DeviceError as error:
@@ -64,7 +65,7 @@ class FailoverDrafter:
         self._drafter.rewind(seq, keep)
 
     def close(self) -> None:
-        """Give a GPU's memory back; the session is not to be used any more."""
+        """See Drafter."""
         self._drafter.close()
 
     def _movable(self, error: DeviceError) -> str:

@@ -1,12 +1,12 @@
 """The drafter on ONNX Runtime: one graph, static buffers bound once, state updated in place.
 
 On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree level costs one run and a few
-small writes; the KV buffer is bound as a prefix that grows with the context.  On CUDA (float16) the same
+small writes; the KV buffer is bound as a prefix that grows with the context. On CUDA (float16) the same
 rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
 
 Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size, V draft
 vocabulary.
-KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
+KV row i < T belongs to tree node i, row T + j to pair j. Bank row 0 is the root's feature, row i tree
 node i's; row T takes what nobody will read.
 """
 
@@ -34,17 +34,18 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
 
-# Rows of a call up to which it is timed as a tree's level, which gives children to every row; a larger one reads.  A
-# short read is cheaper than a level of as many rows: the scheduler's pace of drafts evens that out.
+# A call of at most LEVEL rows is timed as a tree's level, which returns children for every row. A
+# larger call is timed as a read. A short read is cheaper than a level of as many rows. The
+# scheduler's pace of drafts corrects for that.
 LEVEL = 16
 
 log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
-    """Drafter on ONNX Runtime, with the KV of one sequence.  `device` says where it runs, `report` why.
+    """Drafter on ONNX Runtime, with the KV of one sequence. `device` says where it runs, `report` why.
 
-    file_key: of its graph in DrafterFacts.files.  capacity: pairs that it holds.  top_k: children it offers.
+    file_key: of its graph in DrafterFacts.files. capacity: pairs that it holds. top_k: children it offers.
     """
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
@@ -94,7 +95,7 @@ class OnnxDrafter:
 
     @classmethod
     def open_cpu(cls, pair: Path, manifest: Manifest, *, threads: int | None, note: str) -> OnnxDrafter:
-        """The INT8 drafter; note: why it is this one.  Raises DeviceError."""
+        """The INT8 drafter; note: why it is this one. Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
         runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
@@ -110,7 +111,7 @@ class OnnxDrafter:
         fit: bool = False,
         new_device: Callable[[], Device] | None = None,
     ) -> OnnxDrafter:
-        """The float16 drafter on a GPU, its graphs captured.  new_device: in place of CUDA's.  Raises DeviceError."""
+        """The float16 drafter on a GPU, its graphs captured. new_device: in place of CUDA's. Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
         if new_device is None and (problem := cuda_problem()):
@@ -121,20 +122,18 @@ class OnnxDrafter:
         return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
 
     def length(self, seq: SequenceId) -> int:
-        """(feature, token) pairs of the sequence that it has been extended with."""
+        """See Drafter."""
         return self._length if seq == self._seq else 0
 
     @property
     def report(self) -> DeviceReport:
-        """Why it runs on its device, and what it moved there and back."""
+        """See Drafter."""
         return DeviceReport(self._note, self._runner.bus_bytes)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
-
-        noise: of these children, see Drafter.
+        """See Drafter; the children of the last token are kept for `propose`.
 
         Raises ContextOverflow, InputError (shapes, ids), DeviceError; the length counts finished chunks only.
         """
@@ -162,7 +161,7 @@ class OnnxDrafter:
         return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        """Forget everything after the first `keep` pairs; drafting then needs a new `extend`."""
+        """See Drafter; drafting then needs a new `extend`. Raises InputError."""
         held = self.length(seq)
         if not 0 <= keep <= held:
             raise InputError(f"cannot keep {keep} pairs of {held}: give 0 to {held}")
@@ -170,13 +169,13 @@ class OnnxDrafter:
             self._length, self._root = keep, None
 
     def pretend_length(self, seq: SequenceId, pairs: int) -> None:
-        """Behave as if extended by `pairs` pairs, for timing alone: their KV is whatever lies there."""
+        """Act as if extended by `pairs` pairs, for timing only: KV content is arbitrary."""
         self._check_room(seq)
         self._runner.touch(pairs)
         self._seq, self._length, self._root = seq, pairs, None
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
-        """Milliseconds of a call: of a tree's level of `rows` nodes up to LEVEL, of as many new pairs above."""
+        """Return the ms of a call: a tree's level of `rows` nodes up to LEVEL, else `rows` new pairs."""
         if rows > LEVEL:
             tokens, features = np.zeros(rows, np.int64), np.zeros((rows, self._facts.feature_size), np.float32)
             begin = clock()
@@ -189,7 +188,7 @@ class OnnxDrafter:
         return (clock() - begin) * 1e3
 
     def close(self) -> None:
-        """Give a GPU's memory back; the session is not to be used any more."""
+        """See Drafter."""
         self._runner.close()
 
     def _check_room(self, seq: SequenceId) -> None:

@@ -15,7 +15,7 @@ from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray
 from dovetail.runtime.target.session import Target
 
-PROMPT_TOKENS = 512  # prompt tokens admitted to a pass, so that running answers do not stall
+PROMPT_TOKENS = 512  # prompt tokens admitted to a pass, so that running answers do not wait
 
 
 @dataclass(frozen=True, eq=False)

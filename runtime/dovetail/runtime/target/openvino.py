@@ -38,8 +38,8 @@ _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in bloc
 class _Text:
     """The target's record of one sequence.
 
-    blocks: KV blocks in the order of the text, and after them those that trees may use.  length: tokens committed.
-    verified: paths of the verified tree, until it is committed.
+    blocks: KV blocks in the order of the text, then blocks for trees. length: committed tokens.
+    verified: paths of the verified tree, until `commit`.
     """
 
     blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))

@@ -1,4 +1,4 @@
-"""A target, a drafter and a tokenizer without engines: for tests, and for programs that embed the loop.
+"""Target, drafter and tokenizer without engines: for tests, and for programs that embed the loop.
 
 Axes: N nodes, T tokens, V vocabulary, D = 3 feature columns (position, token, checksum of the
 prefix). Target and drafter make errors visible that real ones hide. Every misuse of a protocol
@@ -147,7 +147,8 @@ class ScriptedTarget:
 class ScriptedDrafter:
     """A drafter whose trees are a function of the tokens so far; implements Drafter.
 
-    capacity: pairs of each sequence.  texts: x[start..] of each, x[start] known from the first feature.  starts: start.
+    capacity: pairs of each sequence. texts: x[start..] of each sequence; the first feature gives
+    x[start]. starts: start of each sequence.
     """
 
     device = "scripted"

@@ -57,11 +57,11 @@ class Timed(Protocol):
     """A target or a drafter whose passes can be timed."""
 
     def pretend_length(self, seq: SequenceId, count: int, /) -> None:
-        """Behave as if the sequence had so many tokens, or pairs."""
+        """Act as if the sequence had `count` tokens, or pairs."""
         ...
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float]) -> float:
-        """Milliseconds of a pass of `rows` rows after them; the next `pretend_length` undoes it."""
+        """Return the ms of a pass of `rows` rows; the next `pretend_length` undoes the pass."""
         ...
 
 
