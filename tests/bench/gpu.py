@@ -31,6 +31,8 @@ from dovetail.runtime.pair.manifest import read_sound
 from dovetail.runtime.system import machine
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 REPEATS = 200
 PAIRS = 9  # new ones of a round: two more than a tree of six levels gives, as a repeat may bring
 
@@ -58,12 +60,12 @@ def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[st
 
 def bytes_of_a_round(drafter: OnnxDrafter, feature_size: int) -> int:
     """Moved both ways by one tree of 16 nodes and the pairs it may give."""
-    drafter.reset()
-    drafter.extend(np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
-    before = drafter.bus_bytes
-    drafter.propose(TreeLimits(width=16, depth=6, top_k=min(4, drafter.top_k), lookup=0))
-    drafter.extend(np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
-    return drafter.bus_bytes - before
+    drafter.rewind(SEQ, 0)
+    drafter.extend(SEQ, np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
+    before = drafter.report.bus_bytes
+    drafter.propose(SEQ, TreeLimits(width=16, depth=6, top_k=min(4, drafter.top_k), lookup=0))
+    drafter.extend(SEQ, np.zeros(PAIRS, np.int64), np.zeros((PAIRS, feature_size), np.float32))
+    return drafter.report.bus_bytes - before
 
 
 def used_vram_mb() -> int | None:
@@ -81,7 +83,7 @@ def report(open_drafter: Callable[[], OnnxDrafter], feature_size: int) -> dict[s
     drafter = open_drafter()
     return {
         "device": drafter.device,
-        "max_context": drafter.max_context,
+        "max_context": drafter.capacity,
         "call_ms": latencies(drafter),
         "bytes_per_round": bytes_of_a_round(drafter, feature_size),
         "vram_mb": used_vram_mb(),

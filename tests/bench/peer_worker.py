@@ -23,8 +23,9 @@ Ask = Callable[[list[int], int], Answer]
 
 def dovetail(model: str, *, speculate: bool, exact: bool = True) -> Ask:
     from dovetail.runtime.engine import Engine
-    from dovetail.runtime.loop.generate import Request, decode
+    from dovetail.runtime.loop.generate import decode
     from dovetail.runtime.loop.metrics import Meter
+    from dovetail.runtime.loop.sequence import Request
 
     engine = Engine.from_pretrained(model, exact=exact)
 
@@ -32,8 +33,8 @@ def dovetail(model: str, *, speculate: bool, exact: bool = True) -> Ask:
         engine.reset()
         limits, scheduler = (engine.tree, engine.scheduler) if speculate else (None, None)
         request = Request(tuple(ids), count, stop_tokens=engine.stop_tokens, limits=limits, scheduler=scheduler)
-        conversation, meter, tokens = engine._open_conversation(), Meter(), list[int]()
-        for step in decode(conversation, request, meter):
+        sequence, meter, tokens = engine._open_sequence(), Meter(), list[int]()
+        for step in decode(sequence, request, meter):
             tokens += step.tokens
         metrics = meter.metrics()
         times = {"first_ms": metrics.time_to_first_token_ms, "later_ms": metrics.decode_ms}

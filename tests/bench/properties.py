@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
-from time import perf_counter
 
 import click
 import numpy as np
@@ -25,7 +24,6 @@ from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, Batch
-from dovetail.runtime.tune.measure import timed_tree
 
 WINDOW = 256  # tokens that are read at a time
 CONTEXT = 128  # tokens before a timed pass
@@ -71,7 +69,7 @@ def main(pair: Path, corpus: Path, checkpoint: Path | None, windows: int, sample
     for precision, group in VARIANTS:
         asked = {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
         try:
-            target = OpenVINOTarget.open(pair, manifest, ov_config=asked)
+            target = OpenVINOTarget.load(pair, manifest, ov_config=asked)
             read_text = reader(target)
             read_text(text[0])
         except DeviceError as error:
@@ -140,14 +138,14 @@ def timed(targets: Mapping[object, OpenVINOTarget], samples: int) -> dict[tuple[
     """ms of passes by target and nodes, all in turn in shuffled order; of two in a row the second counts."""
     points, order = [(name, nodes) for name in targets for nodes in NODES], Random(0)
     times: dict[tuple[object, int], list[float]] = {}
+    opened = {name: target.open() for name, target in targets.items()}
     for _ in range(samples):
         for name, nodes in order.sample(points, len(points)):
-            target, tree, begin = targets[name], timed_tree(nodes), 0.0
+            target, seq, ms = targets[name], opened[name], 0.0
             for _ in range(2):
-                target.pretend_length(CONTEXT)
-                begin = perf_counter()
-                target.verify(tree)
-            times.setdefault((name, nodes), []).append((perf_counter() - begin) * 1e3)
+                target.pretend_length(seq, CONTEXT)
+                ms = target.time_pass(seq, nodes)
+            times.setdefault((name, nodes), []).append(ms)
     return times
 
 

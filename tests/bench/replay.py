@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
@@ -24,10 +25,11 @@ import numpy as np
 
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.errors import DovetailError, InputError, PairError
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_atomically
 from dovetail.runtime.policy.calibration import pair_calibration
@@ -37,7 +39,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.text.prompts import read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -87,11 +89,11 @@ def record(
         folder, manifest = read_pair(pair)
         tokenizer = Tokenizer.from_folder(folder / "target")
         drafter = OnnxDrafter.open(folder, manifest, device="cpu")
-        talk = Conversation(OpenVINOTarget.open(folder, manifest), drafter, drafter.max_context)
+        talk = Sequence(OpenVINOTarget.load(folder, manifest), drafter)
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []
         for number, asked in enumerate(talks, 1):
             prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
-            room = len(prompt) + max_new_tokens <= talk.draft_context
+            room = len(prompt) + max_new_tokens <= drafter.capacity
             if room:
                 records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}, sampler))
             click.echo(f"{number}/{len(talks)} {asked.name}{'' if room else ': too long, left out'}", err=True)
@@ -147,25 +149,20 @@ def limits_of(manifest: Manifest) -> TreeLimits:
 
 
 def follow(
-    talk: Conversation, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
+    talk: Sequence, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
 ) -> Record:
     """Decode up to `count` tokens, a node a pass; the drafter is asked after each."""
-    assert talk.drafter
+    assert talk.window
     talk.forget()
-    talk.sampler = None if sampler.params.greedy else sampler
-    talk.reuse(prompt, speculate=True)
-    found = talk.prefill(speculate=True)
-    answer, trees = [sampler.pick(found.logits[-1], len(prompt), prompt)], []
-    talk.tokens += answer
-    talk.tell(np.array(found.features))
+    talk.begin(Request(tuple(prompt), count + 1, limits=limits), sampler)  # one more: the last token is drafted too
+    answer, trees = [*talk.first(talk.prefill()).tokens], []
     while len(answer) < count and answer[-1] not in stop:
-        talk.read()
-        trees.append(talk.drafter.propose(limits, noise=talk.noise()))
-        found = talk.target.verify(DraftTree.root(answer[-1]))
-        features = np.array(found.features)
-        answer.append(sampler.pick(found.logits[0], len(talk.tokens), talk.tokens))
-        talk.commit(np.zeros(1, np.int64), answer[-1:])
-        talk.tell(features)
+        trees.append(talk.window.propose(talk.tokens, limits, None, talk.noise()))
+        root = DraftTree.root(answer[-1])
+        found = talk.accept(root, talk.target.verify({talk.id: root})[talk.id])
+        answer += found.step.tokens
+        talk.commit(found.verdict.path, found.step.tokens)
+        talk.tell(found.features)
     return Record(tuple(prompt), tuple(answer), tuple(trees), not sampler.params.greedy)
 
 
@@ -266,44 +263,54 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     # The recorded token leads by one logit, which at DRAWN leaves no other.
     sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
     request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
-    steps = decode(Conversation(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
+    steps = decode(Sequence(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
     if tuple(token for step in steps for token in step.tokens) != each.answer:
         raise InputError("the record does not replay to its own text: record it again with this version")
     return target.rounds, clock.ms
 
 
 class ReplayTarget:
-    """TargetSession that goes on with the recorded answer."""
+    """Target that goes on with the recorded answer, in one sequence."""
 
     device, max_context = "record", 1 << 20
 
     def __init__(self, each: Record, clock: Clock) -> None:
         self.text, self.clock = (*each.prompt, *each.answer, 0), clock
-        self.length = self.rounds = 0
+        self.held = self.rounds = 0
         self.vocabulary = 1 + max(max(self.text), *(int(tree.tokens.max()) for tree in each.trees))
 
-    def prefill(self, tokens: TokenArray) -> TargetPass:
-        self.length += len(tokens)
-        return TargetPass(self._logits([self.text[self.length]]), np.zeros((len(tokens), 1), np.float32))
+    def open(self) -> int:
+        return 1
 
-    def verify(self, tree: DraftTree) -> TargetPass:
+    def length(self, seq: int) -> int:
+        return self.held
+
+    def prefill(self, seq: int, tokens: TokenArray) -> TargetPass:
+        self.held += len(tokens)
+        return TargetPass(self._logits([self.text[self.held]]), np.zeros((len(tokens), 1), np.float32))
+
+    def verify(self, offers: Mapping[int, DraftTree], prompts: object = NO_PROMPTS) -> dict[int, TargetPass]:
+        ((seq, tree),) = offers.items()
         nodes = len(tree)
-        self.clock.verify(self.length, nodes, tree.path_counts[-1])
+        self.clock.verify(self.held, nodes, tree.path_counts[-1])
         self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []
         for node, depth in enumerate(depths):
-            place = self.length + depth
+            place = self.held + depth
             if node:
                 true.append(true[parents[node]] and self._token(place) == tree.tokens[node])
             next_tokens.append(self._token(place + 1) if true[node] else 0)
-        return TargetPass(self._logits(next_tokens), np.zeros((nodes, 1), np.float32))
+        return {seq: TargetPass(self._logits(next_tokens), np.zeros((nodes, 1), np.float32))}
 
-    def commit(self, path: TokenArray) -> None:
-        self.length += len(path)
+    def commit(self, seq: int, path: TokenArray) -> None:
+        self.held += len(path)
 
-    def reset(self, keep: int = 0) -> None:
-        self.length = min(self.length, keep)
+    def rewind(self, seq: int, keep: int) -> None:
+        self.held = min(self.held, keep)
+
+    def close(self, seq: int) -> None:
+        self.held = 0
 
     def _token(self, place: int) -> int:
         return self.text[min(place, len(self.text) - 1)]
@@ -315,21 +322,26 @@ class ReplayTarget:
 
 
 class ReplayDrafter:
-    """DraftSession that proposes what was recorded, level by level as a scheduler asks for it."""
+    """Drafter that proposes what was recorded, level by level as a scheduler asks for it."""
 
-    device = "record"
+    device, capacity, report = "record", 1 << 20, DeviceReport()
 
     def __init__(self, each: Record, target: ReplayTarget, clock: Clock) -> None:
-        self.each, self.target, self.clock, self.length = each, target, clock, 0
+        self.each, self.target, self.clock, self.held = each, target, clock, 0
         self._has_read = False
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
-        if self._has_read:  # the prompt is read before the first round
-            self.clock.draft(self.length, len(tokens))
-        self.length, self._known, self._has_read = self.length + len(tokens), int(tokens[-1]), True
+    def length(self, seq: int) -> int:
+        return self.held
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
-        place = self.target.length - len(self.each.prompt)
+    def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        if self._has_read:  # the prompt is read before the first round
+            self.clock.draft(self.held, len(tokens))
+        self.held, self._known, self._has_read = self.held + len(tokens), int(tokens[-1]), True
+
+    def propose(
+        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
+        place = self.target.held - len(self.each.prompt)
         tree = self.each.trees[place] if place < len(self.each.trees) else DraftTree.root(self._known)
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(tree.parents.tolist()):
@@ -348,15 +360,18 @@ class ReplayDrafter:
             for row, parent, token in zip(level.rows, level.parent_rows, level.tokens, strict=True):
                 nodes.append(next(node for node in children[rows[int(parent)]] if tree.tokens[node] == token))
                 rows[int(row)] = nodes[-1]
-            self.clock.draft(self.length, len(nodes))
+            self.clock.draft(self.held, len(nodes))
             logprobs, ids = zip(*map(found, nodes), strict=True)
             return Candidates(np.stack(logprobs), np.stack(ids))
 
         logprobs, ids = found(0)
         return grow_tree(self._known, Candidates(logprobs[None], ids[None]), expand, limits, judge=judge)
 
-    def reset(self, keep: int = 0) -> None:
-        self.length = min(self.length, keep)
+    def rewind(self, seq: int, keep: int) -> None:
+        self.held = min(self.held, keep)
+
+    def close(self) -> None:
+        pass
 
 
 if __name__ == "__main__":

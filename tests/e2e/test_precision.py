@@ -19,8 +19,10 @@ from dovetail.exporter.drafter.export import load_drafter, save
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.drafter.session import DeviceReport
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system.arrays import TokenArray
@@ -28,6 +30,8 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
+
+SEQ = 1  # the number of a text
 
 pytestmark = pytest.mark.real
 
@@ -39,22 +43,25 @@ TOKENS = 160
 class Recorder:
     """A drafter that drafts nothing and keeps the pairs it is told."""
 
-    device = "none"
+    device, capacity, report = "none", 1 << 20, DeviceReport()
 
     def __init__(self) -> None:
         self.tokens: list[TokenArray] = []
         self.features: list[np.ndarray] = []
-        self.length = 0
 
-    def extend(self, tokens: TokenArray, features: np.ndarray, noise: Any = None) -> None:
+    def length(self, seq: int) -> int:
+        return sum(map(len, self.tokens))
+
+    def extend(self, seq: int, tokens: TokenArray, features: np.ndarray, noise: Any = None) -> None:
         self.tokens.append(tokens.copy())
         self.features.append(features.copy())
-        self.length += len(tokens)
 
-    def propose(self, limits: TreeLimits, judge: Any = None, noise: Any = None) -> DraftTree:
+    def propose(self, seq: int, limits: TreeLimits, judge: Any = None, noise: Any = None) -> DraftTree:
         return DraftTree.root(int(self.tokens[-1][-1]))
 
-    def reset(self, keep: int = 0) -> None: ...
+    def rewind(self, seq: int, keep: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], Any], tmp_path: Path) -> None:
@@ -68,32 +75,32 @@ def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], A
     gained = {"half": 0, "whole": 0}
     rounds = range(len(tokens) - TOKENS, len(tokens) - LIMITS.depth)
     for session in (half, whole):
-        session.extend(tokens[: rounds[0]], features[: rounds[0]])
+        session.extend(SEQ, tokens[: rounds[0]], features[: rounds[0]])
     for at in rounds:
-        trees = {"half": half.propose(LIMITS), "whole": whole.propose(LIMITS)}
+        trees = {"half": half.propose(SEQ, LIMITS), "whole": whole.propose(SEQ, LIMITS)}
         for name, tree in trees.items():
             gained[name] += 1 + accepted(tree, tokens[at:])
         ours, theirs = (tree.tokens[tree.parents == 0].tolist() for tree in trees.values())
         first += ours[0] == theirs[0]
         agreeing, total = agreeing + len({*ours} & {*theirs}), total + len(theirs)
         for session in (half, whole):
-            session.extend(tokens[at : at + 1], features[at : at + 1])
+            session.extend(SEQ, tokens[at : at + 1], features[at : at + 1])
     assert first / len(rounds) > 0.99 and agreeing / total > 0.99, (first, len(rounds), agreeing, total)
     assert gained["half"] == pytest.approx(gained["whole"], rel=0.01)
-    before = half.bus_bytes
-    half.extend(tokens[rounds[0] : rounds[0] + 9], features[rounds[0] : rounds[0] + 9])
-    half.propose(LIMITS)
-    assert 0 < half.bus_bytes - before < 64 * 1024  # of a round: nine accepted pairs, a tree of six levels
+    before = half.report.bus_bytes
+    half.extend(SEQ, tokens[rounds[0] : rounds[0] + 9], features[rounds[0] : rounds[0] + 9])
+    half.propose(SEQ, LIMITS)
+    assert 0 < half.report.bus_bytes - before < 64 * 1024  # of a round: nine accepted pairs, a tree of six levels
     assert gained["whole"] > 1.5 * len(rounds), "the shipped drafter does not fit this target"
 
 
 def text_of(pair: Path) -> tuple[TokenArray, np.ndarray]:
     """Pairs (token, feature before it) of a prompt and its answer, as plain decoding finds them."""
     manifest, recorder = read_manifest(pair), Recorder()
-    target = OpenVINOTarget.open(pair, manifest)
+    target = OpenVINOTarget.load(pair, manifest)
     prompt = Tokenizer.from_folder(pair / "target").encode_chat([{"role": "user", "content": PROMPT}])
     limits = TreeLimits(width=2, depth=1, top_k=1, lookup=0)  # so that the drafter is told
-    for _ in decode(Conversation(target, recorder), Request(tuple(prompt), TOKENS, limits=limits), Meter()):
+    for _ in decode(Sequence(target, recorder), Request(tuple(prompt), TOKENS, limits=limits), Meter()):
         pass
     return np.concatenate(recorder.tokens), np.concatenate(recorder.features)
 

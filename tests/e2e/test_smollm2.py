@@ -88,7 +88,7 @@ def test_drafts_of_sampled_answers_know_the_noise(engine: Engine, monkeypatch: p
         return sum(metrics.new_tokens for metrics in told) / sum(metrics.rounds for metrics in told)
 
     told = acceptance_length()
-    monkeypatch.setattr("dovetail.runtime.loop.generate.Conversation.noise", lambda _: None)
+    monkeypatch.setattr("dovetail.runtime.loop.sequence.Sequence.noise", lambda _: None)
     assert told > 1.06 * acceptance_length()
 
 
@@ -128,9 +128,9 @@ def test_a_conversation_goes_on_from_its_kv(engine: Engine) -> None:
 
 def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
     drafter, taken = OnnxDrafter.open(pair, read_manifest(pair), device="cpu", threads=2), []
-    drafter.assume(100)
+    drafter.pretend_length(1, 100)
     for _ in range(5):
-        drafter.rehearse(8)
+        drafter.time_pass(1, 8)
         before = process_time()
         sleep(0.05)
         taken.append(process_time() - before)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dovetail.exporter.train.corpus import Corpus
-from dovetail.exporter.train.writer import BatchWriter, TextRequest
+from dovetail.exporter.train.writer import BatchWriter
+from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.target.paged import PagedModel
 
 
@@ -21,7 +22,7 @@ def model(tiny_target: Path) -> PagedModel:
 def corpus_file(model: PagedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 greedy conversations of the tiny target."""
     rng = np.random.default_rng(0)
-    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, 6))), 0.0, 40) for _ in range(24)]
+    requests = [Request(tuple(map(int, rng.integers(0, 200, 6))), 40) for _ in range(24)]
     path = tmp_path_factory.mktemp("corpus") / "corpus.npz"
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, rng)).save(path)
     return path

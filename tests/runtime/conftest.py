@@ -29,7 +29,7 @@ class Pairs:
 
     @cached_property
     def target(self) -> OpenVINOTarget:
-        return OpenVINOTarget.open(self.pair, self.manifest, threads=1)
+        return OpenVINOTarget.load(self.pair, self.manifest, threads=1)
 
     def cpu(self, note: str = "asked for") -> OnnxDrafter:
         return OnnxDrafter.open_cpu(self.pair, self.manifest, threads=1, note=note)
@@ -38,7 +38,6 @@ class Pairs:
         return OnnxDrafter.open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)
 
     def engine(self, drafter: Any) -> Engine:
-        self.target.reset()
         tokenizer = Tokenizer.from_folder(self.pair / "target")
         return Engine(self.target, drafter, tokenizer, tree=self.limits, stop_tokens=())
 

@@ -24,7 +24,6 @@ from dovetail.runtime import (
     TreeLimits,
 )
 from dovetail.runtime.text.stop_strings import StopFilter
-from dovetail.runtime.tree.draft_tree import DraftTree
 
 ALPHABET = "abcdefgh~:\nusr"  # with the letters of "user:"
 
@@ -223,7 +222,7 @@ def test_what_is_no_token_is_refused(token: int) -> None:
 
 def test_without_a_drafter_a_pass_has_one_node() -> None:
     one = engine(speculative=False)
-    calls = one._conversation.target.calls  # type: ignore[union-attr]
+    calls = one._sequence.target.calls  # type: ignore[union-attr]
     for options in ({}, {"tree": TreeLimits(1, 0, 1, lookup=0)}):
         calls.clear()
         one.generate("abc", 5, **options)
@@ -247,8 +246,8 @@ def test_ctrl_c_within_a_pass_leaves_the_engine_usable() -> None:
     class Pressed(ScriptedTarget):
         presses = 3
 
-        def verify(self, tree: DraftTree) -> TargetPass:
-            result = super().verify(tree)
+        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+            result = super().verify(*offers)
             self.presses -= 1
             if self.presses == 0:
                 raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dovetail.runtime.drafter.session import DraftSession
+    from dovetail.runtime.drafter.session import DeviceReport, Drafter
     from dovetail.runtime.engine import Chunk, Engine, GenerationResult
     from dovetail.runtime.errors import (
         ContextOverflow,
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
         TrainError,
     )
     from dovetail.runtime.loop.accept import Verdict
-    from dovetail.runtime.loop.generate import Conversation, Request, Step
     from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
     from dovetail.runtime.loop.rescore import Choice
+    from dovetail.runtime.loop.sequence import Request, Sequence, Step
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
-    from dovetail.runtime.target.session import TargetPass, TargetSession
+    from dovetail.runtime.target.session import Target, TargetPass
     from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
     from dovetail.runtime.text.tokenizer import Tokenizer
     from dovetail.runtime.tree.draft_tree import DraftTree
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "loop.accept": ("Verdict",),
-    "loop.generate": ("Conversation", "Request", "Step"),
     "engine": ("Chunk", "Engine", "GenerationResult"),
     "errors": (
         "ContextOverflow",
@@ -63,11 +62,12 @@ _HOME = {
     "pair.manifest": ("Manifest", "read_manifest"),
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
+    "loop.sequence": ("Request", "Sequence", "Step"),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
     "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
-    "drafter.session": ("DraftSession",),
-    "target.session": ("TargetPass", "TargetSession"),
+    "drafter.session": ("DeviceReport", "Drafter"),
+    "target.session": ("Target", "TargetPass"),
     "text.tokenizer": ("Tokenizer",),
     "tree.draft_tree": ("DraftTree",),
     "tree.growth": ("Candidates", "Level", "grow_tree"),
@@ -80,11 +80,11 @@ __all__ = [
     "Choice",
     "Chunk",
     "ContextOverflow",
-    "Conversation",
     "DeviceError",
+    "DeviceReport",
     "DovetailError",
-    "DraftSession",
     "DraftTree",
+    "Drafter",
     "Engine",
     "ExportError",
     "GenerationMetrics",
@@ -104,10 +104,11 @@ __all__ = [
     "ScriptedDrafter",
     "ScriptedTarget",
     "ScriptedTokenizer",
+    "Sequence",
     "SourceError",
     "Step",
+    "Target",
     "TargetPass",
-    "TargetSession",
     "Tokenizer",
     "TrainError",
     "TreeLimits",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,22 +12,23 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
-from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, InputError
-from dovetail.runtime.loop.generate import Conversation, FinishReason, Request, Step, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
+from dovetail.runtime.loop.sequence import FinishReason, Request, Sequence, Step
 from dovetail.runtime.policy.choose import BOUNDS
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.target.session import TargetSession
+from dovetail.runtime.target.session import Target
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or token ids
+Prompt = str | abc.Sequence[Message] | abc.Sequence[int]  # text, a conversation, or token ids
 
 _RUNNING = "another generation of this engine is running: end or close its stream first"
 
@@ -61,7 +63,9 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **options: Any) -> list[int]: ...
+    def encode_chat(
+        self, messages: abc.Sequence[Message], *, parse_special: bool = False, **options: Any
+    ) -> list[int]: ...
 
     def has_token(self, token_id: int) -> bool: ...
 
@@ -102,19 +106,17 @@ class Engine:
 
     def __init__(
         self,
-        target: TargetSession,
-        drafter: DraftSession | None,
+        target: Target,
+        drafter: Drafter | None,
         tokenizer: TextTokenizer,
         *,
         tree: TreeLimits | None = None,
         scheduler: Policy | None = None,
         stop_tokens: Iterable[int] | None = None,
-        draft_context: int | None = None,
     ) -> None:
         """tree: default limits. scheduler: shapes each tree within them, None lets trees grow as far as they say.
 
         stop_tokens: default the tokenizer's end-of-sequence ids.
-        draft_context: (feature, token) pairs that a drafter of your own can hold; longer texts go on without drafting.
         """
         self.tokenizer = tokenizer
         self.tree = tree or (BOUNDS if scheduler else TreeLimits())
@@ -123,7 +125,7 @@ class Engine:
         self.target_device = target.device
         self._drafter = drafter
         self.max_context = target.max_context
-        self._conversation: Conversation | None = Conversation(target, drafter, draft_context)
+        self._sequence: Sequence | None = Sequence(target, drafter)
         self._busy = Lock()
 
     @classmethod
@@ -177,14 +179,14 @@ class Engine:
     @property
     def drafter_note(self) -> str | None:
         """Why it runs there, where it says so."""
-        return getattr(self._drafter, "device_note", None)
+        return (self._drafter.report.note or None) if self._drafter else None
 
     def generate(
         self,
         prompt: Prompt,
         max_new_tokens: int = 256,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | abc.Sequence[str] = (),
         speculate: bool = True,
         raw: bool = False,
         template_options: Mapping[str, Any] | None = None,
@@ -214,7 +216,7 @@ class Engine:
         prompt: Prompt,
         max_new_tokens: int = 256,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | abc.Sequence[str] = (),
         speculate: bool = True,
         raw: bool = False,
         template_options: Mapping[str, Any] | None = None,
@@ -232,7 +234,7 @@ class Engine:
         sampling: see SamplingParams; a seed gives one text, whatever is drafted.
         Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
         """
-        conversation, meter = self._open_conversation(), Meter()
+        sequence, meter = self._open_sequence(), Meter()
         if tree is not None and not isinstance(tree, TreeLimits):
             raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
         stops = check_stop_strings(stop)
@@ -246,7 +248,7 @@ class Engine:
         )
         request.check_room(self.max_context)
         meter.lap("other")
-        return self._run(conversation, request, StopFilter(stops), meter)
+        return self._run(sequence, request, StopFilter(stops), meter)
 
     def count_tokens(
         self,
@@ -256,7 +258,7 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
     ) -> int:
-        """Tokens of `prompt` as `stream` takes it, template included.  Raises as that does, ContextOverflow too."""
+        """Tokens of `prompt` as `stream` takes it, template included. Raises as that does, ContextOverflow too."""
         tokens = self._encode(prompt, raw, template_options, parse_special)
         request = Request(tuple(tokens), max_new_tokens=1)
         request.check_room(self.max_context)
@@ -265,7 +267,7 @@ class Engine:
     def choices(
         self,
         prompt: Prompt,
-        answer: Sequence[int],
+        answer: abc.Sequence[int],
         *,
         raw: bool = False,
         template_options: Mapping[str, Any] | None = None,
@@ -274,10 +276,10 @@ class Engine:
     ) -> list[Choice]:
         """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
 
-        Its passes are chains of tokens, as wide as trees.  sampling: as for the answer, with the seed that it had.
-        This is the last conversation from then on.  Raises InputError (no such ids, too), ContextOverflow.
+        Its passes are chains of tokens, as wide as trees. sampling: as for the answer, with the seed that it had.
+        This is the last conversation from then on. Raises InputError (no such ids, too), ContextOverflow.
         """
-        conversation = self._open_conversation()
+        sequence = self._open_sequence()
         tokens = self._encode(prompt, raw, template_options, parse_special)
         if (count := len(tokens) + len(answer)) > self.max_context:
             raise ContextOverflow(
@@ -286,26 +288,28 @@ class Engine:
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:
-            return read_again(conversation, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
+            return read_again(sequence, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
         finally:
             self._busy.release()
 
     def reset(self) -> None:
         """Forget the last conversation: the next prompt is read from its first token."""
-        conversation = self._open_conversation()
+        sequence = self._open_sequence()
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:
-            conversation.forget()
+            sequence.forget()
         finally:
             self._busy.release()
 
     def close(self) -> None:
         """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
-        drafter, self._conversation, self._drafter = self._drafter, None, None
-        if self._busy.acquire(blocking=False):
+        (sequence, self._sequence), (drafter, self._drafter) = (self._sequence, None), (self._drafter, None)
+        if sequence and self._busy.acquire(blocking=False):
             try:
-                getattr(drafter, "close", lambda: None)()
+                sequence.target.close(sequence.id)
+                if drafter:
+                    drafter.close()
             finally:
                 self._busy.release()
 
@@ -317,10 +321,10 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _open_conversation(self) -> Conversation:
-        if self._conversation is None:
+    def _open_sequence(self) -> Sequence:
+        if self._sequence is None:
             raise InputError("this engine is closed: open another with Engine.from_pretrained")
-        return self._conversation
+        return self._sequence
 
     def _encode(
         self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
@@ -352,14 +356,14 @@ class Engine:
         return tokens
 
     def _run(
-        self, conversation: Conversation, request: Request, stops: StopFilter, meter: Meter
+        self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
     ) -> Generator[Chunk, None, None]:
         if not self._busy.acquire(blocking=False):
             raise InputError(_RUNNING)
         try:
             meter.resume()
             text = _Text(self.tokenizer.detokenizer(), stops)
-            with closing(decode(conversation, request, meter)) as steps:
+            with closing(decode(sequence, request, meter)) as steps:
                 for step in steps:
                     meter.resume()
                     chunk = text.chunk(step, request.sampling.seed, meter)
@@ -395,7 +399,7 @@ class _Text:
 
 def _all_ids(prompt: object) -> bool:
     """Whether a prompt is token ids; an empty one is none."""
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | str):
+    if isinstance(prompt, abc.Sequence) and not isinstance(prompt, bytes | str):
         return bool(prompt) and all(isinstance(each, Integral) and not isinstance(each, bool) for each in prompt)
     return False
 
@@ -410,8 +414,8 @@ def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return options
 
 
-def _check_messages(messages: object) -> Sequence[Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, bytes) or not messages:
+def _check_messages(messages: object) -> abc.Sequence[Message]:
+    if not isinstance(messages, abc.Sequence) or isinstance(messages, bytes) or not messages:
         raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():

@@ -15,6 +15,13 @@ DovetailError
 Each message is one line. The line names the value and says what to do.
 """
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ends
+
+
+def one_line(error: BaseException) -> str:
+    """Return another library's error text in one line, or the error's type if there is no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
 
 class DovetailError(Exception):
     """Base of every error that Dovetail raises on purpose.

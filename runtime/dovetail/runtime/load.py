@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a pair is opened.  Engine.from_pretrained says what each means.  Raises InputError."""
+    """How a pair is opened. Engine.from_pretrained says what each means. Raises InputError."""
 
     drafter_device: str = "auto"
     vram: int | None = None  # bytes
@@ -50,10 +50,10 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of.  drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
+    """What an engine is made of. drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
 
     target: OpenVINOTarget
-    drafter: SteadyDrafter | None
+    drafter: FailoverDrafter | None
     tokenizer: Tokenizer
     tree: TreeLimits
     scheduler: Scheduler | None
@@ -63,13 +63,13 @@ class Parts:
 def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | None = None) -> Parts:
     """Open a pair; every file is checked before a weight is loaded.
 
-    progress: receives the part of the measurement that is done, 0 to 1.  Raises PairError, DeviceError, InputError.
+    progress: receives the part of the measurement that is done, 0 to 1. Raises PairError, DeviceError, InputError.
     """
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / "target")
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
-    target = OpenVINOTarget.open(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
+    target = OpenVINOTarget.load(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
     tree = options.tree or manifest.tree
     if manifest.drafter is None:
         return Parts(target, None, tokenizer, tree, None, stop_tokens)
@@ -81,7 +81,7 @@ def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | N
         drafter, scheduler = _scheduled(pair, manifest, target, drafter, options, progress)
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
     open_second = partial(_open_cpu, pair, manifest, options) if drafter.file_key == "cuda" else None
-    return Parts(target, SteadyDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
+    return Parts(target, FailoverDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
 
 
 def _scheduled(

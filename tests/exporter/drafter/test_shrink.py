@@ -114,7 +114,7 @@ def test_the_command_refuses_or_fits_and_the_pair_remembers(
         OnnxDrafter.open(pair, manifest, device="cpu", threads=1),
         OnnxDrafter.open_cuda(pair, manifest, new_device=HostDevice),
     ):
-        session.assume(3)
+        session.pretend_length(1, 3)
 
 
 def test_flags_that_make_no_sense_are_refused(pair: Path, tiny_drafter: Path) -> None:

@@ -34,9 +34,10 @@ from dovetail.exporter.target.export import TargetOptions, export_target, versio
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
-from dovetail.exporter.train.writer import BatchWriter, TextRequest
+from dovetail.exporter.train.writer import BatchWriter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ExportError, InputError, SourceError
+from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
@@ -196,7 +197,7 @@ def make_model(family: Family, folder: Path, **settings: Any) -> Any:
 
 
 def open_target(pair: Path) -> OpenVINOTarget:
-    return OpenVINOTarget.open(pair, read_manifest(pair), ov_config=EXACT)
+    return OpenVINOTarget.load(pair, read_manifest(pair), ov_config=EXACT)
 
 
 def tree_of(tokens: Any, parents: Any) -> DraftTree:
@@ -205,12 +206,13 @@ def tree_of(tokens: Any, parents: Any) -> DraftTree:
 
 def greedy(target: OpenVINOTarget, prompt: list[int], count: int) -> list[int]:
     """Plain text of the target: `count` tokens after `prompt`."""
-    target.reset()
-    logits, text = target.prefill(np.array(prompt)).logits[0], []
+    seq = target.open()
+    logits, text = target.prefill(seq, np.array(prompt)).logits[0], []
     for _ in range(count):
         text.append(int(logits.argmax()))
-        logits = target.verify(DraftTree.root(text[-1])).logits[0]
-        target.commit(np.zeros(1, np.int64))
+        logits = target.verify({seq: DraftTree.root(text[-1])})[seq].logits[0]
+        target.commit(seq, np.zeros(1, np.int64))
+    target.close(seq)
     return text
 
 
@@ -226,16 +228,17 @@ def margins(model: Any, prompt: list[int], text: list[int]) -> np.ndarray:
 
 def assert_tree_equals_chains(target: OpenVINOTarget, prompt: list[int], tokens: np.ndarray) -> None:
     """Every node's logits have the bits of its own path, read as a chain."""
-    target.reset()
-    target.prefill(np.array(prompt))
-    logits = target.verify(tree_of(tokens, PARENTS)).logits.copy()
+    seq = target.open()
+    target.prefill(seq, np.array(prompt))
+    logits = target.verify({seq: tree_of(tokens, PARENTS)})[seq].logits.copy()
     for node in range(len(PARENTS)):
         path = [node]
         while PARENTS[path[0]] >= 0:
             path.insert(0, PARENTS[path[0]])
-        target.reset(len(prompt))
-        row = target.verify(tree_of(tokens[path], np.arange(len(path)) - 1)).logits[-1]
+        target.rewind(seq, len(prompt))
+        row = target.verify({seq: tree_of(tokens[path], np.arange(len(path)) - 1)})[seq].logits[-1]
         assert np.array_equal(row, logits[node]), f"node {node} behind {len(prompt)} tokens"
+    target.close(seq)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -417,7 +420,7 @@ def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_pa
     export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
     model = PagedModel(tmp_path / "pair/target/openvino_model.xml", properties=EXACT)
     random = np.random.default_rng(0)
-    requests = [TextRequest(tuple(map(int, random.integers(1, 250, 6))), 0.0, 50) for _ in range(8)]
+    requests = [Request(tuple(map(int, random.integers(1, 250, 6))), 50) for _ in range(8)]
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, random)).save(tmp_path / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
     plan = TrainPlan(corpora=(tmp_path / "corpus.npz",), draft_vocab=128, held_out=0.1, fit=fit)

@@ -20,10 +20,11 @@ from dovetail.exporter.pairs.pair import add_drafter
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
-from dovetail.exporter.train.writer import BatchWriter, TextRequest
+from dovetail.exporter.train.writer import BatchWriter
 from dovetail.models.config import low_middle_high
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.errors import ExportError, IntegrityError
+from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.target.features import FeatureMix, layer_outputs
 from dovetail.runtime.target.graph import read_model
@@ -35,7 +36,7 @@ from dovetail.runtime.target.paged import PagedModel
 def checkpoint(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drafter of the tiny target that has learned to read its layers."""
     folder, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(0)
-    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, 6))), 0.0, 40) for _ in range(24)]
+    requests = [Request(tuple(map(int, rng.integers(0, 200, 6))), 40) for _ in range(24)]
     model = PagedModel(tiny_pair / "target" / "openvino_model.xml")
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, rng)).save(folder / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, warmup=2, learning_rate=3e-3)
@@ -59,12 +60,14 @@ def test_the_layers_are_those_of_eagle_3() -> None:
 
 
 def test_the_runtime_gives_the_features_that_training_read(pair: Path, checkpoint: Path) -> None:
-    tokens = np.arange(40, 60)
+    def features_of(target: OpenVINOTarget) -> np.ndarray:
+        return target.prefill(target.open(), np.arange(40, 60)).features.copy()
+
     manifest = read_manifest(pair)
-    mixed = OpenVINOTarget.open(pair, manifest).prefill(tokens).features.copy()
+    mixed = features_of(OpenVINOTarget.load(pair, manifest))
     wide = PagedModel(pair / "target" / "openvino_model.xml", layers=(0, 1))
     assert wide.feature_size == 3 * mixed.shape[1]
-    read = OpenVINOTarget(wide, 256).prefill(tokens).features.copy()
+    read = features_of(OpenVINOTarget(wide, 256))
     drafter = load_drafter(checkpoint, pair / "target")
     assert drafter.mix is not None and drafter.mix.proj.weight.abs().max() > 0
     with torch.no_grad():

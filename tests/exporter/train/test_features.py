@@ -15,16 +15,17 @@ from dovetail.exporter.train.evaluate import evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, to_float16
 from dovetail.exporter.train.loss import unrolled_loss
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.exporter.train.writer import BatchWriter, TextRequest
+from dovetail.exporter.train.writer import BatchWriter
 from dovetail.models import Drafter, DrafterConfig
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.target.paged import PagedModel
 
 
 def test_features_that_come_with_the_text_are_those_of_a_later_pass(model: PagedModel, tmp_path: Path) -> None:
     """Row for row, but for what a pass over other rows rounds; the last token's row is never read."""
     rng = np.random.default_rng(4)
-    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 40)]
+    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 12) for n in (3, 9, 5, 40)]
     written = list(BatchWriter(model, [7], slots=3, max_length=64, keep_features=True).write(requests, rng))
     corpus = Corpus.of(written)
     store = FeatureStore(tmp_path, [Part("a", corpus)], model.feature_size, lambda: model, 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,69 @@ from dovetail.exporter.train.corpus import Corpus, TrainingText, draft_vocabular
 from dovetail.exporter.train.text import TextWriter, split
 from dovetail.exporter.train.writer import (
     BatchWriter,
-    TextRequest,
     bare_prefix,
     chat_prompt,
+    draw,
     fingerprint,
     write_prompts,
 )
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.target.paged import PagedModel
+from dovetail.runtime.loop.sequence import Request
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.target.paged import Batch, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 
 def test_a_batch_writes_what_each_sequence_writes_alone(model: PagedModel) -> None:
     """Continuous batching changes the order of answers, not one token of them."""
     rng = np.random.default_rng(1)
-    requests = [TextRequest(tuple(map(int, rng.integers(0, 200, n))), 0.0, 12) for n in (3, 9, 5, 7, 4)]
+    requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 12) for n in (3, 9, 5, 7, 4)]
     together = set(BatchWriter(model, [7], slots=3, max_length=40).write(requests, rng))
     alone = {c for r in requests for c in BatchWriter(model, [7], slots=2, max_length=40).write([r], rng)}
     assert together == alone
     assert all(c.tokens[-1] == 7 or len(c.tokens) - c.prompt_length == 12 for c in together)
+
+
+def by_hand(model: PagedModel, requests: list[Request], slots: int, stop: int, rng: Any) -> Iterator[TrainingText]:
+    """Continuous batching on passes that are put together here: a slot has two blocks, and draws in its turn."""
+    waiting, held = iter(requests), list[Any]([None] * slots)
+    model.reserve(2 * slots)
+    while True:
+        held = [slot or next(([request, list(request.prompt), 0] for request in waiting), None) for slot in held]
+        if not (active := [(index, slot) for index, slot in enumerate(held) if slot]):
+            return
+        new = [tokens[cached:] for _, (_, tokens, cached) in active]
+        begins = np.cumsum([0, *map(len, new)]).astype(np.int32)
+        batch = Batch(
+            tokens=np.concatenate(new).astype(np.int64),
+            positions=np.concatenate([np.arange(cached, len(tokens)) for _, (_, tokens, cached) in active]),
+            past=np.array([cached for _, (_, _, cached) in active], np.int32),
+            begins=begins,
+            blocks=np.concatenate([[2 * index, 2 * index + 1] for index, _ in active]).astype(np.int32),
+            block_begins=np.arange(0, 2 * len(active) + 1, 2, dtype=np.int32),
+            wanted=(begins[1:] - 1).astype(np.int64),
+        )
+        logits, _ = model.run(batch)
+        for row, (index, slot) in enumerate(active):
+            request, tokens, _ = slot
+            slot[2] = len(tokens)
+            heat = request.sampling.temperature
+            tokens.append(draw(logits[row], heat, rng) if heat else int(logits[row].argmax()))
+            if tokens[-1] == stop or len(tokens) - len(request.prompt) == request.max_new_tokens:
+                held[index] = None
+                yield TrainingText(tuple(tokens), len(request.prompt))
+
+
+def test_a_seed_gives_the_text_of_passes_that_are_put_together_by_hand(model: PagedModel) -> None:
+    """Text for training stays what it was: the same rows in every pass, and the same draws for the same tokens."""
+    rng = np.random.default_rng(2)
+    requests = [
+        Request(tuple(rng.integers(0, 200, n).tolist()), 20, SamplingParams(temperature=(n % 3) / 2))
+        for n in rng.integers(2, 30, 24)
+    ]
+    writer = BatchWriter(model, [7], slots=5, max_length=64)
+    written = list(writer.write(requests, np.random.default_rng(9)))
+    assert written == list(by_hand(model, requests, 5, 7, np.random.default_rng(9))) and len(written) == 24
 
 
 def test_the_target_writes_its_own_prompts(tiny_pair: Path, model: PagedModel) -> None:

@@ -20,11 +20,13 @@ pytest.importorskip("torch", reason="a pair is exported")
 from dovetail.runtime.drafter import cuda as cuda_runner
 from dovetail.runtime.drafter import ort
 from dovetail.runtime.drafter.cuda import CudaRunner, check_placement
-from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.tree.limits import TreeLimits
+
+SEQ = 1  # the number of a text
 
 CUDA = "CUDAExecutionProvider"
 
@@ -64,28 +66,28 @@ def test_float16_in_buckets_drafts_what_float32_does(HostDevice, pairs, exact, s
     begin = 0
     for rows in (9, 1, 128, 3, 17, 40, 2):
         for session in (got, want):
-            session.extend(tokens[begin : begin + rows], features[begin : begin + rows])
+            session.extend(SEQ, tokens[begin : begin + rows], features[begin : begin + rows])
         begin += rows
-        pairs.assert_alike(got.propose(pairs.limits), want.propose(pairs.limits))
+        pairs.assert_alike(got.propose(SEQ, pairs.limits), want.propose(SEQ, pairs.limits))
 
 
 def test_a_call_is_one_copy_up_one_down_and_one_wait(HostDevice, pairs, stream) -> None:
     device = HostDevice()
     session = pairs.on(device)
     device.calls.clear()
-    session.extend(stream[0][:9], stream[1][:9])
+    session.extend(SEQ, stream[0][:9], stream[1][:9])
     assert device.calls == ["up", "down", "wait"]
-    session.propose(TreeLimits(width=12, depth=3, top_k=3, lookup=0))  # two levels below the root's children
+    session.propose(SEQ, TreeLimits(width=12, depth=3, top_k=3, lookup=0))  # two levels below the root's children
     assert device.calls == ["up", "down", "wait"] * 3
 
 
 def test_features_cross_the_bus_once_and_levels_only_small_rows(HostDevice, pairs, stream) -> None:
     session = pairs.on(HostDevice())
     features = 8 * pairs.manifest.target.feature_size * 2
-    session.extend(stream[0][:5], stream[1][:5])
-    first = session.bus_bytes
-    session.propose(TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
-    level = session.bus_bytes - first
+    session.extend(SEQ, stream[0][:5], stream[1][:5])
+    first = session.report.bus_bytes
+    session.propose(SEQ, TreeLimits(width=6, depth=2, top_k=3, lookup=0))  # one call
+    level = session.report.bus_bytes - first
     assert 0 <= first - level - features < 256  # the block's padding
 
 
@@ -98,7 +100,7 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) ->
     assert sorted(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
     ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._graphs.items()}
     assert ids == {8: "1", 16: "2", 128: "3"}
-    session.extend(stream[0][:150], stream[1][:150])
+    session.extend(SEQ, stream[0][:150], stream[1][:150])
     assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
 
 
@@ -125,7 +127,7 @@ def test_what_is_allocated_is_what_was_planned(HostDevice, pairs) -> None:
     device = HostDevice()
     session = pairs.on(device)
     plan, held = plan_pair(pairs.manifest), sum(block.nbytes for block in device.blocks.values())
-    assert session.max_context == plan.context
+    assert session.capacity == plan.context
     assert plan.state + plan.rows <= held <= plan.state + plan.rows + 60 * 256  # what blocks are rounded up by
 
 
@@ -165,7 +167,7 @@ def test_a_session_goes_before_its_device_and_a_failed_one_stays(HostDevice, pai
     close = device.close
     device.close = lambda: (gone.append(session() is None), close())
     if way == "engine":
-        with pairs.engine(SteadyDrafter(drafter)) as engine:
+        with pairs.engine(FailoverDrafter(drafter)) as engine:
             del drafter
             engine.generate(pairs.prompt, 4, raw=True)
     elif way == "drop":
@@ -193,7 +195,7 @@ def test_a_device_waits_for_a_session_that_a_traceback_holds(
         raise problem
 
     def leave() -> None:
-        with pairs.engine(SteadyDrafter(opened.pop())) as engine:
+        with pairs.engine(FailoverDrafter(opened.pop())) as engine:
             monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", raise_it)
             engine.generate(pairs.prompt, 30, raw=True)
 

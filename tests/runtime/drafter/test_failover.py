@@ -13,13 +13,17 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter import failover as steady
 from dovetail.runtime.drafter import onnx as onnx_drafter
-from dovetail.runtime.drafter.failover import SteadyDrafter
+from dovetail.runtime.drafter import window as window_module
+from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.window import Window
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
+
+SEQ = 1  # the number of a text
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
@@ -30,7 +34,7 @@ def test_a_device_that_fails_in_round_7_leaves_the_text_as_it_is(
     expected = pairs.text(pairs.cpu(), **sampling)
     spoiled = (lambda down: down.view(np.uint8).fill(0xFF)) if fault == "nan" else None  # all bits set: nan
     device = HostDevice()
-    drafter = SteadyDrafter(pairs.on(device), pairs.cpu)
+    drafter = FailoverDrafter(pairs.on(device), pairs.cpu)
     engine = pairs.engine(drafter)
     assert engine.drafter_device == "CUDA (fp16)"
     tokens: list[int] = []
@@ -84,29 +88,57 @@ def test_a_device_that_fails_while_the_pair_is_measured_is_left(
 
 
 def test_with_no_second_drafter_the_failure_is_raised(HostDevice, pairs) -> None:
-    engine = pairs.engine(SteadyDrafter(pairs.on(HostDevice(fail_at=6))))
+    engine = pairs.engine(FailoverDrafter(pairs.on(HostDevice(fail_at=6))))
     with pytest.raises(DeviceError, match="illegal memory access"):
         engine.generate(pairs.prompt, 60, raw=True)
 
 
+class Told:
+    """A window that is told the pairs of a stream, and drafts below the last of them."""
+
+    def __init__(self, drafter: Any, stream: tuple[np.ndarray, np.ndarray]) -> None:
+        self.tokens, self.features = stream
+        self.window, self.told = Window(drafter, SEQ), 0
+
+    def extend(self, count: int) -> None:
+        """The next `count` pairs, which are read at once."""
+        self.window.add(self.features[self.told : self.told + count])
+        self.told += count
+        self.window.flush(self.text(), None)
+
+    def text(self) -> list[int]:
+        return [0, *self.tokens[: self.told].tolist()]
+
+    def propose(self, limits: TreeLimits) -> DraftTree:
+        return self.window.propose(self.text(), limits, None, None)
+
+    def cut(self, keep: int) -> None:
+        self.window.cut(keep)
+        self.window.rewind()
+        self.told = keep
+
+
+def fresh_tree(drafter: OnnxDrafter, stream: tuple[np.ndarray, np.ndarray], pairs: slice, limits: TreeLimits):
+    drafter.extend(SEQ, stream[0][pairs], stream[1][pairs])
+    return drafter.propose(SEQ, limits)
+
+
 @pytest.fixture
-def short(pairs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], SteadyDrafter]]:
+def short(pairs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], OnnxDrafter]]:
     """Opens drafters that hold 64 pairs and read 16 of them again."""
-    monkeypatch.setattr(steady, "KEPT", 16)
+    monkeypatch.setattr(window_module, "KEPT", 16)
     assert pairs.manifest.drafter is not None
     narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=64))
-    yield lambda: SteadyDrafter(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1))
+    yield lambda: OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1)
 
 
 def test_a_full_context_begins_anew_with_the_last_pairs(pairs, short, stream) -> None:
-    tokens, features = stream
-    session, fresh = short(), pairs.cpu()
-    for begin in range(0, 60, 6):
-        session.extend(tokens[begin : begin + 6], features[begin : begin + 6])
-    session.extend(tokens[60:70], features[60:70])  # 70 do not fit: the last parts of at least 16, and these
-    assert session.length == 70 and session._drafter.length == 26
-    fresh.extend(tokens[44:70], features[44:70])
-    want, got = fresh.propose(pairs.limits), session.propose(pairs.limits)
+    told = Told(short(), stream)
+    for _ in range(10):
+        told.extend(6)
+    told.extend(10)  # 70 do not fit: the last 16 are read
+    assert told.window.start == 54 and told.window.drafter.length(SEQ) == 16
+    got, want = told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(54, 70), pairs.limits)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
 
@@ -116,75 +148,83 @@ def test_a_text_longer_than_the_drafter_s_context_is_drafted_to_its_end(pairs, s
     chain = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
     plain = pairs.engine(None).generate(pairs.prompt, 150, raw=True, tree=TreeLimits(1, 0, 1, lookup=0))
     engine = pairs.engine(short())
-    lengths, tokens = [], list[int]()
-    for chunk in engine.stream(pairs.prompt, 150, raw=True, tree=chain):
-        lengths.append(engine._drafter.length if engine._drafter else 0)  # type: ignore[union-attr]
-        tokens += chunk.token_ids
-        last = chunk
-    assert last.metrics is not None and last.metrics.drafted > last.metrics.rounds * 3
-    assert max(lengths) > 140 and tuple(tokens) == plain.token_ids
+    chunks = list(engine.stream(pairs.prompt, 150, raw=True, tree=chain))
+    metrics = chunks[-1].metrics
+    assert metrics is not None and metrics.drafted > metrics.rounds * 3
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == plain.token_ids
 
 
-def test_a_reset_behind_what_is_held_begins_there(pairs, short, stream) -> None:
-    tokens, features = stream
-    session = short()
-    for begin in range(0, 100, 5):
-        session.extend(tokens[begin : begin + 5], features[begin : begin + 5])
+def test_a_cut_behind_what_is_held_begins_there(pairs, short, stream) -> None:
+    told = Told(short(), stream)
+    for _ in range(20):
+        told.extend(5)
     for keep in (97, 90, 20, 0):
-        session.reset(keep)
-        assert session.length == keep
-    session.extend(tokens[:9], features[:9])
-    fresh = short()
-    fresh.extend(tokens[:9], features[:9])
-    pairs.assert_alike(session.propose(pairs.limits), fresh.propose(pairs.limits))
+        told.cut(keep)
+        assert (
+            told.window.drafter.length(SEQ) == told.window.length and told.window.waiting == 0
+        ) or told.window.length == 0
+    told.extend(9)
+    pairs.assert_alike(told.propose(pairs.limits), fresh_tree(short(), stream, slice(0, 9), pairs.limits))
 
 
-@pytest.mark.parametrize("room", [300, 512, 700])
+@pytest.mark.parametrize("room", [200, 300, 512, 700])
 def test_a_context_shorter_than_a_prompt_reads_its_end(pairs, stream, room: int) -> None:
-    tokens, features = (np.concatenate([part] * 3) for part in stream)
+    long = tuple(np.concatenate([part] * 3) for part in stream)
     assert pairs.manifest.drafter is not None
     narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=room))
-    session = SteadyDrafter(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1))
-    begin = 0
+    told = Told(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1), long)
     for count in (511, 7, 150, 9):
-        session.extend(tokens[begin : begin + count], features[begin : begin + count])
-        begin += count
-        held = session._drafter.length
-        assert session.length == begin and 0 < held <= room
-        fresh = SteadyDrafter(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1))
-        fresh.extend(tokens[begin - held : begin], features[begin - held : begin])
-        pairs.assert_alike(session.propose(pairs.limits), fresh.propose(pairs.limits))
-    session.reset(600)
-    session.extend(tokens[600:610], features[600:610])
-    assert session.length == 610
+        told.extend(count)
+        held = told.window.drafter.length(SEQ)
+        assert told.window.start + held == told.told and 0 < held <= room
+        fresh = OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1)
+        pairs.assert_alike(
+            told.propose(pairs.limits), fresh_tree(fresh, long, slice(told.told - held, told.told), pairs.limits)
+        )
+    told.cut(600)
+    told.extend(10)
+    assert told.window.start + told.window.length == 610
 
 
 def test_an_interrupt_while_the_drafter_moves_leaves_it_on_the_cpu(HostDevice, pairs, stream) -> None:
-    tokens, features = stream
     device = HostDevice()
-    session = SteadyDrafter(pairs.on(device), pairs.cpu)
-    session.extend(tokens[:100], features[:100])
+    drafter = FailoverDrafter(pairs.on(device), pairs.cpu)
+    told = Told(drafter, stream)
+    told.extend(100)
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     device.close, device.fail_at = interrupted, 1
     with pytest.raises(KeyboardInterrupt):
-        session.extend(tokens[100:105], features[100:105])
-    session.reset(100)
-    session.extend(tokens[100:120], features[100:120])
-    assert session.device == "CPU (int8)" and session.length == 120
-    fresh = pairs.cpu()  # what was kept is read when there is something new
-    fresh.extend(tokens[:120], features[:120])
-    pairs.assert_alike(session.propose(pairs.limits), fresh.propose(pairs.limits))
+        told.extend(5)
+    told.cut(100)
+    told.extend(20)
+    assert (
+        drafter.device == "CPU (int8)" and drafter.length(SEQ) == 120
+    )  # what is kept is read when there is something new
+    pairs.assert_alike(told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(0, 120), pairs.limits))
+
+
+def test_a_drafter_that_moves_while_it_drafts_reads_what_is_kept(HostDevice, pairs, stream, monkeypatch) -> None:
+    monkeypatch.setattr(window_module, "KEPT", 60)
+    device = HostDevice()
+    drafter = FailoverDrafter(pairs.on(device), pairs.cpu)
+    told = Told(drafter, stream)
+    told.extend(60)
+    told.extend(40)
+    device.fail_at = 1
+    got = told.propose(pairs.limits)
+    assert drafter.device == "CPU (int8)" and (told.window.start, told.window.length) == (40, 60)
+    pairs.assert_alike(got, fresh_tree(pairs.cpu(), stream, slice(40, 100), pairs.limits))
 
 
 def test_after_an_interrupted_call_the_kept_pairs_are_still_the_last(pairs, stream) -> None:
     """The first of two chunks was read when Ctrl-C came: the rollback takes it from the drafter alone."""
-    tokens, features = stream
-    session = SteadyDrafter(pairs.cpu())
-    session.extend(tokens[:100], features[:100])
-    runner = session._drafter._runner
+    drafter = pairs.cpu()
+    told = Told(drafter, stream)
+    told.extend(100)
+    runner = drafter._runner
     run, calls = runner.run, []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -195,7 +235,9 @@ def test_after_an_interrupted_call_the_kept_pairs_are_still_the_last(pairs, stre
 
     runner.run = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        session.extend(tokens[100:240], features[100:240])
-    session.reset(100)
-    kept, _ = session._recent.last(100, 256)
-    np.testing.assert_array_equal(kept, tokens[:100])
+        told.extend(140)
+    assert drafter.length(SEQ) > 100
+    told.cut(100)
+    assert drafter.length(SEQ) == 100 and told.window.waiting == 0
+    told.extend(20)
+    pairs.assert_alike(told.propose(pairs.limits), fresh_tree(pairs.cpu(), stream, slice(0, 120), pairs.limits))

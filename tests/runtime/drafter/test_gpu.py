@@ -19,6 +19,8 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 PROBLEM = cuda_problem()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=f"no GPU: {PROBLEM}")]
 LIMITS = TreeLimits(width=12, depth=4, top_k=3, lookup=0)
@@ -45,13 +47,13 @@ def test_captured_graphs_draft_what_the_host_does(
 ) -> None:
     host = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
     rng = np.random.default_rng(0)
-    drafter.reset()
+    drafter.rewind(SEQ, 0)
     for rows in (9, 1, 128, 3, 17, 40, 2):
         tokens = rng.integers(0, manifest.target.vocab_size, rows)
         features = rng.standard_normal((rows, manifest.target.feature_size)).astype(np.float32)
         for session in (drafter, host):
-            session.extend(tokens, features)
-        got, want = drafter.propose(LIMITS), host.propose(LIMITS)
+            session.extend(SEQ, tokens, features)
+        got, want = drafter.propose(SEQ, LIMITS), host.propose(SEQ, LIMITS)
         np.testing.assert_array_equal(got.tokens, want.tokens)
         np.testing.assert_allclose(got.logprobs, want.logprobs, atol=0.02)
 

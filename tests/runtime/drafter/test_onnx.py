@@ -22,11 +22,13 @@ from dovetail.models import Drafter, DrafterConfig
 from dovetail.runtime.drafter.cpu import PREFIX_STEP, CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.drafter.session import Drafter as DrafterSeam
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, TargetFacts
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
+
+SEQ = 1  # the number of a text
 
 TREE_SLOTS, TOP_K, MAX_CONTEXT = 16, 5, 600
 CONFIG = DrafterConfig(
@@ -140,16 +142,16 @@ def assert_same_tree(a: DraftTree, b: DraftTree, atol: float = 1e-4) -> None:
 
 def test_is_a_draft_session(tiny: Tiny) -> None:
     session = tiny.open()
-    assert isinstance(session, DraftSession)
-    assert (session.device, session.length) == ("CPU (int8)", 0)
+    assert isinstance(session, DrafterSeam)
+    assert (session.device, session.length(SEQ)) == ("CPU (int8)", 0)
 
 
 @pytest.mark.parametrize("length", [1, 7, CHUNK + 1, PREFIX_STEP + 44])
 def test_every_node_has_the_log_probability_of_its_path_run_as_a_chain(tiny: Tiny, stream, length: int) -> None:
     tokens, features = stream[0][:length], stream[1][:length]
     session = tiny.open()
-    session.extend(tokens, features)
-    tree = session.propose(LIMITS)
+    session.extend(SEQ, tokens, features)
+    tree = session.propose(SEQ, LIMITS)
     assert len(tree) == LIMITS.width and int(tree.depths().max()) >= 2
     for node in range(1, len(tree)):
         expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
@@ -161,26 +163,26 @@ def test_noise_is_added_to_the_logits_of_its_depth(tiny: Tiny, stream) -> None:
     tokens, features = stream[0][:150], stream[1][:150]
     session, fresh = tiny.open(), tiny.open()
     rows = np.random.default_rng(3).gumbel(size=(5, CONFIG.vocab_size)).astype(np.float32) * 4
-    session.extend(tokens[:20], features[:20])
-    session.propose(LIMITS)
-    session.extend(tokens[20:], features[20:], lambda depth, ids: rows[depth][ids])
-    tree = session.propose(LIMITS, None, lambda depth, ids: rows[depth][ids])
+    session.extend(SEQ, tokens[:20], features[:20])
+    session.propose(SEQ, LIMITS)
+    session.extend(SEQ, tokens[20:], features[20:], lambda depth, ids: rows[depth][ids])
+    tree = session.propose(SEQ, LIMITS, None, lambda depth, ids: rows[depth][ids])
     assert int(tree.depths().max()) >= 2
     drafted = rows[1:, tiny.drafter.d2t.numpy()]
     for node in range(1, len(tree)):
         expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node), drafted)
         assert tree.logprobs[node] == pytest.approx(expected, abs=1e-3)
     for one in (session, fresh):
-        one.reset()
-        one.extend(tokens, features)
-    assert_same_tree(session.propose(LIMITS), fresh.propose(LIMITS))
+        one.rewind(SEQ, 0)
+        one.extend(SEQ, tokens, features)
+    assert_same_tree(session.propose(SEQ, LIMITS), fresh.propose(SEQ, LIMITS))
 
 
 def test_an_older_pair_drafts_without_noise(tiny: Tiny, stream) -> None:
     session, older = tiny.open(), tiny.open("silent.onnx")
-    session.extend(stream[0][:20], stream[1][:20])
-    older.extend(stream[0][:20], stream[1][:20], lambda depth, ids: np.full(len(ids), np.nan, np.float32))
-    assert_same_tree(session.propose(LIMITS), older.propose(LIMITS))
+    session.extend(SEQ, stream[0][:20], stream[1][:20])
+    older.extend(SEQ, stream[0][:20], stream[1][:20], lambda depth, ids: np.full(len(ids), np.nan, np.float32))
+    assert_same_tree(session.propose(SEQ, LIMITS), older.propose(SEQ, LIMITS))
 
 
 @pytest.mark.parametrize("said", [None, "", "AAAA", "%%%", "AQAAAA=="])
@@ -197,8 +199,8 @@ def test_a_graph_that_does_not_say_its_draft_vocabulary_is_refused(tiny: Tiny, s
 def test_first_level_is_torch_s_best_children(tiny: Tiny, stream) -> None:
     tokens, features = stream[0][:20], stream[1][:20]
     session = tiny.open()
-    session.extend(tokens, features)
-    tree = session.propose(TreeLimits(width=TOP_K + 1, depth=1, top_k=TOP_K))
+    session.extend(SEQ, tokens, features)
+    tree = session.propose(SEQ, TreeLimits(width=TOP_K + 1, depth=1, top_k=TOP_K))
     with torch.no_grad():
         out = tiny.drafter(torch.from_numpy(features)[None], torch.from_numpy(tokens)[None])[0, -1]
         best = tiny.drafter.logits(out).topk(TOP_K).indices
@@ -210,51 +212,51 @@ def test_first_level_is_torch_s_best_children(tiny: Tiny, stream) -> None:
 def test_chunked_extends_equal_one_extend(tiny: Tiny, stream, cuts: tuple[int, ...]) -> None:
     tokens, features = stream[0][:300], stream[1][:300]
     whole, pieces = tiny.open(), tiny.open()
-    whole.extend(tokens, features)
+    whole.extend(SEQ, tokens, features)
     for start, end in zip((0, *cuts), (*cuts, 300), strict=True):
-        pieces.extend(tokens[start:end], features[start:end])
-        pieces.propose(LIMITS)  # trees in between leave no trace
-    assert pieces.length == whole.length == 300
-    assert_same_tree(pieces.propose(LIMITS), whole.propose(LIMITS))
+        pieces.extend(SEQ, tokens[start:end], features[start:end])
+        pieces.propose(SEQ, LIMITS)  # trees in between leave no trace
+    assert pieces.length(SEQ) == whole.length(SEQ) == 300
+    assert_same_tree(pieces.propose(SEQ, LIMITS), whole.propose(SEQ, LIMITS))
 
 
 def test_reset_forgets_what_came_after(tiny: Tiny, stream) -> None:
     tokens, features = stream
     used, fresh = tiny.open(), tiny.open()
-    used.extend(tokens[:290], features[:290])
-    used.propose(LIMITS)
-    used.reset(20)
-    assert used.length == 20
+    used.extend(SEQ, tokens[:290], features[:290])
+    used.propose(SEQ, LIMITS)
+    used.rewind(SEQ, 20)
+    assert used.length(SEQ) == 20
     with pytest.raises(InputError, match="extend the drafter"):
-        used.propose(LIMITS)
-    fresh.extend(tokens[:20], features[:20])
+        used.propose(SEQ, LIMITS)
+    fresh.extend(SEQ, tokens[:20], features[:20])
     for session in (used, fresh):
-        session.extend(tokens[300:303], features[300:303])
-    assert_same_tree(used.propose(LIMITS), fresh.propose(LIMITS))
+        session.extend(SEQ, tokens[300:303], features[300:303])
+    assert_same_tree(used.propose(SEQ, LIMITS), fresh.propose(SEQ, LIMITS))
 
 
 def test_reset_to_its_own_length_keeps_the_root(tiny: Tiny, stream) -> None:
     session = tiny.open()
-    session.extend(stream[0][:9], stream[1][:9])
-    before = session.propose(LIMITS)
-    session.reset(9)
-    assert_same_tree(session.propose(LIMITS), before, atol=0)
+    session.extend(SEQ, stream[0][:9], stream[1][:9])
+    before = session.propose(SEQ, LIMITS)
+    session.rewind(SEQ, 9)
+    assert_same_tree(session.propose(SEQ, LIMITS), before, atol=0)
 
 
 def test_bound_prefix_grows_with_the_context(tiny: Tiny, stream) -> None:
     """One pair at a time over the boundary: nothing is lost when a longer prefix is bound."""
     tokens, features = stream
     session, whole = tiny.open(), tiny.open()
-    session.extend(tokens[: PREFIX_STEP - 2], features[: PREFIX_STEP - 2])
+    session.extend(SEQ, tokens[: PREFIX_STEP - 2], features[: PREFIX_STEP - 2])
     runner = session._runner
     assert isinstance(runner, CpuRunner)
     bound = []
     for i in range(PREFIX_STEP - 2, PREFIX_STEP + 3):
-        session.extend(tokens[i : i + 1], features[i : i + 1])
+        session.extend(SEQ, tokens[i : i + 1], features[i : i + 1])
         bound.append(runner._lanes[1, 1][0] - TREE_SLOTS)
     assert bound == [PREFIX_STEP, PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP, 2 * PREFIX_STEP]
-    whole.extend(tokens[: PREFIX_STEP + 3], features[: PREFIX_STEP + 3])
-    assert_same_tree(session.propose(LIMITS), whole.propose(LIMITS))
+    whole.extend(SEQ, tokens[: PREFIX_STEP + 3], features[: PREFIX_STEP + 3])
+    assert_same_tree(session.propose(SEQ, LIMITS), whole.propose(SEQ, LIMITS))
 
 
 def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
@@ -262,7 +264,7 @@ def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
     session = tiny.open()
     runner = session._runner
     assert isinstance(runner, CpuRunner)
-    session.extend(stream[0][:4], stream[1][:4])
+    session.extend(SEQ, stream[0][:4], stream[1][:4])
     outputs = runner._lanes[4, 1][1].get_outputs()
     rows = runner.rows(4)
     buffers = [rows.top_logprobs, rows.top_ids, runner._bank, *runner._kv.values()]
@@ -272,7 +274,7 @@ def test_state_is_updated_in_place(tiny: Tiny, stream) -> None:
         written = np.flatnonzero(np.abs(buffer).max(axis=(1, 2, 3)))
         assert written.tolist() == [TREE_SLOTS + j for j in range(4)]
         buffer[TREE_SLOTS + 300 :] = mark[TREE_SLOTS + 300 :] = 7.0  # beyond what is bound
-    session.extend(stream[0][4:5], stream[1][4:5])
+    session.extend(SEQ, stream[0][4:5], stream[1][4:5])
     for mark, buffer in zip(marks, runner._kv.values(), strict=True):
         changed = np.flatnonzero(np.abs(buffer - mark).max(axis=(1, 2, 3)))
         assert changed.tolist() == [TREE_SLOTS + 4]
@@ -283,8 +285,8 @@ def test_a_prompt_gives_the_children_of_its_last_token_alone(tiny: Tiny, stream)
     session, older = tiny.open(), tiny.open("older.onnx")
     for begin, end in ((0, 50), (50, 53), (53, 54)):
         for one in (session, older):
-            one.extend(stream[0][begin:end], stream[1][begin:end])
-        assert_same_tree(session.propose(LIMITS), older.propose(LIMITS))
+            one.extend(SEQ, stream[0][begin:end], stream[1][begin:end])
+        assert_same_tree(session.propose(SEQ, LIMITS), older.propose(SEQ, LIMITS))
     lanes, before = session._runner._lanes.keys(), older._runner._lanes.keys()  # type: ignore[attr-defined]
     assert lanes >= {(50, 1), (3, 1), (1, 1)} and before >= {(50, 50), (3, 3), (1, 1)}
     assert any(rows == answers > 1 for rows, answers in lanes)
@@ -292,16 +294,16 @@ def test_a_prompt_gives_the_children_of_its_last_token_alone(tiny: Tiny, stream)
 
 def test_proposals_stay_in_the_draft_vocabulary(tiny: Tiny, stream) -> None:
     session = tiny.open("int8.onnx")
-    session.extend(stream[0][:50], stream[1][:50])
-    tree = session.propose(LIMITS)
+    session.extend(SEQ, stream[0][:50], stream[1][:50])
+    tree = session.propose(SEQ, LIMITS)
     assert set(tree.tokens[1:].tolist()) <= set(tiny.drafter.d2t.tolist())
 
 
 def test_int8_stays_close_to_float(tiny: Tiny, stream) -> None:
     tokens, features = stream[0][:30], stream[1][:30]
     session = tiny.open("int8.onnx")
-    session.extend(tokens, features)
-    tree = session.propose(LIMITS)
+    session.extend(SEQ, tokens, features)
+    tree = session.propose(SEQ, LIMITS)
     for node in range(1, len(tree)):
         expected = chain_logprob(tiny.drafter, tokens, features, path_to(tree, node))
         assert tree.logprobs[node] == pytest.approx(expected, abs=0.15 * len(path_to(tree, node)) + 0.15)
@@ -310,20 +312,40 @@ def test_int8_stays_close_to_float(tiny: Tiny, stream) -> None:
 def test_bad_input_is_refused_and_changes_nothing(tiny: Tiny, stream) -> None:
     tokens, features = stream
     session = tiny.open()
-    session.extend(tokens[:5], features[:5])
-    before = session.propose(LIMITS)
+    session.extend(SEQ, tokens[:5], features[:5])
+    before = session.propose(SEQ, LIMITS)
     with pytest.raises(InputError, match="features"):
-        session.extend(tokens[:3], features[:2])
+        session.extend(SEQ, tokens[:3], features[:2])
     with pytest.raises(InputError, match="vocabulary"):
-        session.extend(np.array([CONFIG.vocab_size]), features[:1])
+        session.extend(SEQ, np.array([CONFIG.vocab_size]), features[:1])
     with pytest.raises(ContextOverflow, match=str(MAX_CONTEXT)):
-        session.extend(np.zeros(MAX_CONTEXT, np.int64), np.zeros((MAX_CONTEXT, 32), np.float32))
+        session.extend(SEQ, np.zeros(MAX_CONTEXT, np.int64), np.zeros((MAX_CONTEXT, 32), np.float32))
     with pytest.raises(InputError, match="top_k 6"):
-        session.propose(TreeLimits(top_k=TOP_K + 1))
+        session.propose(SEQ, TreeLimits(top_k=TOP_K + 1))
     with pytest.raises(InputError, match="keep 6"):
-        session.reset(6)
-    assert session.length == 5
-    assert_same_tree(session.propose(LIMITS), before, atol=0)
+        session.rewind(SEQ, 6)
+    assert session.length(SEQ) == 5
+    assert_same_tree(session.propose(SEQ, LIMITS), before, atol=0)
+
+
+def test_a_second_sequence_is_refused_until_the_first_is_let_go(tiny: Tiny, stream) -> None:
+    tokens, features = stream
+    session, fresh = tiny.open(), tiny.open()
+    session.extend(SEQ, tokens[:5], features[:5])
+    before = session.propose(SEQ, LIMITS)
+    with pytest.raises(InputError, match="one sequence and holds number 1: rewind that to 0 first") as told:
+        session.extend(2, tokens[:3], features[:3])
+    assert "number 2 without a drafter" in str(told.value)
+    with pytest.raises(InputError, match="nothing to draft from"):
+        session.propose(2, LIMITS)
+    assert (session.length(SEQ), session.length(2)) == (5, 0)
+    session.rewind(2, 0)  # it holds nothing of that one
+    assert_same_tree(session.propose(SEQ, LIMITS), before, atol=0)
+    session.rewind(SEQ, 0)
+    for one in (session, fresh):
+        one.extend(2, tokens[9:40], features[9:40])
+    assert (session.length(SEQ), session.length(2)) == (0, 31)
+    assert_same_tree(session.propose(2, LIMITS), fresh.propose(2, LIMITS))
 
 
 def test_unusable_files_and_devices(tiny: Tiny) -> None:
@@ -426,7 +448,7 @@ def test_a_failure_in_a_run_is_one_typed_line(
     tiny: Tiny, stream, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     session = tiny.open()
-    session.extend(stream[0][:5], stream[1][:5])
+    session.extend(SEQ, stream[0][:5], stream[1][:5])
     monkeypatch.setattr(session, "_length", 10**6)  # rows far outside the buffer
     with pytest.raises(DeviceError, match="the drafter failed") as caught:
         session._extend(stream[0][:1], stream[1][:1], None)

@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.runtime.drafter.session import DraftSession
+from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
-from dovetail.runtime.loop.generate import Conversation, Request, Step, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+from dovetail.runtime.loop.sequence import Request, Sequence, Step
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.target.session import TargetPass, TargetSession
+from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -52,12 +53,20 @@ DRAFTERS: dict[str, Callable[[MarkovLogits], ScriptedDrafter]] = {
 }
 
 
-def talk(seed: int = 0, drafter: str | None = "noisy", max_context: int = 4096, **options: Any) -> Conversation:
+def talk(seed: int = 0, drafter: str | None = "noisy", max_context: int = 4096, capacity: int = 1 << 20) -> Sequence:
     logits = MarkovLogits(VOCAB, seed)
-    return Conversation(ScriptedTarget(logits, max_context), DRAFTERS[drafter](logits) if drafter else None, **options)
+    made = DRAFTERS[drafter](logits) if drafter else None
+    if made:
+        made.capacity = capacity
+    return Sequence(ScriptedTarget(logits, max_context), made)
 
 
-def run(conversation: Conversation, request: Request) -> tuple[tuple[int, ...], str, GenerationMetrics]:
+def drafter_of(conversation: Sequence) -> ScriptedDrafter:
+    assert conversation.window and isinstance(conversation.window.drafter, ScriptedDrafter)
+    return conversation.window.drafter
+
+
+def run(conversation: Sequence, request: Request) -> tuple[tuple[int, ...], str, GenerationMetrics]:
     meter = Meter()
     steps = list(decode(conversation, request, meter))
     assert all(step.finish is None for step in steps[:-1])
@@ -67,17 +76,17 @@ def run(conversation: Conversation, request: Request) -> tuple[tuple[int, ...], 
     return tokens, steps[-1].finish, meter.metrics()
 
 
-def consistent(conversation: Conversation) -> bool:
+def consistent(conversation: Sequence) -> bool:
     """What the sessions hold is what the conversation says, and a prefix of its tokens."""
-    target, drafter = conversation.target, conversation.drafter
+    target, window = conversation.target, conversation.window
     assert isinstance(target, ScriptedTarget)
-    held = [target.length == conversation.target_length, target.tokens == conversation.tokens[: target.length]]
-    if drafter is not None:
-        assert isinstance(drafter, ScriptedDrafter)
-        start = conversation.drafter_start
-        held += [drafter.length == conversation.drafter_length]
-        held += [drafter.tokens == conversation.tokens[start : start + drafter.length + 1] or not drafter.length]
-        held += [drafter.start == start or not drafter.length]
+    held = [target.texts[conversation.id] == conversation.tokens[: conversation.length]]
+    if window is not None:
+        drafter = drafter_of(conversation)
+        held += [drafter.length(conversation.id) == window.length]
+        if read := drafter.texts.get(conversation.id):
+            tokens = conversation.tokens[window.start : window.start + window.length + 1]
+            held += [drafter.starts[conversation.id] == window.start, read == tokens]
     return all(held)
 
 
@@ -180,7 +189,7 @@ def test_accepted_tokens_beyond_the_end_are_not_counted() -> None:
     tokens, finish, metrics = run(conversation, request)
     assert tokens == free[:index] and finish == "stop"
     assert metrics.accepted + metrics.rounds == index  # the token after the last round's path does not count
-    assert conversation.target.length == 2 + index  # all that was emitted, nothing after it
+    assert conversation.target.length(conversation.id) == 2 + index  # all that was emitted, nothing after it
 
 
 @pytest.mark.parametrize("drafter", [None, *DRAFTERS])
@@ -218,17 +227,15 @@ def test_bad_requests_are_refused() -> None:
             Request((1,), count)  # type: ignore[arg-type]  # the point of the test
 
 
-def test_beyond_the_drafters_context_decoding_goes_on_plainly() -> None:
-    request = Request((1, 2, 3), 40, GREEDY, limits=LIMITS)
-    conversation = talk(drafter="perfect", draft_context=20)
-    tokens, _, metrics = run(conversation, request)
-    assert tokens == autoregressive(request)
-    assert 0 < conversation.drafter_length <= 20 and metrics.drafted > 0
-    assert isinstance(conversation.drafter, ScriptedDrafter)
-    long = Request((1, 2, 3) * 7, 10, GREEDY, limits=LIMITS)
-    conversation = talk(drafter="perfect", draft_context=20)
-    assert run(conversation, long)[0] == autoregressive(long)
-    assert conversation.drafter_length == 0
+@pytest.mark.parametrize("capacity", [5, 20, 33])
+def test_beyond_the_drafters_capacity_drafting_goes_on(capacity: int) -> None:
+    """ScriptedDrafter refuses more pairs than it can hold."""
+    for prompt in ((1, 2, 3), (1, 2, 3) * 20):
+        request = Request(prompt, 80, GREEDY, limits=LIMITS)
+        conversation = talk(drafter="perfect", capacity=capacity)
+        tokens, _, metrics = run(conversation, request)
+        assert tokens == autoregressive(request)
+        assert 0 < drafter_of(conversation).length(conversation.id) <= capacity and metrics.acceptance_length > 3
 
 
 def test_prompts_are_read_in_chunks() -> None:
@@ -247,9 +254,8 @@ def test_of_a_long_prompt_the_drafter_reads_the_end() -> None:
     tokens, _, metrics = run(conversation, request)
     assert tokens == autoregressive(request)
     assert metrics.acceptance_length > 3
-    assert isinstance(conversation.drafter, ScriptedDrafter)
-    read = sum(count for call, count in conversation.drafter.calls if call == "extend")
-    assert 256 <= read < 256 + 60 and conversation.drafter_start == 2000 - 256
+    read = sum(count for call, count in drafter_of(conversation).calls if call == "extend")
+    assert 256 <= read < 256 + 60 and conversation.window.start == 2000 - 256
 
 
 def test_what_long_goes_undrafted_is_dropped() -> None:
@@ -261,7 +267,7 @@ def test_what_long_goes_undrafted_is_dropped() -> None:
             Meter(),
         )
     )
-    assert conversation.unread == 256
+    assert conversation.waiting == 256
     again = Request((*conversation.tokens, 4), 20, GREEDY, limits=LIMITS)
     assert run(conversation, again)[0] == autoregressive(again)
 
@@ -270,10 +276,9 @@ def test_the_first_token_does_not_wait_for_the_drafter() -> None:
     conversation = talk(drafter="perfect")
     steps = decode(conversation, Request((1, 2, 3), 20, GREEDY, limits=LIMITS), Meter())
     next(steps)
-    assert isinstance(conversation.drafter, ScriptedDrafter)
-    assert not [call for call, _ in conversation.drafter.calls if call == "extend"]
+    assert not [call for call, _ in drafter_of(conversation).calls if call == "extend"]
     next(steps)
-    assert [call for call, _ in conversation.drafter.calls if call != "reset"][:2] == ["extend", "propose"]
+    assert [call for call, _ in drafter_of(conversation).calls if call != "rewind"][:2] == ["extend", "propose"]
 
 
 def next_prompt(tokens: list[int], kind: str) -> tuple[int, ...]:
@@ -294,7 +299,7 @@ def test_a_conversation_equals_a_fresh_start(
     window: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dovetail.runtime.loop.generate._WINDOW", window)
+    monkeypatch.setattr("dovetail.runtime.drafter.window.KEPT", window)
     rng, reused = np.random.default_rng(5), 0
     for seed in range(4):
         conversation, prompt = talk(seed, drafter), (1, 2, 3)
@@ -319,12 +324,12 @@ def test_the_common_prefix_is_not_read_again() -> None:
 class Interrupted:
     """Raises KeyboardInterrupt at the n-th call of a session, before, or after its work is done."""
 
-    def __init__(self, session: TargetSession | DraftSession, at: int, after: bool) -> None:
+    def __init__(self, session: Target | Drafter, at: int, after: bool) -> None:
         self.session, self.left, self.after = session, at, after
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.session, name)
-        if not callable(value) or name == "reset":
+        if not callable(value) or name in ("length", "rewind"):
             return value
 
         def call(*arguments: Any) -> Any:
@@ -352,15 +357,16 @@ def test_an_interrupt_within_any_call_leaves_the_conversation_usable(
     window: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dovetail.runtime.loop.generate._WINDOW", window)
+    monkeypatch.setattr("dovetail.runtime.drafter.window.KEPT", window)
     first = Request((1, 2, 3) * 100, 150, GREEDY, limits=LIMITS, scheduler=scheduler)
     for at in range(1, 14):
         conversation = talk(drafter=drafter)
-        session = getattr(conversation, side)
-        setattr(conversation, side, Interrupted(session, at, after))
+        holder = conversation if side == "target" else conversation.window
+        session = getattr(holder, side)
+        setattr(holder, side, Interrupted(session, at, after))
         with pytest.raises(KeyboardInterrupt):
             list(decode(conversation, first, Meter()))
-        setattr(conversation, side, session)
+        setattr(holder, side, session)
         assert consistent(conversation)
         for request in (first, Request((1, 2, 3, 4), 12, GREEDY, limits=LIMITS, scheduler=scheduler)):
             assert run(conversation, request)[0] == autoregressive(request)
@@ -373,17 +379,17 @@ def test_an_interrupt_within_the_clean_up_is_made_good_by_the_next_request() -> 
     assert isinstance(target, ScriptedTarget)
 
     class Torn(ScriptedTarget):
-        def verify(self, tree: DraftTree) -> TargetPass:
-            super().verify(tree)
+        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+            super().verify(*offers)
             raise KeyboardInterrupt
 
-        def reset(self, keep: int = 0) -> None:
-            if self._tree is not None:
+        def rewind(self, seq: int, keep: int) -> None:
+            if self._trees:
                 raise KeyboardInterrupt
-            super().reset(keep)
+            super().rewind(seq, keep)
 
     torn = Torn(target.logits_of)
-    conversation.target = torn
+    conversation.target, conversation.id = torn, torn.open()
     with pytest.raises(KeyboardInterrupt):
         list(decode(conversation, request, Meter()))
     torn.__class__ = ScriptedTarget  # type: ignore[assignment]  # the same session, no longer interrupted
@@ -407,7 +413,7 @@ def test_a_drafter_out_of_step_is_an_error() -> None:
     wide = TreeLimits(50, 3, 7, lookup=0)
     too_wide = ScriptedDrafter(lambda prefix, *_: ScriptedDrafter.copy_of(logits)._propose(prefix, wide, None, None))
     for drafter in (wrong_root, too_wide):
-        conversation = Conversation(ScriptedTarget(logits), drafter)
+        conversation = Sequence(ScriptedTarget(logits), drafter)
         with pytest.raises(DeviceError, match="out of step"):
             list(decode(conversation, Request((1,), 9, limits=LIMITS), Meter()))
         assert consistent(conversation)
@@ -415,10 +421,10 @@ def test_a_drafter_out_of_step_is_an_error() -> None:
 
 def test_a_rollback_that_did_not_happen_is_an_error() -> None:
     class Stuck(ScriptedTarget):
-        def reset(self, keep: int = 0) -> None:
+        def rewind(self, seq: int, keep: int) -> None:
             pass
 
-    conversation = Conversation(Stuck(MarkovLogits(VOCAB)), None)
+    conversation = Sequence(Stuck(MarkovLogits(VOCAB)), None)
     list(decode(conversation, Request((1, 2), 3), Meter()))
-    with pytest.raises(DeviceError, match="after a reset to 0"):
+    with pytest.raises(DeviceError, match="after a rewind to 0"):
         list(decode(conversation, Request((2, 2), 3), Meter()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.session import DraftNoise
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.policy import choose, estimates, pace, policy
 from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDTHS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
@@ -78,22 +79,25 @@ class TimedTarget(ScriptedTarget):
         super().__init__(logits)
         self.clock = clock
 
-    def verify(self, tree: DraftTree) -> TargetPass:
+    def verify(self, offers: abc.Mapping[int, DraftTree], *prompts: Any) -> dict[int, TargetPass]:
+        (tree,) = offers.values()
         self.clock.verify(len(tree))
-        return super().verify(tree)
+        return super().verify(offers, *prompts)
 
 
 class TimedDrafter(ScriptedDrafter):
     clock: Clock
     deaf = False  # does without the noise of sampled answers
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+    def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         self.clock.draft(len(tokens))
-        super().extend(tokens, features, noise)
+        super().extend(seq, tokens, features, noise)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         timed = TimedJudge(judge, self.clock) if judge else None
-        return super().propose(limits, timed, None if self.deaf else noise)
+        return super().propose(seq, limits, timed, None if self.deaf else noise)
 
 
 @dataclass
@@ -106,7 +110,7 @@ class TimedJudge:
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         return self.judge.believe(depth, logprobs)
 
-    def pays(self, depth: int, frontier: Sequence[float]) -> bool:
+    def pays(self, depth: int, frontier: abc.Sequence[float]) -> bool:
         if not self.judge.pays(depth, frontier):
             return False
         self.clock.draft(len(frontier))
@@ -138,7 +142,7 @@ def answer(
     request = Request(
         (1, 2, 3), tokens, SamplingParams(temperature=temperature, seed=3), limits=limits, scheduler=scheduler
     )
-    steps = list(decode(Conversation(TimedTarget(logits, clock), made), request, Meter(clock=clock)))
+    steps = list(decode(Sequence(TimedTarget(logits, clock), made), request, Meter(clock=clock)))
     return clock, scheduler, [token for step in steps for token in step.tokens]
 
 
@@ -314,7 +318,7 @@ def test_a_long_answer_that_lost_is_drafted_again_when_that_pays() -> None:
     poor.clock = clock
     request = Request((1, 2, 3), 4000, limits=LIMITS, scheduler=Scheduler(true))
     seconds = list[float]()
-    for step in decode(Conversation(TimedTarget(logits, clock), poor), request, Meter(clock=clock)):
+    for step in decode(Sequence(TimedTarget(logits, clock), poor), request, Meter(clock=clock)):
         seconds += [clock.now] * len(step.tokens)
         if len(seconds) > 2000:
             poor._propose = good._propose
@@ -452,7 +456,7 @@ def test_repeats_save_the_drafter_its_work() -> None:
     drafter.clock = clock
     limits = TreeLimits(width=16, depth=6, top_k=2, lookup=12)
     request = Request((1, 2, 0), 300, limits=limits, scheduler=Scheduler(costs()))
-    list(decode(Conversation(TimedTarget(logits, clock), drafter), request, Meter(clock=clock)))
+    list(decode(Sequence(TimedTarget(logits, clock), drafter), request, Meter(clock=clock)))
     rounds = len(clock.nodes)
     assert sum(call == "propose" for call, _ in drafter.calls) < rounds / 2
     assert 300 / rounds > 8

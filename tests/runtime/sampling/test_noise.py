@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dovetail.runtime.drafter.session import DraftNoise
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.sampling import sampler as sampling
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -20,6 +21,8 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
+SEQ = 1  # the number of a text
+
 HOT = SamplingParams(temperature=1.3, seed=4)
 CHAIN = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
 
@@ -27,13 +30,15 @@ CHAIN = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
 class Deaf(ScriptedDrafter):
     """Does without the noise, as a session may."""
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
-        return super().propose(limits, judge)
+    def propose(
+        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
+        return super().propose(seq, limits, judge)
 
 
 def metrics(drafter: Callable[[MarkovLogits], ScriptedDrafter], params: SamplingParams) -> GenerationMetrics:
     logits, meter = MarkovLogits(40, seed=2), Meter()
-    talk = Conversation(ScriptedTarget(logits), drafter(logits))
+    talk = Sequence(ScriptedTarget(logits), drafter(logits))
     list(decode(talk, Request((1, 2, 3), 101, params, limits=CHAIN), meter))
     return meter.metrics()
 
@@ -60,16 +65,18 @@ def test_greedy_answers_have_no_noise_also_after_sampled_ones() -> None:
     heard: list[DraftNoise | None] = []
 
     class Listening(ScriptedDrafter):
-        def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+        def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
             heard.append(noise)
-            super().extend(tokens, features, noise)
+            super().extend(seq, tokens, features, noise)
 
-        def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+        def propose(
+            self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+        ) -> DraftTree:
             heard.append(noise)
-            return super().propose(limits, judge, noise)
+            return super().propose(seq, limits, judge, noise)
 
     logits = MarkovLogits(40)
-    talk = Conversation(ScriptedTarget(logits), Listening.copy_of(logits))
+    talk = Sequence(ScriptedTarget(logits), Listening.copy_of(logits))
     for params in (HOT, SamplingParams()):
         heard.clear()
         list(decode(talk, Request((1, 2, 3), 20, params, limits=CHAIN), Meter()))
@@ -80,7 +87,7 @@ def test_the_tree_changes_nothing_of_what_is_drawn() -> None:
     """The target draws alike whether its drafter is told the noise or not."""
     logits, texts = MarkovLogits(40, seed=5), []
     for drafter in (ScriptedDrafter.copy_of(logits, noise=1.0), Deaf.copy_of(logits, noise=1.0)):
-        talk = Conversation(ScriptedTarget(logits), drafter)
+        talk = Sequence(ScriptedTarget(logits), drafter)
         steps = decode(talk, Request((1, 2, 3), 60, HOT, limits=TreeLimits(8, 4, 3)), Meter())
         texts.append([token for step in steps for token in step.tokens])
     text, sampler = [1, 2, 3], Sampler(HOT)
@@ -104,11 +111,11 @@ def test_noise_crosses_the_bus_for_sampled_answers_alone(
 
     def drafted(begin: int, given: DraftNoise | None) -> tuple[DraftTree, DraftTree, list[str], int]:
         device.calls.clear()
-        before, trees = there.bus_bytes, []
+        before, trees = there.report.bus_bytes, []
         for session in (there, here):
-            session.extend(tokens[begin : begin + 5], features[begin : begin + 5], given)
-            trees.append(session.propose(limits, None, given))
-        return trees[0], trees[1], list(device.calls), there.bus_bytes - before
+            session.extend(SEQ, tokens[begin : begin + 5], features[begin : begin + 5], given)
+            trees.append(session.propose(SEQ, limits, None, given))
+        return trees[0], trees[1], list(device.calls), there.report.bus_bytes - before
 
     silent, _, calls, moved = drafted(0, None)
     assert calls == ["up", "down", "wait"] * 2
@@ -130,7 +137,7 @@ def test_an_interrupt_leaves_no_noise_on_the_device(
     device = HostDevice()
     session, fresh = pairs.on(device), pairs.on(HostDevice())
     loud = 8 * np.random.default_rng(0).gumbel(size=pairs.manifest.target.vocab_size).astype(np.float32)
-    session.extend(tokens[:5], features[:5], lambda depth, ids: loud[ids])
+    session.extend(SEQ, tokens[:5], features[:5], lambda depth, ids: loud[ids])
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -138,8 +145,8 @@ def test_an_interrupt_leaves_no_noise_on_the_device(
     with monkeypatch.context() as patched:
         patched.setattr(device, "upload", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            session.extend(tokens[5:6], features[5:6])
-    session.reset()
+            session.extend(SEQ, tokens[5:6], features[5:6])
+    session.rewind(SEQ, 0)
     for one in (session, fresh):
-        one.extend(tokens[:6], features[:6])
-    pairs.assert_alike(session.propose(limits), fresh.propose(limits))
+        one.extend(SEQ, tokens[:6], features[:6])
+    pairs.assert_alike(session.propose(SEQ, limits), fresh.propose(SEQ, limits))

@@ -144,7 +144,7 @@ def test_the_target_runs_as_many_threads_as_the_quota_allows(
 ) -> None:
     monkeypatch.setattr(machine, "cpu_quota", lambda root: 0.5)
     monkeypatch.setattr(machine, "_quick_cores", lambda root, allowed: 2)
-    compiled = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), ov_config=config).model.compiled
+    compiled = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), ov_config=config).model.compiled
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert compiled.get_property("ENABLE_CPU_PINNING") is pinned
 

@@ -17,21 +17,19 @@ QEMU = shutil.which("qemu-x86_64")
 SCRIPT = """
 import json, sys; from pathlib import Path
 import numpy as np, openvino as ov
-from dovetail.runtime import Engine
-from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime import DraftTree, Engine, TreeLimits, read_manifest
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.tree.draft_tree import DraftTree
-from dovetail.runtime.tree.limits import TreeLimits
 
 pair, config = Path(sys.argv[1]), json.loads(sys.argv[2])
-target = OpenVINOTarget.open(pair, read_manifest(pair), ov_config=config)
-tokens = np.arange(40) * 37 % 260
-features = np.array(target.prefill(tokens).features)
-logits = np.array(target.verify(DraftTree(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1]), np.zeros(4))).logits)
+target = OpenVINOTarget.load(pair, read_manifest(pair), ov_config=config)
+seq, tokens = target.open(), np.arange(40) * 37 % 260
+features = np.array(target.prefill(seq, tokens).features)
+tree = DraftTree(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1]), np.zeros(4))
+logits = np.array(target.verify({seq: tree})[seq].logits)
 drafter, limits = OnnxDrafter.open(pair, read_manifest(pair), device="cpu"), TreeLimits(8, 4, 3, lookup=0)
-drafter.extend(tokens[1:], features[:-1])
-tree = drafter.propose(limits)
+drafter.extend(seq, tokens[1:], features[:-1])
+tree = drafter.propose(seq, limits)
 engine = Engine.from_pretrained(pair, drafter_device="cpu", tree=limits, ov_config=config)
 texts = [engine.generate("the quick brown fox", 16, raw=True, speculate=also).token_ids for also in (True, False)]
 found = {"capabilities": ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), "logits": logits.tolist()}

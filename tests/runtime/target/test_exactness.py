@@ -16,16 +16,16 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime import Engine, TreeLimits
-from dovetail.runtime.drafter import cpu, graph_io, onnx, ort
+from dovetail.runtime.drafter import cpu, failover, graph_io, onnx, ort, window
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.loop import generate, rescore
-from dovetail.runtime.loop.generate import Conversation, Request
+from dovetail.runtime.loop import generate, rescore, sequence
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import blocks, openvino, paged
 from dovetail.runtime.target.blocks import BlockPool
 from dovetail.runtime.target.exactness import differing_rows
-from dovetail.runtime.target.openvino import OpenVINOTarget, verify_together
+from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, Batch
 from dovetail.runtime.tree.draft_tree import DraftTree
 
@@ -40,7 +40,7 @@ def grown(seed: int, nodes: int) -> DraftTree:
 
 @pytest.fixture
 def target(tiny_pair: Path) -> OpenVINOTarget:
-    return OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair))
+    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair))
 
 
 @pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])
@@ -57,8 +57,8 @@ def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """Have every pass go wrong in this way."""
     of = Batch.of
 
-    def mixed(parts: Any, rows: int) -> Batch:
-        batch = of(parts, rows)
+    def mixed(*arguments: Any) -> Batch:
+        batch = of(*arguments)
         if wrong == "paths" and len(batch.begins) > 2:
             batch.path_rows[-1] = batch.path_rows[-2]
         if wrong == "outputs":
@@ -89,45 +89,52 @@ def test_rows_that_differ_here_are_told_when_a_pair_is_first_opened(
     assert len(told) == (wrong is not None)
 
 
-def test_texts_of_different_models_share_no_pass(target: OpenVINOTarget, tiny_pair: Path) -> None:
-    other = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair))
-    with pytest.raises(InputError, match="one model"):
-        verify_together({target: grown(1, 3), other: grown(1, 3)})
+def test_a_sequence_that_is_not_open_is_refused(target: OpenVINOTarget) -> None:
+    seq = target.open()
+    target.close(seq)
+    with pytest.raises(InputError, match=f"sequence {seq} is not open"):
+        target.verify({seq: grown(1, 3)})
 
 
 @pytest.mark.parametrize("context", [20, 31, 64])
 def test_every_path_can_be_committed(target: OpenVINOTarget, context: int) -> None:
-    tree = grown(1, 24)
+    tree, seq = grown(1, 24), target.open()
     for path in tree.paths():
         for kept in (path, path[: len(path) // 2 + 1]):
-            target.reset(0)
-            target.prefill(TEXT[:context])
-            target.verify(tree)
-            target.commit(kept)
-            assert target.length == context + len(kept)
-            after = np.array(target.verify(grown(2, 6)).logits)
-            target.reset(0)
-            target.prefill(np.concatenate([TEXT[:context], tree.tokens[kept]]))
-            assert (target.verify(grown(2, 6)).logits == after).all()
+            target.rewind(seq, 0)
+            target.prefill(seq, TEXT[:context])
+            target.verify({seq: tree})
+            target.commit(seq, kept)
+            assert target.length(seq) == context + len(kept)
+            after = np.array(target.verify({seq: grown(2, 6)})[seq].logits)
+            target.rewind(seq, 0)
+            target.prefill(seq, np.concatenate([TEXT[:context], tree.tokens[kept]]))
+            assert (target.verify({seq: grown(2, 6)})[seq].logits == after).all()
 
 
 def test_texts_that_share_a_pass_have_the_bits_that_they_have_alone(target: OpenVINOTarget) -> None:
-    talks = [target, *(target.another() for _ in range(7))]
-    trees = [grown(seed, 1 + seed) for seed in range(8)]
-    alone = []
-    for seed, (talk, tree) in enumerate(zip(talks, trees, strict=True)):
-        talk.prefill(TEXT[10 * seed : 10 * seed + 30 + 7 * seed])
-        alone.append([np.array(part) for part in vars(talk.verify(tree)).values()])
-    for _ in range(2):
-        together = verify_together(dict(zip(talks, trees, strict=True)))
-        for talk, parts in zip(talks, alone, strict=True):
-            for part, found in zip(parts, vars(together[talk]).values(), strict=True):
+    """Trees beside trees, and beside prompts that are read in the same pass."""
+    texts = [target.open() for _ in range(8)]
+    trees = {seq: grown(seed, 1 + seed) for seed, seq in enumerate(texts)}
+    alone = {}
+    for seed, seq in enumerate(texts):
+        target.prefill(seq, TEXT[10 * seed : 10 * seed + 30 + 7 * seed])
+        alone[seq] = [np.array(part) for part in vars(target.verify({seq: trees[seq]})[seq]).values()]
+    late, prompt = target.open(), TEXT[100:140]
+    alone[late] = [np.array(part) for part in vars(target.prefill(late, prompt)).values()]
+    for prompts in ({}, {late: prompt}):
+        target.rewind(late, 0)
+        together = target.verify(trees, prompts)
+        assert list(together) == [*prompts, *texts]
+        for seq, result in together.items():
+            for part, found in zip(alone[seq], vars(result).values(), strict=True):
                 assert (part == found).all()
+    assert target.length(late) == 40
     owned = int(np.count_nonzero(target.model.pool.owners))
-    for talk in talks:
-        talk.commit(np.array([0]))
-    for talk in talks[1:]:
-        talk.close()
+    for seq in texts:
+        target.commit(seq, np.array([0]))
+    for seq in texts[1:]:
+        target.close(seq)
     assert np.count_nonzero(target.model.pool.owners) < owned
 
 
@@ -143,24 +150,29 @@ def test_blocks_are_taken_once_and_given_back() -> None:
 
 
 def test_an_interrupted_growth_of_the_memory_is_made_up_for(target: OpenVINOTarget) -> None:
-    target.prefill(TEXT[:40])
-    wanted = np.array(target.verify(grown(1, 8)).logits)
+    seq = target.open()
+
+    def logits() -> np.ndarray:
+        return np.array(target.verify({seq: grown(1, 8)})[seq].logits)
+
+    target.prefill(seq, TEXT[:40])
+    wanted = logits()
     for line in itertools.count(1):
         try:
             with interrupt_at(line):
                 target.model.reserve(target.model.blocks + 1)
             break
         except KeyboardInterrupt:
-            target.reset(40)
-            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+            target.rewind(seq, 40)
+            assert (logits() == wanted).all(), line
             target.model.reserve(target.model.blocks + 1)
-            assert (target.verify(grown(1, 8)).logits == wanted).all(), line
+            assert (logits() == wanted).all(), line
     assert line > 10
 
 
 def test_memory_comes_with_the_text_not_with_the_context(target: OpenVINOTarget) -> None:
     blocks_of_text = -(-len(TEXT) // BLOCK)
-    target.prefill(TEXT)
+    target.prefill(target.open(), TEXT)
     assert np.count_nonzero(target.model.pool.owners) == blocks_of_text < target.model.blocks
 
 
@@ -195,7 +207,7 @@ def test_drafts_change_no_token(engine: Engine, sampling: dict[str, Any]) -> Non
 
 def test_a_second_turn_has_the_text_of_a_fresh_engine(target: OpenVINOTarget) -> None:
     """The KV of an answer is that of the same tokens in a prompt."""
-    talk = Conversation(target, None)
+    talk = Sequence(target, None)
 
     def answer(prompt: tuple[int, ...], meter: Meter) -> tuple[int, ...]:
         return tuple(token for step in generate.decode(talk, Request(prompt, 40), meter) for token in step.tokens)
@@ -207,7 +219,7 @@ def test_a_second_turn_has_the_text_of_a_fresh_engine(target: OpenVINOTarget) ->
     assert answer(further, Meter()) == kept
 
 
-MODULES = (blocks, cpu, generate, graph_io, onnx, openvino, ort, paged, rescore)
+MODULES = (blocks, cpu, failover, generate, graph_io, onnx, openvino, ort, paged, rescore, sequence, window)
 FILES = {str(module.__file__) for module in MODULES}
 
 

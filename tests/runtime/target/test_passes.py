@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.errors import ContextOverflow
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import openvino as openvino_target
 from dovetail.runtime.target.openvino import OpenVINOTarget, prompt_rows
@@ -24,7 +25,7 @@ PROMPT = np.arange(5, 25)
 
 @pytest.fixture
 def target(tiny_pair: Path) -> OpenVINOTarget:
-    return OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), threads=1)
+    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1)
 
 
 def chain(*tokens: int) -> DraftTree:
@@ -54,7 +55,7 @@ def rows(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: OpenVINOTarget, rows: list[int]) -> None:
     for exact, least in ((True, 2), (False, 1)):
         target.exact = exact
-        talk = Conversation(target, None)
+        talk = Sequence(target, None)
         for prompt in (PROMPT.tolist(), [7]):
             rows.clear()
             list(decode(talk, Request(tuple(prompt), 5), Meter()))
@@ -74,15 +75,17 @@ def test_prompts_of_all_lengths_come_in_few_sizes_that_are_little_more() -> None
 def test_what_fills_a_prompt_up_is_never_seen(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch, count) -> None:
     """Against passes of exactly the tokens: what is told of them, and what follows them."""
 
+    seq = target.open()
+
     def read() -> list[np.ndarray]:
-        target.reset(0)
-        target.prefill(np.arange(40, 46))
-        told = target.prefill(np.arange(count) % 97)
+        target.rewind(seq, 0)
+        target.prefill(seq, np.arange(40, 46))
+        told = target.prefill(seq, np.arange(count) % 97)
         out = [np.array(told.logits), np.array(told.features)]
-        assert target.length == 6 + count and out[0].shape[0] == 1 and out[1].shape[0] == count
-        out.append(np.array(target.verify(fork(5, 6, 7)).logits))
-        target.commit(np.array([0, 2]))
-        return [*out, np.array(target.prefill(np.array([11, 12])).logits)]
+        assert target.length(seq) == 6 + count and out[0].shape[0] == 1 and out[1].shape[0] == count
+        out.append(np.array(target.verify({seq: fork(5, 6, 7)})[seq].logits))
+        target.commit(seq, np.array([0, 2]))
+        return [*out, np.array(target.prefill(seq, np.array([11, 12])).logits)]
 
     filled = read()
     monkeypatch.setattr(openvino_target, "prompt_rows", lambda count: max(count, 2))
@@ -91,32 +94,35 @@ def test_what_fills_a_prompt_up_is_never_seen(target: OpenVINOTarget, monkeypatc
 
 
 def test_a_prompt_may_end_where_the_context_does(target: OpenVINOTarget) -> None:
-    target.prefill(np.arange(target.max_context - 10) % 97)
+    seq = target.open()
+    target.prefill(seq, np.arange(target.max_context - 10) % 97)
     blocks = target.model.blocks
-    target.prefill(np.arange(9))
-    alone = np.array(target.verify(chain(5)).logits)
-    assert target.length == target.max_context - 1 and alone.shape[0] == 1
+    target.prefill(seq, np.arange(9))
+    alone = np.array(target.verify({seq: chain(5)})[seq].logits)
+    assert target.length(seq) == target.max_context - 1 and alone.shape[0] == 1
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 1} tokens exceed"):
-        target.verify(chain(5, 6))
-    assert (target.prefill(np.array([5])).logits == alone).all()
-    assert target.length == target.max_context and target.model.blocks == blocks
+        target.verify({seq: chain(5, 6)})
+    assert (target.prefill(seq, np.array([5])).logits == alone).all()
+    assert target.length(seq) == target.max_context and target.model.blocks == blocks
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 3} tokens exceed"):
-        target.prefill(np.array([5, 6, 7]))
+        target.prefill(seq, np.array([5, 6, 7]))
 
 
 def test_no_pass_sees_what_one_of_the_same_shape_was_given(target: OpenVINOTarget, tiny_pair: Path) -> None:
     trees = [chain(1, 2, 3), fork(1, 2, 3), chain(4, 2, 9), fork(8, 7, 6), chain(1, 2, 3)]
 
-    def verify(one: OpenVINOTarget, tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
-        one.reset(len(PROMPT))
-        result = one.verify(tree)
+    def verify(one: OpenVINOTarget, seq: int, tree: DraftTree) -> tuple[np.ndarray, np.ndarray]:
+        one.rewind(seq, len(PROMPT))
+        result = one.verify({seq: tree})[seq]
         return np.array(result.logits), np.array(result.features)
 
-    target.prefill(PROMPT)
-    for tree, (logits, features) in zip(trees, [verify(target, tree) for tree in trees], strict=True):
-        alone = OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), threads=1)
-        alone.prefill(PROMPT)
-        expected, taps = verify(alone, tree)
+    seq = target.open()
+    target.prefill(seq, PROMPT)
+    for tree, (logits, features) in zip(trees, [verify(target, seq, tree) for tree in trees], strict=True):
+        alone = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1)
+        other = alone.open()
+        alone.prefill(other, PROMPT)
+        expected, taps = verify(alone, other, tree)
         assert (logits == expected).all() and (features == taps).all()
 
 

@@ -15,17 +15,18 @@ pytest.importorskip("torch", reason="a pair is exported")
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.errors import DeviceError, InputError
-from dovetail.runtime.loop.generate import Conversation, Request, decode
+from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import Manifest, file_entry, read_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system.machine import Cpu
-from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tune import cost_cache
 from dovetail.runtime.tune import measure as tune
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
-from dovetail.runtime.tune.measure import ROWS, known_or_measured, measure, timed_tree
+from dovetail.runtime.tune.measure import ROWS, known_or_measured, measure
 
 CONTEXTS, WIDTHS, SECONDS = (16, 64), (1, 2, 3, 4, 6), 0.01
 ONE = Curve((0,), (1,), ((1.0,),))
@@ -41,10 +42,15 @@ class Sessions:
 
     def text(self) -> list[int]:
         """Forty tokens, drafted and verified from empty sessions."""
-        talk = Conversation(self.target, self.drafter)
-        talk.forget()
+        talk = Sequence(self.target, self.drafter)
         request = Request(tuple(range(5, 25)), 40, limits=TreeLimits(width=8, depth=3, top_k=2))
-        return [token for step in decode(talk, request, Meter()) for token in step.tokens]
+        tokens = [token for step in decode(talk, request, Meter()) for token in step.tokens]
+        talk.close()
+        return tokens
+
+    def empty(self) -> bool:
+        """Whether nothing is held of any text."""
+        return not self.target._texts and not self.target.model.pool.owners.any() and not self.drafter._length
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +62,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def opened(tiny_full_pair: Path) -> Sessions:
     manifest = read_manifest(tiny_full_pair)
-    target = OpenVINOTarget.open(tiny_full_pair, manifest, threads=1)
+    target = OpenVINOTarget.load(tiny_full_pair, manifest, threads=1)
     return Sessions(manifest, target, OnnxDrafter.open(tiny_full_pair, manifest, device="cpu", threads=1))
 
 
 @pytest.fixture
 def sessions(opened: Sessions) -> Iterator[Sessions]:
     yield opened
-    opened.target.reset(0)
-    opened.drafter.reset(0)
+    assert opened.empty()
 
 
 @pytest.fixture
@@ -142,9 +147,9 @@ def test_progress_rises_to_the_end(sessions: Sessions) -> None:
 def test_sessions_end_empty_and_write_the_same_text(sessions: Sessions) -> None:
     before = sessions.text()
     measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS)
-    assert (sessions.target.length, sessions.drafter.length) == (0, 0)
+    assert sessions.empty()
     with pytest.raises(InputError, match="extend the drafter"):
-        sessions.drafter.propose(TreeLimits())
+        sessions.drafter.propose(1, TreeLimits())
     assert sessions.text() == before and len(before) == 40
 
 
@@ -155,13 +160,13 @@ def test_a_failure_leaves_the_sessions_empty(sessions: Sessions, monkeypatch) ->
     monkeypatch.setattr(sessions.drafter, "extend", fail)
     with pytest.raises(DeviceError):
         measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS)
-    assert (sessions.target.length, sessions.drafter.length) == (0, 0)
+    assert sessions.empty()
 
 
 @pytest.mark.parametrize(("room", "contexts"), [(256, (16, 128)), (255, (16,)), (140, (12,)), (128, (0,)), (100, (0,))])
 def test_contexts_without_room_are_left_out(sessions: Sessions, monkeypatch, room: int, contexts) -> None:
-    for session in (sessions.target, sessions.drafter):
-        monkeypatch.setattr(session, "max_context", room)
+    monkeypatch.setattr(sessions.target, "max_context", room)
+    monkeypatch.setattr(sessions.drafter, "capacity", room)
     costs = measure(sessions.target, sessions.drafter, contexts=(16, 128, 1024), widths=(1, 4), seconds=SECONDS)
     assert costs.target.contexts == costs.draft.contexts == contexts
     assert costs.draft.rows[-1] == (64 if room < CHUNK else CHUNK)
@@ -191,17 +196,20 @@ def test_a_timed_tree_has_so_many_nodes_and_paths(nodes: int, paths: int) -> Non
     assert len(tree) == nodes and len(tree.paths()) == paths and max(tree.depths()) == nodes - paths
 
 
-def test_assumed_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
+def test_pretended_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
     sessions.text()
     kv = [*(group.data for group in sessions.target.model._groups), *sessions.drafter._runner._kv.values()]
     before = [array.copy() for array in kv]
-    sessions.target.pretend_length(10)
-    sessions.drafter.assume(10)
-    assert (sessions.target.length, sessions.drafter.length) == (10, 10)
+    seq = sessions.target.open()
+    sessions.target.pretend_length(seq, 10)
+    sessions.drafter.pretend_length(seq, 10)
+    assert (sessions.target.length(seq), sessions.drafter.length(seq)) == (10, 10)
     for array, copy in zip(kv, before, strict=True):
         np.testing.assert_array_equal(array, copy)
-    sessions.target.pretend_length(200)
+    sessions.target.pretend_length(seq, 200)
     assert sessions.target.model.blocks >= 200 / 32
+    sessions.target.close(seq)
+    sessions.drafter.rewind(seq, 0)
 
 
 def test_what_was_measured_is_not_measured_again(sessions: Sessions, measured: list[dict], cache: Path) -> None:
@@ -283,11 +291,11 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
 def test_properties_of_the_target(sessions: Sessions, tiny_full_pair: Path) -> None:
     """They reach OpenVINO; what trees depend on cannot be changed, and what OpenVINO refuses is one line."""
     compiled = sessions.target.model.compiled
-    other = OpenVINOTarget.open(tiny_full_pair, sessions.manifest, ov_config={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"})
+    other = OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"})
     sizes = [int(one.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) for one in (other.model.compiled, compiled)]
     assert sizes[0] == 128 != sizes[1]
     with pytest.raises(InputError, match="KV_CACHE_PRECISION must stay f16"):
-        OpenVINOTarget.open(tiny_full_pair, sessions.manifest, ov_config={"KV_CACHE_PRECISION": "u8"})
+        OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"KV_CACHE_PRECISION": "u8"})
     with pytest.raises(DeviceError, match=r"cannot compile .*: correct NO_SUCH_PROPERTY or leave it out") as caught:
-        OpenVINOTarget.open(tiny_full_pair, sessions.manifest, ov_config={"NO_SUCH_PROPERTY": "1"})
+        OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"NO_SUCH_PROPERTY": "1"})
     assert "\n" not in str(caught.value)

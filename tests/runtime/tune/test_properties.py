@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune import properties
 from dovetail.runtime.tune.properties import (
     NODES,
@@ -42,7 +42,7 @@ CPU = Cpu("A CPU", 2, 2, 2, ("avx2",))
 def open_with(tiny_pair: Path) -> Callable[..., OpenVINOTarget]:
     def open_with(*more: Property) -> OpenVINOTarget:
         config = {each.name: each.value for each in more}
-        return OpenVINOTarget.open(tiny_pair, read_manifest(tiny_pair), threads=1, ov_config=config)
+        return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1, ov_config=config)
 
     return open_with
 
@@ -50,17 +50,17 @@ def open_with(tiny_pair: Path) -> Callable[..., OpenVINOTarget]:
 class Altered(OpenVINOTarget):
     """A target whose best token is another one after every fourth token of a chain."""
 
-    def verify(self, tree: DraftTree):
-        result = super().verify(tree)
+    def verify(self, *offers: Any):
+        ((seq, result),) = super().verify(*offers).items()
         logits = np.array(result.logits)
         logits[::4] *= -1
-        return replace(result, logits=logits)
+        return {seq: replace(result, logits=logits)}
 
 
 class Failing(OpenVINOTarget):
     """A target that compiles and then cannot run."""
 
-    def verify(self, tree: DraftTree):
+    def verify(self, *offers: Any):
         raise DeviceError("the target failed\non the CPU")
 
 
@@ -68,7 +68,7 @@ def test_each_property_has_its_row_and_the_base_writes_the_same_after(open_with)
     base, told = open_with(), list[float]()
     before = greedy_text(base, PROMPT, 40)
     rows = compare(base, open_with, PROMPT, [UNPINNED, UNKNOWN, EXACT], seconds=0.01, progress=told.append)
-    assert base.length == 0 and greedy_text(base, PROMPT, 40) == before
+    assert not base._texts and greedy_text(base, PROMPT, 40) == before
     unpinned, unknown, exact = rows
     assert [(row.name, row.value) for row in rows] == [(one.name, one.value) for one in (UNPINNED, UNKNOWN, EXACT)]
     assert unpinned.same == 1.0 and 0 < exact.same <= 1

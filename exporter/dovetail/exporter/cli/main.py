@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import click
 
-from dovetail.runtime.cli.main import replace_unknown_characters
-from dovetail.runtime.errors import DovetailError, ExportError, InputError
+from dovetail.runtime.cli.main import CUT_OFF, fail, replace_unknown_characters
+from dovetail.runtime.errors import INTERRUPTED, DovetailError, ExportError, InputError
 from dovetail.runtime.system.files import check_text
 from dovetail.runtime.system.telemetry import decline_telemetry
 
@@ -24,7 +24,6 @@ COMMANDS = {
     "environment": "Make an environment with the transformers that an architecture needs.",
     "check": "Check a pair: files, graphs, tokenizer and a short run.",
 }
-INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
@@ -59,28 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_text("argument", argument, InputError)
         result = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except DovetailError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        return error.exit_code
+        return fail(str(error), error.exit_code)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "dovetail-export"
-        click.echo(f"error: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
-        return error.exit_code
+        return fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except click.ClickException as error:
-        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-        return error.exit_code
+        return fail(error.format_message(), error.exit_code)
     except ImportError as error:
         if not error.name or error.name.startswith("dovetail"):
             raise
-        click.echo(f"error: {error.name} is not installed: pip install 'dovetail-spec[export]'", err=True)
-        return ExportError.exit_code
+        return fail(f"{error.name} is not installed: pip install 'dovetail-spec[export]'", ExportError.exit_code)
     except OSError as error:  # a full disk, a folder without rights
         what = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {what}{error.strerror or error}: correct this and repeat the command", err=True)
-        return ExportError.exit_code
+        return fail(f"{what}{error.strerror or error}: correct this and repeat the command", ExportError.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__cause__, EOFError):  # click treats the end of any file as Ctrl-D
-            click.echo("error: a file ends too early: copy or build it again", err=True)
-            return ExportError.exit_code
+            return fail(CUT_OFF, ExportError.exit_code)
         click.echo("interrupted: finished pairs are unchanged; if the command has --resume, that continues", err=True)
         return INTERRUPTED
     return result if isinstance(result, int) else 0

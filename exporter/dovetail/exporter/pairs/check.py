@@ -15,8 +15,8 @@ from dovetail.exporter.target.export import check_verifiable, static_size
 from dovetail.exporter.target.sources import IR_XML
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
-from dovetail.runtime.drafter.ort import CPU, failures, one_line, open_session, session_options
-from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError
+from dovetail.runtime.drafter.ort import CPU, failures, open_session, session_options
+from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError, one_line
 from dovetail.runtime.pair.manifest import (
     DEVICES,
     DrafterFacts,
@@ -194,7 +194,7 @@ def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path)
     try:
         return list(session.run(["top_logprobs", "top_ids"], inputs))
     except failures() as error:
-        reason = one_line(error)
+        reason = one_line(error)[:300]
         raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
 
 

@@ -16,7 +16,7 @@ Axes: T prompt tokens, K tokens after the prompt, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dovetail.exporter.target.architectures import context_of
 from dovetail.runtime.errors import ExportError
+from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -92,11 +93,12 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
     """
     target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))
     prompt = tokens[:-_FOLLOWING]
-    target.prefill(prompt)
+    seq = target.open()
+    target.prefill(seq, prompt)
     rows = []
     for token in tokens[-_FOLLOWING:].tolist():
-        rows.append(target.verify(DraftTree.root(token)).logits[0].copy())
-        target.commit(np.zeros(1, np.int64))
+        rows.append(target.verify({seq: DraftTree.root(token)})[seq].logits[0].copy())
+        target.commit(seq, np.zeros(1, np.int64))
     for reference, limit in ((same, _SAME_WEIGHTS), (close, _INT8)):
         off = 0.0 if reference is None else float(np.median(_difference(np.array(rows), reference)))
         if not off <= limit:
@@ -104,7 +106,7 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
                 f"the graph does not compute the model: after {len(prompt)} tokens its logits are off by {off:.2f} of "
                 "their spread, and OpenVINO's paged attention does not fit this architecture: choose another model"
             )
-    off = _tree_difference(target, len(prompt), tokens)
+    off = _tree_difference(target, seq, len(prompt), tokens)
     if not off <= _SAME_WEIGHTS:
         raise ExportError(
             f"the graph does not verify trees: logits of a node are off by {off:.2f} of their spread from the logits "
@@ -112,25 +114,21 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
         )
 
 
-def _tree_difference(target: OpenVINOTarget, length: int, tokens: NDArray[np.int64]) -> float:
+def _tree_difference(target: OpenVINOTarget, seq: SequenceId, length: int, tokens: NDArray[np.int64]) -> float:
     """The largest difference between a node's logits and the logits of its path as a chain."""
-    target.reset(length)
+    target.rewind(seq, length)
     nodes = np.resize(tokens[::-1], len(_PARENTS))
-    tree = _tree(nodes, _PARENTS)
-    logits = target.verify(tree).logits.copy()
+    tree = DraftTree(nodes, np.array(_PARENTS), np.zeros(len(nodes), np.float32))
+    logits = target.verify({seq: tree})[seq].logits.copy()
     worst = 0.0
     for node in range(len(_PARENTS)):
         path = [node]
         while (parent := _PARENTS[path[0]]) >= 0:
             path.insert(0, parent)
-        target.reset(length)
-        row = target.verify(_tree(nodes[path], range(-1, len(path) - 1))).logits[-1]
+        target.rewind(seq, length)
+        row = target.verify({seq: DraftTree.chain(nodes[path])})[seq].logits[-1]
         worst = max(worst, float(_difference(logits[node], row)))
     return worst
-
-
-def _tree(tokens: NDArray[np.int64], parents: Iterable[int]) -> DraftTree:
-    return DraftTree(tokens, np.array([*parents], np.int64), np.zeros(len(tokens), np.float32))
 
 
 def _difference(ours: FloatArray, theirs: FloatArray) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dovetail.exporter.target.sentencepiece_tokenizer import SentencePiece
-from dovetail.runtime.errors import ExportError, InputError, IntegrityError, SourceError
+from dovetail.runtime.errors import ExportError, InputError, IntegrityError, SourceError, one_line
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 Encode = Callable[[str], Sequence[int]]  # text -> ids, no special tokens added
@@ -206,7 +206,7 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
         OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
         ArithmeticError, StrictDataclassError,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SourceError(
             f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"
         ) from error

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import PagedModel
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 PASS_TOKENS = 1024  # tokens per pass; longer passes are no faster on the CPU
@@ -180,20 +181,11 @@ def _pass_end(corpus: Corpus, first: int) -> int:
 
 
 def _features(model: PagedModel, corpus: Corpus, first: int, last: int) -> NDArray[np.float32]:
-    lengths = corpus.lengths[first:last]
-    begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    needed = -(-lengths // BLOCK)
-    model.reserve(int(needed.sum()))
-    offsets = corpus.offsets
-    _, features = model.run(
-        Batch(
-            tokens=corpus.tokens[offsets[first] : offsets[last]],
-            positions=np.concatenate([np.arange(n) for n in lengths]).astype(np.int64),
-            past=np.zeros(last - first, np.int32),
-            begins=begins,
-            blocks=np.arange(int(needed.sum()), dtype=np.int32),
-            block_begins=np.concatenate([[0], np.cumsum(needed)]).astype(np.int32),
-            wanted=np.array([begins[-1] - 1], np.int64),
-        )
-    )
-    return features
+    """The features of a run of conversations, which share one pass."""
+    longest, offsets = int(corpus.lengths[first:last].max()), corpus.offsets
+    target = OpenVINOTarget(model, longest, exact=False, sequences=last - first)
+    texts = {target.open(): corpus.tokens[offsets[i] : offsets[i + 1]] for i in range(first, last)}
+    passes = target.verify({}, texts)
+    for seq in texts:
+        target.close(seq)
+    return np.concatenate([passes[seq].features for seq in texts])

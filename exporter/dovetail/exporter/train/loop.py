@@ -19,7 +19,7 @@ from dovetail.exporter.train.loss import StepReport, unrolled_loss
 from dovetail.exporter.train.optimizers import learning_rate, make_optimizers
 from dovetail.exporter.train.plan import FitOptions
 from dovetail.models import Drafter
-from dovetail.runtime.errors import TrainError
+from dovetail.runtime.errors import TrainError, one_line
 from dovetail.runtime.pair.manifest import write_atomically
 
 CURVE_EVERY = 25  # updates per point of the learning curve
@@ -137,8 +137,8 @@ class Fitting:
                 optimizer.load_state_dict(state)
             return FitState(**saved["state"])
         except _LOAD_FAILURES as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrainError(f"{self.file} is damaged ({reason:.200}): remove the file; --resume fits again") from error
+            reason = one_line(error)[:200]
+            raise TrainError(f"{self.file} is damaged ({reason}): remove the file; --resume fits again") from error
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:

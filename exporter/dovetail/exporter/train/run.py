@@ -34,7 +34,7 @@ from dovetail.models.checkpoint import CheckpointError
 from dovetail.models.config import low_middle_high
 from dovetail.models.formats import dovetail as own
 from dovetail.models.formats.registry import find_checkpoint
-from dovetail.runtime.errors import TrainError
+from dovetail.runtime.errors import TrainError, one_line
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.files import check_text, read_object
@@ -174,7 +174,7 @@ def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
     try:
         missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise TrainError(f"cannot start from {plan.init}: {reason}: give a checkpoint for this target") from error
     if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
         raise TrainError(f"cannot start from {plan.init}: {odd[0]} does not fit: give a checkpoint for this target")

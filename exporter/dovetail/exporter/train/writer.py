@@ -1,14 +1,15 @@
 """Lets the target write training text: answers to prompts, and prompts of its own, in batches.
 
-Axes: S sequences of a batch, V vocabulary.
+Axes: V vocabulary.
 A conversation holds token ids and the length of its prompt; the drafter trains on the answer.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,32 +17,32 @@ from numpy.typing import NDArray
 from dovetail.exporter.train.corpus import TrainingText
 from dovetail.exporter.train.features import to_float16
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.target.paged import BLOCK, Batch, PagedModel
+from dovetail.runtime.loop.batch import SequenceBatch
+from dovetail.runtime.loop.sequence import Request
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.arrays import SequenceId
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import BLOCK, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
-PREFILL_TOKENS = 512  # prompt tokens admitted per pass, so that running answers do not wait
 
 
-@dataclass(frozen=True)
-class TextRequest:
-    """One text to continue. prompt: token ids; temperature 0 is greedy."""
+class SharedDraws(Sampler):
+    """Draws with numbers that all texts of a batch share, in the order of their turns."""
 
-    prompt: tuple[int, ...]
-    temperature: float
-    max_new_tokens: int
+    def __init__(self, params: SamplingParams, rng: np.random.Generator) -> None:
+        super().__init__(params)
+        self._rng = rng
 
-
-@dataclass
-class _Slot:
-    request: TextRequest
-    tokens: list[int]
-    cached: int = 0
-    features: list[NDArray[np.float16]] = field(default_factory=list)
+    def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
+        """See Sampler. logits: [V]."""
+        return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 
 class BatchWriter:
-    """Continuous batching over one PagedModel: the next request takes a finished sequence's slot.
+    """Writes many texts at once with one PagedModel.
 
     kv_bytes: memory for keys and values, which limits the sequences of a batch. slots: their
     largest number. keep_features: return the target's features with each conversation; every pass
@@ -62,64 +63,25 @@ class BatchWriter:
         self.stop = frozenset(stop)
         self.max_length = max_length
         self.keep_features = keep_features
-        self.blocks_per_slot = -(-max_length // BLOCK)
-        slots = max(2, min(slots, int(kv_bytes / (model.block_bytes * self.blocks_per_slot))))
-        self._slots: list[_Slot | None] = [None] * slots
-        model.reserve(slots * self.blocks_per_slot)
+        slots = max(2, min(slots, int(kv_bytes / (model.block_bytes * -(-max_length // BLOCK)))))
+        self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
 
-    def write(self, requests: Iterable[TextRequest], rng: np.random.Generator) -> Iterator[TrainingText]:
+    def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
         """Continue every request; yield conversations in the order in which they finish.
 
         A prompt that fills `max_length` alone gives no conversation, so count the conversations.
         """
-        waiting = iter(requests)
-        while True:
-            self._admit(waiting)
-            active = [(i, slot) for i, slot in enumerate(self._slots) if slot is not None]
-            if not active:
-                return
-            batch = self._batch(active)
-            logits, features = self.model.run(batch)
-            best = logits.argmax(-1)
-            for row, (index, slot) in enumerate(active):
-                if self.keep_features:
-                    slot.features.append(to_float16(features[batch.begins[row] : batch.begins[row + 1]]))
-                temperature = slot.request.temperature
-                token = draw(logits[row], temperature, rng) if temperature else int(best[row])
-                slot.cached = len(slot.tokens)
-                slot.tokens.append(token)
-                new = len(slot.tokens) - len(slot.request.prompt)
-                full = len(slot.tokens) >= self.max_length or new >= slot.request.max_new_tokens
-                if full or token in self.stop:
-                    self._slots[index] = None
-                    kept = np.concatenate(slot.features) if self.keep_features else None
-                    yield TrainingText(tuple(slot.tokens), len(slot.request.prompt), kept)
-
-    def _admit(self, waiting: Iterator[TextRequest]) -> None:
-        budget = PREFILL_TOKENS
-        for index, slot in enumerate(self._slots):
-            if slot is not None or budget <= 0:
-                continue
-            request = next((r for r in waiting if 0 < len(r.prompt) < self.max_length), None)
-            if request is None:
-                return
-            self._slots[index] = _Slot(request, list(request.prompt))
-            budget -= len(request.prompt)
-
-    def _batch(self, active: list[tuple[int, _Slot]]) -> Batch:
-        new = [slot.tokens[slot.cached :] for _, slot in active]
-        counts = [len(tokens) for tokens in new]
-        begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        per = self.blocks_per_slot
-        return Batch(
-            tokens=np.concatenate(new).astype(np.int64),
-            positions=np.concatenate([np.arange(s.cached, len(s.tokens)) for _, s in active]).astype(np.int64),
-            past=np.array([slot.cached for _, slot in active], np.int32),
-            begins=begins,
-            blocks=np.concatenate([np.arange(i * per, (i + 1) * per) for i, _ in active]).astype(np.int32),
-            block_begins=np.arange(0, (len(active) + 1) * per, per, dtype=np.int32),
-            wanted=(begins[1:] - 1).astype(np.int64),
-        )
+        fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
+        features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)
+        for advance in self._batch.run(fitting, lambda request: SharedDraws(request.sampling, rng)):
+            sequence, step = advance.sequence, advance.step
+            if self.keep_features:
+                features[sequence.id].append(to_float16(advance.features))
+            if step.finish:
+                assert sequence.request
+                tokens = (*sequence.tokens, *([] if step.stop is None else [step.stop]))
+                kept = np.concatenate(features.pop(sequence.id)) if self.keep_features else None
+                yield TrainingText(tokens, len(sequence.request.prompt), kept)
 
 
 def draw(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
@@ -164,7 +126,9 @@ def write_prompts(
     """
     prefix = bare_prefix(tokenizer)
     starts = [prefix + tuple(tokenizer.encode(text, add_special_tokens=False)) for text in openings]
-    requests = (TextRequest(starts[rng.integers(len(starts))], 1.0, PROMPT_TOKENS) for _ in range(count))
+    sampling = SamplingParams(temperature=1.0)
+    drawn = (starts[rng.integers(len(starts))] for _ in range(count))
+    requests = (Request(start, PROMPT_TOKENS, sampling) for start in drawn if start)
     for conversation in writer.write(requests, rng):
         text = tokenizer.decode(list(conversation.tokens[len(prefix) :])).strip()
         ended = conversation.tokens[-1] in writer.stop
@@ -180,8 +144,9 @@ def fingerprint(prompt: str) -> str:
 
 def answer_requests(
     tokenizer: Tokenizer, prompts: Iterable[str], rng: np.random.Generator, max_new_tokens: int
-) -> Iterator[TextRequest]:
+) -> Iterator[Request]:
     """Yield a request per prompt: three in four greedy, as in most use, the others at 0.8."""
     for prompt in prompts:
         temperature = 0.0 if rng.random() < 0.75 else 0.8
-        yield TextRequest(chat_prompt(tokenizer, prompt), temperature, max_new_tokens)
+        if tokens := chat_prompt(tokenizer, prompt):
+            yield Request(tokens, max_new_tokens, SamplingParams(temperature=temperature))

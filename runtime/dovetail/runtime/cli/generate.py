@@ -12,10 +12,8 @@ import click
 from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options, template_options
 from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answer
 from dovetail.runtime.engine import Prompt
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import INTERRUPTED, InputError
 from dovetail.runtime.settings import AnswerSettings
-
-INTERRUPTED = 130
 
 
 @click.command(short_help="Answer one prompt (the default command).")

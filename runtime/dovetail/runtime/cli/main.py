@@ -18,11 +18,10 @@ from typing import Any, NoReturn
 
 import click
 
-from dovetail.runtime.errors import DovetailError, InputError
+from dovetail.runtime.errors import INTERRUPTED, DovetailError, InputError
 from dovetail.runtime.system.files import check_text
 from dovetail.runtime.system.telemetry import decline_telemetry
 
-INTERRUPTED = 130
 OWN_FLAGS = ("--help", "-h", "--version")
 CUT_OFF = "a file ends too early: copy or build it again"
 WORD = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # the form of a command's name

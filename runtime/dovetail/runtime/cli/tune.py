@@ -83,7 +83,7 @@ def tune(
 
     def open_target(*more: Property, beside: Mapping[str, str] = ov_config) -> OpenVINOTarget:
         config = {**beside, **{each.name: each.value for each in more}}
-        return OpenVINOTarget.open(folder, manifest, threads=threads, ov_config=config, exact=exact)
+        return OpenVINOTarget.load(folder, manifest, threads=threads, ov_config=config, exact=exact)
 
     def compared(tried: Sequence[Property], seconds: float) -> tuple[list[Compared], Chosen | None]:
         prompt = Tokenizer.from_folder(folder / "target").encode(PROMPT)

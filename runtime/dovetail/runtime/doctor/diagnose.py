@@ -20,8 +20,8 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
-from dovetail.runtime.drafter.ort import failures, one_line, open_session, session_options
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.drafter.ort import failures, open_session, session_options
+from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 
 # An ONNX model with one Identity node, from x to y, on one float. It shows whether a provider
@@ -200,7 +200,7 @@ def capture_problem(device: Device) -> str | None:
             device.wait()
     except expected as error:
         keep_on_failed(device, session, binding)
-        return f"a CUDA graph cannot be captured ({one_line(error)}): update the NVIDIA driver"
+        return f"a CUDA graph cannot be captured ({one_line(error):.300}): update the NVIDIA driver"
     got = float(block.array("y")[0])
     return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
 

@@ -1,12 +1,12 @@
 """The drafter on ONNX Runtime: one graph, static buffers bound once, state updated in place.
 
 On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree level costs one run and a few
-small writes; the KV buffer is bound as a prefix that grows with the context.  On CUDA (float16) the same
+small writes; the KV buffer is bound as a prefix that grows with the context. On CUDA (float16) the same
 rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
 
 Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size, V draft
 vocabulary.
-KV row i < T belongs to tree node i, row T + j to pair j.  Bank row 0 is the root's feature, row i tree
+KV row i < T belongs to tree node i, row T + j to pair j. Bank row 0 is the root's feature, row i tree
 node i's; row T takes what nobody will read.
 """
 
@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -23,29 +24,35 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.system.machine import usable_cores
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
 
+# A call of at most LEVEL rows is timed as a tree's level, which returns children for every row. A
+# larger call is timed as a read. A short read is cheaper than a level of as many rows. The
+# scheduler's pace of drafts corrects for that.
+LEVEL = 16
+
 log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
-    """DraftSession on ONNX Runtime.  `device` says where it runs, `device_note` why.
+    """Drafter on ONNX Runtime, with the KV of one sequence. `device` says where it runs, `report` why.
 
-    file_key: of its graph in DrafterFacts.files.  max_context: pairs that it holds.  top_k: children it offers.
+    file_key: of its graph in DrafterFacts.files. capacity: pairs that it holds. top_k: children it offers.
     """
 
-    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, device_note: str):
-        self.device, self.device_note = device, device_note
-        self.file_key, self.max_context, self.top_k = runner.file_key, runner.max_context, facts.top_k
-        self._facts, self._runner = facts, runner
+    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
+        self.device = device
+        self.file_key, self.capacity, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self._facts, self._runner, self._note = facts, runner, note
+        self._seq: SequenceId | None = None  # of the pairs that it holds
         self._length = 0
         self._root: tuple[int, Candidates] | None = None  # last known token and its children
 
@@ -88,11 +95,11 @@ class OnnxDrafter:
 
     @classmethod
     def open_cpu(cls, pair: Path, manifest: Manifest, *, threads: int | None, note: str) -> OnnxDrafter:
-        """The INT8 drafter; note: why it is this one.  Raises DeviceError."""
+        """The INT8 drafter; note: why it is this one. Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
         runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
-        return cls(facts, runner, device="CPU (int8)", device_note=note)
+        return cls(facts, runner, device="CPU (int8)", note=note)
 
     @classmethod
     def open_cuda(
@@ -104,7 +111,7 @@ class OnnxDrafter:
         fit: bool = False,
         new_device: Callable[[], Device] | None = None,
     ) -> OnnxDrafter:
-        """The float16 drafter on a GPU, its graphs captured.  new_device: in place of CUDA's.  Raises DeviceError."""
+        """The float16 drafter on a GPU, its graphs captured. new_device: in place of CUDA's. Raises DeviceError."""
         facts = manifest.drafter
         assert facts is not None
         if new_device is None and (problem := cuda_problem()):
@@ -112,27 +119,27 @@ class OnnxDrafter:
         plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
         device = (new_device or CudaDevice)()
         runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
-        return cls(facts, runner, device="CUDA (fp16)", device_note="a CUDA device was found")
+        return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
+
+    def length(self, seq: SequenceId) -> int:
+        """See Drafter."""
+        return self._length if seq == self._seq else 0
 
     @property
-    def length(self) -> int:
-        """(feature, token) pairs it has been extended with."""
-        return self._length
+    def report(self) -> DeviceReport:
+        """See Drafter."""
+        return DeviceReport(self._note, self._runner.bus_bytes)
 
-    @property
-    def bus_bytes(self) -> int:
-        """Bytes moved so far between host and device; 0 on the CPU."""
-        return self._runner.bus_bytes
-
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
-        """Append pairs; the children of the last token are kept for `propose`.  tokens: [n], features: [n, D].
-
-        noise: of these children, see DraftSession.
+    def extend(
+        self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
+    ) -> None:
+        """See Drafter; the children of the last token are kept for `propose`.
 
         Raises ContextOverflow, InputError (shapes, ids), DeviceError; the length counts finished chunks only.
         """
+        self._check_room(seq)
         self._check(tokens, features)
-        self._root = None
+        self._seq, self._root = seq, None
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(tokens)))
             found = self._extend(tokens[chunk], features[chunk], noise)
@@ -141,9 +148,11 @@ class OnnxDrafter:
             last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
             self._root = int(tokens[-1]), last
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         """Grow a tree below the last token of `extend`; each level is one run of the graph."""
-        if self._root is None:
+        if self._root is None or seq != self._seq:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
         if limits.top_k > self._facts.top_k:
             raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
@@ -151,27 +160,44 @@ class OnnxDrafter:
         expand = partial(self._expand, noise=noise)
         return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
 
-    def reset(self, keep: int = 0) -> None:
-        """Forget everything after the first `keep` pairs; drafting then needs a new `extend`."""
-        if not 0 <= keep <= self._length:
-            raise InputError(f"cannot keep {keep} pairs of {self._length}: give 0 to {self._length}")
-        if keep < self._length:
+    def rewind(self, seq: SequenceId, keep: int) -> None:
+        """See Drafter; drafting then needs a new `extend`. Raises InputError."""
+        held = self.length(seq)
+        if not 0 <= keep <= held:
+            raise InputError(f"cannot keep {keep} pairs of {held}: give 0 to {held}")
+        if keep < held:
             self._length, self._root = keep, None
 
-    def assume(self, length: int) -> None:
-        """Behave as if extended by `length` pairs, for timing alone: their KV is whatever lies there."""
-        self._runner.touch(length)
-        self._length, self._root = length, None
+    def pretend_length(self, seq: SequenceId, pairs: int) -> None:
+        """Act as if extended by `pairs` pairs, for timing only: KV content is arbitrary."""
+        self._check_room(seq)
+        self._runner.touch(pairs)
+        self._seq, self._length, self._root = seq, pairs, None
 
-    def rehearse(self, nodes: int) -> None:
-        """A tree's level of so many nodes, all below the root, for timing alone; nothing is kept of it."""
-        rows = np.minimum(np.arange(1, nodes + 1), self._facts.tree_slots - 1)
-        attend = rows[:, None] == np.arange(self._facts.tree_slots)
-        self._expand(Level(1, rows, np.zeros_like(rows), np.zeros_like(rows), attend))
+    def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
+        """Return the ms of a call: a tree's level of `rows` nodes up to LEVEL, else `rows` new pairs."""
+        if rows > LEVEL:
+            tokens, features = np.zeros(rows, np.int64), np.zeros((rows, self._facts.feature_size), np.float32)
+            begin = clock()
+            self.extend(seq, tokens, features)
+        else:
+            nodes = np.minimum(np.arange(1, rows + 1), self._facts.tree_slots - 1)  # all below the root
+            attend = nodes[:, None] == np.arange(self._facts.tree_slots)
+            begin = clock()
+            self._expand(Level(1, nodes, np.zeros_like(nodes), np.zeros_like(nodes), attend))
+        return (clock() - begin) * 1e3
 
     def close(self) -> None:
-        """Give a GPU's memory back; the session is not to be used any more."""
+        """See Drafter."""
         self._runner.close()
+
+    def _check_room(self, seq: SequenceId) -> None:
+        """Raise InputError while pairs of another sequence are held."""
+        if self._length and seq != self._seq:
+            raise InputError(
+                f"this drafter has room for one sequence and holds number {self._seq}: rewind that to 0 first, or "
+                f"decode number {seq} without a drafter"
+            )
 
     def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
         """One chunk of at most CHUNK pairs."""
@@ -224,9 +250,9 @@ class OnnxDrafter:
             raise InputError(
                 f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
             )
-        if self._length + len(tokens) > self.max_context:
+        if self._length + len(tokens) > self.capacity:
             raise ContextOverflow(
-                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.max_context}: shorten "
+                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
                 "the prompt or generate without speculation"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:

@@ -7,7 +7,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system.files import open_regular
 from dovetail.runtime.system.telemetry import decline_telemetry
 
@@ -68,7 +68,7 @@ def call(session: Any, binding: Any, run_options: Any = None) -> None:
 
 def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
     """Return the error for a failed call. remedy: for failures other than a lack of memory."""
-    said = one_line(error)
+    said = one_line(error)[:300]
     if any(word in said.lower() for word in ("failed to allocate", "out of memory", "available memory")):
         remedy = "free memory, or shorten the drafter's context on a GPU with --vram SIZE --fit"
     return DeviceError(f"{what}: {said}: {remedy}")
@@ -80,8 +80,3 @@ def failures() -> tuple[type[Exception], ...]:
 
     own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
     return (RuntimeError, *own)
-
-
-def one_line(error: Exception) -> str:
-    """Return an engine's error text in one line."""
-    return " ".join(str(error).split())[:300]

@@ -5,13 +5,14 @@ Axes: A tokens of the answer, V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.loop.generate import Conversation
+from dovetail.runtime.loop.sequence import Sequence
 from dovetail.runtime.policy.choose import filled
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray
@@ -31,14 +32,14 @@ class Choice(NamedTuple):
 
 
 def read_again(
-    conversation: Conversation, prompt: Sequence[int], answer: Sequence[int], sampler: Sampler
+    sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[int], sampler: Sampler
 ) -> list[Choice]:
-    """A Choice for each of the A tokens of `answer`; the conversation is forgotten before, and holds what was read.
+    """A Choice for each of the A tokens of `answer`; `sequence` forgets what it held, and holds what was read.
 
-    It is read in chains, whose rows have the bits of a tree's first path.  Raises InputError for ids that are none.
+    It is read in chains, whose rows have the bits of a tree's first path. Raises InputError for ids that are none.
     """
     seen, found = list(prompt), list[Choice]()
-    for token, logits in zip(answer, _logits(conversation, prompt, answer), strict=True):
+    for token, logits in zip(answer, _logits(sequence, prompt, answer), strict=True):
         if not 0 <= token < len(logits):
             raise InputError(f"token id {token} is none of the target's {len(logits)}: give an answer of its own")
         chosen = sampler.pick(logits, len(seen), seen)
@@ -48,19 +49,17 @@ def read_again(
     return found
 
 
-def _logits(talk: Conversation, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[FloatArray]:
+def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[int]) -> Iterator[FloatArray]:
     """The target's logits [V] for each token of `answer`, valid until the next is asked for."""
-    talk.forget()
-    talk.tokens = list(prompt)
+    sequence.forget()
+    sequence.tokens = list(prompt)
     try:
-        result = talk.prefill(speculate=False)
-        yield from result.logits[-1:][: len(answer)]
+        yield from sequence.prefill().logits[-1:][: len(answer)]
         for begin in range(0, len(answer) - 1, _CHAIN):
             tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
-            nodes = np.arange(len(tokens))
-            chain = DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))
-            width = min(_CHAIN, talk.target.max_context - talk.target.length)
-            yield from talk.target.verify(filled(chain, width)).logits[: len(tokens)]
-            talk.commit(nodes, tokens.tolist())
+            width = min(_CHAIN, sequence.target.max_context - sequence.length)
+            passes = sequence.target.verify({sequence.id: filled(DraftTree.chain(tokens), width)})
+            yield from passes[sequence.id].logits[: len(tokens)]
+            sequence.commit(np.arange(len(tokens)), tokens.tolist())
     finally:
-        talk.rewind()
+        sequence.rewind()

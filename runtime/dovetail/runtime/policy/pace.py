@@ -8,7 +8,7 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import PRIOR, Estimate
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-OUTLIER = 2.0  # times the expected time that a call counts as at most: tests of machines that stall
+OUTLIER = 3.0  # times the expected time that a call counts as at most: tests of machines that stall
 
 
 @dataclass

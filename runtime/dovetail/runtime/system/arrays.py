@@ -1,4 +1,4 @@
-"""Array types that several rooms share."""
+"""Types that several rooms share."""
 
 from __future__ import annotations
 
@@ -7,3 +7,5 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
+
+SequenceId = int  # the number of one text, given by the target that holds its KV

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.system.arrays import TokenArray
+from dovetail.runtime.system.arrays import SequenceId, TokenArray
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.target.session import TargetPass, opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 CONTEXT = 40  # tokens before the tree: more than a KV block, not a multiple of one
@@ -33,35 +33,32 @@ def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference
     """Verify a tree after `context` tokens, then every path as a chain, and return the difference.
 
     The chains follow the same text, read in other passes than the tree's text. The test takes about
-    20 passes and leaves the target empty.
+    20 passes, in a sequence of its own.
     """
     vocab_size = target.model.vocab_size
     text = _tokens(0, context, vocab_size)
     nodes = len(_PARENTS)
     tree = DraftTree(_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))
-    try:
-        _read(target, text, [context])
-        found = _rows(target.verify(tree))
-        _read(target, text, [context // 3, 1, context - context // 3 - 1])
+    with opened(target) as seq:
+        _read(target, seq, text, [context])
+        found = _rows(target.verify({seq: tree})[seq])
+        _read(target, seq, text, [context // 3, 1, context - context // 3 - 1])
         off = np.zeros(len(tree))
         for path in tree.paths():
             for kept in (path, path[:1]):
-                target.reset(context)
-                chain = DraftTree(tree.tokens[kept], np.arange(-1, len(kept) - 1), np.zeros(len(kept), np.float32))
-                rows = _rows(target.verify(chain))
+                target.rewind(seq, context)
+                rows = _rows(target.verify({seq: DraftTree.chain(tree.tokens[kept])})[seq])
                 # A NaN also counts as a difference.
                 apart = np.where(rows == found[kept], 0.0, np.abs(rows - found[kept])).max(axis=1)
                 off[kept] = np.maximum(off[kept], np.nan_to_num(apart, nan=np.inf))
         return Difference(int(np.count_nonzero(off)), float(off.max()))
-    finally:
-        target.reset(0)
 
 
-def _read(target: OpenVINOTarget, text: TokenArray, sizes: list[int]) -> None:
-    target.reset(0)
+def _read(target: OpenVINOTarget, seq: SequenceId, text: TokenArray, sizes: list[int]) -> None:
+    target.rewind(seq, 0)
     begin = 0
     for size in sizes:
-        target.prefill(text[begin : begin + size])
+        target.prefill(seq, text[begin : begin + size])
         begin += size
 
 

@@ -10,19 +10,21 @@ row alone. They are therefore the same bits as in a chain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import Manifest
-from dovetail.runtime.system.arrays import TokenArray
+from dovetail.runtime.system.arrays import SequenceId, TokenArray
 from dovetail.runtime.target.blocks import BlockIds
 from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
-from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 # OpenVINO prepares its kernels for each size of a pass and keeps them. Prompts therefore use few
@@ -32,29 +34,38 @@ _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (d
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
 
 
+@dataclass
+class _Text:
+    """The target's record of one sequence.
+
+    blocks: KV blocks in the order of the text, then blocks for trees. length: committed tokens.
+    verified: paths of the verified tree, until `commit`.
+    """
+
+    blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))
+    length: int = 0
+    verified: _Paths | None = None
+
+
 class OpenVINOTarget:
-    """One conversation of the target LLM; implements `TargetSession`.
+    """The target LLM on the CPU; implements `Target`.
 
     exact: compute no row alone, so that equal tokens give equal bits in every pass. Without `exact`
     a tree of one node runs through OpenVINO's kernel for single rows, which is quicker and adds in
-    another order. `_blocks` are the conversation's KV blocks in the order of its text, then blocks
-    for trees.
+    another order. sequences: how many whole texts get memory at once; more texts can be opened.
     """
 
     device = "CPU"
 
-    def __init__(self, model: PagedModel, max_context: int, *, exact: bool = True):
+    def __init__(self, model: PagedModel, max_context: int, *, exact: bool = True, sequences: int = 1):
         self.model = model
         self.max_context = max_context
         self.exact = exact
-        self._owner = model.pool.new_owner()
-        self._blocks: BlockIds = np.zeros(0, np.int32)
-        self._length = 0
-        self._verified: _Paths | None = None  # paths of the verified tree, until `commit`
-        model.reserve(model.blocks + _blocks_for(max_context) + _SPARE_BLOCKS)
+        self._texts: dict[SequenceId, _Text] = {}
+        self._reserve(sequences)
 
     @classmethod
-    def open(
+    def load(
         cls,
         pair: Path,
         manifest: Manifest,
@@ -79,107 +90,152 @@ class OpenVINOTarget:
         model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)
         return cls(model, manifest.target.max_context, exact=exact)
 
-    def another(self) -> OpenVINOTarget:
-        """Return an empty conversation of the same model, for `verify_together`."""
-        return OpenVINOTarget(self.model, self.max_context, exact=self.exact)
+    def open(self) -> SequenceId:
+        """Return the number of a new, empty sequence: the owner's number in the block pool."""
+        seq = self.model.pool.new_owner()
+        self._reserve(len(self._texts) + 1)
+        self._texts[seq] = _Text()
+        return seq
 
-    @property
-    def length(self) -> int:
+    def length(self, seq: SequenceId) -> int:
         """Tokens committed to the KV cache."""
-        return self._length
+        return self._text(seq).length
 
-    def prefill(self, tokens: TokenArray) -> TargetPass:
+    def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         """Append and commit tokens [T]. Return the last token's logits [1, V], features [T, D]."""
-        count = len(tokens)
-        self._verified = None
-        chain = _Paths([np.arange(count)], self._length, TOGETHER)
-        part = self._part(tokens, np.arange(count), chain, np.array([count - 1]))
-        logits, features = self.model.run(Batch.of([part], prompt_rows(count)))
-        self._length += count
-        return TargetPass(logits[:1], features[:count])
+        return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
-    def verify(self, tree: DraftTree) -> TargetPass:
-        """Run all nodes in one pass. Return logits [N, V], features [N, D]: a chain's bits."""
-        return verify_together({self: tree})[self]
+    def verify(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+    ) -> dict[SequenceId, TargetPass]:
+        """Run all trees in one pass. Return logits [N, V], features [N, D]: a chain's bits.
 
-    def commit(self, path: NDArray[np.int64]) -> None:
-        """Keep the KV of `path`, root first. The path's blocks become the conversation's."""
-        found = self._verified.find(path) if self._verified else None
+
+        prompts: see Target.
+        """
+        rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
+        return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
+
+    def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
+        """Keep the KV of `path`, root first. The path's blocks become the text's."""
+        text = self._text(seq)
+        found = text.verified.find(path) if text.verified else None
         if found is None:
             raise DeviceError(f"commit of {len(path)} nodes, not a path of a verified tree: verify the tree first")
-        full = self._length // BLOCK
-        others = np.delete(self._blocks[full:], slice(found.start - full, found.stop - full))
-        # Each line is one assignment: an interrupt between them leaves the old text, whose last
-        # block the path has copied.
-        self._blocks = np.concatenate([self._blocks[:full], self._blocks[found], others])
-        self._length += len(path)
-        self._verified = None
+        full = text.length // BLOCK
+        if found.start > full:  # not the first path, whose blocks are in place
+            others = np.delete(text.blocks[full:], slice(found.start - full, found.stop - full))
+            # One assignment: an interrupt after it leaves the old text, whose last block the path
+            # has copied.
+            text.blocks = np.concatenate([text.blocks[:full], text.blocks[found], others])
+        text.length += len(path)
+        text.verified = None
 
-    def reset(self, keep: int = 0) -> None:
+    def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` tokens, and any verified tree."""
-        self._length = min(self._length, keep)
-        self._verified = None
-        self.model.pool.keep(self._owner, self._blocks)
+        text = self._text(seq)
+        text.length = min(text.length, keep)
+        text.verified = None
+        self.model.pool.keep(seq, text.blocks)
 
-    def close(self) -> None:
-        """Forget everything and free the KV blocks for other conversations of the model."""
-        self._blocks = np.zeros(0, np.int32)
-        self.reset()
+    def close(self, seq: SequenceId) -> None:
+        """Forget the sequence and free its KV blocks for others."""
+        if text := self._texts.get(seq):
+            text.length, text.blocks = 0, np.zeros(0, np.int32)
+            self.rewind(seq, 0)
+            del self._texts[seq]
 
-    def pretend_length(self, length: int) -> None:
-        """Act as if `length` tokens were committed, for timing only: KV content is arbitrary."""
-        blocks = _blocks_for(length)
-        self._hold(blocks)
-        self.model.fault_in(self._blocks[:blocks])
-        self._length, self._verified = length, None
+    def pretend_length(self, seq: SequenceId, tokens: int) -> None:
+        """Act as if `tokens` tokens were committed, for timing only: KV content is arbitrary."""
+        text, blocks = self._text(seq), _blocks_for(tokens)
+        self._hold(seq, blocks)
+        self.model.fault_in(text.blocks[:blocks])
+        text.length, text.verified = tokens, None
+
+    def time_pass(
+        self, seq: SequenceId, rows: int, *, paths: int = 1, clock: Callable[[], float] = perf_counter
+    ) -> float:
+        """Return the ms of a pass over `timed_tree(rows, paths)`."""
+        tree = timed_tree(rows, paths)
+        begin = clock()
+        self.verify({seq: tree})
+        return (clock() - begin) * 1e3
 
     @property
     def least_rows(self) -> int:
         """Smallest number of rows in a pass."""
         return TOGETHER if self.exact else ALONE
 
-    def _offer(self, tree: DraftTree) -> Part:
-        """Return the rows that `tree` adds to a pass."""
-        self._verified = None
-        paths = _Paths(tree.paths(), self._length, self.least_rows)
-        part = self._part(tree.tokens, tree.depths(), paths, np.arange(len(tree)))
-        self._verified = paths
-        return part
+    def _reserve(self, sequences: int) -> None:
+        """Reserve blocks for `sequences` whole contexts, and for the trees of one sequence."""
+        self.model.reserve(sequences * _blocks_for(self.max_context) + _SPARE_BLOCKS)
 
-    def _part(self, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]) -> Part:
+    def _text(self, seq: SequenceId) -> _Text:
+        if seq not in self._texts:
+            raise InputError(f"sequence {seq!r} is not open on this target: take the number that its open() gives")
+        return self._texts[seq]
+
+    def _run(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
+    ) -> dict[SequenceId, TargetPass]:
+        """Run one pass of `rows` rows. Each path, and the lm_head, computes at least `least`."""
+        parts = dict[SequenceId, Part]()
+        for seq, tokens in prompts.items():
+            order = np.arange(len(tokens))
+            parts[seq] = self._part(seq, tokens, order, _Paths([order], self.length(seq), least), order[-1:])
+        for seq, tree in offers.items():
+            paths = _Paths(tree.paths(), self.length(seq), least)
+            parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)))
+            self._texts[seq].verified = paths
+        logits, features = self.model.run(Batch.of([*parts.values()], rows, least))
+        for seq, tokens in prompts.items():
+            self._texts[seq].length += len(tokens)
+        results, row, wanted = dict[SequenceId, TargetPass](), 0, 0
+        for seq, part in parts.items():
+            end, last = row + len(part.tokens), wanted + len(part.wanted)
+            results[seq] = TargetPass(logits[wanted:last], features[row:end])
+            row, wanted = end, last
+        return results
+
+    def _part(
+        self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]
+    ) -> Part:
         """Return rows for `tokens` at `depths` after the committed text.
 
         Every path gets its blocks, beginning with a copy of the text's last block. Raises
         ContextOverflow, DeviceError.
         """
-        if (end := self._length + int(depths.max()) + 1) > self.max_context:
+        text = self._text(seq)
+        text.verified = None
+        if (end := text.length + int(depths.max()) + 1) > self.max_context:
             raise ContextOverflow(
                 f"{end} tokens exceed the context of {self.max_context}: shorten the prompt or ask for fewer tokens"
             )
-        full, part = divmod(self._length, BLOCK)
-        self._hold(paths.ends[-1].stop)
-        begun = self._blocks[full:]
+        full, part = divmod(text.length, BLOCK)
+        self._hold(seq, paths.ends[-1].stop)
+        begun = text.blocks[full:]
         if part and len(paths.rows) > 1:
             copies = begun[[blocks.start - full for blocks in paths.ends[1:]]]
             self.model.copy_rows(int(begun[0]), copies, part)
-        tables = [np.concatenate([self._blocks[:full], self._blocks[blocks]]) for blocks in paths.ends]
-        return Part(np.asarray(tokens, np.int64), self._length + depths, paths.rows, self._length, tables, wanted)
+        tables = [np.concatenate([text.blocks[:full], text.blocks[blocks]]) for blocks in paths.ends]
+        return Part(np.asarray(tokens, np.int64), text.length + depths, paths.rows, text.length, tables, wanted)
 
-    def _hold(self, blocks: int) -> None:
+    def _hold(self, seq: SequenceId, blocks: int) -> None:
         """Own at least `blocks` blocks."""
-        if (missing := blocks - len(self._blocks)) > 0:
+        text = self._text(seq)
+        if (missing := blocks - len(text.blocks)) > 0:
             pool = self.model.pool
-            pool.keep(self._owner, self._blocks)
+            pool.keep(seq, text.blocks)
             self.model.reserve(int(np.count_nonzero(pool.owners)) + missing)
-            self._blocks = np.concatenate([self._blocks, pool.take(self._owner, missing)])
+            text.blocks = np.concatenate([text.blocks, pool.take(seq, missing)])
 
 
 class _Paths:
     """The paths of a tree, or the single path of a prompt, and the blocks of each path.
 
     rows: the rows of each path; a path shorter than `least` repeats its row. ends: for each path
-    its own part of the conversation's blocks. The part begins with the last block of the text of
-    `length` tokens.
+    its own part of the text's blocks. The part begins with the last block of the text of `length`
+    tokens.
     """
 
     def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
@@ -201,23 +257,11 @@ class _Paths:
         return None
 
 
-def verify_together(offers: Mapping[OpenVINOTarget, DraftTree]) -> dict[OpenVINOTarget, TargetPass]:
-    """Verify every conversation's tree in one pass.
-
-    Raises InputError if the conversations do not share one model (see `another`).
-    """
-    if len({id(target.model) for target in offers}) != 1:
-        raise InputError("conversations in one pass must share one model: open the others with another()")
-    parts = {target: target._offer(tree) for target, tree in offers.items()}
-    first = next(iter(offers))
-    rows = sum(map(len, offers.values()))
-    logits, features = first.model.run(Batch.of([*parts.values()], max(rows, first.least_rows)))
-    results, begin = {}, 0
-    for target, tree in offers.items():
-        end = begin + len(tree)
-        results[target] = TargetPass(logits[begin:end], features[begin:end])
-        begin = end
-    return results
+def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
+    """Return a tree of `nodes` nodes and `paths` paths: a chain with leaves on its first nodes."""
+    chain = nodes - paths
+    parents = [-1, *range(chain), *range(paths - 1)]
+    return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
 
 
 def _blocks_for(tokens: int) -> int:

@@ -95,11 +95,10 @@ class Batch:
     node_rows: NDArray[np.int32] | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Part], rows: int) -> Batch:
+    def of(cls, parts: Sequence[Part], rows: int, least: int) -> Batch:
         """Return one pass of `rows` rows for all parts. Surplus rows copy the last row.
 
-        If the pass has several rows, the lm_head has several too, for the same reason: `wanted`
-        then repeats a single row.
+        least: rows that the lm_head computes; `wanted` repeats its last row to have as many.
         """
         starts = [0, *accumulate(len(part.tokens) for part in parts)]
         placed = list(zip(parts, starts, strict=False))
@@ -116,7 +115,7 @@ class Batch:
             begins=np.array([0, *accumulate(map(len, paths))], np.int32),
             blocks=np.concatenate(tables),
             block_begins=np.array([0, *accumulate(map(len, tables))], np.int32),
-            wanted=_filled(wanted, min(rows, TOGETHER)),
+            wanted=_filled(wanted, least),
             path_rows=path_rows,
             node_rows=node_rows,
         )

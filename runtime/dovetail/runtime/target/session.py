@@ -1,4 +1,4 @@
-"""The target's protocol: a session that verifies trees.
+"""The target's protocol: a model that holds the KV of texts and verifies token trees.
 
 Axes: N nodes of a tree, T new tokens, V target vocabulary, D feature size.
 
@@ -11,14 +11,19 @@ the drafter was given.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
+
+NO_PROMPTS: Mapping[SequenceId, TokenArray] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class TargetPass:
 
     logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
     features: [T or N, D] float32, row i belongs to new token or node i.
-    The arrays may be views of engine memory: valid until the session's next call.
+    The arrays may be views of engine memory: valid until the target's next call for any sequence.
     """
 
     logits: FloatArray
@@ -35,29 +40,51 @@ class TargetPass:
 
 
 @runtime_checkable
-class TargetSession(Protocol):
-    """The target LLM with the KV of one conversation."""
+class Target(Protocol):
+    """The target LLM with the KV of several texts, each a sequence that `open` numbers."""
 
     device: str  # e.g. "CPU"
-    max_context: int  # tokens
+    max_context: int  # tokens of a sequence
 
-    @property
-    def length(self) -> int:
-        """Tokens committed to the KV cache."""
+    def open(self) -> SequenceId:
+        """Return the number of a new, empty sequence."""
         ...
 
-    def prefill(self, tokens: TokenArray) -> TargetPass:
+    def length(self, seq: SequenceId) -> int:
+        """Return how many tokens of the sequence are committed to the KV cache."""
+        ...
+
+    def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         """Append and commit one chunk of prompt tokens. Return logits of the last token only."""
         ...
 
-    def verify(self, tree: DraftTree) -> TargetPass:
-        """Run all nodes in one pass, each attending to the committed tokens and its ancestors."""
+    def verify(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+    ) -> Mapping[SequenceId, TargetPass]:
+        """Run all trees in one pass. A node attends to its sequence's tokens and its ancestors.
+
+        prompts: prompt tokens of other sequences, as in `prefill`; they share the pass.
+        """
         ...
 
-    def commit(self, path: NDArray[np.int64]) -> None:
+    def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
         """Keep the KV rows of `path` (nodes of the verified tree, root first), drop the rest."""
         ...
 
-    def reset(self, keep: int = 0) -> None:
+    def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` committed tokens, and any uncommitted tree."""
         ...
+
+    def close(self, seq: SequenceId) -> None:
+        """Forget the sequence and its number; one that is not open is no error."""
+        ...
+
+
+@contextmanager
+def opened(target: Target) -> Iterator[SequenceId]:
+    """Open a sequence for a `with` block, and close it after the block."""
+    seq = target.open()
+    try:
+        yield seq
+    finally:
+        target.close(seq)

@@ -1,7 +1,7 @@
-"""Sessions and a tokenizer without engines: for tests, and for programs that embed the loop.
+"""Target, drafter and tokenizer without engines: for tests, and for programs that embed the loop.
 
 Axes: N nodes, T tokens, V vocabulary, D = 3 feature columns (position, token, checksum of the
-prefix). The sessions make errors visible that real sessions hide. Every misuse of the protocol
+prefix). Target and drafter make errors visible that real ones hide. Every misuse of a protocol
 raises DeviceError. The features show the drafter whether its pairs are right. Arrays turn into nan
 when they become invalid.
 """
@@ -16,10 +16,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.session import DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
-from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
+from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
@@ -54,59 +54,80 @@ def _feature(prefix: Prefix) -> tuple[float, float, float]:
 
 
 class ScriptedTarget:
-    """A target whose logits are a function of the tokens so far; implements TargetSession.
+    """A target whose logits are a function of the tokens so far; implements Target.
 
-    calls: the calls so far, e.g. ("prefill", 12) or ("commit", 3); counts are tokens, nodes or
-    rows.
+    texts: tokens of each sequence. calls: the calls so far, e.g. ("prefill", 12) or ("commit", 3);
+    counts are tokens, nodes or rows.
     """
 
     device = "scripted"
 
     def __init__(self, logits_of: LogitsOf, max_context: int = 4096) -> None:
         self.logits_of, self.max_context = logits_of, max_context
-        self.tokens: list[int] = []
+        self.texts: dict[SequenceId, list[int]] = {}
         self.calls: list[tuple[str, int]] = []
-        self._tree: DraftTree | None = None
+        self._opened = 0
+        self._trees: dict[SequenceId, DraftTree] = {}
         self._lent: list[FloatArray] = []
 
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
+    def open(self) -> SequenceId:
+        self._opened += 1
+        self.texts[self._opened] = []
+        return self._opened
 
-    def prefill(self, tokens: TokenArray) -> TargetPass:
+    def length(self, seq: SequenceId) -> int:
+        return len(self.texts[seq])
+
+    def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         self._begin("prefill", len(tokens))
-        _require(len(tokens) > 0, "prefill of no tokens")
-        _require(self._tree is None, "prefill with a verified tree that was neither committed nor reset")
-        _require(self.length + len(tokens) <= self.max_context, "prefill past the context")
-        start = self.length
-        self.tokens += tokens.tolist()
-        prefixes = [tuple(self.tokens[: start + i + 1]) for i in range(len(tokens))]
-        return self._lend(prefixes[-1:], prefixes)
+        return self._prompt(seq, tokens)
 
-    def verify(self, tree: DraftTree) -> TargetPass:
-        self._begin("verify", len(tree))
-        _require(self._tree is None, "verify of a second tree")
-        _require(self.length > 0, "verify before any prefill")
-        _require(self.length + len(tree) <= self.max_context, "verify past the context")
-        self._tree = tree
-        prefixes = [(*self.tokens, *path) for path in _paths(tree)]
-        return self._lend(prefixes, prefixes)
+    def verify(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+    ) -> dict[SequenceId, TargetPass]:
+        self._begin("verify", sum(map(len, offers.values())) + sum(map(len, prompts.values())))
+        _require(not offers.keys() & prompts.keys(), "a tree and a prompt of one sequence in one pass")
+        passes = {seq: self._prompt(seq, tokens) for seq, tokens in prompts.items()}
+        return passes | {seq: self._verify(seq, tree) for seq, tree in offers.items()}
 
-    def commit(self, path: NDArray[np.int64]) -> None:
+    def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
         self._begin("commit", len(path))
-        tree, self._tree = self._tree, None
+        tree = self._trees.pop(seq, None)
         if tree is None:
             raise DeviceError("commit without a verified tree")
         nodes = path.tolist()
         _require(nodes[:1] == [0], f"commit of {nodes}, which does not start at the root")
         _require(tree.parents[nodes].tolist() == [-1, *nodes[:-1]], f"commit of {nodes}, which is no path")
-        self.tokens += tree.tokens[nodes].tolist()
+        self.texts[seq] += tree.tokens[nodes].tolist()
 
-    def reset(self, keep: int = 0) -> None:
-        self._begin("reset", keep)
-        _require(0 <= keep <= self.length, f"reset to {keep} of {self.length} tokens")
-        self._tree = None
-        del self.tokens[keep:]
+    def rewind(self, seq: SequenceId, keep: int) -> None:
+        self._begin("rewind", keep)
+        _require(0 <= keep <= self.length(seq), f"rewind to {keep} of {self.length(seq)} tokens")
+        self._trees.pop(seq, None)
+        del self.texts[seq][keep:]
+
+    def close(self, seq: SequenceId) -> None:
+        self._begin("close", len(self.texts.pop(seq, ())))
+        self._trees.pop(seq, None)
+
+    def _prompt(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
+        text = self.texts[seq]
+        _require(len(tokens) > 0, "prefill of no tokens")
+        _require(seq not in self._trees, "prefill with a verified tree that was neither committed nor rewound")
+        _require(len(text) + len(tokens) <= self.max_context, "prefill past the context")
+        start = len(text)
+        text += tokens.tolist()
+        prefixes = [tuple(text[: start + i + 1]) for i in range(len(tokens))]
+        return self._lend(prefixes[-1:], prefixes)
+
+    def _verify(self, seq: SequenceId, tree: DraftTree) -> TargetPass:
+        text = self.texts[seq]
+        _require(seq not in self._trees, "verify of a second tree")
+        _require(len(text) > 0, "verify before any prefill")
+        _require(len(text) + len(tree) <= self.max_context, "verify past the context")
+        self._trees[seq] = tree
+        prefixes = [(*text, *path) for path in _paths(tree)]
+        return self._lend(prefixes, prefixes)
 
     def _begin(self, call: str, count: int) -> None:
         self.calls.append((call, count))
@@ -119,19 +140,24 @@ class ScriptedTarget:
             logits=np.stack([self.logits_of(prefix) for prefix in logits]).astype(np.float32),
             features=np.array([_feature(prefix) for prefix in features], np.float32),
         )
-        self._lent = [result.logits, result.features]
+        self._lent += [result.logits, result.features]
         return result
 
 
 class ScriptedDrafter:
-    """A drafter whose trees are a function of the tokens so far; implements DraftSession."""
+    """A drafter whose trees are a function of the tokens so far; implements Drafter.
+
+    capacity: pairs of each sequence. texts: x[start..] of each sequence; the first feature gives
+    x[start]. starts: start of each sequence.
+    """
 
     device = "scripted"
+    report = DeviceReport()
 
-    def __init__(self, propose: Propose) -> None:
-        self._propose = propose
-        self.tokens: list[int] = []  # x[0..length]; the first feature gives x[0]
-        self.start = 0  # tokens of the text before x[0], also from the first feature
+    def __init__(self, propose: Propose, capacity: int = 1 << 20) -> None:
+        self._propose, self.capacity = propose, capacity
+        self.texts: dict[SequenceId, list[int]] = {}
+        self.starts: dict[SequenceId, int] = {}
         self.calls: list[tuple[str, int]] = []
 
     @classmethod
@@ -144,32 +170,40 @@ class ScriptedDrafter:
         """Return a drafter that proposes the target's least likely tokens."""
         return cls(partial(_grow, lambda path: -logits_of(path)))
 
-    @property
-    def length(self) -> int:
-        return max(len(self.tokens) - 1, 0)
+    def length(self, seq: SequenceId) -> int:
+        return max(len(self.texts.get(seq, ())) - 1, 0)
 
-    def extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
+    def extend(
+        self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
+    ) -> None:
         self.calls.append(("extend", len(tokens)))
         _require(len(tokens) > 0, "extend by nothing")
+        _require(self.length(seq) + len(tokens) <= self.capacity, "extend past the capacity")
         _require(features.shape == (len(tokens), FEATURE_SIZE), f"features {features.shape} for {len(tokens)} tokens")
         for token, feature in zip(tokens.tolist(), features.tolist(), strict=True):
-            if not self.tokens:
-                self.start, self.tokens = int(feature[0]), [int(feature[1])]
-            place, *rest = _feature(tuple(self.tokens))
-            known = len(rest) if self.start == 0 else 1  # the checksum covers the whole text
-            own = [place + self.start, *rest[:known]] == feature[: known + 1]
-            _require(own, f"pair {self.length} has the feature of another")
-            self.tokens.append(token)
+            if not self.texts.get(seq):
+                self.starts[seq], self.texts[seq] = int(feature[0]), [int(feature[1])]
+            text, start = self.texts[seq], self.starts[seq]
+            place, *rest = _feature(tuple(text))
+            known = len(rest) if start == 0 else 1  # the checksum covers the whole text
+            own = [place + start, *rest[:known]] == feature[: known + 1]
+            _require(own, f"pair {self.length(seq)} has the feature of another")
+            text.append(token)
 
-    def propose(self, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None) -> DraftTree:
+    def propose(
+        self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
+    ) -> DraftTree:
         self.calls.append(("propose", limits.width))
-        _require(self.length > 0, "propose before any extend")
-        return self._propose(tuple(self.tokens), limits, judge, noise)
+        _require(self.length(seq) > 0, "propose before any extend")
+        return self._propose(tuple(self.texts[seq]), limits, judge, noise)
 
-    def reset(self, keep: int = 0) -> None:
-        self.calls.append(("reset", keep))
-        _require(0 <= keep <= self.length, f"reset to {keep} of {self.length} pairs")
-        del self.tokens[keep + 1 if keep else 0 :]
+    def rewind(self, seq: SequenceId, keep: int) -> None:
+        self.calls.append(("rewind", keep))
+        _require(0 <= keep <= self.length(seq), f"rewind to {keep} of {self.length(seq)} pairs")
+        del self.texts.setdefault(seq, [])[keep + 1 if keep else 0 :]
+
+    def close(self) -> None:
+        self.calls.append(("close", 0))
 
 
 class ScriptedTokenizer:

@@ -19,7 +19,7 @@ import jinja2.ext
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import InputError, one_line
 from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLimit
 
 Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
@@ -51,7 +51,7 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise InputError(
-                f"the chat template cannot be compiled ({_one_line(error)}): "
+                f"the chat template cannot be compiled ({one_line(error)}): "
                 "correct chat_template.jinja, or pass raw text"
             ) from error
 
@@ -102,11 +102,11 @@ class ChatTemplate:
             return self._environment.render(self._template, variables)
         except _LIMITS as error:
             raise InputError(
-                f"the chat template is stopped ({_one_line(error)}): correct chat_template.jinja, or pass raw text"
+                f"the chat template is stopped ({one_line(error)}): correct chat_template.jinja, or pass raw text"
             ) from error
         except _TEMPLATE_FAILURES as error:
             raise InputError(
-                f"the chat template refuses these messages ({_one_line(error)}): use other roles or contents"
+                f"the chat template refuses these messages ({one_line(error)}): use other roles or contents"
             ) from error
 
 
@@ -180,7 +180,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

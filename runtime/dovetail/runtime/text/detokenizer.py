@@ -65,7 +65,7 @@ class IncrementalDetokenizer:
         return piece
 
 
-def _valid_bytes(tokens: list[int], bytes_of: Mapping[int, int]) -> list[int]:
+def valid_bytes(tokens: list[int], bytes_of: Mapping[int, int]) -> list[int]:
     """Return `tokens` with U+FFFD's three bytes for each malformed part of a run of byte tokens.
 
     `tokenizers` decodes a run as a whole: one bad byte turns every byte of the run into U+FFFD.

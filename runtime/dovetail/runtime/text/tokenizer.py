@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.runtime.errors import InputError, IntegrityError
+from dovetail.runtime.errors import InputError, IntegrityError, one_line
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.tokenizer_rules import check_rules
@@ -23,7 +23,7 @@ from dovetail.runtime.text.tokenizer_rules import check_rules
 if TYPE_CHECKING:
     from dovetail.runtime.text.chat_template import ChatTemplate, Message
     from dovetail.runtime.text.plain_text import PlainText
-from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, _valid_bytes
+from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN = "export the target again"
@@ -80,7 +80,7 @@ class Tokenizer:
                 eos_token_ids=_eos_token_ids(folder),
             )
         except (ValueError, InputError) as error:
-            raise IntegrityError(f"{file} is not a tokenizer ({_one_line(error)}): export the target again") from error
+            raise IntegrityError(f"{file} is not a tokenizer ({one_line(error)}): export the target again") from error
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +131,7 @@ class Tokenizer:
         """Return the text of `ids`. Unknown ids give no text; invalid UTF-8 becomes U+FFFD."""
         tokens = [int(token) for token in ids]
         if not self._bytes.keys().isdisjoint(tokens):
-            tokens = _valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
+            tokens = valid_bytes([t for t in tokens if not self._is_hidden(t, skip_special_tokens)], self._bytes)
         with _readable():
             return str(self._backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
@@ -204,7 +204,7 @@ def _readable() -> Iterator[None]:
     except BaseException as error:
         if not _is_panic(error):
             raise
-        raise InputError(f"tokenizer.json fails on this text ({_one_line(error)}): export the target again") from error
+        raise InputError(f"tokenizer.json fails on this text ({one_line(error)}): export the target again") from error
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -260,7 +260,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     except FileNotFoundError:
         template = config.get("chat_template")
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{file} cannot be read ({_one_line(error)}): export the target again") from error
+        raise IntegrityError(f"{file} cannot be read ({one_line(error)}): export the target again") from error
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -279,7 +279,3 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
                 check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
             found += ids
     return tuple(dict.fromkeys(found))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -48,7 +48,12 @@ class DraftTree:
     @classmethod
     def root(cls, token: int) -> DraftTree:
         """Return the tree of plain decoding: the known token alone."""
-        return cls(np.array([token], np.int64), np.array([-1], np.int64), np.zeros(1, np.float32))
+        return cls.chain(np.array([token], np.int64))
+
+    @classmethod
+    def chain(cls, tokens: NDArray[np.int64]) -> DraftTree:
+        """Return a tree of one path, with log-probabilities of 0."""
+        return cls(tokens, np.arange(-1, len(tokens) - 1), np.zeros(len(tokens), np.float32))
 
     def __len__(self) -> int:
         """Return the number of nodes, root included."""

@@ -17,7 +17,7 @@ from itertools import product
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,10 +27,10 @@ from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.choose import WIDTHS
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ log = logging.getLogger(__name__)
 CONTEXTS = (128, 1024, 4096)
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 ROWS = (1, 2, 4, 8, 16, 64, CHUNK)
-# A call of at most LEVEL rows is timed as a tree's level, which returns children for every row. A
-# larger call is timed as a read. A short read is cheaper than a level of as many rows. The
-# scheduler's pace of drafts corrects for that.
-LEVEL = 16
 # Values for a quick measurement: a user who opens a pair for the first time waits for an answer.
 QUICK_CONTEXTS = (128, 1024)
 QUICK_SECONDS = 4.0
@@ -57,6 +53,18 @@ Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 Progress = Callable[[float], None]  # takes the finished part of the work, 0 to 1
 
 
+class Timed(Protocol):
+    """A target or a drafter whose passes can be timed."""
+
+    def pretend_length(self, seq: SequenceId, count: int, /) -> None:
+        """Act as if the sequence had `count` tokens, or pairs."""
+        ...
+
+    def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float]) -> float:
+        """Return the ms of a pass of `rows` rows; the next `pretend_length` undoes the pass."""
+        ...
+
+
 def known_or_measured(
     manifest: Manifest,
     target: OpenVINOTarget,
@@ -68,9 +76,9 @@ def known_or_measured(
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
-    A measurement is kept in the cache, and both sessions end empty. After a measurement a log
-    warning says if the target's rows are not equal on this machine. threads, ov_config: as passed
-    to open the sessions. Raises DeviceError.
+    A measurement is kept in the cache. After a measurement a log warning says if the target's rows
+    are not equal on this machine. threads, ov_config: as passed to open target and drafter. Raises
+    DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
@@ -99,23 +107,24 @@ def measure(
 ) -> Costs:
     """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
 
-    Both sessions end empty. Contexts beyond a session's room are left out. If time is too short for
-    SAMPLES of every point, only FEW sizes and the largest are measured. The measurement takes
-    longer than `seconds` if these sizes need more time. Raises InputError for values that cannot be
-    measured, DeviceError.
+    The measurement has a sequence of its own. Contexts beyond the room of target or drafter are
+    left out. If time is too short for SAMPLES of every point, only FEW sizes and the largest are
+    measured. The measurement takes longer than `seconds` if these sizes need more time. Raises
+    InputError for values that cannot be measured, DeviceError.
     """
     check_seconds(seconds)
     begin = perf_counter()
     if progress is not None:
         progress(0.0)
-    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.max_context) - CHUNK)
+    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.capacity) - CHUNK)
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
         "path": [FORK],
-        "draft": [rows for rows in ROWS if rows <= drafter.max_context - contexts[-1]],
+        "draft": [rows for rows in ROWS if rows <= drafter.capacity - contexts[-1]],
     }
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
-    watch, order = _Stopwatch(target, drafter), Random(0)
+    seq = target.open()
+    watch, order = _Stopwatch(target, drafter, seq), Random(0)
 
     def shuffled(sizes: Sizes) -> list[_Point]:
         points = [_Point(engine, n, context) for engine in sizes for n, context in product(sizes[engine], contexts)]
@@ -143,20 +152,13 @@ def measure(
             switch_ms=max(0.0, median(watch.switches)),
         )
     finally:
-        target.reset(0)
-        drafter.reset(0)
+        target.close(seq)
+        drafter.rewind(seq, 0)
 
 
 def check_seconds(seconds: float) -> None:
     """Raise InputError for a duration that no measurement can have."""
     check_number("seconds", seconds, InputError, "give another number of seconds", most=86400)
-
-
-def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
-    """Return a tree of `nodes` nodes and `paths` paths: a chain with leaves on its first nodes."""
-    chain = nodes - paths
-    parents = [-1, *range(chain), *range(paths - 1)]
-    return DraftTree(np.zeros(nodes, np.int64), np.array(parents, np.int64), np.zeros(nodes, np.float32))
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class _Stopwatch:
 
     target: OpenVINOTarget
     drafter: OnnxDrafter
+    seq: SequenceId
     times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
     switches: list[float] = field(default_factory=list)  # ms
 
@@ -197,22 +200,11 @@ class _Stopwatch:
 
     def call(self, point: _Point) -> float:
         """Return the time of one call in ms."""
-        if point.engine in ("target", "path"):
-            self.target.pretend_length(point.context)
-            tree = timed_tree(point.size, PATHS if point.engine == "path" else 1)
-            begin = perf_counter()
-            self.target.verify(tree)
-        elif point.size <= LEVEL:
-            self.drafter.assume(point.context)
-            begin = perf_counter()
-            self.drafter.rehearse(point.size)
-        else:
-            self.drafter.assume(point.context)
-            tokens = np.zeros(point.size, np.int64)
-            features = np.zeros((point.size, self.target.model.feature_size), np.float32)
-            begin = perf_counter()
-            self.drafter.extend(tokens, features)
-        return (perf_counter() - begin) * 1e3
+        timed: Timed = self.drafter if point.engine == "draft" else self.target
+        timed.pretend_length(self.seq, point.context)
+        if point.engine == "path":
+            return self.target.time_pass(self.seq, point.size, paths=PATHS, clock=perf_counter)
+        return timed.time_pass(self.seq, point.size, clock=perf_counter)
 
     def sampled(self, points: Sequence[_Point]) -> float:
         """Return the part, 0 to 1, of the required times of `points`: SAMPLES for each point."""

@@ -16,14 +16,15 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.target.session import opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
-from dovetail.runtime.tune.measure import Progress, check_seconds, timed_tree
+from dovetail.runtime.tune.measure import Progress, check_seconds
 
 CONTEXT = 128  # tokens before a timed pass
 NODES = (1, 8, 16)  # nodes of a timed pass; 1 is plain decoding
@@ -103,17 +104,14 @@ def compare(
             progress((done + part) / len(tried))
 
     tell(0)
-    try:
-        text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
-        read = _Read(base, prompt, text, best_tokens(base, prompt, text))
-        rows = []
-        for done, one in enumerate(tried):
-            until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
-            rows.append(read.beside(one, open_with, until, partial(tell, done)))
-            tell(done + 1)
-        return rows
-    finally:
-        base.reset(0)
+    text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
+    read = _Read(base, prompt, text, best_tokens(base, prompt, text))
+    rows = []
+    for done, one in enumerate(tried):
+        until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
+        rows.append(read.beside(one, open_with, until, partial(tell, done)))
+        tell(done + 1)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class _Read:
             equal = _keeps_rows_equal(candidate)
             ratios = _time(self.base, candidate, until, tell)
         except DeviceError as error:
-            return Compared(one.name, one.value, problem=" ".join(str(error).split()))
+            return Compared(one.name, one.value, problem=one_line(error))
         samples = len(ratios[NODES[0]])
         ranks = np.clip(0.5 + np.array([-1.3, 0.0, 1.3]) / samples**0.5, 0.0, 1.0)  # 2.6 deviations of the binomial
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
@@ -144,11 +142,7 @@ class _Read:
 
 def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
     """Return whether rows are equal if no row is computed alone, as without --no-exact."""
-    exact = OpenVINOTarget(candidate.model, candidate.max_context)
-    try:
-        return differing_rows(exact).rows == 0
-    finally:
-        exact.close()
+    return differing_rows(OpenVINOTarget(candidate.model, candidate.max_context)).rows == 0
 
 
 def choose(rows: Sequence[Compared]) -> Chosen:
@@ -168,24 +162,23 @@ def _speedup(row: Compared) -> float:
 
 def greedy_text(target: OpenVINOTarget, prompt: Sequence[int], count: int) -> list[int]:
     """Return `count` tokens, at least one, that plain decoding writes after the prompt."""
-    target.reset(0)
-    text = [int(target.prefill(np.array(prompt, np.int64)).logits[0].argmax())]
-    while len(text) < count:
-        text.append(int(target.verify(DraftTree.root(text[-1])).logits[0].argmax()))
-        target.commit(np.zeros(1, np.int64))
-    return text
+    with opened(target) as seq:
+        text = [int(target.prefill(seq, np.array(prompt, np.int64)).logits[0].argmax())]
+        while len(text) < count:
+            text.append(int(target.verify({seq: DraftTree.root(text[-1])})[seq].logits[0].argmax()))
+            target.commit(seq, np.zeros(1, np.int64))
+        return text
 
 
 def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[int]) -> NDArray[np.int64]:
     """Return the target's best token after each of `text` [T], read in chains; int64 [T]."""
     best: list[NDArray[np.int64]] = []
-    target.reset(0)
-    target.prefill(np.array(prompt, np.int64))
-    for begin in range(0, len(text), CHAIN):
-        tokens = np.array(text[begin : begin + CHAIN], np.int64)
-        nodes = np.arange(len(tokens))
-        best.append(target.verify(DraftTree(tokens, nodes - 1, np.zeros(len(tokens), np.float32))).logits.argmax(1))
-        target.commit(nodes)
+    with opened(target) as seq:
+        target.prefill(seq, np.array(prompt, np.int64))
+        for begin in range(0, len(text), CHAIN):
+            tokens = np.array(text[begin : begin + CHAIN], np.int64)
+            best.append(target.verify({seq: DraftTree.chain(tokens)})[seq].logits.argmax(1))
+            target.commit(seq, np.arange(len(tokens)))
     return np.concatenate(best)
 
 
@@ -212,9 +205,9 @@ def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: P
 
 def _pass_ms(target: OpenVINOTarget, nodes: int) -> float:
     """Return the second of two passes in ms: the first after a change of width takes longer."""
-    tree, begin = timed_tree(nodes), 0.0
-    for _ in range(2):
-        target.pretend_length(max(0, min(CONTEXT, target.max_context - max(NODES))))
-        begin = perf_counter()
-        target.verify(tree)
-    return (perf_counter() - begin) * 1e3
+    ms = 0.0
+    with opened(target) as seq:
+        for _ in range(2):
+            target.pretend_length(seq, max(0, min(CONTEXT, target.max_context - max(NODES))))
+            ms = target.time_pass(seq, nodes)
+    return ms

@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
 from dovetail.exporter.target.sources import check_fetched
-from dovetail.runtime.errors import SourceError
+from dovetail.runtime.errors import SourceError, one_line
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -128,8 +128,9 @@ def read_header(path: Path) -> GgufHeader:
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}): name a GGUF file that you may read") from error
     except (struct.error, ValueError, KeyError) as error:  # past the end, not UTF-8, an unknown type
-        reason = " ".join(str(error).split())
-        raise SourceError(f"{path} is a damaged or truncated GGUF file ({reason}): download it again") from error
+        raise SourceError(
+            f"{path} is a damaged or truncated GGUF file ({one_line(error)}): download it again"
+        ) from error
 
 
 class _Reader:

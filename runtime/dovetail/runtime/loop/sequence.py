@@ -1,0 +1,323 @@
+"""One text: its tokens, what target and drafter hold of it, and the answer that is being written.
+
+Axes: P prompt tokens, N nodes, n pairs, D feature size. The position arithmetic is that of target/session.py.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+from dovetail.runtime.drafter.session import Drafter, DraftNoise
+from dovetail.runtime.drafter.window import Window
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
+from dovetail.runtime.loop.accept import Verdict, accept
+from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.target.session import Target, TargetPass
+from dovetail.runtime.tree.draft_tree import DraftTree, graft
+from dovetail.runtime.tree.growth import Judge
+from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import Repeat, RepeatIndex
+
+FinishReason = Literal["stop", "length"]
+
+_CHUNK = 256  # prompt tokens per pass
+_PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation on token ids.
+
+    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
+    stop_tokens: end the answer and are no part of it. limits: None is plain decoding, a node a pass.
+    scheduler: shapes each tree within the limits; None lets the trees grow as far as the limits say.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_tokens: frozenset[int] = frozenset()
+    limits: TreeLimits | None = None
+    scheduler: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InputError("the prompt is empty: give at least one token")
+        count = self.max_new_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(f"max_new_tokens {count!r} is out of range: give a whole number, 1 or more")
+
+    def check_room(self, max_context: int) -> int:
+        """Tokens that the answer may have. Raises ContextOverflow when there is room for none."""
+        count = len(self.prompt)
+        if count >= max_context:
+            raise ContextOverflow(
+                f"a prompt of {count} tokens leaves no room for an answer in the context of {max_context} tokens: "
+                "shorten the prompt"
+            )
+        return min(self.max_new_tokens, max_context - count)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens found in one round (or, first, by the prefill), and why there are no more.
+
+    stop: the stop token that ended the answer; it is none of the tokens.
+    """
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    stop: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """The tree of a round, and how a policy came to it, if there is one.
+
+    tree: for the target. drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
+    """
+
+    tree: DraftTree
+    plan: Plan | None = None
+    choice: Choice | None = None
+    drafted: DraftTree | None = None
+    growth: Growth | None = None
+
+    def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
+        """For the policy: `tokens` followed the root."""
+        assert self.plan and self.choice  # made by a policy
+        return Round(self.plan, self.choice, self.drafted, self.growth, tokens, draft_ms, verify_ms)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The result of a pass over a tree.
+
+    step: the part of the verdict that counts for the answer. features: [A + 1, D], a copy, of the accepted nodes.
+    """
+
+    verdict: Verdict
+    step: Step
+    features: FloatArray
+
+
+class Sequence:
+    """One text on a target and, where there is one, a drafter. It outlives an answer: `begin` keeps a common prefix.
+
+    id: its number at both. tokens: ids whose KV may be kept, then at most one known token more.
+    length: tokens whose KV the target certainly holds. It grows after a call of the target and shrinks before one, so
+    an interrupt at any point leaves it right, and `rewind` brings both sessions back to what is certain.
+    room: tokens that the answer may still have. sampler: draws the answer at hand.
+    speculates: whether the answer at hand is drafted; its pairs then wait for the drafter in `window`.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
+        self.target, self.id = target, target.open()
+        self.window = Window(drafter, self.id) if drafter else None
+        self.tokens: list[int] = []
+        self.length = self.room = 0
+        self.request: Request | None = None
+        self.sampler: Sampler | None = None
+        self.speculates = False
+        self.repeats = RepeatIndex()
+        self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
+
+    def begin(self, request: Request, sampler: Sampler | None = None) -> int:
+        """Turn to a request; returns how many tokens of its prompt the target holds already.
+
+        sampler: in place of the request's own. Raises ContextOverflow.
+        """
+        self.room = request.check_room(self.target.max_context)
+        self.request, self.sampler = request, sampler or Sampler(request.sampling)
+        self.speculates = self._limits(len(request.prompt) + 1, self.room - 1).width > 1
+        return self._reuse(request.prompt)
+
+    def _reuse(self, prompt: abc.Sequence[int]) -> int:
+        """Keep the KV of the common prefix; returns its length, which is less than P.
+
+        The last common token is read again: its feature goes with the first token that differs.
+        """
+        keep = max(min(_common_prefix(self.tokens, prompt) - 1, self.length), 0)
+        if self.window and self.speculates:
+            keep = self.window.reach(keep)
+        self.length = keep
+        if self.window:
+            self.window.cut(keep)
+        self.tokens = list(prompt)
+        self.rewind()
+        return keep
+
+    def prefill(self) -> TargetPass:
+        """Run what is left of the prompt; returns the pass of the last chunk, for `first`."""
+        while True:
+            begin, end = self.length, min(self.length + _CHUNK, len(self.tokens))
+            result = self.target.prefill(self.id, np.array(self.tokens[begin:end], np.int64))
+            self.length = end
+            if end == len(self.tokens):
+                return result
+            self.tell(result.features)
+
+    def first(self, result: TargetPass) -> Step:
+        """The first token of the answer. result: of the pass that read the end of the prompt."""
+        assert self.sampler
+        self.length = len(self.tokens)
+        step = self._cut((self.sampler.pick(result.logits[-1], len(self.tokens), self.tokens),))
+        self._append(step.tokens)
+        if step.tokens:
+            self.tell(result.features)
+        return step
+
+    def draft(self, policy: Policy | None = None) -> Offer:
+        """A tree below the known token: the drafter's, with repeated text, or that token alone."""
+        known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
+        self._found = []
+        if limits.width == 1:
+            return Offer(known)
+        if limits.lookup:
+            self._found = self.repeats.find(self.tokens, limits.lookup)
+        if policy is None:
+            return Offer(self._join(self._propose(limits, None), limits))
+        context, most = len(self.tokens) - 1, limits.width
+        limits = _narrowed(limits, policy.widest(context, most))
+        repeats = self._join(known, limits)
+        plan = policy.plan(context, most, repeats, self.waiting)
+        if not plan.draft:
+            choice = policy.choose(plan, repeats)
+            return Offer(choice.tree, plan, choice)
+        growth = Growth(policy, plan)
+        drafted = self._propose(limits, growth)
+        choice = policy.choose(plan, self._join(drafted, limits))
+        return Offer(choice.tree, plan, choice, drafted, growth)
+
+    def accept(self, tree: DraftTree, result: TargetPass) -> Found:
+        """Pick the target's tokens along `tree`, and cut them to the answer's room."""
+        assert self.sampler
+        verdict = accept(tree, result.logits, self.sampler, len(self.tokens), self.tokens)
+        return Found(verdict, self._cut(verdict.tokens), result.features[verdict.path])
+
+    def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
+        """Keep the nodes of `path`; `tokens` follow its root."""
+        self.target.commit(self.id, path)
+        self._append(tokens)
+        self.length += len(path)
+        for found in self._found:
+            self.repeats.learn(found, tokens)
+
+    def tell(self, features: FloatArray) -> None:
+        """The next pairs for the drafter: `features` [n, D], which are copied, and their n tokens."""
+        if self.window and self.speculates:
+            self.window.add(np.array(features))
+
+    @property
+    def waiting(self) -> int:
+        """Pairs that the drafter has yet to read."""
+        return self.window.waiting if self.window else 0
+
+    @property
+    def bus_bytes(self) -> int:
+        """Bytes that the drafter has moved between host and device."""
+        return self.window.drafter.report.bus_bytes if self.window else 0
+
+    def flush(self) -> None:
+        """Let the drafter read what waits."""
+        if self.window and self.speculates:
+            self.window.flush(self.tokens, self.noise())
+
+    def noise(self) -> DraftNoise | None:
+        """The noise that the drafter adds to its logits below the last token; None if tokens are not sampled."""
+        if self.sampler is None or self.sampler.params.greedy:
+            return None
+        sampler, position = self.sampler, len(self.tokens) - 1
+        return lambda depth, ids: sampler.ahead(position + depth, ids)
+
+    def rewind(self) -> None:
+        """Bring both sessions back to what is certain; an unverified tree is forgotten. Raises DeviceError."""
+        self._found = []
+        self.target.rewind(self.id, self.length)
+        if (held := self.target.length(self.id)) != self.length:
+            raise DeviceError(f"the target holds {held} tokens after a rewind to {self.length}: open the engine again")
+        if self.window:
+            self.window.rewind()
+
+    def end(self) -> None:
+        """Leave the answer at hand, finished or not."""
+        self.sampler = None  # and what it keeps
+        self.rewind()
+
+    def forget(self) -> None:
+        """Hold nothing, and know nothing of what repeats were worth."""
+        self.tokens, self.length, self.speculates = [], 0, False
+        if self.window:
+            self.window.cut(0)
+        self.repeats = RepeatIndex()
+        self.rewind()
+
+    def close(self) -> None:
+        """Give the number and the KV back; the sequence is not to be used any more."""
+        if self.window:
+            self.window.cut(0)
+            self.window.rewind()
+        self.target.close(self.id)
+
+    def _limits(self, known: int, room: int) -> TreeLimits:
+        """The largest tree that pays after `known` tokens: what was asked, cut to the `room` of answer and context."""
+        asked = self.request.limits if self.request else None
+        if asked is None or self.window is None:
+            return _PLAIN
+        depth, lookup = min(asked.depth, room - 1), min(asked.lookup, room - 1)  # a path of d nodes gives d + 1 tokens
+        width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
+        if depth < 1 or width < 2:
+            return _PLAIN
+        if (width, depth, lookup) == (asked.width, asked.depth, asked.lookup):
+            return asked
+        return replace(asked, width=width, depth=depth, lookup=lookup)
+
+    def _propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+        assert self.window
+        tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
+        if tree.tokens[0] != known or len(tree) > limits.width:
+            raise DeviceError(
+                f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
+                f"{limits.width}: its session is out of step, open the engine again"
+            )
+        return tree
+
+    def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """`tree` and the repeats that were found."""
+        if not self._found:
+            return tree
+        if limits.top_k > 1:
+            return graft(tree, self._found, limits.width)
+        root = DraftTree.root(int(tree.tokens[0]))
+        chains = [graft(root, [found], limits.width) for found in self._found]
+        return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
+
+    def _cut(self, tokens: tuple[int, ...]) -> Step:
+        """The tokens of a round that count: those before a stop token, as far as there is room."""
+        assert self.request
+        for index, token in enumerate(tokens[: self.room]):
+            if token in self.request.stop_tokens:
+                return Step(tokens[:index], "stop", token)
+        return Step(tokens[: self.room], "length" if len(tokens) >= self.room else None)
+
+    def _append(self, tokens: abc.Sequence[int]) -> None:
+        self.tokens += tokens
+        self.room -= len(tokens)
+
+
+@cache
+def _narrowed(limits: TreeLimits, width: int) -> TreeLimits:
+    return replace(limits, width=width)
+
+
+def _common_prefix(left: abc.Sequence[int], right: abc.Sequence[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
