@@ -28,7 +28,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 
 # Where a value comes from "the replay", tests/bench/replay.py chose it: the best mean over both
 # shipped pairs, temperatures 0 and 1, and three tables of costs.
-BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # beyond these no tree of the replay paid
+BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # the replay has no larger trees
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # OpenVINO prepares its kernels once for each width
 FEW_WIDTHS = (1, 6, 12)  # of slow changes: 2% better in the replay than all widths
 DEAR = 0.1  # plain steps; a change that takes longer is slow

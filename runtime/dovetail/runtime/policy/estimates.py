@@ -13,7 +13,7 @@ MAX_SLOWDOWN = 0.01  # of the time: the user's --max-slowdown
 START = 3.0  # plain steps of the first budget: 2.3% of an answer of 128 tokens
 RESERVE = 10.0  # plain steps that a budget holds at most: the replay
 HALF_LIFE = 20.0  # rounds after which a doubt counts half: the replay
-SLOW_HALF_LIFE = 200.0  # rounds, of the price of a token and of repeats: longer than an answer
+SLOW_HALF_LIFE = 200.0  # rounds, for the price of a token and for repeats: the test of repeats that fail
 PRIOR = 3.0  # observations that the drafter's own claim counts for: the replay
 
 
