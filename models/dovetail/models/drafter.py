@@ -78,7 +78,7 @@ class DraftModel(nn.Module):
         raise NotImplementedError
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary embedding, each [*positions.shape, d] float32."""
+        """Return cos and sin of the rotary embedding, each [*positions.shape, d] float32."""
         raise NotImplementedError
 
     def logits(self, g: Tensor) -> Tensor:

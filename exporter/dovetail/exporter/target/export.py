@@ -338,6 +338,7 @@ def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
 
 
 def static_size(shape: ov.PartialShape, what: str) -> int:
+    """Return the last size of `shape`. what: its name for people. Raises ExportError if it is dynamic."""
     last = shape[len(shape) - 1]
     if last.is_dynamic:
         raise ExportError(f"the size of the {what} is not fixed in the graph: export the model again with optimum")

@@ -183,4 +183,5 @@ def calibration_error(q: Floats, seen: Floats) -> float:
 
 
 def sigmoid(x: Floats) -> Floats:
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return np.exp(-np.logaddexp(0.0, -x))

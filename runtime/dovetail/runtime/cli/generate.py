@@ -117,4 +117,5 @@ def parse_ids(text: str) -> list[int]:
 
 
 def chat_messages(system: str, text: str) -> list[dict[str, Any]]:
+    """Return a conversation of a system message and one user turn."""
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]

@@ -110,7 +110,6 @@ class OpenVINOTarget:
     ) -> dict[SequenceId, TargetPass]:
         """Run all trees in one pass. Return logits [N, V], features [N, D]: a chain's bits.
 
-
         prompts: see Target.
         """
         rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
