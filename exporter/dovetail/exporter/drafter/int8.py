@@ -76,7 +76,10 @@ def is_weight(value: ir.Value | None) -> bool:
 
 
 def block_quantize(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Quantise by blocks of B columns: weight [N, C] -> values [N, ceil(C/B), B] uint8 around 128, scales [N, ceil(C/B)] float32."""
+    """Quantise weight [N, C] by blocks of B columns.
+
+    Return values [N, ceil(C/B), B] uint8 around 128, scales [N, ceil(C/B)] float32.
+    """
     outputs, inputs = weight.shape
     blocks = -(-inputs // block)
     padded = np.zeros((outputs, blocks * block), np.float32)
