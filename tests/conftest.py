@@ -150,6 +150,7 @@ def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for name, tensor in load_file(tiny_llama / "model.safetensors").items():
         short = mapping.get_name(name, try_suffixes=(".weight",))
+        assert short is not None
         if count := heads.get(short.split(".")[-2]):  # llama.cpp interleaves the two halves of the rotation
             rows, width = tensor.shape
             tensor = tensor.reshape(count, 2, rows // count // 2, width).swapaxes(1, 2).reshape(rows, width)

@@ -157,7 +157,7 @@ def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], ro
     state = Fitting(drafter, batches, scratch, "cpu", show).run(None, lambda: 0.0)
     seconds = time.monotonic() - begun
     shutil.rmtree(scratch)
-    found = evaluate(drafter, text.corpus.select(text.held_out), held_out)  # type: ignore[arg-type]  # as above
+    found = evaluate(drafter, text.corpus.select(text.held_out), held_out)
     return {
         "acceptance_length": found.acceptance_length,
         "accepted_per_position": found.accepted_per_position,

@@ -65,7 +65,7 @@ class Worker:
         print(json.dumps({"ids": ids, "max_new_tokens": count}), file=self.process.stdin, flush=True)
         answer = self._line()
         if answer is None:
-            raise InputError(f"{shlex.join(self.process.args)} ended: run it by hand to see why")  # type: ignore[arg-type]
+            raise InputError(f"{shlex.join(self.process.args)} ended: run it by hand to see why")  # type: ignore[arg-type]  # a list
         return answer
 
     def _line(self) -> dict[str, Any] | None:

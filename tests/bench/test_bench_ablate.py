@@ -8,9 +8,10 @@ from types import ModuleType
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="drafters are torch modules")
+pytest.importorskip("torch", reason="drafters are torch modules")
 
 from safetensors.torch import load_file
+from torch import nn
 
 from dovetail.exporter.drafter.export import load_drafter
 
@@ -23,7 +24,9 @@ def test_a_block_is_copied_from_the_target(
     drafter = load_drafter(tiny_drafter, tiny_target)
     bench_script("ablate").copy_block(drafter, tiny_target / "openvino_model.xml", block)
     theirs = load_file(tiny_llama / "model.safetensors")
-    ours = {name: value for name, value in drafter.blocks()[0].named_parameters() if name.endswith("_proj.weight")}
+    first = drafter.blocks()[0]
+    assert isinstance(first, nn.Module)
+    ours = {name: value for name, value in first.named_parameters() if name.endswith("_proj.weight")}
     assert len(ours) == 7
     for name, value in ours.items():
         expected = theirs[f"model.layers.{layer}.{name}"]

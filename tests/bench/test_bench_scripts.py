@@ -292,7 +292,7 @@ def test_what_lost_or_differs_is_listed_and_losses_are_measured_again(measure, t
     out = tmp_path / "out"
     for file in out.glob("*[0-9].json"):
         made_up(file)
-    differs = {"other_tokens": 3, "new_tokens": 12, "largest_margin": 0.25}
+    differs: dict[str, Any] = {"other_tokens": 3, "new_tokens": 12, "largest_margin": 0.25}
     made_up(out / "tiny.humaneval.t0.json", speedup=0.9)
     made_up(out / "tiny.gsm8k.t0.json", every=0.96, **differs)
     made_up(out / "tiny.mt_bench.t0.json", **{**differs, "other_tokens": 0, "largest_margin": None})
@@ -378,11 +378,11 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
     manifest = read_manifest(tiny_full_pair)
     drafter = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
-    graphs = dict(drafter._runner._graphs)  # type: ignore[attr-defined]
+    graphs = dict(drafter._runner._graphs)  # type: ignore[attr-defined]  # a CudaRunner's
     found = gpu.report(lambda: drafter, manifest.target.feature_size)
     assert list(found["call_ms"]) == ["8", "16", "128"]
     assert all(ms["captured"] > 0 and ms["uncaptured"] > 0 for ms in found["call_ms"].values())
-    assert drafter._runner._graphs == graphs  # type: ignore[attr-defined]
+    assert drafter._runner._graphs == graphs  # type: ignore[attr-defined]  # as above
     assert 0 < found["bytes_per_round"] < 64 * 1024
     json.dumps(found)
 

@@ -33,7 +33,9 @@ def test_text_streams_to_stdout_and_statistics_to_stderr(invoke, pair, opener) -
     result = ask(invoke, pair, opener, "Hello", "-n", "40")
     assert result.exit_code == 0, result.output
     assert result.stdout == opener.engine.generate("Hello", 40).text + "\n"
-    tokens, length, rounds = STATISTICS.fullmatch(result.stderr).groups()
+    found = STATISTICS.fullmatch(result.stderr)
+    assert found is not None
+    tokens, length, rounds = found.groups()
     assert int(tokens) == 40 and float(length) == pytest.approx(1 + (39 - int(rounds)) / int(rounds), abs=0.05)
 
 
@@ -181,7 +183,7 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
 
 def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     ask(invoke, pair, opener, "Hello", "-n", "2")
-    device = {
+    device: dict[str, object] = {
         "drafter_device": "auto",
         "vram": None,
         "fit": False,

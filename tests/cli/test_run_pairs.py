@@ -22,7 +22,7 @@ def built(monkeypatch: pytest.MonkeyPatch, make_pair) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(pairs, "_installed", lambda module: True)
-    monkeypatch.setattr(pairs.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return commands
 
 
@@ -53,7 +53,7 @@ def test_without_the_export_stack_one_line_says_what_to_do(invoke, opener, monke
 @pytest.mark.parametrize("code", [5, 0])
 def test_a_failed_build_is_an_export_error(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(pairs, "_installed", lambda module: True)
-    monkeypatch.setattr(pairs.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
     with pytest.raises(ExportError, match=f"exit {code}"):
         pairs.resolve_pair(None)
 

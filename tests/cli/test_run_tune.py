@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from dovetail.runtime.cli import tune
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.tune.cost_cache import Chosen, CostKey, recall
-from dovetail.runtime.tune.properties import CHOOSABLE, Property
+from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, recall
+from dovetail.runtime.tune.properties import Compared, Property
 
 FLAGS = ("--seconds", "0.05", "--drafter-device", "cpu")
 
@@ -59,8 +60,13 @@ def test_inspect_shows_what_was_measured_and_nothing_before(invoke, real_pair: P
 
 
 def test_the_chosen_group_size_is_what_costs_are_measured_with(invoke, real_pair: Path, monkeypatch) -> None:
-    best, compared = Chosen({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}, 1.25), []
-    monkeypatch.setattr(tune, "choose", lambda rows: compared.extend(rows) or best)
+    best, compared = Chosen({"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}, 1.25), list[Compared]()
+
+    def choose(rows: Sequence[Compared]) -> Chosen:
+        compared.extend(rows)
+        return best
+
+    monkeypatch.setattr(tune, "choose", choose)
     text = invoke("tune", str(real_pair), *FLAGS).stdout
     assert (
         "DYNAMIC_QUANTIZATION_GROUP_SIZE=128" in text and f"tune chose them on {best.date[:10]}: passes 1.25x" in text

@@ -82,7 +82,11 @@ def test_gated_fusion_is_the_papers_formula() -> None:
     fusion = make_drafter(CONFIG).fusion
     f, e = torch.randn(5, 32), torch.randn(5, 32)
     w1, w2, wz = (getattr(fusion, name).weight.T for name in ("w1", "w2", "wz"))
-    norm = e / (e.square().mean(-1, keepdim=True) + CONFIG.rms_norm_eps).sqrt() * fusion.input_layernorm.weight
+    norm = (
+        e
+        / (e.square().mean(-1, keepdim=True) + CONFIG.rms_norm_eps).sqrt()
+        * fusion.get_parameter("input_layernorm.weight")
+    )
     h1, h2 = f @ w1, torch.nn.functional.silu(norm @ w2)
     z = torch.sigmoid(torch.cat([h1, h2], -1) @ wz)
     torch.testing.assert_close(fusion(f, e), z * h1 + (1 - z) * h2)

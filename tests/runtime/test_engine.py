@@ -200,7 +200,8 @@ def test_a_token_that_was_not_the_target_s_choice_is_told_with_its_margin() -> N
     answer[35] = next(token for token in range(5) if token != answer[35])
     choices = one.choices("abc", answer)
     assert [at for at in range(36) if choices[at].token != answer[at]] == [35]
-    assert all((choice.margin > 0) == (choice.token != token) for choice, token in zip(choices, answer, strict=True))
+    for choice, token in zip(choices, answer, strict=True):
+        assert choice.margin is not None and (choice.margin > 0) == (choice.token != token)
     sampled = one.choices("abc", answer, temperature=1.0, seed=1)
     assert {choice.margin for choice in sampled} == {None} and len(sampled) == len(answer)
     assert one.choices("abc", []) == []
@@ -222,10 +223,11 @@ def test_what_is_no_token_is_refused(token: int) -> None:
 
 def test_without_a_drafter_a_pass_has_one_node() -> None:
     one = engine(speculative=False)
-    calls = one._sequence.target.calls  # type: ignore[union-attr]
-    for options in ({}, {"tree": TreeLimits(1, 0, 1, lookup=0)}):
+    assert one._sequence is not None and isinstance(one._sequence.target, ScriptedTarget)
+    calls = one._sequence.target.calls
+    for tree in (None, TreeLimits(1, 0, 1, lookup=0)):
         calls.clear()
-        one.generate("abc", 5, **options)
+        one.generate("abc", 5, tree=tree)
         assert {count for call, count in calls if call == "verify"} == {1}
 
 
@@ -389,7 +391,7 @@ def test_template_options_reach_the_tokenizer_of_every_question() -> None:
 def test_a_message_may_hold_tool_calls_alone() -> None:
     tokenizer = AskedTokenizer(ALPHABET, has_chat_template=True)
     one = Engine(ScriptedTarget(MarkovLogits(len(ALPHABET), 0), 4096), None, tokenizer)
-    turns = [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    turns: list[dict[str, Any]] = [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
     one.generate(turns, 3)
     assert tokenizer.asked[0] == turns
 

@@ -62,8 +62,10 @@ class Writer:
         return {"content": self.content}
 
 
-def export(out: Path, target: Callable, drafter: Callable, version: int = 1, **flags: bool) -> Manifest:
-    with PairBuild(out, **flags) as build:
+def export(
+    out: Path, target: Callable, drafter: Callable, version: int = 1, *, resume: bool = False, force: bool = False
+) -> Manifest:
+    with PairBuild(out, resume=resume, force=force) as build:
         build.run(Stage("target", {"version": version}, target))
         facts = build.run(Stage("drafter", {"version": version}, drafter))
         assert "content" in facts
@@ -198,8 +200,8 @@ def test_exchange_without_kernel_support(tmp_path: Path, monkeypatch: pytest.Mon
 def test_intermediate_stage_is_skipped_on_resume_and_not_shipped(tmp_path: Path) -> None:
     out, weights = tmp_path / "pair", Writer("w")
 
-    def run(fails: bool, **flags: bool) -> None:
-        with PairBuild(out, **flags) as build:
+    def run(fails: bool, *, resume: bool = False) -> None:
+        with PairBuild(out, resume=resume) as build:
 
             def target(folder: Path) -> Mapping[str, Any]:
                 build.run(Stage("weights", {}, weights, intermediate=True))

@@ -96,7 +96,7 @@ def write_target_pair(pair: Path) -> None:
     files = {f"target/{path.name}": file_entry(path) for path in sorted((pair / "target").iterdir())}
     digest = files["target/tokenizer.json"].sha256
     facts = TargetFacts("llama", H, H, V, 1, 128, "int8", ("tap",), (1,), digest)
-    stages = {"target": {"inputs": {}, "facts": {}}}
+    stages: dict[str, dict[str, dict[str, object]]] = {"target": {"inputs": {}, "facts": {}}}
     write_manifest(pair, Manifest("tiny", facts, None, files, provenance={"stages": stages}))
 
 
@@ -120,7 +120,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def drafter(pair: Path, checkpoint: Path) -> Drafter:
-    return load_drafter(checkpoint, pair / "target")
+    module = load_drafter(checkpoint, pair / "target")
+    assert isinstance(module, Drafter)
+    return module
 
 
 def test_the_command_makes_a_whole_pair(pair: Path) -> None:
@@ -244,7 +246,7 @@ def linear_graph(behind_transpose: bool) -> ir.Model:
     nodes = [helper.make_node("MatMul", ["x", "t" if behind_transpose else "w"], ["y"], name="layer")]
     if behind_transpose:
         nodes.insert(0, helper.make_node("Transpose", ["w"], ["t"]))
-    shapes = (("x", ["n", 4]), ("y", ["n", 6]))
+    shapes: tuple[tuple[str, list[str | int]], ...] = (("x", ["n", 4]), ("y", ["n", 6]))
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes)
     graph = helper.make_graph(nodes, "g", [x], [y], [weight])
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))

@@ -109,10 +109,10 @@ PEBBLE = Format(
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     width, draft = SIZES["width"], SIZES["draft"]
-    ids = torch.randperm(SIZES["vocabulary"])[:draft].sort().values  # type: ignore[arg-type]
-    module = Pebble(SIZES, torch.zeros(SIZES["vocabulary"], width), torch.zeros(draft, width), ids)  # type: ignore[call-overload]
+    ids = torch.randperm(SIZES["vocabulary"])[:draft].sort().values
+    module = Pebble(SIZES, torch.zeros(SIZES["vocabulary"], width), torch.zeros(draft, width), ids)
     tensors = {name: parameter.detach().half() for name, parameter in module.named_parameters()}
-    tensors["lm_head.weight"] = torch.randn(draft, width).half()  # type: ignore[call-overload]
+    tensors["lm_head.weight"] = torch.randn(draft, width).half()
     tensors["offsets"] = ids - torch.arange(len(ids))
     folder = tmp_path_factory.mktemp("checkpoint")
     save_file(tensors, folder / "model.safetensors")
@@ -179,7 +179,8 @@ def test_the_command_fits_it_to_a_limit(
     limit = plan(facts, weights, min(facts.max_context, LEAST_CONTEXT)).total - 10 * (2 * facts.feature_size + 4)
     flags = ["--vram", str(limit), "--fit", "--force"]
     assert main(["drafter", str(copy), "--checkpoint", str(checkpoint), *flags]) == 0
-    assert read_manifest(copy).drafter.draft_vocab_size < 48  # type: ignore[union-attr]
+    fitted = read_manifest(copy).drafter
+    assert fitted is not None and fitted.draft_vocab_size < 48
 
 
 def test_without_its_entry_the_format_is_refused(

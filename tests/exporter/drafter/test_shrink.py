@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the exporter needs torch")
 
-from onnx import TensorProto, helper
+from onnx import TensorProto, ValueInfoProto, helper
 
 from dovetail.exporter.cli import drafter as cli_drafter
 from dovetail.exporter.drafter import shrink as vram_fit
@@ -26,7 +26,7 @@ H, V, K = 32, 3000, 2500
 
 
 def test_activations_are_counted_from_their_node_to_their_last_reader() -> None:
-    def value(name: str, *shape: object) -> object:
+    def value(name: str, *shape: str | int) -> ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)
 
     nodes = [
@@ -53,7 +53,8 @@ def test_the_line_is_right_at_its_ends_and_above_in_between(tiny_full_pair: Path
         assert peak <= fixed + per_pair * context
         if context != 1000:
             assert fixed + per_pair * context - peak < CONTEXT
-    assert read_manifest(tiny_full_pair).drafter.workspace == (fixed, per_pair)  # type: ignore[union-attr]
+    facts = read_manifest(tiny_full_pair).drafter
+    assert facts is not None and facts.workspace == (fixed, per_pair)
 
 
 def wide(seed: int = 0) -> Drafter:
@@ -70,6 +71,7 @@ def test_a_narrower_drafter_is_the_same_over_what_it_keeps() -> None:
     drafter, row = wide(), 2 * H + 4
     plan_of = VramPlan(context=LEAST_CONTEXT, weights=5_000_000, state=0, rows=0, workspace=0, cuda=0)
     small = narrowed(drafter, plan_of, limit=5_000_000 - 700 * row, keep=(2899, 5))
+    assert isinstance(small, Drafter)
     assert small.config.draft_vocab_size == K - 700
     assert small.d2t.tolist() == [*drafter.d2t[: K - 701].tolist(), 2899]  # 5 is among the first anyhow
     x = torch.randn(3, H)

@@ -111,9 +111,9 @@ def test_a_pair_without_a_wheel_says_how_to_use_weights_at_hand(
     with pytest.raises(SourceError, match="drafter my-pair --checkpoint tiny") as error:
         build_reference_pair("tiny", checkpoint=tiny_drafter)
     message(error)
-    with pytest.raises(InputError, match="--source hub") as error:
+    with pytest.raises(InputError, match="--source hub") as refused:
         build_reference_pair("tiny", checkpoint=tiny_drafter, origin="wheel")
-    message(error)
+    message(refused)
 
 
 def test_unknown_pair_lists_the_known_ones(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the exporter needs torch")
+pytest.importorskip("torch", reason="the exporter needs torch")
+
+import torch
 
 from dovetail.exporter.drafter.export import export_drafter
 from dovetail.exporter.train.corpus import Corpus
@@ -30,14 +32,14 @@ def drawn(scale: float, shift: float, count: int = 40_000) -> tuple[np.ndarray, 
 @pytest.mark.parametrize(("scale", "shift"), [(0.4, -0.8), (2.0, 0.5), (1.0, -1.5)])
 def test_a_distorted_drafter_is_mended(scale: float, shift: float) -> None:
     fit = fit_depth(*drawn(scale, shift))
-    assert (fit.scale, fit.shift) == (pytest.approx(scale, abs=0.05), pytest.approx(shift, abs=0.1))
+    assert fit.scale == pytest.approx(scale, abs=0.05) and fit.shift == pytest.approx(shift, abs=0.1)
     assert fit.error_before > 0.02 and fit.error_after < fit.error_before / 5
 
 
 def test_an_honest_drafter_stays() -> None:
     logprobs, hits = drawn(1.0, 0.0)
     fit = fit_depth(logprobs, hits)
-    assert (fit.scale, fit.shift) == (pytest.approx(1, abs=0.05), pytest.approx(0, abs=0.05))
+    assert fit.scale == pytest.approx(1, abs=0.05) and fit.shift == pytest.approx(0, abs=0.05)
     assert fit.error_before < 0.005 and fit.error_after < 0.005
     applied = Calibration(10, (fit,)).apply(1, logprobs)
     np.testing.assert_allclose(np.exp(applied), np.exp(logprobs), atol=0.02)
@@ -147,6 +149,7 @@ def test_blocks_read_beside_the_last_feature_are_mixed_in_once() -> None:
     rows = torch.randn(20, 16)
     config = DrafterConfig(20, 12, 16, 16, 24, 2, 1, 8, 64, feature_layers=(0, 1))
     wide = Drafter(config, rows, rows[:12], torch.arange(12))
+    assert wide.mix is not None
     wide.mix.proj.weight.normal_()
     plain = Drafter(replace(config, feature_layers=()), rows, rows[:12], torch.arange(12))
     plain.load_state_dict({name: value for name, value in wide.state_dict().items() if not name.startswith("mix.")})

@@ -266,7 +266,11 @@ def test_a_damaged_work_folder_is_one_line_and_no_interrupt(
 @pytest.mark.parametrize("content", [b"", b"{}", b"[3]", b'[{"prompts": 1e400, "seconds": 1}]', b'[{"prompts": 1}]'])
 def test_a_damaged_record_of_parts_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "own.json").write_bytes(content)
-    writer = TextWriter(tmp_path, tmp_path, 0.0, None, lambda: None, 0, 8, quiet)  # type: ignore[arg-type]  # unused
+
+    def unused() -> BatchWriter:
+        raise AssertionError("the record is read first")
+
+    writer = TextWriter(tmp_path, tmp_path, 0.0, None, unused, 0, 8, quiet)  # type: ignore[arg-type]  # no tokenizer
     with pytest.raises(TrainError, match=r"remove the work folder") as caught:
         writer.own(4, ("",), 10.0)
     assert "\n" not in str(caught.value)

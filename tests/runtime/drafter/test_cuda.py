@@ -105,7 +105,7 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) ->
 
 
 def test_nodes_that_would_run_elsewhere_are_named(HostDevice, pairs) -> None:
-    session = pairs.on(HostDevice())._runner._session  # type: ignore[attr-defined]
+    session = pairs.on(HostDevice())._runner._session
 
     with pytest.raises(
         DeviceError, match=r"\d+ nodes would not run on CUDA.*: \w+ '.+' on CPUExecutionProvider"
@@ -161,11 +161,16 @@ def test_nodes_that_stop_a_capture_are_named(HostDevice, pairs, monkeypatch: pyt
 @pytest.mark.parametrize("way", ["close", "drop", "engine", "failed"])
 def test_a_session_goes_before_its_device_and_a_failed_one_stays(HostDevice, pairs, way: str) -> None:
     """ONNX Runtime ends the process when it destroys a captured graph on a device that failed."""
-    device, gone = HostDevice(), []
+    device, gone = HostDevice(), list[bool]()
     drafter: Any = pairs.on(device)
     session = weakref.ref(drafter._runner._session)
     close = device.close
-    device.close = lambda: (gone.append(session() is None), close())
+
+    def closing() -> None:
+        gone.append(session() is None)
+        close()
+
+    device.close = closing
     if way == "engine":
         with pairs.engine(FailoverDrafter(drafter)) as engine:
             del drafter
@@ -185,10 +190,15 @@ def test_a_device_waits_for_a_session_that_a_traceback_holds(
     HostDevice, pairs, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     """The engine is closed while an error from within a call is on its way, on a device that is well."""
-    device, gone = HostDevice(), []
+    device, gone = HostDevice(), list[bool]()
     opened = [pairs.on(device)]
-    session, close = weakref.ref(opened[0]._runner._session), device.close  # type: ignore[attr-defined]
-    device.close = lambda: (gone.append(session() is None), close())
+    session, close = weakref.ref(opened[0]._runner._session), device.close
+
+    def closing() -> None:
+        gone.append(session() is None)
+        close()
+
+    device.close = closing
     problem = KeyboardInterrupt if left == "interrupted" else RuntimeError
 
     def raise_it(self: Any, *_: Any) -> None:

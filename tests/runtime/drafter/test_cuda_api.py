@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dovetail.runtime.drafter import cuda_api as cuda
+from dovetail.runtime.errors import DeviceError
 
 pytest.importorskip("onnxruntime")
 
@@ -103,7 +104,7 @@ class Runtime:
                 ctypes.memmove(*arguments[:3])
             return 0
 
-        function.restype = None  # type: ignore[attr-defined]
+        function.restype = None  # type: ignore[attr-defined]  # a function of ctypes has it
         self.__dict__[name] = function
         return function
 
@@ -137,8 +138,8 @@ def test_a_device_copies_in_order_on_its_stream_and_gives_all_back(runtime: Runt
 def test_a_full_device_and_a_failed_one_are_told_apart(runtime: Runtime) -> None:
     device = cuda.CudaDevice()
     runtime.code, runtime.good = 2, 1
-    with pytest.raises(cuda.DeviceError, match=r"cudaMalloc: out of memory \(code 2\): free VRAM, or give --vram"):
+    with pytest.raises(DeviceError, match=r"cudaMalloc: out of memory \(code 2\): free VRAM, or give --vram"):
         device.allocate(16)
     runtime.code = 719
-    with pytest.raises(cuda.DeviceError, match=r"cudaStreamSynchronize: unspecified launch failure .*check nvidia-smi"):
+    with pytest.raises(DeviceError, match=r"cudaStreamSynchronize: unspecified launch failure .*check nvidia-smi"):
         device.wait()

@@ -169,7 +169,8 @@ def test_a_cut_behind_what_is_held_begins_there(pairs, short, stream) -> None:
 
 @pytest.mark.parametrize("room", [200, 300, 512, 700])
 def test_a_context_shorter_than_a_prompt_reads_its_end(pairs, stream, room: int) -> None:
-    long = tuple(np.concatenate([part] * 3) for part in stream)
+    tokens, features = (np.concatenate([part] * 3) for part in stream)
+    long = tokens, features
     assert pairs.manifest.drafter is not None
     narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=room))
     told = Told(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1), long)
@@ -233,7 +234,7 @@ def test_after_an_interrupted_call_the_kept_pairs_are_still_the_last(pairs, stre
             raise KeyboardInterrupt
         return run(*arguments, **options)
 
-    runner.run = interrupted  # type: ignore[method-assign]
+    runner.run = interrupted
     with pytest.raises(KeyboardInterrupt):
         told.extend(140)
     assert drafter.length(SEQ) > 100

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the reference is the torch drafter")
+pytest.importorskip("torch", reason="the reference is the torch drafter")
 
 import onnx
 import onnx_ir as ir
+import torch
 
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.int8 import quantize
@@ -45,7 +47,7 @@ class Tiny:
     drafter: Drafter
     pair: Path
 
-    def manifest(self, file: str, **facts: object) -> Manifest:
+    def manifest(self, file: str, **facts: Any) -> Manifest:
         c = CONFIG
         drafter = DrafterFacts(
             c.blocks, c.hidden_size, c.feature_size, c.vocab_size, c.draft_vocab_size, c.num_key_value_heads,
@@ -287,7 +289,9 @@ def test_a_prompt_gives_the_children_of_its_last_token_alone(tiny: Tiny, stream)
         for one in (session, older):
             one.extend(SEQ, stream[0][begin:end], stream[1][begin:end])
         assert_same_tree(session.propose(SEQ, LIMITS), older.propose(SEQ, LIMITS))
-    lanes, before = session._runner._lanes.keys(), older._runner._lanes.keys()  # type: ignore[attr-defined]
+    runner, older_runner = session._runner, older._runner
+    assert isinstance(runner, CpuRunner) and isinstance(older_runner, CpuRunner)
+    lanes, before = runner._lanes.keys(), older_runner._lanes.keys()
     assert lanes >= {(50, 1), (3, 1), (1, 1)} and before >= {(50, 50), (3, 3), (1, 1)}
     assert any(rows == answers > 1 for rows, answers in lanes)
 

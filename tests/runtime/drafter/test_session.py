@@ -46,7 +46,7 @@ class PairTable:
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
         read = self.texts[seq]
-        followed = dict(zip(pairwise(read), read[2:], strict=False))
+        followed: dict[tuple[int, ...], int] = dict(zip(pairwise(read), read[2:], strict=False))
         text = list(read)
         for _ in range(min(limits.depth, limits.width - 1)):
             if (after := followed.get(tuple(text[-2:]))) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ FACTS = DrafterFacts(
 TARGET = TargetFacts("llama", 576, 576, 49152, 30, 8192, "int8", ("tap",), (1,), "t")
 
 
-def pair(**facts: object) -> Manifest:
+def pair(**facts: Any) -> Manifest:
     files = {"drafter/cuda.onnx": FileEntry(MIB, "0" * 64), "drafter/cuda.onnx.data": FileEntry(70 * MIB, "0" * 64)}
     return Manifest("tiny", TARGET, replace(FACTS, **facts), files)
 
@@ -124,6 +125,6 @@ def test_pairs_without_the_facts_are_told_what_to_do() -> None:
         (True, False, "auto", "vram True is"),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(vram: object, fit: bool, device: str, said: str) -> None:
+def test_limits_that_make_no_sense_are_refused(vram: Any, fit: bool, device: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        check_limit(vram, fit, device)  # type: ignore[arg-type]
+        check_limit(vram, fit, device)

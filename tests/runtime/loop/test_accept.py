@@ -22,7 +22,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-CONTEXT = (0, 0)  # what came before, then the root: the other tokens are not penalised yet
+CONTEXT: tuple[int, ...] = (0, 0)  # what came before, then the root: the other tokens are not penalised yet
 SETTINGS = {
     "plain": SamplingParams(temperature=1.0, seed=0),
     "temperature": SamplingParams(temperature=0.6, seed=0),

@@ -50,8 +50,9 @@ def test_each_text_is_what_it_is_alone(slots: int, budget: int, monkeypatch: pyt
     answers, rows = dict[int, list[int]](), dict[int, list[np.ndarray]]()
     order = dict[int, Request]()
     for advance in SequenceBatch(target, slots).run(asked):
-        seq, step = advance.sequence.id, advance.step
-        order[seq] = advance.sequence.request
+        seq, step, request = advance.sequence.id, advance.step, advance.sequence.request
+        assert request is not None
+        order[seq] = request
         answers.setdefault(seq, []).extend([*step.tokens, *([] if step.stop is None else [step.stop])])
         rows.setdefault(seq, []).append(advance.features)
         if step.finish:

@@ -255,6 +255,7 @@ def test_of_a_long_prompt_the_drafter_reads_the_end() -> None:
     assert tokens == autoregressive(request)
     assert metrics.acceptance_length > 3
     read = sum(count for call, count in drafter_of(conversation).calls if call == "extend")
+    assert conversation.window is not None
     assert 256 <= read < 256 + 60 and conversation.window.start == 2000 - 256
 
 
@@ -302,7 +303,8 @@ def test_a_conversation_equals_a_fresh_start(
     monkeypatch.setattr("dovetail.runtime.drafter.window.KEPT", window)
     rng, reused = np.random.default_rng(5), 0
     for seed in range(4):
-        conversation, prompt = talk(seed, drafter), (1, 2, 3)
+        conversation = talk(seed, drafter)
+        prompt: tuple[int, ...] = (1, 2, 3)
         for kind in rng.choice(["longer", "same", "branch", "new"], 8):
             limits = LIMITS if rng.random() < 0.7 else None  # without drafting the drafter is left behind
             request = Request(prompt, int(rng.integers(1, 15)), sampling, frozenset({6}), limits, scheduler)

@@ -164,7 +164,7 @@ FACTS = {
     "drafter": ("blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size", "num_kv_heads",
                 "head_size", "top_k", "tree_slots", "max_context"),
 }  # fmt: skip
-NO_SIZES = (None, "300", 2.5, [], {}, True, 0, -1, 2**40, 10**30)
+NO_SIZES: tuple[object, ...] = (None, "300", 2.5, [], {}, True, 0, -1, 2**40, 10**30)
 
 
 @pytest.mark.parametrize(("part", "key"), [(part, key) for part, keys in FACTS.items() for key in keys])

@@ -60,8 +60,10 @@ def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     def mixed(*arguments: Any) -> Batch:
         batch = of(*arguments)
         if wrong == "paths" and len(batch.begins) > 2:
+            assert batch.path_rows is not None
             batch.path_rows[-1] = batch.path_rows[-2]
         if wrong == "outputs":
+            assert batch.node_rows is not None
             batch.node_rows[-1] = batch.node_rows[0]
         if wrong == "past" and len(batch.past) > 1:
             batch.past[-1] -= 1

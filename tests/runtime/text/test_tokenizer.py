@@ -549,7 +549,7 @@ def test_no_template_is_an_input_error_with_the_remedy() -> None:
         tokenizer.apply_chat_template(USER)
 
 
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+PARTS: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 READS_PARTS = (
     "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
     "{% if p.type == 'text' %}<{{ p.text | trim }}>{% endif %}{% endfor %}{% endif %}{% endfor %}"

@@ -67,9 +67,9 @@ def paths_of(tree: DraftTree) -> dict[tuple[int, ...], float]:
 def eagle2(oracle: Oracle, limits: TreeLimits) -> dict[tuple[int, ...], float]:
     """Expansion and reranking written down naively: expand everything EAGLE-2 expands, rank at the end."""
     found: dict[tuple[int, ...], float] = {}
-    frontier = {(): 0.0}
+    frontier: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(limits.depth):
-        level = {}
+        level: dict[tuple[int, ...], float] = {}
         for path, above in frontier.items():
             for logprob, token in zip(*oracle.row(path), strict=True):
                 level[(*path, token)] = above + logprob

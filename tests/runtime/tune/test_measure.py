@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.errors import DeviceError, InputError
@@ -20,10 +21,10 @@ from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import Manifest, file_entry, read_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
 from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
 from dovetail.runtime.tree.limits import TreeLimits
-from dovetail.runtime.tune import cost_cache
 from dovetail.runtime.tune import measure as tune
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 from dovetail.runtime.tune.measure import ROWS, known_or_measured, measure
@@ -129,7 +130,12 @@ def test_every_point_is_timed_twice_and_then_until_the_time_is_over(sessions: Se
     ticks, timed = iter(range(10**9)), list[object]()
     monkeypatch.setattr(tune, "perf_counter", lambda: next(ticks) * 1e-3)
     time = tune._Stopwatch.time
-    monkeypatch.setattr(tune._Stopwatch, "time", lambda watch, point: (timed.append(point), time(watch, point))[1])
+
+    def noted(watch: tune._Stopwatch, point: tune._Point) -> None:
+        timed.append(point)
+        time(watch, point)
+
+    monkeypatch.setattr(tune._Stopwatch, "time", noted)
     for seconds, least in ((0.001, tune.SAMPLES), (1.0, 4)):
         timed.clear()
         measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=seconds)
@@ -198,7 +204,9 @@ def test_a_timed_tree_has_so_many_nodes_and_paths(nodes: int, paths: int) -> Non
 
 def test_pretended_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
     sessions.text()
-    kv = [*(group.data for group in sessions.target.model._groups), *sessions.drafter._runner._kv.values()]
+    runner = sessions.drafter._runner
+    assert isinstance(runner, CpuRunner)
+    kv: list[np.ndarray] = [*(group.data for group in sessions.target.model._groups), *runner._kv.values()]
     before = [array.copy() for array in kv]
     seq = sessions.target.open()
     sessions.target.pretend_length(seq, 10)
@@ -261,8 +269,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(sessions: Sessions, measured
 
 def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path: Path, monkeypatch) -> None:
     versions = {"openvino": "1", "onnxruntime": "2", "numpy": "3"}
-    monkeypatch.setattr(cost_cache.here, "cpu", lambda: CPU)
-    monkeypatch.setattr(cost_cache.here, "versions", lambda: versions)
+    monkeypatch.setattr(machine, "cpu", lambda: CPU)
+    monkeypatch.setattr(machine, "versions", lambda: versions)
     manifest = sessions.manifest
     files = [CostKey.of(manifest, "cpu", threads).file for threads in (None, 1, 2)]
     files.append(CostKey.of(manifest, "cuda", None).file)
@@ -280,7 +288,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
             files.append(CostKey.of(manifest, "cpu", None).file)
     for cpu in (replace(CPU, model="Another"), replace(CPU, usable=1)):
         with monkeypatch.context() as patch:
-            patch.setattr(cost_cache.here, "cpu", lambda cpu=cpu: cpu)
+            patch.setattr(machine, "cpu", lambda cpu=cpu: cpu)
             files.append(CostKey.of(manifest, "cpu", None).file)
     assert len(set(files)) == len(files) == 13
     versions["numpy"] = "9"

@@ -71,11 +71,12 @@ def test_each_property_has_its_row_and_the_base_writes_the_same_after(open_with)
     assert not base._texts and greedy_text(base, PROMPT, 40) == before
     unpinned, unknown, exact = rows
     assert [(row.name, row.value) for row in rows] == [(one.name, one.value) for one in (UNPINNED, UNKNOWN, EXACT)]
-    assert unpinned.same == 1.0 and 0 < exact.same <= 1
+    assert unpinned.same == 1.0 and exact.same is not None and 0 < exact.same <= 1
     for row in (unpinned, exact):
         assert row.problem is None and tuple(row.speedups) == NODES and row.samples >= SAMPLES
         assert all(0 < low <= middle <= high for low, middle, high in row.speedups.values())
     assert (unknown.speedups, unknown.samples, unknown.same) == ({}, 0, None)
+    assert unknown.problem is not None
     assert "Unsupported property NO_SUCH_PROPERTY" in unknown.problem and "\n" not in unknown.problem
     assert told[0] == 0 and told[-1] == 1 and told == sorted(told)
 

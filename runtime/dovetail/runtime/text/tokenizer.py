@@ -213,7 +213,7 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _parse_backend(tokenizer_json: bytes) -> Any:
-    from tokenizers import Tokenizer as Backend  # type: ignore[import-untyped]  # ships stubs without py.typed
+    from tokenizers import Tokenizer as Backend
 
     text = tokenizer_json.decode("utf-8")
     check_rules(text)

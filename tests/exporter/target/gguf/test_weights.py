@@ -159,7 +159,12 @@ def write(path: Path, arch: str, metadata: Mapping[str, Any], parts: list[dict[s
             writer.add_uint16("split.count", len(parts))
             writer.add_int32("split.tensors.count", total)
         for key, value in metadata.items() if index == 0 else ():
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add: dict[type, Callable[[str, Any], None]] = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add[type(value)](f"{arch}.{key}", value)
         for key, tensor in part.items():
             writer.add_tensor(key, np.ascontiguousarray(tensor))
