@@ -125,16 +125,14 @@ class Scheduler:
 
         The width changes if this tree alone pays for the change, or if the regret has grown to its price (ski rental).
         """
+        if not plan.draft and self._width <= 1:
+            worth = {width: ms for width, ms in worth.items() if width == 1 or self._affordable(plan, width)}
         change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
-        if not plan.draft and self._width <= 1 < width and not self._affordable(plan, width):
-            width = 1
         if width != self._width:
             return width, {}
         regret = {other: max(0.0, self._regret.get(other, 0.0) + worth[other] - worth[width]) for other in worth}
         best = max((other for other in worth if regret[other] >= change[other]), key=worth.__getitem__)
-        if not plan.draft and self._width <= 1 < best and not self._affordable(plan, best):
-            best = width
         return best, {**self._regret, **regret} if best == self._width else {}
 
     def _affordable(self, plan: Plan, width: int) -> bool:
@@ -185,18 +183,15 @@ class Scheduler:
         predicted = 0.0
         if round.growth:
             for depth, taken in round.growth.taken.items():
-                known.children.setdefault(depth, Estimate(1.0, 1.0)).add(taken)
+                known.children.setdefault(depth, Estimate(1.0, 0.0)).add(taken)
             predicted = self.costs.draft.at(context, plan.unread) + self._levels(round)
 
         self._regret = choice.regret
         nodes = len(choice.tree) if len(choice.tree) > self.plain_rows else 1
         changed, self._width = self._width != nodes, nodes
-        switch_ms = changed * self.costs.switch_ms
-        paths_ms = (choice.tree.path_counts[-1] - 1) * self.costs.path.at(context, 1)
-        verify_ms = pace.credible(context, nodes, paths_ms, switch_ms, round.verify_ms)
+        extra_ms = (choice.tree.path_counts[-1] - 1) * self.costs.path.at(context, 1) + changed * self.costs.switch_ms
+        verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
-        predicted_ms = self.costs.target.at(context, nodes) + paths_ms + switch_ms
-        pace.learn_target(context, nodes, predicted_ms, verify_ms, changed=changed)
 
         plain = pace.target_ms(context, 1)
         took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain

@@ -12,7 +12,7 @@ from dovetail.runtime.errors import InputError
 MAX_SLOWDOWN = 0.01  # of the time: the user's --max-slowdown
 START = 3.0  # plain steps of the first budget: 2.3% of an answer of 128 tokens
 RESERVE = 10.0  # plain steps that a budget holds at most: the replay
-HALF_LIFE = 20.0  # rounds after which a doubt counts half: the replay
+HALF_LIFE = 40.0  # rounds after which what was learned counts half: 20 and 50 are worse in tests or the replay
 SLOW_HALF_LIFE = 200.0  # rounds, for the price of a token and for repeats: the test of repeats that fail
 PRIOR = 3.0  # observations that the drafter's own claim counts for: the replay
 
@@ -26,7 +26,7 @@ class Estimate:
 
     prior: float
     weight: float
-    half_life: float = field(default_factory=lambda: HALF_LIFE)
+    half_life: float = HALF_LIFE
     _sum: float = 0.0
     _seen: float = 0.0
 
@@ -57,7 +57,7 @@ class Budget:
     """
 
     share: float
-    balance: float = field(default_factory=lambda: START)
+    balance: float = START
 
     def covers(self, loss: float) -> bool:
         """Whether a round may lose so much."""
@@ -100,8 +100,9 @@ class Experience:
         return kind[depth].value if depth in kind else 1.0
 
     def share(self, depth: int) -> float:
-        """Of the probability of nodes at `depth`, what their children take."""
-        return self.children[depth].value if depth in self.children else 1.0
+        """Share of the probability of nodes at `depth` that their children have; of a new depth, as above it."""
+        seen = (self.children[above].value for above in range(depth, -1, -1) if above in self.children)
+        return next(seen, 1.0)
 
     def fade(self, *, repeats: bool) -> None:
         """A round has passed.  repeats: with repeated text, and without a draft."""

@@ -61,19 +61,18 @@ class Pace:
         self._draft.add(min(draft_ms / predicted, OUTLIER * self._draft.value))
         return min(draft_ms, OUTLIER * predicted * self._draft.value)
 
-    def credible(self, context: int, width: int, paths_ms: float, switch_ms: float, verify_ms: float) -> float:
-        """`verify_ms`, or the most that a pass counts as: the first of a width must not decide what drafting is worth.
+    def learn_target(self, context: int, width: int, extra_ms: float, verify_ms: float, *, changed: bool) -> float:
+        """A pass of `width` nodes took `verify_ms`. Returns `verify_ms` without its outliers.
 
-        paths_ms, switch_ms: of this pass, by the measured costs.
+        extra_ms: of further paths and of the change of width, by the measured costs.  changed: after another width.
+        The first pass of a width, which is slow, must not decide what drafting is worth.
         """
-        return min(verify_ms, OUTLIER * (self.target_ms(context, width) + (paths_ms + switch_ms) * self._target.value))
-
-    def learn_target(self, context: int, width: int, predicted: float, verify_ms: float, *, changed: bool) -> None:
-        """A pass of `width` nodes took `verify_ms`.  predicted: by the measured costs.  changed: of another width."""
-        alone = self._width.setdefault(width, Estimate(1.0, PRIOR))
-        ratio = verify_ms / predicted
+        alone, target = self._width.setdefault(width, Estimate(1.0, PRIOR)), self._target
+        verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width) + extra_ms * target.value))
+        ratio = verify_ms / (self.costs.target.at(context, width) + extra_ms)
         if not changed:
             alone.fade()
-            alone.add(ratio / self._target.value)
-        self._target.fade()
-        self._target.add(ratio / alone.value)
+            alone.add(ratio / target.value)
+        target.fade()
+        target.add(ratio / alone.value)
+        return verify_ms
