@@ -125,7 +125,7 @@ class Scheduler:
 
         The width changes if this tree alone pays for the change, or if the regret has grown to its price (ski rental).
         """
-        if not plan.draft and self._width <= 1:
+        if not plan.draft:  # a draft was covered by the budget when it was planned
             worth = {width: ms for width, ms in worth.items() if width == 1 or self._affordable(plan, width)}
         change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
