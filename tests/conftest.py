@@ -167,7 +167,9 @@ def tiny_drafter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A random drafter checkpoint for `tiny_llama`: gated fusion, one block, 64 draft tokens."""
     import torch
 
-    from dovetail.models import Drafter, DrafterConfig, save_checkpoint
+    from dovetail.models.config import DrafterConfig
+    from dovetail.models.drafter import Drafter
+    from dovetail.models.formats.dovetail import save_checkpoint
 
     torch.manual_seed(0)
     target = json.loads((tiny_llama / "config.json").read_text())

@@ -36,7 +36,7 @@ from dovetail.exporter.train.loop import Fitting
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import Work, build_drafter
 from dovetail.exporter.train.text import split
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.pair.manifest import read_manifest, sha256_file, write_atomically
 from dovetail.runtime.target.graph import read_model
 

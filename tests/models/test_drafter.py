@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dovetail.models import CheckpointError, Drafter, DrafterConfig, load_checkpoint, save_checkpoint
+from dovetail.models.checkpoint import CheckpointError
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
+from dovetail.models.formats.dovetail import load_checkpoint, save_checkpoint
 
 CONFIG = DrafterConfig(
     vocab_size=60,

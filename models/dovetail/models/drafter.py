@@ -8,6 +8,7 @@ at t predict x[t+2].
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -40,7 +41,7 @@ class DraftShape:
     max_context: int
 
 
-class DraftModel(nn.Module):
+class DraftModel(nn.Module, ABC):
     """The torch module that the exporter turns into graphs, whatever format its checkpoint has.
 
     embed_tokens: [V, H], head: [K, D], both frozen. d2t: [K] int64, the target id of each draft
@@ -69,17 +70,17 @@ class DraftModel(nn.Module):
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("d2t", d2t, persistent=False)
 
+    @abstractmethod
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
         """The first layer's input. f: features [..., D], e: token embeddings [..., H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> Sequence[DraftLayer]:
         """The layers, first to last; the last one's output is the drafter's feature [..., D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the rotary embedding, each [*positions.shape, d] float32."""
-        raise NotImplementedError
 
     def logits(self, g: Tensor) -> Tensor:
         """Logits over the draft vocabulary [..., K] from output features g [..., D]."""

@@ -28,7 +28,9 @@ from dovetail.exporter.drafter import int8 as onnx_int8
 from dovetail.exporter.drafter.export import FILES, export_drafter, load_drafter
 from dovetail.exporter.drafter.parity import DYNAMIC_OPS, TOLERANCES, check_parity, check_static, folded
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
-from dovetail.models import Drafter, DrafterConfig, save_checkpoint
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
+from dovetail.models.formats.dovetail import save_checkpoint
 from dovetail.runtime.drafter.vram import BUCKETS
 from dovetail.runtime.errors import ExportError, SourceError
 from dovetail.runtime.pair.manifest import (

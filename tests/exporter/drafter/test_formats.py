@@ -26,9 +26,10 @@ from dovetail.exporter.drafter.export import load_drafter
 from dovetail.exporter.pairs.check import check_pair_folder
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.run import train
-from dovetail.models import DraftModel, DraftShape, Format, TargetParts
 from dovetail.models.checkpoint import load_exactly, read_config, read_safetensors
+from dovetail.models.drafter import DraftModel, DraftShape
 from dovetail.models.formats import registry
+from dovetail.models.formats.format import Format, TargetParts
 from dovetail.models.layers import DraftLayer, RMSNorm, rope_table, rotate
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_pair

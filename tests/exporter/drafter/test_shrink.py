@@ -15,7 +15,8 @@ from onnx import TensorProto, ValueInfoProto, helper
 from dovetail.exporter.cli import drafter as cli_drafter
 from dovetail.exporter.drafter import shrink as vram_fit
 from dovetail.exporter.drafter.shrink import narrowed, peak_bytes, workspace
-from dovetail.models import Drafter, DrafterConfig
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, LEAST_CONTEXT, VramPlan, plan, plan_pair

@@ -16,7 +16,8 @@ import torch
 from dovetail.exporter.drafter.export import export_drafter
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.exporter.train.evaluate import evaluate, fit_depth, reliability
-from dovetail.models import Drafter, DrafterConfig
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.policy.calibration import CALIBRATION_NAME, Calibration
 

@@ -16,7 +16,8 @@ from dovetail.exporter.train.features import FeatureStore, Part, to_float16
 from dovetail.exporter.train.loss import unrolled_loss
 from dovetail.exporter.train.plan import FitOptions
 from dovetail.exporter.train.writer import BatchWriter
-from dovetail.models import Drafter, DrafterConfig
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.target.paged import PagedModel

@@ -11,9 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the models need torch")
 
-from dovetail.models import CheckpointError, Drafter, TargetParts, UnknownFormat, find_checkpoint
+from dovetail.models.checkpoint import CheckpointError, UnknownFormat
+from dovetail.models.drafter import Drafter
 from dovetail.models.formats import dovetail, registry
-from dovetail.models.formats.format import Format
+from dovetail.models.formats.format import Format, TargetParts
+from dovetail.models.formats.registry import find_checkpoint
 from dovetail.runtime.errors import SourceError
 
 

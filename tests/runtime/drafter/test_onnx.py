@@ -20,7 +20,8 @@ import torch
 
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.int8 import quantize
-from dovetail.models import Drafter, DrafterConfig
+from dovetail.models.config import DrafterConfig
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.drafter.cpu import PREFIX_STEP, CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers  # type: ignore[import-untyped]  # stubs, no py.typed
-from tokenizers.models import BPE, Unigram  # type: ignore[import-untyped]
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers  # stubs, no py.typed
+from tokenizers.models import BPE, Unigram
 
 from dovetail.runtime.errors import SourceError
 

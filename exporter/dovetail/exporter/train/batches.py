@@ -16,7 +16,7 @@ from torch import Tensor
 from dovetail.exporter.train.corpus import Corpus
 from dovetail.exporter.train.features import FeatureStore
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.exporter.train.corpus import Corpus
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.policy.calibration import Calibration, DepthCalibration, logit_of
 
 CANDIDATES = 10  # k: children that an exported graph returns per row

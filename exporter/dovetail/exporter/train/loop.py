@@ -18,7 +18,7 @@ from dovetail.exporter.train.batches import Batches, Windows
 from dovetail.exporter.train.loss import StepReport, unrolled_loss
 from dovetail.exporter.train.optimizers import learning_rate, make_optimizers
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError, one_line
 from dovetail.runtime.pair.manifest import write_atomically
 

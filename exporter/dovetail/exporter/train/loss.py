@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dovetail.exporter.train.batches import Windows
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 
 
 @dataclass(frozen=True)

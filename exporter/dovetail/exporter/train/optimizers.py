@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models import Drafter
+from dovetail.models.drafter import Drafter
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # quintic Newton-Schulz step with the largest slope at 0
 STEPS = 5

@@ -29,9 +29,9 @@ from dovetail.exporter.train.loop import Fitting, TrainProgress
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
-from dovetail.models import Drafter, DrafterConfig
 from dovetail.models.checkpoint import CheckpointError
-from dovetail.models.config import low_middle_high
+from dovetail.models.config import DrafterConfig, low_middle_high
+from dovetail.models.drafter import Drafter
 from dovetail.models.formats import dovetail as own
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.runtime.errors import TrainError, one_line

@@ -57,7 +57,8 @@ class GgufTensor:
         from gguf import dequantize
 
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
-        return dequantize(raw, self.kind)  # type: ignore[no-any-return]
+        values: NDArray[np.float32] = dequantize(raw, self.kind)
+        return values
 
 
 @dataclass(frozen=True)

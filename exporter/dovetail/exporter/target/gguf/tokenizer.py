@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from gguf import TokenType
-from tokenizers import (  # type: ignore[import-untyped]  # ships stubs without py.typed
+from tokenizers import (  # ships stubs without py.typed
     AddedToken,
     Regex,
     Tokenizer,
@@ -24,8 +24,8 @@ from tokenizers import (  # type: ignore[import-untyped]  # ships stubs without 
     normalizers,
     pre_tokenizers,
 )
-from tokenizers.models import BPE  # type: ignore[import-untyped]
-from tokenizers.processors import TemplateProcessing  # type: ignore[import-untyped]
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from dovetail.exporter.target.gguf.header import read_header
 from dovetail.runtime.errors import SourceError
