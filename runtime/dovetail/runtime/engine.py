@@ -6,11 +6,10 @@ from collections import abc
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, InputError
@@ -24,11 +23,9 @@ from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.target.session import Target
+from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
-
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Prompt = str | abc.Sequence[Message] | abc.Sequence[int]  # text, a conversation, or token ids
 
 _RUNNING = "another generation of this engine is running: end or close its stream first"
 
@@ -42,34 +39,6 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
-
-
-class Detokenizer(Protocol):
-    """Token by token to text; what `add` and the final `flush` return concatenates to the text of all tokens."""
-
-    def add(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-class TextTokenizer(Protocol):
-    """What an Engine needs of a tokenizer; dovetail.runtime.text.tokenizer.Tokenizer and ScriptedTokenizer have it."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def has_chat_template(self) -> bool: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_chat(
-        self, messages: abc.Sequence[Message], *, parse_special: bool = False, **options: Any
-    ) -> list[int]: ...
-
-    def has_token(self, token_id: int) -> bool: ...
-
-    def detokenizer(self) -> Detokenizer: ...
 
 
 @dataclass(frozen=True)
@@ -239,7 +208,7 @@ class Engine:
             raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
         stops = check_stop_strings(stop)
         request = Request(
-            prompt=tuple(self._encode(prompt, raw, template_options, parse_special)),
+            prompt=tuple(encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)),
             max_new_tokens=max_new_tokens,
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
@@ -259,7 +228,7 @@ class Engine:
         parse_special: bool = False,
     ) -> int:
         """Tokens of `prompt` as `stream` takes it, template included. Raises as that does, ContextOverflow too."""
-        tokens = self._encode(prompt, raw, template_options, parse_special)
+        tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
         request = Request(tuple(tokens), max_new_tokens=1)
         request.check_room(self.max_context)
         return len(request.prompt)
@@ -280,7 +249,7 @@ class Engine:
         This is the last conversation from then on. Raises InputError (no such ids, too), ContextOverflow.
         """
         sequence = self._open_sequence()
-        tokens = self._encode(prompt, raw, template_options, parse_special)
+        tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
         if (count := len(tokens) + len(answer)) > self.max_context:
             raise ContextOverflow(
                 f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
@@ -326,35 +295,6 @@ class Engine:
             raise InputError("this engine is closed: open another with Engine.from_pretrained")
         return self._sequence
 
-    def _encode(
-        self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
-    ) -> list[int]:
-        options = _check_options(template_options)
-        text, templated = isinstance(prompt, str), self.tokenizer.has_chat_template
-        ids = not text and _all_ids(prompt)
-        if options and (ids or raw or not templated):
-            raise InputError("template options need messages and a chat template: leave them out")
-        if isinstance(prompt, str):
-            if raw or not templated:
-                return self.tokenizer.encode(prompt)
-            if not prompt.strip():
-                raise InputError("the prompt is empty: give some text")
-            prompt = [{"role": "user", "content": prompt}]
-        elif ids:
-            return self._check_ids(prompt)
-        if raw:
-            raise InputError("raw=True takes the prompt as it is: give a string or token ids, not messages")
-        if not templated:
-            raise InputError("this target has no chat template: give the prompt as a string, not as messages")
-        return self.tokenizer.encode_chat(_check_messages(prompt), parse_special=parse_special, **options)
-
-    def _check_ids(self, prompt: Iterable[Any]) -> list[int]:
-        tokens = [int(token) for token in prompt]
-        for token in tokens:
-            if not self.tokenizer.has_token(token):
-                raise InputError(f"token id {token} is none of the target's: give ids of its tokenizer")
-        return tokens
-
     def _run(
         self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
     ) -> Generator[Chunk, None, None]:
@@ -395,31 +335,3 @@ class _Text:
             meter.new_tokens -= len(step.tokens) - used
         meter.lap("other")
         return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
-
-
-def _all_ids(prompt: object) -> bool:
-    """Whether a prompt is token ids; an empty one is none."""
-    if isinstance(prompt, abc.Sequence) and not isinstance(prompt, bytes | str):
-        return bool(prompt) and all(isinstance(each, Integral) and not isinstance(each, bool) for each in prompt)
-    return False
-
-
-def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise InputError(f'template options {options!r:.60} cannot be used: give e.g. {{"enable_thinking": False}}')
-    if taken := {"messages", "parse_special"} & options.keys():
-        raise InputError(f"template option {min(taken)!r} is an argument of its own: leave it out")
-    return options
-
-
-def _check_messages(messages: object) -> abc.Sequence[Message]:
-    if not isinstance(messages, abc.Sequence) or isinstance(messages, bytes) or not messages:
-        raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
-            raise InputError(
-                f'message {message!r:.60} lacks role or content: give {{"role": "user", "content": "..."}}'
-            )
-    return messages

@@ -15,10 +15,11 @@ from itertools import chain, pairwise, zip_longest
 from statistics import median
 from typing import Any
 
-from dovetail.runtime.engine import Engine, Prompt
+from dovetail.runtime.engine import Engine
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.loop.rescore import Choice
 from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.prompts import PromptTurns
 
 WARM_UP_TOKENS = 16

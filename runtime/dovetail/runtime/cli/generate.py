@@ -11,9 +11,9 @@ import click
 
 from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options, template_options
 from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answer
-from dovetail.runtime.engine import Prompt
 from dovetail.runtime.errors import INTERRUPTED, InputError
 from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.text.encoding import Prompt
 
 
 @click.command(short_help="Answer one prompt (the default command).")

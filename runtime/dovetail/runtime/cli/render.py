@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from dovetail.runtime.engine import Chunk, Engine, GenerationResult, Prompt
+from dovetail.runtime.engine import Chunk, Engine, GenerationResult
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.settings import AnswerSettings
+from dovetail.runtime.text.encoding import Prompt
 
 
 @dataclass

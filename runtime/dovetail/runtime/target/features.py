@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import ExportError, IntegrityError
 from dovetail.runtime.system.files import read_arrays
+from dovetail.runtime.target.graph import FEATURES, find_head
 
 if TYPE_CHECKING:
     import openvino as ov
 
     from dovetail.runtime.pair.manifest import DrafterFacts
-from dovetail.runtime.target.graph import FEATURES, find_head
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,9 +20,8 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 
 from dovetail.runtime.errors import InputError, one_line
+from dovetail.runtime.text.encoding import Message
 from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLimit
-
-Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
 
 # Exceptions from an expression in a template that expects messages of another shape.
 _TEMPLATE_FAILURES = (

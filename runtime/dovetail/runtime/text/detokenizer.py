@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 _REPLACEMENT = "\ufffd"  # decoded form of an unfinished UTF-8 sequence
 

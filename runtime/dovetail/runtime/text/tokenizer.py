@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from dovetail.runtime.errors import InputError, IntegrityError, one_line
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.system.files import read_bytes, read_object
+from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
+from dovetail.runtime.text.encoding import Message
 from dovetail.runtime.text.tokenizer_rules import check_rules
 
 if TYPE_CHECKING:
-    from dovetail.runtime.text.chat_template import ChatTemplate, Message
+    from dovetail.runtime.text.chat_template import ChatTemplate
     from dovetail.runtime.text.plain_text import PlainText
-from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _AGAIN = "export the target again"

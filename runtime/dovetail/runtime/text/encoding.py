@@ -1,0 +1,102 @@
+"""Prompts to token ids: a text, the messages of a conversation, or ids that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, Protocol
+
+from dovetail.runtime.errors import InputError
+
+Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
+Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or token ids
+
+
+class Detokenizer(Protocol):
+    """Token by token to text; what `add` and the final `flush` return concatenates to the text of all tokens."""
+
+    def add(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextTokenizer(Protocol):
+    """What an Engine needs of a tokenizer; dovetail.runtime.text.tokenizer.Tokenizer and ScriptedTokenizer have it."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **options: Any) -> list[int]: ...
+
+    def has_token(self, token_id: int) -> bool: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+def encode_prompt(
+    tokenizer: TextTokenizer,
+    prompt: Prompt,
+    raw: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+    parse_special: bool = False,
+) -> list[int]:
+    """Return the ids of `prompt`; Engine.stream says what the arguments mean. Raises InputError."""
+    options = _check_options(template_options)
+    text, templated = isinstance(prompt, str), tokenizer.has_chat_template
+    ids = not text and _all_ids(prompt)
+    if options and (ids or raw or not templated):
+        raise InputError("template options need messages and a chat template: leave them out")
+    if isinstance(prompt, str):
+        if raw or not templated:
+            return tokenizer.encode(prompt)
+        if not prompt.strip():
+            raise InputError("the prompt is empty: give some text")
+        prompt = [{"role": "user", "content": prompt}]
+    elif ids:
+        return _check_ids(tokenizer, prompt)
+    if raw:
+        raise InputError("raw=True takes the prompt as it is: give a string or token ids, not messages")
+    if not templated:
+        raise InputError("this target has no chat template: give the prompt as a string, not as messages")
+    return tokenizer.encode_chat(_check_messages(prompt), parse_special=parse_special, **options)
+
+
+def _check_ids(tokenizer: TextTokenizer, prompt: Sequence[Any]) -> list[int]:
+    tokens = [int(token) for token in prompt]
+    for token in tokens:
+        if not tokenizer.has_token(token):
+            raise InputError(f"token id {token} is none of the target's: give ids of its tokenizer")
+    return tokens
+
+
+def _all_ids(prompt: object) -> bool:
+    """Whether a prompt is token ids; an empty one is none."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | str):
+        return bool(prompt) and all(isinstance(each, Integral) and not isinstance(each, bool) for each in prompt)
+    return False
+
+
+def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InputError(f'template options {options!r:.60} cannot be used: give e.g. {{"enable_thinking": False}}')
+    if taken := {"messages", "parse_special"} & options.keys():
+        raise InputError(f"template option {min(taken)!r} is an argument of its own: leave it out")
+    return options
+
+
+def _check_messages(messages: object) -> Sequence[Message]:
+    if not isinstance(messages, Sequence) or isinstance(messages, bytes) or not messages:
+        raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
+            raise InputError(
+                f'message {message!r:.60} lacks role or content: give {{"role": "user", "content": "..."}}'
+            )
+    return messages
