@@ -118,7 +118,7 @@ def test_a_provider_that_does_not_load_is_one_sentence_and_no_noise(
     HostDevice: type, capfd: pytest.CaptureFixture[str]
 ) -> None:
     problem = doctor.capture_problem(HostDevice(provider=PROVIDER))
-    assert problem and "dovetail-spec[cuda]" in problem and "\n" not in problem
+    assert problem and "pip install '.[cuda]'" in problem and "\n" not in problem
     assert capfd.readouterr() == ("", "")
 
 

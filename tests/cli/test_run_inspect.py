@@ -185,7 +185,7 @@ def test_a_plot_without_matplotlib_names_the_extra(invoke, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # "not installed" to import
     result = invoke("inspect", str(tmp_path / "no-pair"), "--plot", str(tmp_path / "costs.svg"))
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert 'pip install "dovetail-spec[plot]"' in result.stderr
+    assert "pip install '.[plot]'" in result.stderr
 
 
 def test_only_a_plot_imports_matplotlib(pair: Path, measured) -> None:

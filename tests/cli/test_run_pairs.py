@@ -47,7 +47,7 @@ def test_without_the_export_stack_one_line_says_what_to_do(invoke, opener, monke
     monkeypatch.setattr(pairs, "_installed", lambda module: module != "torch")
     result = invoke("Hello", obj=opener)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert "needs torch" in result.stderr and 'pip install "dovetail-spec[export]"' in result.stderr
+    assert "needs torch" in result.stderr and "pip install '.[export]'" in result.stderr
 
 
 @pytest.mark.parametrize("code", [5, 0])

@@ -23,6 +23,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def install_extra(extra: str) -> str:
+    """Return the command that installs an optional part, such as `cuda`, for use in a message."""
+    return f"run pip install '.[{extra}]' in a clone of Dovetail"
+
+
 class DovetailError(Exception):
     """Base of every error that Dovetail raises on purpose.
 

@@ -186,7 +186,7 @@ def test_a_sentencepiece_model_that_loses_spaces_is_refused(
 def test_a_model_without_its_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(SourceError, match=r"needs sentencepiece: pip install 'dovetail-spec\[export\]'"):
+    with pytest.raises(SourceError, match=r"needs sentencepiece: run pip install '\.\[export\]'"):
         copy_tokenizer(tmp_path, tmp_path / "target")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from dovetail.runtime.cli.main import CUT_OFF, fail, replace_unknown_characters
-from dovetail.runtime.errors import INTERRUPTED, DovetailError, ExportError, InputError
+from dovetail.runtime.errors import INTERRUPTED, DovetailError, ExportError, InputError, install_extra
 from dovetail.runtime.system.files import check_text
 from dovetail.runtime.system.telemetry import decline_telemetry
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if not error.name or error.name.startswith("dovetail"):
             raise
-        return fail(f"{error.name} is not installed: pip install 'dovetail-spec[export]'", ExportError.exit_code)
+        return fail(f"{error.name} is not installed: {install_extra('export')}", ExportError.exit_code)
     except OSError as error:  # a full disk, a folder without rights
         what = f"{error.filename}: " if error.filename else ""
         return fail(f"{what}{error.strerror or error}: correct this and repeat the command", ExportError.exit_code)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.target.architectures import ARCHITECTURES
-from dovetail.runtime.errors import ExportError, InputError
+from dovetail.runtime.errors import ExportError, InputError, install_extra
 
 # optimum-intel requires torchvision, but text models never import it. A torchvision built for
 # another torch breaks `import transformers`. pip installs the other packages with transformers and
@@ -70,7 +70,7 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name).partition("+")[0]  # every build of a release is good enough
     except metadata.PackageNotFoundError as error:
-        raise ExportError(f"{name} is not installed: pip install 'dovetail-spec[export]'") from error
+        raise ExportError(f"{name} is not installed: {install_extra('export')}") from error
 
 
 def _pip(folder: Path, *arguments: str) -> None:

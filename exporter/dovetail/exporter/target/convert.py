@@ -23,7 +23,7 @@ from dovetail.exporter.build.stages import Progress
 from dovetail.exporter.target.configuration import read_config
 from dovetail.exporter.target.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.target.sources import Source
-from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
+from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError, install_extra
 
 if TYPE_CHECKING:
     from optimum.intel import OVWeightQuantizationConfig
@@ -210,7 +210,7 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
     except ImportError as error:
-        raise ExportError(f"converting a checkpoint needs {error.name}: pip install 'dovetail-spec[export]'") from error
+        raise ExportError(f"converting a checkpoint needs {error.name}: {install_extra('export')}") from error
     try:
         yield
     except DovetailError:
@@ -220,9 +220,7 @@ def _one_line_errors(source: Source) -> Iterator[None]:
             raise SourceError(f"{source.location} is no usable checkpoint: {_first_line(error)}") from error
         raise
     except ImportError as error:
-        raise ExportError(
-            f"converting a checkpoint needs {error.name or error}: pip install 'dovetail-spec[export]'"
-        ) from error
+        raise ExportError(f"converting a checkpoint needs {error.name or error}: {install_extra('export')}") from error
     except _DAMAGED_PICKLE as error:
         raise SourceError(
             f"{source.location}: unreadable weights: {_first_line(error)}: download them again"

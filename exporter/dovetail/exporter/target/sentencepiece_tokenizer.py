@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers  # stubs, no py.typed
 from tokenizers.models import BPE, Unigram
 
-from dovetail.runtime.errors import SourceError
+from dovetail.runtime.errors import SourceError, install_extra
 
 _FILES = ("tokenizer.model", "spiece.model")
 _UNIGRAM = 1  # TrainerSpec.ModelType
@@ -31,7 +31,7 @@ class SentencePiece:
         try:
             from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
         except ImportError as error:
-            raise SourceError(f"{file} needs sentencepiece: pip install 'dovetail-spec[export]'") from error
+            raise SourceError(f"{file} needs sentencepiece: {install_extra('export')}") from error
         try:
             self._model = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import InputError, install_extra
 from dovetail.runtime.pair.manifest import write_atomically
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import Measured
@@ -64,7 +64,7 @@ def check_plot(file: Path) -> None:
     try:
         from matplotlib import figure  # noqa: F401  # checks that matplotlib imports
     except ImportError as err:
-        raise InputError(f'--plot needs matplotlib ({err}): pip install "dovetail-spec[plot]"') from None
+        raise InputError(f"--plot needs matplotlib ({err}): {install_extra('plot')}") from None
     except ValueError as err:  # importing matplotlib reads MPLBACKEND
         raise InputError(f"--plot: matplotlib does not start ({err}): unset MPLBACKEND") from None
 

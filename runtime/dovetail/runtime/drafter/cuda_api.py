@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, install_extra
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip install 'dovetail-spec[cuda]' brings CUDA and cuDNN"
+INSTALL = f"for CUDA and cuDNN, {install_extra('cuda')}"
 DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # for all supported onnxruntime-gpu versions
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from dovetail.runtime.errors import ExportError, InputError
+from dovetail.runtime.errors import ExportError, InputError, install_extra
 from dovetail.runtime.pair.manifest import MANIFEST_NAME, cache_dir
 
 DEFAULT_PAIR = "smollm2-135m"
@@ -62,7 +62,7 @@ def build_pair(name: str, pair: Path) -> None:
     if lacking:
         raise InputError(
             f"pair {name} is not built yet, and the build needs {', '.join(lacking)}: "
-            f'pip install "dovetail-spec[export]", or copy a built pair to {pair}'
+            f"{install_extra('export')}, or copy a built pair to {pair}"
         )
     try:
         pair.parent.mkdir(parents=True, exist_ok=True)
