@@ -37,7 +37,8 @@ from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import Work, build_drafter
 from dovetail.exporter.train.text import split
 from dovetail.models.drafter import Drafter
-from dovetail.runtime.pair.manifest import read_manifest, sha256_file, write_atomically
+from dovetail.runtime.pair.files import sha256_file, write_atomically
+from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.graph import read_model
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def fused_rows(product: ov.Node) -> list[int]:
     return np.cumsum(node.input_value(2).get_node().data)[:-1].tolist()
 
 
-def show(stage: str, done: float, total: float, note: str) -> None:
+def show(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
     click.echo(f"  {stage} {done:.0f}/{total:.0f} {note}", err=True)
 
 

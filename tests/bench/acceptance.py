@@ -24,8 +24,9 @@ from dovetail.runtime.cli.main import fail
 from dovetail.runtime.cli.options import DEVICES, EngineFlags
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, sha256_file, write_atomically
+from dovetail.runtime.pair.layout import MANIFEST_NAME
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.telemetry import decline_telemetry

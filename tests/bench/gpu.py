@@ -27,7 +27,7 @@ from dovetail.runtime.drafter.cuda import CudaRunner
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DovetailError
-from dovetail.runtime.pair.manifest import read_sound
+from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.system import machine
 from dovetail.runtime.tree.limits import TreeLimits
 

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system import machine
 from dovetail.runtime.text.prompts import read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer

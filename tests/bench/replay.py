@@ -30,8 +30,9 @@ from dovetail.runtime.errors import DovetailError, InputError, PairError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_atomically
+from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs

@@ -24,8 +24,10 @@ import click
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.doctor.memory import estimate_memory, target_kv_bytes
 from dovetail.runtime.errors import DovetailError, InputError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, write_atomically
+from dovetail.runtime.pair.layout import MANIFEST_NAME
+from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system import machine
 from dovetail.runtime.text.prompts import PromptTurns, read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer

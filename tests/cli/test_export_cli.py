@@ -14,7 +14,8 @@ import pytest
 
 from dovetail.exporter.cli import main as export_cli
 from dovetail.exporter.pairs.check import check_pair_folder
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest
+from dovetail.runtime.pair.layout import MANIFEST_NAME
+from dovetail.runtime.pair.manifest import read_manifest
 
 ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / root) for root in ("runtime", "exporter", "models"))
 

@@ -32,7 +32,7 @@ class Pairs:
         return OpenVINOTarget.load(self.pair, self.manifest, threads=1)
 
     def cpu(self, note: str = "asked for") -> OnnxDrafter:
-        return OnnxDrafter.open_cpu(self.pair, self.manifest, threads=1, note=note)
+        return OnnxDrafter.open_cpu(self.pair, self.manifest.needed_drafter, note, threads=1)
 
     def on(self, device: Any, **options: Any) -> OnnxDrafter:
         return OnnxDrafter.open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from dovetail.runtime.policy.estimates import MAX_SLOWDOWN
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.session import Target
 from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
@@ -110,7 +111,7 @@ class Engine:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
         max_slowdown: float = MAX_SLOWDOWN,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress = silent,
     ) -> Self:
         """Open a pair folder: every file is checked before a weight is loaded.
 
@@ -118,7 +119,7 @@ class Engine:
         with a warning in the log. vram: bytes of it that the drafter may take, or "3GB", None for what the pair says;
         fit: its context may shrink to that. threads: of each engine, None for theirs.
         tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
-        machine is measured once, in seconds; progress is told the part of that which is done, 0 to 1.
+        machine is measured once, in seconds; `progress` receives how far that is.
         ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}.
         exact: a text is the same tokens with any tree and with none; False lets plain passes run through OpenVINO's
         kernel for single rows, which is quicker and rounds otherwise.

@@ -12,11 +12,14 @@ from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
-from dovetail.runtime.pair.manifest import Manifest, read_sound
+from dovetail.runtime.pair.check import read_sound
+from dovetail.runtime.pair.layout import TARGET
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.limits import TreeLimits
@@ -60,28 +63,30 @@ class Parts:
     stop_tokens: frozenset[int]
 
 
-def load(pair: Path, options: LoadOptions, progress: Callable[[float], None] | None = None) -> Parts:
+def load(pair: Path, options: LoadOptions, progress: Progress = silent) -> Parts:
     """Open a pair; every file is checked before a weight is loaded.
 
-    progress: receives the part of the measurement that is done, 0 to 1. Raises PairError, DeviceError, InputError.
+    progress: receives how far the measurement is. Raises PairError, DeviceError, InputError.
     """
     manifest = read_sound(pair, options.tree)
-    tokenizer = Tokenizer.from_folder(pair / "target")
+    tokenizer = Tokenizer.from_folder(pair / TARGET)
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
     target = OpenVINOTarget.load(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
     tree = options.tree or manifest.tree
-    if manifest.drafter is None:
+    facts = manifest.drafter
+    if facts is None:
         return Parts(target, None, tokenizer, tree, None, stop_tokens)
     drafter = OnnxDrafter.open(
         pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
     )
+    open_cpu = partial(OnnxDrafter.open_cpu, pair, facts, threads=options.threads)
     scheduler = None
     if options.tree is None:
-        drafter, scheduler = _scheduled(pair, manifest, target, drafter, options, progress)
+        drafter, scheduler = _scheduled(pair, manifest, target, drafter, open_cpu, options, progress)
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
-    open_second = partial(_open_cpu, pair, manifest, options) if drafter.file_key == "cuda" else None
-    return Parts(target, FailoverDrafter(drafter, open_second), tokenizer, tree, scheduler, stop_tokens)
+    second = open_cpu if drafter.file_key == "cuda" else None
+    return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
 def _scheduled(
@@ -89,8 +94,9 @@ def _scheduled(
     manifest: Manifest,
     target: OpenVINOTarget,
     drafter: OnnxDrafter,
+    open_cpu: Callable[[str], OnnxDrafter],
     options: LoadOptions,
-    progress: Callable[[float], None] | None,
+    progress: Progress,
 ) -> tuple[OnnxDrafter, Scheduler]:
     """The drafter, or the one on the CPU if a GPU fails while it is measured, and a scheduler with its costs."""
     measure = partial(
@@ -106,12 +112,8 @@ def _scheduled(
     if problem:  # outside the handler, whose traceback would keep what must go before the device does
         log.warning("the drafter runs on the CPU: %s", problem)
         drafter.close()
-        drafter = _open_cpu(pair, manifest, options, f"no CUDA: {problem}")
+        drafter = open_cpu(f"no CUDA: {problem}")
         costs = measure(drafter)
     return drafter, Scheduler(
         costs, pair_calibration(pair, manifest), plain_rows=target.least_rows, max_slowdown=options.max_slowdown
     )
-
-
-def _open_cpu(pair: Path, manifest: Manifest, options: LoadOptions, note: str) -> OnnxDrafter:
-    return OnnxDrafter.open_cpu(pair, manifest, threads=options.threads, note=note)

@@ -18,7 +18,8 @@ import pytest
 from dovetail.exporter.build import exchange, stages
 from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.runtime.errors import ExportError
-from dovetail.runtime.pair.manifest import Manifest, TargetFacts, read_manifest, verify_files
+from dovetail.runtime.pair.check import verify_files
+from dovetail.runtime.pair.manifest import Manifest, TargetFacts, read_manifest
 
 ROOTS = os.pathsep.join(str(Path(__file__).parents[3] / root) for root in ("runtime", "exporter", "models"))
 FACTS = TargetFacts("llama", 8, 8, 16, 1, 64, "int8", ("norm",), (1,), "a" * 64)

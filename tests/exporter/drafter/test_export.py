@@ -33,15 +33,14 @@ from dovetail.models.drafter import Drafter
 from dovetail.models.formats.dovetail import save_checkpoint
 from dovetail.runtime.drafter.vram import BUCKETS
 from dovetail.runtime.errors import ExportError, SourceError
+from dovetail.runtime.pair.check import check_pair, verify_files
+from dovetail.runtime.pair.layout import DATA_SUFFIX
 from dovetail.runtime.pair.manifest import (
-    DATA_SUFFIX,
     DrafterFacts,
     Manifest,
     TargetFacts,
-    check_pair,
     file_entry,
     read_manifest,
-    verify_files,
     write_manifest,
 )
 
@@ -286,7 +285,9 @@ def test_a_failed_check_leaves_nothing_behind(
     assert all(name in str(caught.value) for name in FILES.values())  # all failures, not the first
     assert list((tmp_path / "out" / "drafter").iterdir()) == []
     said: list[str] = []
-    facts = export_drafter(checkpoint, pair / "target", tmp_path / "out" / "drafter", progress=said.append)
+    facts = export_drafter(
+        checkpoint, pair / "target", tmp_path / "out" / "drafter", progress=lambda stage, *_: said.append(stage)
+    )
     assert facts == replace(facts, files={d: f"drafter/{n}" for d, n in FILES.items()})
     assert any("first child" in line for line in said)
 

@@ -18,7 +18,9 @@ from dovetail.exporter.pairs.pair import add_drafter, build_reference_pair
 from dovetail.exporter.pairs.reference import ReferencePair, WheelSource
 from dovetail.exporter.target.export import export_target
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, IntegrityError, PairError, SourceError
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, verify_files
+from dovetail.runtime.pair.check import verify_files
+from dovetail.runtime.pair.layout import MANIFEST_NAME
+from dovetail.runtime.pair.manifest import read_manifest
 
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"
 

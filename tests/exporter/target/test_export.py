@@ -20,7 +20,9 @@ from dovetail.exporter.target.convert import WeightOptions, check_tensors
 from dovetail.exporter.target.export import TargetOptions, export_target
 from dovetail.exporter.target.sources import resolve_source
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, read_manifest, verify_files
+from dovetail.runtime.pair.check import verify_files
+from dovetail.runtime.pair.layout import MANIFEST_NAME
+from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.graph import read_model
 
 ROOTS = os.pathsep.join(str(Path(__file__).parents[3] / root) for root in ("runtime", "exporter", "models"))

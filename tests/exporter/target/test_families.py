@@ -39,6 +39,7 @@ from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.system.progress import silent
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -373,7 +374,9 @@ def test_the_documentation_lists_every_architecture() -> None:
 def test_a_context_ends_where_the_factors_of_long_rope_change(tmp_path: Path) -> None:
     make_model(WORKS["phi3, long RoPE"], tmp_path / "hf")
     said: list[str] = []
-    export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32, progress=said.append)
+    export_target(
+        str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32, progress=lambda stage, *_: said.append(stage)
+    )
     assert read_manifest(tmp_path / "pair").target.max_context == 96
     assert any("context ends at 96 tokens" in line for line in said)
     with pytest.raises(InputError, match="--max-context 97 passes the original context 96"):
@@ -424,7 +427,7 @@ def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_pa
     Corpus.of(BatchWriter(model, [], slots=8, max_length=64).write(requests, random)).save(tmp_path / "corpus.npz")
     fit = FitOptions(epochs=4, unroll=2, window=48, batch=4, warmup=2, learning_rate=3e-3)
     plan = TrainPlan(corpora=(tmp_path / "corpus.npz",), draft_vocab=128, held_out=0.1, fit=fit)
-    train(tmp_path / "pair", tmp_path / "drafter", plan, lambda stage, done, total, note: None)
+    train(tmp_path / "pair", tmp_path / "drafter", plan, silent)
     add_drafter(tmp_path / "drafter", tmp_path / "pair")
     tree = TreeLimits(width=12, depth=3, top_k=3, lookup=4)
     with Engine.from_pretrained(tmp_path / "pair", drafter_device="cpu", tree=tree, ov_config=EXACT) as engine:

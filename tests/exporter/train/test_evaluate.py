@@ -19,7 +19,8 @@ from dovetail.exporter.train.evaluate import evaluate, fit_depth, reliability
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import SourceError
-from dovetail.runtime.policy.calibration import CALIBRATION_NAME, Calibration
+from dovetail.runtime.pair.layout import CALIBRATION_NAME
+from dovetail.runtime.policy.calibration import Calibration
 
 
 def drawn(scale: float, shift: float, count: int = 40_000) -> tuple[np.ndarray, np.ndarray]:

@@ -23,15 +23,12 @@ from dovetail.exporter.train.writer import BatchWriter, bare_prefix
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
+from dovetail.runtime.system.progress import silent
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.limits import TreeLimits
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # ties are not decided by rounding
-
-
-def quiet(stage: str, done: float, total: float, note: str) -> None:
-    """Progress that nobody watches."""
 
 
 def plan(corpus: Path, **changes: Any) -> TrainPlan:
@@ -44,7 +41,7 @@ def test_training_learns_and_says_so(
 ) -> None:
     monkeypatch.setattr("dovetail.exporter.train.loop.CURVE_EVERY", 10)
     long = replace(plan(corpus_file), fit=FitOptions(epochs=16, unroll=2, window=48, warmup=2, learning_rate=3e-3))
-    result = train(tiny_pair, tmp_path / "out", long, quiet)
+    result = train(tiny_pair, tmp_path / "out", long, silent)
     log = json.loads((tmp_path / "out" / "training.json").read_text())
     assert log["held_out"]["acceptance_length"] == result.acceptance_length
     assert log["updates"] == 16 * (23 // 4)
@@ -57,17 +54,17 @@ def test_training_learns_and_says_so(
     assert load_file(tmp_path / "out" / "drafter.safetensors")["d2t"].shape == (128,)
 
 
-@pytest.mark.parametrize("stage", ["features", "fit"])
+@pytest.mark.parametrize("interrupted", ["features", "fit"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    tiny_pair: Path, corpus_file: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: Path, corpus_file: Path, tmp_path: Path, interrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dovetail.exporter.train.loop.CURVE_EVERY", 5)
     monkeypatch.setattr("dovetail.exporter.train.loop.SAVE_SECONDS", 0.0)
     monkeypatch.setattr("dovetail.exporter.train.features.PASS_TOKENS", 200)
-    train(tiny_pair, tmp_path / "whole", plan(corpus_file), quiet)
+    train(tiny_pair, tmp_path / "whole", plan(corpus_file), silent)
 
-    def interrupt(at: str, done: float, total: float, note: str) -> None:
-        if at == stage and done > total / 4:
+    def interrupt(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        if stage == interrupted and done > total / 4:
             raise KeyboardInterrupt
 
     broken = tmp_path / "broken"
@@ -75,14 +72,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         train(tiny_pair, broken, plan(corpus_file), interrupt)
     assert not (broken / "drafter.safetensors").exists()
     with pytest.raises(TrainError, match="--resume"):
-        train(tiny_pair, broken, plan(corpus_file), quiet)
+        train(tiny_pair, broken, plan(corpus_file), silent)
     with pytest.raises(TrainError, match="other options"):
-        train(tiny_pair, broken, plan(corpus_file, fusion="fc"), quiet, resume=True)
-    train(tiny_pair, broken, plan(corpus_file), quiet, resume=True)
+        train(tiny_pair, broken, plan(corpus_file, fusion="fc"), silent, resume=True)
+    train(tiny_pair, broken, plan(corpus_file), silent, resume=True)
     whole, resumed = (load_file(tmp_path / name / "drafter.safetensors") for name in ("whole", "broken"))
     assert all((whole[key] == resumed[key]).all() for key in whole)
     with pytest.raises(TrainError, match="already holds a trained drafter"):
-        train(tiny_pair, broken, plan(corpus_file), quiet, resume=True)
+        train(tiny_pair, broken, plan(corpus_file), silent, resume=True)
 
 
 def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path) -> None:
@@ -91,7 +88,7 @@ def test_the_target_writes_its_own_training_text(tiny_pair: Path, tmp_path: Path
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
-    train(tiny_pair, tmp_path / "out", made, quiet)
+    train(tiny_pair, tmp_path / "out", made, silent)
     corpus = Corpus.load(tmp_path / "out" / "work" / "text" / "answers-0000.npz")
     tokenizer = Tokenizer.from_folder(tiny_pair / "target")
     assert len(corpus) == 12
@@ -110,14 +107,14 @@ def test_text_interrupted_goes_on_to_the_same_text(
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
 
-    def interrupt(stage: str, done: float, total: float, note: str) -> None:
+    def interrupt(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
         if stage == "answers" and done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(tiny_pair, tmp_path / "broken", made, interrupt)
-    train(tiny_pair, tmp_path / "broken", made, quiet, resume=True)
-    train(tiny_pair, tmp_path / "whole", made, quiet)
+    train(tiny_pair, tmp_path / "broken", made, silent, resume=True)
+    train(tiny_pair, tmp_path / "whole", made, silent)
     whole, broken = (load_file(tmp_path / name / "drafter.safetensors") for name in ("whole", "broken"))
     assert all((whole[key] == broken[key]).all() for key in whole)
 
@@ -128,7 +125,7 @@ def test_a_prompt_too_long_to_answer_is_told_of(tiny_pair: Path, tmp_path: Path)
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=8, draft_vocab=64, fit=fit)
-    train(tiny_pair, tmp_path / "out", made, lambda stage, done, total, note: told.append(note))
+    train(tiny_pair, tmp_path / "out", made, lambda stage, done=0, total=0, note="": told.append(note))
     assert len(Corpus.load(tmp_path / "out" / "work" / "text" / "answers-0000.npz")) == 8
     assert any(note.startswith("1 left out") for note in told)
 
@@ -147,7 +144,7 @@ def test_text_that_repeats_a_benchmark_is_left_out(tiny_pair: Path, tmp_path: Pa
     benchmark.write_text(json.dumps({"turns": ["hello", words]}) + "\n")
     fit = FitOptions(epochs=1, unroll=1, window=64, batch=2)
     made = TrainPlan(prompts=prompts, exclude=(benchmark,), max_new_tokens=8, draft_vocab=64, fit=fit)
-    train(tiny_pair, tmp_path / "out", made, quiet)
+    train(tiny_pair, tmp_path / "out", made, silent)
     log = json.loads((tmp_path / "out" / "training.json").read_text())
     assert log["corpus"]["left_out_for_overlap"] == 1
     assert log["corpus"]["trained_on"]["conversations"] + log["corpus"]["held_out_conversations"] == 11
@@ -185,25 +182,25 @@ class BatchWriterThatStops(BatchWriter):
 )
 def test_every_recipe_learns(tiny_pair: Path, corpus_file: Path, tmp_path: Path, options: FitOptions) -> None:
     fit = replace(options, epochs=16, window=48, warmup=2, learning_rate=max(3e-3, options.learning_rate))
-    train(tiny_pair, tmp_path / "out", replace(plan(corpus_file), fit=fit), quiet)
+    train(tiny_pair, tmp_path / "out", replace(plan(corpus_file), fit=fit), silent)
     curve = json.loads((tmp_path / "out" / "training.json").read_text())["curve"]
     assert curve[-1]["agreement"][0] > 1.3 * curve[0]["agreement"][0]
 
 
 def test_a_drafter_goes_on_from_another(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
-    train(tiny_pair, tmp_path / "first", plan(corpus_file), quiet)
+    train(tiny_pair, tmp_path / "first", plan(corpus_file), silent)
     go_on = replace(
         plan(corpus_file, init=tmp_path / "first"), fit=FitOptions(epochs=0.2, window=48, batch=4, unroll=2)
     )
-    train(tiny_pair, tmp_path / "second", go_on, quiet)
+    train(tiny_pair, tmp_path / "second", go_on, silent)
     first, second = (json.loads((tmp_path / n / "training.json").read_text())["curve"] for n in ("first", "second"))
     assert second[0]["loss"] < first[0]["loss"]
     with pytest.raises(TrainError, match="cannot"):
-        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path), quiet)
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path), silent)
     with pytest.raises(TrainError, match="give --fusion dgf"):
-        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", fusion="fc"), quiet)
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", fusion="fc"), silent)
     with pytest.raises(TrainError, match="leave out --last-feature"):
-        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", feature_layers=False), quiet)
+        train(tiny_pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first", feature_layers=False), silent)
 
 
 def test_a_target_with_scaled_rope_gets_a_drafter(tiny_llama: Path, tmp_path: Path) -> None:
@@ -218,7 +215,7 @@ def test_a_target_with_scaled_rope_gets_a_drafter(tiny_llama: Path, tmp_path: Pa
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     fit = FitOptions(epochs=2, unroll=2, window=64, batch=2)
     made = TrainPlan(prompts=prompts, max_new_tokens=40, draft_vocab=64, fit=fit)
-    assert train(pair, tmp_path / "out", made, quiet).positions > 0
+    assert train(pair, tmp_path / "out", made, silent).positions > 0
     add_drafter(tmp_path / "out", pair)
     limits = TreeLimits(width=4, depth=3, top_k=1, lookup=0)
     with Engine.from_pretrained(pair, drafter_device="cpu", tree=limits, ov_config=EXACT) as engine:
@@ -229,15 +226,15 @@ def test_a_target_with_scaled_rope_gets_a_drafter(tiny_llama: Path, tmp_path: Pa
 def test_a_smaller_disk_is_no_other_run(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
     """The remedy of a disk that is too small can be followed: the text stays."""
     with pytest.raises(TrainError, match="--disk"):
-        train(tiny_pair, tmp_path / "out", plan(corpus_file, disk_gb=1e-6), quiet)
-    train(tiny_pair, tmp_path / "out", plan(corpus_file), quiet, resume=True)
+        train(tiny_pair, tmp_path / "out", plan(corpus_file, disk_gb=1e-6), silent)
+    train(tiny_pair, tmp_path / "out", plan(corpus_file), silent, resume=True)
 
 
 def test_the_same_prompt_is_never_held_out_and_trained_on(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.npz"
     shutil.copyfile(corpus_file, twice)
     made = replace(plan(corpus_file), corpora=(corpus_file, twice), fit=FitOptions(epochs=0.2, unroll=1, window=48))
-    train(tiny_pair, tmp_path / "out", made, quiet)
+    train(tiny_pair, tmp_path / "out", made, silent)
     log = json.loads((tmp_path / "out" / "training.json").read_text())["corpus"]
     assert log["left_out_as_doubles"] == 24
     assert log["trained_on"]["conversations"] + log["held_out_conversations"] == 24
@@ -270,7 +267,7 @@ def test_a_damaged_record_of_parts_is_one_line(tmp_path: Path, content: bytes) -
     def unused() -> BatchWriter:
         raise AssertionError("the record is read first")
 
-    writer = TextWriter(tmp_path, tmp_path, 0.0, None, unused, 0, 8, quiet)  # type: ignore[arg-type]  # no tokenizer
+    writer = TextWriter(tmp_path, tmp_path, 0.0, None, unused, 0, 8, silent)  # type: ignore[arg-type]  # no tokenizer
     with pytest.raises(TrainError, match=r"remove the work folder") as caught:
         writer.own(4, ("",), 10.0)
     assert "\n" not in str(caught.value)
@@ -284,7 +281,7 @@ def test_a_target_that_no_drafter_fits_is_one_line(tiny_pair: Path, tmp_path: Pa
     manifest = read_manifest(pair)
     write_manifest(pair, replace(manifest, files={**manifest.files, "target/config.json": file_entry(file)}))
     with pytest.raises(TrainError) as caught:
-        train(pair, tmp_path / "out", TrainPlan(own_prompts=1), quiet)
+        train(pair, tmp_path / "out", TrainPlan(own_prompts=1), silent)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.runtime.errors import InputError, PairError
-from dovetail.runtime.policy.calibration import CALIBRATION_NAME, Calibration, DepthCalibration
+from dovetail.runtime.pair.layout import CALIBRATION_NAME
+from dovetail.runtime.policy.calibration import Calibration, DepthCalibration
 
 
 def fitted(scale: float, shift: float) -> DepthCalibration:

@@ -146,7 +146,11 @@ def test_every_point_is_timed_twice_and_then_until_the_time_is_over(sessions: Se
 
 def test_progress_rises_to_the_end(sessions: Sessions) -> None:
     said: list[float] = []
-    measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS, progress=said.append)
+
+    def progress(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        said.append(done / total)
+
+    measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS, progress=progress)
     assert said == sorted(said) and said[0] == 0 and said[-1] == pytest.approx(1, abs=0.2)
 
 

@@ -67,7 +67,11 @@ class Failing(OpenVINOTarget):
 def test_each_property_has_its_row_and_the_base_writes_the_same_after(open_with) -> None:
     base, told = open_with(), list[float]()
     before = greedy_text(base, PROMPT, 40)
-    rows = compare(base, open_with, PROMPT, [UNPINNED, UNKNOWN, EXACT], seconds=0.01, progress=told.append)
+
+    def progress(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        told.append(done / total)
+
+    rows = compare(base, open_with, PROMPT, [UNPINNED, UNKNOWN, EXACT], seconds=0.01, progress=progress)
     assert not base._texts and greedy_text(base, PROMPT, 40) == before
     unpinned, unknown, exact = rows
     assert [(row.name, row.value) for row in rows] == [(one.name, one.value) for one in (UNPINNED, UNKNOWN, EXACT)]

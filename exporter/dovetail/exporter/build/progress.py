@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 
-from dovetail.exporter.build.stages import Progress
+from dovetail.runtime.system.progress import Progress
 
 
 @contextlib.contextmanager
@@ -19,23 +19,24 @@ def show_progress(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _plain_lines(title)
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(bar_width=20), TimeElapsedColumn())
     # The console keeps this stream, because `quiet` redirects sys.stderr later.
     console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+    with rich.Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda text: bar.update(task, description=f"{title}: {text}")
+        yield lambda stage, *_: bar.update(task, description=f"{title}: {stage}")
 
 
 def _plain_lines(title: str) -> Progress:
     stream, start = sys.stderr, time.monotonic()
 
-    def line(text: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {title}: {text}", file=stream, flush=True)
+    def line(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {title}: {stage}", file=stream, flush=True)
 
     return line
 

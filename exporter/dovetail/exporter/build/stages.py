@@ -25,23 +25,11 @@ from typing import IO, Any
 
 from dovetail.exporter.build.exchange import _disk_errors, exchange, link_tree, scratch_folder
 from dovetail.runtime.errors import ExportError, ManifestError, PairError
-from dovetail.runtime.pair.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    parse_record,
-    read_manifest,
-    sha256_file,
-    write_atomically,
-    write_manifest,
-)
+from dovetail.runtime.pair.files import sha256_file, write_atomically
+from dovetail.runtime.pair.layout import MANIFEST_NAME
+from dovetail.runtime.pair.manifest import FileEntry, Manifest, parse_record, read_manifest, write_manifest
 from dovetail.runtime.system.files import check_text, read_json
-
-Progress = Callable[[str], None]
-
-
-def silent(text: str) -> None:
-    """A progress callback that shows nothing."""
+from dovetail.runtime.system.progress import Progress, silent
 
 
 @dataclass(frozen=True)

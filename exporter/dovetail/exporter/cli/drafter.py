@@ -36,6 +36,5 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
         if checkpoint in REFERENCE_PAIRS and not folder.is_dir():
             folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
         manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
-    facts, kind = manifest.drafter, manifest.drafter_kind or "drafter"
-    assert facts is not None  # add_drafter's promise
+    facts, kind = manifest.needed_drafter, manifest.drafter_kind or "drafter"
     click.echo(f"{pair}: {kind}, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")

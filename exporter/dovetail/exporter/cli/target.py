@@ -11,6 +11,7 @@ import click
 from dovetail.exporter.build.progress import show_progress
 from dovetail.exporter.target.convert import WEIGHT_FORMATS, WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
+from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -81,7 +82,7 @@ def command(
         f"{out}: {facts.model_type}, {facts.num_layers} layers, {facts.weight_format}, "
         f"vocabulary {facts.vocab_size}, context {facts.max_context}, tap {facts.taps[0]}"
     )
-    if not Tokenizer.from_folder(out / "target").has_chat_template:
+    if not Tokenizer.from_folder(out / TARGET).has_chat_template:
         click.echo(
             f"note: {out} has no chat template, so the model continues texts and cannot chat: "
             "give --tokenizer FOLDER with a tokenizer that has a chat template",

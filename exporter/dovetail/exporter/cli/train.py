@@ -9,8 +9,9 @@ from time import monotonic
 from typing import Any, Self
 
 import click
+from rich import progress as rich
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dovetail.exporter.train.plan import OPTIMIZERS, FitOptions, TrainPlan
 from dovetail.models.config import FUSIONS
@@ -25,7 +26,7 @@ class _Bars:
     and every LINE_SECONDS.
     """
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: rich.Progress):
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
         self._line = "", "", 0.0  # stage and note of the last line, and its time
@@ -37,7 +38,7 @@ class _Bars:
         if self._tasks:
             self._progress.stop()
 
-    def __call__(self, stage: str, done: float, total: float, note: str) -> None:
+    def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
         if not self._tasks:
             self._progress.start()
         if stage not in self._tasks:
@@ -133,7 +134,7 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
         TimeRemainingColumn(),
     )
     console = Console(file=sys.stderr)
-    with _Bars(Progress(*columns, console=console, disable=not console.is_terminal)) as bars:
+    with _Bars(rich.Progress(*columns, console=console, disable=not console.is_terminal)) as bars:
         result = train(pair, out, plan, bars, resume=resume)
     if not result.positions:
         click.echo("held-out answers are too short for an acceptance length: give --max-new-tokens 32 or more")

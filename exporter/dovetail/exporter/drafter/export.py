@@ -15,7 +15,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.int8 import quantize
 from dovetail.exporter.drafter.parity import TOLERANCES, Parity, check_parity, check_static
@@ -29,8 +28,11 @@ from dovetail.models.formats.registry import find_checkpoint
 from dovetail.models.fusion import LayerMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
 from dovetail.runtime.errors import DeviceError, ExportError, PairError, SourceError
-from dovetail.runtime.pair.manifest import DATA_SUFFIX, DrafterFacts, sha256_file
-from dovetail.runtime.policy.calibration import CALIBRATION_NAME, Calibration
+from dovetail.runtime.pair.files import sha256_file
+from dovetail.runtime.pair.layout import CALIBRATION_NAME, DATA_SUFFIX, IR_GRAPH, TOKENIZER
+from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.policy.calibration import Calibration
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.features import FeatureMix
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
@@ -89,7 +91,7 @@ def load_drafter(checkpoint: Path, target_dir: Path) -> DraftModel:
     """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
     found = find_checkpoint(checkpoint)
     config = text_config(read_config(target_dir), target_dir / CONFIG, SourceError)
-    embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / "openvino_model.xml"))
+    embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
     try:
         return found.read(TargetParts(config, embed, head)).eval()
     except ValueError as error:  # rows of another shape than the config says
@@ -112,7 +114,7 @@ def feature_mix(mix: LayerMix) -> FeatureMix:
 def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
     """What the manifest says about this drafter. folder: of the pair. Raises SourceError."""
     shape, layers = drafter.shape, drafter.mix.layers if drafter.mix else ()
-    tokenizer = target_dir / "tokenizer.json"
+    tokenizer = target_dir / TOKENIZER
     try:
         tokenizer_sha256 = sha256_file(tokenizer)
     except OSError as error:

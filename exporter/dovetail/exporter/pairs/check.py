@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.target.export import check_verifiable, static_size
-from dovetail.exporter.target.sources import IR_XML
+from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
 from dovetail.runtime.drafter.ort import CPU, failures, open_session, session_options
 from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError, one_line
-from dovetail.runtime.pair.manifest import (
-    DEVICES,
-    DrafterFacts,
-    Manifest,
-    check_pair,
-    read_manifest,
-    sha256_file,
-    verify_files,
-)
+from dovetail.runtime.pair.check import check_pair, verify_files
+from dovetail.runtime.pair.files import sha256_file
+from dovetail.runtime.pair.layout import DEVICES, TARGET, TARGET_GRAPH, TARGET_TOKENIZER
+from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, read_manifest
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, read_model
 
@@ -96,17 +91,17 @@ def _damaged_parts(pair: Path, manifest: Manifest, failures: list[DovetailError]
 
 
 def _check_tokenizer(pair: Path, manifest: Manifest) -> None:
-    digest = sha256_file(pair / "target" / "tokenizer.json")
+    digest = sha256_file(pair / TARGET_TOKENIZER)
     if digest != manifest.target.tokenizer_sha256:
         raise MismatchError(f"tokenizer.json ({digest[:12]}) is not the target's: export the target again")
-    probe_tokenizer(pair / "target")
+    probe_tokenizer(pair / TARGET)
 
 
 def _check_target_graph(pair: Path, manifest: Manifest) -> None:
     """Check that the graph has its tap and the manifest's sizes, and can verify trees."""
-    facts, model = manifest.target, read_model(pair / "target" / IR_XML)
+    facts, model = manifest.target, read_model(pair / TARGET_GRAPH)
     if not has_tap(model):
-        raise MismatchError(f"{pair / 'target' / IR_XML} has no {FEATURES!r} output: export the target again")
+        raise MismatchError(f"{pair / 'target' / IR_GRAPH} has no {FEATURES!r} output: export the target again")
     feature = find_head(model).input_value(0)
     found = {
         "tap": (feature.get_node().get_friendly_name(), facts.taps[-1]),
@@ -125,7 +120,7 @@ def _run_target(pair: Path, manifest: Manifest) -> None:
     """Check the KV state: one pass over some tokens agrees with two passes over these tokens."""
     import openvino as ov
 
-    compiled = ov.Core().compile_model(pair / "target" / IR_XML, "CPU", EXACT)
+    compiled = ov.Core().compile_model(pair / TARGET_GRAPH, "CPU", EXACT)
     ids = np.random.default_rng(0).integers(0, manifest.target.vocab_size, PROBE_TOKENS)
     whole = _logits(compiled, [ids])
     halves = _logits(compiled, [ids[:3], ids[3:]])

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.target.architectures import ARCHITECTURES
 from dovetail.runtime.errors import ExportError, InputError, install_extra
+from dovetail.runtime.system.progress import Progress, silent
 
 # optimum-intel requires torchvision, but text models never import it. A torchvision built for
 # another torch breaks `import transformers`. pip installs the other packages with transformers and

@@ -7,18 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.exporter.build.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
 from dovetail.exporter.target.export import (
-    WEIGHTS_FILE,
+    TARGET_WEIGHTS,
     TargetOptions,
     build_target,
     describe_target,
     describe_tools,
     versions,
 )
-from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, cache_dir, check_pair, parse_record, sha256_file
-from dovetail.runtime.policy.calibration import CALIBRATION_NAME
+from dovetail.runtime.pair.check import check_pair
+from dovetail.runtime.pair.files import cache_dir, sha256_file
+from dovetail.runtime.pair.layout import CALIBRATION_NAME
+from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, parse_record
+from dovetail.runtime.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
@@ -95,7 +98,7 @@ def build_drafter(
     """Run the drafter's stage and return its facts. vram, fit, keep: see export_drafter."""
     inputs = {
         "checkpoint": _digests(_find_checkpoint(checkpoint)),
-        "target": build.records["target"].files[WEIGHTS_FILE].sha256,  # the drafter takes rows of these weights
+        "target": build.records["target"].files[TARGET_WEIGHTS].sha256,  # the drafter takes rows of these weights
         "packages": versions(*DRAFTER_PACKAGES),
         "layout": DRAFTER_LAYOUT,
         "vram": vram,

@@ -19,10 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from dovetail.exporter.build.stages import Progress, silent
 from dovetail.exporter.target.sources import Source, resolve_source
 from dovetail.runtime.errors import InputError, IntegrityError, SourceError
-from dovetail.runtime.pair.manifest import cache_dir, sha256_file
+from dovetail.runtime.pair.files import cache_dir, sha256_file
+from dovetail.runtime.system.progress import Progress, silent
 
 Origin = Literal["hub", "wheel"]
 HUB_TIMEOUT_S = 5.0

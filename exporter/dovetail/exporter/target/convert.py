@@ -19,11 +19,11 @@ from zipfile import BadZipFile
 import numpy as np
 
 from dovetail.exporter.build.progress import quiet
-from dovetail.exporter.build.stages import Progress
 from dovetail.exporter.target.configuration import read_config
 from dovetail.exporter.target.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.target.sources import Source
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError, install_extra
+from dovetail.runtime.system.progress import Progress
 
 if TYPE_CHECKING:
     from optimum.intel import OVWeightQuantizationConfig

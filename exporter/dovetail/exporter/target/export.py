@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dovetail.exporter.build.stages import PairBuild, Progress, Stage, silent
+from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.exporter.target.architectures import context_of, original_context
 from dovetail.exporter.target.configuration import (
     LAYER_KEYS,
@@ -32,12 +32,15 @@ from dovetail.exporter.target.convert import REFERENCE, WeightOptions, convert
 from dovetail.exporter.target.embedding_rows import position_rows
 from dovetail.exporter.target.fuse_projections import fuse_projections
 from dovetail.exporter.target.graph_probe import ir_logits, probe_graph, probe_tokens
-from dovetail.exporter.target.sources import IR_XML, Source, check_fetched, resolve_source
+from dovetail.exporter.target.sources import IR_GRAPH, Source, check_fetched, resolve_source
 from dovetail.exporter.target.tokenizer_copy import TOKENIZER_FILES, copy_tokenizer, probe_tokenizer
 from dovetail.runtime.errors import ExportError, InputError, SourceError
-from dovetail.runtime.pair.manifest import Manifest, TargetFacts, parse_record, sha256_file
+from dovetail.runtime.pair.files import sha256_file
+from dovetail.runtime.pair.layout import TARGET_WEIGHTS, TOKENIZER
+from dovetail.runtime.pair.manifest import Manifest, TargetFacts, parse_record
 from dovetail.runtime.system.bounds import CONTEXT_MOST, check_whole
 from dovetail.runtime.system.files import printable, read_object
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.graph import LOGITS, add_tap, find_head, read_model, to_paged
 
 if TYPE_CHECKING:
@@ -47,7 +50,6 @@ PACKAGES = (
     "dovetail-spec", "openvino", "optimum-intel", "optimum", "nncf", "transformers", "tokenizers", "torch", "gguf",
     "huggingface-hub", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
-WEIGHTS_FILE = "target/openvino_model.bin"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _repaired(
     """The pair `old` with its target built again; an equal target keeps drafter, tree and name."""
     if old.drafter:
         # Only weights count, because every conversion numbers the node names in the .xml anew.
-        if build.records["target"].files[WEIGHTS_FILE] != old.files.get(WEIGHTS_FILE):
+        if build.records["target"].files[TARGET_WEIGHTS] != old.files.get(TARGET_WEIGHTS):
             raise ExportError(
                 f"{build.out}: the new target differs from the target that its drafter was added to: use --force, "
                 "then add the drafter again with dovetail-export drafter"
@@ -197,13 +199,13 @@ def _fill_target(
     ir: Path, source: Source, tokenizer: Path, folder: Path, options: TargetOptions, progress: Progress
 ) -> TargetFacts:
     progress("target: fusing projections, adding the feature tap")
-    model = read_model(ir / IR_XML)
+    model = read_model(ir / IR_GRAPH)
     _check_positions(model, read_config(ir), options)
     fuse_projections(model, apart=find_head(model))
     tap = add_tap(model)
     check_verifiable(model)
     progress("target: writing the graph")
-    save_ir(model, folder / IR_XML)
+    save_ir(model, folder / IR_GRAPH)
     for name in ("config.json", "generation_config.json"):
         own = source.folder / name
         if (origin := own if source.kind != "gguf" and own.is_file() else ir / name).is_file():
@@ -226,9 +228,9 @@ def _fill_target(
     tokens = probe_tokens(read_config(folder))
     float_logits = np.load(ir / REFERENCE) if (ir / REFERENCE).is_file() else None
     if float_logits is not None and options.weights.is_float:
-        probe_graph(folder / IR_XML, tokens, float_logits)
+        probe_graph(folder / IR_GRAPH, tokens, float_logits)
     else:
-        probe_graph(folder / IR_XML, tokens, ir_logits(ir / IR_XML, tokens), float_logits)
+        probe_graph(folder / IR_GRAPH, tokens, ir_logits(ir / IR_GRAPH, tokens), float_logits)
     return facts
 
 
@@ -249,7 +251,7 @@ def _facts(
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
             eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
-            tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
+            tokenizer_sha256=sha256_file(folder / TOKENIZER),
         )
     except KeyError as error:
         raise SourceError(f"config.json of {source.location} has no {error}: give a causal language model") from error

@@ -17,12 +17,12 @@ from typing import Any, Literal
 from dovetail.exporter.target.architectures import check_architecture, check_attention
 from dovetail.exporter.target.configuration import check_json, check_weights, read_config
 from dovetail.runtime.errors import SourceError
-from dovetail.runtime.pair.manifest import sha256_file
+from dovetail.runtime.pair.files import sha256_file
+from dovetail.runtime.pair.layout import IR_GRAPH, IR_WEIGHTS
 from dovetail.runtime.system.files import check_text
 
 Kind = Literal["hf", "gguf", "ir"]
 
-IR_XML = "openvino_model.xml"
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LFS_POINTER = b"version https://git-lfs"
@@ -92,7 +92,7 @@ def download(repo: str, revision: str | None = None) -> Path:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=10)
             names = [sibling.rfilename for sibling in info.siblings or ()]
-            if CONFIG in names and IR_XML not in names:
+            if CONFIG in names and IR_GRAPH not in names:
                 config = read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha)).parent)
                 check_architecture(repo, config)
                 _check_quantization(repo, config)
@@ -112,7 +112,7 @@ def download(repo: str, revision: str | None = None) -> Path:
 
 def _local(path: Path, location: str) -> Source:
     if path.is_file():
-        if path.name == IR_XML:
+        if path.name == IR_GRAPH:
             return _local(path.parent, location)
         from dovetail.exporter.target.gguf.config import gguf_config  # only GGUF files need gguf
         from dovetail.exporter.target.gguf.header import read_model
@@ -124,10 +124,10 @@ def _local(path: Path, location: str) -> Source:
         check_fetched(path / CONFIG)
         check_json(path)
         config = read_config(path)
-    if (path / IR_XML).is_file():
+    if (path / IR_GRAPH).is_file():
         if (path / CONFIG).is_file():
             check_attention(location, config)
-        return Source("ir", location, path, _digest(path, [IR_XML, "openvino_model.bin", "config.json"]))
+        return Source("ir", location, path, _digest(path, [IR_GRAPH, IR_WEIGHTS, "config.json"]))
     if (path / CONFIG).is_file():
         names = _weight_files(path)
         check_architecture(location, config)
@@ -142,7 +142,7 @@ def _local(path: Path, location: str) -> Source:
         if len(ggufs) == 1 or len({name_of_split(gguf) or gguf for gguf in ggufs}) == 1:
             return _local(ggufs[0], location)
         raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
-    raise SourceError(f"{path} is no checkpoint: give a folder with {IR_XML}, config.json or a GGUF file")
+    raise SourceError(f"{path} is no checkpoint: give a folder with {IR_GRAPH}, config.json or a GGUF file")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -189,7 +189,7 @@ def _digest(folder: Path, names: list[str]) -> dict[str, str]:
 def _unwanted(names: list[str]) -> list[str]:
     """Patterns of files that a download skips: subfolders, and weights except the best kind."""
     top = [name for name in names if "/" not in name]
-    for marker, kept in ((IR_XML, "*.bin"), (".safetensors", "*.safetensors"), (".bin", "*.bin")):
+    for marker, kept in ((IR_GRAPH, "*.bin"), (".safetensors", "*.safetensors"), (".bin", "*.bin")):
         if any(name.endswith(marker) for name in top):
             return [*(pattern for pattern in _HUB_WEIGHTS if pattern != kept), "*/*"]
     if any(name.endswith(".gguf") for name in top):

@@ -20,7 +20,8 @@ from dovetail.exporter.train.optimizers import learning_rate, make_optimizers
 from dovetail.exporter.train.plan import FitOptions
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError, one_line
-from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.pair.files import write_atomically
+from dovetail.runtime.system.progress import Progress
 
 CURVE_EVERY = 25  # updates per point of the learning curve
 LOOKS = 10  # measurements on held-out text in a run
@@ -29,9 +30,6 @@ TIMED_UPDATES = 20  # updates after which a run with a time limit fixes its leng
 
 # Errors of torch for a damaged or foreign file.
 _LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, PickleError, BadZipFile)
-
-# progress(stage, done, total, note)
-TrainProgress = Callable[[str, float, float, str], None]
 
 
 @dataclass
@@ -51,7 +49,7 @@ class FitState:
 class Fitting:
     """One run over `batches`; `folder`/state.pt stores its state."""
 
-    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: TrainProgress):
+    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
         self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
         self.progress = progress
         self.options: FitOptions = batches.options

@@ -25,7 +25,7 @@ from dovetail.exporter.train.contamination import Forbidden
 from dovetail.exporter.train.corpus import Corpus, draft_vocabulary
 from dovetail.exporter.train.evaluate import HeldOut, evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, check_room
-from dovetail.exporter.train.loop import Fitting, TrainProgress
+from dovetail.exporter.train.loop import Fitting
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
@@ -35,10 +35,14 @@ from dovetail.models.drafter import Drafter
 from dovetail.models.formats import dovetail as own
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.runtime.errors import TrainError, one_line
-from dovetail.runtime.pair.manifest import Manifest, read_manifest, sha256_file, verify_files, write_atomically
+from dovetail.runtime.pair.check import verify_files
+from dovetail.runtime.pair.files import sha256_file, write_atomically
+from dovetail.runtime.pair.layout import TARGET, TARGET_GRAPH, TARGET_WEIGHTS
+from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.files import check_text, read_object
 from dovetail.runtime.system.machine import usable_cores
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.text.prompts import read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -82,7 +86,7 @@ class Text:
         }
 
 
-def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, resume: bool = False) -> HeldOut:
+def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume: bool = False) -> HeldOut:
     """Train a drafter for the target of `pair`; write a checkpoint and a log to `out`."""
     check_text("folder", str(out), TrainError)
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))  # torch ignores a container's CPU quota
@@ -130,7 +134,7 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: TrainProgress, *, re
 
 def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
     """A drafter on the target's embedding and head rows, seeded or with `plan.init`'s weights."""
-    embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / "target/openvino_model.xml"))
+    embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / TARGET_GRAPH))
     vocabulary = min(plan.draft_vocab, len(head))
     d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
     torch.manual_seed(plan.fit.seed)
@@ -141,7 +145,7 @@ def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -
 
 
 def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
-    target = read_config(pair / "target", TrainError)
+    target = read_config(pair / TARGET, TrainError)
     try:
         return DrafterConfig.for_target(target, vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -188,7 +192,7 @@ class Work:
     manifest: Manifest
     plan: TrainPlan
     folder: Path
-    progress: TrainProgress
+    progress: Progress
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the target and of all files that the plan names."""
@@ -196,7 +200,7 @@ class Work:
         files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
         if plan.init:
             files.append(plan.init / own.WEIGHTS)
-        target = self.manifest.files["target/openvino_model.bin"].sha256
+        target = self.manifest.files[TARGET_WEIGHTS].sha256
         try:
             return {"target": target, "digests": {str(file): sha256_file(file) for file in files}}
         except OSError as error:
@@ -204,7 +208,7 @@ class Work:
 
     def open_model(self) -> PagedModel:
         """Open the target that verifies."""
-        return PagedModel(self.pair / "target" / "openvino_model.xml", layers=self.layers)
+        return PagedModel(self.pair / TARGET_GRAPH, layers=self.layers)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -216,7 +220,7 @@ class Work:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.pair / "target")
+        return Tokenizer.from_folder(self.pair / TARGET)
 
     def write(self, prompts: list[str]) -> list[Part]:
         """Parts with answers to `prompts` and to the target's own prompts, as `plan` asks."""
@@ -290,10 +294,10 @@ class Clock:
     def __exit__(self, *failure: object) -> None:
         self._book()
 
-    def watch(self, progress: TrainProgress) -> TrainProgress:
+    def watch(self, progress: Progress) -> Progress:
         """`progress`, which also stores the time every BOOK_SECONDS."""
 
-        def watched(stage: str, done: float, total: float, note: str) -> None:
+        def watched(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
             if time.monotonic() - self._mark > BOOK_SECONDS:
                 self._book()
             progress(stage, done, total, note)

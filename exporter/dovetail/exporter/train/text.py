@@ -20,12 +20,12 @@ import numpy as np
 
 from dovetail.exporter.train.corpus import Corpus, TrainingText
 from dovetail.exporter.train.features import Part
-from dovetail.exporter.train.loop import TrainProgress
 from dovetail.exporter.train.writer import BatchWriter, answer_requests, fingerprint, write_prompts
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system.bounds import check_number, check_whole
 from dovetail.runtime.system.files import read_json
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 PART_PROMPTS = 512  # prompts answered together
@@ -42,7 +42,7 @@ class TextWriter:
     """Writes the parts that need the target.
 
     folder: for `NAME.npz` and `NAME.prompts.json`. features: for `NAME.f16`, up to `feature_budget`
-    bytes. progress(stage, done, total, note).
+    bytes.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class TextWriter:
     open_writer: Callable[[], BatchWriter]
     seed: int
     max_new_tokens: int
-    progress: TrainProgress
+    progress: Progress
     _writer: BatchWriter | None = field(default=None, init=False)
 
     @property

@@ -18,8 +18,8 @@ from dovetail.runtime.bench.compare import Paired, measure, read_again, summary
 from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import DEFAULT_PAIR
-from dovetail.runtime.pair.manifest import write_atomically
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
 from dovetail.runtime.text.prompts import PromptTurns, read_prompts

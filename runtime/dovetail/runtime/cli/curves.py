@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.runtime.errors import InputError, install_extra
-from dovetail.runtime.pair.manifest import write_atomically
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import Measured
 

@@ -15,12 +15,14 @@ from dovetail.runtime.cli.options import vram_options
 from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_pair
 from dovetail.runtime.errors import DeviceError, InputError, PairError
+from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import DEVICES, Manifest, check_pair, read_manifest, verify_files
+from dovetail.runtime.pair.layout import DEVICES, TARGET_WEIGHTS
+from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.system.machine import mib
 from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, Measured, recall
+from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
@@ -91,7 +93,7 @@ def plan_vram(manifest: Manifest, vram: int | None, fit: bool) -> VramPlan | str
 
 def read_costs(manifest: Manifest) -> Measured | None:
     """Return the costs measured with default threads; CUDA's if both devices have costs."""
-    files = manifest.drafter.files if manifest.drafter and WEIGHTS in manifest.files else {}
+    files = manifest.drafter.files if manifest.drafter and TARGET_WEIGHTS in manifest.files else {}
     found = (recall(CostKey.of(manifest, device, None)) for device in DEVICES if device in files)
     return next(filter(None, found), None)
 

@@ -24,6 +24,7 @@ from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.tree.limits import TreeLimits
 
 Record = TypeVar("Record")
@@ -49,7 +50,7 @@ class Opener(Protocol):
         ov_config: Mapping[str, str],
         exact: bool,
         max_slowdown: float,
-        progress: Callable[[float], None],
+        progress: Progress,
     ) -> Engine: ...
 
 
@@ -58,7 +59,7 @@ class Announcement:
 
     told = False
 
-    def __call__(self, done: float) -> None:
+    def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
         if not self.told:
             click.echo("measuring this machine for this pair, once: some seconds", err=True)
             self.told = True

@@ -20,9 +20,12 @@ from dovetail.runtime.cli.curves import show_costs
 from dovetail.runtime.cli.options import check_threads, device_options
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import InputError, PairError
+from dovetail.runtime.pair.check import read_sound
+from dovetail.runtime.pair.files import cache_dir
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import cache_dir, read_sound
+from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.system import machine
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tune.applied import properties_line, target_properties
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
@@ -86,8 +89,8 @@ def tune(
         return OpenVINOTarget.load(folder, manifest, threads=threads, ov_config=config, exact=exact)
 
     def compared(tried: Sequence[Property], seconds: float) -> tuple[list[Compared], Chosen | None]:
-        prompt = Tokenizer.from_folder(folder / "target").encode(PROMPT)
-        with progress_bar("comparing") as progress:
+        prompt = Tokenizer.from_folder(folder / TARGET).encode(PROMPT)
+        with progress_bar() as progress:
             rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
         chosen = None if ov_config else choose(rows)
         if chosen:
@@ -108,7 +111,7 @@ def tune(
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
     target = open_target(beside={**chosen_properties(manifest, threads), **ov_config})
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
-    with progress_bar("measuring") as progress:
+    with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
@@ -184,12 +187,13 @@ def times(low: float, middle: float, high: float) -> str:
 
 
 @contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar on stderr and yield the function that sets the finished part, 0 to 1."""
+def progress_bar() -> Iterator[Progress]:
+    """Show a bar on stderr and yield the function that sets it."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(doing, total=1.0)
-        yield lambda done: progress.update(task, completed=done)
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("")
+        yield lambda stage, done=0, total=0, *_: bar.update(task, description=stage, completed=done, total=total)

@@ -10,11 +10,13 @@ from typing import Any
 from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.errors import DeviceError, IntegrityError, PairError
+from dovetail.runtime.pair.check import check_pair
 from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, Manifest, check_pair, read_manifest
+from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET_WEIGHTS
+from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.choose import widths
 from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import WEIGHTS, CostKey, recall
+from dovetail.runtime.tune.cost_cache import CostKey, recall
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
 CONTEXT = 128  # context in tokens for the estimated speed
@@ -109,8 +111,8 @@ def find_pair(named: str) -> tuple[Path, Manifest]:
     folder = resolve_pair(named)
     manifest = read_manifest(folder)
     check_pair(manifest)
-    if WEIGHTS not in manifest.files:
-        raise IntegrityError(f"{WEIGHTS} has no digest in {MANIFEST_NAME}: export the pair again")
+    if TARGET_WEIGHTS not in manifest.files:
+        raise IntegrityError(f"{TARGET_WEIGHTS} has no digest in {MANIFEST_NAME}: export the pair again")
     return folder, manifest
 
 
@@ -194,7 +196,7 @@ def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> 
     """Return the speed from costs measured with default flags, else plain decoding's bound."""
     known = recall(CostKey.of(manifest, device, None)) if device else None
     if known is None:
-        return Speed(round(bandwidth * 1e9 / manifest.files[WEIGHTS].size, 1))
+        return Speed(round(bandwidth * 1e9 / manifest.files[TARGET_WEIGHTS].size, 1))
     target, draft, limits = known.costs.target, known.costs.draft, manifest.tree
     plain_ms, call_ms = target.at(CONTEXT, 1), draft.at(CONTEXT, limits.top_k)
     rounds = {  # a tree of `width` nodes has at most width - 1 levels

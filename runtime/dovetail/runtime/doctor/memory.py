@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dovetail.runtime.errors import PairError
-from dovetail.runtime.pair.manifest import DEVICES, Manifest
+from dovetail.runtime.pair.layout import DEVICES, TARGET
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system.bounds import check_whole
 from dovetail.runtime.system.files import read_json
 from dovetail.runtime.system.machine import mib
@@ -20,7 +21,7 @@ def estimate_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
     target_kv_mb is None if the target's config does not give the KV heads.
     """
     weights = sum(
-        entry.size for name, entry in manifest.files.items() if name.startswith("target/") and name.endswith(".bin")
+        entry.size for name, entry in manifest.files.items() if name.startswith(f"{TARGET}/") and name.endswith(".bin")
     )
     per_token = target_kv_bytes(folder, manifest)
     memory = {
@@ -40,7 +41,7 @@ def estimate_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
 def target_kv_bytes(folder: Path, manifest: Manifest) -> int | None:
     """Return the bytes of KV per token over all layers, from target/config.json, or None."""
     try:
-        config = read_json(folder / "target" / "config.json", PairError, "")
+        config = read_json(folder / TARGET / "config.json", PairError, "")
         config = config.get("text_config", config)
         heads: int = config["num_attention_heads"]
         check_whole("num_attention_heads", heads, PairError, "")

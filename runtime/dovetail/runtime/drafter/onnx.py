@@ -26,7 +26,7 @@ from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_c
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
-from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.system.machine import usable_cores
@@ -75,9 +75,7 @@ class OnnxDrafter:
         Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
         small, or ONNX Runtime refuses the file).
         """
-        facts = manifest.drafter
-        if facts is None:
-            raise PairError(f"{pair} has no drafter: add one with dovetail-export drafter, or run without speculation")
+        facts = manifest.needed_drafter
         if device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {device!r} is unknown: choose auto, cpu or cuda")
         check_limit(vram, fit, device)
@@ -91,13 +89,11 @@ class OnnxDrafter:
                 note = f"no CUDA: {error}"
                 if vram is not None or driver_cuda() is not None:  # somebody counts on a GPU
                     log.warning("the drafter runs on the CPU: %s", error)
-        return cls.open_cpu(pair, manifest, threads=threads, note=note)
+        return cls.open_cpu(pair, facts, note, threads=threads)
 
     @classmethod
-    def open_cpu(cls, pair: Path, manifest: Manifest, *, threads: int | None, note: str) -> OnnxDrafter:
-        """The INT8 drafter; note: why it is this one. Raises DeviceError."""
-        facts = manifest.drafter
-        assert facts is not None
+    def open_cpu(cls, pair: Path, facts: DrafterFacts, note: str, *, threads: int | None) -> OnnxDrafter:
+        """Return the INT8 drafter. note: why the drafter runs on the CPU. Raises DeviceError."""
         runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
         return cls(facts, runner, device="CPU (int8)", note=note)
 
@@ -112,8 +108,7 @@ class OnnxDrafter:
         new_device: Callable[[], Device] | None = None,
     ) -> OnnxDrafter:
         """The float16 drafter on a GPU, its graphs captured. new_device: in place of CUDA's. Raises DeviceError."""
-        facts = manifest.drafter
-        assert facts is not None
+        facts = manifest.needed_drafter
         if new_device is None and (problem := cuda_problem()):
             raise DeviceError(problem)
         plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram

@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 
 from dovetail.runtime.errors import ExportError, InputError, install_extra
-from dovetail.runtime.pair.manifest import MANIFEST_NAME, cache_dir
+from dovetail.runtime.pair.files import cache_dir
+from dovetail.runtime.pair.layout import MANIFEST_NAME
 
 DEFAULT_PAIR = "smollm2-135m"
 REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b")  # names that `dovetail-export pair` builds

@@ -6,31 +6,22 @@ A pair without a drafter (a target that waits for one) is a valid pair with `dra
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dovetail.runtime.errors import InputError, IntegrityError, ManifestError, MismatchError
+from dovetail.runtime.errors import InputError, ManifestError, PairError
+from dovetail.runtime.pair.files import sha256_file, write_atomically
+from dovetail.runtime.pair.layout import DATA_SUFFIX, MANIFEST_NAME
 from dovetail.runtime.system.bounds import BYTES_MOST, check_whole
-from dovetail.runtime.system.files import check_regular, open_regular, parse_json, read_bytes, read_json
+from dovetail.runtime.system.files import read_json
 from dovetail.runtime.tree.limits import TreeLimits
 
 FORMAT_VERSION = 1
-# Without these there is no target.
-TARGET_FILES = ("target/openvino_model.xml", "target/openvino_model.bin", "target/tokenizer.json")
-MANIFEST_NAME = "dovetail.json"
-PARTS = ("target", "drafter")
-
 TREE_MOST = 2**12  # of each limit of a manifest's tree
 _AGAIN = "export the pair again"
-
-DATA_SUFFIX = ".data"  # of the file beside a graph that holds its weights
-DEVICES = ("cuda", "cpu")
 
 Record = TypeVar("Record")
 _MAY_BE_MISSING = {"may_be_missing": True}  # keys that older manifests of this format version do not have
@@ -146,10 +137,18 @@ class Manifest:
         kind = record.get("description") if isinstance(record, dict) else None
         return kind if isinstance(kind, str) else None
 
+    @property
+    def needed_drafter(self) -> DrafterFacts:
+        """The drafter of a pair that must have one. Raises PairError."""
+        if self.drafter is None:
+            raise PairError(
+                f"the pair {self.name} has no drafter: add one with dovetail-export drafter, or run without speculation"
+            )
+        return self.drafter
+
     def drafter_files(self, device: str) -> list[FileEntry]:
-        """The drafter's graph for `device`, which it must have, and its weights where they lie beside it."""
-        assert self.drafter is not None
-        graph = self.drafter.files[device]
+        """Return the drafter's graph for `device`, and the file of its weights if there is one."""
+        graph = self.needed_drafter.files[device]
         return [self.files[name] for name in (graph, graph + DATA_SUFFIX) if name in self.files]
 
 
@@ -204,155 +203,9 @@ def write_manifest(pair: Path, manifest: Manifest) -> None:
     write_atomically(Path(pair) / MANIFEST_NAME, text.encode("utf-8"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: readers see the old file or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def file_entry(path: Path) -> FileEntry:
     """Size and digest of `path`, for a manifest. Raises OSError."""
     return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
-
-
-def sha256_file(path: Path, *, remember: bool = True) -> str:
-    """Digest of a file's content; with `remember`, a file unchanged since the last call is not read again.
-
-    Unchanged means: same path, size, modification and change times and inode. Raises OSError.
-    """
-    resolved = Path(path).resolve()
-    identity = _identity(resolved)
-    memory = cache_dir() / "digests" / f"{hashlib.sha256(str(resolved).encode()).hexdigest()}.json"
-    if remember and (known := _recall(memory, identity)):
-        return known
-    with open_regular(resolved) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if _identity(resolved) == identity:
-        # A cache that cannot be written costs time, not correctness.
-        with contextlib.suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps({"file": identity, "sha256": digest}).encode())
-    return digest
-
-
-def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
-    """The manifest of a pair that may be loaded: its parts belong together, every file is there and unaltered.
-
-    tree: limits to be used in place of its own.  Raises ManifestError, MismatchError, IntegrityError.
-    """
-    manifest = read_manifest(pair)
-    check_pair(manifest if tree is None else replace(manifest, tree=tree))
-    check_listed(manifest)
-    verify_files(pair, manifest)
-    return manifest
-
-
-def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> None:
-    """Check that every listed file is there, whole and unaltered.
-
-    Raises IntegrityError naming the first file that is not. `remember`: see sha256_file.
-    """
-    for relative in manifest.drafter.files.values() if manifest.drafter else ():
-        if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")
-    for relative, entry in manifest.files.items():
-        _verify_file(Path(pair) / relative, entry, remember)
-    for file in (file for part in PARTS for file in (Path(pair) / part).glob("*")):  # some are read without a digest
-        try:
-            check_regular(file)
-        except FileNotFoundError:  # a link to nowhere
-            continue
-        except OSError as err:
-            raise IntegrityError(f"{file} cannot be read ({err.strerror}): remove it") from None
-
-
-def check_listed(manifest: Manifest) -> None:
-    """Check that the files a target cannot do without have digests. Raises IntegrityError naming one that has none."""
-    for relative in TARGET_FILES:
-        if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
-
-
-def check_pair(manifest: Manifest) -> None:
-    """Check that drafter and target belong together; a target without a drafter passes.
-
-    Raises MismatchError naming both values.
-    """
-    drafter, target, tree = manifest.drafter, manifest.target, manifest.tree
-    if drafter is None:
-        return
-    pairs: tuple[tuple[str, object, object], ...] = (
-        ("hidden size", drafter.hidden_size, target.hidden_size),
-        ("feature size", drafter.feature_size, target.feature_size),
-        ("vocabulary", drafter.target_vocab_size, target.vocab_size),
-        ("tokenizer", drafter.tokenizer_sha256[:12], target.tokenizer_sha256[:12]),
-    )
-    for what, ours, theirs in pairs:
-        if ours != theirs:
-            raise MismatchError(
-                f"the drafter's {what} {ours} is not the target's {theirs}: use the drafter trained for this target"
-            )
-    if max(drafter.feature_layers, default=0) >= target.num_layers:
-        raise MismatchError(
-            f"the drafter reads layer {max(drafter.feature_layers)} of a target that has {target.num_layers}: use the "
-            "drafter trained for this target"
-        )
-    if drafter.draft_vocab_size > target.vocab_size:
-        raise MismatchError(
-            f"draft vocabulary {drafter.draft_vocab_size} exceeds the target's {target.vocab_size}: train it again"
-        )
-    if tree.top_k > drafter.top_k:
-        raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it")
-    if tree.width > drafter.tree_slots:
-        raise MismatchError(f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it")
-
-
-def cache_dir() -> Path:
-    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
-
-    A user without a home has no cache: the folder given back is one that can be neither read nor made.
-    """
-    if own := os.environ.get("DOVETAIL_CACHE"):
-        return Path(os.path.expanduser(own))
-    home = os.path.expanduser("~")  # stays "~" without a home
-    base = os.environ.get("XDG_CACHE_HOME") or (os.devnull if home == "~" else os.path.join(home, ".cache"))
-    return Path(os.path.expanduser(base)) / "dovetail"
-
-
-def _verify_file(path: Path, entry: FileEntry, remember: bool) -> None:
-    remedy = "build the pair again with --resume"
-    try:
-        check_regular(path)
-        size = path.stat().st_size
-        if size != entry.size:
-            state = "truncated" if size < entry.size else "too long"
-            raise IntegrityError(f"{path} is {state} ({size} bytes, {entry.size} expected): {remedy}")
-        if sha256_file(path, remember=remember) != entry.sha256:
-            raise IntegrityError(f"{path} was altered (its sha256 is not the manifest's): {remedy}")
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is missing: {remedy}") from None
-    except OSError as err:
-        raise IntegrityError(f"{path} cannot be read ({err.strerror}): {remedy}") from None
-
-
-def _identity(path: Path) -> list[int | str]:
-    stat = path.stat()
-    return [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def _recall(memory: Path, identity: list[int | str]) -> str | None:
-    try:
-        note = parse_json(read_bytes(memory))
-        return str(note["sha256"]) if note["file"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):  # no note, or a damaged one
-        return None
 
 
 def _check_sizes(record: object, *names: str) -> None:

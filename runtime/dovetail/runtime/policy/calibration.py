@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError, PairError
-from dovetail.runtime.pair.manifest import Manifest, write_atomically
+from dovetail.runtime.pair.files import write_atomically
+from dovetail.runtime.pair.layout import CALIBRATION_NAME, DRAFTER, DRAFTER_CALIBRATION
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system.files import read_json
 
-CALIBRATION_NAME = "calibration.json"
 _REMEDY = "train the drafter again, or remove the file"
 _MOST = 1e300
 # Logits beyond these are no better known than these; float32 log-probabilities end near -6e-8 and -104.
@@ -113,8 +114,7 @@ class Calibration:
 
 def pair_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
     """The calibration of a pair's drafter, if the manifest lists one: a file without a digest is not the pair's."""
-    listed = f"drafter/{CALIBRATION_NAME}" in manifest.files
-    return Calibration.load(folder / "drafter") if listed else None
+    return Calibration.load(folder / DRAFTER) if DRAFTER_CALIBRATION in manifest.files else None
 
 
 def parse_calibration(raw: object) -> Calibration:

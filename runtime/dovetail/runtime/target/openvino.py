@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
+from dovetail.runtime.pair.layout import TARGET_GRAPH
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system.arrays import SequenceId, TokenArray
 from dovetail.runtime.target.blocks import BlockIds
@@ -84,7 +85,7 @@ class OpenVINOTarget:
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
             raise InputError(f"{taken[0]} must stay {required}, which trees depend on: leave the property out")
-        facts, xml = manifest.drafter, pair / "target" / "openvino_model.xml"
+        facts, xml = manifest.drafter, pair / TARGET_GRAPH
         mix = facts.files.get("features") if facts else None
         features = FeatureMix.load(pair / mix, facts) if facts and mix else None
         model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)

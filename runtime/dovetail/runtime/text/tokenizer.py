@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.runtime.errors import InputError, IntegrityError, one_line
+from dovetail.runtime.pair.layout import TOKENIZER
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
@@ -65,7 +66,7 @@ class Tokenizer:
     def from_folder(cls, path: Path | str) -> Tokenizer:
         """Read a target folder's tokenizer. Raises IntegrityError for a missing or bad file."""
         folder = Path(path)
-        file = folder / "tokenizer.json"
+        file = folder / TOKENIZER
         try:
             content = read_bytes(file, TOKENIZER_BYTES)
         except OSError as error:

@@ -12,12 +12,13 @@ from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.pair.manifest import Manifest, cache_dir, write_atomically
+from dovetail.runtime.pair.files import cache_dir, write_atomically
+from dovetail.runtime.pair.layout import TARGET_WEIGHTS
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
 from dovetail.runtime.target.paged import default_properties
 
-WEIGHTS = "target/openvino_model.bin"
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 
 
@@ -54,10 +55,9 @@ class CostKey:
         exact: bool = True,
     ) -> CostKey:
         """Return a pair's key on this machine. The pair must have a drafter and file digests."""
-        assert manifest.drafter is not None
         cpu, versions = here.cpu(), here.versions()
         return cls(
-            target=manifest.files[WEIGHTS].sha256,
+            target=manifest.files[TARGET_WEIGHTS].sha256,
             drafter="".join(entry.sha256 for entry in manifest.drafter_files(device)),
             device=device,
             threads=threads,
@@ -144,7 +144,7 @@ def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]
 
 def _choice_file(manifest: Manifest, threads: int | None) -> Path:
     cpu = here.cpu()
-    weights = manifest.files[WEIGHTS].sha256 if WEIGHTS in manifest.files else manifest.name
+    weights = manifest.files[TARGET_WEIGHTS].sha256 if TARGET_WEIGHTS in manifest.files else manifest.name
     facts = [weights, threads, cpu.model, cpu.usable, list(cpu.instruction_sets), here.versions().get("openvino")]
     return cache_dir() / "properties" / f"{sha256(json.dumps(facts).encode()).hexdigest()}.json"
 

@@ -29,6 +29,7 @@ from dovetail.runtime.policy.choose import WIDTHS
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
@@ -50,7 +51,6 @@ PATHS = 5  # paths of that tree
 
 Engine = Literal["target", "path", "draft"]
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
-Progress = Callable[[float], None]  # takes the finished part of the work, 0 to 1
 
 
 class Timed(Protocol):
@@ -72,7 +72,7 @@ def known_or_measured(
     threads: int | None,
     ov_config: Mapping[str, str] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
@@ -103,7 +103,7 @@ def measure(
     contexts: Iterable[int],
     widths: Iterable[int],
     seconds: float,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Costs:
     """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
 
@@ -114,8 +114,7 @@ def measure(
     """
     check_seconds(seconds)
     begin = perf_counter()
-    if progress is not None:
-        progress(0.0)
+    progress("measuring", 0, 1)
     contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.capacity) - CHUNK)
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
@@ -142,8 +141,7 @@ def measure(
         while (left := seconds - (perf_counter() - begin)) > 0 or watch.sampled(points) < 1:
             queue = queue or shuffled(sizes)
             watch.time(queue.pop())
-            if progress is not None:
-                progress(min(1 - left / seconds, watch.sampled(points)))
+            progress("measuring", min(1 - left / seconds, watch.sampled(points)), 1)
         target_curve = watch.curve("target", sizes["target"], contexts)
         return Costs(
             target=target_curve,

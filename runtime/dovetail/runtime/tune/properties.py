@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
+from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.exactness import differing_rows
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import default_properties
 from dovetail.runtime.target.session import opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen
-from dovetail.runtime.tune.measure import Progress, check_seconds
+from dovetail.runtime.tune.measure import check_seconds
 
 CONTEXT = 128  # tokens before a timed pass
 NODES = (1, 8, 16)  # nodes of a timed pass; 1 is plain decoding
@@ -32,6 +33,7 @@ CHAIN = 16  # tokens of the text in one pass
 TOKENS = 128  # tokens of the text
 SAMPLES = 7  # least number of pairs of passes for each size
 PROMPT = "The three most important discoveries in the history of science, and what each of them changed:"
+Tell = Callable[[float], None]  # takes the finished part of the work on one property, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def compare(
     tried: Sequence[Property],
     *,
     seconds: float,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Compared]:
     """Return a record for each property of `tried`, measured for about `seconds` in all.
 
@@ -100,8 +102,7 @@ def compare(
     end = perf_counter() + seconds
 
     def tell(done: float, part: float = 0.0) -> None:
-        if progress is not None and tried:
-            progress((done + part) / len(tried))
+        progress("comparing", done + part, len(tried))
 
     tell(0)
     text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
@@ -124,7 +125,11 @@ class _Read:
     best: NDArray[np.int64]
 
     def beside(
-        self, one: Property, open_with: Callable[[Property], OpenVINOTarget], until: float, tell: Progress
+        self,
+        one: Property,
+        open_with: Callable[[Property], OpenVINOTarget],
+        until: float,
+        tell: Tell,
     ) -> Compared:
         """Open a candidate, read the text, time passes and close: at most two models are open."""
         try:
@@ -182,7 +187,7 @@ def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[in
     return np.concatenate(best)
 
 
-def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Progress) -> dict[int, list[float]]:
+def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Tell) -> dict[int, list[float]]:
     """Return by nodes how many times as fast `candidate` was in each pair of passes.
 
     Timing ends at `until`, but not before SAMPLES pairs.
