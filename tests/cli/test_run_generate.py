@@ -195,6 +195,25 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     assert opener.calls == [(pair, {**device, "tree": None})]
 
 
+@pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("1", 1.0)])
+def test_a_slowdown_is_a_percentage_or_a_share(invoke, pair, opener, given: str, share: float) -> None:
+    assert ask(invoke, pair, opener, "Hello", "-n", "2", "--max-slowdown", given).exit_code == 0
+    assert opener.calls[0][1]["max_slowdown"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("given", ["2", "-1%", "101%", "nan", "much", "%", ""])
+def test_another_slowdown_is_named(invoke, pair, opener, given: str) -> None:
+    result = ask(invoke, pair, opener, "Hello", f"--max-slowdown={given}")
+    assert result.exit_code == 2 and not opener.calls
+    assert result.stderr == f"error: --max-slowdown {given!r} is no share of the time: give e.g. 2% or 0.02\n"
+
+
+@pytest.mark.parametrize("tree", ["--fixed-tree", "--width=5", "--lookup=0"])
+def test_a_slowdown_beside_a_fixed_tree_is_refused(invoke, pair, opener, tree: str) -> None:
+    result = ask(invoke, pair, opener, "Hello", "--max-slowdown", "2%", tree)
+    assert result.exit_code == 2 and "a fixed tree has none" in result.stderr and not opener.calls
+
+
 def test_system_message_goes_before_the_prompt(invoke, pair, opener) -> None:
     assert ask(invoke, pair, opener, "Hello", "--system", "Be brief", "-n", "2").exit_code == 0
     assert opener.engine.asked[0][0] == [

@@ -84,13 +84,15 @@ class EngineFlags:
     fit: bool = False
     ov_config: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
-    max_slowdown: float = MAX_SLOWDOWN
+    max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
         """Bad values are told before a pair is built or loaded."""
         check_threads(self.threads)
         check_limit(self.vram, self.fit, self.drafter_device)
         TreeLimits(**self.tree_values())
+        if self.max_slowdown is not None and (self.fixed_tree or self.tree_values()):
+            raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
 
     def tree_values(self) -> dict[str, int]:
         """The limits that were given, by their names in TreeLimits."""
@@ -113,7 +115,7 @@ class EngineFlags:
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             ov_config=self.ov_config,
             exact=self.exact,
-            max_slowdown=self.max_slowdown,
+            max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
             progress=Announcement(),
         )
 
@@ -155,7 +157,7 @@ def device_options(command: Command) -> Command:
     """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit`, `ov_config` and `exact`."""
     return _apply(
         command,
-        click.option("-t", "--threads", type=int, help="CPU threads of the target.  [default: one per usable core]"),
+        click.option("-t", "--threads", type=int, help="CPU threads of each engine.  [default: one per usable core]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
         vram_options,
@@ -188,12 +190,14 @@ def _parse_properties(_context: click.Context, _option: click.Parameter, given: 
     return dict(one.split("=", 1) for one in given)
 
 
-def _parse_percent(_context: click.Context, _option: click.Parameter, given: str) -> float:
+def _parse_share(_context: click.Context, _option: click.Parameter, given: str | None) -> float | None:
+    if given is None:
+        return None
     try:
-        share = float(given.removesuffix("%")) / 100
-    except ValueError:
-        raise InputError(f"--max-slowdown {given!r} is no percentage: give e.g. 1%") from None
-    check_slowdown(share)
+        share = float(given.removesuffix("%")) / (100 if given.endswith("%") else 1)
+        check_slowdown(share)
+    except (ValueError, InputError):
+        raise InputError(f"--max-slowdown {given!r} is no share of the time: give e.g. 2% or 0.02") from None
     return share
 
 
@@ -204,9 +208,9 @@ def engine_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
-        click.option("--max-slowdown", metavar="PERCENT", default=f"{MAX_SLOWDOWN:.0%}", show_default=True,
-                     callback=_parse_percent,
-                     help="Time that drafts may lose against plain decoding in the long run."),
+        click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
+                     help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
+                     f"[default: {MAX_SLOWDOWN:.0%}]"),
         click.option("--fixed-tree", is_flag=True, help="The same limits for every tree: the pair's, or those given.  "
                      "[default: each tree as it pays here]"),
         click.option("--width", type=int, help="Nodes verified in one pass, root included; 1 drafts nothing; "

@@ -29,7 +29,7 @@ from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tune.applied import properties_line, target_properties
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
-from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure
+from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure, rows_apart, warn_of_rows
 from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 
 CHOICE = 0.25  # the choice's part of the time
@@ -114,7 +114,8 @@ def tune(
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
-    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2))
+    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
+    warn_of_rows(measured)
     store(measured.store)
     given = target_properties(manifest, threads, ov_config)
     if as_json:

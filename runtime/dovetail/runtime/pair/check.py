@@ -86,7 +86,7 @@ def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> No
 
 
 def _verify_file(path: Path, entry: FileEntry, remember: bool) -> None:
-    remedy = "build the pair again with --resume"
+    remedy = "export it again, with --resume where the command has it"
     try:
         check_regular(path)
         size = path.stat().st_size

@@ -84,7 +84,8 @@ def _now() -> str:
 class Measured:
     """Costs, and the circumstances of their measurement for display.
 
-    seconds: duration of the measurement. date: ISO 8601, UTC.
+    seconds: duration of the measurement. rows_apart: largest difference in logits between rows that
+    exact text needs equal, 0 if they are. date: ISO 8601, UTC.
     """
 
     pair: str
@@ -94,6 +95,7 @@ class Measured:
     date: str = field(default_factory=_now)
     machine: Mapping[str, Any] = field(default_factory=here.describe)
     versions: Mapping[str, str] = field(default_factory=here.versions)
+    rows_apart: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -155,7 +157,7 @@ def recall(key: CostKey) -> Measured | None:
         raw = json.loads(key.file.read_text(encoding="utf-8"))
         if raw["key"] != asdict(key):
             return None
-        facts = (float(raw["seconds"]), str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]))
-        return Measured(str(raw["pair"]), key, Costs.from_dict(raw["costs"]), *facts)
+        facts = (str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]), float(raw["rows_apart"]))
+        return Measured(str(raw["pair"]), key, Costs.from_dict(raw["costs"]), float(raw["seconds"]), *facts)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, InputError):
         return None

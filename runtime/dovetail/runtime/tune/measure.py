@@ -76,24 +76,35 @@ def known_or_measured(
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
-    A measurement is kept in the cache. After a measurement a log warning says if the target's rows
-    are not equal on this machine. threads, ov_config: as passed to open target and drafter. Raises
-    DeviceError.
+    A measurement is kept in the cache. A log warning says if the target's rows are not equal on this
+    machine. threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
     if known is not None:
+        warn_of_rows(known)
         return known.costs
     begin = perf_counter()
     costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
-    if target.exact and (different := differing_rows(target)).rows:
+    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
+    warn_of_rows(measured)
+    with suppress(OSError):  # without a writable cache the next start measures again
+        measured.store()
+    return costs
+
+
+def rows_apart(target: OpenVINOTarget) -> float:
+    """Return the largest difference in logits between rows that exact text needs equal."""
+    return differing_rows(target).largest if target.exact else 0.0
+
+
+def warn_of_rows(measured: Measured) -> None:
+    """Log a warning if rows were not equal when the costs were measured."""
+    if measured.rows_apart:
         log.warning(
             "the target's rows differ by up to %.2g logits between passes here, so drafts may change the text: "
-            "dovetail-run tune --properties shows which properties of OpenVINO keep rows equal", different.largest,
+            "dovetail-run tune --properties shows which properties of OpenVINO keep rows equal", measured.rows_apart,
         )  # fmt: skip
-    with suppress(OSError):  # without a writable cache the next start measures again
-        Measured(manifest.name, key, costs, round(perf_counter() - begin, 2)).store()
-    return costs
 
 
 def measure(
