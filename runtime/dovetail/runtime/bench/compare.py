@@ -93,8 +93,7 @@ class Run:
 class Paired:
     """One conversation in both modes. Without the plain mode, plain and speedup are None.
 
-    choices: the target's choices when it reads the speculative answers again, in a row; None
-    before.
+    choices: the target's choices on reading the speculative answers again, in a row; None before.
     """
 
     conversation: PromptTurns

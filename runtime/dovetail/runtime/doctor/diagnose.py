@@ -24,8 +24,7 @@ from dovetail.runtime.drafter.ort import failures, open_session, session_options
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 
-# An ONNX model with one Identity node, from x to y, on one float. It shows whether a provider
-# really runs.
+# An ONNX model of one Identity node, from x to y. It shows whether a provider really runs.
 PROBE_MODEL = base64.b64decode(
     "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEBE="
 )

@@ -127,8 +127,7 @@ def estimate_pair(
 ) -> PairEstimate:
     """Return the estimate for a pair.
 
-    bandwidth: GB/s. free_vram_mb: None if CUDA cannot be used. vram: bytes, None for the pair's own
-    limit.
+    bandwidth: GB/s. free_vram_mb: None without CUDA. vram: bytes, None for the pair's own limit.
     """
     video = estimate_vram(manifest, free_vram_mb, vram)
     device = None if manifest.drafter is None else "cpu"
@@ -172,8 +171,7 @@ def estimate_ram(folder: Path, manifest: Manifest, device: str | None, available
 def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
     """Return the VRAM estimate, or None without a drafter for a GPU.
 
-    free_mb: excludes this process's CUDA context, which the plan counts again: an error on the safe
-    side.
+    free_mb: without this process's CUDA context. The plan counts it again, on the safe side.
     """
     if manifest.drafter is None or "cuda" not in manifest.drafter.files:
         return None

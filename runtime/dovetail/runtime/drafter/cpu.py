@@ -31,7 +31,7 @@ from dovetail.runtime.system.page_release import LookupMapping
 from dovetail.runtime.tree.growth import Candidates
 
 PREFIX_STEP = 256  # context pairs by which the bound part of the KV buffer grows
-SPIN_US = 100  # microseconds that the session's threads wait for work before they sleep
+SPIN_US = 100  # microseconds for which the session's idle threads wait before they sleep
 
 
 class CpuRunner:
@@ -74,11 +74,9 @@ class CpuRunner:
         self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # (rows, answers) -> (bound KV rows, binding)
 
     def rows(self, n: int) -> Rows:
-        """See Runner."""
         return self._rows
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
-        """See Runner."""
         if noise is not None or self._noisy:
             self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
             self._noise[:] = 0 if noise is None else noise

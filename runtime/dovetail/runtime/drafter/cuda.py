@@ -161,11 +161,10 @@ class CudaRunner:
             raise DeviceError(f"{problem} (planned: {plan})")
 
     def rows(self, n: int) -> Rows:
-        """See Runner."""
         return self._graphs[_bucket(n)].rows
 
     def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
-        """See Runner. `context` needs no binding: the mask limits each row. Not after `close`."""
+        """The mask limits each row, so `context` needs no binding. Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._trash)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]

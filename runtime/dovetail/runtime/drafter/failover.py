@@ -20,30 +20,29 @@ log = logging.getLogger(__name__)
 class FailoverDrafter:
     """A drafter that moves from one OnnxDrafter to a second when the first fails, with a log line.
 
-    The second drafter holds nothing at first: the failed call raises Moved. device, capacity: of
+    The second drafter holds no pairs at first: the failed call raises Moved. device, capacity: of
     the drafter in use.
     """
 
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
-        """open_second: opens the other drafter, given the reason; without it errors are raised."""
+        """open_second: opens the second drafter, given the reason. Without it errors are raised."""
         self._drafter, self._open_second = drafter, open_second
         self.device, self.capacity = drafter.device, drafter.capacity
-        self._moved = 0  # bytes that the first drafter moved, once it is left
+        self._moved = 0  # bytes that the first drafter moved, after the move
 
     @property
     def report(self) -> DeviceReport:
-        """Why it runs where it does, and what both drafters moved."""
+        """Why the drafter runs where it does, and the bytes that both drafters moved."""
         now = self._drafter.report
         return DeviceReport(now.note, self._moved + now.bus_bytes)
 
     def length(self, seq: SequenceId) -> int:
-        """See Drafter."""
         return self._drafter.length(seq)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """See OnnxDrafter. Raises Moved, InputError, and DeviceError if there is no other drafter."""
+        """Raises Moved, InputError, and DeviceError if there is no second drafter."""
         try:
             return self._drafter.extend(seq, tokens, features, noise)
         except DeviceError as error:
@@ -53,7 +52,7 @@ class FailoverDrafter:
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """See OnnxDrafter. Raises as `extend` does."""
+        """Raises as `extend` does."""
         try:
             return self._drafter.propose(seq, limits, judge, noise)
         except DeviceError as error:
@@ -61,29 +60,28 @@ class FailoverDrafter:
         self._move(problem)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        """See OnnxDrafter."""
         self._drafter.rewind(seq, keep)
 
     def close(self) -> None:
-        """See Drafter."""
         self._drafter.close()
 
     def _movable(self, error: DeviceError) -> str:
-        """The error's message, if there is another drafter; else raise the error.
+        """Return the error's message if there is a second drafter, else raise the error.
 
-        To be left behind with its traceback, whose frames hold what must go before the device does.
+        The caller moves after it has left the handler. The traceback's frames hold objects that
+        must be freed before the device.
         """
         if self._open_second is None:
             raise error
         return str(error)
 
     def _move(self, problem: str) -> NoReturn:
-        """Leave the first drafter for the second. Raises Moved, and DeviceError if the second does not open."""
+        """Switch to the second drafter. Raises Moved, or DeviceError if it does not open."""
         assert self._open_second is not None
         second = self._open_second(f"moved there: {problem}")
         log.warning("the drafter moves from %s to %s: %s", self.device, second.device, problem)
         self._moved = self._drafter.report.bus_bytes
-        first, self._drafter = self._drafter, second  # whole, should an interrupt come now
+        first, self._drafter = self._drafter, second  # at once, in case of an interrupt
         self._open_second = None
         self.device, self.capacity = second.device, second.capacity
         first.close()

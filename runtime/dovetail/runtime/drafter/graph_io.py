@@ -1,6 +1,7 @@
-"""What goes into a drafter's exported graph and what comes out: names, shapes and rows, and the seam to an engine.
+"""Inputs and outputs of a drafter's graph: names, shapes and rows, and the protocol of its engine.
 
-Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft vocabulary.
+Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft
+vocabulary, g KV heads, d head size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.tree.growth import Candidates
 
-CHUNK = 128  # rows of a call at most
+CHUNK = 128  # the most rows of a call
 BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
 Array = NDArray[Any]
@@ -25,18 +26,18 @@ INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots"
 INPUTS = (*INDEXES, "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
 NOISE = "noise"  # [1, V] float32, added to the logits of every row; graphs of older pairs have none
-DRAFT_IDS = "draft_ids"  # of the graph's metadata: V target ids, little-endian int32 in base64
+DRAFT_IDS = "draft_ids"  # key of the graph's metadata: V target ids, little-endian int32 in base64
 _TYPES: dict[type[np.generic], str] = {
     np.int64: "tensor(int64)", np.int32: "tensor(int32)", np.float32: "tensor(float)", np.float16: "tensor(float16)"
 }  # fmt: skip
-STATE = "bank"  # beside kv.0, kv.1 ..: input, and output as bank_out, kv.0.out ..
+STATE = "bank"  # an input like kv.0, kv.1 ..; the outputs are bank_out, kv.0.out ..
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs and outputs of a call, one row each: [rows, ..].  Names, and their meaning, are the graph's.
+    """Inputs and outputs of a call, one row each: [rows, ..]. Names and meanings are the graph's.
 
-    queries: 0, 1, 2 .., of which a call takes the rows whose children are wanted.
+    queries: 0, 1, 2 ..; a call takes the rows whose children are wanted.
     """
 
     input_ids: NDArray[np.int64]
@@ -56,13 +57,13 @@ class Rows:
 
     @classmethod
     def zeros(cls, facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> Rows:
-        """Arrays of their own; `dtype` is that of the graph's activations."""
+        """Return new arrays of zeros. dtype: of the graph's activations."""
         specs = row_specs(facts, rows, dtype)
         arrays: dict[str, Any] = {name: np.zeros(shape, kind) for name, (shape, kind) in specs.items()}
         return cls(**arrays)
 
     def pad(self, n: int, trash: int) -> None:
-        """Make the rows from `n` on harmless: they attend to nothing and write where nobody reads."""
+        """Make the rows from `n` on harmless: they attend to nothing and write to slot `trash`."""
         self.input_ids[n:] = self.position_ids[n:] = self.feature_rows[n:] = 0
         self.kv_slots[n:] = self.context_end[n:] = 0
         self.bank_slots[n:] = trash
@@ -73,7 +74,7 @@ Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
 
 
 def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
-    """Shape and dtype of every array of Rows, inputs first, features last of these."""
+    """Return shape and dtype of every array of Rows: inputs first, features the last input."""
     specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INDEXES}
     specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
     specs["features"] = ((rows, facts.feature_size), dtype)
@@ -83,22 +84,22 @@ def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> 
 
 
 def state_shapes(facts: DrafterFacts, context: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of what stays with the graph: per block kv.i [T + context, 2, g, d], and the bank [T + 1, D]."""
+    """Return the shapes of the state: per block kv.i [T + context, 2, g, d], bank [T + 1, D]."""
     kv = (facts.tree_slots + context, 2, facts.num_kv_heads, facts.head_size)
     return {**{f"kv.{i}": kv for i in range(facts.blocks)}, STATE: (facts.tree_slots + 1, facts.feature_size)}
 
 
 def output_name(state: str) -> str:
-    """Output of the graph that is bound to the memory of the input `state`."""
+    """Return the name of the output that is bound to the memory of the input `state`."""
     return "bank_out" if state == STATE else f"{state}.out"
 
 
 class Runner(Protocol):
-    """Runs the graph, owning KV and bank.
+    """Runs the graph and owns its KV and bank.
 
-    file_key: of the graph in DrafterFacts.files.  max_context: pairs that it holds.  bus_bytes: moved so far between
-    host and device, both ways; 0 where they are one.  draft_ids: [V], target ids of the draft vocabulary, None where
-    the graph takes no noise.
+    file_key: of the graph in DrafterFacts.files. max_context: pairs that it holds. bus_bytes: moved
+    between host and device so far, both ways; 0 on the CPU. draft_ids: [V], target ids of the draft
+    vocabulary, None if the graph takes no noise.
     """
 
     file_key: str
@@ -107,32 +108,32 @@ class Runner(Protocol):
     draft_ids: NDArray[np.int32] | None
 
     def rows(self, n: int) -> Rows:
-        """Where the inputs of a call of n rows are to be written, at least n rows each."""
+        """Return the arrays for the inputs of a call of n rows. They may have more rows."""
         ...
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
-        """Run the first n of `rows(n)` against `context` pairs; the result is valid until the next run.
+        """Run the first n of `rows(n)` against `context` pairs. Valid until the next run.
 
-        noise: [V] float32, None for none.
-        upload_features: they are read too; then the last row's children are wanted alone, and may be all that comes.
+        noise: [V] float32, None for none. upload_features: whether the graph reads the features
+        too. The caller then wants the last row's children alone, and the result may hold no others.
         """
         ...
 
     def touch(self, context: int) -> None:
-        """Have memory of its own under the KV of `context` pairs, whatever it holds."""
+        """Make the system provide memory for the KV of `context` pairs, whatever it holds."""
         ...
 
     def close(self) -> None:
-        """Give a device's memory back; nothing may be run after it."""
+        """Free the device's memory. No further run is possible."""
         ...
 
 
 def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:
-    """Check a graph's inputs and outputs: names, dtypes, and sizes that are fixed.  Raises DeviceError naming one.
+    """Check names, dtypes and fixed sizes of a graph's inputs and outputs. Raises DeviceError.
 
-    dtype: of the graph's activations.  Graphs of older pairs have no `queries` and no `noise`.
+    dtype: of the graph's activations. Graphs of older pairs have no `queries` and no `noise`.
     """
-    rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: as many as a call has
+    rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: any number
     inputs: dict[str, Spec] = {name: rows[name] for name in INPUTS}
     inputs |= {NOISE: ((1, facts.draft_vocab_size), np.float32)}
     inputs |= {name: (shape, dtype) for name, shape in state.items()}
@@ -162,7 +163,7 @@ def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.fl
 
 
 def read_draft_ids(session: Any, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
-    """[V], target ids of the draft vocabulary, from the graph; None where it takes no noise.  Raises DeviceError."""
+    """Return [V], target ids of the draft vocabulary; None without noise. Raises DeviceError."""
     if NOISE not in {port.name for port in session.get_inputs()}:
         return None
     try:

@@ -1,6 +1,6 @@
-"""The drafter's seam: a session that proposes token trees.
+"""The drafter's protocol: a session that proposes draft trees.
 
-Axes: T new tokens, K candidates, D feature size. For positions see the target's seam, target/session.py.
+Axes: T new tokens, K candidates, D feature size. Positions: see target/session.py.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
-# For sampled tokens: (depth, ids [K]) -> [K] float32, to be added to a drafter's logits of the tokens `ids` that
-# may come `depth` levels below the last known token, so that its best are what the target draws (see Sampler.ahead).
+# For sampled tokens: (depth, ids [K]) -> [K] float32 to add to a drafter's logits of tokens `ids`,
+# `depth` levels below the last known token (see Sampler.ahead).
 DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """Facts of the device that a drafter runs on.
+    """Facts about a drafter's device.
 
-    note: why it runs there. bus_bytes: moved so far between host and device, both ways; 0 on the CPU.
+    note: why the drafter runs there. bus_bytes: moved so far between host and device, both ways; 0
+    on CPUs.
     """
 
     note: str = ""
@@ -35,26 +36,26 @@ class DeviceReport:
 
 
 class Moved(DeviceError):
-    """The drafter's device failed. It runs on another one now, holds no pair, and must be extended again."""
+    """The drafter's device failed. The drafter now runs on another device and holds no pairs."""
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """The drafter with its own KV of the target's sequences.
+    """A drafter with its own KV of the target's sequences.
 
     It holds a sequence from the first `extend` until a `rewind` to 0.
     """
 
-    device: str  # where it runs: "CPU (int8)", "CUDA (fp16)"
-    capacity: int  # (feature, token) pairs of a sequence
+    device: str  # e.g. "CPU (int8)", "CUDA (fp16)"
+    capacity: int  # context pairs of a sequence
 
     @property
     def report(self) -> DeviceReport:
-        """Facts of its device, for whoever runs the engine."""
+        """Facts about the device."""
         ...
 
     def length(self, seq: SequenceId) -> int:
-        """Pairs that it has been extended with; 0 for a sequence that it does not know."""
+        """Return how many pairs the drafter holds; 0 for an unknown sequence."""
         ...
 
     def extend(
@@ -62,14 +63,14 @@ class Drafter(Protocol):
     ) -> None:
         """Append pairs: features[i] = f[t], tokens[i] = x[t+1]. tokens: [T], features: [T, D].
 
-        noise: of what follows the last token, None where nothing is drawn; a session may do without it.
+        noise: for nodes below the last token, None without sampling. A session may ignore it.
         """
         ...
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """Grow a tree below the last token of `extend`, the root; judge: see grow_tree. noise: see `extend`."""
+        """Return a tree below the last token of `extend`. judge: see grow_tree."""
         ...
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
@@ -77,5 +78,5 @@ class Drafter(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the device's memory back; the drafter is not to be used any more."""
+        """Free the device's memory. No further call is possible."""
         ...

@@ -1,10 +1,10 @@
-"""The last pairs of one text: those that wait for the drafter, and those that it must read again.
+"""The last context pairs of one text: those that the drafter has not read or must read again.
 
 Axes: n pairs, D feature size. Pair t is the target's feature f[t] and the token x[t+1] after it.
 
-The target computes a feature for every token; the drafter reads pairs when it is asked for a tree. The window keeps
-the last KEPT pairs on the host. The drafter begins anew with them in three cases: its context is full, more pairs wait
-than the window keeps, or its device failed and another one holds nothing yet.
+The target computes a feature for every token. The drafter reads pairs when it drafts. The window
+keeps the last KEPT pairs on the host. The drafter starts over with them in three cases: its context
+is full, more pairs wait than the window keeps, or the drafter moved to another device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEPT = 256  # pairs: as many as a drafter is trained on at once
 
 
 class _Kept(NamedTuple):
-    """Features [n, D] of the last pairs, in the parts that they came in. begin: number of the first pair."""
+    """Features [n, D] of the last pairs, in parts as they came. begin: number of the first pair."""
 
     begin: int = 0
     parts: tuple[FloatArray, ...] = ()
@@ -35,7 +35,7 @@ class _Kept(NamedTuple):
         return self.begin + sum(map(len, self.parts))
 
     def last(self, count: int) -> FloatArray:
-        """The last `count` rows, at least one, in one array."""
+        """Return the last `count` rows, at least one, in one array."""
         taken = list[FloatArray]()
         for part in reversed(self.parts):
             taken.append(part[-count:])
@@ -45,7 +45,7 @@ class _Kept(NamedTuple):
         return np.concatenate(taken[::-1])
 
     def without(self, rows: int) -> _Kept:
-        """All but the first `rows` rows."""
+        """Return all but the first `rows` rows."""
         begin, parts = self.begin + rows, self.parts
         while rows and rows >= len(parts[0]):
             rows, parts = rows - len(parts[0]), parts[1:]
@@ -55,9 +55,9 @@ class _Kept(NamedTuple):
 class Window:
     """The last pairs of one text, and how many pairs its drafter holds.
 
-    start: pairs before the first that the drafter holds. length: pairs that it certainly holds.
-    `length` grows after a call of the drafter and shrinks before one, so an interrupt at any point leaves it right, and
-    `rewind` brings the drafter back to it.
+    start: number of the first pair that the drafter holds. length: pairs that it certainly holds.
+    `length` grows after a call of the drafter and shrinks before one. An interrupt at any point
+    therefore leaves it right, and `rewind` brings the drafter back to it.
     """
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
@@ -67,26 +67,29 @@ class Window:
 
     @property
     def waiting(self) -> int:
-        """Pairs that the drafter has yet to read."""
+        """Pairs that the drafter has not read."""
         return self._kept.end - max(self._read_to, self._kept.begin)
 
     @property
     def _read_to(self) -> int:
-        """The first pair that the drafter has not read; one that holds nothing can begin with any pair."""
+        """Number of the first unread pair. A drafter that holds none can begin with any pair."""
         return self.start + self.length if self.length else self._kept.begin
 
     def add(self, features: FloatArray) -> None:
-        """Append pairs: `features` [n, D], no views of memory that somebody else writes."""
+        """Append pairs. features: [n, D], no view of memory that others write."""
         kept = _Kept(self._kept.begin, (*self._kept.parts, features))
         self._kept = kept.without(max(kept.end - kept.begin - KEPT, 0))
 
     def reach(self, pairs: int) -> int:
-        """The most pairs, up to `pairs`, after which the drafter can go on: they are read, or the last one is kept."""
+        """Return the most pairs, up to `pairs`, after which the drafter can go on.
+
+        The drafter has read these pairs, or the window keeps the last of them.
+        """
         pairs = min(pairs, self._kept.end)
         return pairs if pairs > self._kept.begin else min(pairs, self._read_to)
 
     def cut(self, keep: int) -> None:
-        """Forget pair `keep` and those after it; the drafter follows at the next `rewind`."""
+        """Forget pair `keep` and all later ones. The drafter follows at the next `rewind`."""
         self.length = max(min(self.length, keep - self.start), 0)
         self.start = min(self.start, keep)
         kept = self._kept
@@ -97,7 +100,7 @@ class Window:
             self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Let the drafter read what waits. tokens: of the whole text; noise: see Drafter.extend."""
+        """Let the drafter read the waiting pairs. tokens: the whole text. noise: see Drafter."""
         while self.waiting:
             try:
                 self._read(tokens, noise)
@@ -107,7 +110,7 @@ class Window:
     def propose(
         self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
     ) -> DraftTree:
-        """The drafter's tree below the last of `tokens`, once it has read what waits."""
+        """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
         while True:
             self.flush(tokens, noise)
             try:
@@ -116,15 +119,15 @@ class Window:
                 self.length = 0
 
     def rewind(self) -> None:
-        """Bring the drafter back to the pairs that it certainly holds. Raises DeviceError."""
-        if self.drafter.length(self._seq) < self.length:  # it moved to another device, and an interrupt came
+        """Bring the drafter back to `length` pairs. Raises DeviceError."""
+        if self.drafter.length(self._seq) < self.length:  # an interrupt came after a move to another device
             self.length = 0
         self.drafter.rewind(self._seq, self.length)
         if (held := self.drafter.length(self._seq)) != self.length:
             raise DeviceError(f"the drafter holds {held} pairs after a rewind to {self.length}: open the engine again")
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Append what waits, or begin anew with the last pairs."""
+        """Append the waiting pairs, or start over with the last pairs."""
         kept, count, capacity = self._kept, self.waiting, self.drafter.capacity
         if not self.length or kept.begin > self._read_to or self.length + count > capacity:
             self.length = 0

@@ -1,9 +1,10 @@
 """Acceptance by sample-and-match: keep the path that the target itself would have written.
 
-Axes: N nodes, V target vocabulary, A accepted nodes below the root.
-The target chooses its own token at each node, and the walk goes on where the tree has that token. What it chooses
-depends on its logits and the position's noise alone, so every token comes from its processed distribution whatever the
-tree proposes, and whatever the drafter knew of the noise: no draft probabilities are needed.
+Axes: N nodes, V target vocabulary, A accepted nodes below the root. The target chooses a token at
+each node, and the walk goes on where the tree has that token. The choice depends on the target's
+logits and the position's noise alone. Every token therefore comes from the target's processed
+distribution, whatever the tree proposes and whatever noise the drafter knew. Draft probabilities
+are not needed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the target made of a tree.
+    """The accepted path of a tree, and its tokens.
 
-    path: [A + 1] int64, accepted nodes, root first.
-    tokens: A + 1 token ids: those of the accepted nodes, then the target's own next token, which no node
-    carried (recovered) or which follows a leaf (bonus).
+    path: [A + 1] int64, accepted nodes, root first. tokens: A + 1 ids: the accepted nodes' tokens,
+    then the target's next token, which no child of the last node carries.
     """
 
     path: NDArray[np.int64]
@@ -32,17 +32,17 @@ class Verdict:
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that were right."""
+        """Number of drafted tokens that were right."""
         return len(self.tokens) - 1
 
 
 def accept(
     tree: DraftTree, logits: NDArray[np.float32], sampler: Sampler, position: int, context: Sequence[int]
 ) -> Verdict:
-    """Keep the longest path that the target itself would have produced.
+    """Return the longest path that the target itself would have produced.
 
-    logits: [N, V] float32, row i belongs to node i. position: absolute, of the first token to be chosen.
-    context: every token id before it, the root's included. Only visited rows are looked at.
+    logits: [N, V] float32, row i belongs to node i; only visited rows are read. position: absolute,
+    of the first token to choose. context: every token id before it, the root's included.
     """
     path, tokens, seen = [0], list[int](), list(context)
     while True:

@@ -1,4 +1,4 @@
-"""Many texts that share the passes of one target: a text that ends makes room for the next at once.
+"""Many texts that share the passes of one target. When a text ends, the next begins at once.
 
 Axes: n rows of one text in a pass, D feature size.
 """
@@ -28,7 +28,7 @@ class Advance:
 
 
 class SequenceBatch:
-    """Continuous batching, a token a text and pass. slots: texts in flight at most."""
+    """Continuous batching: one token per text and pass. slots: the most texts at a time."""
 
     def __init__(self, target: Target, slots: int) -> None:
         self.target = target
@@ -37,9 +37,10 @@ class SequenceBatch:
     def run(
         self, requests: Iterable[Request], new_sampler: Callable[[Request], Sampler] | None = None
     ) -> Generator[Advance, None, None]:
-        """Answer every request, whose prompts are read whole; advances come pass by pass, in the order of the slots.
+        """Answer every request. Yield the advances pass by pass, in the order of the slots.
 
-        new_sampler: makes each request's, in place of its own. Raises ContextOverflow, and what the target raises.
+        Prompts are read whole. new_sampler: makes the sampler of each request in place of its own.
+        Raises ContextOverflow, and the target's errors.
         """
         waiting = iter(requests)
         try:
@@ -67,7 +68,7 @@ class SequenceBatch:
             budget -= len(request.prompt)
 
     def _step(self, active: list[Sequence]) -> list[Advance]:
-        """One pass. All tokens are chosen before anything is committed: the next call may reuse the pass's memory."""
+        """Run one pass. Choose all tokens before a commit, which may reuse the pass's memory."""
         prompts = {each.id: np.array(each.tokens, np.int64) for each in active if not each.length}
         offers = {each.id: each.draft().tree for each in active if each.length}
         passes = self.target.verify(offers, prompts)

@@ -1,4 +1,4 @@
-"""The loop, on token ids and the two seams alone: prefill, draft, verify, accept, commit, yield."""
+"""The loop, on token ids and two sessions: prefill, draft, verify, accept, commit, yield."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dovetail.runtime.loop.sequence import Request, Sequence, Step
 
 
 def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step, None, None]:
-    """Generate: one Step from the prefill, then one per round; the last one says why it ended.
+    """Yield one Step from the prefill, then one per round. The last Step says why the answer ends.
 
-    May be abandoned at any point, an interrupt within a session's call included: the sequence stays usable.
-    Raises ContextOverflow, and what the sessions raise.
+    The caller may stop at any point, even with an interrupt inside a session's call: the sequence
+    stays usable. Raises ContextOverflow, and the sessions' errors.
     """
     policy, meter.prompt_tokens = request.scheduler, len(request.prompt)
     try:
@@ -48,7 +48,7 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
 
             if policy and offer.plan:
                 policy.learn(offer.outcome(found.verdict.tokens, draft_ms, verify_ms))
-            sequence.tell(found.features[: len(step.tokens)])  # one for each token that is known to follow
+            sequence.tell(found.features[: len(step.tokens)])  # one for each known next token
             meter.lap("other")
             meter.add_round(len(offer.tree) - 1, min(found.verdict.accepted, len(step.tokens)))
             meter.bus_bytes = sequence.bus_bytes - moved

@@ -1,8 +1,4 @@
-"""What a generation cost and what drafting gave: one record per generation.
-
-Equivalents in vLLM's metrics: rounds = num_drafts, drafted = num_draft_tokens, accepted = num_accepted_tokens,
-accepted_per_position = num_accepted_tokens_per_pos, acceptance_length = mean acceptance length.
-"""
+"""The record of a generation's costs and drafts. docs/reference/metrics.md has vLLM's names."""
 
 from __future__ import annotations
 
@@ -17,21 +13,21 @@ Phase = Literal["prefill", "draft", "verify", "other"]
 
 @dataclass(frozen=True)
 class GenerationMetrics:
-    """One generation in numbers. Times are milliseconds and leave out what the consumer of a stream takes.
+    """One generation in numbers. Times are milliseconds, without those of a stream's consumer.
 
-    prompt_tokens: all of the prompt; cached_tokens: those whose KV was still there.
-    new_tokens: tokens of the answer; the first comes from the prefill, the others from rounds. A stop token is
-    not counted, nor is what was found in the same round beyond the end of the answer.
-    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over all rounds, those
-    that only fill a width included.
+    prompt_tokens: the whole prompt. cached_tokens: prompt tokens whose KV was still there.
+    new_tokens: tokens of the answer, without a stop token and tokens past the end. The first comes
+    from the prefill, the others from rounds.
+    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over
+    all rounds, nodes that only fill a width included.
     accepted_per_position: how often the i-th drafted token of a path was accepted.
-    acceptance_length: 1 + accepted / rounds, tokens per round; 1 without rounds and with speculate=False.
-    prefill_ms: target and drafter read the prompt, the drafter after the first token. draft_ms: extend and propose.
-    verify_ms: verify and commit.
-    other_ms: all else, text and sampling included. total_ms: their sum.
+    acceptance_length: 1 + accepted / rounds; 1 without rounds and with speculate=False.
+    prefill_ms: target and drafter read the prompt, the drafter after the first token.
+    draft_ms: extend and propose. verify_ms: verify and commit. other_ms: all else, text and
+    sampling included. total_ms: their sum.
     time_to_first_token_ms: up to the first token. decode_ms: from there to the end.
-    tokens_per_second: tokens after the first, over decode_ms; 0 when there are none.
-    bus_bytes: moved between host and drafter's device in all rounds, both ways; 0 for a drafter on the CPU.
+    tokens_per_second: tokens after the first, over decode_ms; 0 without such tokens.
+    bus_bytes: moved between host and drafter's device in all rounds, both ways; 0 on the CPU.
     """
 
     prompt_tokens: int
@@ -55,7 +51,7 @@ class GenerationMetrics:
 
 @dataclass
 class Meter:
-    """Counts and times one generation while it runs; `resume` ... `lap(phase)` surrounds what is timed."""
+    """Counts and times a running generation. `resume` ... `lap(phase)` surrounds timed work."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -73,11 +69,11 @@ class Meter:
         self._mark = self.clock()
 
     def resume(self) -> None:
-        """Start the clock anew: what passed since the last lap belongs to nobody here."""
+        """Restart the clock: the time since the last lap belongs to no phase."""
         self._mark = self.clock()
 
     def lap(self, phase: Phase) -> float:
-        """Book the time since the last lap or resume; returns it, in ms."""
+        """Add the time since the last lap or resume to `phase` and return it, in ms."""
         now = self.clock()
         took = (now - self._mark) * 1e3
         self.spent_ms[phase] += took
@@ -88,14 +84,14 @@ class Meter:
         self.first_token_ms = sum(self.spent_ms.values())
 
     def add_round(self, drafted: int, accepted: int) -> None:
-        """Count a verified tree: nodes below its root, and how many of them were kept."""
+        """Count a verified tree: nodes below its root, and how many the target accepted."""
         self.rounds += 1
         self.drafted += drafted
         pairs = zip_longest(self.accepted_per_position, [1] * accepted, fillvalue=0)
         self.accepted_per_position = [total + one for total, one in pairs]
 
     def metrics(self) -> GenerationMetrics:
-        """The record of what was counted so far."""
+        """Return the record of everything counted so far."""
         accepted, total_ms = sum(self.accepted_per_position), sum(self.spent_ms.values())
         decode_ms, later = total_ms - self.first_token_ms, self.new_tokens - 1
         return GenerationMetrics(

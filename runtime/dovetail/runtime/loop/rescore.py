@@ -1,4 +1,4 @@
-"""An answer that its target reads again: which tokens it chooses there, and how clearly.
+"""Read an answer again with its target: the tokens that the target chooses, and how clearly.
 
 Axes: A tokens of the answer, V target vocabulary.
 """
@@ -18,13 +18,14 @@ from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 
-_CHAIN = 12  # nodes a pass: a width of trees, which the target has prepared already
+_CHAIN = 12  # nodes per pass: a width of trees, for which the target has prepared kernels
 
 
 class Choice(NamedTuple):
-    """What the target chooses in the place of a token of an answer.
+    """The target's choice in place of a token of an answer.
 
-    margin: logits that it is above the answer's token, 0 where it is that one; None where more than logits decide.
+    margin: its logit minus that of the answer's token, 0 if they are the same token. None if more
+    than logits decide.
     """
 
     token: int
@@ -34,9 +35,10 @@ class Choice(NamedTuple):
 def read_again(
     sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[int], sampler: Sampler
 ) -> list[Choice]:
-    """A Choice for each of the A tokens of `answer`; `sequence` forgets what it held, and holds what was read.
+    """Return a Choice for each of the A tokens of `answer`. `sequence` then holds this text alone.
 
-    It is read in chains, whose rows have the bits of a tree's first path. Raises InputError for ids that are none.
+    The target reads chains, whose rows have the bits of a tree's first path. Raises InputError for
+    a token id that the target does not have.
     """
     seen, found = list(prompt), list[Choice]()
     for token, logits in zip(answer, _logits(sequence, prompt, answer), strict=True):
@@ -50,7 +52,7 @@ def read_again(
 
 
 def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[int]) -> Iterator[FloatArray]:
-    """The target's logits [V] for each token of `answer`, valid until the next is asked for."""
+    """Yield the target's logits [V] for each token of `answer`, valid until the next yield."""
     sequence.forget()
     sequence.tokens = list(prompt)
     try:

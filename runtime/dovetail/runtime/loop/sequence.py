@@ -1,6 +1,6 @@
-"""One text: its tokens, what target and drafter hold of it, and the answer that is being written.
+"""One text: its tokens, what target and drafter hold of it, and the current answer.
 
-Axes: P prompt tokens, N nodes, n pairs, D feature size. The position arithmetic is that of target/session.py.
+Axes: P prompt tokens, N nodes, n context pairs, D feature size. Positions: see target/session.py.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 class Request:
     """One generation on token ids.
 
-    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer earlier.
-    stop_tokens: end the answer and are no part of it. limits: None is plain decoding, a node a pass.
-    scheduler: shapes each tree within the limits; None lets the trees grow as far as the limits say.
+    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer
+    earlier. stop_tokens: end the answer and are no part of it. limits: None is plain decoding, one
+    node per pass. scheduler: shapes each tree within the limits; None lets trees grow up to them.
     """
 
     prompt: tuple[int, ...]
@@ -56,7 +56,7 @@ class Request:
             raise InputError(f"max_new_tokens {count!r} is out of range: give a whole number, 1 or more")
 
     def check_room(self, max_context: int) -> int:
-        """Tokens that the answer may have. Raises ContextOverflow when there is room for none."""
+        """Return how many tokens the answer may have. Raises ContextOverflow for none."""
         count = len(self.prompt)
         if count >= max_context:
             raise ContextOverflow(
@@ -68,9 +68,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens found in one round (or, first, by the prefill), and why there are no more.
+    """Tokens of one round, or first of the prefill, and why the answer ends with them.
 
-    stop: the stop token that ended the answer; it is none of the tokens.
+    stop: the stop token that ended the answer, which is not in `tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -80,9 +80,9 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The tree of a round, and how a policy came to it, if there is one.
+    """The tree of a round, with the policy's records of it if there is a policy.
 
-    tree: for the target. drafted: the drafter's part of it, None where it was not asked; growth: how that grew.
+    tree: for the target. drafted, growth: the drafter's own tree and how it grew, None without one.
     """
 
     tree: DraftTree
@@ -92,7 +92,7 @@ class Offer:
     growth: Growth | None = None
 
     def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
-        """For the policy: `tokens` followed the root."""
+        """Return the record for the policy. tokens: those that followed the root."""
         assert self.plan and self.choice  # made by a policy
         return Round(self.plan, self.choice, self.drafted, self.growth, tokens, draft_ms, verify_ms)
 
@@ -101,7 +101,8 @@ class Offer:
 class Found:
     """The result of a pass over a tree.
 
-    step: the part of the verdict that counts for the answer. features: [A + 1, D], a copy, of the accepted nodes.
+    step: the part of it that counts for the answer. features: [A + 1, D], a copy, of accepted
+    nodes.
     """
 
     verdict: Verdict
@@ -110,13 +111,14 @@ class Found:
 
 
 class Sequence:
-    """One text on a target and, where there is one, a drafter. It outlives an answer: `begin` keeps a common prefix.
+    """One text on a target and, if there is one, a drafter. It outlives an answer.
 
-    id: its number at both. tokens: ids whose KV may be kept, then at most one known token more.
-    length: tokens whose KV the target certainly holds. It grows after a call of the target and shrinks before one, so
-    an interrupt at any point leaves it right, and `rewind` brings both sessions back to what is certain.
-    room: tokens that the answer may still have. sampler: draws the answer at hand.
-    speculates: whether the answer at hand is drafted; its pairs then wait for the drafter in `window`.
+    id: its number in both sessions. tokens: ids whose KV may be kept, then at most one known token.
+    length: tokens whose KV the target certainly holds. It grows after a call of the target and
+    shrinks before one. An interrupt at any point therefore leaves it right, and `rewind` brings
+    both sessions back to it.
+    room: tokens that the answer may still have. sampler: of the current answer. speculates: whether
+    the current answer is drafted. Its context pairs then wait for the drafter in `window`.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
@@ -128,10 +130,10 @@ class Sequence:
         self.sampler: Sampler | None = None
         self.speculates = False
         self.repeats = RepeatIndex()
-        self._found: list[Repeat] = []  # for the tree that is being verified, those too unlikely for it included
+        self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
-        """Turn to a request; returns how many tokens of its prompt the target holds already.
+        """Turn to a request. Return how many tokens of its prompt the target already holds.
 
         sampler: in place of the request's own. Raises ContextOverflow.
         """
@@ -141,9 +143,9 @@ class Sequence:
         return self._reuse(request.prompt)
 
     def _reuse(self, prompt: abc.Sequence[int]) -> int:
-        """Keep the KV of the common prefix; returns its length, which is less than P.
+        """Keep the KV of the common prefix and return its length, which is less than P.
 
-        The last common token is read again: its feature goes with the first token that differs.
+        The target reads the last common token again: its feature goes with the next, other token.
         """
         keep = max(min(_common_prefix(self.tokens, prompt) - 1, self.length), 0)
         if self.window and self.speculates:
@@ -156,7 +158,7 @@ class Sequence:
         return keep
 
     def prefill(self) -> TargetPass:
-        """Run what is left of the prompt; returns the pass of the last chunk, for `first`."""
+        """Run the rest of the prompt. Return the pass of the last chunk, for `first`."""
         while True:
             begin, end = self.length, min(self.length + _CHUNK, len(self.tokens))
             result = self.target.prefill(self.id, np.array(self.tokens[begin:end], np.int64))
@@ -166,7 +168,7 @@ class Sequence:
             self.tell(result.features)
 
     def first(self, result: TargetPass) -> Step:
-        """The first token of the answer. result: of the pass that read the end of the prompt."""
+        """Return the first token of the answer. result: the pass that read the prompt's end."""
         assert self.sampler
         self.length = len(self.tokens)
         step = self._cut((self.sampler.pick(result.logits[-1], len(self.tokens), self.tokens),))
@@ -176,7 +178,7 @@ class Sequence:
         return step
 
     def draft(self, policy: Policy | None = None) -> Offer:
-        """A tree below the known token: the drafter's, with repeated text, or that token alone."""
+        """Return a tree below the known token: drafted, with repeated text, or that token alone."""
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
         self._found = []
         if limits.width == 1:
@@ -198,13 +200,13 @@ class Sequence:
         return Offer(choice.tree, plan, choice, drafted, growth)
 
     def accept(self, tree: DraftTree, result: TargetPass) -> Found:
-        """Pick the target's tokens along `tree`, and cut them to the answer's room."""
+        """Choose the target's tokens along `tree`, and cut them to the answer's room."""
         assert self.sampler
         verdict = accept(tree, result.logits, self.sampler, len(self.tokens), self.tokens)
         return Found(verdict, self._cut(verdict.tokens), result.features[verdict.path])
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
-        """Keep the nodes of `path`; `tokens` follow its root."""
+        """Keep the nodes of `path`. tokens: those that follow its root."""
         self.target.commit(self.id, path)
         self._append(tokens)
         self.length += len(path)
@@ -212,13 +214,13 @@ class Sequence:
             self.repeats.learn(found, tokens)
 
     def tell(self, features: FloatArray) -> None:
-        """The next pairs for the drafter: `features` [n, D], which are copied, and their n tokens."""
+        """Add context pairs for the drafter: a copy of `features` [n, D], and their n tokens."""
         if self.window and self.speculates:
             self.window.add(np.array(features))
 
     @property
     def waiting(self) -> int:
-        """Pairs that the drafter has yet to read."""
+        """Context pairs that the drafter has not read."""
         return self.window.waiting if self.window else 0
 
     @property
@@ -227,19 +229,19 @@ class Sequence:
         return self.window.drafter.report.bus_bytes if self.window else 0
 
     def flush(self) -> None:
-        """Let the drafter read what waits."""
+        """Let the drafter read the waiting pairs."""
         if self.window and self.speculates:
             self.window.flush(self.tokens, self.noise())
 
     def noise(self) -> DraftNoise | None:
-        """The noise that the drafter adds to its logits below the last token; None if tokens are not sampled."""
+        """Return the noise for the drafter's logits below the last token; None without sampling."""
         if self.sampler is None or self.sampler.params.greedy:
             return None
         sampler, position = self.sampler, len(self.tokens) - 1
         return lambda depth, ids: sampler.ahead(position + depth, ids)
 
     def rewind(self) -> None:
-        """Bring both sessions back to what is certain; an unverified tree is forgotten. Raises DeviceError."""
+        """Bring both sessions back to `length`, without an uncommitted tree. Raises DeviceError."""
         self._found = []
         self.target.rewind(self.id, self.length)
         if (held := self.target.length(self.id)) != self.length:
@@ -248,12 +250,12 @@ class Sequence:
             self.window.rewind()
 
     def end(self) -> None:
-        """Leave the answer at hand, finished or not."""
-        self.sampler = None  # and what it keeps
+        """Leave the current answer, finished or not."""
+        self.sampler = None  # frees its noise too
         self.rewind()
 
     def forget(self) -> None:
-        """Hold nothing, and know nothing of what repeats were worth."""
+        """Drop the text and the counts of right repeats."""
         self.tokens, self.length, self.speculates = [], 0, False
         if self.window:
             self.window.cut(0)
@@ -261,14 +263,14 @@ class Sequence:
         self.rewind()
 
     def close(self) -> None:
-        """Give the number and the KV back; the sequence is not to be used any more."""
+        """Free the sequence's number and KV. No further call is possible."""
         if self.window:
             self.window.cut(0)
             self.window.rewind()
         self.target.close(self.id)
 
     def _limits(self, known: int, room: int) -> TreeLimits:
-        """The largest tree that pays after `known` tokens: what was asked, cut to the `room` of answer and context."""
+        """Return the limits of a tree after `known` tokens: the request's, cut to the `room`."""
         asked = self.request.limits if self.request else None
         if asked is None or self.window is None:
             return _PLAIN
@@ -291,7 +293,7 @@ class Sequence:
         return tree
 
     def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        """`tree` and the repeats that were found."""
+        """Return `tree` joined with the repeats that were found."""
         if not self._found:
             return tree
         if limits.top_k > 1:
@@ -301,7 +303,7 @@ class Sequence:
         return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
     def _cut(self, tokens: tuple[int, ...]) -> Step:
-        """The tokens of a round that count: those before a stop token, as far as there is room."""
+        """Return the tokens of a round that count: those before a stop token, within the room."""
         assert self.request
         for index, token in enumerate(tokens[: self.room]):
             if token in self.request.stop_tokens:

@@ -1,6 +1,7 @@
-"""How often a drafter is right when it says q: measured when it was trained, read where trees are scheduled.
+"""Calibration: how often a drafter is right when it says a probability q. Training measures it.
 
-A record per depth, in `calibration.json` beside the drafter. depth: levels below the root, from 1, as in a draft tree.
+`calibration.json` beside the drafter has one record per depth. depth: levels below the root, from
+1, as in a draft tree.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from dovetail.runtime.system.files import read_json
 
 _REMEDY = "train the drafter again, or remove the file"
 _MOST = 1e300
-# Logits beyond these are no better known than these; float32 log-probabilities end near -6e-8 and -104.
+# `logit_of` clips log-probabilities to this range. Those of float32 end near -6e-8 and -104.
 _HIGHEST, _LOWEST = -1e-7, -60.0
 
 
 @dataclass(frozen=True)
 class DepthCalibration:
-    """What was measured of the candidates at one depth, and the fit: p = sigmoid(scale * logit(q) + shift).
+    """The fit for one depth, p = sigmoid(scale * logit(q) + shift), and the measurement.
 
-    candidates: how many. error_before, error_after: expected calibration error, |q - observed| averaged over the
-    candidates by bins, of q and of p. edges: [B + 1] ascending probabilities. counts, mean_q, observed: [B],
-    candidates in the bin, their mean q and how many of them were the target's token, 0 where there are none.
+    candidates: number measured. error_before, error_after: expected calibration errors of q and p,
+    |q - observed| averaged over the candidates by bins.
+    edges: [B + 1] ascending probabilities. counts, mean_q, observed: [B], a bin's candidates, their
+    mean q, and the share that was the target's token. An empty bin has 0.
     """
 
     scale: float
@@ -66,7 +68,7 @@ class DepthCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A drafter's calibration, depth by depth.  top_k: candidates counted per position, the most probable ones."""
+    """A drafter's calibration by depth. top_k: candidates measured per position, the best ones."""
 
     top_k: int
     depths: tuple[DepthCalibration, ...]
@@ -77,10 +79,11 @@ class Calibration:
             raise PairError("depths is empty: give one record or more")
 
     def apply(self, depth: int, logprobs: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """Calibrated log-probabilities of candidates at `depth`, given their path; depths past the last use the last.
+        """Return calibrated log-probabilities of candidates at `depth`, given their path.
 
-        logprobs: any shape, conditional on the path; -inf and nan, which mark no candidate, stay. No candidate
-        overtakes another. Raises InputError for a depth below 1.
+        A depth past the last record uses the last record. logprobs: any shape, conditional on the
+        path; -inf and nan mark no candidate and stay. The order of candidates stays. Raises
+        InputError for a depth below 1.
         """
         if depth < 1:
             raise InputError(f"depth {depth} is out of range: give 1 or more, 0 is the root")
@@ -97,10 +100,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration | None:
-        """What `folder`/calibration.json says; None where there is no such file: older drafters have none.
-
-        Raises PairError in one line: unreadable, not JSON, a missing or unknown key, a value that cannot be.
-        """
+        """Return the calibration in `folder`, None without a file. Raises PairError."""
         path = folder / CALIBRATION_NAME
         try:
             raw = read_json(path, PairError, _REMEDY)
@@ -113,12 +113,12 @@ class Calibration:
 
 
 def pair_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
-    """The calibration of a pair's drafter, if the manifest lists one: a file without a digest is not the pair's."""
+    """Return the calibration of a pair's drafter, None if the manifest does not list the file."""
     return Calibration.load(folder / DRAFTER) if DRAFTER_CALIBRATION in manifest.files else None
 
 
 def parse_calibration(raw: object) -> Calibration:
-    """A Calibration from decoded JSON. Raises PairError naming the key."""
+    """Return a Calibration from decoded JSON. Raises PairError, which names the key."""
     data = _keys(Calibration, raw, "the calibration")
     depths = []
     for number, entry in enumerate(_check_list("depths", data["depths"]), 1):
@@ -129,7 +129,7 @@ def parse_calibration(raw: object) -> Calibration:
 
 
 def logit_of(logprobs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """log(q / (1 - q)) of log-probabilities, finite."""
+    """Return log(q / (1 - q)) of log-probabilities, always finite."""
     within = np.clip(np.asarray(logprobs, np.float64), _LOWEST, _HIGHEST)
     return within - np.log(-np.expm1(within))
 

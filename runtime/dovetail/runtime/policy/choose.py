@@ -1,12 +1,12 @@
-"""How much to draft and to verify in a round, from what passes cost here and what drafts brought.
+"""Choose how much a round drafts and verifies, by the times of passes and the gain of drafts.
 
-A round is worth (expected tokens) x (price of a token) - (its time).  The price is the time that a
-token has lately taken, at most a plain step.  The scheduler chooses what is worth most; if nothing is
-worth more than plain decoding, it decodes plainly.  Source: Dinkelbach's rule for a ratio of sums.  The
+A round is worth (expected tokens) x (price of a token) - (its time). The price is the time that a
+token has lately taken, at most a plain step. The scheduler takes the choice that is worth most, or
+decodes plainly if no other choice is worth more. Source: Dinkelbach's rule for a ratio of sums. The
 ratio of a single round, tokens per millisecond, would undervalue long trees.
 
-A budget bounds what drafts may lose (estimates.py).  Probabilities are the drafter's, calibrated by its
-training and corrected by what came true here.
+A budget bounds what drafts may lose (estimates.py). Probabilities are the drafter's, calibrated by
+its training and corrected by how often its tokens were right here.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dovetail.runtime.tree.limits import TreeLimits
 # Where a value comes from "the replay", tests/bench/replay.py chose it: the best mean over both
 # shipped pairs, temperatures 0 and 1, and three tables of costs.
 BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # the replay has no larger trees
-WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # OpenVINO prepares its kernels once for each width
-FEW_WIDTHS = (1, 6, 12)  # of slow changes: 2% better in the replay than all widths
+WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # few: OpenVINO prepares its kernels again for another width
+FEW_WIDTHS = (1, 6, 12)  # if changes are slow: 2% better in the replay than all widths
 DEAR = 0.1  # plain steps; a change that takes longer is slow
 OPTIMISM = 0.4  # plain steps that a drafted round may seem to lose: the budget bounds real losses
 
 
 @dataclass
 class Scheduler:
-    """Decides for one engine, and keeps what it learned when the conversation changes.  Implements `Policy`.
+    """Makes the schedule of one engine and learns across conversations. Implements `Policy`.
 
-    calibration: of the drafter, None if the drafter has no calibration file.  plain_rows: rows that a plain pass
-    computes anyway; as many nodes of a tree cost nothing.  max_slowdown: share of the time that drafts may lose in
-    the long run.
+    calibration: None if the drafter has no calibration file. plain_rows: rows that a plain pass
+    computes anyway; a tree of so many nodes costs no more. max_slowdown: share of the time that
+    drafts may lose in the long run.
     """
 
     costs: Costs
@@ -51,9 +51,9 @@ class Scheduler:
     pace: Pace = field(init=False)
     _greedy: Experience = field(init=False)
     _sampled: Experience = field(init=False)
-    _known: Experience = field(init=False)  # of the two, that of the answer at hand
-    _width: int = 0  # of the last verified tree, 0 for a pass of another kind
-    _regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms that staying at the last one has lost
+    _known: Experience = field(init=False)  # the one of the current answer
+    _width: int = 0  # of the last verified tree, 0 after another kind of pass
+    _regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms lost by keeping the last width
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.costs)
@@ -61,18 +61,15 @@ class Scheduler:
         self._known = self._greedy
 
     def start(self, sampled: bool) -> None:
-        """An answer begins: the target's last pass was none of a tree.  sampled: its tokens are drawn."""
-        self._width, self._regret = 0, {}
+        self._width, self._regret = 0, {}  # the last pass verified no tree
         self._known = self._sampled if sampled else self._greedy
 
-    # --- before the drafter is asked
+    # --- before the draft
 
     def widest(self, context: int, most: int) -> int:
-        """See Policy."""
         return self._widths(context, most)[-1]
 
     def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-        """See Policy."""
         plan = Plan(context, unread, self._widths(context, most))
         if len(plan.widths) == 1:  # no room for a tree
             return plan
@@ -88,17 +85,15 @@ class Scheduler:
     # --- while the drafter's tree grows
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Judge."""
         if self.calibration is not None:
             logprobs = self.calibration.apply(depth, logprobs)
         shift = np.full(logprobs.shape[-1], log(self._known.factor(self._known.others, depth)), np.float32)
         shift[0] = log(self._known.factor(self._known.first, depth))
         believed: NDArray[np.float32] = np.minimum(logprobs + shift, np.float32(0))
-        np.minimum(believed, believed[:, :1], out=believed)  # the first stays the first
+        np.minimum(believed, believed[:, :1], out=believed)  # the best candidate stays the best
         return believed
 
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
-        """Whether the children of `frontier` (log-probabilities of nodes at `depth`) are worth a call for them."""
         context, pace, known = plan.context, self.pace, self._known
         gain = self._price(plan) * sum(map(exp, frontier)) * known.share(depth) * known.trees[True].value
         node = (pace.target_ms(context, plan.widths[-1]) - pace.target_ms(context, 1)) / (plan.widths[-1] - 1)
@@ -107,9 +102,10 @@ class Scheduler:
     # --- before the target verifies
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """The part of `tree` whose verification is worth most, filled up to one of a few widths.
+        """Return the part of `tree` that is worth most to verify, filled up to one of a few widths.
 
-        Without a draft and without repeats the round is plain: nodes that only fill a width bring nothing.
+        A round without a draft and without repeats is plain: nodes that only fill a width gain
+        nothing.
         """
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
@@ -121,11 +117,12 @@ class Scheduler:
         return Choice(filled(tree, width), offered, width, worth, regret)
 
     def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
-        """The width to verify, and the regret of every width if the width stays.
+        """Return the width to verify, and each width's regret if the width stays.
 
-        The width changes if this tree alone pays for the change, or if the regret has grown to its price (ski rental).
+        The width changes if this tree alone pays for the change, or if the regret has reached the
+        cost of the change (ski rental).
         """
-        if not plan.draft:  # a draft was covered by the budget when it was planned
+        if not plan.draft:  # `plan` has checked the budget for drafts
             worth = {width: ms for width, ms in worth.items() if width == 1 or self._affordable(plan, width)}
         change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
@@ -136,17 +133,17 @@ class Scheduler:
         return best, {**self._regret, **regret} if best == self._width else {}
 
     def _affordable(self, plan: Plan, width: int) -> bool:
-        """Whether the budget covers a tree without a right node, and the changes of width there and back."""
+        """Return whether the budget covers a tree without a right node and two changes of width."""
         plain = self.pace.target_ms(plan.context, 1)
         loss = self.pace.target_ms(plan.context, width) - plain + self._change(width)
         return self._known.budget.covers(loss / plain)
 
     def _price(self, plan: Plan) -> float:
-        """Milliseconds that a token is worth."""
+        """Return the milliseconds that a token is worth."""
         return self._known.price_of_token * self.pace.target_ms(plan.context, 1)
 
     def _worth(self, plan: Plan, tree: DraftTree) -> dict[int, float]:
-        """Width -> milliseconds that verifying the best part of `tree` is worth, without the change of width."""
+        """Return width -> worth (ms) of a pass over the best part of `tree`, before changes."""
         expected = tree.expected_lengths
         price, factor = self._price(plan), self._known.trees[plan.draft].value
         out = {}
@@ -160,20 +157,20 @@ class Scheduler:
         return out
 
     def _otherwise(self, plan: Plan, repeats: DraftTree) -> float:
-        """Milliseconds that a round without a draft is worth in its best width, less the change to that width."""
+        """Return the ms that the best round without a draft is worth, less its change of width."""
         return max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
 
     def _change(self, width: int) -> float:
-        """Milliseconds that this width costs more because the last pass had another.
+        """Return the ms that a pass of this width costs more because the last width differs.
 
-        From plain decoding and to it the way back counts too: text in which it pays seldom goes on for long.
+        A change to or from plain decoding counts twice, for the way back: a stretch of text where
+        trees pay is usually short.
         """
         return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 
-    # --- when it has ended
+    # --- after the round
 
     def learn(self, round: Round) -> None:
-        """See Policy."""
         known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
         context, drafted, tokens = plan.context, round.drafted is not None, len(round.tokens)
         offered = choice.offered or choice.tree
@@ -207,11 +204,11 @@ class Scheduler:
             known.steps.add(steps)
 
     def _levels(self, round: Round) -> float:
-        """Ms that the levels of the round's tree take by the measured costs."""
+        """Return the ms that the levels of the round's tree take by the cost table."""
         return sum(self.costs.draft.at(round.plan.context, rows) for rows in round.growth.rows) if round.growth else 0.0
 
     def _missed(self, round: Round, offered: DraftTree) -> tuple[float, float]:
-        """Tokens and plain steps of the round, had its draft been verified: it was not tried."""
+        """Return the tokens and plain steps to expect of the round, had its draft been verified."""
         context, worth, pace = round.plan.context, round.choice.worth, self.pace
         best = max((width for width in worth if width > 1), key=worth.__getitem__)
         verify = pace.verify_ms(context, offered, best)
@@ -219,7 +216,7 @@ class Scheduler:
         return (worth[best] + verify) / self._price(round.plan), took / pace.target_ms(context, 1)
 
     def _learn_draft(self, tree: DraftTree, tokens: Sequence[int]) -> None:
-        """Compare the drafter's own tree with the tokens that came after its root."""
+        """Compare the drafter's own tree with the tokens that followed its root."""
         node, known = 0, self._known
         probabilities = np.exp(tree.logprobs.astype(np.float64))
         for depth, token in enumerate(tokens, 1):
@@ -233,7 +230,7 @@ class Scheduler:
                 (known.first, float(claims.max()), child == best),
                 (known.others, float(claims.sum() - claims.max()), child is not None and child != best),
             ):
-                claimed = min(claim / known.factor(kind, depth), 1.0)  # before it was corrected
+                claimed = min(claim / known.factor(kind, depth), 1.0)  # before the correction
                 if claimed > 0:
                     kind.setdefault(depth, Estimate(1.0, PRIOR)).add(hit / claimed, claimed)
             if child is None:
@@ -242,12 +239,12 @@ class Scheduler:
 
 
 def widths(costs: Costs, context: int) -> tuple[int, ...]:
-    """The numbers of nodes that trees may have where passes cost that much, after `context` tokens."""
+    """Return the numbers of nodes that trees may have at these `costs`, after `context` tokens."""
     return WIDTHS if costs.switch_ms <= DEAR * costs.target.at(context, 1) else FEW_WIDTHS
 
 
 def filled(tree: DraftTree, width: int) -> DraftTree:
-    """`tree` with a chain below its last node until it has `width`; any token will do there, so it is the root's."""
+    """Return `tree`, filled up to `width` nodes by a chain of the root's token below the last."""
     count = width - len(tree)
     if count <= 0:
         return tree

@@ -1,8 +1,9 @@
-"""What a pass of each engine costs on this machine, by its rows and paths and by the context before it.
+"""The cost table: the times of passes and calls on this machine, by rows, paths and context.
 
-Axes: C context lengths, R row counts, ascending both.  Times are milliseconds.
-A pass never gets cheaper with more rows or more context: measured medians are made so by isotonic regression
-(pool adjacent violators), rows first, then contexts; the second keeps what the first did.
+Axes: C context lengths, R row counts, both ascending. Times are milliseconds. A pass never gets
+cheaper with more rows or more context. Isotonic regression (pool adjacent violators) changes the
+measured medians accordingly, first along rows, then along contexts. The second regression keeps the
+order of the first.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from dovetail.runtime.errors import InputError
 
 Floats = NDArray[np.float64]
 
-CONTEXT_STEP = 64  # tokens of context for which one prediction serves
+CONTEXT_STEP = 64  # tokens of context that share one prediction
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Milliseconds of a pass.
+    """The milliseconds of a pass.
 
-    contexts: [C] tokens before it.  rows: [R] new tokens or nodes in it, from 1.  ms: [C][R], rising along both.
+    contexts: [C] tokens before it. rows: [R] new tokens or nodes in it, from 1. ms: [C][R], rising
+    along both axes.
     """
 
     contexts: tuple[int, ...]
@@ -46,15 +48,16 @@ class Curve:
 
     @classmethod
     def fit(cls, contexts: Sequence[int], rows: Sequence[int], ms: NDArray[np.floating[Any]]) -> Curve:
-        """The curve nearest to the measured `ms` [C, R] that never falls."""
+        """Return the curve nearest to the measured `ms` [C, R] that never falls."""
         along_rows = np.array([isotonic(line) for line in ms])
         rising = np.array([isotonic(column) for column in along_rows.T]).T
         return cls(tuple(contexts), tuple(rows), tuple(tuple(map(float, line)) for line in rising))
 
     def at(self, context: int, rows: int) -> float:
-        """Prediction for `rows` rows, of which 0 are free, after about `context` tokens.
+        """Return the predicted ms of `rows` rows after about `context` tokens. 0 rows are free.
 
-        Linear between the points, level before the first and on with the last slope.
+        Between the points it is linear, before the first constant. After the last it keeps the last
+        slope.
         """
         if not rows:
             return 0.0
@@ -68,13 +71,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Costs:
-    """target: verification of a chain by nodes (1 is plain decoding).  draft: one call of the drafter's graph by rows.
+    """The measured times of one machine.
 
-    path: what every path of a tree beside the first adds to its verification, by the context alone (one row): the
-    attention over the context is computed for each path.
-
-    switch_ms: what a pass of the target takes more when the last one had another number of nodes: the engine then
-    prepares every operation anew, some 5 ms for SmolLM2-135M on two cores, more than half a plain step.
+    target: verification of a chain, by nodes; 1 is plain decoding. draft: one call of the drafter,
+    by rows.
+    path: ms that each further path of a tree adds to its verification, by context alone (one row).
+    The target computes the attention over the context for each path.
+    switch_ms: ms that a pass takes longer if the last pass had another number of nodes. OpenVINO
+    then prepares every operation again: about 5 ms for SmolLM2-135M on two cores, more than half a
+    plain step.
     """
 
     target: Curve
@@ -87,7 +92,7 @@ class Costs:
             raise InputError(f"switch_ms {self.switch_ms} is out of range: measure again")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return the costs in JSON form."""
         curves = {
             name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
             for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))
@@ -96,7 +101,7 @@ class Costs:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
-        """From decoded JSON.  Raises InputError, KeyError or TypeError for anything else."""
+        """Return Costs from decoded JSON. Raises InputError, KeyError or TypeError."""
         target, draft, path = (
             Curve(tuple(curve["contexts"]), tuple(curve["rows"]), tuple(tuple(line) for line in curve["ms"]))
             for curve in (raw["target"], raw["draft"], raw["path"])
@@ -105,7 +110,7 @@ class Costs:
 
 
 def isotonic(values: Sequence[float] | Floats) -> Floats:
-    """The rising sequence nearest to `values` in squares: neighbours that fall are pooled into their mean."""
+    """Return the rising sequence nearest to `values` in squares, by pool adjacent violators."""
     pools: list[tuple[float, int]] = []  # mean, count
     for value in values:
         mean, count = float(value), 1
@@ -117,7 +122,7 @@ def isotonic(values: Sequence[float] | Floats) -> Floats:
 
 
 def _line(at: Sequence[int], values: Sequence[float], wanted: int) -> float:
-    """`values` at points `at`, interpolated at `wanted`: level before the first point, with the last slope after it."""
+    """Return `values` at points `at`, interpolated at `wanted` as `Curve.at` says."""
     if wanted > at[-1] and len(at) > 1:
         return values[-1] + (wanted - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2])
     return float(np.interp(wanted, at, values))

@@ -1,6 +1,6 @@
-"""What a policy learns: running means that begin at a prior, and a budget for rounds that may lose.
+"""Estimates that a policy learns, and a budget for rounds that may lose.
 
-Times are in plain steps, not in milliseconds, so that they hold on a busy machine and in a longer context.
+Times are plain steps, not milliseconds: they hold on a busy machine and in a longer context.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dovetail.runtime.errors import InputError
 
 MAX_SLOWDOWN = 0.01  # of the time: the user's --max-slowdown
 START = 3.0  # plain steps of the first budget: 2.3% of an answer of 128 tokens
-RESERVE = 10.0  # plain steps that a budget holds at most: the replay
-HALF_LIFE = 40.0  # rounds after which what was learned counts half: 20 and 50 are worse in tests or the replay
+RESERVE = 10.0  # plain steps, the most that a budget holds: the replay
+HALF_LIFE = 40.0  # rounds after which an observation counts half: 20 and 50 are worse in tests or the replay
 SLOW_HALF_LIFE = 200.0  # rounds, for the price of a token and for repeats: the test of repeats that fail
-PRIOR = 3.0  # observations that the drafter's own claim counts for: the replay
+PRIOR = 3.0  # weight of the drafter's own claim, in observations: the replay
 
 
 @dataclass
 class Estimate:
-    """A weighted mean that begins at `prior`, which counts for `weight` observations.
+    """A weighted mean that begins at `prior`, which counts as `weight` observations.
 
-    half_life: calls of `fade` after which an observation counts half, so that a doubt is forgotten.
+    half_life: calls of `fade` after which an observation counts half.
     """
 
     prior: float
@@ -32,17 +32,14 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """The mean."""
         weight = self.weight + self._seen
         return (self.prior * self.weight + self._sum) / weight if weight else self.prior
 
     def add(self, value: float, weight: float = 1.0) -> None:
-        """An observation."""
         self._sum += value * weight
         self._seen += weight
 
     def fade(self) -> None:
-        """Time has passed."""
         share = 0.5 ** (1.0 / self.half_life)
         self._sum *= share
         self._seen *= share
@@ -52,7 +49,7 @@ class Estimate:
 class Budget:
     """Plain steps that rounds may lose against plain decoding: a conservative bandit.
 
-    share: of the time of every round, which is added.  balance: what is left, at most RESERVE.
+    share: of each round's time, added to the budget. balance: plain steps left, at most RESERVE.
     Source: Wu, Shariff, Lattimore, Szepesvari, Conservative Bandits, ICML 2016.
     """
 
@@ -60,22 +57,24 @@ class Budget:
     balance: float = START
 
     def covers(self, loss: float) -> bool:
-        """Whether a round may lose so much."""
+        """Return whether a round may lose `loss` plain steps."""
         return loss <= self.balance
 
     def add(self, steps: float, gain: float) -> None:
-        """A round took `steps`, and gained so much over plain decoding."""
+        """Count a round of `steps` plain steps that gained `gain` over plain decoding."""
         self.balance = min(self.balance + self.share * steps + gain, RESERVE)
 
 
 @dataclass
 class Experience:
-    """What answers of one kind, greedy or sampled, have taught.  Sampled tokens agree with drafts less often.
+    """The estimates and the budget of greedy answers, or of sampled answers.
 
-    price: plain steps that a token takes.  tokens, steps: of a drafted round.
-    first, others: depth -> how often a node's best child, or another child, is right over what the drafter claims.
-    trees: tokens that trees gave over those expected, without a draft and with one.  The best nodes of many are
-    believed too much, so a tree gives less than the sum of its claims.
+    Sampled tokens agree with drafts less often. price: plain steps that a token takes. tokens,
+    steps: of a drafted round.
+    first, others: depth -> how often a node's best child, or another child, is right, divided by
+    the drafter's claim.
+    trees: accepted tokens divided by expected ones, without a draft and with a draft. The best
+    nodes of many are overestimated, so a tree gives less than the sum of its claims.
     children: depth -> share of the probability of nodes at this depth that their children have.
     """
 
@@ -92,20 +91,20 @@ class Experience:
 
     @property
     def price_of_token(self) -> float:
-        """Plain steps that a token is worth: what it has lately taken, at most one."""
+        """Plain steps that a token is worth: its recent time, at most 1."""
         return min(1.0, self.price.value)
 
     def factor(self, kind: dict[int, Estimate], depth: int) -> float:
-        """What a probability at `depth` is multiplied with.  kind: `first` or `others`."""
+        """Return the factor that corrects a probability at `depth`. kind: `first` or `others`."""
         return kind[depth].value if depth in kind else 1.0
 
     def share(self, depth: int) -> float:
-        """Share of the probability of nodes at `depth` that their children have; of a new depth, as above it."""
+        """Return `children` at `depth`. A new depth has the share of the nearest depth above it."""
         seen = (self.children[above].value for above in range(depth, -1, -1) if above in self.children)
         return next(seen, 1.0)
 
     def fade(self, *, repeats: bool) -> None:
-        """A round has passed.  repeats: with repeated text, and without a draft."""
+        """Fade the estimates after a round. repeats: the round had repeated text and no draft."""
         for each in (self.price, self.tokens, self.steps, self.trees[True]):
             each.fade()
         for found in (self.first, self.others, self.children):
@@ -116,6 +115,6 @@ class Experience:
 
 
 def check_slowdown(share: float) -> None:
-    """Raises InputError for a share of time that is none."""
+    """Raise InputError unless `share` is a share of time."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise InputError(f"max_slowdown {share!r} is out of range: give a share from 0 to 1, e.g. 0.01")

@@ -1,7 +1,7 @@
-"""The seam of the policy, and the records that go through a round: a plan, a choice, and what came of both.
+"""The policy's protocol, and the records of a round: a plan, a choice, and the outcome of both.
 
-A record goes forward: `plan` before the drafter is asked, `choose` before the target verifies, `learn` at the end.
-Questions change nothing; `start` and `learn` alone write.
+The loop calls `plan` before the draft, `choose` before verification and `learn` at the end. Only
+`start` and `learn` change a policy.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class Plan:
-    """What a round is to do.
+    """Whether a round drafts, and the widths to choose from.
 
-    context: tokens committed before it.  unread: pairs that the drafter has not read yet.
-    widths: numbers of nodes, ascending, that the tree may have.  draft: whether to ask the drafter.
+    context: tokens committed before it. unread: context pairs that the drafter has not read.
+    widths: numbers of nodes, ascending, that the tree may have. draft: whether to call the drafter.
     """
 
     context: int
@@ -33,11 +33,11 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What is verified.
+    """The tree that the target verifies.
 
-    tree: for the target.  offered: the tree that it was chosen from.  width: nodes that count, 1 for plain decoding.
-    worth: width -> milliseconds that verifying that many nodes is worth.
-    regret: width -> milliseconds that keeping the last width has lost by now.
+    tree: for the target. offered: the tree that it was chosen from. width: chosen number of nodes,
+    1 for plain decoding. worth: width -> ms that verifying that many nodes is worth. regret: width
+    -> ms lost so far by keeping the last width.
     """
 
     tree: DraftTree
@@ -49,10 +49,10 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """What came of a plan and a choice.
+    """The outcome of a plan and a choice.
 
-    drafted: the drafter's own tree, None if the drafter was not asked.  growth: how that tree grew.
-    tokens: those that followed the root.  draft_ms, verify_ms: milliseconds of both engines.
+    drafted: the drafter's own tree, None without a draft. growth: how that tree grew. tokens: those
+    that followed the root. draft_ms, verify_ms: times of both engines.
     """
 
     plan: Plan
@@ -65,18 +65,18 @@ class Round:
 
 
 class Policy(Protocol):
-    """Decides for one engine how much to draft and to verify; what it learns outlives a conversation."""
+    """Decides for one engine how much to draft and verify, and learns across conversations."""
 
     def start(self, sampled: bool) -> None:
-        """An answer begins.  sampled: whether its tokens are drawn."""
+        """Begin an answer, sampled or greedy."""
         ...
 
     def widest(self, context: int, most: int) -> int:
-        """Nodes of the largest tree that is of use after `context` tokens; `most` have room."""
+        """Return the nodes of the largest useful tree after `context` tokens, at most `most`."""
         ...
 
     def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-        """Whether to ask the drafter.  repeats: the tree that repeated text alone proposes.  unread: see Plan."""
+        """Plan a round of at most `most` nodes. repeats: the tree of repeated text alone."""
         ...
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -88,19 +88,19 @@ class Policy(Protocol):
         ...
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """What to verify of `tree`, which may be filled up with nodes that nobody expects to be right."""
+        """Return the part of `tree` to verify. Nodes that only fill a width may follow it."""
         ...
 
     def learn(self, round: Round) -> None:
-        """A round has ended."""
+        """Learn from a round that has ended."""
         ...
 
 
 class Growth:
-    """The judge of one tree that grows: asks the policy and notes what it was asked.
+    """The judge of one growing tree: asks the policy and records the answers.
 
-    taken: depth of a parent -> share of its nodes' probability that their candidates take.
-    rows: nodes that the drafter ran, level by level.
+    taken: depth of a parent -> share of its nodes' probability that their candidates have. rows:
+    nodes that the drafter ran, level by level.
     """
 
     def __init__(self, policy: Policy, plan: Plan) -> None:
@@ -109,7 +109,6 @@ class Growth:
         self.rows: list[int] = []
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Judge."""
         believed = self._policy.believe(self._plan, depth, logprobs)
         taken = float(np.exp(believed).sum()) / len(believed)
         if not isnan(taken):  # nan is no candidate
@@ -117,7 +116,6 @@ class Growth:
         return believed
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
-        """See Judge."""
         if not self._policy.worth_expanding(self._plan, depth, frontier):
             return False
         self.rows.append(len(frontier))

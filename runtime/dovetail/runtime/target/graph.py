@@ -56,8 +56,7 @@ def add_tap(model: ov.Model) -> str:
     feature = find_head(model).input_value(0)
     name: str = feature.get_node().get_friendly_name()
     if not has_tap(model):
-        # The tap needs a node of its own: the tensor may already have names, which a Result would
-        # take over.
+        # A Result on the feature itself would take over names that its tensor may already have.
         tap = ops.convert(feature, "f32")
         tap.output(0).get_tensor().set_names({FEATURES})
         model.add_results([ops.result(tap)])

@@ -28,8 +28,7 @@ from dovetail.runtime.target.graph import FEATURES, LOGITS, NODE_ROWS, PATH_ROWS
 decline_telemetry()  # the commands do so too, but an embedding program may not
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
-# OpenVINO computes a single row, and the attention of a single row, by other kernels. Their sums
-# differ.
+# For a single row, and for its attention, OpenVINO has other kernels. Their sums differ.
 ALONE, TOGETHER = 1, 2
 _ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 256 16-bit words
 
@@ -76,10 +75,9 @@ class Part:
 class Batch:
     """The rows of one pass, and the sequences of its attention.
 
-    tokens, positions: [T] int64. past: [S] int32, tokens already cached per sequence.
-    begins: [S+1] int32, where each sequence's attention rows begin. blocks: block ids of all
-    sequences, flat. block_begins: [S+1] int32. wanted: [R] int64, rows of T whose logits are
-    wanted.
+    tokens, positions: [T] int64. past: [S] int32, tokens already cached per sequence. begins: [S+1]
+    int32, where each sequence's attention rows begin. blocks: block ids of all sequences, flat.
+    block_begins: [S+1] int32. wanted: [R] int64, rows of T whose logits are wanted.
     path_rows: [A] int32, the row of T that each attention row copies. node_rows: [T] int32, the
     attention row whose output each row takes. None if rows and attention rows are the same.
     """
@@ -239,8 +237,7 @@ class PagedModel:
                 f"the system grants no memory for {blocks} KV blocks of {self.block_bytes} bytes "
                 f"({error.strerror}): export the target with a smaller --max-context"
             ) from error
-        # An interrupt between these lines leaves the old groups, or new groups that the next pass
-        # places.
+        # An interrupt here leaves the old groups, or new groups that the next pass places.
         self._placed = False
         self._groups = groups
         self.pool.grow(blocks)
@@ -304,8 +301,7 @@ class PagedModel:
     def _give(self, name: str, array: NDArray[Any]) -> None:
         """Set an input, by a copy into the request's memory if the shape is that of the last pass.
 
-        An interrupt leaves an input either unchanged or unknown. The next pass sets an unknown
-        input again.
+        An interrupt leaves an input unchanged, or unknown: the next pass then sets it again.
         """
         import openvino as ov
 

@@ -112,8 +112,7 @@ class DraftTree:
 def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budget: int) -> DraftTree:
     """Return the root and the `budget` best nodes, in verification order.
 
-    Node 0 is the root. Parents precede their children and are at least as probable. Ties keep the
-    earlier node.
+    Node 0 is the root. Parents come first and are at least as probable. Ties keep the earlier node.
     """
     kept = sorted(range(1, len(tokens)), key=lambda node: -logprobs[node])[:budget]
     order, tip = [0], 0

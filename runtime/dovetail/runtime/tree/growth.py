@@ -1,7 +1,7 @@
 """Grow a draft tree, level by level, from the drafter's candidates.
 
-Axes: n nodes of a level, K candidates of each node. A growing tree is in draft order: rows of the
-drafter's buffers, in order of expansion. Source: EAGLE-2.
+Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree.py. Source:
+EAGLE-2.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def grow_tree(
     A node is not expanded if its children cannot be among the best.
     slots: buffer rows of the drafter, the root's included. Nodes without a row are not expanded.
     judge: corrects the log-probabilities and may end the growth. None leaves them as they are.
-    Source: EAGLE-2's expansion and reranking, without sampling. The tree depends on candidates
-    alone.
+    Source: EAGLE-2's expansion and reranking, without sampling: candidates alone decide.
     """
     growth = _Growth(root_token, limits, slots)
 
@@ -103,8 +102,7 @@ def grow_tree(
 class _Growth:
     """The nodes found so far, in order of discovery: parents precede children.
 
-    Ties therefore keep ancestors. Lists are cheaper here than many small numpy calls: a round has a
-    few dozen nodes.
+    Ties therefore keep ancestors. Lists are faster than numpy here: a round has few dozen nodes.
     """
 
     def __init__(self, root_token: int, limits: TreeLimits, slots: int) -> None:

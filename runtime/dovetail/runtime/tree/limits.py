@@ -16,8 +16,7 @@ class TreeLimits:
     width: nodes verified in one pass, root included; 1 drafts nothing.
     depth: levels below the root.
     top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
-    lookup: tokens of repeated text that may join the tree as a path below the root (see
-    repeats.py); 0 turns lookup off.
+    lookup: tokens of repeated text that may join the tree as a path (see repeats.py); 0 is off.
     """
 
     width: int = 10
