@@ -55,31 +55,24 @@ class Device(Protocol):
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         """Return options to capture, to use the stream, and to limit the arena to `arena` bytes."""
-        ...
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` bytes of zeros."""
-        ...
 
     def pinned(self, size: int) -> Bytes:
         """Return `size` bytes of zeros on the host."""
-        ...
 
     def upload(self, to: int, source: Bytes) -> None:
         """Queue a copy of pinned bytes to the address `to`."""
-        ...
 
     def download(self, to: Bytes, source: int) -> None:
         """Queue a copy from the address `source` to pinned bytes."""
-        ...
 
     def wait(self) -> None:
         """Wait until all queued work is done."""
-        ...
 
     def close(self) -> None:
         """Free all memory and the stream."""
-        ...
 
 
 @dataclass(frozen=True)

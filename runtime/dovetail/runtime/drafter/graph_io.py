@@ -109,7 +109,6 @@ class Runner(Protocol):
 
     def rows(self, n: int) -> Rows:
         """Return the arrays for the inputs of a call of n rows. They may have more rows."""
-        ...
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """Run the first n of `rows(n)` against `context` pairs. Valid until the next run.
@@ -117,15 +116,12 @@ class Runner(Protocol):
         noise: [V] float32, None for none. upload_features: whether the graph reads the features
         too. The caller then wants the last row's children alone, and the result may hold no others.
         """
-        ...
 
     def touch(self, context: int) -> None:
         """Make the system provide memory for the KV of `context` pairs, whatever it holds."""
-        ...
 
     def close(self) -> None:
         """Free the device's memory. No further run is possible."""
-        ...
 
 
 def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:

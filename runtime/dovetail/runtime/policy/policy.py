@@ -69,31 +69,24 @@ class Policy(Protocol):
 
     def start(self, sampled: bool) -> None:
         """Begin an answer, sampled or greedy."""
-        ...
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree after `context` tokens, at most `most`."""
-        ...
 
     def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
         """Plan a round of at most `most` nodes. repeats: the tree of repeated text alone."""
-        ...
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Judge.believe."""
-        ...
 
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         """See Judge.pays."""
-        ...
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
         """Return the part of `tree` to verify. Nodes that only fill a width may follow it."""
-        ...
 
     def learn(self, round: Round) -> None:
         """Learn from a round that has ended."""
-        ...
 
 
 class Growth:

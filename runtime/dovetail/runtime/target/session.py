@@ -48,15 +48,12 @@ class Target(Protocol):
 
     def open(self) -> SequenceId:
         """Return the number of a new, empty sequence."""
-        ...
 
     def length(self, seq: SequenceId) -> int:
         """Return how many tokens of the sequence are committed to the KV cache."""
-        ...
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         """Append and commit one chunk of prompt tokens. Return logits of the last token only."""
-        ...
 
     def verify(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
@@ -65,19 +62,15 @@ class Target(Protocol):
 
         prompts: prompt tokens of other sequences, as in `prefill`; they share the pass.
         """
-        ...
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
         """Keep the KV rows of `path` (nodes of the verified tree, root first), drop the rest."""
-        ...
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` committed tokens, and any uncommitted tree."""
-        ...
 
     def close(self, seq: SequenceId) -> None:
         """Forget the sequence and its number; one that is not open is no error."""
-        ...
 
 
 @contextmanager

@@ -58,11 +58,9 @@ class Judge(Protocol):
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return corrected log-probabilities [n, K] at `depth`, given the path; order stays."""
-        ...
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
         """Return whether to expand nodes of `depth`, given their cumulative log-probabilities."""
-        ...
 
 
 def grow_tree(

@@ -58,11 +58,9 @@ class Timed(Protocol):
 
     def pretend_length(self, seq: SequenceId, count: int, /) -> None:
         """Act as if the sequence had `count` tokens, or pairs."""
-        ...
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float]) -> float:
         """Return the ms of a pass of `rows` rows; the next `pretend_length` undoes the pass."""
-        ...
 
 
 def known_or_measured(
