@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.pair.files import cache_dir, write_atomically
+from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.costs import Costs
@@ -72,8 +71,7 @@ class CostKey:
     @property
     def file(self) -> Path:
         """The file that keeps the costs of this key."""
-        digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return cache_dir() / "costs" / f"{digest}.json"
+        return cache_file("costs", json.dumps(asdict(self), sort_keys=True))
 
 
 def _now() -> str:
@@ -98,13 +96,11 @@ class Measured:
     rows_apart: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
         return {**asdict(self), "costs": self.costs.as_dict()}
 
     def store(self) -> None:
         """Write the costs to the cache atomically, in place of older costs. Raises OSError."""
-        self.key.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.key.file, (json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_cache(self.key.file, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,7 @@ class Chosen:
 
     def store(self, manifest: Manifest, threads: int | None) -> None:
         """Write the choice for this target on this machine to the cache. Raises OSError."""
-        file = _choice_file(manifest, threads)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_cache(_choice_file(manifest, threads), json.dumps(asdict(self), indent=1) + "\n")
 
 
 def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
@@ -148,7 +142,7 @@ def _choice_file(manifest: Manifest, threads: int | None) -> Path:
     cpu = here.cpu()
     weights = manifest.files[TARGET_WEIGHTS].sha256 if TARGET_WEIGHTS in manifest.files else manifest.name
     facts = [weights, threads, cpu.model, cpu.usable, list(cpu.instruction_sets), here.versions().get("openvino")]
-    return cache_dir() / "properties" / f"{sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    return cache_file("properties", json.dumps(facts))
 
 
 def recall(key: CostKey) -> Measured | None:
