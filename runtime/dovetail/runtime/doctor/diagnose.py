@@ -15,6 +15,7 @@ from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
 from dovetail.runtime.drafter.cuda_api import (
     INSTALL,
     CudaDevice,
+    cuda_build,
     cuda_problem,
     driver_cuda,
     libraries,
@@ -155,7 +156,7 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 def try_cuda() -> tuple[Cuda, str | None]:
     """Return facts about CUDA, and why the drafter cannot use CUDA with a remedy, or None."""
     problem = cuda_problem()
-    built_for = _built_for()
+    built_for = cuda_build()
     missing = missing_libraries() if built_for else []
     found = [name for name in libraries() if name not in missing] if built_for else []
     free = total = captures = None
@@ -202,13 +203,6 @@ def capture_problem(device: Device) -> str | None:
         return f"a CUDA graph cannot be captured ({one_line(error):.300}): update the NVIDIA driver"
     got = float(block.array("y")[0])
     return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
-
-
-def _built_for() -> str | None:
-    """Return the CUDA version that this ONNX Runtime was built for."""
-    from onnxruntime.capi import build_and_package_info as build
-
-    return getattr(build, "cuda_version", None) or None
 
 
 def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:

@@ -175,10 +175,9 @@ class CudaRunner:
         return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
 
     def touch(self, context: int) -> None:
-        """See Runner. Device memory exists from the start."""
+        """Do nothing: device memory exists from the start."""
 
     def close(self) -> None:
-        """Free session, memory and stream. No further run is possible."""
         self._release()
 
     @property

@@ -42,7 +42,7 @@ class FailoverDrafter:
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """Raises Moved, InputError, and DeviceError if there is no second drafter."""
+        """See Drafter. Raises Moved, InputError, and DeviceError if there is no second drafter."""
         try:
             return self._drafter.extend(seq, tokens, features, noise)
         except DeviceError as error:
@@ -52,7 +52,6 @@ class FailoverDrafter:
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """Raises as `extend` does."""
         try:
             return self._drafter.propose(seq, limits, judge, noise)
         except DeviceError as error:

@@ -63,7 +63,8 @@ class VramPlan:
 
 def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """Return the plan of a drafter with `weights` bytes of float16 graph and `context` pairs."""
-    state = facts.blocks * (facts.tree_slots + context) * _pair_bytes(facts)
+    pair = 2 * facts.num_kv_heads * facts.head_size * HALF  # one block's keys and values
+    state = facts.blocks * (facts.tree_slots + context) * pair
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
     one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
     fixed, per_pair = facts.workspace
@@ -132,8 +133,3 @@ def check_limit(vram: int | None, fit: bool, device: str) -> None:
         raise InputError("--fit has nothing to fit to: give --vram SIZE")
     if vram is not None and device == "cpu":
         raise InputError("--vram is for a drafter on a GPU: leave out --drafter-device cpu, or --vram")
-
-
-def _pair_bytes(facts: DrafterFacts) -> int:
-    """Return the bytes of one block's keys and values for a pair."""
-    return 2 * facts.num_kv_heads * facts.head_size * HALF

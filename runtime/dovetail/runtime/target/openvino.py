@@ -92,32 +92,24 @@ class OpenVINOTarget:
         return cls(model, manifest.target.max_context, exact=exact)
 
     def open(self) -> SequenceId:
-        """Return the number of a new, empty sequence: the owner's number in the block pool."""
-        seq = self.model.pool.new_owner()
+        seq = self.model.pool.new_owner()  # the number of the sequence and of its blocks
         self._reserve(len(self._texts) + 1)
         self._texts[seq] = _Text()
         return seq
 
     def length(self, seq: SequenceId) -> int:
-        """Tokens committed to the KV cache."""
         return self._text(seq).length
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
-        """Append and commit tokens [T]. Return the last token's logits [1, V], features [T, D]."""
         return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
     def verify(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
     ) -> dict[SequenceId, TargetPass]:
-        """Run all trees in one pass. Return logits [N, V], features [N, D]: a chain's bits.
-
-        prompts: see Target.
-        """
         rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
         return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
-        """Keep the KV of `path`, root first. The path's blocks become the text's."""
         text = self._text(seq)
         found = text.verified.find(path) if text.verified else None
         if found is None:
@@ -132,14 +124,12 @@ class OpenVINOTarget:
         text.verified = None
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        """Forget everything after the first `keep` tokens, and any verified tree."""
         text = self._text(seq)
         text.length = min(text.length, keep)
         text.verified = None
         self.model.pool.keep(seq, text.blocks)
 
     def close(self, seq: SequenceId) -> None:
-        """Forget the sequence and free its KV blocks for others."""
         if text := self._texts.get(seq):
             text.length, text.blocks = 0, np.zeros(0, np.int32)
             self.rewind(seq, 0)
