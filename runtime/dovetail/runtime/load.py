@@ -1,4 +1,4 @@
-"""A pair folder becomes parts: two sessions, a tokenizer and a policy, on the devices that are there."""
+"""Open a pair folder: two sessions, a tokenizer and a policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a pair is opened. Engine.from_pretrained says what each means. Raises InputError."""
+    """How to open a pair; see Engine.from_pretrained. Raises InputError."""
 
     drafter_device: str = "auto"
     vram: int | None = None  # bytes
@@ -53,7 +53,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of. drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
+    """The parts of an engine. scheduler: None without a drafter or with fixed trees."""
 
     target: OpenVINOTarget
     drafter: FailoverDrafter | None
@@ -64,9 +64,9 @@ class Parts:
 
 
 def load(pair: Path, options: LoadOptions, progress: Progress = silent) -> Parts:
-    """Open a pair; every file is checked before a weight is loaded.
+    """Open a pair. Every file is checked before a weight is loaded.
 
-    progress: receives how far the measurement is. Raises PairError, DeviceError, InputError.
+    progress: of a measurement. Raises PairError, DeviceError, InputError.
     """
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
@@ -98,7 +98,7 @@ def _scheduled(
     options: LoadOptions,
     progress: Progress,
 ) -> tuple[OnnxDrafter, Scheduler]:
-    """The drafter, or the one on the CPU if a GPU fails while it is measured, and a scheduler with its costs."""
+    """Return a scheduler with measured costs, and its drafter: a GPU that fails here is left."""
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
     )
@@ -109,7 +109,7 @@ def _scheduled(
         if options.drafter_device == "cuda" or drafter.file_key == "cpu":
             raise
         problem = str(error)
-    if problem:  # outside the handler, whose traceback would keep what must go before the device does
+    if problem:  # outside the handler, because a traceback would keep the session longer than its device
         log.warning("the drafter runs on the CPU: %s", problem)
         drafter.close()
         drafter = open_cpu(f"no CUDA: {problem}")
