@@ -10,7 +10,7 @@ each token once more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from statistics import median
 from typing import Any
@@ -43,19 +43,8 @@ class Totals:
 
     @classmethod
     def of(cls, metrics: GenerationMetrics) -> Totals:
-        return cls(
-            new_tokens=metrics.new_tokens,
-            later_tokens=max(metrics.new_tokens - 1, 0),
-            decode_ms=metrics.decode_ms,
-            prefill_ms=metrics.prefill_ms,
-            draft_ms=metrics.draft_ms,
-            verify_ms=metrics.verify_ms,
-            other_ms=metrics.other_ms,
-            rounds=metrics.rounds,
-            drafted=metrics.drafted,
-            accepted=metrics.accepted,
-            accepted_per_position=tuple(metrics.accepted_per_position),
-        )
+        same = {each.name: getattr(metrics, each.name) for each in fields(cls) if each.name != "later_tokens"}
+        return cls(later_tokens=max(metrics.new_tokens - 1, 0), **same)
 
     def __add__(self, other: Totals) -> Totals:
         pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
@@ -142,7 +131,7 @@ def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
 
 
 def warm_up(engine: Engine, conversation: PromptTurns, request: AnswerSettings, speculate: bool) -> None:
-    """Generate a short answer that does not count: an engine's first passes are slower."""
+    """Generate a short answer that does not count, because an engine's first passes are slower."""
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     converse(engine, conversation.turns[:1], short, speculate)
 

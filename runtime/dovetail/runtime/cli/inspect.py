@@ -108,7 +108,7 @@ def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
 
 def render(facts: dict[str, Any]) -> str:
     """Return the facts for display, one a line."""
-    target, drafter, tree = facts["target"], facts["drafter"], facts["tree"]
+    target, drafter, costs, tree = facts["target"], facts["drafter"], facts["costs"], facts["tree"]
     rows = [
         ("pair", f"{facts['name']} ({facts['pair']}), format {facts['format_version']}"),
         ("target", f"{target['model_type']}, {target['weight_format']}, {target['num_layers']} layers, "
@@ -118,7 +118,7 @@ def render(facts: dict[str, Any]) -> str:
         ("OpenVINO", properties_line(facts["properties"])),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
         *_calibration_rows(facts["calibration"]),
-        *_cost_rows(facts["costs"]),
+        *([("costs", f"measured {costs['date'][:10]} for {costs['seconds']:.0f} s, below")] if costs else ()),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
@@ -145,8 +145,3 @@ def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str
                             f"over {fit['candidates']} candidates")
         for number, fit in enumerate(calibration["depths"] if calibration else (), 1)
     ]  # fmt: skip
-
-
-def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return when costs were measured and for how long; the costs follow the facts."""
-    return [("costs", f"measured {measured['date'][:10]} for {measured['seconds']:.0f} s, below")] if measured else []

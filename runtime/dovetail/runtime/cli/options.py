@@ -17,6 +17,7 @@ import click
 from dovetail.runtime.drafter.vram import check_limit, parse_size
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
@@ -128,6 +129,20 @@ def check_threads(threads: int | None) -> None:
     """Raise InputError for an impossible number of threads. None is the engines' choice."""
     if threads is not None:
         check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
+
+
+def check_folder(flag: str, file: Path) -> None:
+    """Raise InputError if the folder of a file to write does not exist."""
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file} has no folder {file.parent}: make the folder first")
+
+
+def write_file(flag: str, file: Path, content: bytes) -> None:
+    """Write the file atomically. Raises InputError."""
+    try:
+        write_atomically(file, content)
+    except OSError as err:
+        raise InputError(f"{flag} {file} cannot be written ({err.strerror}): name another file") from None
 
 
 def device_options(command: Command) -> Command:

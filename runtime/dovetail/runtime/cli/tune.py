@@ -6,10 +6,9 @@ With --properties the command instead compares all properties of OpenVINO's CPU 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
@@ -80,7 +79,10 @@ def tune(
     check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
     if not (properties and ov_config):  # otherwise tune keeps nothing
-        check_cache(cache_dir() / ("properties" if properties else "costs"))
+        cached = cache_dir() / ("properties" if properties else "costs")
+        with storing():  # before minutes are spent
+            cached.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=cached).close()
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
@@ -94,7 +96,8 @@ def tune(
             rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
         chosen = None if ov_config else choose(rows)
         if chosen:
-            store(lambda: chosen.store(manifest, threads))
+            with storing():
+                chosen.store(manifest, threads)
         return rows, chosen
 
     tried = candidates(ov_config, threads)
@@ -116,7 +119,8 @@ def tune(
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
-    store(measured.store)
+    with storing():
+        measured.store()
     given = target_properties(manifest, threads, ov_config)
     if as_json:
         click.echo(json.dumps({**measured.as_dict(), "properties": given}, indent=2, ensure_ascii=False))
@@ -126,21 +130,11 @@ def tune(
         click.echo(f"kept in {measured.key.file}")
 
 
-def check_cache(folder: Path) -> None:
-    """Raise InputError if this folder of the cache cannot be written, before minutes are spent."""
-
-    def keep() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-
-    store(keep)
-
-
-def store(keep: Callable[[], None]) -> None:
-    """Keep a result in the cache. Raises InputError."""
+@contextmanager
+def storing() -> Iterator[None]:
+    """Raise InputError if the body cannot write to the cache."""
     try:
-        keep()
+        yield
     except OSError as err:
         raise InputError(f"{err.filename} cannot be written ({err.strerror}): set DOVETAIL_CACHE") from None
 
