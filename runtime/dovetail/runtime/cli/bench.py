@@ -152,7 +152,6 @@ def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
 
 
 def _ties(row: dict[str, Any]) -> str:
-    """Return the number of near ties and the largest margin in logits."""
     count, margin = row["other_tokens"], row["largest_margin"]
     return (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
 

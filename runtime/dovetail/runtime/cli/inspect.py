@@ -139,7 +139,6 @@ def _drafter_line(drafter: dict[str, Any]) -> str:
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return a line per depth: errors of the drafter's probabilities before and after fitting."""
     return [
         (f"depth {number}", f"calibration error {fit['error_before']:.4f}, {fit['error_after']:.4f} after the fit, "
                             f"over {fit['candidates']} candidates")

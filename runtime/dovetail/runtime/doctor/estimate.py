@@ -37,7 +37,6 @@ class Ram:
     context: int
 
     def __str__(self) -> str:
-        """Return the arithmetic in one line."""
         sizes = " + ".join(f"{size} {part.replace('_', ' ')}" for part, size in self.parts_mb.items())
         return f"about {sizes} = {self.needed_mb} MiB (an estimate), {self.available_mb} MiB are free"
 

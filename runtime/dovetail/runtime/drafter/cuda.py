@@ -86,7 +86,6 @@ class Block:
 
     @classmethod
     def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
-        """Allocate the block on the device and on the host. Raises DeviceError."""
         offsets, size = {}, 0
         for name, spec in specs.items():
             offsets[name] = size

@@ -32,7 +32,6 @@ class FailoverDrafter:
 
     @property
     def report(self) -> DeviceReport:
-        """Why the drafter runs where it does, and the bytes that both drafters moved."""
         now = self._drafter.report
         return DeviceReport(now.note, self._moved + now.bus_bytes)
 

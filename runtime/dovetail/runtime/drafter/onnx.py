@@ -171,7 +171,6 @@ class OnnxDrafter:
         self._runner.close()
 
     def _check_room(self, seq: SequenceId) -> None:
-        """Raise InputError while pairs of another sequence are held."""
         if self._length and seq != self._seq:
             raise InputError(
                 f"this drafter has room for one sequence and holds number {self._seq}: rewind that to 0 first, or "

@@ -50,7 +50,6 @@ class VramPlan:
         return limit - self.state - self.rows - self.cuda
 
     def __str__(self) -> str:
-        """Return the arithmetic in one line."""
         parts = ("weights", "state", "rows", "workspace", "cuda")
         sizes = " + ".join(f"{mib(getattr(self, part))} {part}" for part in parts)
         return f"{sizes} = {mib(self.total)} MiB with a context of {self.context}"

@@ -91,7 +91,6 @@ class Meter:
         self.accepted_per_position = [total + one for total, one in pairs]
 
     def metrics(self) -> GenerationMetrics:
-        """Return the record of everything counted so far."""
         accepted, total_ms = sum(self.accepted_per_position), sum(self.spent_ms.values())
         decode_ms, later = total_ms - self.first_token_ms, self.new_tokens - 1
         return GenerationMetrics(

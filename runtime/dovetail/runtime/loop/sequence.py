@@ -220,16 +220,13 @@ class Sequence:
 
     @property
     def waiting(self) -> int:
-        """Context pairs that the drafter has not read."""
         return self.window.waiting if self.window else 0
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes that the drafter has moved between host and device."""
         return self.window.drafter.report.bus_bytes if self.window else 0
 
     def flush(self) -> None:
-        """Let the drafter read the waiting pairs."""
         if self.window and self.speculates:
             self.window.flush(self.tokens, self.noise())
 
@@ -293,7 +290,6 @@ class Sequence:
         return tree
 
     def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        """Return `tree` joined with the repeats that were found."""
         if not self._found:
             return tree
         if limits.top_k > 1:

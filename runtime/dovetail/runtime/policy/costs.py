@@ -92,7 +92,6 @@ class Costs:
             raise InputError(f"switch_ms {self.switch_ms} is out of range: measure again")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the costs in JSON form."""
         curves = {
             name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
             for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))

@@ -57,7 +57,6 @@ class Budget:
     balance: float = START
 
     def covers(self, loss: float) -> bool:
-        """Return whether a round may lose `loss` plain steps."""
         return loss <= self.balance
 
     def add(self, steps: float, gain: float) -> None:

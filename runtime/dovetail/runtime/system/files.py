@@ -144,5 +144,4 @@ def _encodes(text: str) -> bool:
 
 
 def _inside(value: object) -> list[Any]:
-    """Return the values of an object or a list."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

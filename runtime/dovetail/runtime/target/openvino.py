@@ -153,7 +153,6 @@ class OpenVINOTarget:
 
     @property
     def least_rows(self) -> int:
-        """Smallest number of rows in a pass."""
         return TOGETHER if self.exact else ALONE
 
     def _reserve(self, sequences: int) -> None:
@@ -255,7 +254,6 @@ def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
 
 
 def _blocks_for(tokens: int) -> int:
-    """Return how many KV blocks hold `tokens` tokens."""
     return -(-tokens // BLOCK)
 
 

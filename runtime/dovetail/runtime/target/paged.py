@@ -196,12 +196,10 @@ class PagedModel:
 
     @property
     def blocks(self) -> int:
-        """Number of allocated KV blocks."""
         return len(self.pool.owners)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers."""
         return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:

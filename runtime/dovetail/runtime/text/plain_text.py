@@ -168,7 +168,6 @@ def _texts(said: object) -> Iterator[str]:
 
 
 def _mapped(said: Any, change: Callable[[str], str]) -> Any:
-    """Return `said` with `change` applied to every text."""
     if isinstance(said, str):
         return change(said)
     if isinstance(said, Mapping):

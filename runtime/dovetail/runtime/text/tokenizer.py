@@ -126,7 +126,6 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
 
     def has_token(self, token_id: int) -> bool:
-        """Return whether the vocabulary has a token of this id."""
         return 0 <= token_id < 2**31 and self._backend.id_to_token(token_id) is not None
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -154,7 +153,6 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """Return a new detokenizer for one answer."""
         return IncrementalDetokenizer(
             decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
             is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
@@ -233,7 +231,6 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in `file`, or {} if the file does not exist."""
     return read_object(file, IntegrityError, _AGAIN)
 
 

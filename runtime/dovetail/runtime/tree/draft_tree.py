@@ -56,7 +56,6 @@ class DraftTree:
         return cls(tokens, np.arange(-1, len(tokens) - 1), np.zeros(len(tokens), np.float32))
 
     def __len__(self) -> int:
-        """Return the number of nodes, root included."""
         return len(self.tokens)
 
     @cached_property

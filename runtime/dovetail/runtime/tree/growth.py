@@ -159,5 +159,4 @@ class _Growth:
         return sorted(nodes, key=lambda node: -logprobs[node])
 
     def tree(self) -> DraftTree:
-        """Return the best nodes in verification order."""
         return best_tree(self.tokens, self.parents, self.logprobs, self.budget)

@@ -70,7 +70,6 @@ class CostKey:
 
     @property
     def file(self) -> Path:
-        """The file that keeps the costs of this key."""
         return cache_file("costs", json.dumps(asdict(self), sort_keys=True))
 
 

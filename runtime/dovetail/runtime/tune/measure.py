@@ -170,7 +170,6 @@ class _Stopwatch:
     switches: list[float] = field(default_factory=list)  # ms
 
     def shuffled(self, sizes: Sizes) -> list[_Point]:
-        """Return the points of all sizes and contexts in a new order."""
         points = [_Point(engine, n, at) for engine in sizes for n, at in product(sizes[engine], self.contexts)]
         return self.order.sample(points, len(points))
 
