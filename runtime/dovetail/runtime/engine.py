@@ -131,14 +131,7 @@ class Engine:
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown)
         parts = load(Path(path), options, progress)
-        return cls(
-            parts.target,
-            parts.drafter,
-            parts.tokenizer,
-            tree=parts.tree,
-            scheduler=parts.scheduler,
-            stop_tokens=parts.stop_tokens,
-        )
+        return cls(**vars(parts))
 
     @property
     def drafter_device(self) -> str | None:

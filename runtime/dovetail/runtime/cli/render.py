@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -69,7 +68,11 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
     """
     answer = Answer(engine.target_device, engine.drafter_device if request.speculate else None)
     try:
-        write(engine.stream(prompt, **request.keywords()), answer)
+        with closing(engine.stream(prompt, **request.keywords())) as chunks:
+            for chunk in chunks:
+                answer.add(chunk)
+                if chunk.text:
+                    click.echo(chunk.text, nl=False)
     except KeyboardInterrupt:
         answer.interrupted = True
     if request.speculate:
@@ -77,15 +80,6 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
     if not answer.text.endswith("\n"):
         click.echo()
     return answer
-
-
-def write(chunks: Generator[Chunk, None, None], answer: Answer) -> None:
-    """Write the chunks to stdout and record them in `answer`. The stream is always closed."""
-    with closing(chunks):
-        for chunk in chunks:
-            answer.add(chunk)
-            if chunk.text:
-                click.echo(chunk.text, nl=False)
 
 
 def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_device: str | None) -> str:

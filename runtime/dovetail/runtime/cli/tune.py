@@ -26,8 +26,15 @@ from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
-from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
+from dovetail.runtime.tune.cost_cache import (
+    CHOOSABLE,
+    Chosen,
+    CostKey,
+    Measured,
+    chosen_properties,
+    properties_line,
+    target_properties,
+)
 from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure, rows_apart, warn_of_rows
 from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 

@@ -15,8 +15,7 @@ from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.choose import widths
-from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import CostKey, recall
+from dovetail.runtime.tune.cost_cache import CostKey, properties_line, recall, target_properties
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
 CONTEXT = 128  # context in tokens for the estimated speed

@@ -147,7 +147,10 @@ class Sequence:
 
         The target reads the last common token again: its feature goes with the next, other token.
         """
-        keep = max(min(_common_prefix(self.tokens, prompt) - 1, self.length), 0)
+        pairs = zip(self.tokens, prompt, strict=False)
+        others = (index for index, (held, token) in enumerate(pairs) if held != token)
+        common = next(others, min(len(self.tokens), len(prompt)))
+        keep = max(min(common - 1, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
@@ -314,8 +317,3 @@ class Sequence:
 @cache
 def _narrowed(limits: TreeLimits, width: int) -> TreeLimits:
     return replace(limits, width=width)
-
-
-def _common_prefix(left: abc.Sequence[int], right: abc.Sequence[int]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -75,7 +75,8 @@ class Scheduler:
             return plan
         known, pace = self._known, self.pace
         plain = pace.target_ms(context, 1)
-        gain = known.price_of_token * known.tokens.value - known.steps.value - self._otherwise(plan, repeats) / plain
+        otherwise = max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
+        gain = known.price_of_token * known.tokens.value - known.steps.value - otherwise / plain
         at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -START
         return replace(plan, draft=gain >= -OPTIMISM and known.budget.covers(at_risk))
 
@@ -156,10 +157,6 @@ class Scheduler:
             out[self._width] = price * tokens - self.pace.verify_ms(plan.context, tree, self._width)
         return out
 
-    def _otherwise(self, plan: Plan, repeats: DraftTree) -> float:
-        """Return the ms that the best round without a draft is worth, less its change of width."""
-        return max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
-
     def _change(self, width: int) -> float:
         """Return the ms that a pass of this width costs more because the last width differs.
 
@@ -174,8 +171,7 @@ class Scheduler:
         known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
         context, drafted, tokens = plan.context, round.drafted is not None, len(round.tokens)
         offered = choice.offered or choice.tree
-        unverified = choice.width == 1 < len(offered)
-        missed = self._missed(round, offered) if drafted and unverified else None
+        missed = self._missed(round, offered) if drafted and choice.width == 1 < len(offered) else None
         known.fade(repeats=not drafted and len(offered) > 1)
         predicted = 0.0
         if round.growth:

@@ -87,18 +87,13 @@ def _keep_releasing(file: str, done: Event) -> None:
     last = False
     while not last:
         last = done.wait(_INTERVAL)
-        _release(_mappings(file))
+        _release(span for span, mode in _all_mappings(file) if mode.startswith(_READ_ONLY))
 
 
 def _release(spans: Iterable[Span]) -> None:
     libc = ctypes.CDLL(None)
     for begin, end in spans:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
-
-
-def _mappings(file: str) -> Iterator[Span]:
-    """Yield every mapping of `file` that the process cannot write to."""
-    return (span for span, mode in _all_mappings(file) if mode.startswith(_READ_ONLY))
 
 
 def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:

@@ -59,7 +59,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._eos_by_name(), *self._ends_of_turn())))
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._ends_of_turn())))
         self._bytes = self._byte_tokens()
 
     @classmethod
@@ -73,7 +73,7 @@ class Tokenizer:
             raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
         except ValueError as error:
             raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", IntegrityError, _AGAIN)
         try:
             return cls(
                 content,
@@ -168,13 +168,11 @@ class Tokenizer:
         """Return whether `decode` leaves the token out: a special token or an unknown id."""
         return (skip_special_tokens and token in self._special_ids) or self._backend.id_to_token(token) is None
 
-    def _eos_by_name(self) -> tuple[int, ...]:
-        name = self.special_tokens.get("eos_token")
-        token = None if name is None else self._backend.token_to_id(name)
-        return () if token is None else (int(token),)
-
     def _ends_of_turn(self) -> Iterator[int]:
-        """Yield special tokens that end a turn and that the chat template spells out."""
+        """Yield eos_token, then special tokens that end a turn and that the template spells out."""
+        named = self.special_tokens.get("eos_token")
+        if named is not None and (eos := self._backend.token_to_id(named)) is not None:
+            yield int(eos)
         for name in _END_OF_TURN:
             token = self._backend.token_to_id(name)
             if token not in self._special_ids or name not in (self._template_source or ""):
@@ -230,10 +228,6 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     return backend
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return read_object(file, IntegrityError, _AGAIN)
-
-
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return named special tokens. Each is given as a string or as an object with a `content`.
 
@@ -241,7 +235,7 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """
     given = config
     if "added_tokens_decoder" not in config:
-        given = {**config, **_read_json(folder / "special_tokens_map.json")}
+        given = {**config, **read_object(folder / "special_tokens_map.json", IntegrityError, _AGAIN)}
     named: dict[str, str] = {}
     for name in _NAMED_TOKENS:
         value = given.get(name)
@@ -270,7 +264,7 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Return the end-of-sequence ids of the generation config and the model's config, each once."""
     found = list[int]()
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
+        config = read_object(folder / name, IntegrityError, _AGAIN)
         inner = config.get("text_config")
         for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
             ids = value if isinstance(value, list) else [] if value is None else [value]

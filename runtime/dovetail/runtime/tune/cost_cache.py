@@ -16,7 +16,7 @@ from dovetail.runtime.pair.layout import TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
-from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.target.paged import REQUIRED, default_properties
 
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 
@@ -135,6 +135,37 @@ def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]
     """Return the properties that replace defaults when this target is opened here."""
     chosen = recall_choice(manifest, threads)
     return dict(chosen.properties) if chosen else {}
+
+
+def target_properties(
+    manifest: Manifest, threads: int | None = None, given: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the target's OpenVINO properties on this machine as JSON, for display.
+
+    set: all properties by name. chosen: the choice of `tune`, None without one. given: properties
+    from --ov-config.
+    """
+    chosen = recall_choice(manifest, threads)
+    return {
+        "set": {**default_properties(), **(chosen.properties if chosen else {}), **(given or {}), **REQUIRED},
+        "chosen": asdict(chosen) if chosen else None,
+        "given": dict(given or {}),
+    }
+
+
+def properties_line(properties: Mapping[str, Any]) -> str:
+    """Return `target_properties` as one line for display."""
+    named = ", ".join(f"{name}={value}" for name, value in properties["set"].items())
+    chosen = properties["chosen"]
+    if properties["given"]:
+        return f"{named}; with --ov-config"
+    if not chosen:
+        return f"{named}; the defaults (dovetail-run tune looks for better ones)"
+    if not chosen["properties"]:
+        kept = "the defaults", "no other that keeps rows equal is surely quicker"
+    else:
+        kept = "them", f"passes {chosen['speedup']:.2f}x as fast"
+    return f"{named}; tune chose {kept[0]} on {chosen['date'][:10]}: {kept[1]}"
 
 
 def _choice_file(manifest: Manifest, threads: int | None) -> Path:
