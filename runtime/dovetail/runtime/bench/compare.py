@@ -80,15 +80,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Paired:
-    """One conversation in both modes. Without the plain mode, plain and speedup are None.
-
-    choices: the target's choices on reading the speculative answers again, in a row; None before.
-    """
+    """One conversation in both modes."""
 
     conversation: PromptTurns
-    plain: Run | None
+    plain: Run | None  # None without the plain mode
     speculative: Run
-    choices: tuple[Choice, ...] | None = None
+    choices: tuple[Choice, ...] | None = None  # of the target on reading the speculative answers again, in a row
 
     @property
     def speedup(self) -> float | None:

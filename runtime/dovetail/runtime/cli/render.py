@@ -18,19 +18,15 @@ from dovetail.runtime.text.encoding import Prompt
 
 @dataclass
 class Answer:
-    """The streamed text so far. A stopped answer has no metrics: the last chunk brings them.
-
-    first_s, last_s: when the first and the last chunk came (perf_counter). chunks: the prefill's,
-    then one a round.
-    """
+    """The streamed text so far. A stopped answer has no metrics: the last chunk brings them."""
 
     target_device: str
     drafter_device: str | None
     text: str = ""
     tokens: int = 0
-    chunks: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
+    chunks: int = 0  # the prefill's, then one a round
+    first_s: float = 0.0  # when the first chunk came (perf_counter)
+    last_s: float = 0.0  # when the last chunk came
     metrics: GenerationMetrics | None = None
     interrupted: bool = False
 

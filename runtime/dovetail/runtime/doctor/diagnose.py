@@ -42,34 +42,25 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Facts about CUDA on this machine. None means not known, or not tried.
+    """Facts about CUDA on this machine. None means not known, or not tried."""
 
-    built_for: CUDA version of ONNX Runtime's build, None without CUDA. driver: newest CUDA version
-    that the driver supports. found, missing: libraries that the build needs. free_mb, total_mb:
-    VRAM. capture: whether a captured graph replays.
-    """
-
-    built_for: str | None = None
-    driver: str | None = None
-    found: tuple[str, ...] = ()
+    built_for: str | None = None  # CUDA version of ONNX Runtime's build, None without CUDA
+    driver: str | None = None  # newest CUDA version that the driver supports
+    found: tuple[str, ...] = ()  # libraries that the build needs
     missing: tuple[str, ...] = ()
-    free_mb: int | None = None
+    free_mb: int | None = None  # of VRAM
     total_mb: int | None = None
-    capture: bool | None = None
+    capture: bool | None = None  # whether a captured graph replays
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The whole report of `doctor`.
-
-    memory_bandwidth: GB/s. pair: estimate for the named pair, if any. problems: facts that stop
-    every run. notes: other facts and their cost.
-    """
+    """The whole report of `doctor`."""
 
     cpu: machine.Cpu
     ram_total_mb: int
     ram_available_mb: int
-    memory_bandwidth: float
+    memory_bandwidth: float  # GB/s
     os: str
     versions: dict[str, str]
     openvino_devices: tuple[str, ...]
@@ -79,8 +70,8 @@ class Diagnosis:
     cuda_problem: str | None
     drafter_device: str
     pair: estimate.PairEstimate | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    problems: tuple[str, ...]  # facts that stop every run
+    notes: tuple[str, ...]  # other facts and their cost
 
 
 def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:

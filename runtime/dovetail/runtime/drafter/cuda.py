@@ -77,11 +77,11 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """Arrays side by side, on the device at `address` and on the host. offsets: in bytes."""
+    """Arrays side by side, on the device and on the host."""
 
     specs: Mapping[str, Spec]
-    offsets: Mapping[str, int]
-    address: int
+    offsets: Mapping[str, int]  # bytes
+    address: int  # on the device
     host: Bytes
 
     @classmethod
@@ -106,12 +106,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Captured:
-    """One bucket's graph. short: bytes of the inputs without features, which come last."""
+    """One bucket's graph."""
 
     rows: Rows
     inputs: Block
     outputs: Block
-    short: int
+    short: int  # bytes of the inputs without features, which come last
     binding: Any
     run_options: Any
 

@@ -25,14 +25,10 @@ DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """Facts about a drafter's device.
+    """Facts about a drafter's device."""
 
-    note: why the drafter runs there. bus_bytes: moved so far between host and device, both ways; 0
-    on CPUs.
-    """
-
-    note: str = ""
-    bus_bytes: int = 0
+    note: str = ""  # why the drafter runs there
+    bus_bytes: int = 0  # moved so far between host and device, both ways; 0 on CPUs
 
 
 class Moved(DeviceError):

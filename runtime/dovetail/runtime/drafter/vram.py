@@ -28,18 +28,14 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 @dataclass(frozen=True)
 class VramPlan:
-    """Bytes on the device. context: pairs. weights: of the graph. state: KV and feature bank.
+    """Bytes on the device."""
 
-    rows: inputs and outputs of all buckets, and noise for the draft vocabulary. workspace:
-    activations of the largest call. cuda: the allowance for CUDA itself.
-    """
-
-    context: int
-    weights: int
-    state: int
-    rows: int
-    workspace: int
-    cuda: int = CUDA_ITSELF
+    context: int  # pairs
+    weights: int  # of the graph
+    state: int  # KV and feature bank
+    rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
+    workspace: int  # activations of the largest call
+    cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
 
     @property
     def total(self) -> int:

@@ -34,19 +34,14 @@ _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 
 @dataclass(frozen=True)
 class Request:
-    """One generation on token ids.
+    """One generation on token ids."""
 
-    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer
-    earlier. stop_tokens: end the answer and are no part of it. limits: None is plain decoding, one
-    node per pass. scheduler: shapes each tree within the limits; None lets trees grow up to them.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
+    prompt: tuple[int, ...]  # P ids, at least one
+    max_new_tokens: int  # at least 1; the context may end the answer earlier
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop_tokens: frozenset[int] = frozenset()
-    limits: TreeLimits | None = None
-    scheduler: Policy | None = None
+    stop_tokens: frozenset[int] = frozenset()  # end the answer and are no part of it
+    limits: TreeLimits | None = None  # None is plain decoding, one node per pass
+    scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -68,28 +63,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens of one round, or first of the prefill, and why the answer ends with them.
-
-    stop: the stop token that ended the answer, which is not in `tokens`.
-    """
+    """Tokens of one round, or first of the prefill, and why the answer ends with them."""
 
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
-    stop: int | None = None
+    stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The tree of a round, with the policy's records of it if there is a policy.
-
-    tree: for the target. drafted, growth: the drafter's own tree and how it grew, None without one.
-    """
+    """The tree of a round, with the policy's records of it if there is a policy."""
 
     tree: DraftTree
     plan: Plan | None = None
     choice: Choice | None = None
-    drafted: DraftTree | None = None
-    growth: Growth | None = None
+    drafted: DraftTree | None = None  # the drafter's own tree, None without a draft
+    growth: Growth | None = None  # how that tree grew
 
     def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
         """Return the record for the policy. tokens: those that followed the root."""
@@ -99,15 +88,11 @@ class Offer:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The result of a pass over a tree.
-
-    step: the part of it that counts for the answer. features: [A + 1, D], a copy, of accepted
-    nodes.
-    """
+    """The result of a pass over a tree."""
 
     verdict: Verdict
-    step: Step
-    features: FloatArray
+    step: Step  # the part that counts for the answer
+    features: FloatArray  # [A + 1, D], a copy, of accepted nodes
 
 
 class Sequence:

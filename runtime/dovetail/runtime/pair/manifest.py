@@ -43,23 +43,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the runtime must know about a target before it loads a weight.
-
-    hidden_size: width of the embedding; feature_size: width D of the tapped features.
-    max_context: tokens. taps: friendly names of the tapped nodes, in the order of the features.
-    tokenizer_sha256: digest of tokenizer.json.
-    """
+    """Facts that the runtime needs before it loads a target's weights."""
 
     model_type: str
-    hidden_size: int
-    feature_size: int
+    hidden_size: int  # width of the embedding
+    feature_size: int  # width D of the tapped features
     vocab_size: int
     num_layers: int
-    max_context: int
+    max_context: int  # tokens
     weight_format: str
-    taps: tuple[str, ...]
+    taps: tuple[str, ...]  # friendly names of the tapped nodes, in the order of the features
     eos_token_ids: tuple[int, ...]
-    tokenizer_sha256: str
+    tokenizer_sha256: str  # digest of tokenizer.json
 
     def __post_init__(self) -> None:
         _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
@@ -69,15 +64,13 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class DrafterFacts:
-    """What the runtime must know about a drafter: the sizes of its graph, and the file for each device.
+    """Facts that the runtime needs before it loads a drafter's weights.
 
-    top_k: children that the graph returns per row. tree_slots: rows of KV for tree nodes.
-    max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
-    feature_layers: blocks of the target that the drafter reads beside the last feature. If there are
-    any, files["features"] holds their FeatureMix.
-    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; ()
-    in pairs of older versions. vram: the most bytes of GPU memory that the drafter may take; 0 for no
-    limit. noise: whether the graphs take the noise of sampled answers; those of older versions do not.
+    files: device ("cuda", "cpu") -> path inside the pair. feature_layers: blocks of the target that
+    the drafter reads beside the last feature; files["features"] then holds their FeatureMix.
+    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context.
+    vram: the most bytes of GPU memory that the drafter may take, 0 for no limit. noise: whether the
+    graphs take the noise of sampled answers.
     """
 
     blocks: int
@@ -87,9 +80,9 @@ class DrafterFacts:
     draft_vocab_size: int
     num_kv_heads: int
     head_size: int
-    top_k: int
-    tree_slots: int
-    max_context: int
+    top_k: int  # children that the graph returns per row
+    tree_slots: int  # rows of KV for tree nodes
+    max_context: int  # (feature, token) pairs
     tokenizer_sha256: str
     files: dict[str, str]
     feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)

@@ -34,13 +34,10 @@ _HOTTEST = 1e4  # highest temperature of a drafter's noise; above it the logits 
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """The tokens that may be chosen. ids: [S] int64, ascending. probs: [S] float64, sum 1.
+    """The tokens that may be chosen. The sampler's own memory: valid until its next call."""
 
-    Both arrays may be the sampler's own memory: valid until its next call.
-    """
-
-    ids: NDArray[np.int64]
-    probs: NDArray[np.float64]
+    ids: NDArray[np.int64]  # [S] ascending
+    probs: NDArray[np.float64]  # [S] sum 1
 
 
 class Sampler:

@@ -38,18 +38,14 @@ COPIES = 5
 
 @dataclass(frozen=True)
 class Cpu:
-    """Facts about the CPU.
-
-    cores: physical cores. threads: logical CPUs. usable: logical CPUs that this process may keep
-    busy. quota: number of CPUs whose time the container allows, None without a limit.
-    """
+    """Facts about the CPU."""
 
     model: str
-    cores: int
-    threads: int
-    usable: int
+    cores: int  # physical cores
+    threads: int  # logical CPUs
+    usable: int  # logical CPUs that this process may keep busy
     instruction_sets: tuple[str, ...]
-    quota: float | None = None
+    quota: float | None = None  # number of CPUs whose time the container allows, None without a limit
 
 
 def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:

@@ -37,15 +37,11 @@ _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in bloc
 
 @dataclass
 class _Text:
-    """The target's record of one sequence.
+    """The target's record of one sequence."""
 
-    blocks: KV blocks in the order of the text, then blocks for trees. length: committed tokens.
-    verified: paths of the verified tree, until `commit`.
-    """
-
-    blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))
-    length: int = 0
-    verified: _Paths | None = None
+    blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
+    length: int = 0  # committed tokens
+    verified: _Paths | None = None  # paths of the verified tree, until `commit`
 
 
 class OpenVINOTarget:

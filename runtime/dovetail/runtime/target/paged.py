@@ -56,41 +56,29 @@ def default_properties(instruction_sets: Collection[str] | None = None) -> dict[
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one text in a pass.
+    """The rows of one text in a pass."""
 
-    tokens, positions: [T] int64. paths: causal sequences over the T rows, each a list of rows. A
-    row in no path has no meaning. past: tokens cached before each path. tables: each path's KV
-    blocks. wanted: [R] rows of T whose logits are wanted.
-    """
-
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    paths: Sequence[NDArray[np.int64]]
-    past: int
-    tables: Sequence[BlockIds]
-    wanted: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    paths: Sequence[NDArray[np.int64]]  # causal sequences over the T rows; a row in no path has no meaning
+    past: int  # tokens cached before each path
+    tables: Sequence[BlockIds]  # each path's KV blocks
+    wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one pass, and the sequences of its attention.
+    """The rows of one pass, and the sequences of its attention."""
 
-    tokens, positions: [T] int64. past: [S] int32, tokens already cached per sequence. begins: [S+1]
-    int32, where each sequence's attention rows begin. blocks: block ids of all sequences, flat.
-    block_begins: [S+1] int32. wanted: [R] int64, rows of T whose logits are wanted.
-    path_rows: [A] int32, the row of T that each attention row copies. node_rows: [T] int32, the
-    attention row whose output each row takes. None if rows and attention rows are the same.
-    """
-
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    past: NDArray[np.int32]
-    begins: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    block_begins: NDArray[np.int32]
-    wanted: NDArray[np.int64]
-    path_rows: NDArray[np.int32] | None = None
-    node_rows: NDArray[np.int32] | None = None
+    tokens: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    past: NDArray[np.int32]  # [S] tokens already cached per sequence
+    begins: NDArray[np.int32]  # [S + 1] where each sequence's attention rows begin
+    blocks: NDArray[np.int32]  # block ids of all sequences, flat
+    block_begins: NDArray[np.int32]  # [S + 1]
+    wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
+    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row copies; None: the same rows
+    node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int, least: int) -> Batch:

@@ -28,15 +28,10 @@ NO_PROMPTS: Mapping[SequenceId, TokenArray] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TargetPass:
-    """The result of one forward pass of the target.
+    """The result of a pass. Its arrays are valid until the target's next call for any sequence."""
 
-    logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
-    features: [T or N, D] float32, row i belongs to new token or node i.
-    The arrays may be views of engine memory: valid until the target's next call for any sequence.
-    """
-
-    logits: FloatArray
-    features: FloatArray
+    logits: FloatArray  # [rows, V] prefill: one row, the last token's; verify: one row per node
+    features: FloatArray  # [T or N, D] row i belongs to new token or node i
 
 
 @runtime_checkable

@@ -11,12 +11,9 @@ from dovetail.runtime.system.files import parse_json
 
 @dataclass(frozen=True)
 class PromptTurns:
-    """A user's turns in one conversation, asked one after the other.
+    """A user's turns in one conversation, asked one after the other."""
 
-    name: the row's `question_id` or `id`, otherwise the number of its line.
-    """
-
-    name: str
+    name: str  # the row's `question_id` or `id`, otherwise the number of its line
     turns: tuple[str, ...]
 
 

@@ -22,32 +22,21 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Children that the drafter offers: the K best next tokens of each of n nodes.
+    """Children that the drafter offers: the K best next tokens of each of n nodes."""
 
-    logprobs: [n, K] float32, log-probability given the node; -inf or nan marks no candidate.
-    ids: [n, K] integers, target vocabulary.
-    """
-
-    logprobs: NDArray[np.float32]
-    ids: NDArray[np.integer[Any]]
+    logprobs: NDArray[np.float32]  # [n, K] log-probability given the node; -inf or nan marks no candidate
+    ids: NDArray[np.integer[Any]]  # [n, K] target vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Nodes of one depth that the drafter runs next, in draft order, without the root's row 0.
+    """Nodes of one depth that the drafter runs next, in draft order, without the root's row 0."""
 
-    depth: levels below the root, from 1.
-    rows: [n] int64, the buffer row of each node: 1, 2, 3, ... over the levels of one tree.
-    parent_rows: [n] int64, 0 for children of the root.
-    tokens: [n] int64, target vocabulary.
-    attend: [n, slots] bool, the rows a node attends to: itself and its ancestors below the root.
-    """
-
-    depth: int
-    rows: NDArray[np.int64]
-    parent_rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    attend: NDArray[np.bool_]
+    depth: int  # levels below the root, from 1
+    rows: NDArray[np.int64]  # [n] buffer row of each node: 1, 2, 3, ... over the levels of one tree
+    parent_rows: NDArray[np.int64]  # [n] 0 for children of the root
+    tokens: NDArray[np.int64]  # [n] target vocabulary
+    attend: NDArray[np.bool_]  # [n, slots] rows a node attends to: itself and its ancestors below the root
 
 
 Expand = Callable[[Level], Candidates]

@@ -23,26 +23,19 @@ CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # p
 
 @dataclass(frozen=True)
 class CostKey:
-    """Everything that costs depend on. If one fact differs, Dovetail measures again.
+    """Everything that costs depend on. If one fact differs, Dovetail measures again."""
 
-    target: digest of the weights. drafter: digests of graph and weights. device: of the drafter's
-    file, "cuda" or "cpu". threads: the user's number, None for the engines' choice. usable_threads:
-    threads that this process may run on. ov_config: the target's OpenVINO properties: defaults,
-    chosen, given. exact: whether a plain pass computes two rows. spin_us: how long the drafter's
-    threads wait for work.
-    """
-
-    target: str
-    drafter: str
-    device: str
-    threads: int | None
+    target: str  # digest of the weights
+    drafter: str  # digests of graph and weights
+    device: str  # of the drafter's file, "cuda" or "cpu"
+    threads: int | None  # the user's number, None for the engines' choice
     cpu: str
-    usable_threads: int
+    usable_threads: int  # threads that this process may run on
     openvino: str
     onnxruntime: str
-    ov_config: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = True
-    spin_us: int = SPIN_US
+    ov_config: Mapping[str, str] = field(default_factory=dict)  # the target's properties: defaults, chosen, given
+    exact: bool = True  # whether a plain pass computes two rows
+    spin_us: int = SPIN_US  # how long the drafter's threads wait for work
 
     @classmethod
     def of(
@@ -79,20 +72,16 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Costs, and the circumstances of their measurement for display.
-
-    seconds: duration of the measurement. rows_apart: largest difference in logits between rows that
-    exact text needs equal, 0 if they are. date: ISO 8601, UTC.
-    """
+    """Costs, and the circumstances of their measurement for display."""
 
     pair: str
     key: CostKey
     costs: Costs
-    seconds: float
-    date: str = field(default_factory=_now)
+    seconds: float  # duration of the measurement
+    date: str = field(default_factory=_now)  # ISO 8601, UTC
     machine: Mapping[str, Any] = field(default_factory=here.describe)
     versions: Mapping[str, str] = field(default_factory=here.versions)
-    rows_apart: float = 0.0
+    rows_apart: float = 0.0  # largest difference in logits between rows that exact text needs equal, 0 if they are
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "costs": self.costs.as_dict()}
@@ -104,14 +93,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The quickest OpenVINO properties that `tune` found among those that keep rows equal.
+    """The quickest OpenVINO properties that `tune` found among those that keep rows equal."""
 
-    properties: replacements for defaults, empty if none is quicker. speedup: of passes, over the
-    defaults.
-    """
-
-    properties: Mapping[str, str]
-    speedup: float
+    properties: Mapping[str, str]  # replacements for defaults, empty if none is quicker
+    speedup: float  # of passes, over the defaults
     date: str = field(default_factory=_now)
 
     def store(self, manifest: Manifest, threads: int | None) -> None:

@@ -49,19 +49,15 @@ class Property:
 class Compared(Property):
     """The effect of one property, compared with the given properties.
 
-    speedups: by nodes, (low, median, high) of how many times as fast a pass is, over `samples`
-    pairs of passes. The interval holds the true speedup in 98 of 100 cases.
-    same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
-    rows_equal: whether rows are the same bits in trees and in passes of every width but 1
-    (exactness.py).
-    problem: OpenVINO's reason for refusing the property; nothing was measured then.
+    speedups: by nodes, (low, median, high) of how many times as fast a pass is. The interval holds
+    the true speedup in 98 of 100 cases.
     """
 
     speedups: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
-    samples: int = 0
-    same: float | None = None
-    rows_equal: bool | None = None
-    problem: str | None = None
+    samples: int = 0  # pairs of passes of each size
+    same: float | None = None  # part, 0 to 1, of a text's tokens after which the target's best token stays the same
+    rows_equal: bool | None = None  # in trees and in passes of every width but 1 (exactness.py)
+    problem: str | None = None  # OpenVINO's reason for refusing the property; nothing was measured then
 
 
 def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
