@@ -25,9 +25,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_file(path: Path, *, remember: bool = True) -> str:
-    """Digest of a file's content; with `remember`, a file unchanged since the last call is not read again.
+    """Return the digest of a file's content. Raises OSError.
 
-    Unchanged means: same path, size, modification and change times and inode. Raises OSError.
+    remember: do not read a file again whose path, size, inode and times are those of the last call.
     """
     resolved = Path(path).resolve()
     identity = _identity(resolved)
@@ -44,9 +44,9 @@ def sha256_file(path: Path, *, remember: bool = True) -> str:
 
 
 def cache_dir() -> Path:
-    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
+    """Return $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
 
-    A user without a home has no cache: the folder given back is one that can be neither read nor made.
+    For a user without a home this is a folder that cannot be made.
     """
     if own := os.environ.get("DOVETAIL_CACHE"):
         return Path(os.path.expanduser(own))

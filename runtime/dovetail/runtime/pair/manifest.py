@@ -1,7 +1,6 @@
 """`dovetail.json`: the record of a pair folder. Facts come from here, never from a file name.
 
 The manifest is written last and atomically, so that an interrupted export never looks finished.
-A pair without a drafter (a target that waits for one) is a valid pair with `drafter=None`.
 """
 
 from __future__ import annotations
@@ -107,12 +106,12 @@ class DrafterFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about one pair. files: path inside the pair (POSIX, relative) -> size and digest."""
+    """Everything about one pair."""
 
     name: str
     target: TargetFacts
     drafter: DrafterFacts | None
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry]  # by path inside the pair, POSIX and relative
     tree: TreeLimits = field(default_factory=TreeLimits)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -146,10 +145,7 @@ class Manifest:
 
 
 def read_manifest(pair: Path) -> Manifest:
-    """Read and check `pair`/dovetail.json.
-
-    Raises ManifestError: missing, not JSON, unknown or missing key, wrong type, another version.
-    """
+    """Read and check `pair`/dovetail.json. Raises ManifestError."""
     path = Path(pair) / MANIFEST_NAME
     try:
         raw = read_json(path, ManifestError, "check its permissions, or export the pair again")
@@ -163,7 +159,7 @@ def read_manifest(pair: Path) -> Manifest:
 
 
 def parse_manifest(raw: object) -> Manifest:
-    """Build a Manifest from decoded JSON. Raises ManifestError naming the key."""
+    """Return a Manifest from decoded JSON. Raises ManifestError, which names the key."""
     data = _mapping(raw, "the manifest")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
@@ -213,7 +209,7 @@ def _mapping(raw: object, where: str) -> Mapping[str, Any]:
 
 
 def _provenance(raw: object) -> dict[str, Any]:
-    """Any object, but for the `stages` in it, from which an export goes on."""
+    """Return any object. Only its `stages` are checked, from which an export goes on."""
     provenance = _mapping(raw, "provenance")
     for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
         for key in ("inputs", "facts"):
@@ -235,7 +231,7 @@ def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
 
 
 def parse_record(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from JSON. Every field must be present and of its type. Raises ManifestError."""
+    """Return a dataclass from JSON. Raises ManifestError for another key or type."""
     data = _mapping(raw, where)
     _check_keys(record, data, f"{where}.")
     hints = get_type_hints(record)
@@ -243,7 +239,7 @@ def parse_record(record: type[Record], raw: object, where: str) -> Record:
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
-    """`raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
+    """Return `raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(raw, list):
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))

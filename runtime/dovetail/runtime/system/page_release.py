@@ -107,10 +107,7 @@ def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:
 
 
 def _unwritten(file: str) -> Iterator[Span]:
-    """Yield every mapping of `file` without a written page.
-
-    A write gives a private mapping anonymous pages.
-    """
+    """Yield every mapping of `file` without a written page, which would be anonymous."""
     here: Span | None = None
     if not _SMAPS.exists():
         return

@@ -55,11 +55,7 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **kwargs: Any) -> str:
-        """Return the prompt for `messages`. The template gets further keywords (`tools`, ...).
-
-        Raises InputError if the messages have the wrong shape, if the template refuses them, or if
-        the template exceeds the limits of `template_limits`.
-        """
+        """Return the prompt for `messages`. kwargs: for the template. Raises InputError."""
         check_messages(messages)
         turns = [self._as_it_takes(message) for message in messages]
         return self._render(turns, add_generation_prompt=add_generation_prompt, **kwargs)
@@ -110,9 +106,9 @@ class ChatTemplate:
 
 
 def check_messages(messages: object) -> None:
-    """Raise InputError unless `messages` is a list of dicts with role and content (or tool calls).
+    """Raise InputError unless each message has a role, and a content or tool calls.
 
-    The check is needed because a template renders a missing content as nothing, without an error.
+    A template renders a missing content as nothing, without an error.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")

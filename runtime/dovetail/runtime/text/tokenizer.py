@@ -98,11 +98,10 @@ class Tokenizer:
         return self._digest
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return token ids of `text`. Special tokens spelled out in the text are recognised.
+        """Return token ids of `text`, special tokens recognised. Raises InputError.
 
         add_special_tokens: let tokenizer.json's post-processor add its own token (Llama's BOS),
-        unless the text begins with that token. Pass False for the output of `apply_chat_template`,
-        which spells out the special tokens. Raises InputError for text that is not valid Unicode.
+        unless the text begins with that token, as the output of `apply_chat_template` may.
         """
         with _readable():
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -139,11 +138,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """Return the prompt text of a conversation, which ends where the assistant begins.
-
-        Further keywords reach the template. Raises InputError for a target without chat template,
-        messages of the wrong shape, and messages that the template refuses.
-        """
+        """Return the prompt text of a conversation. kwargs: for the template. Raises InputError."""
         if self._template_source is None:
             raise InputError("this target has no chat template: pass a plain string with raw=True")
         if self._template is None:

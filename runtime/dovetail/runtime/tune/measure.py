@@ -106,10 +106,9 @@ def measure(
 ) -> Costs:
     """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
 
-    The measurement has a sequence of its own. Contexts beyond the room of target or drafter are
-    left out. If time is too short for SAMPLES of every point, only FEW sizes and the largest are
-    measured. The measurement takes longer than `seconds` if these sizes need more time. Raises
-    InputError for values that cannot be measured, DeviceError.
+    Contexts beyond the room of target or drafter are left out. If time is too short for SAMPLES of
+    every point, only FEW sizes and the largest are measured, for as long as they take. Raises
+    InputError, DeviceError.
     """
     check_seconds(seconds)
     begin = perf_counter()

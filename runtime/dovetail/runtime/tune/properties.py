@@ -61,10 +61,7 @@ class Compared(Property):
 
 
 def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
-    """Return the properties worth a try here, without those already set.
-
-    threads: the user's number, if any.
-    """
+    """Return the properties worth a try here, without those already set."""
     tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
     tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
     facts, cores = machine.cpu(), machine.usable_cores()
@@ -88,9 +85,8 @@ def compare(
     """Return a record for each property of `tried`, measured for about `seconds` in all.
 
     base: the target as given; empty at the end. open_with: opens the target with one more property.
-    prompt: tokens before the measured text. The comparison takes longer than `seconds` if SAMPLES
-    of every size need more time. Raises InputError for wrong seconds, DeviceError if `base` cannot
-    read the text.
+    prompt: tokens before the measured text. SAMPLES of every size may take longer than `seconds`.
+    Raises InputError, and DeviceError if `base` cannot read the text.
     """
     check_seconds(seconds)
     end = perf_counter() + seconds
