@@ -1,10 +1,9 @@
 """Compare plain and speculative decoding, prompt by prompt in one process on the same machine.
 
 Each conversation runs in both modes, one right after the other, from empty caches. The modes
-alternate in going first. The comparison covers decoding; prefill is left out. For acceptance
-lengths alone the plain mode is left out. The two texts may differ in near ties, because plain
-decoding runs other kernels. The target therefore reads every speculative answer again and chooses
-each token once more.
+alternate in going first. The comparison covers decoding without the prefill. The two texts may
+differ in near ties, because plain decoding runs other kernels. The target therefore reads every
+speculative answer again and chooses each token once more.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.prompts import PromptTurns
 
 WARM_UP_TOKENS = 16
+_OF_A_PROMPT = (
+    "name", "speedup", "acceptance_length", "new_tokens", "plain_new_tokens", "plain_tokens_per_second",
+    "tokens_per_second", "rounds", "other_tokens", "first_other", "largest_margin",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,16 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
     largest_margin: the most logits by which the target's choice exceeds the answer's token. None
     without other tokens, or if more than logits decide.
     """
+    return {**_figures(pairs), "prompts": [prompt_json(pair) for pair in pairs]}
+
+
+def _figures(pairs: Sequence[Paired]) -> dict[str, Any]:
     plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
     compared = all(pair.plain for pair in pairs)
     ours = sum((pair.speculative.totals for pair in pairs), Totals())
     ratios = [pair.speedup for pair in pairs if pair.speedup is not None]
+    others = [choice for pair in pairs for choice in pair.others.values()]
+    margins = [choice.margin for choice in others if choice.margin is not None]
     return {
         "speedup": _rounded(median(ratios)) if ratios else None,
         "acceptance_length": _rounded(ours.acceptance_length),
@@ -180,33 +189,20 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
         "rounds": ours.rounds,
         "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
         "new_tokens": ours.new_tokens,
-        "other_tokens": sum(len(pair.others) for pair in pairs),
-        "largest_margin": _largest([choice for pair in pairs for choice in pair.others.values()]),
-        "prompts": [prompt_json(pair) for pair in pairs],
+        "other_tokens": len(others),
+        "largest_margin": _rounded(max(margins)) if margins else None,
     }
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
-    """Return a conversation's figures. other_tokens, first_other, largest_margin: see `summary`."""
-    plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
-    return {
+    """Return a conversation's figures; see `summary`."""
+    figures = {
+        **_figures([pair]),
         "name": pair.conversation.name,
-        "speedup": None if pair.speedup is None else _rounded(pair.speedup),
-        "acceptance_length": _rounded(ours.acceptance_length),
-        "new_tokens": ours.new_tokens,
-        "plain_new_tokens": plain.new_tokens if plain else None,
-        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if plain else None,
-        "tokens_per_second": _rounded(ours.tokens_per_second),
-        "rounds": ours.rounds,
-        "other_tokens": len(pair.others),
+        "plain_new_tokens": pair.plain.totals.new_tokens if pair.plain else None,
         "first_other": min(pair.others, default=None),
-        "largest_margin": _largest(list(pair.others.values())),
     }
-
-
-def _largest(others: Sequence[Choice]) -> float | None:
-    margins = [choice.margin for choice in others if choice.margin is not None]
-    return _rounded(max(margins)) if margins else None
+    return {name: figures[name] for name in _OF_A_PROMPT}
 
 
 def _rounded(value: float) -> float:

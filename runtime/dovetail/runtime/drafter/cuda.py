@@ -1,10 +1,9 @@
 """Run the float16 graph on a GPU: state on the device, one captured graph per bucket of rows.
 
 A call is one copy up, one replay and one copy down, in order on one stream, and one wait at the
-end. ONNX Runtime may wait for the replay too. Inputs and outputs of a bucket lie in one block of
-memory each, on the device and, pinned, on the host. The noise of sampled answers needs a further
-copy up, from one block for all buckets. ONNX Runtime keeps captured graphs per thread. Run a
-drafter on the thread that opened it; another thread captures again.
+end. Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
+the host. The noise of sampled answers needs a further copy up, from one block for all buckets.
+ONNX Runtime keeps captured graphs per thread: another thread than the opening one captures again.
 """
 
 from __future__ import annotations
@@ -44,14 +43,10 @@ Bytes = NDArray[np.uint8]
 
 
 class Device(Protocol):
-    """A device for captured graphs: memory by address, pinned host memory, one stream.
+    """A device for captured graphs. All methods except `close` raise DeviceError."""
 
-    kind: ONNX Runtime's name for the memory. provider: the execution provider of the device. All
-    methods except `close` raise DeviceError.
-    """
-
-    kind: str
-    provider: str
+    kind: str  # ONNX Runtime's name for the memory
+    provider: str  # the execution provider of the device
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         """Return options to capture, to use the stream, and to limit the arena to `arena` bytes."""
@@ -117,10 +112,9 @@ class Captured:
 
 
 class CudaRunner:
-    """Runner on a GPU.
+    """Runner on a GPU. Raises DeviceError if device, libraries or graph do not permit capturing.
 
     ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
-    Raises DeviceError if the device, its libraries or the graph do not permit capturing.
     """
 
     file_key = "cuda"
@@ -239,7 +233,7 @@ class CudaRunner:
 def _release(held: list[Any], device: Device) -> None:
     """Free the graphs, held[0], and the session, held[1], then the device.
 
-    The traceback of a pending error may still hold the session. The device is then freed after it.
+    The device is freed after a session that the traceback of a pending error still holds.
     """
     if keep_on_failed(device, *held):
         held.clear()

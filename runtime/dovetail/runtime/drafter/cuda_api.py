@@ -49,8 +49,7 @@ Bytes = NDArray[np.uint8]
 def cuda_problem() -> str | None:
     """Return why CUDA cannot be used, with the remedy, or None if a device and all libraries work.
 
-    The function asks driver and libraries, because ONNX Runtime reports missing libraries only in
-    its log.
+    ONNX Runtime itself reports missing libraries only in its log.
     """
     import onnxruntime as ort
 

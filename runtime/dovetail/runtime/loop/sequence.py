@@ -98,22 +98,19 @@ class Found:
 class Sequence:
     """One text on a target and, if there is one, a drafter. It outlives an answer.
 
-    id: its number in both sessions. tokens: ids whose KV may be kept, then at most one known token.
-    length: tokens whose KV the target certainly holds. It grows after a call of the target and
-    shrinks before one. An interrupt at any point therefore leaves it right, and `rewind` brings
-    both sessions back to it.
-    room: tokens that the answer may still have. sampler: of the current answer. speculates: whether
-    the current answer is drafted. Its context pairs then wait for the drafter in `window`.
+    `length` grows after a call of the target and shrinks before one. An interrupt at any point
+    therefore leaves it right, and `rewind` brings both sessions back to it.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
         self.target, self.id = target, target.open()
         self.window = Window(drafter, self.id) if drafter else None
-        self.tokens: list[int] = []
-        self.length = self.room = 0
+        self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
+        self.length = 0  # tokens whose KV the target certainly holds
+        self.room = 0  # tokens that the answer may still have
         self.request: Request | None = None
-        self.sampler: Sampler | None = None
-        self.speculates = False
+        self.sampler: Sampler | None = None  # of the current answer
+        self.speculates = False  # whether the current answer is drafted
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
 

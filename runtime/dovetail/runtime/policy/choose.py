@@ -103,14 +103,10 @@ class Scheduler:
     # --- before the target verifies
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """Return the part of `tree` that is worth most to verify, filled up to one of a few widths.
-
-        A round without a draft and without repeats is plain: nodes that only fill a width gain
-        nothing.
-        """
+        """Return the part of `tree` that is worth most to verify, filled up to one of a few widths."""
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
-        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}
+        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
         kept = min(max(width, self.plain_rows), len(tree))
         if kept < len(tree):
@@ -160,8 +156,7 @@ class Scheduler:
     def _change(self, width: int) -> float:
         """Return the ms that a pass of this width costs more because the last width differs.
 
-        A change to or from plain decoding counts twice, for the way back: a stretch of text where
-        trees pay is usually short.
+        A change to or from plain decoding counts twice, for the way back, which is usually near.
         """
         return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 

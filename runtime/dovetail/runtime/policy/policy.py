@@ -77,16 +77,12 @@ class Policy(Protocol):
 
 
 class Growth:
-    """The judge of one growing tree: asks the policy and records the answers.
-
-    taken: depth of a parent -> share of its nodes' probability that their candidates have. rows:
-    nodes that the drafter ran, level by level.
-    """
+    """The judge of one growing tree: asks the policy and records the answers."""
 
     def __init__(self, policy: Policy, plan: Plan) -> None:
         self._policy, self._plan = policy, plan
-        self.taken: dict[int, float] = {}
-        self.rows: list[int] = []
+        self.taken: dict[int, float] = {}  # depth of a parent -> share of its probability that its candidates have
+        self.rows: list[int] = []  # nodes that the drafter ran, level by level
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         believed = self._policy.believe(self._plan, depth, logprobs)

@@ -1,14 +1,12 @@
 """Choose a token from the target's logits: processors, and noise keyed by position.
 
 Axes: V target vocabulary, S tokens that pass the processors. Processors and their order are those
-of transformers' generate: repetition penalty, temperature, top-k, top-p, min-p. The sampler draws
-from the remaining tokens by the Gumbel-max trick: it takes the token with the best sum of logit and
-temperature x noise. Each token has noise of its own. The noise depends on the seed and the absolute
+of transformers' generate. The sampler draws by the Gumbel-max trick: it takes the token with the
+best sum of logit and temperature x noise. A token's noise depends on the seed and the absolute
 position alone. A seed therefore draws the same tokens one by one or along the path of a tree. The
-drafter adds part of the same noise to its own logits. Its proposals then agree with the target's
-samples more often than its most probable tokens would. Source of the shared noise: Daliri, Musco
-and Suresh, Coupling without Communication and Drafter-Invariant Speculative Decoding (arXiv
-2408.07978).
+drafter adds part of the same noise to its own logits, so that its proposals agree with the target's
+samples more often. Source of the shared noise: Daliri, Musco and Suresh, Coupling without
+Communication and Drafter-Invariant Speculative Decoding (arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -108,8 +106,7 @@ class Sampler:
     def ahead(self, position: int, ids: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return [K] float32 to add to a drafter's logits of the tokens `ids` [K].
 
-        With this noise the drafter prefers the tokens that the target will draw. The result is
-        zeros before the first `pick`, and for greedy decoding, which draws nothing.
+        The result is zeros before the first `pick`, and for greedy decoding.
         """
         if not self._size:
             return np.zeros(len(ids), np.float32)
@@ -158,8 +155,7 @@ def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """Return ascending indices of the fewest best tokens that hold top_p of the mass; at least one.
 
     Tokens below (1 - top_p) / S together hold less than 1 - top_p, so the nucleus needs none of
-    them. Only the other tokens, a few hundred of a large vocabulary, are sorted. Half of that bound
-    leaves room for rounding.
+    them, and only the others are sorted. Half of that bound leaves room for rounding.
     """
     likely: NDArray[np.int64] = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
     values = probs[likely]

@@ -48,9 +48,8 @@ def releasing_pages(file: Path) -> Iterator[None]:
 class LookupMapping:
     """The mapping of a file that an engine opens in the `with` block to look up rows.
 
-    Use this object only while the engine lives and while none of its calls runs. Only the engine's
-    own mapping is released. A mapping with a write before the end of the block is never released.
-    Later, no code writes to weights.
+    Use this object only while the engine lives and while none of its calls runs. A mapping with a
+    write before the end of the block is never released. Later, no code writes to weights.
     """
 
     def __init__(self, file: Path) -> None:

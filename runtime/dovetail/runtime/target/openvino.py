@@ -71,12 +71,10 @@ class OpenVINOTarget:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
     ) -> OpenVINOTarget:
-        """Load the target of a pair. `threads` defaults to OpenVINO's own choice.
+        """Load the target of a pair, with the features that its drafter reads mixed in.
 
-        ov_config: properties of OpenVINO's CPU plugin. exact: see the class. If the pair's drafter
-        reads more than the last feature, the target's graph mixes these features in. Raises
-        IntegrityError, InputError (a property that verification depends on), DeviceError (a
-        property that OpenVINO refuses).
+        threads: default OpenVINO's own choice. ov_config: properties of OpenVINO's CPU plugin.
+        Raises IntegrityError, InputError (a property that verification depends on), DeviceError.
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]

@@ -208,11 +208,7 @@ class PagedModel:
         ]
 
     def reserve(self, blocks: int) -> None:
-        """Grow to at least `blocks` KV blocks. Raises DeviceError.
-
-        Owned blocks keep their content. Linux provides memory when blocks are written. A target
-        calls this once, with all blocks that its context can need.
-        """
+        """Grow to at least `blocks` KV blocks; owned ones keep their content. Raises DeviceError."""
         if blocks <= self.blocks:
             return
         owned = np.flatnonzero(self.pool.owners).astype(np.int32)
@@ -240,8 +236,7 @@ class PagedModel:
     def fault_in(self, blocks: BlockIds) -> None:
         """Write to the memory of `blocks` without changing their content.
 
-        Linux maps all unwritten pages to one page of zeros. A pass reads that page faster than real
-        KV, so its time would be too short.
+        Linux maps all unwritten pages to one page of zeros, which a pass reads faster than real KV.
         """
         for group in self._groups:
             group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
@@ -252,10 +247,7 @@ class PagedModel:
             group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run one pass. Return logits [R, V] and features [T, D].
-
-        Both are views of engine memory: valid until the next pass.
-        """
+        """Run one pass. Return logits [R, V] and features [T, D], both valid until the next pass."""
         longest = int((batch.past + np.diff(batch.begins)).max())
         same = np.arange(len(batch.tokens), dtype=np.int32)
         inputs: dict[str, NDArray[Any]] = {

@@ -1,9 +1,8 @@
 """Render chat templates: messages in, one prompt string out.
 
-Checkpoints' templates are written for transformers' environment, so this module provides the same:
-a sandbox, trimmed blocks, loop controls, `raise_exception`, `strftime_now`. `tojson` keeps Unicode
-and HTML characters. `{% generation %}` blocks mark training targets in transformers; here they
-render their body. `template_limits` bounds the cost of a rendering.
+The environment is that of transformers, for which checkpoints' templates are written. `tojson`
+keeps Unicode and HTML characters. `{% generation %}` blocks, which mark training targets in
+transformers, render their body. `template_limits` bounds the cost of a rendering.
 """
 
 from __future__ import annotations
@@ -25,16 +24,9 @@ from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLi
 
 # Exceptions from an expression in a template that expects messages of another shape.
 _TEMPLATE_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 _LIMITS = (TemplateLimit, RecursionError, MemoryError)
 _PROBE = "dovetail"  # the probes below look for this content in the rendered text
 

@@ -1,9 +1,6 @@
 """Text to token ids and back, from the files of a target folder.
 
-The tokenizer reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special
-tokens, and the chat template in older folders) and `chat_template.jinja`. End-of-sequence ids come
-from `generation_config.json` and `config.json`. `tokenizers` and `jinja2` are imported only when a
-tokenizer is read and when a template is rendered.
+`tokenizers` and `jinja2` are imported only when a tokenizer is read and a template is rendered.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Grow a draft tree, level by level, from the drafter's candidates.
 
-Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree.py. Source:
-EAGLE-2.
+Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree.py.
 """
 
 from __future__ import annotations
