@@ -5,7 +5,7 @@
     for chunk in engine.stream("Why is the sky blue?", max_new_tokens=100):
         print(chunk.text, end="", flush=True)
 
-Importing this package costs numpy; names are loaded when used, engines and tokenizers when a pair is opened.
+Importing this package costs numpy. Names load when used, engines when a pair is opened.
 """
 
 from __future__ import annotations

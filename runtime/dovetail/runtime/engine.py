@@ -67,9 +67,9 @@ class GenerationResult:
 
 
 class Engine:
-    """Generates text with a target and, if there is one, a drafter. Keeps the last conversation's KV.
+    """Generates text with a target and perhaps a drafter. Keeps the last conversation's KV.
 
-    One generation runs at a time. A stream that ends early, by Ctrl-C too, leaves the engine usable.
+    One generation runs at a time. A stream that ends early, e.g. by Ctrl-C, harms nothing.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Engine:
         scheduler: Policy | None = None,
         stop_tokens: Iterable[int] | None = None,
     ) -> None:
-        """tree: default limits. scheduler: shapes each tree within them; None lets trees grow to them.
+        """tree: default limits. scheduler: shapes trees within them; None lets trees grow to them.
 
         stop_tokens: default the tokenizer's end-of-sequence ids.
         """
@@ -113,15 +113,15 @@ class Engine:
     ) -> Self:
         """Open a pair folder. Every file is checked before a weight is loaded.
 
-        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. If the GPU fails later, the
-        drafter moves to the CPU, with a warning in the log. vram: bytes of the GPU that the drafter
-        may take, or "3GB"; None for the pair's own limit. fit: its context may shrink to that.
-        threads: of each engine, None for the engines' choice.
-        tree: every tree grows to these limits. None shapes each tree by its cost and worth here. The
-        first opening then measures the machine for some seconds, and reports to `progress`.
+        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. If the GPU fails later,
+        the drafter moves to the CPU, with a warning in the log. vram: bytes of the GPU that the
+        drafter may take, or "3GB"; None for the pair's own limit. fit: its context may shrink to
+        that. threads: of each engine, None for the engines' choice.
+        tree: every tree grows to these limits. None shapes each tree by its cost and worth here.
+        The first opening then measures the machine for some seconds, and reports to `progress`.
         ov_config: properties of OpenVINO's CPU plugin for the target, by name.
-        exact: a text is the same tokens with any tree and with none. With False plain passes may run
-        through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
+        exact: a text is the same tokens with any tree and with none. With False plain passes may
+        run through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
         max_slowdown: share of the time, 0 to 1, that drafts may lose in the long run.
         Raises PairError, DeviceError, InputError.
         """
@@ -186,14 +186,14 @@ class Engine:
         tree: TreeLimits | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
-        """Return the answer to `prompt`, chunk by chunk. Close the generator to end the answer early.
+        """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
 
         prompt: messages of a conversation, token ids, or a string. A string is one user turn; with
         raw=True, or if the target has no chat template, it is the text itself. template_options:
         variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
         whether special tokens that messages or tools spell out act as such; False makes them text.
-        stop: strings that end the answer. speculate: False decodes without drafts. tree: limits that
-        all trees of this answer grow to. sampling: see SamplingParams.
+        stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
+        that all trees of this answer grow to. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()

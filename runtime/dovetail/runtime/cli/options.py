@@ -98,7 +98,7 @@ class EngineFlags:
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
-        """Return the manifest's tree with the given limits, None if a scheduler shapes each tree."""
+        """Return the pair's tree with the given limits, None if a scheduler shapes each tree."""
         given = self.tree_values()
         return replace(read_manifest(pair).tree, **given) if given or fixed else None
 

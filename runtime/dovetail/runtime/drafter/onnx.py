@@ -61,7 +61,7 @@ class OnnxDrafter:
         vram: int | None = None,
         fit: bool = False,
     ) -> OnnxDrafter:
-        """Load the pair's drafter; see Engine.from_pretrained. threads: default one per usable core.
+        """Load a drafter; see Engine.from_pretrained. threads: default one per usable core.
 
         A log warning says why "auto" does not use a GPU that is there, or that `vram` is for.
         Raises PairError (no drafter), InputError, DeviceError.

@@ -115,7 +115,7 @@ class Sequence:
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
-        """Turn to a request. Return how many tokens of its prompt are held. Raises ContextOverflow."""
+        """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
         self.room = request.check_room(self.target.max_context)
         self.request, self.sampler = request, sampler or Sampler(request.sampling)
         self.speculates = self._limits(len(request.prompt) + 1, self.room - 1).width > 1

@@ -1,4 +1,4 @@
-"""Resolve a user's name for a pair to a folder: a path, a name in the cache, or a reference pair."""
+"""Resolve a user's name for a pair to a folder: a path, a cached pair, or a reference pair."""
 
 from __future__ import annotations
 

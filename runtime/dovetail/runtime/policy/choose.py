@@ -103,7 +103,7 @@ class Scheduler:
     # --- before the target verifies
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """Return the part of `tree` that is worth most to verify, filled up to one of a few widths."""
+        """Return the part of `tree` that is worth most to verify, filled up to a width."""
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
         worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}  # nothing to verify: plain

@@ -14,7 +14,7 @@ _SEED_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token from the target's logits. The defaults are greedy decoding. Raises InputError."""
+    """How to choose tokens from logits. The defaults are greedy decoding. Raises InputError."""
 
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off

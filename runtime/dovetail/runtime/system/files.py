@@ -98,7 +98,7 @@ def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, 
 
 
 def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
-    """Return arrays of an .npz file, whose size is checked first. Raises `failure` with `remedy`."""
+    """Return arrays of an .npz file of bounded size. Raises `failure` with `remedy`."""
     import numpy as np  # the commands check their arguments with this module and must start without numpy
 
     try:

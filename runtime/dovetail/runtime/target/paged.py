@@ -208,7 +208,7 @@ class PagedModel:
         ]
 
     def reserve(self, blocks: int) -> None:
-        """Grow to at least `blocks` KV blocks; owned ones keep their content. Raises DeviceError."""
+        """Grow to at least `blocks` KV blocks. Owned blocks keep their KV. Raises DeviceError."""
         if blocks <= self.blocks:
             return
         owned = np.flatnonzero(self.pool.owners).astype(np.int32)
@@ -247,7 +247,7 @@ class PagedModel:
             group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run one pass. Return logits [R, V] and features [T, D], both valid until the next pass."""
+        """Run one pass. Return logits [R, V] and features [T, D], valid until the next pass."""
         longest = int((batch.past + np.diff(batch.begins)).max())
         same = np.arange(len(batch.tokens), dtype=np.int32)
         inputs: dict[str, NDArray[Any]] = {

@@ -13,14 +13,14 @@ Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or tok
 
 
 class Detokenizer(Protocol):
-    """Token by token to text; what `add` and the final `flush` return concatenates to the text of all tokens."""
+    """Tokens to text. All results of `add` and the final `flush` together are the text."""
 
     def add(self, token_id: int) -> str: ...
     def flush(self) -> str: ...
 
 
 class TextTokenizer(Protocol):
-    """What an Engine needs of a tokenizer; dovetail.runtime.text.tokenizer.Tokenizer and ScriptedTokenizer have it."""
+    """The methods of a tokenizer that an Engine needs."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...

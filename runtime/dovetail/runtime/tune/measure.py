@@ -64,8 +64,8 @@ def known_or_measured(
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
-    A measurement is kept in the cache. A log warning says if the target's rows are not equal on this
-    machine. threads, ov_config: as passed to open target and drafter. Raises DeviceError.
+    A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
+    threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
@@ -149,7 +149,7 @@ def check_seconds(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class _Point:
-    """A call to time: a pass of `size` nodes or a drafter's call of `size` rows, after `context`."""
+    """A call to time: a pass of `size` nodes or a call of `size` rows, after `context`."""
 
     engine: Engine
     size: int
@@ -208,7 +208,7 @@ class _Stopwatch:
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(self.contexts)
 
     def costs(self, sizes: Sizes) -> Costs:
-        """Return the medians of all times. A path costs a tree's time less a chain's of its size."""
+        """Return the medians. A path costs a tree's time less a chain's of its size."""
         target = self.curve("target", sizes["target"])
         forks = [median(self.times[_Point("path", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
         path = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / (PATHS - 1), LEAST_MS))
