@@ -42,17 +42,13 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer: one round's tokens, and the text that is certain by now.
-
-    finish_reason, metrics: on the last chunk. "stop": a stop token or stop string. "length": no
-    room for more. seed: the seed in use, None when greedy.
-    """
+    """A piece of a streamed answer: one round's tokens, and the text that is certain by now."""
 
     text: str
     token_ids: tuple[int, ...]
-    seed: int | None = None
-    finish_reason: FinishReason | None = None
-    metrics: GenerationMetrics | None = None
+    seed: int | None = None  # the one in use, None when greedy
+    finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
+    metrics: GenerationMetrics | None = None  # of the last chunk
 
 
 @dataclass(frozen=True)

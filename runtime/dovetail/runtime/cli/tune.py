@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
@@ -93,14 +94,15 @@ def tune(
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
-    def open_target(*more: Property, beside: Mapping[str, str] = ov_config) -> OpenVINOTarget:
-        config = {**beside, **{each.name: each.value for each in more}}
-        return OpenVINOTarget.load(folder, manifest, threads=threads, ov_config=config, exact=exact)
+    open_target = partial(OpenVINOTarget.load, folder, manifest, threads=threads, exact=exact)
+
+    def open_with(*more: Property) -> OpenVINOTarget:
+        return open_target(ov_config={**ov_config, **{each.name: each.value for each in more}})
 
     def compared(tried: Sequence[Property], seconds: float) -> tuple[list[Compared], Chosen | None]:
         prompt = Tokenizer.from_folder(folder / TARGET).encode(PROMPT)
         with progress_bar() as progress:
-            rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
+            rows = compare(open_with(), open_with, prompt, tried, seconds=seconds, progress=progress)
         chosen = None if ov_config else choose(rows)
         if chosen:
             with storing():
@@ -119,7 +121,7 @@ def tune(
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
-    target = open_target(beside={**chosen_properties(manifest, threads), **ov_config})
+    target = open_target(ov_config={**chosen_properties(manifest, threads), **ov_config})
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)

@@ -138,10 +138,8 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    if done.returncode != 0:
-        return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return tuple(Gpu(*row) for row in rows if len(row) == 3)
+    return tuple(Gpu(*row) for row in rows if len(row) == 3 and done.returncode == 0)
 
 
 def try_cuda() -> tuple[Cuda, str | None]:

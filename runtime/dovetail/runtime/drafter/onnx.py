@@ -37,14 +37,12 @@ log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
-    """A drafter with the KV of one sequence; implements Drafter.
-
-    file_key: of its graph in DrafterFacts.files. top_k: children that it offers.
-    """
+    """A drafter with the KV of one sequence; implements Drafter."""
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
-        self.device = device
-        self.file_key, self.capacity, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self.device, self.capacity = device, runner.max_context
+        self.file_key = runner.file_key  # of its graph in DrafterFacts.files
+        self.top_k = facts.top_k  # children that it offers
         self._facts, self._runner, self._note = facts, runner, note
         self._seq: SequenceId | None = None  # of the pairs that it holds
         self._length = 0

@@ -64,9 +64,8 @@ def build_pair(name: str, pair: Path) -> None:
             f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a writable folder, or give --pair"
         ) from None
     click.echo(f"Building the pair {name} in {pair}. This happens once and takes a few minutes.", err=True)
-    stderr = 2  # stdout holds only the answer
     command = [sys.executable, "-m", "dovetail.exporter.cli.main", "pair", name, str(pair), "--resume"]
-    done = subprocess.run(command, stdout=stderr, check=False)
+    done = subprocess.run(command, stdout=2, check=False)  # on stderr: stdout holds only the answer
     if done.returncode != 0 or not (pair / MANIFEST_NAME).is_file():
         raise ExportError(
             f"building the pair {name} failed (exit {done.returncode}): see the reason above, run again to resume"

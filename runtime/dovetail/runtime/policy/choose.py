@@ -37,17 +37,12 @@ OPTIMISM = 0.4  # plain steps that a drafted round may seem to lose: the budget 
 
 @dataclass
 class Scheduler:
-    """Makes the schedule of one engine and learns across conversations. Implements `Policy`.
-
-    calibration: None if the drafter has no calibration file. plain_rows: rows that a plain pass
-    computes anyway; a tree of so many nodes costs no more. max_slowdown: share of the time that
-    drafts may lose in the long run.
-    """
+    """Makes the schedule of one engine and learns across conversations. Implements `Policy`."""
 
     costs: Costs
-    calibration: Calibration | None = None
-    plain_rows: int = 1
-    max_slowdown: float = MAX_SLOWDOWN
+    calibration: Calibration | None = None  # None if the drafter has no calibration file
+    plain_rows: int = 1  # rows that a plain pass computes anyway: a tree of so many nodes costs no more
+    max_slowdown: float = MAX_SLOWDOWN  # share of the time that drafts may lose in the long run
     pace: Pace = field(init=False)
     _greedy: Experience = field(init=False)
     _sampled: Experience = field(init=False)

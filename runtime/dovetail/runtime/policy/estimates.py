@@ -19,14 +19,11 @@ PRIOR = 3.0  # weight of the drafter's own claim, in observations: the replay
 
 @dataclass
 class Estimate:
-    """A weighted mean that begins at `prior`, which counts as `weight` observations.
-
-    half_life: calls of `fade` after which an observation counts half.
-    """
+    """A weighted mean that begins at `prior`, which counts as `weight` observations."""
 
     prior: float
     weight: float
-    half_life: float = HALF_LIFE
+    half_life: float = HALF_LIFE  # calls of `fade` after which an observation counts half
     _sum: float = 0.0
     _seen: float = 0.0
 

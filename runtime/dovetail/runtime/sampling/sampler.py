@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,6 @@ _KEPT = 12  # positions whose noise is kept: a tree's levels use the noise befor
 # noise decides less, and the drafter's best token is the better guess (docs/results/sampling.md).
 TRUST = 0.6
 _HOTTEST = 1e4  # highest temperature of a drafter's noise; above it the logits do not matter
-
-
-@dataclass(frozen=True, eq=False)
-class Support:
-    """The tokens that may be chosen. The sampler's own memory: valid until its next call."""
-
-    ids: NDArray[np.int64]  # [S] ascending
-    probs: NDArray[np.float64]  # [S] sum 1
 
 
 class Sampler:
@@ -66,7 +57,7 @@ class Sampler:
         self._size = len(logits)
         if not params.top_k and params.top_p == 1 and params.min_p == 0:
             return self.draw(scores, None, position)
-        ids = self._support(scores).ids
+        ids, _ = self._support(scores)
         return int(ids[self.draw(scores[ids], ids, position)])
 
     def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
@@ -75,8 +66,8 @@ class Sampler:
         if self.params.greedy:
             probs[self.pick(logits, 0, context)] = 1.0
         else:
-            support = self._support(self._penalised(logits, context))
-            probs[support.ids] = support.probs
+            ids, kept = self._support(self._penalised(logits, context))
+            probs[ids] = kept
         return probs
 
     def draw(self, scores: NDArray[np.floating[Any]], ids: NDArray[np.int64] | None, position: int) -> int:
@@ -114,8 +105,11 @@ class Sampler:
         noise: NDArray[np.float32] = scale * self.noise(position)[ids]
         return noise
 
-    def _support(self, given: NDArray[np.floating[Any]]) -> Support:
-        """Return the processed distribution (temperature above 0). given: [V], penalised logits."""
+    def _support(self, given: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the tokens that may be chosen, ascending [S], and their probabilities [S].
+
+        given: [V], penalised logits. Both results are valid until the next call.
+        """
         params = self.params
         if len(self._ids) != len(given):
             self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)
@@ -137,7 +131,7 @@ class Sampler:
         if params.min_p > 0:
             kept = np.flatnonzero(probs >= params.min_p * probs.max())
             ids, probs = ids[kept], probs[kept]
-        return Support(ids, probs if len(probs) == len(given) else probs / probs.sum())
+        return ids, probs if len(probs) == len(given) else probs / probs.sum()
 
     def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
         """Divide the scores of tokens in the context by the penalty; multiply negative scores."""

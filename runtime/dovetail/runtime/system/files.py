@@ -118,21 +118,13 @@ def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], re
 
 def check_text(what: str, text: str, failure: type[Exception]) -> None:
     """Raise `failure` if `text` is not valid Unicode or holds a NUL, which files refuse."""
-    if "\0" in text or not _encodes(text):
+    if "\0" in text or printable(text) != text:
         raise failure(f"{what} {text!r:.80} is no valid text: leave out NUL and bytes that are not UTF-8")
 
 
 def printable(text: str) -> str:
     """Return `text` with lone surrogates escaped, for file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _inside(value: object) -> list[Any]:

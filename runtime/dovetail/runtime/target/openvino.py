@@ -214,16 +214,12 @@ class OpenVINOTarget:
 
 
 class _Paths:
-    """The paths of a tree, or the single path of a prompt, and the blocks of each path.
-
-    rows: the rows of each path; a path shorter than `least` repeats its row. ends: for each path
-    its own part of the text's blocks. The part begins with the last block of the text of `length`
-    tokens.
-    """
+    """The paths of a tree, or the single path of a prompt, after a text of `length` tokens."""
 
     def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
+        # The rows of each path; a path shorter than `least` repeats its row.
         self.rows = [path if len(path) >= least else np.repeat(path, least) for path in rows]
-        self.ends: list[slice] = []
+        self.ends: list[slice] = []  # each path's own part of the text's blocks, from the text's last block on
         full, part = divmod(length, BLOCK)
         at = full
         for path in self.rows:

@@ -147,7 +147,7 @@ def _environment() -> LimitedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.meter_filters()
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment
 
 
@@ -163,7 +163,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

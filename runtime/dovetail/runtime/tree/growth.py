@@ -5,7 +5,7 @@ Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heapreplace
 from typing import Any, Protocol
@@ -124,7 +124,7 @@ class _Growth:
         if len(self.best) == self.budget:
             frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
         count = min(self.limits.top_k, self.slots - len(self.rows))
-        return self.ranked(frontier)[:count]
+        return sorted(frontier, key=lambda node: -self.logprobs[node])[:count]  # ties stay in order of discovery
 
     def level(self, nodes: list[int], depth: int) -> Level:
         """Give `nodes` their draft rows and return the level that the drafter runs."""
@@ -140,11 +140,6 @@ class _Growth:
             tokens=np.array([self.tokens[node] for node in nodes], np.int64),
             attend=attend,
         )
-
-    def ranked(self, nodes: Iterable[int]) -> list[int]:
-        """Return the nodes, best first. Ties stay in order of discovery."""
-        logprobs = self.logprobs
-        return sorted(nodes, key=lambda node: -logprobs[node])
 
     def tree(self) -> DraftTree:
         return best_tree(self.tokens, self.parents, self.logprobs, self.budget)
