@@ -74,7 +74,7 @@ class Diagnosis:
     notes: tuple[str, ...]  # other facts and their cost
 
 
-def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
+def diagnose(named: str | None, vram: int | None) -> Diagnosis:
     """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
 
     vram: bytes that the pair's drafter may take, if given. Raises InputError, PairError.

@@ -119,7 +119,7 @@ class CudaRunner:
 
     file_key = "cuda"
 
-    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int = 0):
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int):
         """plan: context and memory. limit: bytes for all memory, 0 for no limit."""
         import onnxruntime as ort
 

@@ -82,7 +82,7 @@ def quota_threads(root: Path = ROOT, allowed: Collection[int] | None = None) -> 
     return threads if threads < _quick_cores(root, allowed) else None
 
 
-def cpu_quota(root: Path = ROOT) -> float | None:
+def cpu_quota(root: Path) -> float | None:
     """Return how many CPUs' time the process's control groups allow, None without a limit."""
     quotas = []
     for folder in _control_groups("cpu", root):

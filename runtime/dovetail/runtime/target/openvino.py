@@ -236,7 +236,7 @@ class _Paths:
         return None
 
 
-def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
+def timed_tree(nodes: int, paths: int) -> DraftTree:
     """Return a tree of `nodes` nodes and `paths` paths: a chain with leaves on its first nodes."""
     chain = nodes - paths
     parents = [-1, *range(chain), *range(paths - 1)]

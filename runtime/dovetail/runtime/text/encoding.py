@@ -33,13 +33,9 @@ class TextTokenizer(Protocol):
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer,
-    prompt: Prompt,
-    raw: bool = False,
-    template_options: Mapping[str, Any] | None = None,
-    parse_special: bool = False,
+    tokenizer: TextTokenizer, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
 ) -> list[int]:
-    """Return the ids of `prompt`; Engine.stream says what the arguments mean. Raises InputError."""
+    """Return the ids of `prompt`. Arguments: see Engine.stream. Raises InputError."""
     options = _check_options(template_options)
     text, templated = isinstance(prompt, str), tokenizer.has_chat_template
     ids = not text and _all_ids(prompt)
