@@ -246,7 +246,7 @@ class Clock:
         self.width = nodes
 
     def draft(self, context: int, rows: int) -> None:
-        self.ms += self.costs.draft.at(context, rows)
+        self.ms += self.costs.call_ms(context, rows)
 
 
 def plain_ms(each: Record, costs: Costs) -> float:

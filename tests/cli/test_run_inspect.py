@@ -201,12 +201,6 @@ def test_a_plot_of_nothing_says_how_to_measure(invoke, make_pair, tmp_path: Path
     assert shlex.join(["dovetail-run", "tune", str(pair)]) in result.stderr and not (tmp_path / "costs.svg").exists()
 
 
-def test_a_plot_of_a_pair_without_a_drafter_says_so(invoke, pair: Path, tmp_path: Path) -> None:
-    write_manifest(pair, replace(read_manifest(pair), drafter=None))
-    result = invoke("inspect", str(pair), "--plot", str(tmp_path / "costs.svg"))
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (3, "", 1) and "no drafter" in result.stderr
-
-
 def test_a_plot_that_cannot_be_written_is_one_line_and_leaves_nothing(invoke, pair, measured, tmp_path: Path) -> None:
     (tmp_path / "plots" / "costs.svg").mkdir(parents=True)
     result = invoke("inspect", str(pair), "--plot", str(tmp_path / "plots" / "costs.svg"))

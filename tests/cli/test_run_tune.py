@@ -100,9 +100,15 @@ def test_bad_flags_are_one_line_before_anything_is_read(invoke, tmp_path: Path, 
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1) and named in result.stderr
 
 
-def test_a_pair_without_a_drafter_has_nothing_to_tune(invoke, tiny_pair: Path) -> None:
-    result = invoke("tune", str(tiny_pair))
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (3, "", 1) and "no drafter" in result.stderr
+def test_a_target_alone_is_tuned_and_shown(invoke, tiny_pair: Path, cache: Path, tmp_path: Path) -> None:
+    result = invoke("tune", str(tiny_pair), "--seconds", "0.05")
+    assert result.exit_code == 0, result.stderr
+    assert "a pass of the target" in result.stdout and "drafter" not in result.stdout
+    shown = invoke("inspect", str(tiny_pair), "--plot", str(tmp_path / "costs.svg"))
+    assert shown.exit_code == 0 and "repeated text alone is drafted" in shown.stdout
+    assert "a pass of the target" in shown.stdout and "rows in the call" not in (tmp_path / "costs.svg").read_text()
+    said = invoke("doctor", str(tiny_pair))
+    assert "as measured here" in said.stdout and "faster than plain decoding above" in said.stdout
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(invoke, real_pair: Path, cache: Path) -> None:

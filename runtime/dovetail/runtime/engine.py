@@ -201,7 +201,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=SamplingParams(**sampling).seeded(),
             stop_tokens=self.stop_tokens,
-            limits=(tree or (self.tree if self._drafter else None)) if speculate else None,
+            limits=(tree or self.tree) if speculate else None,
             scheduler=self.scheduler if speculate and tree is None else None,
         )
         request.check_room(self.max_context)

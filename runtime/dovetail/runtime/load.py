@@ -14,9 +14,9 @@ from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.layout import TARGET
-from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress, silent
@@ -53,7 +53,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an engine. scheduler: None without a drafter or with fixed trees."""
+    """The parts of an engine. scheduler: None with fixed trees."""
 
     target: OpenVINOTarget
     drafter: FailoverDrafter | None
@@ -74,39 +74,37 @@ def load(pair: Path, options: LoadOptions, progress: Progress = silent) -> Parts
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
     target = OpenVINOTarget.load(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
     tree = options.tree or manifest.tree
+    measure = partial(
+        known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
+    )
+    schedule = partial(Scheduler, plain_rows=target.least_rows, max_slowdown=options.max_slowdown)
     facts = manifest.drafter
     if facts is None:
-        return Parts(target, None, tokenizer, tree, None, stop_tokens)
+        if options.tree is not None:
+            return Parts(target, None, tokenizer, tree, None, stop_tokens)
+        return Parts(target, None, tokenizer, BOUNDS, schedule(measure(None)), stop_tokens)
     drafter = OnnxDrafter.open(
         pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
     )
     open_cpu = partial(OnnxDrafter.open_cpu, pair, facts, threads=options.threads)
     scheduler = None
     if options.tree is None:
-        drafter, scheduler = _scheduled(pair, manifest, target, drafter, open_cpu, options, progress)
+        drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)
+        scheduler = schedule(costs, pair_calibration(pair, manifest))
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
     second = open_cpu if drafter.file_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
-def _scheduled(
-    pair: Path,
-    manifest: Manifest,
-    target: OpenVINOTarget,
-    drafter: OnnxDrafter,
-    open_cpu: Callable[[str], OnnxDrafter],
-    options: LoadOptions,
-    progress: Progress,
-) -> tuple[OnnxDrafter, Scheduler]:
-    """Return a scheduler with measured costs, and its drafter: a GPU that fails here is left."""
-    measure = partial(
-        known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
-    )
+def _measured(
+    measure: Callable[[OnnxDrafter], Costs], drafter: OnnxDrafter, open_cpu: Callable[[str], OnnxDrafter], device: str
+) -> tuple[OnnxDrafter, Costs]:
+    """Return the drafter and measured costs. A GPU that fails meanwhile is left, if `device` allows that."""
     problem = None
     try:
         costs = measure(drafter)
     except DeviceError as error:
-        if options.drafter_device == "cuda" or drafter.file_key == "cpu":
+        if device == "cuda" or drafter.file_key == "cpu":
             raise
         problem = str(error)
     if problem:  # outside the handler, because a traceback would keep the session longer than its device
@@ -114,6 +112,4 @@ def _scheduled(
         drafter.close()
         drafter = open_cpu(f"no CUDA: {problem}")
         costs = measure(drafter)
-    return drafter, Scheduler(
-        costs, pair_calibration(pair, manifest), plain_rows=target.least_rows, max_slowdown=options.max_slowdown
-    )
+    return drafter, costs

@@ -70,7 +70,7 @@ class Clock:
         self.now += self.slow * (self.costs.target.at(0, nodes) + change) / 1e3
 
     def draft(self, rows: int) -> None:
-        self.now += self.slow * self.costs.draft.at(0, rows) / 1e3 + self.stall
+        self.now += self.slow * self.costs.call_ms(0, rows) / 1e3 + self.stall
         self.stall = 0.0
 
 
@@ -162,7 +162,7 @@ def test_a_perfect_drafter_is_used_as_well_as_can_be() -> None:
     rounds = []
     for d in range(1, LIMITS.depth + 1):
         width = next(width for width in WIDTHS if width > d)
-        draft_ms = true.draft.at(0, d + 1) + (d - 1) * true.draft.at(0, 1)
+        draft_ms = true.call_ms(0, d + 1) + (d - 1) * true.call_ms(0, 1)
         rounds.append((draft_ms + true.target.at(0, width)) / (d + 1))
     best = min(rounds)
     clock, _, tokens = answer("copy", true, sharpness=60.0, limits=TreeLimits(width=32, depth=8, top_k=1, lookup=0))

@@ -92,11 +92,18 @@ def ask(sessions: Sessions, threads: int | None = None) -> Costs:
 
 def test_curves_rise_along_both_axes(sessions: Sessions) -> None:
     costs = measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=5 * SECONDS)
+    assert costs.draft
     for curve in (costs.target, costs.draft):
         ms = np.array(curve.ms)
         assert curve.contexts == CONTEXTS and curve.rows[0] == 1
         assert (ms > 0).all() and (np.diff(ms, axis=0) >= 0).all() and (np.diff(ms, axis=1) >= 0).all()
     assert costs.target.rows[-1] == WIDTHS[-1] and costs.draft.rows[-1] == CHUNK
+
+
+def test_a_target_alone_is_measured_and_its_costs_survive_json(sessions: Sessions) -> None:
+    costs = measure(sessions.target, None, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS)
+    assert costs.draft is None and costs.call_ms(16, 4) == 0.0 and costs.target.contexts == CONTEXTS
+    assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
 
 
 def test_a_change_of_width_is_what_the_first_of_two_passes_takes_more(sessions: Sessions, monkeypatch) -> None:
@@ -120,6 +127,7 @@ def test_all_is_measured_where_there_is_time_and_less_where_there_is_not(session
 
     def sizes(seconds: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
         costs = measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=seconds)
+        assert costs.draft
         return costs.target.rows, costs.draft.rows
 
     assert sizes(1.0) == (WIDTHS, ROWS)
@@ -178,7 +186,7 @@ def test_contexts_without_room_are_left_out(sessions: Sessions, monkeypatch, roo
     monkeypatch.setattr(sessions.target, "max_context", room)
     monkeypatch.setattr(sessions.drafter, "capacity", room)
     costs = measure(sessions.target, sessions.drafter, contexts=(16, 128, 1024), widths=(1, 4), seconds=SECONDS)
-    assert costs.target.contexts == costs.draft.contexts == contexts
+    assert costs.draft and costs.target.contexts == costs.draft.contexts == contexts
     assert costs.draft.rows[-1] == (64 if room < CHUNK else CHUNK)
 
 

@@ -17,7 +17,7 @@ import click
 from dovetail.runtime.bench.compare import Paired, measure, read_again, summary
 from dovetail.runtime.cli.options import EngineFlags, check_folder, engine_options, sampling_options, write_file
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
@@ -52,10 +52,6 @@ def bench(
     if output is not None:
         check_output(output)
     engine = engine_flags.open()
-    if engine.drafter_device is None:
-        raise PairError(
-            "this pair has no drafter, so there is nothing to measure: add a drafter with dovetail-export drafter"
-        )
     for conversation in conversations:
         try:
             engine.count_tokens(conversation.turns[0])

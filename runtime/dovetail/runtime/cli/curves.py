@@ -26,7 +26,8 @@ def show_costs(name: str, measured: Measured) -> None:
 
     console, costs = Console(highlight=False, markup=False, emoji=False), measured.costs
     show_curve(console, f"{name}: a pass of the target, ms by nodes", costs.target)
-    show_curve(console, f"{name}: a call of the drafter on {DEVICE[measured.key.device]}, ms by rows", costs.draft)
+    if costs.draft and measured.key.device:
+        show_curve(console, f"{name}: a call of the drafter on {DEVICE[measured.key.device]}, ms by rows", costs.draft)
     console.print(f"a change of width costs the target's next pass {costs.switch_ms:.1f} ms more")
 
 
@@ -81,11 +82,13 @@ def plot_costs(file: Path, name: str, measured: Measured) -> None:
     with rc_context({"svg.hashsalt": "dovetail", "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(f"{name}\n{where}", parse_math=False)
-        left, right = figure.subplots(1, 2)
-        left.set(title="a pass of the target", xlabel="nodes in the pass", ylabel="time of a pass (ms)")
-        right.set(title=f"a call of the drafter on {DEVICE[key.device]}",
-                  xlabel="rows in the call", ylabel="time of a call (ms)")  # fmt: skip
-        for axes, curve in ((left, costs.target), (right, costs.draft)):
+        panels = [("a pass of the target", "nodes in the pass", "time of a pass (ms)", costs.target)]
+        if costs.draft and key.device:
+            called = f"a call of the drafter on {DEVICE[key.device]}"
+            panels.append((called, "rows in the call", "time of a call (ms)", costs.draft))
+        every = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, sizes, times, curve) in zip(every, panels, strict=True):
+            axes.set(title=title, xlabel=sizes, ylabel=times)
             for context, line in zip(curve.contexts, curve.ms, strict=True):
                 axes.plot(curve.rows, line, "o-", markersize=3, label=f"{context} tokens")
             axes.set_ylim(bottom=0)

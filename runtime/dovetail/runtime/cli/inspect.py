@@ -14,7 +14,7 @@ from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
 from dovetail.runtime.doctor.memory import estimate_memory
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
-from dovetail.runtime.errors import DeviceError, InputError, PairError
+from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.layout import DEVICES, TARGET_WEIGHTS
@@ -89,15 +89,14 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
 
 def read_costs(manifest: Manifest) -> Measured | None:
     """Return the costs measured with default threads; CUDA's if both devices have costs."""
-    files = manifest.drafter.files if manifest.drafter and TARGET_WEIGHTS in manifest.files else {}
-    found = (recall(CostKey.of(manifest, device, None)) for device in DEVICES if device in files)
-    return next(filter(None, found), None)
+    if TARGET_WEIGHTS not in manifest.files:
+        return None
+    devices = [device for device in DEVICES if device in manifest.drafter.files] if manifest.drafter else [None]
+    return next(filter(None, (recall(CostKey.of(manifest, device, None)) for device in devices)), None)
 
 
 def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
     """Raise the error that says how to get the costs that --plot needs."""
-    if manifest.drafter is None:
-        raise PairError("this pair has no drafter, so there is nothing to plot: add a drafter with dovetail-export")
     command = shlex.join(["dovetail-run", "tune", str(folder)])
     raise InputError(f"--plot needs costs of this pair, measured here with default flags: run {command}")
 
@@ -112,7 +111,7 @@ def render(facts: dict[str, Any]) -> str:
         ("sizes", f"vocabulary {target['vocab_size']}, context {target['max_context']} tokens"),
         ("feature", f"{target['feature_size']} wide, from {', '.join(target['taps'])}"),
         ("OpenVINO", properties_line(facts["properties"])),
-        ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
+        ("drafter", _drafter_line(drafter) if drafter else "none: repeated text alone is drafted"),
         *_calibration_rows(facts["calibration"]),
         *([("costs", f"measured {costs['date'][:10]} for {costs['seconds']:.0f} s, below")] if costs else ()),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),

@@ -19,7 +19,7 @@ import click
 from dovetail.runtime.cli.curves import show_costs
 from dovetail.runtime.cli.options import check_threads, device_options
 from dovetail.runtime.drafter.vram import check_limit
-from dovetail.runtime.errors import InputError, PairError
+from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
 from dovetail.runtime.pair.known import resolve_pair
@@ -71,11 +71,11 @@ def tune(
     that keeps rows equal in passes of every width. The property must surely be quicker than the
     defaults. With --ov-config tune chooses nothing.
 
-    Then tune times passes of the target and calls of the drafter. The first opening of a pair does
+    Then tune times passes of the target and calls of any drafter. The first opening of a pair does
     the same in a few seconds. The result of tune is more exact and replaces it, as long as weights,
     machine and flags stay the same. Leave the machine idle meanwhile.
 
-    With --properties PAIR needs no drafter, and flags for the drafter have no effect. All the time
+    With --properties flags for the drafter have no effect. All the time
     goes to the choice. A table lists properties of OpenVINO's CPU plugin that are worth a try.
     Columns show how many times as fast passes are, the part of a text's tokens with the same best
     token, and whether rows are equal.
@@ -115,9 +115,9 @@ def tune(
         report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
-    if manifest.drafter is None:
-        raise PairError("this pair has no drafter, so there is nothing to tune: add a drafter with dovetail-export")
-    drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
+    drafter = None
+    if manifest.drafter:
+        drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
@@ -125,7 +125,7 @@ def tune(
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
+    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with storing():

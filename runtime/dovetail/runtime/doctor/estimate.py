@@ -171,11 +171,11 @@ def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) ->
 
 def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
     """Return the speed from costs measured with default flags, else plain decoding's bound."""
-    known = recall(CostKey.of(manifest, device, None)) if device else None
+    known = recall(CostKey.of(manifest, device, None))
     if known is None:
         return Speed(round(bandwidth * 1e9 / manifest.files[TARGET_WEIGHTS].size, 1))
-    target, draft, limits = known.costs.target, known.costs.draft, manifest.tree
-    plain_ms, call_ms = target.at(CONTEXT, 1), draft.at(CONTEXT, limits.top_k)
+    target, limits = known.costs.target, manifest.tree
+    plain_ms, call_ms = target.at(CONTEXT, 1), known.costs.call_ms(CONTEXT, limits.top_k)
     rounds = {  # a tree of `width` nodes has at most width - 1 levels
         width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms)
         for width in widths(known.costs, CONTEXT)
@@ -193,9 +193,8 @@ def rows(pair: PairEstimate) -> list[tuple[str, str]]:
         said = f"plain decoding {speed.plain_tokens_per_s:.1f} tokens/s, as measured here on {speed.measured[:10]}"
     else:
         said = f"plain decoding at most about {speed.plain_tokens_per_s:.0f} tokens/s, an estimate: bandwidth / weights"
-        if pair.drafter_device:
-            said += f"; {shlex.join(['dovetail-run', 'tune', pair.folder])} measures it"
-    trees = "not measured" if pair.drafter_device else "none: the pair has no drafter"
+        said += f"; {shlex.join(['dovetail-run', 'tune', pair.folder])} measures it"
+    trees = "not measured"
     if tree:
         trees = (
             f"faster than plain decoding above an acceptance length of {tree.acceptance_length} ({tree.width} nodes: "

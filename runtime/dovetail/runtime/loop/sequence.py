@@ -251,7 +251,7 @@ class Sequence:
     def _limits(self, known: int, room: int) -> TreeLimits:
         """Return the limits of a tree after `known` tokens: the request's, cut to the `room`."""
         asked = self.request.limits if self.request else None
-        if asked is None or self.window is None:
+        if asked is None or not (self.window or asked.lookup):
             return _PLAIN
         depth, lookup = min(asked.depth, room - 1), min(asked.lookup, room - 1)  # a path of d nodes gives d + 1 tokens
         width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
@@ -262,7 +262,8 @@ class Sequence:
         return replace(asked, width=width, depth=depth, lookup=lookup)
 
     def _propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
-        assert self.window
+        if self.window is None:
+            return DraftTree.root(self.tokens[-1])
         tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(

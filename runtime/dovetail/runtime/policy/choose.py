@@ -66,7 +66,7 @@ class Scheduler:
 
     def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
         plan = Plan(context, unread, self._widths(context, most))
-        if len(plan.widths) == 1:  # no room for a tree
+        if len(plan.widths) == 1 or self.costs.draft is None:  # no room for a tree, or no drafter
             return plan
         known, pace = self._known, self.pace
         plain = pace.target_ms(context, 1)
@@ -167,7 +167,7 @@ class Scheduler:
         if round.growth:
             for depth, taken in round.growth.taken.items():
                 known.children.setdefault(depth, Estimate(1.0, 0.0)).add(taken)
-            predicted = self.costs.draft.at(context, plan.unread) + self._levels(round)
+            predicted = self.costs.call_ms(context, plan.unread) + self._levels(round)
 
         self._regret = choice.regret
         nodes = len(choice.tree) if len(choice.tree) > self.plain_rows else 1
@@ -191,7 +191,7 @@ class Scheduler:
 
     def _levels(self, round: Round) -> float:
         """Return the ms that the levels of the round's tree take by the cost table."""
-        return sum(self.costs.draft.at(round.plan.context, rows) for rows in round.growth.rows) if round.growth else 0.0
+        return sum(self.costs.call_ms(round.plan.context, rows) for rows in round.growth.rows) if round.growth else 0.0
 
     def _missed(self, round: Round, offered: DraftTree) -> tuple[float, float]:
         """Return the tokens and plain steps to expect of the round, had its draft been verified."""

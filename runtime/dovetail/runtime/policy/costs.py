@@ -70,7 +70,7 @@ class Costs:
     """The measured times of one machine."""
 
     target: Curve  # verification of a chain, by nodes; 1 is plain decoding
-    draft: Curve  # one call of the drafter, by rows
+    draft: Curve | None  # one call of the drafter, by rows; None without a drafter
     path: Curve  # each further path of a tree, by context: the target computes its attention over the context
     switch_ms: float = 0.0  # a pass takes longer after one of another width: OpenVINO prepares its kernels again
 
@@ -78,21 +78,27 @@ class Costs:
         if not (isfinite(self.switch_ms) and self.switch_ms >= 0):
             raise InputError(f"switch_ms {self.switch_ms} is out of range: measure again")
 
+    def call_ms(self, context: int, rows: int) -> float:
+        """Return the ms of a call of the drafter; 0 without a drafter."""
+        return self.draft.at(context, rows) if self.draft else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         curves = {
             name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
             for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))
+            if curve
         }
-        return {**curves, "switch_ms": self.switch_ms}
+        return {"draft": None, **curves, "switch_ms": self.switch_ms}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
         """Return Costs from decoded JSON. Raises InputError, KeyError or TypeError."""
-        target, draft, path = (
-            Curve(tuple(curve["contexts"]), tuple(curve["rows"]), tuple(tuple(line) for line in curve["ms"]))
-            for curve in (raw["target"], raw["draft"], raw["path"])
-        )
-        return cls(target, draft, path, float(raw["switch_ms"]))
+
+        def curve(raw: Mapping[str, Any]) -> Curve:
+            return Curve(tuple(raw["contexts"]), tuple(raw["rows"]), tuple(tuple(line) for line in raw["ms"]))
+
+        draft = None if raw["draft"] is None else curve(raw["draft"])
+        return cls(curve(raw["target"]), draft, curve(raw["path"]), float(raw["switch_ms"]))
 
 
 def isotonic(values: Sequence[float] | Floats) -> Floats:

@@ -45,7 +45,7 @@ class Pace:
         return self._draft.value
 
     def draft_ms(self, context: int, rows: int) -> float:
-        return self.costs.draft.at(context, rows) * self._draft.value
+        return self.costs.call_ms(context, rows) * self._draft.value
 
     def backlog_ms(self, context: int, unread: int) -> float:
         """Return the ms that reading `unread` context pairs takes longer than reading one."""

@@ -27,7 +27,7 @@ class CostKey:
 
     target: str  # digest of the weights
     drafter: str  # digests of graph and weights
-    device: str  # of the drafter's file, "cuda" or "cpu"
+    device: str | None  # of the drafter's file, "cuda" or "cpu"; None without a drafter
     threads: int | None  # the user's number, None for the engines' choice
     cpu: str
     usable_threads: int  # threads that this process may run on
@@ -41,16 +41,16 @@ class CostKey:
     def of(
         cls,
         manifest: Manifest,
-        device: str,
+        device: str | None,
         threads: int | None,
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
     ) -> CostKey:
-        """Return a pair's key on this machine. The pair must have a drafter and file digests."""
+        """Return a pair's key on this machine. The pair must have file digests."""
         cpu, versions = here.cpu(), here.versions()
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
-            drafter="".join(entry.sha256 for entry in manifest.drafter_files(device)),
+            drafter="".join(entry.sha256 for entry in (manifest.drafter_files(device) if device else ())),
             device=device,
             threads=threads,
             cpu=cpu.model,

@@ -56,7 +56,7 @@ Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 def known_or_measured(
     manifest: Manifest,
     target: OpenVINOTarget,
-    drafter: OnnxDrafter,
+    drafter: OnnxDrafter | None,
     threads: int | None,
     ov_config: Mapping[str, str] | None = None,
     *,
@@ -67,7 +67,7 @@ def known_or_measured(
     A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
     threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
+    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, target.exact)
     known = recall(key)
     if known is not None:
         warn_of_rows(known)
@@ -97,14 +97,14 @@ def warn_of_rows(measured: Measured) -> None:
 
 def measure(
     target: OpenVINOTarget,
-    drafter: OnnxDrafter,
+    drafter: OnnxDrafter | None,
     *,
     contexts: Iterable[int],
     widths: Iterable[int],
     seconds: float,
     progress: Progress = silent,
 ) -> Costs:
-    """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
+    """Time passes of `widths` nodes and calls of any drafter at `contexts`, for about `seconds`.
 
     Contexts beyond the room of target or drafter are left out. If time is too short for SAMPLES of
     every point, only FEW sizes and the largest are measured, for as long as they take. Raises
@@ -113,13 +113,15 @@ def measure(
     check_seconds(seconds)
     begin = perf_counter()
     progress("measuring", 0, 1)
-    room = max(0, min(target.max_context, drafter.capacity) - CHUNK)
+    capacity = drafter.capacity if drafter else target.max_context
+    room = max(0, min(target.max_context, capacity) - CHUNK)
     contexts = [context for context in _ascending("contexts", contexts, 0) if context <= room] or [room]
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
         "path": [FORK],
-        "draft": [rows for rows in ROWS if rows <= drafter.capacity - contexts[-1]],
     }
+    if drafter:
+        every["draft"] = [rows for rows in ROWS if rows <= drafter.capacity - contexts[-1]]
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
     seq = target.open()
     watch = _Stopwatch(target, drafter, seq, contexts)
@@ -139,7 +141,8 @@ def measure(
         return watch.costs(sizes)
     finally:
         target.close(seq)
-        drafter.rewind(seq, 0)
+        if drafter:
+            drafter.rewind(seq, 0)
 
 
 def check_seconds(seconds: float) -> None:
@@ -161,7 +164,7 @@ class _Stopwatch:
     """Times calls as the loop makes them: a pass includes the tree's mask, not its growth."""
 
     target: OpenVINOTarget
-    drafter: OnnxDrafter
+    drafter: OnnxDrafter | None
     seq: SequenceId
     contexts: Sequence[int]
     order: Random = field(default_factory=lambda: Random(0))
@@ -189,7 +192,7 @@ class _Stopwatch:
 
     def call(self, point: _Point) -> float:
         """Return the time of one call in ms."""
-        if point.engine == "draft":
+        if point.engine == "draft" and self.drafter:
             self.drafter.pretend_length(self.seq, point.context)
             return self.drafter.time_pass(self.seq, point.size, clock=perf_counter)
         self.target.pretend_length(self.seq, point.context)
@@ -212,7 +215,8 @@ class _Stopwatch:
         target = self.curve("target", sizes["target"])
         forks = [median(self.times[_Point("path", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
         path = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / (PATHS - 1), LEAST_MS))
-        return Costs(target, self.curve("draft", sizes["draft"]), path, max(0.0, median(self.switches)))
+        draft = self.curve("draft", sizes["draft"]) if self.drafter else None
+        return Costs(target, draft, path, max(0.0, median(self.switches)))
 
     def curve(self, engine: Engine, sizes: Sequence[int]) -> Curve:
         """Return the medians as a curve that never falls."""
