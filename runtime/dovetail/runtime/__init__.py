@@ -5,7 +5,7 @@
     for chunk in engine.stream("Why is the sky blue?", max_new_tokens=100):
         print(chunk.text, end="", flush=True)
 
-Importing this package costs numpy; names are loaded when used, engines and tokenizers when a pair is opened.
+Importing this package costs numpy. Names load when used, engines when a pair is opened.
 """
 
 from __future__ import annotations
@@ -43,85 +43,38 @@ if TYPE_CHECKING:
     from dovetail.runtime.tree.growth import Candidates, Level, grow_tree
     from dovetail.runtime.tree.limits import TreeLimits
 
-_HOME = {
-    "loop.accept": ("Verdict",),
+__all__ = [
+    "Candidates", "Choice", "Chunk", "ContextOverflow", "DeviceError", "DeviceReport", "DovetailError", "DraftTree",
+    "Drafter", "Engine", "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError",
+    "Level", "Manifest", "ManifestError", "MarkovLogits", "Meter", "MismatchError", "PairError", "Request", "Sampler",
+    "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence", "SourceError", "Step",
+    "Target", "TargetPass", "Tokenizer", "TrainError", "TreeLimits", "Verdict", "grow_tree", "read_manifest",
+]  # fmt: skip
+
+_HOMES = {  # of the names that are no errors
+    "drafter.session": ("DeviceReport", "Drafter"),
     "engine": ("Chunk", "Engine", "GenerationResult"),
-    "errors": (
-        "ContextOverflow",
-        "DeviceError",
-        "DovetailError",
-        "ExportError",
-        "InputError",
-        "IntegrityError",
-        "ManifestError",
-        "MismatchError",
-        "PairError",
-        "SourceError",
-        "TrainError",
-    ),
-    "pair.manifest": ("Manifest", "read_manifest"),
+    "loop.accept": ("Verdict",),
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
     "loop.sequence": ("Request", "Sequence", "Step"),
+    "pair.manifest": ("Manifest", "read_manifest"),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
-    "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
-    "drafter.session": ("DeviceReport", "Drafter"),
     "target.session": ("Target", "TargetPass"),
+    "testing.scripted": ("MarkovLogits", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer"),
     "text.tokenizer": ("Tokenizer",),
     "tree.draft_tree": ("DraftTree",),
     "tree.growth": ("Candidates", "Level", "grow_tree"),
     "tree.limits": ("TreeLimits",),
 }
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [
-    "Candidates",
-    "Choice",
-    "Chunk",
-    "ContextOverflow",
-    "DeviceError",
-    "DeviceReport",
-    "DovetailError",
-    "DraftTree",
-    "Drafter",
-    "Engine",
-    "ExportError",
-    "GenerationMetrics",
-    "GenerationResult",
-    "InputError",
-    "IntegrityError",
-    "Level",
-    "Manifest",
-    "ManifestError",
-    "MarkovLogits",
-    "Meter",
-    "MismatchError",
-    "PairError",
-    "Request",
-    "Sampler",
-    "SamplingParams",
-    "ScriptedDrafter",
-    "ScriptedTarget",
-    "ScriptedTokenizer",
-    "Sequence",
-    "SourceError",
-    "Step",
-    "Target",
-    "TargetPass",
-    "Tokenizer",
-    "TrainError",
-    "TreeLimits",
-    "Verdict",
-    "grow_tree",
-    "read_manifest",
-]
+_MODULE = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULE.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -28,8 +28,6 @@ from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, e
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
 
-_RUNNING = "another generation of this engine is running: end or close its stream first"
-
 
 class SamplingOptions(TypedDict, total=False):
     """Fields of SamplingParams, where their defaults are."""
@@ -44,22 +42,18 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer: one round's tokens, and the text that is certain by now (it may be empty).
-
-    finish_reason, metrics: on the last chunk. "stop": a stop token or stop string, "length": no room for more.
-    seed: the one in use, drawn if none was given; None when greedy.
-    """
+    """A piece of a streamed answer: one round's tokens, and the text that is certain by now."""
 
     text: str
     token_ids: tuple[int, ...]
-    seed: int | None = None
-    finish_reason: FinishReason | None = None
-    metrics: GenerationMetrics | None = None
+    seed: int | None = None  # the one in use, None when greedy
+    finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
+    metrics: GenerationMetrics | None = None  # of the last chunk
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A whole answer. text: without the stop string; token_ids: all that were decoded for it, no stop token."""
+    """A whole answer. text: without the stop string. token_ids: without the stop token."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -69,9 +63,9 @@ class GenerationResult:
 
 
 class Engine:
-    """Generates text with a target and, where there is one, a drafter; keeps the KV of the last conversation.
+    """Generates text with a target and perhaps a drafter. Keeps the last conversation's KV.
 
-    One generation runs at a time. An abandoned stream, by Ctrl-C too, leaves the engine usable.
+    One generation runs at a time. A stream that ends early, e.g. by Ctrl-C, harms nothing.
     """
 
     def __init__(
@@ -84,7 +78,7 @@ class Engine:
         scheduler: Policy | None = None,
         stop_tokens: Iterable[int] | None = None,
     ) -> None:
-        """tree: default limits. scheduler: shapes each tree within them, None lets trees grow as far as they say.
+        """tree: default limits. scheduler: shapes trees within them; None lets trees grow to them.
 
         stop_tokens: default the tokenizer's end-of-sequence ids.
         """
@@ -113,17 +107,18 @@ class Engine:
         max_slowdown: float = MAX_SLOWDOWN,
         progress: Progress = silent,
     ) -> Self:
-        """Open a pair folder: every file is checked before a weight is loaded.
+        """Open a pair folder. Every file is checked before a weight is loaded.
 
-        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works; a GPU that fails later is left for the CPU,
-        with a warning in the log. vram: bytes of it that the drafter may take, or "3GB", None for what the pair says;
-        fit: its context may shrink to that. threads: of each engine, None for theirs.
-        tree: every tree grows to these limits; None shapes each by what it costs and is worth here, for which the
-        machine is measured once, in seconds; `progress` receives how far that is.
-        ov_config: properties of OpenVINO's CPU plugin for the target, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}.
-        exact: a text is the same tokens with any tree and with none; False lets plain passes run through OpenVINO's
-        kernel for single rows, which is quicker and rounds otherwise.
-        max_slowdown: share of the time, 0 to 1, that drafts may lose against plain decoding in the long run.
+        drafter_device: "cuda", "cpu", or "auto" for CUDA where it works. If the GPU fails later,
+        the drafter moves to the CPU, with a warning in the log. vram: bytes of the GPU that the
+        drafter may take, or "3GB"; None for the pair's own limit. fit: its context may shrink to
+        that. threads: of each engine, None for the engines' choice.
+        tree: every tree grows to these limits. None shapes each tree by its cost and worth here.
+        The first opening then measures the machine for some seconds, and reports to `progress`.
+        ov_config: properties of OpenVINO's CPU plugin for the target, by name.
+        exact: a text is the same tokens with any tree and with none. With False plain passes may
+        run through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
+        max_slowdown: share of the time, 0 to 1, that drafts may lose in the long run.
         Raises PairError, DeviceError, InputError.
         """
         from dovetail.runtime.drafter.vram import parse_size
@@ -132,23 +127,16 @@ class Engine:
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown)
         parts = load(Path(path), options, progress)
-        return cls(
-            parts.target,
-            parts.drafter,
-            parts.tokenizer,
-            tree=parts.tree,
-            scheduler=parts.scheduler,
-            stop_tokens=parts.stop_tokens,
-        )
+        return cls(**vars(parts))
 
     @property
     def drafter_device(self) -> str | None:
-        """Where the drafter runs; a GPU that fails in the middle of a text is left for the CPU."""
+        """Where the drafter runs now."""
         return self._drafter.device if self._drafter else None
 
     @property
     def drafter_note(self) -> str | None:
-        """Why it runs there, where it says so."""
+        """Why the drafter runs there, if it says so."""
         return (self._drafter.report.note or None) if self._drafter else None
 
     def generate(
@@ -164,7 +152,7 @@ class Engine:
         tree: TreeLimits | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult:
-        """The whole answer to `prompt`; arguments as for `stream`."""
+        """Return the whole answer to `prompt`. Arguments: see `stream`."""
         chunks = list(
             self.stream(
                 prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
@@ -194,15 +182,15 @@ class Engine:
         tree: TreeLimits | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
-        """The answer to `prompt`, chunk by chunk; close the generator, or drop it, to end it early.
+        """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
 
-        prompt: messages of a conversation, token ids, or a string: one user turn where the target has a chat
-        template, the text itself with raw=True or without a template. template_options: what the chat template reads
-        besides the messages, {"tools": [...], "enable_thinking": False}. parse_special: whether special tokens that
-        messages or tools spell out act as such; False makes them text. stop: strings that end the answer.
-        speculate: False decodes without drafting. tree: this answer's trees grow to these limits.
-        sampling: see SamplingParams; a seed gives one text, whatever is drafted.
-        Raises InputError at once for what cannot be used, ContextOverflow for a prompt that does not fit.
+        prompt: messages of a conversation, token ids, or a string. A string is one user turn; with
+        raw=True, or if the target has no chat template, it is the text itself. template_options:
+        variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
+        whether special tokens that messages or tools spell out act as such; False makes them text.
+        stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
+        that all trees of this answer grow to. sampling: see SamplingParams.
+        Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()
         if tree is not None and not isinstance(tree, TreeLimits):
@@ -228,7 +216,7 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
     ) -> int:
-        """Tokens of `prompt` as `stream` takes it, template included. Raises as that does, ContextOverflow too."""
+        """Return the number of tokens of `prompt`, template included. Raises as `stream` does."""
         tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
         request = Request(tuple(tokens), max_new_tokens=1)
         request.check_room(self.max_context)
@@ -244,10 +232,10 @@ class Engine:
         parse_special: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Choice]:
-        """What the target chooses in the place of each token of `answer`, token ids, when it reads them again.
+        """Return the target's choice in place of each token id of `answer`, read again in chains.
 
-        Its passes are chains of tokens, as wide as trees. sampling: as for the answer, with the seed that it had.
-        This is the last conversation from then on. Raises InputError (no such ids, too), ContextOverflow.
+        sampling: the answer's, with its seed. The engine then holds this conversation. Raises
+        InputError, also for unknown ids, and ContextOverflow.
         """
         sequence = self._open_sequence()
         tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
@@ -255,25 +243,17 @@ class Engine:
             raise ContextOverflow(
                 f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
             )
-        if not self._busy.acquire(blocking=False):
-            raise InputError(_RUNNING)
-        try:
+        with self._running():
             return read_again(sequence, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
-        finally:
-            self._busy.release()
 
     def reset(self) -> None:
         """Forget the last conversation: the next prompt is read from its first token."""
         sequence = self._open_sequence()
-        if not self._busy.acquire(blocking=False):
-            raise InputError(_RUNNING)
-        try:
+        with self._running():
             sequence.forget()
-        finally:
-            self._busy.release()
 
     def close(self) -> None:
-        """Let go of the sessions and their memory; a stream that still runs keeps them until it ends."""
+        """Let go of the sessions and their memory. A running stream keeps them until it ends."""
         (sequence, self._sequence), (drafter, self._drafter) = (self._sequence, None), (self._drafter, None)
         if sequence and self._busy.acquire(blocking=False):
             try:
@@ -296,43 +276,42 @@ class Engine:
             raise InputError("this engine is closed: open another with Engine.from_pretrained")
         return self._sequence
 
-    def _run(
-        self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
-    ) -> Generator[Chunk, None, None]:
+    @contextmanager
+    def _running(self) -> Generator[None, None, None]:
         if not self._busy.acquire(blocking=False):
-            raise InputError(_RUNNING)
+            raise InputError("another generation of this engine is running: end or close its stream first")
         try:
-            meter.resume()
-            text = _Text(self.tokenizer.detokenizer(), stops)
-            with closing(decode(sequence, request, meter)) as steps:
-                for step in steps:
-                    meter.resume()
-                    chunk = text.chunk(step, request.sampling.seed, meter)
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
+            yield
         finally:
             self._busy.release()
 
+    def _run(
+        self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
+    ) -> Generator[Chunk, None, None]:
+        with self._running():
+            meter.resume()
+            detokenizer = self.tokenizer.detokenizer()
+            with closing(decode(sequence, request, meter)) as steps:
+                for step in steps:
+                    meter.resume()
+                    chunk = _chunk(step, detokenizer, stops, request.sampling.seed, meter)
+                    yield chunk
+                    if chunk.finish_reason:
+                        return
 
-class _Text:
-    """From steps to chunks: detokenise, look for stop strings, say when it is over."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopFilter) -> None:
-        self.detokenizer, self.stops = detokenizer, stops
-
-    def chunk(self, step: Step, seed: int | None, meter: Meter) -> Chunk:
-        pieces, used = list[str](), 0
-        for token in step.tokens:
-            pieces.append(self.stops.add(self.detokenizer.add(token)))
-            used += 1
-            if self.stops.stopped:
-                break
-        finish = step.finish
-        if finish and not self.stops.stopped:
-            pieces += [self.stops.add(self.detokenizer.flush()), self.stops.flush()]
-        if self.stops.stopped:
-            finish = "stop"
-            meter.new_tokens -= len(step.tokens) - used
-        meter.lap("other")
-        return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
+def _chunk(step: Step, detokenizer: Detokenizer, stops: StopFilter, seed: int | None, meter: Meter) -> Chunk:
+    """Return the chunk of a step, up to the first stop string."""
+    pieces, used, finish = list[str](), 0, step.finish
+    for token in step.tokens:
+        pieces.append(stops.add(detokenizer.add(token)))
+        used += 1
+        if stops.stopped:
+            break
+    if finish and not stops.stopped:
+        pieces += [stops.add(detokenizer.flush()), stops.flush()]
+    if stops.stopped:
+        finish = "stop"
+        meter.new_tokens -= len(step.tokens) - used
+    meter.lap("other")
+    return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)

@@ -1,10 +1,10 @@
-"""A pair folder becomes parts: two sessions, a tokenizer and a policy, on the devices that are there."""
+"""Open a pair folder: two sessions, a tokenizer and a policy."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
-from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
+from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
-from dovetail.runtime.system.progress import Progress, silent
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.limits import TreeLimits
@@ -31,16 +31,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a pair is opened. Engine.from_pretrained says what each means. Raises InputError."""
+    """How to open a pair; see Engine.from_pretrained. Raises InputError."""
 
-    drafter_device: str = "auto"
-    vram: int | None = None  # bytes
-    fit: bool = False
-    threads: int | None = None
-    tree: TreeLimits | None = None
-    ov_config: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = True
-    max_slowdown: float = MAX_SLOWDOWN
+    drafter_device: str
+    vram: int | None  # bytes
+    fit: bool
+    threads: int | None
+    tree: TreeLimits | None
+    ov_config: Mapping[str, str]
+    exact: bool
+    max_slowdown: float
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
@@ -53,7 +53,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of. drafter, scheduler: None for a pair without a drafter, or with fixed trees."""
+    """The parts of an engine. scheduler: None without a drafter or with fixed trees."""
 
     target: OpenVINOTarget
     drafter: FailoverDrafter | None
@@ -63,10 +63,10 @@ class Parts:
     stop_tokens: frozenset[int]
 
 
-def load(pair: Path, options: LoadOptions, progress: Progress = silent) -> Parts:
-    """Open a pair; every file is checked before a weight is loaded.
+def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
+    """Open a pair. Every file is checked before a weight is loaded.
 
-    progress: receives how far the measurement is. Raises PairError, DeviceError, InputError.
+    progress: of a measurement. Raises PairError, DeviceError, InputError.
     """
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
@@ -98,7 +98,7 @@ def _scheduled(
     options: LoadOptions,
     progress: Progress,
 ) -> tuple[OnnxDrafter, Scheduler]:
-    """The drafter, or the one on the CPU if a GPU fails while it is measured, and a scheduler with its costs."""
+    """Return a scheduler with measured costs, and its drafter: a GPU that fails here is left."""
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
     )
@@ -109,7 +109,7 @@ def _scheduled(
         if options.drafter_device == "cuda" or drafter.file_key == "cpu":
             raise
         problem = str(error)
-    if problem:  # outside the handler, whose traceback would keep what must go before the device does
+    if problem:  # outside the handler, because a traceback would keep the session longer than its device
         log.warning("the drafter runs on the CPU: %s", problem)
         drafter.close()
         drafter = open_cpu(f"no CUDA: {problem}")

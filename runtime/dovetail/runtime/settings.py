@@ -13,7 +13,7 @@ from dovetail.runtime.text.stop_strings import check_stop_strings
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """One generation's settings, as `Engine.stream` and `Engine.generate` take them."""
+    """The keywords of `Engine.stream`, checked before a pair is built or loaded."""
 
     max_new_tokens: int
     temperature: float
@@ -29,7 +29,6 @@ class AnswerSettings:
     parse_special: bool = False
 
     def __post_init__(self) -> None:
-        """Bad values are told before a pair is built or loaded."""
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is out of range: give 1 or more")
         check_stop_strings(self.stop)

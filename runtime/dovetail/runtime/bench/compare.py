@@ -1,16 +1,15 @@
 """Compare plain and speculative decoding, prompt by prompt in one process on the same machine.
 
 Each conversation runs in both modes, one right after the other, from empty caches. The modes
-alternate in going first. The comparison covers decoding; prefill is left out. For acceptance
-lengths alone the plain mode is left out. The two texts may differ in near ties, because plain
-decoding runs other kernels. The target therefore reads every speculative answer again and chooses
-each token once more.
+alternate in going first. The comparison covers decoding without the prefill. The two texts may
+differ in near ties, because plain decoding runs other kernels. The target therefore reads every
+speculative answer again and chooses each token once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, pairwise, zip_longest
 from statistics import median
 from typing import Any
@@ -23,6 +22,10 @@ from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.prompts import PromptTurns
 
 WARM_UP_TOKENS = 16
+_OF_A_PROMPT = (
+    "name", "speedup", "acceptance_length", "new_tokens", "plain_new_tokens", "plain_tokens_per_second",
+    "tokens_per_second", "rounds", "other_tokens", "first_other", "largest_margin",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,8 @@ class Totals:
 
     @classmethod
     def of(cls, metrics: GenerationMetrics) -> Totals:
-        return cls(
-            new_tokens=metrics.new_tokens,
-            later_tokens=max(metrics.new_tokens - 1, 0),
-            decode_ms=metrics.decode_ms,
-            prefill_ms=metrics.prefill_ms,
-            draft_ms=metrics.draft_ms,
-            verify_ms=metrics.verify_ms,
-            other_ms=metrics.other_ms,
-            rounds=metrics.rounds,
-            drafted=metrics.drafted,
-            accepted=metrics.accepted,
-            accepted_per_position=tuple(metrics.accepted_per_position),
-        )
+        same = {each.name: getattr(metrics, each.name) for each in fields(cls) if each.name != "later_tokens"}
+        return cls(later_tokens=max(metrics.new_tokens - 1, 0), **same)
 
     def __add__(self, other: Totals) -> Totals:
         pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
@@ -91,15 +83,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Paired:
-    """One conversation in both modes. Without the plain mode, plain and speedup are None.
-
-    choices: the target's choices on reading the speculative answers again, in a row; None before.
-    """
+    """One conversation in both modes."""
 
     conversation: PromptTurns
-    plain: Run | None
+    plain: Run | None  # None without the plain mode
     speculative: Run
-    choices: tuple[Choice, ...] | None = None
+    choices: tuple[Choice, ...] | None = None  # of the target on reading the speculative answers again, in a row
 
     @property
     def speedup(self) -> float | None:
@@ -142,7 +131,7 @@ def read_again(engine: Engine, pair: Paired, request: AnswerSettings) -> Paired:
 
 
 def warm_up(engine: Engine, conversation: PromptTurns, request: AnswerSettings, speculate: bool) -> None:
-    """Generate a short answer that does not count: an engine's first passes are slower."""
+    """Generate a short answer that does not count, because an engine's first passes are slower."""
     short = replace(request, max_new_tokens=min(WARM_UP_TOKENS, request.max_new_tokens))
     converse(engine, conversation.turns[:1], short, speculate)
 
@@ -174,10 +163,16 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
     largest_margin: the most logits by which the target's choice exceeds the answer's token. None
     without other tokens, or if more than logits decide.
     """
+    return {**_figures(pairs), "prompts": [prompt_json(pair) for pair in pairs]}
+
+
+def _figures(pairs: Sequence[Paired]) -> dict[str, Any]:
     plain = sum((pair.plain.totals for pair in pairs if pair.plain), Totals())
     compared = all(pair.plain for pair in pairs)
     ours = sum((pair.speculative.totals for pair in pairs), Totals())
     ratios = [pair.speedup for pair in pairs if pair.speedup is not None]
+    others = [choice for pair in pairs for choice in pair.others.values()]
+    margins = [choice.margin for choice in others if choice.margin is not None]
     return {
         "speedup": _rounded(median(ratios)) if ratios else None,
         "acceptance_length": _rounded(ours.acceptance_length),
@@ -194,33 +189,20 @@ def summary(pairs: Sequence[Paired]) -> dict[str, Any]:
         "rounds": ours.rounds,
         "nodes_per_round": _rounded(1 + ours.per_round(ours.drafted)),
         "new_tokens": ours.new_tokens,
-        "other_tokens": sum(len(pair.others) for pair in pairs),
-        "largest_margin": _largest([choice for pair in pairs for choice in pair.others.values()]),
-        "prompts": [prompt_json(pair) for pair in pairs],
+        "other_tokens": len(others),
+        "largest_margin": _rounded(max(margins)) if margins else None,
     }
 
 
 def prompt_json(pair: Paired) -> dict[str, Any]:
-    """Return a conversation's figures. other_tokens, first_other, largest_margin: see `summary`."""
-    plain, ours = pair.plain.totals if pair.plain else None, pair.speculative.totals
-    return {
+    """Return a conversation's figures; see `summary`."""
+    figures = {
+        **_figures([pair]),
         "name": pair.conversation.name,
-        "speedup": None if pair.speedup is None else _rounded(pair.speedup),
-        "acceptance_length": _rounded(ours.acceptance_length),
-        "new_tokens": ours.new_tokens,
-        "plain_new_tokens": plain.new_tokens if plain else None,
-        "plain_tokens_per_second": _rounded(plain.tokens_per_second) if plain else None,
-        "tokens_per_second": _rounded(ours.tokens_per_second),
-        "rounds": ours.rounds,
-        "other_tokens": len(pair.others),
+        "plain_new_tokens": pair.plain.totals.new_tokens if pair.plain else None,
         "first_other": min(pair.others, default=None),
-        "largest_margin": _largest(list(pair.others.values())),
     }
-
-
-def _largest(others: Sequence[Choice]) -> float | None:
-    margins = [choice.margin for choice in others if choice.margin is not None]
-    return _rounded(max(margins)) if margins else None
+    return {name: figures[name] for name in _OF_A_PROMPT}
 
 
 def _rounded(value: float) -> float:

@@ -15,10 +15,9 @@ from typing import Any
 import click
 
 from dovetail.runtime.bench.compare import Paired, measure, read_again, summary
-from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options
+from dovetail.runtime.cli.options import EngineFlags, check_folder, engine_options, sampling_options, write_file
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DovetailError, InputError, PairError
-from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system import machine
@@ -58,7 +57,10 @@ def bench(
             "this pair has no drafter, so there is nothing to measure: add a drafter with dovetail-export drafter"
         )
     for conversation in conversations:
-        check_conversation(engine, conversation)
+        try:
+            engine.count_tokens(conversation.turns[0])
+        except DovetailError as error:
+            raise type(error)(f"prompt {conversation.name}: {error}") from None
     request = replace(request, seed=request.sampling().seeded().seed)  # both modes draw the same noise
     pairs = run(engine, conversations, request, plain)
     facts = circumstances(engine, engine_flags, file, request)  # first: reading again may raise the memory peak
@@ -66,27 +68,18 @@ def bench(
     show(report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
     if output is not None:
-        write(output, text)
+        write_file("--output", output, (text + "\n").encode())
     if as_json:
         click.echo(text)
 
 
 def check_output(output: Path) -> None:
     """Raise InputError for a file that cannot be written, before anything is measured."""
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output} has no folder {output.parent}: make the folder first")
+    check_folder("--output", output)
     if output.is_dir():
         raise InputError(f"--output {output} is a folder: name a file")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"--output {output} cannot be written: name a folder other than {output.parent}")
-
-
-def check_conversation(engine: Engine, conversation: PromptTurns) -> None:
-    """Raise InputError or ContextOverflow, with the prompt's name, for an unusable first turn."""
-    try:
-        engine.count_tokens(conversation.turns[0])
-    except DovetailError as error:
-        raise type(error)(f"prompt {conversation.name}: {error}") from None
 
 
 def run(engine: Engine, conversations: Sequence[PromptTurns], request: AnswerSettings, plain: bool) -> list[Paired]:
@@ -151,14 +144,6 @@ def show(report: dict[str, Any]) -> None:
     )
 
 
-def write(output: Path, text: str) -> None:
-    """Write the results atomically. Raises InputError, which names the file."""
-    try:
-        write_atomically(output, (text + "\n").encode())
-    except OSError as err:
-        raise InputError(f"--output {output} cannot be written ({err.strerror}): name another file") from None
-
-
 def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
     tokens, speed = str(row["new_tokens"]), f"{row['tokens_per_second']:.1f}"
     acceptance = f"{row['acceptance_length']:.2f}"
@@ -167,7 +152,6 @@ def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
 
 
 def _ties(row: dict[str, Any]) -> str:
-    """Return the number of near ties and the largest margin in logits."""
     count, margin = row["other_tokens"], row["largest_margin"]
     return (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
 

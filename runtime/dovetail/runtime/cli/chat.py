@@ -43,11 +43,9 @@ class ChatLoop:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all messages except the system message."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def run(self) -> None:
-        """Read lines until /exit or the end of the input."""
         click.echo(HELP, err=True)
         while True:
             try:
@@ -66,7 +64,6 @@ class ChatLoop:
                 self.run_command(line) if line.startswith("/") else self.answer(line)
 
     def run_command(self, command: str) -> None:
-        """Run one slash command. An unknown command prints the list of commands."""
         if command == "/reset":
             self.reset()
             click.echo("(forgotten)", err=True)

@@ -6,8 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dovetail.runtime.cli.options import check_folder, write_file
 from dovetail.runtime.errors import InputError, install_extra
-from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import Measured
 
@@ -59,8 +59,7 @@ def check_plot(file: Path) -> None:
     """Raise InputError if `file` certainly cannot become a picture."""
     if file.suffix.lower() not in SUFFIXES:
         raise InputError(f"--plot {file} has an unknown suffix: name a file that ends in {' or '.join(SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise InputError(f"--plot {file} has no folder {file.parent}: make the folder first")
+    check_folder("--plot", file)
     try:
         from matplotlib import figure  # noqa: F401  # checks that matplotlib imports
     except ImportError as err:
@@ -70,20 +69,14 @@ def check_plot(file: Path) -> None:
 
 
 def plot_costs(file: Path, name: str, measured: Measured) -> None:
-    """Write the picture atomically; equal costs give an equal SVG. Raises InputError."""
-    picture = draw(name, measured, file.suffix.lower().removeprefix("."))
-    try:
-        write_atomically(file, picture)
-    except OSError as err:
-        raise InputError(f"--plot {file} cannot be written ({err.strerror}): name another file") from None
+    """Write a picture with a panel per engine and a line per context. Raises InputError.
 
-
-def draw(name: str, measured: Measured, kind: str) -> bytes:
-    """Return a picture with a panel per engine and a line per context. kind: png or svg."""
+    Equal costs give an equal SVG.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    costs, key, picture = measured.costs, measured.key, BytesIO()
+    costs, key, picture, kind = measured.costs, measured.key, BytesIO(), file.suffix.lower().removeprefix(".")
     where = f"{key.cpu}, {key.threads or key.usable_threads} threads, measured {measured.date[:10]}"
     with rc_context({"svg.hashsalt": "dovetail", "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -99,4 +92,4 @@ def draw(name: str, measured: Measured, kind: str) -> bytes:
             axes.grid(alpha=0.3)
             axes.legend(title="context")
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return picture.getvalue()
+    write_file("--plot", file, picture.getvalue())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -46,7 +45,9 @@ def generate(
     if system is not None and (request.raw or as_ids):
         other = "--raw" if request.raw else "--token-ids"
         raise InputError(f"--system needs the chat template: leave out {other}, or put the system text into the prompt")
-    asked: Prompt = parse_ids(text) if as_ids else text if system is None else chat_messages(system, text)
+    asked: Prompt = parse_ids(text) if as_ids else text
+    if system is not None:
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
@@ -114,8 +115,3 @@ def parse_ids(text: str) -> list[int]:
     if not isinstance(ids, list) or not ids or not all(type(each) is int for each in ids):
         raise InputError(f"the prompt {text!r:.60} is no list of token ids: give e.g. --token-ids '[1, 42]'")
     return ids
-
-
-def chat_messages(system: str, text: str) -> list[dict[str, Any]]:
-    """Return a conversation of a system message and one user turn."""
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}]

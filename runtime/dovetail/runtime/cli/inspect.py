@@ -13,7 +13,7 @@ import click
 from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
 from dovetail.runtime.doctor.memory import estimate_memory
-from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_pair
+from dovetail.runtime.drafter.vram import check_limit, plan_pair
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.known import resolve_pair
@@ -21,8 +21,7 @@ from dovetail.runtime.pair.layout import DEVICES, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.system.machine import mib
-from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
+from dovetail.runtime.tune.cost_cache import CostKey, Measured, properties_line, recall, target_properties
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
@@ -47,7 +46,12 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
     check_pair(manifest)
     verify_files(folder, manifest, remember=False)
     measured = read_costs(manifest)
-    facts = describe(folder, manifest, measured, plan_vram(manifest, vram, fit))
+    try:
+        plan = plan_pair(manifest, vram, fit=fit)
+        memory = {**plan.as_dict(), "text": str(plan)}
+    except DeviceError as error:
+        memory = {"problem": str(error)}
+    facts = describe(folder, manifest, measured, memory)
     if plot is not None:
         plot_costs(plot, manifest.name, measured or nothing_to_plot(folder, manifest))
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
@@ -56,7 +60,7 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
         show_costs(manifest.name, measured)
 
 
-def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: VramPlan | str) -> dict[str, Any]:
+def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: dict[str, Any]) -> dict[str, Any]:
     """Return everything about a verified pair as JSON.
 
     calibration: None if the drafter has no calibration file. costs: None if this machine measured
@@ -78,17 +82,9 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "size_mb": mib(sum(entry.size for entry in manifest.files.values())),
         "digests_ok": True,  # verify_files raises otherwise
         "memory": estimate_memory(folder, manifest),
-        "vram": {"problem": vram} if isinstance(vram, str) else {**vram.as_dict(), "text": str(vram)},
+        "vram": vram,
         "provenance": manifest.provenance,
     }
-
-
-def plan_vram(manifest: Manifest, vram: int | None, fit: bool) -> VramPlan | str:
-    """Return the plan of the drafter's GPU memory, or why the drafter cannot run on a GPU."""
-    try:
-        return plan_pair(manifest, vram, fit=fit)
-    except DeviceError as error:
-        return str(error)
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
@@ -108,7 +104,7 @@ def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
 
 def render(facts: dict[str, Any]) -> str:
     """Return the facts for display, one a line."""
-    target, drafter, tree = facts["target"], facts["drafter"], facts["tree"]
+    target, drafter, costs, tree = facts["target"], facts["drafter"], facts["costs"], facts["tree"]
     rows = [
         ("pair", f"{facts['name']} ({facts['pair']}), format {facts['format_version']}"),
         ("target", f"{target['model_type']}, {target['weight_format']}, {target['num_layers']} layers, "
@@ -118,7 +114,7 @@ def render(facts: dict[str, Any]) -> str:
         ("OpenVINO", properties_line(facts["properties"])),
         ("drafter", _drafter_line(drafter) if drafter else "none: plain decoding only"),
         *_calibration_rows(facts["calibration"]),
-        *_cost_rows(facts["costs"]),
+        *([("costs", f"measured {costs['date'][:10]} for {costs['seconds']:.0f} s, below")] if costs else ()),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
@@ -139,14 +135,8 @@ def _drafter_line(drafter: dict[str, Any]) -> str:
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return a line per depth: errors of the drafter's probabilities before and after fitting."""
     return [
         (f"depth {number}", f"calibration error {fit['error_before']:.4f}, {fit['error_after']:.4f} after the fit, "
                             f"over {fit['candidates']} candidates")
         for number, fit in enumerate(calibration["depths"] if calibration else (), 1)
     ]  # fmt: skip
-
-
-def _cost_rows(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return when costs were measured and for how long; the costs follow the facts."""
-    return [("costs", f"measured {measured['date'][:10]} for {measured['seconds']:.0f} s, below")] if measured else []

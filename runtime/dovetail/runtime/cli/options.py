@@ -1,7 +1,6 @@
-"""Flags that the commands share, and the records they become. Names follow llama.cpp and optimum-cli.
+"""Flags that the commands share, and their records. Names follow llama.cpp and optimum-cli.
 
-Values are checked where they belong (SamplingParams, TreeLimits, the engine), so that a flag and the
-embedding API say the same one line.
+The records of the embedding API check the values, so that both give the same messages.
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from dovetail.runtime.drafter.vram import check_limit, parse_size
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
-from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.tree.limits import TreeLimits
 
 Record = TypeVar("Record")
@@ -34,28 +33,8 @@ DEVICES = ("auto", "cpu", "cuda")
 SAMPLING = SamplingParams()
 
 
-class Opener(Protocol):
-    """How a command gets its engine; the click context's `obj`, so that tests bring scripted sessions."""
-
-    def __call__(
-        self,
-        pair: Path,
-        /,
-        *,
-        drafter_device: str,
-        vram: int | None,
-        fit: bool,
-        threads: int | None,
-        tree: TreeLimits | None,
-        ov_config: Mapping[str, str],
-        exact: bool,
-        max_slowdown: float,
-        progress: Progress,
-    ) -> Engine: ...
-
-
 class Announcement:
-    """Says on stderr, once, that the machine is being measured."""
+    """A Progress that says on stderr, once, that Dovetail measures the machine."""
 
     told = False
 
@@ -67,7 +46,7 @@ class Announcement:
 
 @dataclass(frozen=True)
 class EngineFlags:
-    """Which pair, on what, with which tree. None: what the pair's manifest or the engine says.
+    """Flags of Engine.from_pretrained, checked before a pair is built or loaded.
 
     Without a limit of the tree and without fixed_tree, a scheduler shapes every tree.
     """
@@ -87,7 +66,6 @@ class EngineFlags:
     max_slowdown: float | None = None
 
     def __post_init__(self) -> None:
-        """Bad values are told before a pair is built or loaded."""
         check_threads(self.threads)
         check_limit(self.vram, self.fit, self.drafter_device)
         TreeLimits(**self.tree_values())
@@ -95,16 +73,16 @@ class EngineFlags:
             raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
 
     def tree_values(self) -> dict[str, int]:
-        """The limits that were given, by their names in TreeLimits."""
+        """Return the given limits by their names in TreeLimits."""
         named = {"width": self.width, "depth": self.depth, "top_k": self.tree_top_k, "lookup": self.lookup}
         return {name: value for name, value in named.items() if value is not None}
 
     def open(self, *, speculate: bool = True) -> Engine:
-        """The engine, loaded; the reference pair is built first where none is named and none is there.
+        """Return the engine. The reference pair is built first if no pair is named or built.
 
-        speculate: whether anything will be drafted; else the machine need not be measured for it.
+        speculate: whether answers are drafted. Without drafts nothing is measured.
         """
-        opener: Opener = click.get_current_context().obj or Engine.from_pretrained
+        opener: Callable[..., Engine] = click.get_current_context().obj or Engine.from_pretrained  # obj: of tests
         pair = resolve_pair(self.pair)
         return opener(
             pair,
@@ -120,13 +98,13 @@ class EngineFlags:
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
-        """The manifest's tree with the flags' values put in; None where a scheduler is to shape each tree."""
+        """Return the pair's tree with the given limits, None if a scheduler shapes each tree."""
         given = self.tree_values()
         return replace(read_manifest(pair).tree, **given) if given or fixed else None
 
 
 def template_options(command: Command) -> Command:
-    """Flags of AnswerSettings about the chat template; below those of `sampling_options`."""
+    """Flags of AnswerSettings about the chat template. `sampling_options` makes the record."""
     return _apply(
         command,
         click.option("--chat-template-kwargs", "template_options", callback=_parse_object, metavar="JSON",
@@ -148,13 +126,27 @@ def _parse_object(_context: click.Context, _option: click.Parameter, given: str 
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises InputError for a number of threads that cannot be; None leaves it to the engines."""
+    """Raise InputError for an impossible number of threads. None is the engines' choice."""
     if threads is not None:
         check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
 
 
+def check_folder(flag: str, file: Path) -> None:
+    """Raise InputError if the folder of a file to write does not exist."""
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file} has no folder {file.parent}: make the folder first")
+
+
+def write_file(flag: str, file: Path, content: bytes) -> None:
+    """Write the file atomically. Raises InputError."""
+    try:
+        write_atomically(file, content)
+    except OSError as err:
+        raise InputError(f"{flag} {file} cannot be written ({err.strerror}): name another file") from None
+
+
 def device_options(command: Command) -> Command:
-    """Where and how the two engines run: `threads`, `drafter_device`, `vram`, `fit`, `ov_config` and `exact`."""
+    """Flags of both engines: threads, drafter_device, vram, fit, ov_config, exact."""
     return _apply(
         command,
         click.option("-t", "--threads", type=int, help="CPU threads of each engine.  [default: one per usable core]"),
@@ -170,7 +162,7 @@ def device_options(command: Command) -> Command:
 
 
 def vram_options(command: Command) -> Command:
-    """What the drafter may take of a GPU: `vram` in bytes, None for what the pair says, and `fit`."""
+    """Flags of the drafter's GPU memory: vram in bytes, fit."""
     return _apply(
         command,
         click.option("--vram", callback=_parse_size, metavar="SIZE",
@@ -202,7 +194,7 @@ def _parse_share(_context: click.Context, _option: click.Parameter, given: str |
 
 
 def engine_options(command: Command) -> Command:
-    """Flags of EngineFlags; the command gets them as `engine_flags`."""
+    """Flags of EngineFlags, which the command gets as `engine_flags`."""
     pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
     return _apply(
         _bundled(command, EngineFlags, "engine_flags"),
@@ -222,7 +214,7 @@ def engine_options(command: Command) -> Command:
 
 
 def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Callable[[Command], Command]:
-    """Flags of AnswerSettings, with this default of -n; the command gets them as `request`.
+    """Flags of AnswerSettings, which the command gets as `request`. max_new_tokens: default of -n.
 
     speculate: whether the command has --speculate/--no-speculate.
     """
@@ -251,7 +243,7 @@ def _apply(command: Command, *options: Callable[[Command], Command]) -> Command:
 
 
 def _bundled(command: Command, record: Callable[..., Record], name: str) -> Command:
-    """`command`, with the flags that are fields of `record` handed over as that record."""
+    """Return `command` with the flags that are fields of the dataclass `record` as one argument."""
     names: Sequence[str] = [each.name for each in fields(record)]  # type: ignore[arg-type]  # a dataclass, always
 
     @functools.wraps(command)

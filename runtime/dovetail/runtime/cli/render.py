@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -19,19 +18,15 @@ from dovetail.runtime.text.encoding import Prompt
 
 @dataclass
 class Answer:
-    """The streamed text so far. A stopped answer has no metrics: the last chunk brings them.
-
-    first_s, last_s: when the first and the last chunk came (perf_counter). chunks: the prefill's,
-    then one a round.
-    """
+    """The streamed text so far. A stopped answer has no metrics: the last chunk brings them."""
 
     target_device: str
     drafter_device: str | None
     text: str = ""
     tokens: int = 0
-    chunks: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
+    chunks: int = 0  # the prefill's, then one a round
+    first_s: float = 0.0  # when the first chunk came (perf_counter)
+    last_s: float = 0.0  # when the last chunk came
     metrics: GenerationMetrics | None = None
     interrupted: bool = False
 
@@ -69,7 +64,11 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
     """
     answer = Answer(engine.target_device, engine.drafter_device if request.speculate else None)
     try:
-        write(engine.stream(prompt, **request.keywords()), answer)
+        with closing(engine.stream(prompt, **request.keywords())) as chunks:
+            for chunk in chunks:
+                answer.add(chunk)
+                if chunk.text:
+                    click.echo(chunk.text, nl=False)
     except KeyboardInterrupt:
         answer.interrupted = True
     if request.speculate:
@@ -77,15 +76,6 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
     if not answer.text.endswith("\n"):
         click.echo()
     return answer
-
-
-def write(chunks: Generator[Chunk, None, None], answer: Answer) -> None:
-    """Write the chunks to stdout and record them in `answer`. The stream is always closed."""
-    with closing(chunks):
-        for chunk in chunks:
-            answer.add(chunk)
-            if chunk.text:
-                click.echo(chunk.text, nl=False)
 
 
 def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_device: str | None) -> str:

@@ -6,10 +6,10 @@ With --properties the command instead compares all properties of OpenVINO's CPU 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
@@ -27,8 +27,15 @@ from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
-from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, Measured, chosen_properties
+from dovetail.runtime.tune.cost_cache import (
+    CHOOSABLE,
+    Chosen,
+    CostKey,
+    Measured,
+    chosen_properties,
+    properties_line,
+    target_properties,
+)
 from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure, rows_apart, warn_of_rows
 from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 
@@ -80,21 +87,26 @@ def tune(
     check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
     if not (properties and ov_config):  # otherwise tune keeps nothing
-        check_cache(cache_dir() / ("properties" if properties else "costs"))
+        cached = cache_dir() / ("properties" if properties else "costs")
+        with storing():  # before minutes are spent
+            cached.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=cached).close()
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
-    def open_target(*more: Property, beside: Mapping[str, str] = ov_config) -> OpenVINOTarget:
-        config = {**beside, **{each.name: each.value for each in more}}
-        return OpenVINOTarget.load(folder, manifest, threads=threads, ov_config=config, exact=exact)
+    open_target = partial(OpenVINOTarget.load, folder, manifest, threads=threads, exact=exact)
+
+    def open_with(*more: Property) -> OpenVINOTarget:
+        return open_target(ov_config={**ov_config, **{each.name: each.value for each in more}})
 
     def compared(tried: Sequence[Property], seconds: float) -> tuple[list[Compared], Chosen | None]:
         prompt = Tokenizer.from_folder(folder / TARGET).encode(PROMPT)
         with progress_bar() as progress:
-            rows = compare(open_target(), open_target, prompt, tried, seconds=seconds, progress=progress)
+            rows = compare(open_with(), open_with, prompt, tried, seconds=seconds, progress=progress)
         chosen = None if ov_config else choose(rows)
         if chosen:
-            store(lambda: chosen.store(manifest, threads))
+            with storing():
+                chosen.store(manifest, threads)
         return rows, chosen
 
     tried = candidates(ov_config, threads)
@@ -109,14 +121,15 @@ def tune(
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
-    target = open_target(beside={**chosen_properties(manifest, threads), **ov_config})
+    target = open_target(ov_config={**chosen_properties(manifest, threads), **ov_config})
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, exact)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
-    store(measured.store)
+    with storing():
+        measured.store()
     given = target_properties(manifest, threads, ov_config)
     if as_json:
         click.echo(json.dumps({**measured.as_dict(), "properties": given}, indent=2, ensure_ascii=False))
@@ -126,21 +139,11 @@ def tune(
         click.echo(f"kept in {measured.key.file}")
 
 
-def check_cache(folder: Path) -> None:
-    """Raise InputError if this folder of the cache cannot be written, before minutes are spent."""
-
-    def keep() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-
-    store(keep)
-
-
-def store(keep: Callable[[], None]) -> None:
-    """Keep a result in the cache. Raises InputError."""
+@contextmanager
+def storing() -> Iterator[None]:
+    """Raise InputError if the body cannot write to the cache."""
     try:
-        keep()
+        yield
     except OSError as err:
         raise InputError(f"{err.filename} cannot be written ({err.strerror}): set DOVETAIL_CACHE") from None
 

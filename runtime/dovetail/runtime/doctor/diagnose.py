@@ -15,6 +15,7 @@ from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
 from dovetail.runtime.drafter.cuda_api import (
     INSTALL,
     CudaDevice,
+    cuda_build,
     cuda_problem,
     driver_cuda,
     libraries,
@@ -41,34 +42,25 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Facts about CUDA on this machine. None means not known, or not tried.
+    """Facts about CUDA on this machine. None means not known, or not tried."""
 
-    built_for: CUDA version of ONNX Runtime's build, None without CUDA. driver: newest CUDA version
-    that the driver supports. found, missing: libraries that the build needs. free_mb, total_mb:
-    VRAM. capture: whether a captured graph replays.
-    """
-
-    built_for: str | None = None
-    driver: str | None = None
-    found: tuple[str, ...] = ()
+    built_for: str | None = None  # CUDA version of ONNX Runtime's build, None without CUDA
+    driver: str | None = None  # newest CUDA version that the driver supports
+    found: tuple[str, ...] = ()  # libraries that the build needs
     missing: tuple[str, ...] = ()
-    free_mb: int | None = None
+    free_mb: int | None = None  # of VRAM
     total_mb: int | None = None
-    capture: bool | None = None
+    capture: bool | None = None  # whether a captured graph replays
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The whole report of `doctor`.
-
-    memory_bandwidth: GB/s. pair: estimate for the named pair, if any. problems: facts that stop
-    every run. notes: other facts and their cost.
-    """
+    """The whole report of `doctor`."""
 
     cpu: machine.Cpu
     ram_total_mb: int
     ram_available_mb: int
-    memory_bandwidth: float
+    memory_bandwidth: float  # GB/s
     os: str
     versions: dict[str, str]
     openvino_devices: tuple[str, ...]
@@ -78,11 +70,11 @@ class Diagnosis:
     cuda_problem: str | None
     drafter_device: str
     pair: estimate.PairEstimate | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    problems: tuple[str, ...]  # facts that stop every run
+    notes: tuple[str, ...]  # other facts and their cost
 
 
-def diagnose(named: str | None = None, vram: int | None = None) -> Diagnosis:
+def diagnose(named: str | None, vram: int | None) -> Diagnosis:
     """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
 
     vram: bytes that the pair's drafter may take, if given. Raises InputError, PairError.
@@ -146,16 +138,14 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    if done.returncode != 0:
-        return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return tuple(Gpu(*row) for row in rows if len(row) == 3)
+    return tuple(Gpu(*row) for row in rows if len(row) == 3 and done.returncode == 0)
 
 
 def try_cuda() -> tuple[Cuda, str | None]:
     """Return facts about CUDA, and why the drafter cannot use CUDA with a remedy, or None."""
     problem = cuda_problem()
-    built_for = _built_for()
+    built_for = cuda_build()
     missing = missing_libraries() if built_for else []
     found = [name for name in libraries() if name not in missing] if built_for else []
     free = total = captures = None
@@ -202,13 +192,6 @@ def capture_problem(device: Device) -> str | None:
         return f"a CUDA graph cannot be captured ({one_line(error):.300}): update the NVIDIA driver"
     got = float(block.array("y")[0])
     return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
-
-
-def _built_for() -> str | None:
-    """Return the CUDA version that this ONNX Runtime was built for."""
-    from onnxruntime.capi import build_and_package_info as build
-
-    return getattr(build, "cuda_version", None) or None
 
 
 def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:

@@ -15,8 +15,7 @@ from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.choose import widths
-from dovetail.runtime.tune.applied import properties_line, target_properties
-from dovetail.runtime.tune.cost_cache import CostKey, recall
+from dovetail.runtime.tune.cost_cache import CostKey, properties_line, recall, target_properties
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
 CONTEXT = 128  # context in tokens for the estimated speed
@@ -24,80 +23,60 @@ CONTEXT = 128  # context in tokens for the estimated speed
 
 @dataclass(frozen=True)
 class Ram:
-    """An estimate of RAM from sizes.
+    """An estimate of RAM from sizes."""
 
-    parts_mb: weights as stored, KV at the full context; the drafter's too if the drafter runs on
-    the CPU. fits: with the full context. context: tokens that fit, 0 if the weights do not fit.
-    """
-
-    parts_mb: dict[str, float]
+    parts_mb: dict[str, float]  # weights as stored, KV at the full context, also of a drafter on the CPU
     needed_mb: float
     available_mb: int
-    fits: bool
-    context: int
+    fits: bool  # with the full context
+    context: int  # tokens that fit, 0 if the weights do not fit
 
     def __str__(self) -> str:
-        """Return the arithmetic in one line."""
         sizes = " + ".join(f"{size} {part.replace('_', ' ')}" for part, size in self.parts_mb.items())
         return f"about {sizes} = {self.needed_mb} MiB (an estimate), {self.available_mb} MiB are free"
 
 
 @dataclass(frozen=True)
 class Vram:
-    """plan: of the drafter, sizes in MiB; None without a drafter or without a plan within --vram.
+    """An estimate of the drafter's GPU memory."""
 
-    fits: None if the free VRAM or the plan is unknown. said: the arithmetic and the conclusion.
-    """
-
-    plan: dict[str, float | int] | None
-    fits: bool | None
-    said: str
+    plan: dict[str, float | int] | None  # sizes in MiB; None without a plan within --vram
+    fits: bool | None  # None if the free VRAM or the plan is unknown
+    said: str  # the arithmetic and the conclusion
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree that pays first: above this acceptance length its rounds beat plain decoding.
-
-    verify_ms, draft_ms: of a round, with one call of the drafter per level.
-    """
+    """The tree that pays first: above this acceptance length its rounds beat plain decoding."""
 
     width: int
-    verify_ms: float
-    draft_ms: float
+    verify_ms: float  # of a round
+    draft_ms: float  # of a round, with one call of the drafter per level
     acceptance_length: float
 
 
 @dataclass(frozen=True)
 class Speed:
-    """plain_tokens_per_s: speed of plain decoding.
-
-    measured: date of the measurement, ISO 8601. None without a measurement; the speed is then the
-    bound that the memory's bandwidth sets.
-    """
+    """The speed of plain decoding, measured or bound by the memory's bandwidth."""
 
     plain_tokens_per_s: float
-    measured: str | None = None
+    measured: str | None = None  # date of the measurement, ISO 8601
     tree: Tree | None = None
 
 
 @dataclass(frozen=True)
 class PairEstimate:
-    """The estimate for one pair.
-
-    drafter_device: None for a pair without a drafter. vram: None without a graph for a GPU.
-    properties: the target's OpenVINO properties as target_properties() returns them. problem: why
-    the pair cannot run here. notes: other facts and their cost.
-    """
+    """The estimate for one pair."""
 
     folder: str
     name: str
-    drafter_device: str | None
+    drafter_device: str | None  # None without a drafter
     ram: Ram
-    vram: Vram | None
+    vram: Vram | None  # None without a graph for a GPU
     speed: Speed
-    properties: dict[str, Any]
-    problem: str | None
-    notes: tuple[str, ...]
+    properties: dict[str, Any]  # see target_properties
+    problem: str | None  # why the pair cannot run here
+    notes: tuple[str, ...]  # other facts and their cost
 
 
 def find_pair(named: str) -> tuple[Path, Manifest]:

@@ -96,7 +96,7 @@ class CpuRunner:
             buffer[: self._slots + context, :, :, 0] += 0
 
     def close(self) -> None:
-        """See Runner. Python frees the memory with the last reference."""
+        """Do nothing: Python frees the memory with the last reference."""
 
     def _bind(self, n: int, answers: int, kv_rows: int, binding: Any | None) -> Any:
         """Bind the first n rows, their last `answers`, and the first `kv_rows` of each buffer."""

@@ -1,10 +1,9 @@
 """Run the float16 graph on a GPU: state on the device, one captured graph per bucket of rows.
 
 A call is one copy up, one replay and one copy down, in order on one stream, and one wait at the
-end. ONNX Runtime may wait for the replay too. Inputs and outputs of a bucket lie in one block of
-memory each, on the device and, pinned, on the host. The noise of sampled answers needs a further
-copy up, from one block for all buckets. ONNX Runtime keeps captured graphs per thread. Run a
-drafter on the thread that opened it; another thread captures again.
+end. Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
+the host. The noise of sampled answers needs a further copy up, from one block for all buckets.
+ONNX Runtime keeps captured graphs per thread: another thread than the opening one captures again.
 """
 
 from __future__ import annotations
@@ -44,56 +43,44 @@ Bytes = NDArray[np.uint8]
 
 
 class Device(Protocol):
-    """A device for captured graphs: memory by address, pinned host memory, one stream.
+    """A device for captured graphs. All methods except `close` raise DeviceError."""
 
-    kind: ONNX Runtime's name for the memory. provider: the execution provider of the device. All
-    methods except `close` raise DeviceError.
-    """
-
-    kind: str
-    provider: str
+    kind: str  # ONNX Runtime's name for the memory
+    provider: str  # the execution provider of the device
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         """Return options to capture, to use the stream, and to limit the arena to `arena` bytes."""
-        ...
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` bytes of zeros."""
-        ...
 
     def pinned(self, size: int) -> Bytes:
         """Return `size` bytes of zeros on the host."""
-        ...
 
     def upload(self, to: int, source: Bytes) -> None:
         """Queue a copy of pinned bytes to the address `to`."""
-        ...
 
     def download(self, to: Bytes, source: int) -> None:
         """Queue a copy from the address `source` to pinned bytes."""
-        ...
 
     def wait(self) -> None:
         """Wait until all queued work is done."""
-        ...
 
     def close(self) -> None:
         """Free all memory and the stream."""
-        ...
 
 
 @dataclass(frozen=True)
 class Block:
-    """Arrays side by side, on the device at `address` and on the host. offsets: in bytes."""
+    """Arrays side by side, on the device and on the host."""
 
     specs: Mapping[str, Spec]
-    offsets: Mapping[str, int]
-    address: int
+    offsets: Mapping[str, int]  # bytes
+    address: int  # on the device
     host: Bytes
 
     @classmethod
     def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
-        """Allocate the block on the device and on the host. Raises DeviceError."""
         offsets, size = {}, 0
         for name, spec in specs.items():
             offsets[name] = size
@@ -114,26 +101,25 @@ class Block:
 
 @dataclass(frozen=True)
 class Captured:
-    """One bucket's graph. short: bytes of the inputs without features, which come last."""
+    """One bucket's graph."""
 
     rows: Rows
     inputs: Block
     outputs: Block
-    short: int
+    short: int  # bytes of the inputs without features, which come last
     binding: Any
     run_options: Any
 
 
 class CudaRunner:
-    """Runner on a GPU.
+    """Runner on a GPU. Raises DeviceError if device, libraries or graph do not permit capturing.
 
     ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
-    Raises DeviceError if the device, its libraries or the graph do not permit capturing.
     """
 
     file_key = "cuda"
 
-    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int = 0):
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int):
         """plan: context and memory. limit: bytes for all memory, 0 for no limit."""
         import onnxruntime as ort
 
@@ -182,10 +168,9 @@ class CudaRunner:
         return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
 
     def touch(self, context: int) -> None:
-        """See Runner. Device memory exists from the start."""
+        """Do nothing: device memory exists from the start."""
 
     def close(self) -> None:
-        """Free session, memory and stream. No further run is possible."""
         self._release()
 
     @property
@@ -248,7 +233,7 @@ class CudaRunner:
 def _release(held: list[Any], device: Device) -> None:
     """Free the graphs, held[0], and the session, held[1], then the device.
 
-    The traceback of a pending error may still hold the session. The device is then freed after it.
+    The device is freed after a session that the traceback of a pending error still holds.
     """
     if keep_on_failed(device, *held):
         held.clear()

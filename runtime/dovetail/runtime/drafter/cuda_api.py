@@ -49,8 +49,7 @@ Bytes = NDArray[np.uint8]
 def cuda_problem() -> str | None:
     """Return why CUDA cannot be used, with the remedy, or None if a device and all libraries work.
 
-    The function asks driver and libraries, because ONNX Runtime reports missing libraries only in
-    its log.
+    ONNX Runtime itself reports missing libraries only in its log.
     """
     import onnxruntime as ort
 
@@ -84,11 +83,16 @@ def driver_cuda() -> tuple[int, int] | None:
     return None if code else (version.value // 1000, version.value % 1000 // 10)
 
 
-def cuda_major() -> int:
-    """Return the major CUDA version of the onnxruntime-gpu build; 0 for a build without CUDA."""
+def cuda_build() -> str | None:
+    """Return the CUDA version that this ONNX Runtime was built for, if any."""
     from onnxruntime.capi import build_and_package_info as build
 
-    return int((getattr(build, "cuda_version", None) or "0").split(".")[0])
+    return getattr(build, "cuda_version", None) or None
+
+
+def cuda_major() -> int:
+    """Return the major CUDA version of the build; 0 for a build without CUDA."""
+    return int((cuda_build() or "0").split(".")[0])
 
 
 def libraries() -> list[str]:
@@ -125,10 +129,7 @@ def _loads(name: str) -> bool:
 
 
 class CudaDevice:
-    """Device 0: memory, pinned host memory, and copies in order with the runs of one stream.
-
-    Every method except `close` raises DeviceError.
-    """
+    """Device 0; implements Device of cuda.py. Pinned memory is valid until `close`."""
 
     kind = "cuda"  # ONNX Runtime's name for the memory
     provider = PROVIDER
@@ -149,7 +150,6 @@ class CudaDevice:
         self._stream = stream
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
-        """Return options: this stream, and an arena that grows by each request up to `arena`."""
         options = {
             "enable_cuda_graph": "1" if capture else "0",
             "user_compute_stream": str(self._stream.value),
@@ -164,7 +164,6 @@ class CudaDevice:
         return free.value, total.value
 
     def allocate(self, size: int) -> int:
-        """Return the address of `size` bytes of zeros on the device."""
         pointer = ctypes.c_void_p()
         self._check("cudaMalloc", ctypes.byref(pointer), size)
         assert pointer.value is not None
@@ -173,7 +172,6 @@ class CudaDevice:
         return pointer.value
 
     def pinned(self, size: int) -> Bytes:
-        """Return `size` bytes of zeros on the host for direct copies; valid until `close`."""
         pointer = ctypes.c_void_p()
         self._check("cudaHostAlloc", ctypes.byref(pointer), size, 0)
         assert pointer.value is not None
@@ -183,15 +181,12 @@ class CudaDevice:
         return memory
 
     def upload(self, to: int, source: Bytes) -> None:
-        """Copy pinned bytes to the device address `to`, without waiting."""
         self._copy(to, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
 
     def download(self, to: Bytes, source: int) -> None:
-        """Copy from the device address `source` to pinned bytes, without waiting."""
         self._copy(to.ctypes.data, source, to.nbytes, _DEVICE_TO_HOST)
 
     def wait(self) -> None:
-        """Wait for everything on the stream."""
         self._check("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NoReturn
+from functools import partial
+from typing import TypeVar
 
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, Moved
@@ -15,6 +16,7 @@ from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class FailoverDrafter:
@@ -32,7 +34,6 @@ class FailoverDrafter:
 
     @property
     def report(self) -> DeviceReport:
-        """Why the drafter runs where it does, and the bytes that both drafters moved."""
         now = self._drafter.report
         return DeviceReport(now.note, self._moved + now.bus_bytes)
 
@@ -42,22 +43,13 @@ class FailoverDrafter:
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """Raises Moved, InputError, and DeviceError if there is no second drafter."""
-        try:
-            return self._drafter.extend(seq, tokens, features, noise)
-        except DeviceError as error:
-            problem = self._movable(error)
-        self._move(problem)
+        """See Drafter. Raises Moved, InputError, and DeviceError if there is no second drafter."""
+        self._or_move(partial(self._drafter.extend, seq, tokens, features, noise))
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """Raises as `extend` does."""
-        try:
-            return self._drafter.propose(seq, limits, judge, noise)
-        except DeviceError as error:
-            problem = self._movable(error)
-        self._move(problem)
+        return self._or_move(partial(self._drafter.propose, seq, limits, judge, noise))
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         self._drafter.rewind(seq, keep)
@@ -65,20 +57,20 @@ class FailoverDrafter:
     def close(self) -> None:
         self._drafter.close()
 
-    def _movable(self, error: DeviceError) -> str:
-        """Return the error's message if there is a second drafter, else raise the error.
+    def _or_move(self, call: Callable[[], Result]) -> Result:
+        """Return the call's result. If the call fails, switch to the second drafter.
 
-        The caller moves after it has left the handler. The traceback's frames hold objects that
-        must be freed before the device.
+        Raises Moved after the switch, and DeviceError if there is no second drafter.
         """
-        if self._open_second is None:
-            raise error
-        return str(error)
-
-    def _move(self, problem: str) -> NoReturn:
-        """Switch to the second drafter. Raises Moved, or DeviceError if it does not open."""
-        assert self._open_second is not None
-        second = self._open_second(f"moved there: {problem}")
+        open_second = self._open_second
+        try:
+            return call()
+        except DeviceError as error:
+            if open_second is None:
+                raise
+            problem = str(error)
+        # Outside the handler: the traceback's frames hold objects that must be freed before the device.
+        second = open_second(f"moved there: {problem}")
         log.warning("the drafter moves from %s to %s: %s", self.device, second.device, problem)
         self._moved = self._drafter.report.bus_bytes
         first, self._drafter = self._drafter, second  # at once, in case of an interrupt

@@ -35,10 +35,7 @@ STATE = "bank"  # an input like kv.0, kv.1 ..; the outputs are bank_out, kv.0.ou
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs and outputs of a call, one row each: [rows, ..]. Names and meanings are the graph's.
-
-    queries: 0, 1, 2 ..; a call takes the rows whose children are wanted.
-    """
+    """Inputs and outputs of a call, one row each: [rows, ..]. Names are the graph's."""
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
@@ -46,7 +43,7 @@ class Rows:
     kv_slots: NDArray[np.int64]
     bank_slots: NDArray[np.int64]
     context_end: NDArray[np.int64]
-    queries: NDArray[np.int64]
+    queries: NDArray[np.int64]  # 0, 1, 2 ..; a call takes the rows whose children are wanted
     tree_mask: Array  # [rows, T] additive
     features: Array  # [rows, D]
     top_logprobs: NDArray[np.float32]  # [rows, K]
@@ -95,21 +92,15 @@ def output_name(state: str) -> str:
 
 
 class Runner(Protocol):
-    """Runs the graph and owns its KV and bank.
+    """Runs the graph and owns its KV and bank."""
 
-    file_key: of the graph in DrafterFacts.files. max_context: pairs that it holds. bus_bytes: moved
-    between host and device so far, both ways; 0 on the CPU. draft_ids: [V], target ids of the draft
-    vocabulary, None if the graph takes no noise.
-    """
-
-    file_key: str
-    max_context: int
-    bus_bytes: int
-    draft_ids: NDArray[np.int32] | None
+    file_key: str  # of the graph in DrafterFacts.files
+    max_context: int  # pairs that it holds
+    bus_bytes: int  # moved between host and device so far, both ways; 0 on the CPU
+    draft_ids: NDArray[np.int32] | None  # [V] target ids of the draft vocabulary, None if the graph takes no noise
 
     def rows(self, n: int) -> Rows:
         """Return the arrays for the inputs of a call of n rows. They may have more rows."""
-        ...
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """Run the first n of `rows(n)` against `context` pairs. Valid until the next run.
@@ -117,15 +108,12 @@ class Runner(Protocol):
         noise: [V] float32, None for none. upload_features: whether the graph reads the features
         too. The caller then wants the last row's children alone, and the result may hold no others.
         """
-        ...
 
     def touch(self, context: int) -> None:
         """Make the system provide memory for the KV of `context` pairs, whatever it holds."""
-        ...
 
     def close(self) -> None:
         """Free the device's memory. No further run is possible."""
-        ...
 
 
 def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:

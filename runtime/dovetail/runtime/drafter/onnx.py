@@ -1,13 +1,7 @@
-"""The drafter on ONNX Runtime: one graph, static buffers bound once, state updated in place.
+"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py).
 
-On the CPU (INT8) numpy arrays are the graph's inputs and outputs, so a tree level costs one run and a few
-small writes; the KV buffer is bound as a prefix that grows with the context. On CUDA (float16) the same
-rows are the pinned side of device memory, in buckets, each captured as a CUDA graph.
-
-Axes: n rows of a call, T tree slots, S context pairs, L pairs so far, K children per row, D feature size, V draft
-vocabulary.
-KV row i < T belongs to tree node i, row T + j to pair j. Bank row 0 is the root's feature, row i tree
-node i's; row T takes what nobody will read.
+Axes: T tree slots, V draft vocabulary. KV row i < T belongs to tree node i, row T + j to pair j.
+Bank row 0 is the root's feature, row i tree node i's. Row T takes features that no call reads.
 """
 
 from __future__ import annotations
@@ -43,14 +37,12 @@ log = logging.getLogger(__name__)
 
 
 class OnnxDrafter:
-    """Drafter on ONNX Runtime, with the KV of one sequence. `device` says where it runs, `report` why.
-
-    file_key: of its graph in DrafterFacts.files. capacity: pairs that it holds. top_k: children it offers.
-    """
+    """A drafter with the KV of one sequence; implements Drafter."""
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
-        self.device = device
-        self.file_key, self.capacity, self.top_k = runner.file_key, runner.max_context, facts.top_k
+        self.device, self.capacity = device, runner.max_context
+        self.file_key = runner.file_key  # of its graph in DrafterFacts.files
+        self.top_k = facts.top_k  # children that it offers
         self._facts, self._runner, self._note = facts, runner, note
         self._seq: SequenceId | None = None  # of the pairs that it holds
         self._length = 0
@@ -67,13 +59,10 @@ class OnnxDrafter:
         vram: int | None = None,
         fit: bool = False,
     ) -> OnnxDrafter:
-        """Load the pair's drafter: "cuda", "cpu", or "auto" (CUDA when there is one, else the CPU).
+        """Load a drafter; see Engine.from_pretrained. threads: default one per usable core.
 
-        threads: of the CPU session, default one per core that this process may use.
-        vram: bytes of GPU memory that it may take, None for what the pair says; fit: its context may shrink to that.
-        The log is told when "auto" cannot use a GPU that is there, or that `vram` was given for.
-        Raises PairError (no drafter), InputError (unknown device), DeviceError (CUDA asked for and missing or too
-        small, or ONNX Runtime refuses the file).
+        A log warning says why "auto" does not use a GPU that is there, or that `vram` is for.
+        Raises PairError (no drafter), InputError, DeviceError.
         """
         facts = manifest.needed_drafter
         if device not in ("auto", "cpu", "cuda"):
@@ -107,7 +96,7 @@ class OnnxDrafter:
         fit: bool = False,
         new_device: Callable[[], Device] | None = None,
     ) -> OnnxDrafter:
-        """The float16 drafter on a GPU, its graphs captured. new_device: in place of CUDA's. Raises DeviceError."""
+        """Return the float16 drafter. new_device: in place of CUDA's. Raises DeviceError."""
         facts = manifest.needed_drafter
         if new_device is None and (problem := cuda_problem()):
             raise DeviceError(problem)
@@ -117,21 +106,16 @@ class OnnxDrafter:
         return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
 
     def length(self, seq: SequenceId) -> int:
-        """See Drafter."""
         return self._length if seq == self._seq else 0
 
     @property
     def report(self) -> DeviceReport:
-        """See Drafter."""
         return DeviceReport(self._note, self._runner.bus_bytes)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
-        """See Drafter; the children of the last token are kept for `propose`.
-
-        Raises ContextOverflow, InputError (shapes, ids), DeviceError; the length counts finished chunks only.
-        """
+        """See Drafter. Raises ContextOverflow, InputError (shapes, ids), DeviceError."""
         self._check_room(seq)
         self._check(tokens, features)
         self._seq, self._root = seq, None
@@ -146,7 +130,6 @@ class OnnxDrafter:
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        """Grow a tree below the last token of `extend`; each level is one run of the graph."""
         if self._root is None or seq != self._seq:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
         if limits.top_k > self._facts.top_k:
@@ -156,7 +139,7 @@ class OnnxDrafter:
         return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        """See Drafter; drafting then needs a new `extend`. Raises InputError."""
+        """See Drafter. A draft then needs a new `extend`. Raises InputError."""
         held = self.length(seq)
         if not 0 <= keep <= held:
             raise InputError(f"cannot keep {keep} pairs of {held}: give 0 to {held}")
@@ -170,7 +153,7 @@ class OnnxDrafter:
         self._seq, self._length, self._root = seq, pairs, None
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
-        """Return the ms of a call: a tree's level of `rows` nodes up to LEVEL, else `rows` new pairs."""
+        """Return the ms of a call: a level of `rows` nodes up to LEVEL, else `rows` new pairs."""
         if rows > LEVEL:
             tokens, features = np.zeros(rows, np.int64), np.zeros((rows, self._facts.feature_size), np.float32)
             begin = clock()
@@ -183,11 +166,9 @@ class OnnxDrafter:
         return (clock() - begin) * 1e3
 
     def close(self) -> None:
-        """See Drafter."""
         self._runner.close()
 
     def _check_room(self, seq: SequenceId) -> None:
-        """Raise InputError while pairs of another sequence are held."""
         if self._length and seq != self._seq:
             raise InputError(
                 f"this drafter has room for one sequence and holds number {self._seq}: rewind that to 0 first, or "
@@ -195,7 +176,7 @@ class OnnxDrafter:
             )
 
     def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
-        """One chunk of at most CHUNK pairs."""
+        """Read one chunk of at most CHUNK pairs."""
         n, start, slots = len(tokens), self._length, self._facts.tree_slots
         rows = self._runner.rows(n)
         positions = np.arange(start, start + n)
@@ -211,7 +192,7 @@ class OnnxDrafter:
         return self._run(n, start + n, self._noise(1, noise), upload_features=True)
 
     def _expand(self, level: Level, noise: DraftNoise | None = None) -> Candidates:
-        """One level of the tree: features of the parents come from the bank."""
+        """Run one level of the tree: features of the parents come from the bank."""
         n, length = len(level.rows), self._length
         rows = self._runner.rows(n)
         rows.input_ids[:n] = level.tokens
@@ -226,7 +207,7 @@ class OnnxDrafter:
         return self._run(n, length, self._noise(level.depth + 1, noise), upload_features=False)
 
     def _noise(self, depth: int, noise: DraftNoise | None) -> FloatArray | None:
-        """[V], of the children at `depth`; None where nothing is drawn, or the graph takes none."""
+        """Return [V] for children at `depth`; None without sampling, or if the graph takes none."""
         ids = self._runner.draft_ids
         return None if noise is None or ids is None else noise(depth, ids)
 

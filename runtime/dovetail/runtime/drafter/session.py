@@ -25,14 +25,10 @@ DraftNoise = Callable[[int, NDArray[np.integer[Any]]], FloatArray]
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """Facts about a drafter's device.
+    """Facts about a drafter's device."""
 
-    note: why the drafter runs there. bus_bytes: moved so far between host and device, both ways; 0
-    on CPUs.
-    """
-
-    note: str = ""
-    bus_bytes: int = 0
+    note: str = ""  # why the drafter runs there
+    bus_bytes: int = 0  # moved so far between host and device, both ways; 0 on CPUs
 
 
 class Moved(DeviceError):
@@ -52,11 +48,9 @@ class Drafter(Protocol):
     @property
     def report(self) -> DeviceReport:
         """Facts about the device."""
-        ...
 
     def length(self, seq: SequenceId) -> int:
         """Return how many pairs the drafter holds; 0 for an unknown sequence."""
-        ...
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
@@ -65,18 +59,14 @@ class Drafter(Protocol):
 
         noise: for nodes below the last token, None without sampling. A session may ignore it.
         """
-        ...
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
         """Return a tree below the last token of `extend`. judge: see grow_tree."""
-        ...
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` pairs."""
-        ...
 
     def close(self) -> None:
         """Free the device's memory. No further call is possible."""
-        ...

@@ -28,18 +28,14 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 @dataclass(frozen=True)
 class VramPlan:
-    """Bytes on the device. context: pairs. weights: of the graph. state: KV and feature bank.
+    """Bytes on the device."""
 
-    rows: inputs and outputs of all buckets, and noise for the draft vocabulary. workspace:
-    activations of the largest call. cuda: the allowance for CUDA itself.
-    """
-
-    context: int
-    weights: int
-    state: int
-    rows: int
-    workspace: int
-    cuda: int = CUDA_ITSELF
+    context: int  # pairs
+    weights: int  # of the graph
+    state: int  # KV and feature bank
+    rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
+    workspace: int  # activations of the largest call
+    cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
 
     @property
     def total(self) -> int:
@@ -50,7 +46,6 @@ class VramPlan:
         return limit - self.state - self.rows - self.cuda
 
     def __str__(self) -> str:
-        """Return the arithmetic in one line."""
         parts = ("weights", "state", "rows", "workspace", "cuda")
         sizes = " + ".join(f"{mib(getattr(self, part))} {part}" for part in parts)
         return f"{sizes} = {mib(self.total)} MiB with a context of {self.context}"
@@ -63,7 +58,8 @@ class VramPlan:
 
 def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """Return the plan of a drafter with `weights` bytes of float16 graph and `context` pairs."""
-    state = facts.blocks * (facts.tree_slots + context) * _pair_bytes(facts)
+    pair = 2 * facts.num_kv_heads * facts.head_size * HALF  # one block's keys and values
+    state = facts.blocks * (facts.tree_slots + context) * pair
     state += (facts.tree_slots + 1) * facts.feature_size * HALF
     one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
     fixed, per_pair = facts.workspace
@@ -132,8 +128,3 @@ def check_limit(vram: int | None, fit: bool, device: str) -> None:
         raise InputError("--fit has nothing to fit to: give --vram SIZE")
     if vram is not None and device == "cpu":
         raise InputError("--vram is for a drafter on a GPU: leave out --drafter-device cpu, or --vram")
-
-
-def _pair_bytes(facts: DrafterFacts) -> int:
-    """Return the bytes of one block's keys and values for a pair."""
-    return 2 * facts.num_kv_heads * facts.head_size * HALF

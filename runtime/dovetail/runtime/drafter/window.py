@@ -45,7 +45,6 @@ class _Kept(NamedTuple):
         return np.concatenate(taken[::-1])
 
     def without(self, rows: int) -> _Kept:
-        """Return all but the first `rows` rows."""
         begin, parts = self.begin + rows, self.parts
         while rows and rows >= len(parts[0]):
             rows, parts = rows - len(parts[0]), parts[1:]

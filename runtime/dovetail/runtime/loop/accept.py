@@ -21,14 +21,10 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The accepted path of a tree, and its tokens.
+    """The accepted path of a tree, and its tokens."""
 
-    path: [A + 1] int64, accepted nodes, root first. tokens: A + 1 ids: the accepted nodes' tokens,
-    then the target's next token, which no child of the last node carries.
-    """
-
-    path: NDArray[np.int64]
-    tokens: tuple[int, ...]
+    path: NDArray[np.int64]  # [A + 1] accepted nodes, root first
+    tokens: tuple[int, ...]  # of the A accepted nodes, then the target's next, which no child of the last node has
 
     @property
     def accepted(self) -> int:

@@ -20,11 +20,11 @@ PROMPT_TOKENS = 512  # prompt tokens admitted to a pass, so that running answers
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """The result of a pass for one text. features: [n, D], a copy, of the tokens that were run."""
+    """The result of a pass for one text."""
 
     sequence: Sequence
     step: Step
-    features: FloatArray
+    features: FloatArray  # [n, D], a copy, of the tokens that were run
 
 
 class SequenceBatch:

@@ -11,8 +11,7 @@ from dovetail.runtime.loop.sequence import Request, Sequence, Step
 def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step, None, None]:
     """Yield one Step from the prefill, then one per round. The last Step says why the answer ends.
 
-    The caller may stop at any point, even with an interrupt inside a session's call: the sequence
-    stays usable. Raises ContextOverflow, and the sessions' errors.
+    After any error, end or interrupt the sequence stays usable. Raises the sessions' errors.
     """
     policy, meter.prompt_tokens = request.scheduler, len(request.prompt)
     try:

@@ -13,40 +13,25 @@ Phase = Literal["prefill", "draft", "verify", "other"]
 
 @dataclass(frozen=True)
 class GenerationMetrics:
-    """One generation in numbers. Times are milliseconds, without those of a stream's consumer.
-
-    prompt_tokens: the whole prompt. cached_tokens: prompt tokens whose KV was still there.
-    new_tokens: tokens of the answer, without a stop token and tokens past the end. The first comes
-    from the prefill, the others from rounds.
-    rounds: passes of the target after the prefill, drafted or not. drafted, accepted: tokens over
-    all rounds, nodes that only fill a width included.
-    accepted_per_position: how often the i-th drafted token of a path was accepted.
-    acceptance_length: 1 + accepted / rounds; 1 without rounds and with speculate=False.
-    prefill_ms: target and drafter read the prompt, the drafter after the first token.
-    draft_ms: extend and propose. verify_ms: verify and commit. other_ms: all else, text and
-    sampling included. total_ms: their sum.
-    time_to_first_token_ms: up to the first token. decode_ms: from there to the end.
-    tokens_per_second: tokens after the first, over decode_ms; 0 without such tokens.
-    bus_bytes: moved between host and drafter's device in all rounds, both ways; 0 on the CPU.
-    """
+    """One generation in numbers. Times are milliseconds, without those of a stream's consumer."""
 
     prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-    rounds: int
-    drafted: int
-    accepted: int
-    accepted_per_position: tuple[int, ...]
-    acceptance_length: float
-    prefill_ms: float
-    draft_ms: float
-    verify_ms: float
-    other_ms: float
-    total_ms: float
-    time_to_first_token_ms: float
+    cached_tokens: int  # prompt tokens whose KV was still there
+    new_tokens: int  # without a stop token and tokens past the end; the first comes from the prefill
+    rounds: int  # passes of the target after the prefill, drafted or not
+    drafted: int  # over all rounds, nodes that only fill a width included
+    accepted: int  # over all rounds
+    accepted_per_position: tuple[int, ...]  # how often the i-th drafted token of a path was accepted
+    acceptance_length: float  # 1 + accepted / rounds; 1 without rounds and with speculate=False
+    prefill_ms: float  # target and drafter read the prompt, the drafter after the first token
+    draft_ms: float  # extend and propose
+    verify_ms: float  # verify and commit
+    other_ms: float  # all else, text and sampling included
+    total_ms: float  # the sum of these times
+    time_to_first_token_ms: float  # decode_ms begins there
     decode_ms: float
-    tokens_per_second: float
-    bus_bytes: int = 0
+    tokens_per_second: float  # tokens after the first, over decode_ms; 0 without such tokens
+    bus_bytes: int = 0  # moved between host and drafter's device in all rounds, both ways; 0 on the CPU
 
 
 @dataclass
@@ -91,7 +76,6 @@ class Meter:
         self.accepted_per_position = [total + one for total, one in pairs]
 
     def metrics(self) -> GenerationMetrics:
-        """Return the record of everything counted so far."""
         accepted, total_ms = sum(self.accepted_per_position), sum(self.spent_ms.values())
         decode_ms, later = total_ms - self.first_token_ms, self.new_tokens - 1
         return GenerationMetrics(

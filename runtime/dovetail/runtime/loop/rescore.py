@@ -22,14 +22,10 @@ _CHAIN = 12  # nodes per pass: a width of trees, for which the target has prepar
 
 
 class Choice(NamedTuple):
-    """The target's choice in place of a token of an answer.
-
-    margin: its logit minus that of the answer's token, 0 if they are the same token. None if more
-    than logits decide.
-    """
+    """The target's choice in place of a token of an answer."""
 
     token: int
-    margin: float | None
+    margin: float | None  # its logit minus that of the answer's token; None if more than logits decide
 
 
 def read_again(

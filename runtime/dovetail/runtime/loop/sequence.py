@@ -34,19 +34,14 @@ _PLAIN = TreeLimits(width=1, depth=0, top_k=1, lookup=0)
 
 @dataclass(frozen=True)
 class Request:
-    """One generation on token ids.
+    """One generation on token ids."""
 
-    prompt: P token ids, at least one. max_new_tokens: at least 1; the context may end the answer
-    earlier. stop_tokens: end the answer and are no part of it. limits: None is plain decoding, one
-    node per pass. scheduler: shapes each tree within the limits; None lets trees grow up to them.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
+    prompt: tuple[int, ...]  # P ids, at least one
+    max_new_tokens: int  # at least 1; the context may end the answer earlier
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop_tokens: frozenset[int] = frozenset()
-    limits: TreeLimits | None = None
-    scheduler: Policy | None = None
+    stop_tokens: frozenset[int] = frozenset()  # end the answer and are no part of it
+    limits: TreeLimits | None = None  # None is plain decoding, one node per pass
+    scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -68,28 +63,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens of one round, or first of the prefill, and why the answer ends with them.
-
-    stop: the stop token that ended the answer, which is not in `tokens`.
-    """
+    """Tokens of one round, or first of the prefill, and why the answer ends with them."""
 
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
-    stop: int | None = None
+    stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
 
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The tree of a round, with the policy's records of it if there is a policy.
-
-    tree: for the target. drafted, growth: the drafter's own tree and how it grew, None without one.
-    """
+    """The tree of a round, with the policy's records of it if there is a policy."""
 
     tree: DraftTree
     plan: Plan | None = None
     choice: Choice | None = None
-    drafted: DraftTree | None = None
-    growth: Growth | None = None
+    drafted: DraftTree | None = None  # the drafter's own tree, None without a draft
+    growth: Growth | None = None  # how that tree grew
 
     def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
         """Return the record for the policy. tokens: those that followed the root."""
@@ -99,44 +88,34 @@ class Offer:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The result of a pass over a tree.
-
-    step: the part of it that counts for the answer. features: [A + 1, D], a copy, of accepted
-    nodes.
-    """
+    """The result of a pass over a tree."""
 
     verdict: Verdict
-    step: Step
-    features: FloatArray
+    step: Step  # the part that counts for the answer
+    features: FloatArray  # [A + 1, D], a copy, of accepted nodes
 
 
 class Sequence:
     """One text on a target and, if there is one, a drafter. It outlives an answer.
 
-    id: its number in both sessions. tokens: ids whose KV may be kept, then at most one known token.
-    length: tokens whose KV the target certainly holds. It grows after a call of the target and
-    shrinks before one. An interrupt at any point therefore leaves it right, and `rewind` brings
-    both sessions back to it.
-    room: tokens that the answer may still have. sampler: of the current answer. speculates: whether
-    the current answer is drafted. Its context pairs then wait for the drafter in `window`.
+    `length` grows after a call of the target and shrinks before one. An interrupt at any point
+    therefore leaves it right, and `rewind` brings both sessions back to it.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
         self.target, self.id = target, target.open()
         self.window = Window(drafter, self.id) if drafter else None
-        self.tokens: list[int] = []
-        self.length = self.room = 0
+        self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
+        self.length = 0  # tokens whose KV the target certainly holds
+        self.room = 0  # tokens that the answer may still have
         self.request: Request | None = None
-        self.sampler: Sampler | None = None
-        self.speculates = False
+        self.sampler: Sampler | None = None  # of the current answer
+        self.speculates = False  # whether the current answer is drafted
         self.repeats = RepeatIndex()
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
-        """Turn to a request. Return how many tokens of its prompt the target already holds.
-
-        sampler: in place of the request's own. Raises ContextOverflow.
-        """
+        """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
         self.room = request.check_room(self.target.max_context)
         self.request, self.sampler = request, sampler or Sampler(request.sampling)
         self.speculates = self._limits(len(request.prompt) + 1, self.room - 1).width > 1
@@ -147,7 +126,10 @@ class Sequence:
 
         The target reads the last common token again: its feature goes with the next, other token.
         """
-        keep = max(min(_common_prefix(self.tokens, prompt) - 1, self.length), 0)
+        pairs = zip(self.tokens, prompt, strict=False)
+        others = (index for index, (held, token) in enumerate(pairs) if held != token)
+        common = next(others, min(len(self.tokens), len(prompt)))
+        keep = max(min(common - 1, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
@@ -220,16 +202,13 @@ class Sequence:
 
     @property
     def waiting(self) -> int:
-        """Context pairs that the drafter has not read."""
         return self.window.waiting if self.window else 0
 
     @property
     def bus_bytes(self) -> int:
-        """Bytes that the drafter has moved between host and device."""
         return self.window.drafter.report.bus_bytes if self.window else 0
 
     def flush(self) -> None:
-        """Let the drafter read the waiting pairs."""
         if self.window and self.speculates:
             self.window.flush(self.tokens, self.noise())
 
@@ -293,7 +272,6 @@ class Sequence:
         return tree
 
     def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        """Return `tree` joined with the repeats that were found."""
         if not self._found:
             return tree
         if limits.top_k > 1:
@@ -318,8 +296,3 @@ class Sequence:
 @cache
 def _narrowed(limits: TreeLimits, width: int) -> TreeLimits:
     return replace(limits, width=width)
-
-
-def _common_prefix(left: abc.Sequence[int], right: abc.Sequence[int]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -14,10 +14,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 
 
 def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
-    """The manifest of a pair that may be loaded: its parts belong together, every file is there and unaltered.
-
-    tree: limits to be used in place of its own.  Raises ManifestError, MismatchError, IntegrityError.
-    """
+    """Return the manifest of a checked pair. tree: limits in place of its own. Raises PairError."""
     manifest = read_manifest(pair)
     check_pair(manifest if tree is None else replace(manifest, tree=tree))
     check_listed(manifest)
@@ -26,10 +23,7 @@ def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
 
 
 def check_pair(manifest: Manifest) -> None:
-    """Check that drafter and target belong together; a target without a drafter passes.
-
-    Raises MismatchError naming both values.
-    """
+    """Raise MismatchError if drafter and target do not belong together."""
     drafter, target, tree = manifest.drafter, manifest.target, manifest.tree
     if drafter is None:
         return
@@ -60,17 +54,14 @@ def check_pair(manifest: Manifest) -> None:
 
 
 def check_listed(manifest: Manifest) -> None:
-    """Check that the files a target cannot do without have digests. Raises IntegrityError naming one that has none."""
+    """Raise IntegrityError unless all files that every target has are listed."""
     for relative in TARGET_FILES:
         if relative not in manifest.files:
             raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
 
 
 def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> None:
-    """Check that every listed file is there, whole and unaltered.
-
-    Raises IntegrityError naming the first file that is not. `remember`: see sha256_file.
-    """
+    """Raise IntegrityError unless every listed file is unaltered. remember: see sha256_file."""
     for relative in manifest.drafter.files.values() if manifest.drafter else ():
         if relative not in manifest.files:
             raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the drafter again")

@@ -25,13 +25,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_file(path: Path, *, remember: bool = True) -> str:
-    """Digest of a file's content; with `remember`, a file unchanged since the last call is not read again.
+    """Return the digest of a file's content. Raises OSError.
 
-    Unchanged means: same path, size, modification and change times and inode. Raises OSError.
+    remember: do not read a file again whose path, size, inode and times are those of the last call.
     """
     resolved = Path(path).resolve()
     identity = _identity(resolved)
-    memory = cache_dir() / "digests" / f"{hashlib.sha256(str(resolved).encode()).hexdigest()}.json"
+    memory = cache_file("digests", str(resolved))
     if remember and (known := _recall(memory, identity)):
         return known
     with open_regular(resolved) as file:
@@ -39,21 +39,31 @@ def sha256_file(path: Path, *, remember: bool = True) -> str:
     if _identity(resolved) == identity:
         # A cache that cannot be written costs time, not correctness.
         with contextlib.suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps({"file": identity, "sha256": digest}).encode())
+            write_cache(memory, json.dumps({"file": identity, "sha256": digest}))
     return digest
 
 
 def cache_dir() -> Path:
-    """Where Dovetail keeps what it can rebuild: $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
+    """Return $DOVETAIL_CACHE, $XDG_CACHE_HOME/dovetail or ~/.cache/dovetail.
 
-    A user without a home has no cache: the folder given back is one that can be neither read nor made.
+    For a user without a home this is a folder that cannot be made.
     """
     if own := os.environ.get("DOVETAIL_CACHE"):
         return Path(os.path.expanduser(own))
     home = os.path.expanduser("~")  # stays "~" without a home
     base = os.environ.get("XDG_CACHE_HOME") or (os.devnull if home == "~" else os.path.join(home, ".cache"))
     return Path(os.path.expanduser(base)) / "dovetail"
+
+
+def cache_file(kind: str, key: str) -> Path:
+    """Return the file of the cache that keeps what belongs to `key`. kind: its folder."""
+    return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def write_cache(file: Path, text: str) -> None:
+    """Write a file of the cache, and its folder if that is missing. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text.encode())
 
 
 def _identity(path: Path) -> list[int | str]:

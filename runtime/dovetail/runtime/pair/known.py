@@ -1,7 +1,4 @@
-"""Resolve a user's name for a pair to a folder: a path, a name in the cache, or a reference pair.
-
-Dovetail builds a reference pair on its first use.
-"""
+"""Resolve a user's name for a pair to a folder: a path, a cached pair, or a reference pair."""
 
 from __future__ import annotations
 
@@ -36,8 +33,7 @@ def known_pairs() -> list[str]:
 def resolve_pair(named: str | None) -> Path:
     """Return the pair folder for `--pair`. A reference pair is built first if the cache lacks it.
 
-    The build shows its progress on stderr. Raises InputError for an unknown name or missing
-    packages for the build, ExportError for a failed build.
+    Raises InputError for an unknown name or missing packages, ExportError for a failed build.
     """
     if named == "":
         raise InputError(f"pair '' is unknown: name a pair folder, or one of {', '.join(known_pairs())}")
@@ -54,11 +50,7 @@ def resolve_pair(named: str | None) -> Path:
 
 
 def build_pair(name: str, pair: Path) -> None:
-    """Build a reference pair into `pair` through the exporter, which resumes an earlier try.
-
-    The build runs in a process of its own, so that its memory and threads are free before the
-    answer.
-    """
+    """Build a reference pair in a process of its own, which frees its memory before the answer."""
     lacking = [module for module in ("dovetail.exporter", *EXPORT_EXTRA) if not _installed(module)]
     if lacking:
         raise InputError(
@@ -72,9 +64,8 @@ def build_pair(name: str, pair: Path) -> None:
             f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a writable folder, or give --pair"
         ) from None
     click.echo(f"Building the pair {name} in {pair}. This happens once and takes a few minutes.", err=True)
-    stderr = 2  # stdout holds only the answer
     command = [sys.executable, "-m", "dovetail.exporter.cli.main", "pair", name, str(pair), "--resume"]
-    done = subprocess.run(command, stdout=stderr, check=False)
+    done = subprocess.run(command, stdout=2, check=False)  # on stderr: stdout holds only the answer
     if done.returncode != 0 or not (pair / MANIFEST_NAME).is_file():
         raise ExportError(
             f"building the pair {name} failed (exit {done.returncode}): see the reason above, run again to resume"

@@ -1,7 +1,6 @@
 """`dovetail.json`: the record of a pair folder. Facts come from here, never from a file name.
 
 The manifest is written last and atomically, so that an interrupted export never looks finished.
-A pair without a drafter (a target that waits for one) is a valid pair with `drafter=None`.
 """
 
 from __future__ import annotations
@@ -43,23 +42,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the runtime must know about a target before it loads a weight.
-
-    hidden_size: width of the embedding; feature_size: width D of the tapped features.
-    max_context: tokens. taps: friendly names of the tapped nodes, in the order of the features.
-    tokenizer_sha256: digest of tokenizer.json.
-    """
+    """Facts that the runtime needs before it loads a target's weights."""
 
     model_type: str
-    hidden_size: int
-    feature_size: int
+    hidden_size: int  # width of the embedding
+    feature_size: int  # width D of the tapped features
     vocab_size: int
     num_layers: int
-    max_context: int
+    max_context: int  # tokens
     weight_format: str
-    taps: tuple[str, ...]
+    taps: tuple[str, ...]  # friendly names of the tapped nodes, in the order of the features
     eos_token_ids: tuple[int, ...]
-    tokenizer_sha256: str
+    tokenizer_sha256: str  # digest of tokenizer.json
 
     def __post_init__(self) -> None:
         _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
@@ -69,15 +63,13 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class DrafterFacts:
-    """What the runtime must know about a drafter: the sizes of its graph, and the file for each device.
+    """Facts that the runtime needs before it loads a drafter's weights.
 
-    top_k: children that the graph returns per row. tree_slots: rows of KV for tree nodes.
-    max_context: (feature, token) pairs. files: device ("cuda", "cpu") -> path inside the pair.
-    feature_layers: blocks of the target that the drafter reads beside the last feature. If there are
-    any, files["features"] holds their FeatureMix.
-    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context; ()
-    in pairs of older versions. vram: the most bytes of GPU memory that the drafter may take; 0 for no
-    limit. noise: whether the graphs take the noise of sampled answers; those of older versions do not.
+    files: device ("cuda", "cpu") -> path inside the pair. feature_layers: blocks of the target that
+    the drafter reads beside the last feature; files["features"] then holds their FeatureMix.
+    workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context.
+    vram: the most bytes of GPU memory that the drafter may take, 0 for no limit. noise: whether the
+    graphs take the noise of sampled answers.
     """
 
     blocks: int
@@ -87,9 +79,9 @@ class DrafterFacts:
     draft_vocab_size: int
     num_kv_heads: int
     head_size: int
-    top_k: int
-    tree_slots: int
-    max_context: int
+    top_k: int  # children that the graph returns per row
+    tree_slots: int  # rows of KV for tree nodes
+    max_context: int  # (feature, token) pairs
     tokenizer_sha256: str
     files: dict[str, str]
     feature_layers: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
@@ -114,12 +106,12 @@ class DrafterFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about one pair. files: path inside the pair (POSIX, relative) -> size and digest."""
+    """Everything about one pair."""
 
     name: str
     target: TargetFacts
     drafter: DrafterFacts | None
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry]  # by path inside the pair, POSIX and relative
     tree: TreeLimits = field(default_factory=TreeLimits)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -153,10 +145,7 @@ class Manifest:
 
 
 def read_manifest(pair: Path) -> Manifest:
-    """Read and check `pair`/dovetail.json.
-
-    Raises ManifestError: missing, not JSON, unknown or missing key, wrong type, another version.
-    """
+    """Read and check `pair`/dovetail.json. Raises ManifestError."""
     path = Path(pair) / MANIFEST_NAME
     try:
         raw = read_json(path, ManifestError, "check its permissions, or export the pair again")
@@ -170,7 +159,7 @@ def read_manifest(pair: Path) -> Manifest:
 
 
 def parse_manifest(raw: object) -> Manifest:
-    """Build a Manifest from decoded JSON. Raises ManifestError naming the key."""
+    """Return a Manifest from decoded JSON. Raises ManifestError, which names the key."""
     data = _mapping(raw, "the manifest")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
@@ -220,7 +209,7 @@ def _mapping(raw: object, where: str) -> Mapping[str, Any]:
 
 
 def _provenance(raw: object) -> dict[str, Any]:
-    """Any object, but for the `stages` in it, from which an export goes on."""
+    """Return any object. Only its `stages` are checked, from which an export goes on."""
     provenance = _mapping(raw, "provenance")
     for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
         for key in ("inputs", "facts"):
@@ -242,7 +231,7 @@ def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
 
 
 def parse_record(record: type[Record], raw: object, where: str) -> Record:
-    """A dataclass from JSON. Every field must be present and of its type. Raises ManifestError."""
+    """Return a dataclass from JSON. Raises ManifestError for another key or type."""
     data = _mapping(raw, where)
     _check_keys(record, data, f"{where}.")
     hints = get_type_hints(record)
@@ -250,7 +239,7 @@ def parse_record(record: type[Record], raw: object, where: str) -> Record:
 
 
 def _value(hint: Any, raw: object, where: str) -> Any:
-    """`raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
+    """Return `raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(raw, list):
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))

@@ -30,23 +30,17 @@ _HIGHEST, _LOWEST = -1e-7, -60.0
 
 @dataclass(frozen=True)
 class DepthCalibration:
-    """The fit for one depth, p = sigmoid(scale * logit(q) + shift), and the measurement.
-
-    candidates: number measured. error_before, error_after: expected calibration errors of q and p,
-    |q - observed| averaged over the candidates by bins.
-    edges: [B + 1] ascending probabilities. counts, mean_q, observed: [B], a bin's candidates, their
-    mean q, and the share that was the target's token. An empty bin has 0.
-    """
+    """The fit for one depth, p = sigmoid(scale * logit(q) + shift), and the measurement."""
 
     scale: float
     shift: float
-    candidates: int
-    error_before: float
-    error_after: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    mean_q: tuple[float, ...]
-    observed: tuple[float, ...]
+    candidates: int  # number measured
+    error_before: float  # expected calibration error of q: |q - observed| averaged over the candidates by bins
+    error_after: float  # the same of p
+    edges: tuple[float, ...]  # [B + 1] ascending probabilities
+    counts: tuple[int, ...]  # [B], candidates of each bin
+    mean_q: tuple[float, ...]  # [B], 0 for an empty bin
+    observed: tuple[float, ...]  # [B], share that was the target's token, 0 for an empty bin
 
     def __post_init__(self) -> None:
         for name in ("scale", "shift", "error_before", "error_after"):

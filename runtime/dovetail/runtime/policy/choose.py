@@ -37,17 +37,12 @@ OPTIMISM = 0.4  # plain steps that a drafted round may seem to lose: the budget 
 
 @dataclass
 class Scheduler:
-    """Makes the schedule of one engine and learns across conversations. Implements `Policy`.
-
-    calibration: None if the drafter has no calibration file. plain_rows: rows that a plain pass
-    computes anyway; a tree of so many nodes costs no more. max_slowdown: share of the time that
-    drafts may lose in the long run.
-    """
+    """Makes the schedule of one engine and learns across conversations. Implements `Policy`."""
 
     costs: Costs
-    calibration: Calibration | None = None
-    plain_rows: int = 1
-    max_slowdown: float = MAX_SLOWDOWN
+    calibration: Calibration | None = None  # None if the drafter has no calibration file
+    plain_rows: int = 1  # rows that a plain pass computes anyway: a tree of so many nodes costs no more
+    max_slowdown: float = MAX_SLOWDOWN  # share of the time that drafts may lose in the long run
     pace: Pace = field(init=False)
     _greedy: Experience = field(init=False)
     _sampled: Experience = field(init=False)
@@ -75,7 +70,8 @@ class Scheduler:
             return plan
         known, pace = self._known, self.pace
         plain = pace.target_ms(context, 1)
-        gain = known.price_of_token * known.tokens.value - known.steps.value - self._otherwise(plan, repeats) / plain
+        otherwise = max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
+        gain = known.price_of_token * known.tokens.value - known.steps.value - otherwise / plain
         at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -START
         return replace(plan, draft=gain >= -OPTIMISM and known.budget.covers(at_risk))
 
@@ -102,14 +98,10 @@ class Scheduler:
     # --- before the target verifies
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """Return the part of `tree` that is worth most to verify, filled up to one of a few widths.
-
-        A round without a draft and without repeats is plain: nodes that only fill a width gain
-        nothing.
-        """
+        """Return the part of `tree` that is worth most to verify, filled up to a width."""
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = tree = without_branches(tree, least)
-        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}
+        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
         kept = min(max(width, self.plain_rows), len(tree))
         if kept < len(tree):
@@ -156,15 +148,10 @@ class Scheduler:
             out[self._width] = price * tokens - self.pace.verify_ms(plan.context, tree, self._width)
         return out
 
-    def _otherwise(self, plan: Plan, repeats: DraftTree) -> float:
-        """Return the ms that the best round without a draft is worth, less its change of width."""
-        return max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
-
     def _change(self, width: int) -> float:
         """Return the ms that a pass of this width costs more because the last width differs.
 
-        A change to or from plain decoding counts twice, for the way back: a stretch of text where
-        trees pay is usually short.
+        A change to or from plain decoding counts twice, for the way back, which is usually near.
         """
         return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 
@@ -174,8 +161,7 @@ class Scheduler:
         known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
         context, drafted, tokens = plan.context, round.drafted is not None, len(round.tokens)
         offered = choice.offered or choice.tree
-        unverified = choice.width == 1 < len(offered)
-        missed = self._missed(round, offered) if drafted and unverified else None
+        missed = self._missed(round, offered) if drafted and choice.width == 1 < len(offered) else None
         known.fade(repeats=not drafted and len(offered) > 1)
         predicted = 0.0
         if round.growth:

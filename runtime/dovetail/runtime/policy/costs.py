@@ -26,15 +26,11 @@ CONTEXT_STEP = 64  # tokens of context that share one prediction
 
 @dataclass(frozen=True)
 class Curve:
-    """The milliseconds of a pass.
+    """The milliseconds of a pass."""
 
-    contexts: [C] tokens before it. rows: [R] new tokens or nodes in it, from 1. ms: [C][R], rising
-    along both axes.
-    """
-
-    contexts: tuple[int, ...]
-    rows: tuple[int, ...]
-    ms: tuple[tuple[float, ...], ...]
+    contexts: tuple[int, ...]  # [C] tokens before the pass
+    rows: tuple[int, ...]  # [R] new tokens or nodes in the pass, from 1
+    ms: tuple[tuple[float, ...], ...]  # [C][R], rising along both axes
     _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,28 +67,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Costs:
-    """The measured times of one machine.
+    """The measured times of one machine."""
 
-    target: verification of a chain, by nodes; 1 is plain decoding. draft: one call of the drafter,
-    by rows.
-    path: ms that each further path of a tree adds to its verification, by context alone (one row).
-    The target computes the attention over the context for each path.
-    switch_ms: ms that a pass takes longer if the last pass had another number of nodes. OpenVINO
-    then prepares every operation again: about 5 ms for SmolLM2-135M on two cores, more than half a
-    plain step.
-    """
-
-    target: Curve
-    draft: Curve
-    path: Curve
-    switch_ms: float = 0.0
+    target: Curve  # verification of a chain, by nodes; 1 is plain decoding
+    draft: Curve  # one call of the drafter, by rows
+    path: Curve  # each further path of a tree, by context: the target computes its attention over the context
+    switch_ms: float = 0.0  # a pass takes longer after one of another width: OpenVINO prepares its kernels again
 
     def __post_init__(self) -> None:
         if not (isfinite(self.switch_ms) and self.switch_ms >= 0):
             raise InputError(f"switch_ms {self.switch_ms} is out of range: measure again")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the costs in JSON form."""
         curves = {
             name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
             for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))

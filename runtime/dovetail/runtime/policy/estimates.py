@@ -19,14 +19,11 @@ PRIOR = 3.0  # weight of the drafter's own claim, in observations: the replay
 
 @dataclass
 class Estimate:
-    """A weighted mean that begins at `prior`, which counts as `weight` observations.
-
-    half_life: calls of `fade` after which an observation counts half.
-    """
+    """A weighted mean that begins at `prior`, which counts as `weight` observations."""
 
     prior: float
     weight: float
-    half_life: float = HALF_LIFE
+    half_life: float = HALF_LIFE  # calls of `fade` after which an observation counts half
     _sum: float = 0.0
     _seen: float = 0.0
 
@@ -45,19 +42,20 @@ class Estimate:
         self._seen *= share
 
 
+ByDepth = dict[int, Estimate]  # depth in the tree -> estimate
+
+
 @dataclass
 class Budget:
     """Plain steps that rounds may lose against plain decoding: a conservative bandit.
 
-    share: of each round's time, added to the budget. balance: plain steps left, at most RESERVE.
     Source: Wu, Shariff, Lattimore, Szepesvari, Conservative Bandits, ICML 2016.
     """
 
-    share: float
-    balance: float = START
+    share: float  # of each round's time, added to the budget
+    balance: float = START  # at most RESERVE
 
     def covers(self, loss: float) -> bool:
-        """Return whether a round may lose `loss` plain steps."""
         return loss <= self.balance
 
     def add(self, steps: float, gain: float) -> None:
@@ -67,34 +65,26 @@ class Budget:
 
 @dataclass
 class Experience:
-    """The estimates and the budget of greedy answers, or of sampled answers.
-
-    Sampled tokens agree with drafts less often. price: plain steps that a token takes. tokens,
-    steps: of a drafted round.
-    first, others: depth -> how often a node's best child, or another child, is right, divided by
-    the drafter's claim.
-    trees: accepted tokens divided by expected ones, without a draft and with a draft. The best
-    nodes of many are overestimated, so a tree gives less than the sum of its claims.
-    children: depth -> share of the probability of nodes at this depth that their children have.
-    """
+    """The estimates and the budget of greedy answers, or of sampled answers, which accept less."""
 
     budget: Budget
-    price: Estimate = field(default_factory=lambda: Estimate(1.0, 1.0, SLOW_HALF_LIFE))
-    tokens: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))
-    steps: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))
-    first: dict[int, Estimate] = field(default_factory=dict)
-    others: dict[int, Estimate] = field(default_factory=dict)
+    price: Estimate = field(default_factory=lambda: Estimate(1.0, 1.0, SLOW_HALF_LIFE))  # plain steps a token takes
+    tokens: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))  # of a drafted round
+    steps: Estimate = field(default_factory=lambda: Estimate(1.0, PRIOR))  # plain steps of a drafted round
+    first: ByDepth = field(default_factory=dict)  # how often a node's best child is right, over the drafter's claim
+    others: ByDepth = field(default_factory=dict)  # the same of its other children
+    # Accepted over expected tokens, without and with a draft: the best nodes of many are overestimated.
     trees: tuple[Estimate, Estimate] = field(
         default_factory=lambda: (Estimate(1.0, PRIOR, SLOW_HALF_LIFE), Estimate(1.0, PRIOR))
     )
-    children: dict[int, Estimate] = field(default_factory=dict)
+    children: ByDepth = field(default_factory=dict)  # share of the nodes' probability that their children have
 
     @property
     def price_of_token(self) -> float:
         """Plain steps that a token is worth: its recent time, at most 1."""
         return min(1.0, self.price.value)
 
-    def factor(self, kind: dict[int, Estimate], depth: int) -> float:
+    def factor(self, kind: ByDepth, depth: int) -> float:
         """Return the factor that corrects a probability at `depth`. kind: `first` or `others`."""
         return kind[depth].value if depth in kind else 1.0
 

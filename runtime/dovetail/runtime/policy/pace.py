@@ -45,7 +45,6 @@ class Pace:
         return self._draft.value
 
     def draft_ms(self, context: int, rows: int) -> float:
-        """Return the ms of one call of the drafter."""
         return self.costs.draft.at(context, rows) * self._draft.value
 
     def backlog_ms(self, context: int, unread: int) -> float:

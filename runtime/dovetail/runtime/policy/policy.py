@@ -19,47 +19,34 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a round drafts, and the widths to choose from.
+    """Whether a round drafts, and the widths to choose from."""
 
-    context: tokens committed before it. unread: context pairs that the drafter has not read.
-    widths: numbers of nodes, ascending, that the tree may have. draft: whether to call the drafter.
-    """
-
-    context: int
-    unread: int
-    widths: tuple[int, ...]
-    draft: bool = False
+    context: int  # tokens committed before the round
+    unread: int  # context pairs that the drafter has not read
+    widths: tuple[int, ...]  # numbers of nodes, ascending, that the tree may have
+    draft: bool = False  # whether to call the drafter
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The tree that the target verifies.
-
-    tree: for the target. offered: the tree that it was chosen from. width: chosen number of nodes,
-    1 for plain decoding. worth: width -> ms that verifying that many nodes is worth. regret: width
-    -> ms lost so far by keeping the last width.
-    """
+    """The tree that the target verifies."""
 
     tree: DraftTree
-    offered: DraftTree | None = None
-    width: int = 0
-    worth: Mapping[int, float] = field(default_factory=dict)
-    regret: Mapping[int, float] = field(default_factory=dict)
+    offered: DraftTree | None = None  # the tree that it was chosen from
+    width: int = 0  # chosen number of nodes, 1 for plain decoding
+    worth: Mapping[int, float] = field(default_factory=dict)  # width -> ms that verifying that many nodes is worth
+    regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms lost so far by keeping the last width
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """The outcome of a plan and a choice.
-
-    drafted: the drafter's own tree, None without a draft. growth: how that tree grew. tokens: those
-    that followed the root. draft_ms, verify_ms: times of both engines.
-    """
+    """The outcome of a plan and a choice."""
 
     plan: Plan
     choice: Choice
-    drafted: DraftTree | None
-    growth: Growth | None
-    tokens: Sequence[int]
+    drafted: DraftTree | None  # the drafter's own tree, None without a draft
+    growth: Growth | None  # how that tree grew
+    tokens: Sequence[int]  # those that followed the root
     draft_ms: float
     verify_ms: float
 
@@ -69,44 +56,33 @@ class Policy(Protocol):
 
     def start(self, sampled: bool) -> None:
         """Begin an answer, sampled or greedy."""
-        ...
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree after `context` tokens, at most `most`."""
-        ...
 
     def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
         """Plan a round of at most `most` nodes. repeats: the tree of repeated text alone."""
-        ...
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Judge.believe."""
-        ...
 
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         """See Judge.pays."""
-        ...
 
     def choose(self, plan: Plan, tree: DraftTree) -> Choice:
         """Return the part of `tree` to verify. Nodes that only fill a width may follow it."""
-        ...
 
     def learn(self, round: Round) -> None:
         """Learn from a round that has ended."""
-        ...
 
 
 class Growth:
-    """The judge of one growing tree: asks the policy and records the answers.
-
-    taken: depth of a parent -> share of its nodes' probability that their candidates have. rows:
-    nodes that the drafter ran, level by level.
-    """
+    """The judge of one growing tree: asks the policy and records the answers."""
 
     def __init__(self, policy: Policy, plan: Plan) -> None:
         self._policy, self._plan = policy, plan
-        self.taken: dict[int, float] = {}
-        self.rows: list[int] = []
+        self.taken: dict[int, float] = {}  # depth of a parent -> share of its probability that its candidates have
+        self.rows: list[int] = []  # nodes that the drafter ran, level by level
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         believed = self._policy.believe(self._plan, depth, logprobs)

@@ -14,20 +14,14 @@ _SEED_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token from the target's logits. The defaults are greedy decoding.
+    """How to choose tokens from logits. The defaults are greedy decoding. Raises InputError."""
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: share of the best token's
-    probability, 0 is off. repetition_penalty: 1 is off, above 1 discourages tokens of the prompt
-    and the answer. seed: None draws a seed when a generation samples. Raises InputError, which
-    names the value.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # share of the best token's probability, 0 is off
+    repetition_penalty: float = 1.0  # 1 is off, above 1 discourages tokens of the prompt and the answer
+    seed: int | None = None  # None draws a seed when a generation samples
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, lambda t: t >= 0, "0 (greedy) or more, e.g. 0.7")

@@ -1,21 +1,18 @@
 """Choose a token from the target's logits: processors, and noise keyed by position.
 
 Axes: V target vocabulary, S tokens that pass the processors. Processors and their order are those
-of transformers' generate: repetition penalty, temperature, top-k, top-p, min-p. The sampler draws
-from the remaining tokens by the Gumbel-max trick: it takes the token with the best sum of logit and
-temperature x noise. Each token has noise of its own. The noise depends on the seed and the absolute
+of transformers' generate. The sampler draws by the Gumbel-max trick: it takes the token with the
+best sum of logit and temperature x noise. A token's noise depends on the seed and the absolute
 position alone. A seed therefore draws the same tokens one by one or along the path of a tree. The
-drafter adds part of the same noise to its own logits. Its proposals then agree with the target's
-samples more often than its most probable tokens would. Source of the shared noise: Daliri, Musco
-and Suresh, Coupling without Communication and Drafter-Invariant Speculative Decoding (arXiv
-2408.07978).
+drafter adds part of the same noise to its own logits, so that its proposals agree with the target's
+samples more often. Source of the shared noise: Daliri, Musco and Suresh, Coupling without
+Communication and Drafter-Invariant Speculative Decoding (arXiv 2408.07978).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,17 +27,6 @@ _KEPT = 12  # positions whose noise is kept: a tree's levels use the noise befor
 # noise decides less, and the drafter's best token is the better guess (docs/results/sampling.md).
 TRUST = 0.6
 _HOTTEST = 1e4  # highest temperature of a drafter's noise; above it the logits do not matter
-
-
-@dataclass(frozen=True, eq=False)
-class Support:
-    """The tokens that may be chosen. ids: [S] int64, ascending. probs: [S] float64, sum 1.
-
-    Both arrays may be the sampler's own memory: valid until its next call.
-    """
-
-    ids: NDArray[np.int64]
-    probs: NDArray[np.float64]
 
 
 class Sampler:
@@ -71,7 +57,7 @@ class Sampler:
         self._size = len(logits)
         if not params.top_k and params.top_p == 1 and params.min_p == 0:
             return self.draw(scores, None, position)
-        ids = self._support(scores).ids
+        ids, _ = self._support(scores)
         return int(ids[self.draw(scores[ids], ids, position)])
 
     def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
@@ -80,8 +66,8 @@ class Sampler:
         if self.params.greedy:
             probs[self.pick(logits, 0, context)] = 1.0
         else:
-            support = self._support(self._penalised(logits, context))
-            probs[support.ids] = support.probs
+            ids, kept = self._support(self._penalised(logits, context))
+            probs[ids] = kept
         return probs
 
     def draw(self, scores: NDArray[np.floating[Any]], ids: NDArray[np.int64] | None, position: int) -> int:
@@ -111,8 +97,7 @@ class Sampler:
     def ahead(self, position: int, ids: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return [K] float32 to add to a drafter's logits of the tokens `ids` [K].
 
-        With this noise the drafter prefers the tokens that the target will draw. The result is
-        zeros before the first `pick`, and for greedy decoding, which draws nothing.
+        The result is zeros before the first `pick`, and for greedy decoding.
         """
         if not self._size:
             return np.zeros(len(ids), np.float32)
@@ -120,8 +105,11 @@ class Sampler:
         noise: NDArray[np.float32] = scale * self.noise(position)[ids]
         return noise
 
-    def _support(self, given: NDArray[np.floating[Any]]) -> Support:
-        """Return the processed distribution (temperature above 0). given: [V], penalised logits."""
+    def _support(self, given: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the tokens that may be chosen, ascending [S], and their probabilities [S].
+
+        given: [V], penalised logits. Both results are valid until the next call.
+        """
         params = self.params
         if len(self._ids) != len(given):
             self._ids, self._scores = np.arange(len(given)), np.empty(len(given), np.float64)
@@ -143,7 +131,7 @@ class Sampler:
         if params.min_p > 0:
             kept = np.flatnonzero(probs >= params.min_p * probs.max())
             ids, probs = ids[kept], probs[kept]
-        return Support(ids, probs if len(probs) == len(given) else probs / probs.sum())
+        return ids, probs if len(probs) == len(given) else probs / probs.sum()
 
     def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
         """Divide the scores of tokens in the context by the penalty; multiply negative scores."""
@@ -161,8 +149,7 @@ def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """Return ascending indices of the fewest best tokens that hold top_p of the mass; at least one.
 
     Tokens below (1 - top_p) / S together hold less than 1 - top_p, so the nucleus needs none of
-    them. Only the other tokens, a few hundred of a large vocabulary, are sorted. Half of that bound
-    leaves room for rounding.
+    them, and only the others are sorted. Half of that bound leaves room for rounding.
     """
     likely: NDArray[np.int64] = np.flatnonzero(probs >= 0.5 * (1 - top_p) / len(probs))
     values = probs[likely]

@@ -1,7 +1,4 @@
-"""Upper bounds for numbers in a configuration, a manifest or a flag.
-
-Dovetail checks these numbers before it spends memory or time.
-"""
+"""Upper bounds for numbers in a configuration, a manifest or a flag, checked before any work."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ LARGEST = {
 def check_whole(
     name: str, value: object, failure: type[Exception], remedy: str, *, least: int = 1, most: int | None = None
 ) -> None:
-    """Raise `failure` unless `value` is a whole number from `least` to `most`.
-
-    most: by default the bound that LARGEST has for `name`.
-    """
+    """Raise `failure` unless `value` is a whole number. most: default LARGEST of the name."""
     most = LARGEST[name.rpartition(".")[2]] if most is None else most
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise failure(f"{name} {value!r:.60} is out of range, not a whole number from {least} to {most}: {remedy}")

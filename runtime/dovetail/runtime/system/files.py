@@ -1,7 +1,4 @@
-"""Reading files that a stranger may have written.
-
-Dovetail reads regular files of bounded size only, and JSON of bounded depth.
-"""
+"""Read files that a stranger may have written: regular, of bounded size, JSON of bounded depth."""
 
 from __future__ import annotations
 
@@ -75,10 +72,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: Path, failure: type[Exception], remedy: str) -> Any:
-    """Return the value in the JSON file `file`.
+    """Return the value in a JSON file. Raises `failure` with `remedy`.
 
-    Raises FileNotFoundError or NotADirectoryError if the file does not exist. Raises `failure` with
-    `remedy` if the file cannot be read or is not JSON.
+    A missing file raises FileNotFoundError or NotADirectoryError.
     """
     try:
         return parse_json(read_bytes(file).decode())
@@ -102,11 +98,7 @@ def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, 
 
 
 def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
-    """Return the arrays `names` of an .npz file.
-
-    The size of the unpacked arrays is checked before they are unpacked. Raises `failure` with
-    `remedy`.
-    """
+    """Return arrays of an .npz file of bounded size. Raises `failure` with `remedy`."""
     import numpy as np  # the commands check their arguments with this module and must start without numpy
 
     try:
@@ -126,7 +118,7 @@ def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], re
 
 def check_text(what: str, text: str, failure: type[Exception]) -> None:
     """Raise `failure` if `text` is not valid Unicode or holds a NUL, which files refuse."""
-    if "\0" in text or not _encodes(text):
+    if "\0" in text or printable(text) != text:
         raise failure(f"{what} {text!r:.80} is no valid text: leave out NUL and bytes that are not UTF-8")
 
 
@@ -135,14 +127,5 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _inside(value: object) -> list[Any]:
-    """Return the values of an object or a list."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -38,25 +38,18 @@ COPIES = 5
 
 @dataclass(frozen=True)
 class Cpu:
-    """Facts about the CPU.
-
-    cores: physical cores. threads: logical CPUs. usable: logical CPUs that this process may keep
-    busy. quota: number of CPUs whose time the container allows, None without a limit.
-    """
+    """Facts about the CPU."""
 
     model: str
-    cores: int
-    threads: int
-    usable: int
+    cores: int  # physical cores
+    threads: int  # logical CPUs
+    usable: int  # logical CPUs that this process may keep busy
     instruction_sets: tuple[str, ...]
-    quota: float | None = None
+    quota: float | None = None  # number of CPUs whose time the container allows, None without a limit
 
 
 def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:
-    """Return the CPU as the system describes it.
-
-    An unknown model is "unknown". An unknown number of cores is the number of logical CPUs.
-    """
+    """Return the CPU as the system describes it. Cores default to the number of logical CPUs."""
     entries = list(_cpu_entries(cpuinfo))
     threads = os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -78,8 +71,7 @@ def cpu(cpuinfo: Path = CPUINFO, root: Path = ROOT) -> Cpu:
 def usable_cores(root: Path = ROOT, allowed: Collection[int] | None = None) -> int:
     """Return how many threads an engine should run: one for each usable core within the quota.
 
-    allowed: logical CPUs, by default those of the affinity mask. Hyper-threads of one core count
-    once.
+    allowed: logical CPUs, by default those of the affinity mask.
     """
     return _within(cpu_quota(root), _quick_cores(root, allowed))
 
@@ -90,7 +82,7 @@ def quota_threads(root: Path = ROOT, allowed: Collection[int] | None = None) -> 
     return threads if threads < _quick_cores(root, allowed) else None
 
 
-def cpu_quota(root: Path = ROOT) -> float | None:
+def cpu_quota(root: Path) -> float | None:
     """Return how many CPUs' time the process's control groups allow, None without a limit."""
     quotas = []
     for folder in _control_groups("cpu", root):
@@ -119,10 +111,7 @@ def ram_mb(root: Path = ROOT) -> tuple[int, int]:
 
 
 def memory_bandwidth() -> float:
-    """Return GB/s between memory and all usable threads, reads and writes counted.
-
-    The result is the best of COPIES copies. They take some tenths of a second and 256 MiB.
-    """
+    """Return GB/s between memory and all usable threads, reads and writes: the best of COPIES."""
     import numpy as np
 
     threads = cpu().usable
@@ -175,11 +164,7 @@ def describe() -> dict[str, object]:
 
 
 def _within(quota: float | None, threads: int) -> int:
-    """Return how many of `threads` the quota allows.
-
-    A part of a CPU counts as a whole one: with 1.5 CPUs one of two threads is idle a third of the
-    time.
-    """
+    """Return how many of `threads` the quota allows. A part of a CPU counts as a whole one."""
     return threads if quota is None else max(1, min(threads, math.ceil(quota)))
 
 

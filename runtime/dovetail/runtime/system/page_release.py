@@ -48,9 +48,8 @@ def releasing_pages(file: Path) -> Iterator[None]:
 class LookupMapping:
     """The mapping of a file that an engine opens in the `with` block to look up rows.
 
-    Use this object only while the engine lives and while none of its calls runs. Only the engine's
-    own mapping is released. A mapping with a write before the end of the block is never released.
-    Later, no code writes to weights.
+    Use this object only while the engine lives and while none of its calls runs. A mapping with a
+    write before the end of the block is never released. Later, no code writes to weights.
     """
 
     def __init__(self, file: Path) -> None:
@@ -87,18 +86,13 @@ def _keep_releasing(file: str, done: Event) -> None:
     last = False
     while not last:
         last = done.wait(_INTERVAL)
-        _release(_mappings(file))
+        _release(span for span, mode in _all_mappings(file) if mode.startswith(_READ_ONLY))
 
 
 def _release(spans: Iterable[Span]) -> None:
     libc = ctypes.CDLL(None)
     for begin, end in spans:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
-
-
-def _mappings(file: str) -> Iterator[Span]:
-    """Yield every mapping of `file` that the process cannot write to."""
-    return (span for span, mode in _all_mappings(file) if mode.startswith(_READ_ONLY))
 
 
 def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:
@@ -112,10 +106,7 @@ def _all_mappings(file: str) -> Iterator[tuple[Span, str]]:
 
 
 def _unwritten(file: str) -> Iterator[Span]:
-    """Yield every mapping of `file` without a written page.
-
-    A write gives a private mapping anonymous pages.
-    """
+    """Yield every mapping of `file` without a written page, which would be anonymous."""
     here: Span | None = None
     if not _SMAPS.exists():
         return

@@ -10,7 +10,6 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
         """Receive that `done` of `total` units of `stage` are finished; total 0: unknown."""
-        ...
 
 
 def silent(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:

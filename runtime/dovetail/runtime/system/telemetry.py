@@ -9,9 +9,8 @@ import sys
 def decline_telemetry() -> None:
     """Stop usage reports of openvino, nncf and ONNX Runtime. Call this before importing them.
 
-    For every report OpenVINO forks a process that may hold a model. Without a network the report
-    also waits for a second. ONNX Runtime keeps a device id and a queue of events under
-    ~/.cache/Microsoft. Its own switch, after the import, acts too late
+    For every report OpenVINO forks a process that may hold a model. ONNX Runtime keeps a device id
+    and a queue of events under ~/.cache/Microsoft. Its own switch, after the import, acts too late
     (https://github.com/microsoft/onnxruntime/pull/27379).
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: "not installed" to import

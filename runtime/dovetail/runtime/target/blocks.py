@@ -28,7 +28,6 @@ class BlockPool:
         self._count = 0
 
     def new_owner(self) -> int:
-        """Return the number of a new owner."""
         self._count += 1
         return self._count
 

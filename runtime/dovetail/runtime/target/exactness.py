@@ -23,10 +23,10 @@ _STRANGE = 0x9E3779B1  # a factor for positions that gives tokens without a patt
 
 @dataclass(frozen=True)
 class Difference:
-    """rows: rows of a tree that differ from a chain's. largest: the largest difference."""
+    """How a tree's rows differ from a chain's."""
 
-    rows: int
-    largest: float
+    rows: int  # number of rows that differ
+    largest: float  # largest difference
 
 
 def differing_rows(target: OpenVINOTarget, context: int = CONTEXT) -> Difference:

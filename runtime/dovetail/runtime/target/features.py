@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMix:
-    """A drafter's addition to the target's last feature.
+    """A drafter's addition to the last feature [.., H]: weighted outputs of blocks of the target.
 
-    layers: L blocks of the target, 0 the first. weight: [H, L * H] float32. Each block's output is
-    divided by its root mean square (eps inside). The weighted outputs are added to the last feature
-    [.., H].
+    Each output is divided by its root mean square before.
     """
 
-    layers: tuple[int, ...]
-    weight: NDArray[np.float32]
-    eps: float
+    layers: tuple[int, ...]  # L blocks of the target, 0 the first
+    weight: NDArray[np.float32]  # [H, L * H]
+    eps: float  # inside the root mean square
 
     def save(self, file: Path) -> None:
         """Write an .npz file with the weight in float16."""

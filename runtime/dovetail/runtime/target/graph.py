@@ -123,7 +123,6 @@ def _index_input(name: str, kind: type[np.integer[Any]]) -> ov.Output:
 
 
 def _rows_of(value: ov.Output, rows: ov.Output) -> ov.Output:
-    """Return the rows of `value` that `rows` names."""
     from openvino import opset13 as ops
 
     return ops.gather(value, rows, ops.constant(np.int64(0))).output(0)

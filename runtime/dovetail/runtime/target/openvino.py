@@ -37,15 +37,11 @@ _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in bloc
 
 @dataclass
 class _Text:
-    """The target's record of one sequence.
+    """The target's record of one sequence."""
 
-    blocks: KV blocks in the order of the text, then blocks for trees. length: committed tokens.
-    verified: paths of the verified tree, until `commit`.
-    """
-
-    blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))
-    length: int = 0
-    verified: _Paths | None = None
+    blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
+    length: int = 0  # committed tokens
+    verified: _Paths | None = None  # paths of the verified tree, until `commit`
 
 
 class OpenVINOTarget:
@@ -75,12 +71,10 @@ class OpenVINOTarget:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
     ) -> OpenVINOTarget:
-        """Load the target of a pair. `threads` defaults to OpenVINO's own choice.
+        """Load the target of a pair, with the features that its drafter reads mixed in.
 
-        ov_config: properties of OpenVINO's CPU plugin. exact: see the class. If the pair's drafter
-        reads more than the last feature, the target's graph mixes these features in. Raises
-        IntegrityError, InputError (a property that verification depends on), DeviceError (a
-        property that OpenVINO refuses).
+        threads: default OpenVINO's own choice. ov_config: properties of OpenVINO's CPU plugin.
+        Raises IntegrityError, InputError (a property that verification depends on), DeviceError.
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
             required = REQUIRED["KV_CACHE_PRECISION"]
@@ -92,32 +86,24 @@ class OpenVINOTarget:
         return cls(model, manifest.target.max_context, exact=exact)
 
     def open(self) -> SequenceId:
-        """Return the number of a new, empty sequence: the owner's number in the block pool."""
-        seq = self.model.pool.new_owner()
+        seq = self.model.pool.new_owner()  # the number of the sequence and of its blocks
         self._reserve(len(self._texts) + 1)
         self._texts[seq] = _Text()
         return seq
 
     def length(self, seq: SequenceId) -> int:
-        """Tokens committed to the KV cache."""
         return self._text(seq).length
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
-        """Append and commit tokens [T]. Return the last token's logits [1, V], features [T, D]."""
         return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
     def verify(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
     ) -> dict[SequenceId, TargetPass]:
-        """Run all trees in one pass. Return logits [N, V], features [N, D]: a chain's bits.
-
-        prompts: see Target.
-        """
         rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
         return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
-        """Keep the KV of `path`, root first. The path's blocks become the text's."""
         text = self._text(seq)
         found = text.verified.find(path) if text.verified else None
         if found is None:
@@ -132,14 +118,12 @@ class OpenVINOTarget:
         text.verified = None
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        """Forget everything after the first `keep` tokens, and any verified tree."""
         text = self._text(seq)
         text.length = min(text.length, keep)
         text.verified = None
         self.model.pool.keep(seq, text.blocks)
 
     def close(self, seq: SequenceId) -> None:
-        """Forget the sequence and free its KV blocks for others."""
         if text := self._texts.get(seq):
             text.length, text.blocks = 0, np.zeros(0, np.int32)
             self.rewind(seq, 0)
@@ -163,7 +147,6 @@ class OpenVINOTarget:
 
     @property
     def least_rows(self) -> int:
-        """Smallest number of rows in a pass."""
         return TOGETHER if self.exact else ALONE
 
     def _reserve(self, sequences: int) -> None:
@@ -231,16 +214,12 @@ class OpenVINOTarget:
 
 
 class _Paths:
-    """The paths of a tree, or the single path of a prompt, and the blocks of each path.
-
-    rows: the rows of each path; a path shorter than `least` repeats its row. ends: for each path
-    its own part of the text's blocks. The part begins with the last block of the text of `length`
-    tokens.
-    """
+    """The paths of a tree, or the single path of a prompt, after a text of `length` tokens."""
 
     def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
+        # The rows of each path; a path shorter than `least` repeats its row.
         self.rows = [path if len(path) >= least else np.repeat(path, least) for path in rows]
-        self.ends: list[slice] = []
+        self.ends: list[slice] = []  # each path's own part of the text's blocks, from the text's last block on
         full, part = divmod(length, BLOCK)
         at = full
         for path in self.rows:
@@ -257,7 +236,7 @@ class _Paths:
         return None
 
 
-def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
+def timed_tree(nodes: int, paths: int) -> DraftTree:
     """Return a tree of `nodes` nodes and `paths` paths: a chain with leaves on its first nodes."""
     chain = nodes - paths
     parents = [-1, *range(chain), *range(paths - 1)]
@@ -265,7 +244,6 @@ def timed_tree(nodes: int, paths: int = 1) -> DraftTree:
 
 
 def _blocks_for(tokens: int) -> int:
-    """Return how many KV blocks hold `tokens` tokens."""
     return -(-tokens // BLOCK)
 
 

@@ -56,41 +56,29 @@ def default_properties(instruction_sets: Collection[str] | None = None) -> dict[
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one text in a pass.
+    """The rows of one text in a pass."""
 
-    tokens, positions: [T] int64. paths: causal sequences over the T rows, each a list of rows. A
-    row in no path has no meaning. past: tokens cached before each path. tables: each path's KV
-    blocks. wanted: [R] rows of T whose logits are wanted.
-    """
-
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    paths: Sequence[NDArray[np.int64]]
-    past: int
-    tables: Sequence[BlockIds]
-    wanted: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    paths: Sequence[NDArray[np.int64]]  # causal sequences over the T rows; a row in no path has no meaning
+    past: int  # tokens cached before each path
+    tables: Sequence[BlockIds]  # each path's KV blocks
+    wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one pass, and the sequences of its attention.
+    """The rows of one pass, and the sequences of its attention."""
 
-    tokens, positions: [T] int64. past: [S] int32, tokens already cached per sequence. begins: [S+1]
-    int32, where each sequence's attention rows begin. blocks: block ids of all sequences, flat.
-    block_begins: [S+1] int32. wanted: [R] int64, rows of T whose logits are wanted.
-    path_rows: [A] int32, the row of T that each attention row copies. node_rows: [T] int32, the
-    attention row whose output each row takes. None if rows and attention rows are the same.
-    """
-
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    past: NDArray[np.int32]
-    begins: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    block_begins: NDArray[np.int32]
-    wanted: NDArray[np.int64]
-    path_rows: NDArray[np.int32] | None = None
-    node_rows: NDArray[np.int32] | None = None
+    tokens: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    past: NDArray[np.int32]  # [S] tokens already cached per sequence
+    begins: NDArray[np.int32]  # [S + 1] where each sequence's attention rows begin
+    blocks: NDArray[np.int32]  # block ids of all sequences, flat
+    block_begins: NDArray[np.int32]  # [S + 1]
+    wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
+    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row copies; None: the same rows
+    node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int, least: int) -> Batch:
@@ -196,12 +184,10 @@ class PagedModel:
 
     @property
     def blocks(self) -> int:
-        """Number of allocated KV blocks."""
         return len(self.pool.owners)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers."""
         return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:
@@ -222,11 +208,7 @@ class PagedModel:
         ]
 
     def reserve(self, blocks: int) -> None:
-        """Grow to at least `blocks` KV blocks. Raises DeviceError.
-
-        Owned blocks keep their content. Linux provides memory when blocks are written. A target
-        calls this once, with all blocks that its context can need.
-        """
+        """Grow to at least `blocks` KV blocks. Owned blocks keep their KV. Raises DeviceError."""
         if blocks <= self.blocks:
             return
         owned = np.flatnonzero(self.pool.owners).astype(np.int32)
@@ -254,8 +236,7 @@ class PagedModel:
     def fault_in(self, blocks: BlockIds) -> None:
         """Write to the memory of `blocks` without changing their content.
 
-        Linux maps all unwritten pages to one page of zeros. A pass reads that page faster than real
-        KV, so its time would be too short.
+        Linux maps all unwritten pages to one page of zeros, which a pass reads faster than real KV.
         """
         for group in self._groups:
             group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
@@ -266,10 +247,7 @@ class PagedModel:
             group.data[:, targets, :, :rows] = group.data[:, [source], :, :rows]
 
     def run(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Run one pass. Return logits [R, V] and features [T, D].
-
-        Both are views of engine memory: valid until the next pass.
-        """
+        """Run one pass. Return logits [R, V] and features [T, D], valid until the next pass."""
         longest = int((batch.past + np.diff(batch.begins)).max())
         same = np.arange(len(batch.tokens), dtype=np.int32)
         inputs: dict[str, NDArray[Any]] = {

@@ -28,15 +28,10 @@ NO_PROMPTS: Mapping[SequenceId, TokenArray] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TargetPass:
-    """The result of one forward pass of the target.
+    """The result of a pass. Its arrays are valid until the target's next call for any sequence."""
 
-    logits: [rows, V] float32; prefill: one row, the last token's; verify: one row per node.
-    features: [T or N, D] float32, row i belongs to new token or node i.
-    The arrays may be views of engine memory: valid until the target's next call for any sequence.
-    """
-
-    logits: FloatArray
-    features: FloatArray
+    logits: FloatArray  # [rows, V] prefill: one row, the last token's; verify: one row per node
+    features: FloatArray  # [T or N, D] row i belongs to new token or node i
 
 
 @runtime_checkable
@@ -48,15 +43,12 @@ class Target(Protocol):
 
     def open(self) -> SequenceId:
         """Return the number of a new, empty sequence."""
-        ...
 
     def length(self, seq: SequenceId) -> int:
         """Return how many tokens of the sequence are committed to the KV cache."""
-        ...
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         """Append and commit one chunk of prompt tokens. Return logits of the last token only."""
-        ...
 
     def verify(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
@@ -65,19 +57,15 @@ class Target(Protocol):
 
         prompts: prompt tokens of other sequences, as in `prefill`; they share the pass.
         """
-        ...
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
         """Keep the KV rows of `path` (nodes of the verified tree, root first), drop the rest."""
-        ...
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """Forget everything after the first `keep` committed tokens, and any uncommitted tree."""
-        ...
 
     def close(self, seq: SequenceId) -> None:
         """Forget the sequence and its number; one that is not open is no error."""
-        ...
 
 
 @contextmanager

@@ -54,18 +54,14 @@ def _feature(prefix: Prefix) -> tuple[float, float, float]:
 
 
 class ScriptedTarget:
-    """A target whose logits are a function of the tokens so far; implements Target.
-
-    texts: tokens of each sequence. calls: the calls so far, e.g. ("prefill", 12) or ("commit", 3);
-    counts are tokens, nodes or rows.
-    """
+    """A target whose logits are a function of the tokens so far; implements Target."""
 
     device = "scripted"
 
     def __init__(self, logits_of: LogitsOf, max_context: int = 4096) -> None:
         self.logits_of, self.max_context = logits_of, max_context
-        self.texts: dict[SequenceId, list[int]] = {}
-        self.calls: list[tuple[str, int]] = []
+        self.texts: dict[SequenceId, list[int]] = {}  # tokens of each sequence
+        self.calls: list[tuple[str, int]] = []  # e.g. ("prefill", 12) tokens, ("commit", 3) nodes
         self._opened = 0
         self._trees: dict[SequenceId, DraftTree] = {}
         self._lent: list[FloatArray] = []
@@ -145,18 +141,14 @@ class ScriptedTarget:
 
 
 class ScriptedDrafter:
-    """A drafter whose trees are a function of the tokens so far; implements Drafter.
-
-    capacity: pairs of each sequence. texts: x[start..] of each sequence; the first feature gives
-    x[start]. starts: start of each sequence.
-    """
+    """A drafter whose trees are a function of the tokens so far; implements Drafter."""
 
     device = "scripted"
     report = DeviceReport()
 
     def __init__(self, propose: Propose, capacity: int = 1 << 20) -> None:
         self._propose, self.capacity = propose, capacity
-        self.texts: dict[SequenceId, list[int]] = {}
+        self.texts: dict[SequenceId, list[int]] = {}  # x[start..]; the first feature gives x[start]
         self.starts: dict[SequenceId, int] = {}
         self.calls: list[tuple[str, int]] = []
 

@@ -1,9 +1,8 @@
 """Render chat templates: messages in, one prompt string out.
 
-Checkpoints' templates are written for transformers' environment, so this module provides the same:
-a sandbox, trimmed blocks, loop controls, `raise_exception`, `strftime_now`. `tojson` keeps Unicode
-and HTML characters. `{% generation %}` blocks mark training targets in transformers; here they
-render their body. `template_limits` bounds the cost of a rendering.
+The environment is that of transformers, for which checkpoints' templates are written. `tojson`
+keeps Unicode and HTML characters. `{% generation %}` blocks, which mark training targets in
+transformers, render their body. `template_limits` bounds the cost of a rendering.
 """
 
 from __future__ import annotations
@@ -25,16 +24,9 @@ from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLi
 
 # Exceptions from an expression in a template that expects messages of another shape.
 _TEMPLATE_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 _LIMITS = (TemplateLimit, RecursionError, MemoryError)
 _PROBE = "dovetail"  # the probes below look for this content in the rendered text
 
@@ -55,11 +47,7 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **kwargs: Any) -> str:
-        """Return the prompt for `messages`. The template gets further keywords (`tools`, ...).
-
-        Raises InputError if the messages have the wrong shape, if the template refuses them, or if
-        the template exceeds the limits of `template_limits`.
-        """
+        """Return the prompt for `messages`. kwargs: for the template. Raises InputError."""
         check_messages(messages)
         turns = [self._as_it_takes(message) for message in messages]
         return self._render(turns, add_generation_prompt=add_generation_prompt, **kwargs)
@@ -110,9 +98,9 @@ class ChatTemplate:
 
 
 def check_messages(messages: object) -> None:
-    """Raise InputError unless `messages` is a list of dicts with role and content (or tool calls).
+    """Raise InputError unless each message has a role, and a content or tool calls.
 
-    The check is needed because a template renders a missing content as nothing, without an error.
+    A template renders a missing content as nothing, without an error.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")
@@ -159,7 +147,7 @@ def _environment() -> LimitedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.meter_filters()
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment
 
 
@@ -175,7 +163,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)

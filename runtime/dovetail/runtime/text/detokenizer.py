@@ -11,9 +11,8 @@ class IncrementalDetokenizer:
     """Turns tokens into pieces of text, which add up, with `flush`, to `Tokenizer.decode` of all.
 
     A token's text depends on its neighbours: a UTF-8 character over several tokens, a leading
-    space. Each piece is therefore the difference of two decodes of a short window. The window's
-    first `_read` tokens are emitted and give context; the others are pending. Text waits while its
-    last character may change.
+    space. Each piece is therefore the difference of two decodes of a short window, whose emitted
+    tokens give context. Text waits while its last character may change.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], is_hidden: Callable[[int], bool]) -> None:

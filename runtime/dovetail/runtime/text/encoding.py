@@ -13,39 +13,29 @@ Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or tok
 
 
 class Detokenizer(Protocol):
-    """Token by token to text; what `add` and the final `flush` return concatenates to the text of all tokens."""
+    """Tokens to text. All results of `add` and the final `flush` together are the text."""
 
     def add(self, token_id: int) -> str: ...
-
     def flush(self) -> str: ...
 
 
 class TextTokenizer(Protocol):
-    """What an Engine needs of a tokenizer; dovetail.runtime.text.tokenizer.Tokenizer and ScriptedTokenizer have it."""
+    """The methods of a tokenizer that an Engine needs."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
-
     @property
     def has_chat_template(self) -> bool: ...
-
     def encode(self, text: str) -> list[int]: ...
-
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **options: Any) -> list[int]: ...
-
     def has_token(self, token_id: int) -> bool: ...
-
     def detokenizer(self) -> Detokenizer: ...
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer,
-    prompt: Prompt,
-    raw: bool = False,
-    template_options: Mapping[str, Any] | None = None,
-    parse_special: bool = False,
+    tokenizer: TextTokenizer, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
 ) -> list[int]:
-    """Return the ids of `prompt`; Engine.stream says what the arguments mean. Raises InputError."""
+    """Return the ids of `prompt`. Arguments: see Engine.stream. Raises InputError."""
     options = _check_options(template_options)
     text, templated = isinstance(prompt, str), tokenizer.has_chat_template
     ids = not text and _all_ids(prompt)

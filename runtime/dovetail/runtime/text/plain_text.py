@@ -1,10 +1,9 @@
 """Encode special tokens that messages spell out as ordinary text.
 
-A user who writes `<|im_end|>` must not end the turn. The template renders the conversation twice:
-once as given, once with marks in place of the special tokens in messages. The second text shows
-which special tokens are the template's own. A second tokenizer, in which every special token has a
-secret name, then encodes the whole text at once. The text must not be cut, because a text's
-neighbours affect its ids.
+A user who writes `<|im_end|>` must not end the turn. The template renders the conversation once as
+given, and once with marks in place of the special tokens in messages, which shows the template's
+own ones. A second tokenizer, in which every special token has a secret name, then encodes the whole
+text at once, because a text's neighbours affect its ids.
 """
 
 from __future__ import annotations
@@ -168,7 +167,6 @@ def _texts(said: object) -> Iterator[str]:
 
 
 def _mapped(said: Any, change: Callable[[str], str]) -> Any:
-    """Return `said` with `change` applied to every text."""
     if isinstance(said, str):
         return change(said)
     if isinstance(said, Mapping):

@@ -11,21 +11,14 @@ from dovetail.runtime.system.files import parse_json
 
 @dataclass(frozen=True)
 class PromptTurns:
-    """A user's turns in one conversation, asked one after the other.
+    """A user's turns in one conversation, asked one after the other."""
 
-    name: the row's `question_id` or `id`, otherwise the number of its line.
-    """
-
-    name: str
+    name: str  # the row's `question_id` or `id`, otherwise the number of its line
     turns: tuple[str, ...]
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[PromptTurns]:
-    """Return the first `limit` rows of `path`. Blank lines are skipped.
-
-    Raises InputError, which names file and line: not JSON, no `prompt` or `turns`, a turn that is
-    empty or not text. Raises InputError for a file without rows.
-    """
+    """Return the first `limit` rows of `path`. Raises InputError, which names file and line."""
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} is out of range: give 1 or more")
     try:

@@ -1,9 +1,6 @@
 """Text to token ids and back, from the files of a target folder.
 
-The tokenizer reads `tokenizer.json` (vocabulary and rules), `tokenizer_config.json` (named special
-tokens, and the chat template in older folders) and `chat_template.jinja`. End-of-sequence ids come
-from `generation_config.json` and `config.json`. `tokenizers` and `jinja2` are imported only when a
-tokenizer is read and when a template is rendered.
+`tokenizers` and `jinja2` are imported only when a tokenizer is read and a template is rendered.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._eos_by_name(), *self._ends_of_turn())))
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *self._ends_of_turn())))
         self._bytes = self._byte_tokens()
 
     @classmethod
@@ -73,7 +70,7 @@ class Tokenizer:
             raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
         except ValueError as error:
             raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", IntegrityError, _AGAIN)
         try:
             return cls(
                 content,
@@ -98,11 +95,10 @@ class Tokenizer:
         return self._digest
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return token ids of `text`. Special tokens spelled out in the text are recognised.
+        """Return token ids of `text`, special tokens recognised. Raises InputError.
 
         add_special_tokens: let tokenizer.json's post-processor add its own token (Llama's BOS),
-        unless the text begins with that token. Pass False for the output of `apply_chat_template`,
-        which spells out the special tokens. Raises InputError for text that is not valid Unicode.
+        unless the text begins with that token, as the output of `apply_chat_template` may.
         """
         with _readable():
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -126,7 +122,6 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages, **kwargs), add_special_tokens=False)
 
     def has_token(self, token_id: int) -> bool:
-        """Return whether the vocabulary has a token of this id."""
         return 0 <= token_id < 2**31 and self._backend.id_to_token(token_id) is not None
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -140,11 +135,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """Return the prompt text of a conversation, which ends where the assistant begins.
-
-        Further keywords reach the template. Raises InputError for a target without chat template,
-        messages of the wrong shape, and messages that the template refuses.
-        """
+        """Return the prompt text of a conversation. kwargs: for the template. Raises InputError."""
         if self._template_source is None:
             raise InputError("this target has no chat template: pass a plain string with raw=True")
         if self._template is None:
@@ -154,7 +145,6 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """Return a new detokenizer for one answer."""
         return IncrementalDetokenizer(
             decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
             is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
@@ -170,13 +160,11 @@ class Tokenizer:
         """Return whether `decode` leaves the token out: a special token or an unknown id."""
         return (skip_special_tokens and token in self._special_ids) or self._backend.id_to_token(token) is None
 
-    def _eos_by_name(self) -> tuple[int, ...]:
-        name = self.special_tokens.get("eos_token")
-        token = None if name is None else self._backend.token_to_id(name)
-        return () if token is None else (int(token),)
-
     def _ends_of_turn(self) -> Iterator[int]:
-        """Yield special tokens that end a turn and that the chat template spells out."""
+        """Yield eos_token, then special tokens that end a turn and that the template spells out."""
+        named = self.special_tokens.get("eos_token")
+        if named is not None and (eos := self._backend.token_to_id(named)) is not None:
+            yield int(eos)
         for name in _END_OF_TURN:
             token = self._backend.token_to_id(name)
             if token not in self._special_ids or name not in (self._template_source or ""):
@@ -232,11 +220,6 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     return backend
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in `file`, or {} if the file does not exist."""
-    return read_object(file, IntegrityError, _AGAIN)
-
-
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return named special tokens. Each is given as a string or as an object with a `content`.
 
@@ -244,7 +227,7 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """
     given = config
     if "added_tokens_decoder" not in config:
-        given = {**config, **_read_json(folder / "special_tokens_map.json")}
+        given = {**config, **read_object(folder / "special_tokens_map.json", IntegrityError, _AGAIN)}
     named: dict[str, str] = {}
     for name in _NAMED_TOKENS:
         value = given.get(name)
@@ -273,7 +256,7 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Return the end-of-sequence ids of the generation config and the model's config, each once."""
     found = list[int]()
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
+        config = read_object(folder / name, IntegrityError, _AGAIN)
         inner = config.get("text_config")
         for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
             ids = value if isinstance(value, list) else [] if value is None else [value]

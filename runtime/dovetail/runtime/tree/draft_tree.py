@@ -24,16 +24,11 @@ from dovetail.runtime.tree.repeats import Repeat
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """A token tree in verification order.
+    """A token tree in verification order."""
 
-    tokens: [N] int64, target vocabulary.
-    parents: [N] int64, parents[0] = -1, 0 <= parents[i] < i.
-    logprobs: [N] float32, the drafter's cumulative path log-probability, 0 for the root.
-    """
-
-    tokens: NDArray[np.int64]
-    parents: NDArray[np.int64]
-    logprobs: NDArray[np.float32]
+    tokens: NDArray[np.int64]  # [N] target vocabulary
+    parents: NDArray[np.int64]  # [N] parents[0] = -1, 0 <= parents[i] < i
+    logprobs: NDArray[np.float32]  # [N] the drafter's cumulative path log-probability, 0 for the root
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or not self.tokens.shape == self.parents.shape == self.logprobs.shape:
@@ -56,7 +51,6 @@ class DraftTree:
         return cls(tokens, np.arange(-1, len(tokens) - 1), np.zeros(len(tokens), np.float32))
 
     def __len__(self) -> int:
-        """Return the number of nodes, root included."""
         return len(self.tokens)
 
     @cached_property

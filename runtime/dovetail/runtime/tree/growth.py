@@ -1,12 +1,11 @@
 """Grow a draft tree, level by level, from the drafter's candidates.
 
-Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree.py. Source:
-EAGLE-2.
+Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heapreplace
 from typing import Any, Protocol
@@ -22,32 +21,21 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Children that the drafter offers: the K best next tokens of each of n nodes.
+    """Children that the drafter offers: the K best next tokens of each of n nodes."""
 
-    logprobs: [n, K] float32, log-probability given the node; -inf or nan marks no candidate.
-    ids: [n, K] integers, target vocabulary.
-    """
-
-    logprobs: NDArray[np.float32]
-    ids: NDArray[np.integer[Any]]
+    logprobs: NDArray[np.float32]  # [n, K] log-probability given the node; -inf or nan marks no candidate
+    ids: NDArray[np.integer[Any]]  # [n, K] target vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Nodes of one depth that the drafter runs next, in draft order, without the root's row 0.
+    """Nodes of one depth that the drafter runs next, in draft order, without the root's row 0."""
 
-    depth: levels below the root, from 1.
-    rows: [n] int64, the buffer row of each node: 1, 2, 3, ... over the levels of one tree.
-    parent_rows: [n] int64, 0 for children of the root.
-    tokens: [n] int64, target vocabulary.
-    attend: [n, slots] bool, the rows a node attends to: itself and its ancestors below the root.
-    """
-
-    depth: int
-    rows: NDArray[np.int64]
-    parent_rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    attend: NDArray[np.bool_]
+    depth: int  # levels below the root, from 1
+    rows: NDArray[np.int64]  # [n] buffer row of each node: 1, 2, 3, ... over the levels of one tree
+    parent_rows: NDArray[np.int64]  # [n] 0 for children of the root
+    tokens: NDArray[np.int64]  # [n] target vocabulary
+    attend: NDArray[np.bool_]  # [n, slots] rows a node attends to: itself and its ancestors below the root
 
 
 Expand = Callable[[Level], Candidates]
@@ -58,11 +46,9 @@ class Judge(Protocol):
 
     def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return corrected log-probabilities [n, K] at `depth`, given the path; order stays."""
-        ...
 
     def pays(self, depth: int, frontier: Sequence[float]) -> bool:
         """Return whether to expand nodes of `depth`, given their cumulative log-probabilities."""
-        ...
 
 
 def grow_tree(
@@ -138,7 +124,7 @@ class _Growth:
         if len(self.best) == self.budget:
             frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
         count = min(self.limits.top_k, self.slots - len(self.rows))
-        return self.ranked(frontier)[:count]
+        return sorted(frontier, key=lambda node: -self.logprobs[node])[:count]  # ties stay in order of discovery
 
     def level(self, nodes: list[int], depth: int) -> Level:
         """Give `nodes` their draft rows and return the level that the drafter runs."""
@@ -155,11 +141,5 @@ class _Growth:
             attend=attend,
         )
 
-    def ranked(self, nodes: Iterable[int]) -> list[int]:
-        """Return the nodes, best first. Ties stay in order of discovery."""
-        logprobs = self.logprobs
-        return sorted(nodes, key=lambda node: -logprobs[node])
-
     def tree(self) -> DraftTree:
-        """Return the best nodes in verification order."""
         return best_tree(self.tokens, self.parents, self.logprobs, self.budget)

@@ -9,19 +9,14 @@ from dovetail.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class TreeLimits:
-    """Limits for the growth of a tree.
+    """Limits for the growth of a tree. Source: EAGLE-2's total, depth and top-k.
 
-    Source: EAGLE-2's top-k expansion, the paper's total / depth / top-k.
-
-    width: nodes verified in one pass, root included; 1 drafts nothing.
-    depth: levels below the root.
-    top_k: children considered per node, and nodes expanded per level; 1 gives a chain.
-    lookup: tokens of repeated text that may join the tree as a path (see repeats.py); 0 is off.
+    lookup: tokens of repeated text that may join the tree as a path (repeats.py); 0 is off.
     """
 
-    width: int = 10
-    depth: int = 5
-    top_k: int = 3
+    width: int = 10  # nodes verified in one pass, root included; 1 drafts nothing
+    depth: int = 5  # levels below the root
+    top_k: int = 3  # children considered per node, and nodes expanded per level; 1 gives a chain
     lookup: int = field(default=12, metadata={"may_be_missing": True})  # older manifests lack this field
 
     def __post_init__(self) -> None:

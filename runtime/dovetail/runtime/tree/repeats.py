@@ -30,15 +30,11 @@ PRIOR_TRIES = 4.0
 
 @dataclass(frozen=True)
 class Repeat:
-    """A repeated path below the root.
-
-    tokens: the proposed tokens. logprobs: of the path down to each token, descending.
-    kind: the run's length, and 0 for the first path found or 1 for a path with another first token.
-    """
+    """A repeated path below the root."""
 
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    kind: tuple[int, int]
+    logprobs: tuple[float, ...]  # of the path down to each token, descending
+    kind: tuple[int, int]  # the run's length, and 0 for the first path found or 1 for a path with another first token
 
 
 @dataclass

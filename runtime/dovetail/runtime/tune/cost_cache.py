@@ -6,44 +6,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.pair.files import cache_dir, write_atomically
+from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
-from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.target.paged import REQUIRED, default_properties
 
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 
 
 @dataclass(frozen=True)
 class CostKey:
-    """Everything that costs depend on. If one fact differs, Dovetail measures again.
+    """Everything that costs depend on. If one fact differs, Dovetail measures again."""
 
-    target: digest of the weights. drafter: digests of graph and weights. device: of the drafter's
-    file, "cuda" or "cpu". threads: the user's number, None for the engines' choice. usable_threads:
-    threads that this process may run on. ov_config: the target's OpenVINO properties: defaults,
-    chosen, given. exact: whether a plain pass computes two rows. spin_us: how long the drafter's
-    threads wait for work.
-    """
-
-    target: str
-    drafter: str
-    device: str
-    threads: int | None
+    target: str  # digest of the weights
+    drafter: str  # digests of graph and weights
+    device: str  # of the drafter's file, "cuda" or "cpu"
+    threads: int | None  # the user's number, None for the engines' choice
     cpu: str
-    usable_threads: int
+    usable_threads: int  # threads that this process may run on
     openvino: str
     onnxruntime: str
-    ov_config: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = True
-    spin_us: int = SPIN_US
+    ov_config: Mapping[str, str] = field(default_factory=dict)  # the target's properties: defaults, chosen, given
+    exact: bool = True  # whether a plain pass computes two rows
+    spin_us: int = SPIN_US  # how long the drafter's threads wait for work
 
     @classmethod
     def of(
@@ -71,9 +63,7 @@ class CostKey:
 
     @property
     def file(self) -> Path:
-        """The file that keeps the costs of this key."""
-        digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return cache_dir() / "costs" / f"{digest}.json"
+        return cache_file("costs", json.dumps(asdict(self), sort_keys=True))
 
 
 def _now() -> str:
@@ -82,48 +72,36 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Costs, and the circumstances of their measurement for display.
-
-    seconds: duration of the measurement. rows_apart: largest difference in logits between rows that
-    exact text needs equal, 0 if they are. date: ISO 8601, UTC.
-    """
+    """Costs, and the circumstances of their measurement for display."""
 
     pair: str
     key: CostKey
     costs: Costs
-    seconds: float
-    date: str = field(default_factory=_now)
+    seconds: float  # duration of the measurement
+    date: str = field(default_factory=_now)  # ISO 8601, UTC
     machine: Mapping[str, Any] = field(default_factory=here.describe)
     versions: Mapping[str, str] = field(default_factory=here.versions)
-    rows_apart: float = 0.0
+    rows_apart: float = 0.0  # largest difference in logits between rows that exact text needs equal, 0 if they are
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
         return {**asdict(self), "costs": self.costs.as_dict()}
 
     def store(self) -> None:
         """Write the costs to the cache atomically, in place of older costs. Raises OSError."""
-        self.key.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.key.file, (json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_cache(self.key.file, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The quickest OpenVINO properties that `tune` found among those that keep rows equal.
+    """The quickest OpenVINO properties that `tune` found among those that keep rows equal."""
 
-    properties: replacements for defaults, empty if none is quicker. speedup: of passes, over the
-    defaults.
-    """
-
-    properties: Mapping[str, str]
-    speedup: float
+    properties: Mapping[str, str]  # replacements for defaults, empty if none is quicker
+    speedup: float  # of passes, over the defaults
     date: str = field(default_factory=_now)
 
     def store(self, manifest: Manifest, threads: int | None) -> None:
         """Write the choice for this target on this machine to the cache. Raises OSError."""
-        file = _choice_file(manifest, threads)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_cache(_choice_file(manifest, threads), json.dumps(asdict(self), indent=1) + "\n")
 
 
 def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
@@ -144,11 +122,42 @@ def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]
     return dict(chosen.properties) if chosen else {}
 
 
+def target_properties(
+    manifest: Manifest, threads: int | None = None, given: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the target's OpenVINO properties on this machine as JSON, for display.
+
+    set: all properties by name. chosen: the choice of `tune`, None without one. given: properties
+    from --ov-config.
+    """
+    chosen = recall_choice(manifest, threads)
+    return {
+        "set": {**default_properties(), **(chosen.properties if chosen else {}), **(given or {}), **REQUIRED},
+        "chosen": asdict(chosen) if chosen else None,
+        "given": dict(given or {}),
+    }
+
+
+def properties_line(properties: Mapping[str, Any]) -> str:
+    """Return `target_properties` as one line for display."""
+    named = ", ".join(f"{name}={value}" for name, value in properties["set"].items())
+    chosen = properties["chosen"]
+    if properties["given"]:
+        return f"{named}; with --ov-config"
+    if not chosen:
+        return f"{named}; the defaults (dovetail-run tune looks for better ones)"
+    if not chosen["properties"]:
+        kept = "the defaults", "no other that keeps rows equal is surely quicker"
+    else:
+        kept = "them", f"passes {chosen['speedup']:.2f}x as fast"
+    return f"{named}; tune chose {kept[0]} on {chosen['date'][:10]}: {kept[1]}"
+
+
 def _choice_file(manifest: Manifest, threads: int | None) -> Path:
     cpu = here.cpu()
     weights = manifest.files[TARGET_WEIGHTS].sha256 if TARGET_WEIGHTS in manifest.files else manifest.name
     facts = [weights, threads, cpu.model, cpu.usable, list(cpu.instruction_sets), here.versions().get("openvino")]
-    return cache_dir() / "properties" / f"{sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    return cache_file("properties", json.dumps(facts))
 
 
 def recall(key: CostKey) -> Measured | None:

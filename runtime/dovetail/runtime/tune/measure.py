@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -49,20 +49,8 @@ LEAST_MS = 1e-3  # least time of a path, where noise hides the true time
 FORK = 12  # nodes of the tree that times further paths, compared with a chain of FORK nodes
 PATHS = 5  # paths of that tree
 
-Engine = Literal["target", "path", "draft"]
+Engine = Literal["target", "path", "draft"]  # "path" is the target's pass over a tree of several paths
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
-
-
-class Timed(Protocol):
-    """A target or a drafter whose passes can be timed."""
-
-    def pretend_length(self, seq: SequenceId, count: int, /) -> None:
-        """Act as if the sequence had `count` tokens, or pairs."""
-        ...
-
-    def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float]) -> float:
-        """Return the ms of a pass of `rows` rows; the next `pretend_length` undoes the pass."""
-        ...
 
 
 def known_or_measured(
@@ -76,8 +64,8 @@ def known_or_measured(
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
 
-    A measurement is kept in the cache. A log warning says if the target's rows are not equal on this
-    machine. threads, ov_config: as passed to open target and drafter. Raises DeviceError.
+    A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
+    threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
     key = CostKey.of(manifest, drafter.file_key, threads, ov_config, target.exact)
     known = recall(key)
@@ -118,15 +106,15 @@ def measure(
 ) -> Costs:
     """Time passes of `widths` nodes and calls of the drafter at `contexts`, for about `seconds`.
 
-    The measurement has a sequence of its own. Contexts beyond the room of target or drafter are
-    left out. If time is too short for SAMPLES of every point, only FEW sizes and the largest are
-    measured. The measurement takes longer than `seconds` if these sizes need more time. Raises
-    InputError for values that cannot be measured, DeviceError.
+    Contexts beyond the room of target or drafter are left out. If time is too short for SAMPLES of
+    every point, only FEW sizes and the largest are measured, for as long as they take. Raises
+    InputError, DeviceError.
     """
     check_seconds(seconds)
     begin = perf_counter()
     progress("measuring", 0, 1)
-    contexts = _fitting(_ascending("contexts", contexts, 0), min(target.max_context, drafter.capacity) - CHUNK)
+    room = max(0, min(target.max_context, drafter.capacity) - CHUNK)
+    contexts = [context for context in _ascending("contexts", contexts, 0) if context <= room] or [room]
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
         "path": [FORK],
@@ -134,32 +122,21 @@ def measure(
     }
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
     seq = target.open()
-    watch, order = _Stopwatch(target, drafter, seq), Random(0)
-
-    def shuffled(sizes: Sizes) -> list[_Point]:
-        points = [_Point(engine, n, context) for engine in sizes for n, context in product(sizes[engine], contexts)]
-        return order.sample(points, len(points))
-
+    watch = _Stopwatch(target, drafter, seq, contexts)
     try:
-        watch.warm_up(few, contexts[-1])
-        for point in shuffled(few):
+        watch.warm_up(few)
+        for point in watch.shuffled(few):
             watch.time(point)
-        sizes, one_round = few, watch.predict(few, every, contexts)
+        sizes, one_round = few, watch.predict(few, every)
         if perf_counter() - begin + (1 + SAMPLES) * one_round / 1e3 <= seconds:
             sizes = every
-            watch.warm_up(every, contexts[-1])
-        points, queue = shuffled(sizes), list[_Point]()
+            watch.warm_up(every)
+        points, queue = watch.shuffled(sizes), list[_Point]()
         while (left := seconds - (perf_counter() - begin)) > 0 or watch.sampled(points) < 1:
-            queue = queue or shuffled(sizes)
+            queue = queue or watch.shuffled(sizes)
             watch.time(queue.pop())
             progress("measuring", min(1 - left / seconds, watch.sampled(points)), 1)
-        target_curve = watch.curve("target", sizes["target"], contexts)
-        return Costs(
-            target=target_curve,
-            draft=watch.curve("draft", sizes["draft"], contexts),
-            path=watch.path_curve(target_curve, contexts),
-            switch_ms=max(0.0, median(watch.switches)),
-        )
+        return watch.costs(sizes)
     finally:
         target.close(seq)
         drafter.rewind(seq, 0)
@@ -172,10 +149,7 @@ def check_seconds(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class _Point:
-    """A call to time: a pass of `size` nodes or a drafter's call of `size` rows, after `context`.
-
-    engine: "path" is the target's pass over a tree of several paths.
-    """
+    """A call to time: a pass of `size` nodes or a call of `size` rows, after `context`."""
 
     engine: Engine
     size: int
@@ -189,8 +163,14 @@ class _Stopwatch:
     target: OpenVINOTarget
     drafter: OnnxDrafter
     seq: SequenceId
+    contexts: Sequence[int]
+    order: Random = field(default_factory=lambda: Random(0))
     times: dict[_Point, list[float]] = field(default_factory=lambda: defaultdict(list))  # ms
     switches: list[float] = field(default_factory=list)  # ms
+
+    def shuffled(self, sizes: Sizes) -> list[_Point]:
+        points = [_Point(engine, n, at) for engine in sizes for n, at in product(sizes[engine], self.contexts)]
+        return self.order.sample(points, len(points))
 
     def time(self, point: _Point) -> None:
         """Call the point twice. Record the second time and, for the target, the first's excess."""
@@ -199,48 +179,45 @@ class _Stopwatch:
         if point.engine == "target":
             self.switches.append(first - second)
 
-    def warm_up(self, sizes: Sizes, context: int) -> None:
+    def warm_up(self, sizes: Sizes) -> None:
         """Call each size without a time once: the first call of a shape is slower."""
         for engine in sizes:
             for size in reversed(sizes[engine]):
-                point = _Point(engine, size, context)
+                point = _Point(engine, size, self.contexts[-1])
                 if point not in self.times:
                     self.call(point)
 
     def call(self, point: _Point) -> float:
         """Return the time of one call in ms."""
-        timed: Timed = self.drafter if point.engine == "draft" else self.target
-        timed.pretend_length(self.seq, point.context)
-        if point.engine == "path":
-            return self.target.time_pass(self.seq, point.size, paths=PATHS, clock=perf_counter)
-        return timed.time_pass(self.seq, point.size, clock=perf_counter)
+        if point.engine == "draft":
+            self.drafter.pretend_length(self.seq, point.context)
+            return self.drafter.time_pass(self.seq, point.size, clock=perf_counter)
+        self.target.pretend_length(self.seq, point.context)
+        paths = PATHS if point.engine == "path" else 1
+        return self.target.time_pass(self.seq, point.size, paths=paths, clock=perf_counter)
 
     def sampled(self, points: Sequence[_Point]) -> float:
         """Return the part, 0 to 1, of the required times of `points`: SAMPLES for each point."""
         return sum(min(len(self.times[point]), SAMPLES) for point in points) / (SAMPLES * len(points))
 
-    def predict(self, known: Sizes, wanted: Sizes, contexts: Sequence[int]) -> float:
+    def predict(self, known: Sizes, wanted: Sizes) -> float:
         """Return ms of a round over `wanted`, by times of `known`, which has the largest sizes."""
-        total = 0.0
-        for engine in wanted:
-            curve = self.curve(engine, known[engine], contexts)
-            total += sum(curve.at(context, size) for context in contexts for size in wanted[engine])
-        return 2 * total + median(self.switches) * len(wanted["target"]) * len(contexts)
+        curves = {engine: self.curve(engine, known[engine]) for engine in wanted}
+        calls = ((curves[engine], size) for engine in wanted for size in wanted[engine])
+        total = sum(curve.at(context, size) for curve, size in calls for context in self.contexts)
+        return 2 * total + median(self.switches) * len(wanted["target"]) * len(self.contexts)
 
-    def path_curve(self, target: Curve, contexts: Sequence[int]) -> Curve:
-        """Return the cost of each further path: a tree's median less a chain's of its size."""
-        ms = [median(self.times[_Point("path", FORK, context)]) - target.at(context, FORK) for context in contexts]
-        return Curve.fit(contexts, (1,), np.maximum(np.array([ms]).T / (PATHS - 1), LEAST_MS))
+    def costs(self, sizes: Sizes) -> Costs:
+        """Return the medians. A path costs a tree's time less a chain's of its size."""
+        target = self.curve("target", sizes["target"])
+        forks = [median(self.times[_Point("path", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
+        path = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / (PATHS - 1), LEAST_MS))
+        return Costs(target, self.curve("draft", sizes["draft"]), path, max(0.0, median(self.switches)))
 
-    def curve(self, engine: Engine, sizes: Sequence[int], contexts: Sequence[int]) -> Curve:
+    def curve(self, engine: Engine, sizes: Sequence[int]) -> Curve:
         """Return the medians as a curve that never falls."""
-        ms = [[median(self.times[_Point(engine, size, context)]) for size in sizes] for context in contexts]
-        return Curve.fit(contexts, sizes, np.array(ms))
-
-
-def _fitting(contexts: Sequence[int], room: int) -> list[int]:
-    """Return the contexts of at most `room` tokens, or [room] if none fits."""
-    return [context for context in contexts if context <= room] or [max(0, room)]
+        ms = [[median(self.times[_Point(engine, size, context)]) for size in sizes] for context in self.contexts]
+        return Curve.fit(self.contexts, sizes, np.array(ms))
 
 
 def _ascending(name: str, values: Iterable[int], low: int) -> list[int]:

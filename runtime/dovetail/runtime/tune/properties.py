@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from statistics import geometric_mean
 from time import perf_counter
@@ -33,7 +32,6 @@ CHAIN = 16  # tokens of the text in one pass
 TOKENS = 128  # tokens of the text
 SAMPLES = 7  # least number of pairs of passes for each size
 PROMPT = "The three most important discoveries in the history of science, and what each of them changed:"
-Tell = Callable[[float], None]  # takes the finished part of the work on one property, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -51,26 +49,19 @@ class Property:
 class Compared(Property):
     """The effect of one property, compared with the given properties.
 
-    speedups: by nodes, (low, median, high) of how many times as fast a pass is, over `samples`
-    pairs of passes. The interval holds the true speedup in 98 of 100 cases.
-    same: part, 0 to 1, of a text's tokens after which the target's best token stays the same.
-    rows_equal: whether rows are the same bits in trees and in passes of every width but 1
-    (exactness.py).
-    problem: OpenVINO's reason for refusing the property; nothing was measured then.
+    speedups: by nodes, (low, median, high) of how many times as fast a pass is. The interval holds
+    the true speedup in 98 of 100 cases.
     """
 
     speedups: Mapping[int, tuple[float, float, float]] = field(default_factory=dict)
-    samples: int = 0
-    same: float | None = None
-    rows_equal: bool | None = None
-    problem: str | None = None
+    samples: int = 0  # pairs of passes of each size
+    same: float | None = None  # part, 0 to 1, of a text's tokens after which the target's best token stays the same
+    rows_equal: bool | None = None  # in trees and in passes of every width but 1 (exactness.py)
+    problem: str | None = None  # OpenVINO's reason for refusing the property; nothing was measured then
 
 
 def candidates(given: Mapping[str, str], threads: int | None = None) -> list[Property]:
-    """Return the properties worth a try here, without those already set.
-
-    threads: the user's number, if any.
-    """
+    """Return the properties worth a try here, without those already set."""
     tried = [("DYNAMIC_QUANTIZATION_GROUP_SIZE", size) for size in ("0", "32", "64", "128")]
     tried += [("INFERENCE_PRECISION_HINT", "f32"), ("INFERENCE_PRECISION_HINT", "bf16"), ("ENABLE_CPU_PINNING", "NO")]
     facts, cores = machine.cpu(), machine.usable_cores()
@@ -94,49 +85,24 @@ def compare(
     """Return a record for each property of `tried`, measured for about `seconds` in all.
 
     base: the target as given; empty at the end. open_with: opens the target with one more property.
-    prompt: tokens before the measured text. The comparison takes longer than `seconds` if SAMPLES
-    of every size need more time. Raises InputError for wrong seconds, DeviceError if `base` cannot
-    read the text.
+    prompt: tokens before the measured text. SAMPLES of every size may take longer than `seconds`.
+    Raises InputError, and DeviceError if `base` cannot read the text.
     """
     check_seconds(seconds)
     end = perf_counter() + seconds
-
-    def tell(done: float, part: float = 0.0) -> None:
-        progress("comparing", done + part, len(tried))
-
-    tell(0)
+    progress("comparing", 0, len(tried))
     text = greedy_text(base, prompt, min(TOKENS, base.max_context - len(prompt)))
-    read = _Read(base, prompt, text, best_tokens(base, prompt, text))
-    rows = []
-    for done, one in enumerate(tried):
-        until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
-        rows.append(read.beside(one, open_with, until, partial(tell, done)))
-        tell(done + 1)
-    return rows
+    best = best_tokens(base, prompt, text)
 
-
-@dataclass(frozen=True)
-class _Read:
-    """A text after a prompt, and the best token of `base` after each token of the text [T]."""
-
-    base: OpenVINOTarget
-    prompt: Sequence[int]
-    text: Sequence[int]
-    best: NDArray[np.int64]
-
-    def beside(
-        self,
-        one: Property,
-        open_with: Callable[[Property], OpenVINOTarget],
-        until: float,
-        tell: Tell,
-    ) -> Compared:
+    def compared(done: int, one: Property) -> Compared:
         """Open a candidate, read the text, time passes and close: at most two models are open."""
+        until = perf_counter() + (end - perf_counter()) / (len(tried) - done)
         try:
             candidate = open_with(one)
-            same = float(np.mean(best_tokens(candidate, self.prompt, self.text) == self.best))
-            equal = _keeps_rows_equal(candidate)
-            ratios = _time(self.base, candidate, until, tell)
+            same = float(np.mean(best_tokens(candidate, prompt, text) == best))
+            exact = OpenVINOTarget(candidate.model, candidate.max_context)  # computes no row alone
+            equal = differing_rows(exact).rows == 0
+            ratios = _time(base, candidate, until, lambda part: progress("comparing", done + part, len(tried)))
         except DeviceError as error:
             return Compared(one.name, one.value, problem=one_line(error))
         samples = len(ratios[NODES[0]])
@@ -144,10 +110,11 @@ class _Read:
         speedups = {nodes: tuple(np.quantile(found, ranks).tolist()) for nodes, found in ratios.items()}
         return Compared(one.name, one.value, speedups, samples, same, equal)
 
-
-def _keeps_rows_equal(candidate: OpenVINOTarget) -> bool:
-    """Return whether rows are equal if no row is computed alone, as without --no-exact."""
-    return differing_rows(OpenVINOTarget(candidate.model, candidate.max_context)).rows == 0
+    rows = []
+    for done, one in enumerate(tried):
+        rows.append(compared(done, one))
+        progress("comparing", done + 1, len(tried))
+    return rows
 
 
 def choose(rows: Sequence[Compared]) -> Chosen:
@@ -187,10 +154,12 @@ def best_tokens(target: OpenVINOTarget, prompt: Sequence[int], text: Sequence[in
     return np.concatenate(best)
 
 
-def _time(base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Tell) -> dict[int, list[float]]:
+def _time(
+    base: OpenVINOTarget, candidate: OpenVINOTarget, until: float, tell: Callable[[float], None]
+) -> dict[int, list[float]]:
     """Return by nodes how many times as fast `candidate` was in each pair of passes.
 
-    Timing ends at `until`, but not before SAMPLES pairs.
+    Timing ends at `until`, but not before SAMPLES pairs. tell: takes the finished part, 0 to 1.
     """
     turns, order, begin = [base, candidate], Random(0), perf_counter()
     ratios: dict[int, list[float]] = {nodes: [] for nodes in NODES}
