@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
+from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
-from dovetail.runtime.system.progress import Progress, silent
+from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.limits import TreeLimits
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 class LoadOptions:
     """How to open a pair; see Engine.from_pretrained. Raises InputError."""
 
-    drafter_device: str = "auto"
-    vram: int | None = None  # bytes
-    fit: bool = False
-    threads: int | None = None
-    tree: TreeLimits | None = None
-    ov_config: Mapping[str, str] = field(default_factory=dict)
-    exact: bool = True
-    max_slowdown: float = MAX_SLOWDOWN
+    drafter_device: str
+    vram: int | None  # bytes
+    fit: bool
+    threads: int | None
+    tree: TreeLimits | None
+    ov_config: Mapping[str, str]
+    exact: bool
+    max_slowdown: float
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
@@ -63,7 +63,7 @@ class Parts:
     stop_tokens: frozenset[int]
 
 
-def load(pair: Path, options: LoadOptions, progress: Progress = silent) -> Parts:
+def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     """Open a pair. Every file is checked before a weight is loaded.
 
     progress: of a measurement. Raises PairError, DeviceError, InputError.
