@@ -21,7 +21,7 @@ class Answer:
     """The streamed text so far. A stopped answer has no metrics: the last chunk brings them."""
 
     target_device: str
-    drafter_device: str | None
+    drafter: str  # where it runs, "none" for a pair without one, "off" for plain decoding
     text: str = ""
     tokens: int = 0
     chunks: int = 0  # the prefill's, then one a round
@@ -42,13 +42,13 @@ class Answer:
     def statistics(self) -> str:
         """Return the statistics line. For a stopped answer the line is computed from the chunks."""
         if self.metrics is not None:
-            return statistics_line(self.metrics, self.target_device, self.drafter_device)
+            return statistics_line(self.metrics, self.target_device, self.drafter)
         rounds, seconds = max(self.chunks - 1, 0), self.last_s - self.first_s
         speed = (self.tokens - 1) / seconds if rounds and seconds else 0.0
         length = (self.tokens - 1) / rounds if rounds else 1.0
         return (
             f"[stopped | {self.tokens} tokens, {speed:.1f} tok/s, acceptance length {length:.2f} over {rounds} rounds"
-            f" | target {self.target_device}, drafter {self.drafter_device or 'off'}]"
+            f" | target {self.target_device}, drafter {self.drafter}]"
         )
 
 
@@ -62,7 +62,7 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
 
     Raises the errors of `Engine.stream`.
     """
-    answer = Answer(engine.target_device, engine.drafter_device if request.speculate else None)
+    answer = Answer(engine.target_device, _drafter(engine, request))
     try:
         with closing(engine.stream(prompt, **request.keywords())) as chunks:
             for chunk in chunks:
@@ -71,14 +71,17 @@ def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> An
                     click.echo(chunk.text, nl=False)
     except KeyboardInterrupt:
         answer.interrupted = True
-    if request.speculate:
-        answer.drafter_device = engine.drafter_device  # the drafter may have moved to the CPU
+    answer.drafter = _drafter(engine, request)  # it may have moved to the CPU
     if not answer.text.endswith("\n"):
         click.echo()
     return answer
 
 
-def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_device: str | None) -> str:
+def _drafter(engine: Engine, request: AnswerSettings) -> str:
+    return (engine.drafter_device or "none") if request.speculate else "off"
+
+
+def statistics_line(metrics: GenerationMetrics, target_device: str, drafter: str) -> str:
     """Return one line: tokens, speed, acceptance, times and devices."""
     times = (
         f"prefill {metrics.prefill_ms:.0f} ms, draft {metrics.draft_ms:.0f} ms, "
@@ -87,7 +90,7 @@ def statistics_line(metrics: GenerationMetrics, target_device: str, drafter_devi
     return (
         f"[{metrics.new_tokens} tokens, {metrics.tokens_per_second:.1f} tok/s, "
         f"acceptance length {metrics.acceptance_length:.2f} over {metrics.rounds} rounds | {times} | "
-        f"target {target_device}, drafter {drafter_device or 'off'}]"
+        f"target {target_device}, drafter {drafter}]"
     )
 
 
@@ -96,7 +99,7 @@ def result_json(
 ) -> dict[str, Any]:
     """Return the JSON of `generate --json`: the answer, the metrics (times in ms), the devices.
 
-    drafter_device: None for plain decoding. drafter_note: why the drafter runs on that device.
+    drafter_device: None for plain decoding, or without a drafter. drafter_note: why the drafter runs on that device.
     """
     metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(result.metrics).items()
