@@ -43,7 +43,7 @@ TOKENS = 160
 class Recorder:
     """A drafter that drafts nothing and keeps the pairs it is told."""
 
-    device, capacity, report = "none", 1 << 20, DeviceReport()
+    device, capacity, report, reads_features = "none", 1 << 20, DeviceReport(), True
 
     def __init__(self) -> None:
         self.tokens: list[TokenArray] = []

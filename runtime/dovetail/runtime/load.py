@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from dovetail.runtime.drafter.failover import FailoverDrafter
+from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.layout import TARGET
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
@@ -41,6 +43,7 @@ class LoadOptions:
     ov_config: Mapping[str, str]
     exact: bool
     max_slowdown: float
+    draft_model: Path | None = None
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
@@ -56,7 +59,7 @@ class Parts:
     """The parts of an engine. scheduler: None with fixed trees."""
 
     target: OpenVINOTarget
-    drafter: FailoverDrafter | None
+    drafter: FailoverDrafter | ModelDrafter | None
     tokenizer: Tokenizer
     tree: TreeLimits
     scheduler: Scheduler | None
@@ -78,6 +81,12 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
     )
     schedule = partial(Scheduler, plain_rows=target.least_rows, max_slowdown=options.max_slowdown)
+    if options.draft_model is not None:
+        drafter_manifest, model = open_draft_model(options.draft_model, tokenizer, manifest, options.threads)
+        if options.tree is not None:
+            return Parts(target, model, tokenizer, tree, None, stop_tokens)
+        costs = measure(model, draft_model=drafter_manifest)
+        return Parts(target, model, tokenizer, BOUNDS, schedule(costs), stop_tokens)
     facts = manifest.drafter
     if facts is None:
         if options.tree is not None:
@@ -94,6 +103,20 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
     second = open_cpu if drafter.file_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
+
+
+def open_draft_model(
+    pair: Path, tokenizer: Tokenizer, manifest: Manifest, threads: int | None
+) -> tuple[Manifest, ModelDrafter]:
+    """Open a pair's target as the drafter of another. tokenizer, manifest: of the pair that it drafts for.
+
+    Raises PairError, DeviceError.
+    """
+    own = read_sound(pair)
+    if own.target.tokenizer_sha256 != manifest.target.tokenizer_sha256:
+        tokenizer.check_same_ids(Tokenizer.from_folder(pair / TARGET))
+    model = OpenVINOTarget.load(pair, replace(own, drafter=None), threads=threads, exact=False)
+    return own, ModelDrafter(model, manifest.target.vocab_size, f"draft model {own.name}")
 
 
 def _measured(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes in tables: a line of 80 characters has no room for all
 BAR = 40  # characters of the longest bar
-DEVICE = {"cuda": "CUDA", "cpu": "the CPU"}
+DEVICE = {"cuda": "CUDA", "cpu": "the CPU", "model": "the CPU (draft model)"}
 SUFFIXES = (".png", ".svg")
 
 

@@ -64,6 +64,7 @@ class EngineFlags:
     ov_config: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
     max_slowdown: float | None = None
+    draft_model: str | None = None
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -94,6 +95,7 @@ class EngineFlags:
             ov_config=self.ov_config,
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
+            draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
             progress=Announcement(),
         )
 
@@ -200,6 +202,8 @@ def engine_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
+        click.option("-md", "--draft-model", metavar="PATH|NAME",
+                     help="Another pair, whose target drafts on the CPU; with the same tokenizer."),
         click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
                      help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
                      f"[default: {MAX_SLOWDOWN:.0%}]"),

@@ -18,7 +18,7 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
+from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, check_keep
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 class OnnxDrafter:
     """A drafter with the KV of one sequence; implements Drafter."""
+
+    reads_features = True
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
         self.device, self.capacity = device, runner.max_context
@@ -140,9 +142,7 @@ class OnnxDrafter:
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """See Drafter. A draft then needs a new `extend`. Raises InputError."""
-        held = self.length(seq)
-        if not 0 <= keep <= held:
-            raise InputError(f"cannot keep {keep} pairs of {held}: give 0 to {held}")
+        check_keep(keep, held := self.length(seq))
         if keep < held:
             self._length, self._root = keep, None
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
@@ -44,6 +44,7 @@ class Drafter(Protocol):
 
     device: str  # e.g. "CPU (int8)", "CUDA (fp16)"
     capacity: int  # context pairs of a sequence
+    reads_features: bool  # False: it reads tokens alone, all of a text, and its first `extend` has x[0] too
 
     @property
     def report(self) -> DeviceReport:
@@ -70,3 +71,9 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """Free the device's memory. No further call is possible."""
+
+
+def check_keep(keep: int, held: int) -> None:
+    """Raise InputError for a rewind to more pairs than are held."""
+    if not 0 <= keep <= held:
+        raise InputError(f"cannot keep {keep} pairs of {held}: give 0 to {held}")

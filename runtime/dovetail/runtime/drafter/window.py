@@ -122,8 +122,7 @@ class Window:
         if self.drafter.length(self._seq) < self.length:  # an interrupt came after a move to another device
             self.length = 0
         self.drafter.rewind(self._seq, self.length)
-        if (held := self.drafter.length(self._seq)) != self.length:
-            raise DeviceError(f"the drafter holds {held} pairs after a rewind to {self.length}: open the engine again")
+        _check_held(self.drafter.length(self._seq), self.length)
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Append the waiting pairs, or start over with the last pairs."""
@@ -136,3 +135,63 @@ class Window:
         after = tokens[kept.end - count + 1 : kept.end + 1]
         self.drafter.extend(self._seq, np.array(after, np.int64), kept.last(count), noise)
         self.length = kept.end - self.start
+
+
+class TokenWindow:
+    """How far a drafter has read a text that it reads by tokens alone; in place of Window.
+
+    start, length: as Window's. The drafter reads a text from its first token.
+    """
+
+    start = 0
+
+    def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
+        self.drafter, self._seq = drafter, seq
+        self.length = self._known = 0
+
+    @property
+    def waiting(self) -> int:
+        """Pairs that the drafter has not read."""
+        return self._known - self.length
+
+    def add(self, features: FloatArray) -> None:
+        """Count pairs. features: [n, D]."""
+        self._known += len(features)
+
+    def reach(self, pairs: int) -> int:
+        """Return `pairs`: the drafter can go on after any."""
+        return pairs
+
+    def cut(self, keep: int) -> None:
+        """Forget pair `keep` and all later ones. The drafter follows at the next `rewind`."""
+        self.length, self._known = min(self.length, keep), keep
+
+    def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
+        """Let the drafter read the text up to the known pairs. tokens: the whole text."""
+        if self.waiting:
+            begin, end = self.length + 1 if self.length else 0, self._known + 1
+            new = np.array(tokens[begin:end], np.int64)
+            self.drafter.extend(self._seq, new, np.zeros((len(new), 0), np.float32), noise)
+            self.length = self._known
+
+    def propose(
+        self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
+    ) -> DraftTree:
+        """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
+        self.flush(tokens, noise)
+        return self.drafter.propose(self._seq, limits, judge, noise)
+
+    def rewind(self) -> None:
+        """Bring the drafter back to `length` pairs. Raises DeviceError."""
+        self.drafter.rewind(self._seq, min(self.length, self.drafter.length(self._seq)))
+        _check_held(self.drafter.length(self._seq), self.length)
+
+
+def window(drafter: Drafter, seq: SequenceId) -> Window | TokenWindow:
+    """Return the window of one text for a drafter."""
+    return Window(drafter, seq) if drafter.reads_features else TokenWindow(drafter, seq)
+
+
+def _check_held(held: int, length: int) -> None:
+    if held != length:
+        raise DeviceError(f"the drafter holds {held} pairs after a rewind to {length}: open the engine again")

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dovetail.runtime.drafter.session import Drafter, DraftNoise
-from dovetail.runtime.drafter.window import Window
+from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
@@ -104,7 +104,7 @@ class Sequence:
 
     def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
         self.target, self.id = target, target.open()
-        self.window = Window(drafter, self.id) if drafter else None
+        self.window = window(drafter, self.id) if drafter else None
         self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
         self.length = 0  # tokens whose KV the target certainly holds
         self.room = 0  # tokens that the answer may still have
@@ -198,7 +198,7 @@ class Sequence:
     def tell(self, features: FloatArray) -> None:
         """Add context pairs for the drafter: a copy of `features` [n, D], and their n tokens."""
         if self.window and self.speculates:
-            self.window.add(np.array(features))
+            self.window.add(np.array(features))  # a copy
 
     @property
     def waiting(self) -> int:

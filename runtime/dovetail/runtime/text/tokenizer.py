@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.runtime.errors import InputError, IntegrityError, one_line
+from dovetail.runtime.errors import InputError, IntegrityError, MismatchError, one_line
 from dovetail.runtime.pair.layout import TOKENIZER
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.system.files import read_bytes, read_object
@@ -85,6 +85,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added tokens included. The target's logits may have padding."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def check_same_ids(self, other: Tokenizer) -> None:
+        """Raise MismatchError unless every id of `other` that this vocabulary has too is the same token."""
+        ours, theirs = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
+        named = {number: token for token, number in ours.items()}
+        for token, number in sorted(theirs.items(), key=lambda item: item[1]):
+            if named.get(number, token) != token or ours.get(token, number) != number:
+                raise MismatchError(
+                    f"the draft model's token {number} is {token!r}, the target's {named.get(number)!r}: give a model "
+                    "with the target's tokenizer"
+                )
 
     @property
     def has_chat_template(self) -> bool:

@@ -58,6 +58,7 @@ def grow_tree(
     limits: TreeLimits,
     *,
     slots: int = 64,
+    breadth: int | None = None,
     judge: Judge | None = None,
 ) -> DraftTree:
     """Return the tree of the `width - 1` nodes with the best cumulative log-probability.
@@ -66,10 +67,11 @@ def grow_tree(
     expand: runs the drafter on one level; called at most depth - 1 times, with at most top_k nodes.
     A node is not expanded if its children cannot be among the best.
     slots: buffer rows of the drafter, the root's included. Nodes without a row are not expanded.
+    breadth: nodes of a level that are expanded, None for top_k; 1 grows a chain with leaves.
     judge: corrects the log-probabilities and may end the growth. None leaves them as they are.
     Source: EAGLE-2's expansion and reranking, without sampling: candidates alone decide.
     """
-    growth = _Growth(root_token, limits, slots)
+    growth = _Growth(root_token, limits, slots, breadth or limits.top_k)
 
     def add(nodes: list[int], found: Candidates, depth: int) -> list[int]:
         if judge:
@@ -91,8 +93,8 @@ class _Growth:
     Ties therefore keep ancestors. Lists are faster than numpy here: a round has few dozen nodes.
     """
 
-    def __init__(self, root_token: int, limits: TreeLimits, slots: int) -> None:
-        self.limits, self.slots = limits, slots
+    def __init__(self, root_token: int, limits: TreeLimits, slots: int, breadth: int) -> None:
+        self.limits, self.slots, self.breadth = limits, slots, breadth
         self.budget = limits.width - 1
         self.tokens, self.parents, self.logprobs = [root_token], [-1], [0.0]
         self.best: list[float] = []  # min-heap of the `budget` best log-probabilities
@@ -120,10 +122,10 @@ class _Growth:
         return list(range(start, len(self.tokens)))
 
     def expandable(self, frontier: list[int]) -> list[int]:
-        """Return the best top_k of `frontier` whose children may be kept, limited by free rows."""
+        """Return the best `breadth` of `frontier` whose children may be kept, limited by free rows."""
         if len(self.best) == self.budget:
             frontier = [node for node in frontier if self.logprobs[node] > self.best[0]]
-        count = min(self.limits.top_k, self.slots - len(self.rows))
+        count = min(self.breadth, self.slots - len(self.rows))
         return sorted(frontier, key=lambda node: -self.logprobs[node])[:count]  # ties stay in order of discovery
 
     def level(self, nodes: list[int], depth: int) -> Level:

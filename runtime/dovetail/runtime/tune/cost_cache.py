@@ -27,7 +27,7 @@ class CostKey:
 
     target: str  # digest of the weights
     drafter: str  # digests of graph and weights
-    device: str | None  # of the drafter's file, "cuda" or "cpu"; None without a drafter
+    device: str | None  # of the drafter's file, "cuda" or "cpu"; "model" for a draft model; None without a drafter
     threads: int | None  # the user's number, None for the engines' choice
     cpu: str
     usable_threads: int  # threads that this process may run on
@@ -45,12 +45,19 @@ class CostKey:
         threads: int | None,
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
+        draft_model: Manifest | None = None,
     ) -> CostKey:
-        """Return a pair's key on this machine. The pair must have file digests."""
+        """Return a pair's key on this machine. The pair must have file digests.
+
+        draft_model: of the pair whose target drafts; `device` is then "model".
+        """
         cpu, versions = here.cpu(), here.versions()
+        drafter = manifest.drafter_files(device) if device and not draft_model else []
+        if draft_model:
+            drafter = [draft_model.files[TARGET_WEIGHTS]]
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
-            drafter="".join(entry.sha256 for entry in (manifest.drafter_files(device) if device else ())),
+            drafter="".join(entry.sha256 for entry in drafter),
             device=device,
             threads=threads,
             cpu=cpu.model,

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from dovetail.runtime.drafter.graph_io import CHUNK
+from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import Manifest
@@ -56,10 +57,11 @@ Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 def known_or_measured(
     manifest: Manifest,
     target: OpenVINOTarget,
-    drafter: OnnxDrafter | None,
+    drafter: OnnxDrafter | ModelDrafter | None,
     threads: int | None,
     ov_config: Mapping[str, str] | None = None,
     *,
+    draft_model: Manifest | None = None,
     progress: Progress = silent,
 ) -> Costs:
     """Return a pair's costs on this machine, from the cache or from a quick measurement.
@@ -67,7 +69,7 @@ def known_or_measured(
     A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
     threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, target.exact)
+    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, target.exact, draft_model)
     known = recall(key)
     if known is not None:
         warn_of_rows(known)
@@ -97,7 +99,7 @@ def warn_of_rows(measured: Measured) -> None:
 
 def measure(
     target: OpenVINOTarget,
-    drafter: OnnxDrafter | None,
+    drafter: OnnxDrafter | ModelDrafter | None,
     *,
     contexts: Iterable[int],
     widths: Iterable[int],
@@ -164,7 +166,7 @@ class _Stopwatch:
     """Times calls as the loop makes them: a pass includes the tree's mask, not its growth."""
 
     target: OpenVINOTarget
-    drafter: OnnxDrafter | None
+    drafter: OnnxDrafter | ModelDrafter | None
     seq: SequenceId
     contexts: Sequence[int]
     order: Random = field(default_factory=lambda: Random(0))
