@@ -152,8 +152,7 @@ class Drafter(DraftModel):
 
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
         """The fusion of feature and embedding, both [..., H]."""
-        out: Tensor = self.fusion(f, e)
-        return out
+        return self.fusion(f, e)
 
     def blocks(self) -> Sequence[Block]:
         """The Llama blocks, with their type."""

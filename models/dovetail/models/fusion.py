@@ -48,8 +48,7 @@ class ConcatFusion(nn.Module):
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
         """f, e: [B, T, H] -> [B, T, H]."""
-        out: Tensor = self.fc(torch.cat([e, f], dim=-1))
-        return out
+        return self.fc(torch.cat([e, f], dim=-1))
 
 
 class LayerMix(nn.Module):
@@ -72,11 +71,7 @@ class LayerMix(nn.Module):
         """features: [..., (L + 1) * size], the last feature at the end -> [..., size]."""
         *layers, last = features.split(self.size, dim=-1)
         normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) for x in layers]
-        out: Tensor = last + self.proj(torch.cat(normed, dim=-1))
-        return out
+        return last + self.proj(torch.cat(normed, dim=-1))
 
 
-FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {
-    "dgf": DynamicGatingFusion,
-    "fc": ConcatFusion,
-}
+FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {"dgf": DynamicGatingFusion, "fc": ConcatFusion}

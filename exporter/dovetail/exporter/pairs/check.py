@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
 # Without quantised activations and without rounding, passes of different widths agree.
-EXACT = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 Activations = type[np.float16] | type[np.float32]
 ACTIVATIONS: dict[str, Activations] = {"cuda": np.float16, "cpu": np.float32}
 LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
@@ -143,8 +139,7 @@ def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDAr
         }
         request.infer({name: value for name, value in values.items() if name in names})
         past += len(chunk)
-    logits: NDArray[np.float32] = request.get_tensor(LOGITS).data[0, -1].copy()
-    return logits
+    return request.get_tensor(LOGITS).data[0, -1].copy()
 
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
@@ -181,8 +176,7 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the vocabulary: export it again")
     if drafted is not None and not np.isin(ids, drafted).all():
         raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
-    result: NDArray[np.float32] = logprobs
-    return result
+    return logprobs
 
 
 def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:

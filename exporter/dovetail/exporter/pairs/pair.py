@@ -68,13 +68,7 @@ def build_reference_pair(
 
 
 def add_drafter(
-    checkpoint: Path,
-    pair: Path,
-    *,
-    vram: int = 0,
-    fit: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
+    checkpoint: Path, pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False, progress: Progress = silent
 ) -> Manifest:
     """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
@@ -119,8 +113,7 @@ def build_drafter(
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
     """Provenance of a drafter: its checkpoint, and the time, command and versions of its export."""
     if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
-        kept: dict[str, Any] = build.finished.provenance["drafter"]
-        return kept
+        return build.finished.provenance["drafter"]
     found = _find_checkpoint(checkpoint)
     return {
         "checkpoint": str(checkpoint),

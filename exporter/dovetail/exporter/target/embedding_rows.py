@@ -114,8 +114,7 @@ def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
     _require_constant(output.get_node(), ir_xml)
     model = ov.Model([ops.result(ops.convert(output, "f32"))], [], "weights")
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    value: FloatArray = np.array(compiled([])[0], dtype=np.float32)
-    return value
+    return np.array(compiled([])[0], dtype=np.float32)
 
 
 def _require_constant(node: ov.Node, ir_xml: Path) -> None:

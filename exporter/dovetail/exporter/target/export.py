@@ -141,8 +141,7 @@ def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
     """Provenance of a target: its source, and the options, time and versions of its export."""
     if build.finished and build.kept("target") and "target" in build.finished.provenance:
-        kept: dict[str, Any] = build.finished.provenance["target"]
-        return kept
+        return build.finished.provenance["target"]
     return {
         "source": {"location": source.location, **source.identity},
         "options": {

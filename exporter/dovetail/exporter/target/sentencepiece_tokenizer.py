@@ -90,8 +90,7 @@ class SentencePiece:
         return BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text)
-        return ids
+        return self._model.encode(text)
 
 
 def _normalizers(spec: Any) -> list[Any]:

@@ -52,12 +52,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        features: FeatureStore,
-        usable: NDArray[np.int64],
-        drafter: Drafter,
-        options: FitOptions,
+        self, corpus: Corpus, features: FeatureStore, usable: NDArray[np.int64], drafter: Drafter, options: FitOptions
     ):
         long_enough = (corpus.lengths - corpus.prompt_lengths >= 2) & (corpus.lengths >= 4)
         usable = usable[long_enough[usable]]

@@ -114,5 +114,4 @@ class TrainPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form, for the training log and to compare with the plan of a stopped run."""
-        plan: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return plan
+        return json.loads(json.dumps(asdict(self), default=str))

@@ -57,8 +57,7 @@ class GgufTensor:
         from gguf import dequantize
 
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
-        values: NDArray[np.float32] = dequantize(raw, self.kind)
-        return values
+        return dequantize(raw, self.kind)
 
 
 @dataclass(frozen=True)
@@ -201,8 +200,7 @@ class _Reader:
 
     def _numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
-        values: list[Any] = np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
-        return values
+        return np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
 
     def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, tuple[int, ...]]:
         name, dimensions = self._string(), self._number("<I")
