@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dovetail.models.config import DrafterConfig
 from dovetail.models.fusion import FUSIONS, LayerMix
-from dovetail.models.layers import Block, DraftLayer, StepCache, rope_table, unrolled_attention
+from dovetail.models.layers import DraftLayer, RMSNorm, StepCache, rope_table, rotate, unrolled_attention
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,43 @@ class DraftModel(nn.Module, ABC):
         return x
 
 
+class Block(nn.Module):
+    """A Llama block, a DraftLayer. The first has no input norm, because the fusion gives its input."""
+
+    def __init__(self, config: DrafterConfig, index: int):
+        super().__init__()
+        size, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        self.head_dim = config.head_dim
+        wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.input_layernorm = RMSNorm(size, eps) if index else nn.Identity()
+        self.self_attn = _linears(
+            q_proj=(size, wide), k_proj=(size, narrow), v_proj=(size, narrow), o_proj=(wide, size)
+        )
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = _linears(gate_proj=(size, inner), up_proj=(size, inner), down_proj=(inner, size))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(self._heads("q_proj", self.input_layernorm(x)), cos, sin)
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.input_layernorm(x)
+        k, v = self._heads("k_proj", x), self._heads("v_proj", x)
+        return rotate(k, cos, sin), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn["o_proj"](attended.flatten(-2))
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+    def _heads(self, projection: str, x: Tensor) -> Tensor:
+        """x: [..., T, H] -> [..., T, heads, d]."""
+        return self.self_attn[projection](x).unflatten(-1, (-1, self.head_dim))
+
+
+def _linears(**sizes: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
+
 class Drafter(DraftModel):
     """Dovetail's drafter: a fusion, m Llama blocks, and rows of the target's head.
 
@@ -151,19 +188,15 @@ class Drafter(DraftModel):
             self.mix = LayerMix(config.feature_size, config.feature_layers, config.rms_norm_eps)
 
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
-        """The fusion of feature and embedding, both [..., H]."""
         return self.fusion(f, e)
 
     def blocks(self) -> Sequence[Block]:
-        """The Llama blocks, with their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain RoPE with the target's theta."""
         return rope_table(self.config.rope_theta, self.config.head_dim, positions)
 
     def narrowed(self, kept: Tensor) -> Self:
-        """A copy that proposes fewer tokens. kept: [K] bool."""
         small = super().narrowed(kept)
         small.config = replace(self.config, draft_vocab_size=len(small.d2t))
         return small

@@ -31,7 +31,6 @@ class DynamicGatingFusion(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
-        """f, e: [B, T, H] -> [B, T, H]."""
         h1 = self.w1(f)
         h2 = F.silu(self.w2(self.input_layernorm(e)))
         z = torch.sigmoid(self.wz(torch.cat([h1, h2], dim=-1)))
@@ -47,12 +46,11 @@ class ConcatFusion(nn.Module):
         nn.init.xavier_uniform_(self.fc.weight)
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
-        """f, e: [B, T, H] -> [B, T, H]."""
         return self.fc(torch.cat([e, f], dim=-1))
 
 
 class LayerMix(nn.Module):
-    """Mixes the outputs of L target blocks into the last feature; a fusion reads the sum.
+    """Mixes the outputs of L target blocks, `layers`, into the last feature; a fusion reads the sum.
 
     f = last + P [rms(l1); ...; rms(lL)]. P starts at zero, so an untrained mix returns the last
     feature. f stays in the space of the drafter's own outputs, which replace f after the first
@@ -61,7 +59,6 @@ class LayerMix(nn.Module):
     """
 
     def __init__(self, size: int, layers: tuple[int, ...], eps: float):
-        """layers: L blocks of the target, 0 the first."""
         super().__init__()
         self.size, self.layers, self.eps = size, layers, eps
         self.proj = nn.Linear(len(layers) * size, size, bias=False)
