@@ -215,7 +215,7 @@ def _fill_target(
     if tokenizer.is_file():
         from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer  # only GGUF files need gguf
 
-        eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
+        eos_token_ids = write_gguf_tokenizer(tokenizer, folder)
         _name_ends(folder, eos_token_ids)
     else:
         encode = copy_tokenizer(tokenizer, folder, trust=options.trust_remote_code)
