@@ -6,7 +6,7 @@ Axes: B conversations of a batch, T positions, D feature size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,10 +38,8 @@ class Windows:
 
     def to(self, device: str) -> Windows:
         """The batch on `device`."""
-        features, tokens, following, answer = (
-            tensor.to(device) for tensor in (self.features, self.tokens, self.following, self.answer)
-        )
-        return Windows(features, tokens, following, answer, self.start)
+        names = ("features", "tokens", "following", "answer")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Batches:
@@ -114,10 +112,7 @@ class Batches:
         )
 
     def stream(self, step: int, hold: Callable[[int], None]) -> Iterator[tuple[int, Windows]]:
-        """Yield (step, batch) from `step` on, without end.
-
-        `stream` calls hold(group) before it reads the features of a group.
-        """
+        """Yield (step, batch) from `step` on, without end; hold(group) precedes the batches of a group."""
         held: int | None = None
         while True:
             epoch, index = divmod(step, self.per_epoch)

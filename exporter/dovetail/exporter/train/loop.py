@@ -79,7 +79,8 @@ class Fitting:
                 state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
                 self._save()
             if state.step % CURVE_EVERY == 0 or state.step == state.total:
-                recent = self._record(recent, measure)
+                self._record(recent, measure)
+                recent = []
             if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
@@ -103,8 +104,8 @@ class Fitting:
             optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> list[StepReport]:
-        """Add a point to the curve, every few points with a held-out measurement; return []."""
+    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> None:
+        """Add a point to the curve, every few points with a held-out measurement."""
         state = self.state
         before = state.curve[-1]["update"] if state.curve else 0
         state.curve.append(point := _point(state, recent))
@@ -113,7 +114,6 @@ class Fitting:
         agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
         held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
         self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")
-        return []
 
     def _hold(self, group: int) -> None:
         self.batches.features.hold(group, lambda n: self.progress("features", n, 0, "for the next turn"))

@@ -233,10 +233,8 @@ class Work:
         )  # fmt: skip
         seconds = 60 * plan.minutes * TEXT_SHARE if plan.minutes else None
         parts = writer.answers(prompts, seconds)
-        if plan.own_prompts:
-            parts += writer.own(plan.own_prompts, plan.openings, seconds)
-        elif seconds and not plan.corpora and not prompts:
-            parts += writer.own(None, plan.openings, seconds)
+        if plan.own_prompts or (seconds and not plan.corpora and not prompts):
+            parts += writer.own(plan.own_prompts or None, plan.openings, seconds)
         return parts
 
     def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:

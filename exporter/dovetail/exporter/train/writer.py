@@ -26,6 +26,7 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
+KV_BYTES = 3e9  # memory for keys and values, which limits the sequences of a batch
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
 
 
@@ -37,16 +38,14 @@ class SharedDraws(Sampler):
         self._rng = rng
 
     def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
-        """See Sampler. logits: [V]."""
         return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 
 class BatchWriter:
     """Writes many texts at once with one PagedModel.
 
-    kv_bytes: memory for keys and values, which limits the sequences of a batch. slots: their
-    largest number. keep_features: return the target's features with each conversation; every pass
-    computes them.
+    slots: largest number of sequences of a batch. keep_features: return the target's features with
+    each conversation; every pass computes them.
     """
 
     def __init__(
@@ -56,14 +55,11 @@ class BatchWriter:
         *,
         slots: int = 128,
         max_length: int = 768,
-        kv_bytes: float = 3e9,
         keep_features: bool = False,
     ):
-        self.model = model
-        self.stop = frozenset(stop)
-        self.max_length = max_length
+        self.model, self.stop, self.max_length = model, frozenset(stop), max_length
         self.keep_features = keep_features
-        slots = max(2, min(slots, int(kv_bytes / (model.block_bytes * -(-max_length // BLOCK)))))
+        slots = max(2, min(slots, int(KV_BYTES / (model.block_bytes * -(-max_length // BLOCK)))))
         self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
 
     def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
