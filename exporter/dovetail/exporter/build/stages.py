@@ -118,9 +118,9 @@ class PairBuild:
         self.records[name] = record
         self._kept.add(name)
 
-    def kept(self, name: str) -> bool:
-        """Whether the finished pair holds the stage `name` unchanged."""
-        return name in self._kept
+    def provenance_of(self, name: str) -> dict[str, Any] | None:
+        """The finished pair's provenance of the stage `name`; None if the stage was built again."""
+        return self.finished.provenance.get(name) if self.finished and name in self._kept else None
 
     def folder(self, name: str) -> Path:
         """The folder with the finished output of the stage `name`."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.exporter.target.export import check_verifiable, static_size
+from dovetail.exporter.target.graph_probe import stateful_logits
 from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
@@ -26,7 +27,6 @@ from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, 
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-    import openvino as ov
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
@@ -118,28 +118,12 @@ def _run_target(pair: Path, manifest: Manifest) -> None:
 
     compiled = ov.Core().compile_model(pair / TARGET_GRAPH, "CPU", EXACT)
     ids = np.random.default_rng(0).integers(0, manifest.target.vocab_size, PROBE_TOKENS)
-    whole = _logits(compiled, [ids])
-    halves = _logits(compiled, [ids[:3], ids[3:]])
+    whole = stateful_logits(compiled, [ids])[-1]
+    halves = stateful_logits(compiled, [ids[:3], ids[3:]])[-1]
     if not (np.isfinite(whole).all() and np.isfinite(halves).all()):
         raise MismatchError("the target's logits are not finite: export the target again")
     if (difference := float(np.abs(whole - halves).max())) > LOGIT_TOLERANCE:
         raise MismatchError(f"the target's logits of one pass and of two differ by {difference:.2f}: export it again")
-
-
-def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Logits [V] of the last token after running the chunks through one state."""
-    request, past = compiled.create_infer_request(), 0
-    names = {name for port in compiled.inputs for name in port.get_names()}
-    for chunk in chunks:
-        values = {
-            "input_ids": chunk[None],
-            "attention_mask": np.ones((1, past + len(chunk)), np.int64),
-            "position_ids": np.arange(past, past + len(chunk))[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        request.infer({name: value for name, value in values.items() if name in names})
-        past += len(chunk)
-    return request.get_tensor(LOGITS).data[0, -1].copy()
 
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:

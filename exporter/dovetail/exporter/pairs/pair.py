@@ -112,8 +112,8 @@ def build_drafter(
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
     """Provenance of a drafter: its checkpoint, and the time, command and versions of its export."""
-    if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
-        return build.finished.provenance["drafter"]
+    if kept := build.provenance_of("drafter"):
+        return kept
     found = _find_checkpoint(checkpoint)
     return {
         "checkpoint": str(checkpoint),

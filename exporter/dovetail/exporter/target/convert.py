@@ -211,6 +211,10 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         from safetensors import SafetensorError
     except ImportError as error:
         raise ExportError(f"converting a checkpoint needs {error.name}: {install_extra('export')}") from error
+
+    def unreadable(reason: str) -> SourceError:
+        return SourceError(f"{source.location}: unreadable weights: {reason}: download them again")
+
     try:
         yield
     except DovetailError:
@@ -222,22 +226,16 @@ def _one_line_errors(source: Source) -> Iterator[None]:
     except ImportError as error:
         raise ExportError(f"converting a checkpoint needs {error.name or error}: {install_extra('export')}") from error
     except _DAMAGED_PICKLE as error:
-        raise SourceError(
-            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
-        ) from error
+        raise unreadable(_first_line(error)) from error
     except SafetensorError as error:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
-        raise SourceError(
-            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
-        ) from error
+        raise unreadable(_first_line(error)) from error
     except StrictDataclassError as error:  # a value in config.json has a type that the model does not take
         raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
         if "PytorchStreamReader" in str(error):  # torch's reader of pytorch_model.bin
-            raise SourceError(
-                f"{source.location}: unreadable weights: pytorch_model.bin is damaged: download them again"
-            ) from error
+            raise unreadable("pytorch_model.bin is damaged") from error
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 
 

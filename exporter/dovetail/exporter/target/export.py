@@ -130,19 +130,12 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         ir = _weights_folder(build, source, options)
         return asdict(_fill_target(ir, source, tokenizer, folder, options, build.progress))
 
-    return target_facts(build.run(Stage("target", inputs, fill)))
-
-
-def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
-    """Facts from a stage's record."""
-    return parse_record(TargetFacts, raw, "target")
+    return parse_record(TargetFacts, build.run(Stage("target", inputs, fill)), "target")
 
 
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
     """Provenance of a target: its source, and the options, time and versions of its export."""
-    if build.finished and build.kept("target") and "target" in build.finished.provenance:
-        return build.finished.provenance["target"]
-    return {
+    return build.provenance_of("target") or {
         "source": {"location": source.location, **source.identity},
         "options": {
             **({} if source.kind == "ir" else options.weights.to_json()),
@@ -238,7 +231,6 @@ def _facts(
 ) -> TargetFacts:
     config = read_config(folder)
     inner = text_config(config, folder / "config.json")
-    context = _context(config, options)
     try:
         return TargetFacts(
             model_type=str(config["model_type"]),
@@ -246,7 +238,7 @@ def _facts(
             feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
             vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
             num_layers=_first(inner, *LAYER_KEYS),
-            max_context=context or _unknown_context(source),
+            max_context=_context(config, options, source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
             eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
@@ -353,15 +345,14 @@ def _first(config: Mapping[str, Any], *keys: str) -> int:
     raise KeyError(keys[0])
 
 
-def _context(config: Mapping[str, Any], options: TargetOptions) -> int | None:
+def _context(config: Mapping[str, Any], options: TargetOptions, source: Source) -> int:
+    """Tokens of context. Raises InputError or SourceError."""
     original = original_context(config)
     if original and options.max_context and options.max_context > original:
         raise InputError(
             f"--max-context {options.max_context} passes the original context {original} of a model with long RoPE, "
             f"whose factors change there: give {original} or less"
         )
-    return options.max_context or context_of(config)
-
-
-def _unknown_context(source: Source) -> int:
+    if context := options.max_context or context_of(config):
+        return context
     raise SourceError(f"config.json of {source.location} names no context length: give --max-context")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ class SentencePiece:
         ids = range(self._model.get_piece_size())
         special = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
         self._special = {self._model.id_to_piece(i): i for i in special}
+        self._names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
 
     @classmethod
     def of_folder(cls, folder: Path) -> SentencePiece | None:
@@ -50,16 +50,12 @@ class SentencePiece:
         except ValueError:
             return None
 
-    @property
-    def encode(self) -> Callable[[str], Sequence[int]]:
-        """A function from text to ids: the library encodes the text between special tokens."""
-        names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
-
-        def encode(text: str) -> list[int]:
-            parts = names.split(text)
-            return [i for part in parts for i in ([self._special[part]] if part in self._special else self._ids(part))]
-
-        return encode
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`: the library encodes the text between special tokens."""
+        ids: list[int] = []
+        for part in self._names.split(text):
+            ids += [self._special[part]] if part in self._special else self._model.encode(part)
+        return ids
 
     def correct(self, tokenizer_json: Path) -> None:
         """Give the converted tokenizer the model's vocabulary and rules for spaces and bytes."""
@@ -88,9 +84,6 @@ class SentencePiece:
         merges = [(left, right) for left, right in parts if left in vocabulary and right in vocabulary]
         unknown = pieces[trainer.unk_id].piece
         return BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
-
-    def _ids(self, text: str) -> list[int]:
-        return self._model.encode(text)
 
 
 def _normalizers(spec: Any) -> list[Any]:

@@ -78,15 +78,14 @@ for text in texts:
 _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
-def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
-    """Replace the tokenizer files in `out_dir` by the source's; return the source's `encode`.
+def copy_tokenizer(source: Path, out: Path, *, trust: bool = False) -> Encode:
+    """Replace the tokenizer files in `out` by the source's; return the source's `encode`.
 
     transformers' AutoTokenizer converts a folder that has only slow files.
     trust: run Python code that comes with the tokenizer.
     Raises SourceError if the source's tokenizer is missing, unreadable or takes too much memory.
     Raises ExportError if the copy cannot be written.
     """
-    source, out = Path(source_folder), Path(out_dir)
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if "tokenizer.json" not in present and not set(present) & set(_SLOW_FILES):
         raise SourceError(f"{source} has no tokenizer.json or tokenizer.model: add the checkpoint's tokenizer files")
@@ -103,7 +102,7 @@ def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: boo
     return encode if encode is not None else _convert_slow(source, out, trust)
 
 
-def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) -> None:
+def probe_tokenizer(folder: Path, reference_encode: Encode | None = None) -> None:
     """Check that the tokenizer in `folder` keeps text and gives the source's ids.
 
     reference_encode: the source's `encode`, which adds no special tokens; None without a source.
@@ -189,7 +188,7 @@ def _encode_of(folder: Path) -> Encode:
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except IntegrityError as error:
-        raise SourceError(f"{error}".replace("export the target again", "fetch the checkpoint again")) from error
+        raise SourceError(str(error).replace("export the target again", "fetch the checkpoint again")) from error
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -206,9 +205,8 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
         OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
         ArithmeticError, StrictDataclassError,
     ) as error:  # fmt: skip
-        reason = one_line(error)
         raise SourceError(
-            f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"
+            f"the tokenizer in {source} cannot be converted ({one_line(error)}): add its tokenizer.json"
         ) from error
     if not (out / "tokenizer.json").is_file():
         raise SourceError(f"the tokenizer in {source} has no fast form: add its tokenizer.json")
