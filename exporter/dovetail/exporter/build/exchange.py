@@ -66,7 +66,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn an OSError into an ExportError that says `what` failed and how to go on."""
     try:
         yield
     except OSError as error:

@@ -20,10 +20,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
-from dovetail.exporter.build.exchange import _disk_errors, exchange, link_tree, scratch_folder
+from dovetail.exporter.build.exchange import disk_errors, exchange, link_tree, scratch_folder
 from dovetail.runtime.errors import ExportError, ManifestError, PairError
 from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.layout import MANIFEST_NAME
@@ -76,7 +75,7 @@ class PairBuild:
 
     def __enter__(self) -> PairBuild:
         try:
-            with _disk_errors(f"cannot write beside {self.out}"):
+            with disk_errors(f"cannot write beside {self.out}"):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
                 self._recover_exchange()
@@ -89,9 +88,7 @@ class PairBuild:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         unfinished = kind is not None and (self.work / "records").exists()
         shutil.rmtree(self.work / "temporary" if unfinished else self.work, ignore_errors=True)
         self._release_lock()
@@ -138,7 +135,7 @@ class PairBuild:
         if self.finished and set(parts) <= self._kept and _same(manifest, self.finished):
             self.progress("nothing to do: the pair is up to date")
             return self.finished
-        with _disk_errors(f"{self.out} could not be put in place"):
+        with disk_errors(f"{self.out} could not be put in place"):
             self._carry_over(set(parts))
             write_manifest(self.work / "pair", manifest)
             exchange(self.work / "pair", self.out, self.work / "old")
@@ -168,12 +165,10 @@ class PairBuild:
     def _build(self, stage: Stage, inputs: dict[str, Any]) -> StageRecord:
         temporary, final = self.work / "temporary" / stage.name, self.work / "pair" / stage.name
         memory = self.work / "records" / f"{stage.name}.json"
+        scratch = self.work / "temporary" / f"scratch-{stage.name}"
         self.progress(stage.name)
         try:
-            with (
-                _disk_errors(f"stage {stage.name!r} failed"),
-                scratch_folder(self.work / "temporary" / f"scratch-{stage.name}"),
-            ):
+            with disk_errors(f"stage {stage.name!r} failed"), scratch_folder(scratch):
                 temporary.mkdir(parents=True)
                 facts = json.loads(json.dumps(stage.build(temporary)))
                 record = StageRecord(inputs, facts, _digest_folder(temporary, stage.name))

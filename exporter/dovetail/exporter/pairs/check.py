@@ -151,7 +151,11 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         drafted = read_draft_ids(session, path, facts)
     except DeviceError as error:  # the file is at fault, not a device
         raise IntegrityError(str(error)) from error
-    logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
+    try:
+        logprobs, ids = session.run(["top_logprobs", "top_ids"], _drafter_inputs(session, facts, kind))
+    except failures() as error:
+        reason = one_line(error)[:300]
+        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
         raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export it again")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
@@ -161,14 +165,6 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
     if drafted is not None and not np.isin(ids, drafted).all():
         raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
     return logprobs
-
-
-def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:
-    try:
-        return list(session.run(["top_logprobs", "top_ids"], inputs))
-    except failures() as error:
-        reason = one_line(error)[:300]
-        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:

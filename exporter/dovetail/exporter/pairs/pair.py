@@ -130,7 +130,6 @@ def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, whatever its format. Raises CheckpointError, a SourceError."""
     from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
 
     return find_checkpoint(folder)
@@ -138,7 +137,6 @@ def _find_checkpoint(folder: Path) -> Checkpoint:
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Digests of the checkpoint's files, and of the calibration if there is one."""
-    folder, names = checkpoint.folder, list(checkpoint.files)
-    if (folder / CALIBRATION_NAME).is_file():
-        names.append(CALIBRATION_NAME)
-    return {name: sha256_file(folder / name) for name in names}
+    folder = checkpoint.folder
+    calibration = [CALIBRATION_NAME] if (folder / CALIBRATION_NAME).is_file() else []
+    return {name: sha256_file(folder / name) for name in (*checkpoint.files, *calibration)}

