@@ -115,12 +115,10 @@ class DrafterConfig:
         )
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` into `folder`."""
         (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> DrafterConfig:
-        """Read `config.json` from `folder`."""
         data = read_json(folder / "config.json", ValueError, _AGAIN)
         if not isinstance(data, dict):
             raise ValueError(f"drafter config is a {type(data).__name__}, not an object: {_AGAIN}")

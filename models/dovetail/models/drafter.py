@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -169,17 +169,8 @@ class Drafter(DraftModel):
     """
 
     def __init__(self, config: DrafterConfig, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
-        shape = DraftShape(
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.draft_vocab_size,
-            hidden_size=config.hidden_size,
-            feature_size=config.feature_size,
-            blocks=config.blocks,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_context=config.max_position_embeddings,
-        )
+        equal = {field.name: getattr(config, field.name) for field in fields(DraftShape) if hasattr(config, field.name)}
+        shape = DraftShape(**equal, max_context=config.max_position_embeddings)
         super().__init__(shape, embed_tokens, head, d2t)
         self.config = config
         self.fusion = FUSIONS[config.fusion](config.hidden_size, config.rms_norm_eps)

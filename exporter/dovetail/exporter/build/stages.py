@@ -120,7 +120,6 @@ class PairBuild:
         return self.finished.provenance.get(name) if self.finished and name in self._kept else None
 
     def folder(self, name: str) -> Path:
-        """The folder with the finished output of the stage `name`."""
         return (self.out if name in self._kept else self.work / "pair") / name
 
     def finish(self, manifest: Manifest) -> Manifest:

@@ -136,7 +136,6 @@ def _find_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """Digests of the checkpoint's files, and of the calibration if there is one."""
     folder = checkpoint.folder
     calibration = [CALIBRATION_NAME] if (folder / CALIBRATION_NAME).is_file() else []
     return {name: sha256_file(folder / name) for name in (*checkpoint.files, *calibration)}

@@ -137,7 +137,6 @@ def original_context(config: Mapping[str, Any]) -> int | None:
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the text decoder."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 

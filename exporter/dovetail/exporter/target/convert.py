@@ -74,11 +74,9 @@ class WeightOptions:
 
     @property
     def is_float(self) -> bool:
-        """Whether the weights stay floating point."""
         return self.weight_format in ("fp32", "fp16")
 
     def given(self) -> list[str]:
-        """Names of the options that the user set."""
         return [f.name for f in fields(self) if f.name != "weight_format" and getattr(self, f.name) is not None]
 
     def to_json(self) -> dict[str, Any]:

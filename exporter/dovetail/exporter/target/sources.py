@@ -48,7 +48,6 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder with configuration and tokenizer."""
         return self.path.parent if self.kind == "gguf" else self.path
 
     @property

@@ -37,7 +37,6 @@ class Windows:
     start: int
 
     def to(self, device: str) -> Windows:
-        """The batch on `device`."""
         names = ("features", "tokens", "following", "answer")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
@@ -85,7 +84,6 @@ class Batches:
         return rng.permutation(np.concatenate([*alike, np.zeros(0, np.int64)]).reshape(-1, size))
 
     def batch(self, rows: NDArray[np.int64]) -> Windows:
-        """Pad the conversations `rows` into one batch."""
         offsets, window = self.corpus.offsets, self.options.window
         # At most half of a window is the end of the prompt; the answer's beginning fills the rest.
         firsts = np.maximum(0, self.corpus.prompt_lengths[rows] - window // 2)

@@ -67,12 +67,10 @@ class Corpus:
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens that the target wrote."""
         return int((self.lengths - self.prompt_lengths).sum())
 
     @classmethod
     def of(cls, conversations: Iterable[TrainingText]) -> Corpus:
-        """A corpus of the conversations, in order."""
         found = list(conversations)
         return cls(
             np.array([token for c in found for token in c.tokens], np.int64),
@@ -82,7 +80,6 @@ class Corpus:
 
     @classmethod
     def join(cls, corpora: Sequence[Corpus]) -> Corpus:
-        """A corpus of all conversations of the corpora, in order."""
         none = np.zeros(0, np.int64)
         return cls(
             np.concatenate([none, *(corpus.tokens for corpus in corpora)]),
@@ -114,7 +111,6 @@ class Corpus:
         os.replace(temporary, path)
 
     def select(self, indices: NDArray[np.int64]) -> Corpus:
-        """The conversations `indices`, in that order."""
         starts = self.offsets
         parts = [self.tokens[starts[i] : starts[i + 1]] for i in indices]
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)

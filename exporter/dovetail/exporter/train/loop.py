@@ -88,7 +88,6 @@ class Fitting:
         return state
 
     def _update(self, step: int, windows: Windows) -> StepReport:
-        """Update all weights once and return the report of the step."""
         options = self.options
         share = step / self.state.total if self.state.total else 0.0
         for optimizer in self.optimizers:
@@ -140,7 +139,6 @@ class Fitting:
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
-    """One point of the learning curve: means since the last point."""
     agreement = np.nan_to_num([report.agreement for report in recent]).mean(axis=0)  # nan: no position in a batch
     return {
         "update": state.step,

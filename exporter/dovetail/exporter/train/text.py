@@ -58,7 +58,6 @@ class TextWriter:
 
     @cached_property
     def writer(self) -> BatchWriter:
-        """The writer, opened for the first part."""
         return self.open_writer()
 
     def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:

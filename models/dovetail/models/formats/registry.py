@@ -31,7 +31,6 @@ class Checkpoint:
 
     @property
     def description(self) -> str:
-        """What the format says about this drafter, in one line."""
         return self.format.describe(self.config)
 
     def read(self, target: TargetParts) -> DraftModel:

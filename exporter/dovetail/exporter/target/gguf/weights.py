@@ -88,7 +88,6 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
 
 
 def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
-    """Yield the tensors of `targets`, a block at a time."""
 
     def block(name: str) -> str:
         return name.split(".")[1] if name.startswith("blk.") else ""
