@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,15 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")
 def command(
-    source: str,
-    out: Path,
-    name: str | None,
-    revision: str | None,
-    tokenizer: Path | None,
-    max_context: int | None,
-    trust_remote_code: bool,
-    resume: bool,
-    force: bool,
-    verbose: bool,
-    **weights: Any,
+    source: str, out: Path, name: str | None, revision: str | None, resume: bool, force: bool, **given: Any
 ) -> None:
     """Export the target LLM at SOURCE into the pair folder OUT.
 
     SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder. An IR folder
     keeps its weight format, and its export needs no torch.
     """
-    options = TargetOptions(WeightOptions(**weights), tokenizer, max_context, trust_remote_code, verbose)
+    weights = WeightOptions(**{field.name: given.pop(field.name) for field in fields(WeightOptions)})
+    options = TargetOptions(weights, **given)
     with show_progress("target") as progress:
         manifest = export_target(
             source, out, name=name, revision=revision, options=options, resume=resume, force=force, progress=progress

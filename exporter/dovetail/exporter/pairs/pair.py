@@ -64,7 +64,9 @@ def build_reference_pair(
             "target": describe_target(build, source, options),
             "drafter": describe_drafter(build, checkpoint),
         }
-        return _finish(build, Manifest(name, target, drafter, {}, provenance=provenance))
+        manifest = Manifest(name, target, drafter, {}, provenance=provenance)
+        check_pair(manifest)
+        return build.finish(manifest)
 
 
 def add_drafter(
@@ -83,7 +85,9 @@ def add_drafter(
         assert build.finished is not None  # keep() has checked
         drafter = build_drafter(build, checkpoint, vram, fit, build.finished.target.eos_token_ids)
         provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
-        return _finish(build, replace(build.finished, drafter=drafter, provenance=provenance))
+        manifest = replace(build.finished, drafter=drafter, provenance=provenance)
+        check_pair(manifest)
+        return build.finish(manifest)
 
 
 def build_drafter(
@@ -122,11 +126,6 @@ def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
         "files": _digests(found),
         **describe_tools(),
     }
-
-
-def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
-    check_pair(manifest)
-    return build.finish(manifest)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint:

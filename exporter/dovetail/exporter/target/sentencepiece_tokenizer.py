@@ -25,30 +25,30 @@ _NORMAL = 1  # SentencePiece.Type of a piece that is no control, byte or user-de
 class SentencePiece:
     """A model that the sentencepiece library reads."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises SourceError if the library is missing, ValueError for a file of another format."""
+    def __init__(self, model: Any, proto: Any) -> None:
+        self._model, self._proto = model, proto
+        ids = range(model.get_piece_size())
+        self._special = {model.id_to_piece(i): i for i in ids if model.is_control(i) or model.is_unknown(i)}
+        self._names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> SentencePiece | None:
+        """The model of a checkpoint; None without a model, or for a tiktoken file of that name.
+
+        Raises SourceError if the library is missing.
+        """
+        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if file is None:
+            return None
         try:
             from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
         except ImportError as error:
             raise SourceError(f"{file} needs sentencepiece: {install_extra('export')}") from error
         try:
-            self._model = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file} is no sentencepiece model") from error
-        self._proto = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
-        ids = range(self._model.get_piece_size())
-        special = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
-        self._special = {self._model.id_to_piece(i): i for i in special}
-        self._names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> SentencePiece | None:
-        """The model of a checkpoint; None without a model, or for a tiktoken file of that name."""
-        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-        try:
-            return None if file is None else cls(file)
-        except ValueError:
+            model = SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
             return None
+        return cls(model, sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto()))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`: the library encodes the text between special tokens."""
