@@ -20,7 +20,6 @@ class DrafterConfig:
     """The sizes of Dovetail's drafter.
 
     The target gives all but `fusion`, `blocks` and `draft_vocab_size`.
-
     hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
     feature_size: D, width of the target's feature (the input of its lm_head).
     feature_layers: blocks of the target (0 is the first) that the drafter reads too; () for none.

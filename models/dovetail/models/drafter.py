@@ -125,7 +125,7 @@ class DraftModel(nn.Module, ABC):
 
 
 class Block(nn.Module):
-    """A Llama block, a DraftLayer. The first has no input norm, because the fusion gives its input."""
+    """A Llama block, a DraftLayer. The first has no input norm: the fusion gives its input."""
 
     def __init__(self, config: DrafterConfig, index: int):
         super().__init__()

@@ -17,8 +17,7 @@ class DynamicGatingFusion(nn.Module):
     """Dynamic gating fusion (Dovetail, arXiv 2412.18934, section 3.2).
 
     h1 = f W1, h2 = SiLU(RMSNorm(e) W2), z = sigmoid([h1; h2] Wz), out = z h1 + (1 - z) h2.
-    No layer has a bias, and Xavier initialisation fills every matrix. nn.Linear stores a matrix as
-    (out, in); the paper's files store (in, out).
+    No bias, Xavier initialisation. nn.Linear stores (out, in); the paper's files store (in, out).
     """
 
     def __init__(self, size: int, eps: float):
@@ -50,7 +49,7 @@ class ConcatFusion(nn.Module):
 
 
 class LayerMix(nn.Module):
-    """Mixes the outputs of L target blocks, `layers`, into the last feature; a fusion reads the sum.
+    """Mixes the outputs of the target's blocks `layers` into the last feature; a fusion reads the sum.
 
     f = last + P [rms(l1); ...; rms(lL)]. P starts at zero, so an untrained mix returns the last
     feature. f stays in the space of the drafter's own outputs, which replace f after the first

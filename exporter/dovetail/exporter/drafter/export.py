@@ -55,11 +55,9 @@ def export_drafter(
 ) -> DrafterFacts:
     """Write both ONNX files, the config and any calibration of the checkpoint; return the facts.
 
-    checkpoint: a folder of any registered format. out_dir: a pair's `drafter` folder.
-    target_dir: the pair's `target` folder; the drafter takes rows of the target and shares its
-    tokenizer. vram: the most bytes of GPU memory, 0 for no limit. fit: to keep to `vram`, the
-    context and then the draft vocabulary may shrink; the tokens of `keep` stay.
-    The files appear in `out_dir` only after every check has passed.
+    target_dir, out_dir: a pair's `target` and `drafter`. vram: the most bytes of GPU memory, 0 for
+    no limit. fit: to keep to `vram`, the context and then the draft vocabulary may shrink; the
+    tokens of `keep` stay. The files appear in `out_dir` only after every check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more
     than `vram`).
     """
@@ -183,7 +181,7 @@ def _weights(folder: Path) -> int:
 def save(model: ir.Model, file: Path) -> None:
     """Write a graph, and its weights in a `.data` file beside it.
 
-    ONNX Runtime maps weights that have a file of their own: only the embedding rows that a run
-    looks up come into memory. Protobuf's limit of 2 GiB does not count for such a file.
+    ONNX Runtime maps such a file, so only the embedding rows that a run looks up come into memory.
+    Protobuf's limit of 2 GiB does not count for the file.
     """
     ir.save(model, file, external_data=f"{file.name}{DATA_SUFFIX}")

@@ -110,8 +110,7 @@ def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
     """Largest error of a child's log-probability or rank, in standard deviations of its row.
 
     The error of a rank is torch's log-probability at that rank less torch's value for the child.
-    An id outside the draft vocabulary gives inf.
-    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.
+    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id; inf for another id.
     """
     if not set(got.ids.flat) <= set(columns):
         return float("inf")
@@ -162,10 +161,9 @@ class Script:
 
 
 class GraphRun:
-    """Runs an exported file with ONNX Runtime on the CPU; the state is plain arrays."""
+    """Runs a file with ONNX Runtime on the CPU; the state is plain arrays. noise: [1, K]."""
 
     def __init__(self, file: Path, drafter: DraftModel, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
-        """noise: [1, K] float32, added in every call."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -178,10 +176,7 @@ class GraphRun:
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(sizes.blocks)]
 
     def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
-        """Append pairs and return children of all pairs, or of the last pair only (`last`).
-
-        Each pair writes a bank row of its own, so that the caller can compare all features.
-        """
+        """Append pairs, each with a bank row of its own; return children of all, or of the last."""
         n, slots = len(tokens), self.tree_slots
         positions = np.arange(self.length, self.length + n)
         self.length += n

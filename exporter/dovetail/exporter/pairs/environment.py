@@ -1,8 +1,8 @@
 """Makes a virtual environment for an architecture that the installed transformers cannot convert.
 
-The environment holds the newest transformers with which optimum-intel converts the architecture.
-Its other packages (optimum-intel, torch, nncf, OpenVINO) have the versions installed here. Its
-`optimum-cli` writes an IR, which `dovetail-export target` takes.
+The environment holds the newest transformers with which optimum-intel converts the architecture,
+and the other packages in the versions installed here. Its `optimum-cli` writes an IR, which
+`dovetail-export target` takes.
 """
 
 from __future__ import annotations

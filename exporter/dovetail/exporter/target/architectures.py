@@ -1,9 +1,7 @@
 """Decides from the configuration alone whether a model can become a target.
 
-Three conditions hold for a target. Each layer keeps keys and values and no other state.
-optimum-intel exports the architecture, and does so with the installed transformers.
-docs/reference/families.md lists the architectures. The tests of families compare that list and
-the tables here with optimum-intel's own export classes.
+Each layer must keep keys and values and no other state, and optimum-intel must export the
+architecture with the installed transformers. docs/reference/families.md lists the architectures.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def convert(
 ) -> None:
     """Write the IR of `source`, its configurations and reference logits to `folder`.
 
-    trust: run Python code that comes with the checkpoint. The conversion needs the `export` extra.
+    trust: run Python code that comes with the checkpoint.
     Raises SourceError (unreadable or unsupported checkpoint), InputError (options) or ExportError.
     """
     progress("loading torch, transformers and optimum")
@@ -134,7 +134,7 @@ def _export_compressed(
 
 
 def _quantization(source: Source, options: WeightOptions) -> Any:
-    """The OVWeightQuantizationConfig that `optimum-cli export openvino` builds from the same flags."""
+    """The OVWeightQuantizationConfig that optimum-cli builds from the same flags."""
     from optimum.intel import OVWeightQuantizationConfig
     from optimum.intel.openvino.configuration import get_default_quantization_config
 

@@ -1,9 +1,6 @@
-"""Reads the rows of embedding and lm_head from a target's OpenVINO IR.
+"""Reads the rows of embedding and lm_head from a target's OpenVINO IR, for its drafter.
 
-The drafter uses the embedding and head of the target that verifies its tokens. Both come from the
-target's IR, and OpenVINO decompresses every weight format itself.
-
-Axes: V target vocabulary, H hidden size.
+OpenVINO decompresses every weight format itself. Axes: V target vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -101,7 +98,7 @@ def _find_embedding(model: ov.Model) -> ov.Node:
 
 
 def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
-    """Value of a subgraph of constants, float32. Raises ExportError if the value depends on an input."""
+    """Value of a subgraph of constants, float32. Raises ExportError if an input decides it."""
     import openvino as ov
     from openvino import opset13 as ops
 

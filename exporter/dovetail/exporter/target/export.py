@@ -58,7 +58,6 @@ class TargetOptions:
 
     tokenizer: a folder or GGUF file with the tokenizer, if the source has no usable tokenizer.
     max_context: tokens of context, if the source's configuration does not say.
-    trust_remote_code: run the source's Python code.
     """
 
     weights: WeightOptions = field(default_factory=WeightOptions)
@@ -331,7 +330,7 @@ def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
 
 
 def static_size(shape: ov.PartialShape, what: str) -> int:
-    """Return the last size of `shape`. what: its name for people. Raises ExportError if it is dynamic."""
+    """Return the last size of `shape`, named `what`. Raises ExportError if the size is dynamic."""
     last = shape[len(shape) - 1]
     if last.is_dynamic:
         raise ExportError(f"the size of the {what} is not fixed in the graph: export the model again with optimum")

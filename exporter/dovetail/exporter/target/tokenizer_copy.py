@@ -1,8 +1,8 @@
 """Copies a target's tokenizer from its source and checks the copy before the export ends.
 
 A tokenizer that loses spaces or splits digits differently raises no error, and the model answers
-nonsense. An export therefore copies the files and never saves them through another library. It then
-checks that the copy decodes a set of texts to themselves and gives the source's ids.
+nonsense. An export therefore copies the files, and checks that the copy decodes a set of texts to
+themselves and gives the source's ids.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ _CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 def copy_tokenizer(source: Path, out: Path, *, trust: bool = False) -> Encode:
     """Replace the tokenizer files in `out` by the source's; return the source's `encode`.
 
-    transformers' AutoTokenizer converts a folder that has only slow files.
-    trust: run Python code that comes with the tokenizer.
+    transformers' AutoTokenizer converts a folder that has only slow files. trust: run Python code
+    that comes with the tokenizer.
     Raises SourceError if the source's tokenizer is missing, unreadable or takes too much memory.
     Raises ExportError if the copy cannot be written.
     """
@@ -160,10 +160,7 @@ def _random_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def try_limited(file: Path) -> None:
-    """Load `file` and encode the probes in a process with limited memory and time.
-
-    Raises SourceError if the process fails.
-    """
+    """Encode the probes in a process with limited memory and time. Raises SourceError."""
     texts = json.dumps([*SAME_IDS, "".join(SAME_IDS) * 50])
     command = [sys.executable, "-c", _TRIAL, str(file)]
     try:

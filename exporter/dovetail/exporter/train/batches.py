@@ -110,7 +110,7 @@ class Batches:
         )
 
     def stream(self, step: int, hold: Callable[[int], None]) -> Iterator[tuple[int, Windows]]:
-        """Yield (step, batch) from `step` on, without end; hold(group) precedes the batches of a group."""
+        """Yield (step, batch) from `step` on, without end, after a call of hold() for a new group."""
         held: int | None = None
         while True:
             epoch, index = divmod(step, self.per_epoch)

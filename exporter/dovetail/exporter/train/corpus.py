@@ -32,10 +32,7 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Conversations, concatenated.
-
-    tokens: [total] int64. lengths, prompt_lengths: [conversations] int64.
-    """
+    """Conversations, concatenated. tokens: [total]. lengths, prompt_lengths: [conversations]."""
 
     tokens: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -128,10 +125,9 @@ class Corpus:
 
 
 def draft_vocabulary(corpus: Corpus, size: int, vocab_size: int) -> NDArray[np.int64]:
-    """`d2t` [size] int64: the most frequent tokens, sorted by id.
+    """`d2t` [size] int64: the most frequent tokens, sorted by id; unseen tokens rank by id.
 
-    Unseen tokens rank by id, which is BPE's order of merges. A token of a prompt counts a tenth of
-    a token of an answer, because the drafter drafts answers.
+    A token of a prompt counts a tenth of a token of an answer, because the drafter drafts answers.
     """
     if corpus.tokens.size and int(corpus.tokens.max()) >= vocab_size:
         raise TrainError(

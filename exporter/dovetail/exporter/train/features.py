@@ -2,9 +2,9 @@
 
 Axes: T tokens of the corpus, D feature size. 2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
 
-A corpus consists of parts. If the features of all parts fit into the budget, the target computes
-them once. If not, parts form groups that fit. The fit takes one group after the other, and the
-target computes a group's features again for each of its turns.
+If the features of all parts of a corpus fit into the budget, the target computes them once. If
+not, parts form groups that fit. The fit takes one group after the other, and the target computes a
+group's features again for each of its turns.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def hold(self, group: int, progress: Callable[[int], None]) -> None:
-        """Bring the features of one group to disk and remove all others; can resume within a part.
+        """Bring one group's features to disk and remove the others; can resume within a part.
 
         progress: called with the number of finished tokens of the group.
         """
@@ -104,10 +104,7 @@ class FeatureStore:
 
 
 def check_room(stores: Sequence[FeatureStore]) -> None:
-    """Raise TrainError if the disk lacks room for the largest group of each store.
-
-    Feature files that are on disk count as room.
-    """
+    """Raise TrainError if the disk lacks room for each store's largest group; files there count."""
     needed = sum(store.largest for store in stores)
     present = sum(file.stat().st_size for store in stores for file in store.folder.glob("*.f16"))
     free = shutil.disk_usage(stores[0].folder).free

@@ -34,10 +34,7 @@ _LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeErr
 
 @dataclass
 class FitState:
-    """The state of a fit, as `state.pt` stores it.
-
-    total: updates of the whole run, 0 while unknown.
-    """
+    """The state of a fit, as `state.pt` stores it. total: updates of the run, 0 while unknown."""
 
     step: int = 0
     total: int = 0
@@ -60,7 +57,7 @@ class Fitting:
         """Update until the options' epochs end, or for about `seconds`; return the state.
 
         With `seconds`, the speed of the first updates sets the number of all updates.
-        measure: measures the held-out acceptance length; called ten times in a run, for the curve.
+        measure: gives the held-out acceptance length, LOOKS times in a run, for the curve.
         """
         state, options = self.state, self.options
         if seconds is None:

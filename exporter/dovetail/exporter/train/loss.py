@@ -23,7 +23,7 @@ from dovetail.models.drafter import Drafter
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: mean over positions and steps.
+    """The report of an update. loss: mean over positions and steps.
 
     agreement: per step, the share of rows in which drafter and target have the same top token.
     """

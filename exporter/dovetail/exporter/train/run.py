@@ -1,8 +1,7 @@
 """`dovetail-export train`: text -> features -> fit -> evaluate -> checkpoint.
 
-The drafter learns from the target that verifies: its answers, its features, its distribution. Each
-stage leaves its result in `OUT/work/`. A stopped run continues with its last part of text, pass of
-features or minute of fitting. It ends with the weights of an unbroken run.
+Each stage leaves its result in `OUT/work/`. A stopped run continues with its last part of text,
+pass of features or minute of fitting, and ends with the weights of an unbroken run.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ GLANCED = 40  # held-out conversations that a measurement during the fit reads
 class Text:
     """All conversations of a run in the order of their parts, and their use.
 
-    kept: indices of the conversations to train on. held_out: indices of the conversations to
-    evaluate with, in random order.
+    kept: indices of the conversations to train on. held_out: indices to evaluate with, shuffled.
     repeated: number left out because they share 13 words with an excluded prompt.
     doubled: number left out because an earlier conversation has the same prompt.
     """

@@ -96,8 +96,8 @@ class TextWriter:
     def _parts(self, kind: str, key: int, ask: Ask, total: int | None, seconds: float | None) -> list[Part]:
         """Parts until `total` prompts are answered, `seconds` are over, or `ask` has no prompts.
 
-        With a time limit, the first part is small and shows the target's speed. `KIND.json` stores
-        the size and the seconds of each part, so that a stopped run continues with the same parts.
+        `KIND.json` stores the size and the seconds of each part, so that a stopped run continues
+        with the same parts.
         """
         memory = self._memory(kind)
         parts: list[Part] = []

@@ -1,8 +1,4 @@
-"""Lets the target write training text: answers to prompts, and prompts of its own, in batches.
-
-Axes: V vocabulary.
-A conversation holds token ids and the length of its prompt; the drafter trains on the answer.
-"""
+"""Lets the target write training text: answers to prompts, and prompts of its own, in batches."""
 
 from __future__ import annotations
 
@@ -65,7 +61,7 @@ class BatchWriter:
     def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
         """Continue every request; yield conversations in the order in which they finish.
 
-        A prompt that fills `max_length` alone gives no conversation, so count the conversations.
+        A prompt that fills `max_length` alone gives no conversation.
         """
         fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
         features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)

@@ -1,7 +1,6 @@
 """Dovetail's own format: `config.json` (DrafterConfig) and `drafter.safetensors`.
 
-The weights file holds only what was trained, and `d2t`. Embedding and head rows belong to the
-target; the reader slices them from the target.
+The weights file holds only what was trained, and `d2t`; embedding and head rows are the target's.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ def save_checkpoint(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.f
 def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Drafter:
     """The drafter on the target's rows. embed_tokens, lm_head: [V, H] float32.
 
-    Raises CheckpointError when a file is missing or unreadable, or when any name or shape does not
-    fit.
+    Raises CheckpointError when a file is missing or unreadable, or a name or shape does not fit.
     """
     config, tensors = read_checkpoint(folder)
     d2t = tensors.pop("d2t").long()

@@ -41,8 +41,7 @@ class Checkpoint:
 def find_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by the content of its config.json; reads no weights.
 
-    Raises CheckpointError for a file that is missing or unreadable, UnknownFormat for a config of
-    no known format.
+    Raises CheckpointError (missing or unreadable file) or UnknownFormat.
     """
     config = read_config(folder)
     format = next((format for format in FORMATS.values() if format.matches(config)), None)

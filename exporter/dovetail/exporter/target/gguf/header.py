@@ -1,8 +1,7 @@
 """Reads the header of a GGUF file: its metadata and the place of each tensor.
 
-gguf.GGUFReader makes numpy views of every string. It takes 9 s for a vocabulary of 262,144 tokens
-and does not end for an array that claims 2**60 items. The reader here takes 0.2 s for that
-vocabulary, and the file's size limits its time.
+gguf.GGUFReader makes numpy views of every string: 9 s for a vocabulary of 262,144 tokens, and no
+end for an array that claims 2**60 items. This reader takes 0.2 s, limited by the file's size.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ class GgufHeader:
 def read_model(path: Path) -> GgufHeader:
     """The header of a whole model with all its parts; `path` is any part.
 
-    Raises SourceError as read_header does, and for parts that are missing or do not belong
-    together.
+    Raises SourceError as read_header does, and for parts that are missing or do not fit together.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)

@@ -1,9 +1,8 @@
 """Makes a Hugging Face tokenizer from the metadata of a GGUF file.
 
-A GGUF file holds its vocabulary, merges (or scores) and llama.cpp's name of the pre-tokenizer. This
-module builds the tokenizer from these with the `tokenizers` library. The GGUF conversion in
-transformers turns some byte-level tokenizers into Metaspace tokenizers, which drop every space
-without an error.
+A GGUF file holds its vocabulary, merges (or scores) and llama.cpp's name of the pre-tokenizer. The
+GGUF conversion in transformers turns some byte-level tokenizers into Metaspace tokenizers, which
+drop every space without an error.
 """
 
 from __future__ import annotations
@@ -138,8 +137,7 @@ class _Vocabulary:
 def _end_token_ids(metadata: _Metadata, vocabulary: _Vocabulary) -> tuple[int, ...]:
     """Ids that end an answer: the file's end tokens, and control tokens in llama.cpp's list.
 
-    Many files name only the end of a document, but their chat template ends a turn with another
-    token.
+    Many files name only the end of a document, but their chat template ends a turn differently.
     """
     named = (metadata.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
     known = (vocabulary.ids[token] for token in vocabulary.of_type(TokenType.CONTROL) if token in _TURN_ENDS)
