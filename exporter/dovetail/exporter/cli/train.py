@@ -67,24 +67,17 @@ class _Bars:
 @click.option("--prompts", type=FILE, help="JSONL with `prompt` rows.")
 @click.option("--own-prompts", type=click.IntRange(min=0), default=0, help="Number of prompts that the target writes.")
 @click.option(
-    "--opening",
-    "openings",
-    multiple=True,
+    "--opening", "openings", multiple=True,
     help="How the target's prompts may begin, e.g. 'Write a Python function'; repeatable.  [default: any]",
-)
+)  # fmt: skip
 @click.option(
-    "--corpus",
-    "corpora",
-    multiple=True,
-    type=FILE,
+    "--corpus", "corpora", multiple=True, type=FILE,
     help="Conversations (.npz) that the same target wrote earlier; repeatable.",
-)
+)  # fmt: skip
 @click.option(
-    "--exclude",
-    multiple=True,
-    type=FILE,
+    "--exclude", multiple=True, type=FILE,
     help="JSONL of benchmark prompts; training skips text that shares 13 words with a prompt; repeatable.",
-)
+)  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=320, show_default=True, help="Answer length.")
 @click.option("--epochs", type=float, default=4.0, show_default=True, help="Without --minutes: epochs over the text.")
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
@@ -92,11 +85,9 @@ class _Bars:
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
 @click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
 @click.option(
-    "--feature-layers/--last-feature",
-    default=True,
-    show_default=True,
+    "--feature-layers/--last-feature", default=True, show_default=True,
     help="Read three blocks of the target and its last feature, or the last feature alone.",
-)
+)  # fmt: skip
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
 @click.option("--unroll", type=click.IntRange(1, 8), default=3, show_default=True, help="Unrolled steps per update.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")

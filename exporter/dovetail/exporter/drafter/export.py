@@ -42,17 +42,9 @@ FEATURE_MIX = "feature_mix.npz"
 
 
 def export_drafter(
-    checkpoint: Path,
-    target_dir: Path,
-    out_dir: Path,
-    *,
-    tree_slots: int = TREE_SLOTS,
-    top_k: int = TOP_K,
-    vram: int = 0,
-    fit: bool = False,
-    keep: Collection[int] = (),
-    progress: Progress = silent,
-) -> DrafterFacts:
+    checkpoint: Path, target_dir: Path, out_dir: Path, *, tree_slots: int = TREE_SLOTS, top_k: int = TOP_K,
+    vram: int = 0, fit: bool = False, keep: Collection[int] = (), progress: Progress = silent,
+) -> DrafterFacts:  # fmt: skip
     """Write both ONNX files, the config and any calibration of the checkpoint; return the facts.
 
     target_dir, out_dir: a pair's `target` and `drafter`. vram: the most bytes of GPU memory, 0 for

