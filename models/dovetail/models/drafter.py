@@ -64,11 +64,9 @@ class DraftModel(nn.Module, ABC):
         for name, (tensor, size) in expected.items():
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the drafter's config says {size}")
+            self.register_buffer(name, tensor, persistent=False)
         self.shape = shape
         self.mix: LayerMix | None = None
-        self.register_buffer("embed_tokens", embed_tokens, persistent=False)
-        self.register_buffer("head", head, persistent=False)
-        self.register_buffer("d2t", d2t, persistent=False)
 
     @abstractmethod
     def combine(self, f: Tensor, e: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ _LONGEST = 640  # largest T: a model of 7B takes a minute at most; longer window
 # attention 0.2 to 1.5. INT4 weights give 0.3 to 1.1, too much for a comparison. The median row
 # counts, because a near tie may send one token to another expert.
 _SAME_WEIGHTS, _INT8 = 0.05, 0.3
-_EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # Two long branches and several short branches, which leave the first chain at every level.
 _PARENTS = (-1, 0, 1, 2, 0, 4, 5, 1, 7, 0, 9, 2)
 
@@ -75,7 +75,7 @@ def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
     """Logits [K, V] after the prompt, from a stateful IR without paged attention."""
     import openvino as ov
 
-    compiled = ov.Core().compile_model(xml, "CPU", {**_EXACT, "KV_CACHE_PRECISION": "f16"})
+    compiled = ov.Core().compile_model(xml, "CPU", {**EXACT, "KV_CACHE_PRECISION": "f16"})
     return np.array(stateful_logits(compiled, [tokens])[-_FOLLOWING:], np.float32)
 
 
@@ -101,7 +101,7 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
     same: logits [K, V] of equal weights. close: logits [K, V] of the float weights before INT8.
     Raises ExportError.
     """
-    target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))
+    target = OpenVINOTarget(PagedModel(xml, properties=EXACT), len(tokens) + len(_PARENTS))
     prompt = tokens[:-_FOLLOWING]
     seq = target.open()
     target.prefill(seq, prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system.files import read_arrays
 
 ARRAYS = ("tokens", "lengths", "prompt_lengths")
@@ -94,15 +95,12 @@ class Corpus:
 
     def save(self, path: Path) -> None:
         """Write the .npz atomically."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                tokens=self.tokens.astype(np.uint32),
-                lengths=self.lengths.astype(np.int32),
-                prompt_lengths=self.prompt_lengths.astype(np.int32),
-            )
-        os.replace(temporary, path)
+        lengths, prompt_lengths = self.lengths.astype(np.int32), self.prompt_lengths.astype(np.int32)
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, tokens=self.tokens.astype(np.uint32), lengths=lengths, prompt_lengths=prompt_lengths
+        )
+        write_atomically(path, buffer.getvalue())
 
     def select(self, indices: NDArray[np.int64]) -> Corpus:
         starts = self.offsets

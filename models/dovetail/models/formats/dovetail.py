@@ -5,7 +5,6 @@ The weights file holds only what was trained, and `d2t`; embedding and head rows
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from dovetail.models.checkpoint import (
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
 from dovetail.models.formats.format import Config, Format, TargetParts
+from dovetail.runtime.pair.files import write_atomically
 
 WEIGHTS = "drafter.safetensors"
 
@@ -33,9 +33,7 @@ def save_checkpoint(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.f
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
     tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)
     drafter.config.save(folder)
-    temporary = folder / (WEIGHTS + ".tmp")
-    temporary.write_bytes(save(tensors))  # not save_file: its files are for their owner alone
-    os.replace(temporary, folder / WEIGHTS)
+    write_atomically(folder / WEIGHTS, save(tensors))  # not save_file: its files are for their owner alone
 
 
 def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Drafter:

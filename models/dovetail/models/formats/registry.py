@@ -11,12 +11,7 @@ from dovetail.models.formats import dovetail
 from dovetail.models.formats.format import Config, Format, TargetParts
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
-FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in (
-        dovetail.FORMAT,
-    )
-}  # fmt: skip
+FORMATS = {format.name: format for format in (dovetail.FORMAT,)}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format
 
 

@@ -27,18 +27,10 @@ _MOST_ITEMS = 1 << 23  # sum of array strings, keys and tensors; vocabularies ha
 _MOST_DIMENSIONS = 4  # as in ggml
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names the parts of a split model
 _SCALARS = {
-    GGUFValueType.UINT8: "u1",
-    GGUFValueType.INT8: "i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
+    GGUFValueType.UINT8: "u1", GGUFValueType.UINT16: "<u2", GGUFValueType.UINT32: "<u4", GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT8: "i1", GGUFValueType.INT16: "<i2", GGUFValueType.INT32: "<i4", GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4", GGUFValueType.FLOAT64: "<f8", GGUFValueType.BOOL: "?",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
