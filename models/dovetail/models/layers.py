@@ -22,15 +22,12 @@ class DraftLayer(Protocol):
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [..., T, H] -> rotated q [..., T, h, d]."""
-        ...
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x: [..., T, H] -> rotated k, and v, both [..., T, g, d]."""
-        ...
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The next layer's x. x: [..., T, H], attended: [..., T, h, d]."""
-        ...
 
 
 class RMSNorm(nn.Module):

@@ -78,7 +78,8 @@ class PairBuild:
             with disk_errors(f"cannot write beside {self.out}"):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
-                self._recover_exchange()
+                if (self.work / "old").is_dir() and not self.out.exists():
+                    os.rename(self.work / "old", self.out)  # after a kill between the two renames of an exchange
                 self._check_out()
                 self._clean()
         except BaseException:
@@ -220,11 +221,6 @@ class PairBuild:
     def _clean(self) -> None:
         for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
             shutil.rmtree(self.work / name, ignore_errors=True)
-
-    def _recover_exchange(self) -> None:
-        """Restore the old pair after a kill between the two renames of an exchange."""
-        if (self.work / "old").is_dir() and not self.out.exists():
-            os.rename(self.work / "old", self.out)
 
     def _acquire_lock(self) -> None:
         try:

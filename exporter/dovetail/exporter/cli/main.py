@@ -1,7 +1,4 @@
-"""`dovetail-export`: build, train, complete and check pairs.
-
-Each subcommand is a module of this package. A call imports its module, so `--help` is fast.
-"""
+"""`dovetail-export`. A call imports the module of its subcommand alone, so `--help` is fast."""
 
 from __future__ import annotations
 

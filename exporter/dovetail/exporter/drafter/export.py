@@ -121,10 +121,7 @@ def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots
 
 
 def check_files(drafter: DraftModel, folder: Path, facts: DrafterFacts) -> list[Parity]:
-    """Compare every file in `folder` with torch, and check that CUDA can capture its file.
-
-    Raises ExportError with all failures of all files.
-    """
+    """Compare every file with torch and check CUDA's capture. Raises ExportError with all failures."""
     check_static(folder / FILES["cuda"], tokens=8, slots=facts.tree_slots + 256)
     reports = [
         check_parity(drafter, folder / name, TOLERANCES[PRECISION[device]], tree_slots=facts.tree_slots)

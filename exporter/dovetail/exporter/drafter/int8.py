@@ -92,13 +92,8 @@ def _quantize_linear(graph: ir.Graph, node: ir.Node) -> None:
     assert weight is not None and weight.const_value is not None and weight.name
     matrix = weight.const_value.numpy()
     values, scales = block_quantize(matrix, BLOCK)
-    attributes: dict[str, int] = {
-        "K": matrix.shape[1],
-        "N": matrix.shape[0],
-        "bits": 8,
-        "block_size": BLOCK,
-        "accuracy_level": INT8_COMPUTE,
-    }
+    rows, columns = matrix.shape
+    attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_COMPUTE}
     inputs = [x, _constant(graph, f"{weight.name}.int8", values), _constant(graph, f"{weight.name}.scale", scales)]
     product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)
     bias = node.inputs[2] if len(node.inputs) > 2 else None

@@ -27,10 +27,7 @@ _ROOTS = ("optimum-intel", "accelerate")
 
 
 def make_environment(folder: Path, architecture: str, progress: Progress = silent) -> str:
-    """Make the environment at `folder` and return its version of transformers.
-
-    Raises InputError (unknown architecture, `folder` not empty) or ExportError (pip failed).
-    """
+    """Make the environment, return its version of transformers. Raises InputError, ExportError."""
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"--for {architecture} is no architecture that optimum-intel exports: give the model_type of a config.json"

@@ -95,10 +95,7 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
 
 
 def check_attention(location: str, config: Mapping[str, Any]) -> str:
-    """Return the model_type, and refuse a model whose layers a tree verifier cannot compute.
-
-    The model may be a checkpoint or an IR. Raises SourceError.
-    """
+    """Return a model's model_type. Raises SourceError if a tree verifier cannot compute its layers."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise SourceError(f"config.json of {location} names no model_type: give a language model")

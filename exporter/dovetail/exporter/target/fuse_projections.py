@@ -27,10 +27,7 @@ PARTS = "+"  # joins the names of fused layers
 
 @dataclass(frozen=True)
 class _Projection:
-    """A quantised layer: x [.., K] -> x W^T + bias [.., N].
-
-    form: equal for layers whose weights and biases can be stacked.
-    """
+    """A quantised layer: x [.., K] -> x W^T + bias [.., N]. Equal forms can be stacked."""
 
     matmul: ov.Node
     bias: ov.Node | None  # the Add that follows the MatMul

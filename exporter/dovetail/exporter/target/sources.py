@@ -76,10 +76,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """Download a Hub repository into the cache and return its folder, named after the commit.
-
-    Raises SourceError in one line if the Hub is unreachable or refuses.
-    """
+    """Download a Hub repository; return its folder, named after the commit. Raises SourceError."""
     import httpx
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -274,10 +274,7 @@ class Work:
 
 
 class Clock:
-    """Seconds of the stages before the fit, over all starts of a run, killed starts included.
-
-    A Progress that also stores the time every BOOK_SECONDS.
-    """
+    """A Progress that stores the seconds of the stages before the fit, over all starts of a run."""
 
     def __init__(self, file: Path, progress: Progress):
         self.file, self.progress, self._mark = file, progress, time.monotonic()

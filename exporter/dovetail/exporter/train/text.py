@@ -62,11 +62,7 @@ class TextWriter:
 
     def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:
         """Parts with the target's answers to `prompts`, as many as `seconds` allow."""
-
-        def ask(index: int, start: int, count: int) -> Sequence[str]:
-            return prompts[start : start + count]
-
-        parts = self._parts("answers", 3, ask, len(prompts), seconds)
+        parts = self._parts("answers", 3, lambda _, start, n: prompts[start : start + n], len(prompts), seconds)
         if left := len(prompts) - sum(int(part["prompts"]) for part in self._memory("answers")):
             self.progress("answers", len(prompts) - left, len(prompts), f"no time for the last {left} prompts")
         return parts

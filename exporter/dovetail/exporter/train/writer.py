@@ -54,10 +54,7 @@ class BatchWriter:
         self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
 
     def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
-        """Continue every request; yield conversations in the order in which they finish.
-
-        A prompt that fills `max_length` alone gives no conversation.
-        """
+        """Yield the conversations as they finish; none for a prompt that fills `max_length` alone."""
         fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
         features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)
         for advance in self._batch.run(fitting, lambda request: SharedDraws(request.sampling, rng)):
@@ -86,10 +83,7 @@ def chat_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a chat template before the user's words; a target continues with a prompt.
-
-    Raises TrainError if the target has no chat template.
-    """
+    """Token ids of a chat template before the user's words. Raises TrainError without a template."""
     if not tokenizer.has_chat_template:
         raise TrainError("the target has no chat template to write prompts from: give --prompts FILE.jsonl")
     marker = "DOVETAIL-PROMPT-GOES-HERE"

@@ -53,10 +53,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The part of a GGUF file before its weights; `tensors` have the file's order.
-
-    parts: the files of a split model in order, or the file itself.
-    """
+    """A GGUF file before its weights, in order. parts: the files of a split model, or the file."""
 
     path: Path
     metadata: Mapping[str, Any]
