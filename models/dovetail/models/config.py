@@ -89,8 +89,7 @@ class DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
-        The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN). Nobody
-        has measured whether a drafter with scaled RoPE would train better.
+        The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN).
         """
         target = target.get("text_config", target)
         rope = target.get("rope_parameters") or target.get("rope_scaling") or {}

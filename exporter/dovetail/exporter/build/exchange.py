@@ -30,9 +30,8 @@ def exchange(new: Path, out: Path, aside: Path) -> None:
 def _renameat2_exchange(first: Path, second: Path) -> bool:
     at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if call is None:
-        return False
-    return call(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
+    folders = (at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second))
+    return call is not None and call(*folders, rename_exchange) == 0
 
 
 def link_tree(source: Path, destination: Path) -> None:

@@ -7,6 +7,7 @@ architecture with the installed transformers. docs/reference/families.md lists t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -79,18 +80,18 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
     Raises SourceError with the reason and the remedy.
     """
     kind = check_attention(location, config)
-    if (versions := ARCHITECTURES.get(kind)) is None:
+    if (accepted := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a text decoder: "
             "choose an architecture from docs/reference/families.md"
         )
-    installed = transformers or _installed()
-    if installed and installed not in versions:
-        here = f"pip install transformers=={versions.newest}"
+    installed = transformers or versions("transformers").get("transformers")  # without: the conversion says so
+    if installed and installed not in accepted:
+        here = f"pip install transformers=={accepted.newest}"
         apart = f"dovetail-export environment FOLDER --for {kind} (docs/reference/families.md)"
         raise SourceError(
-            f"{location} ({kind}) needs transformers {versions}, and {installed} is installed: "
-            f"{here if versions.newest in DOVETAIL_RUNS_WITH else apart}"
+            f"{location} ({kind}) needs transformers {accepted}, and {installed} is installed: "
+            f"{here if accepted.newest in DOVETAIL_RUNS_WITH else apart}"
         )
 
 
@@ -163,8 +164,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(parts + [0] * (3 - len(parts)))
 
 
-def _installed() -> str | None:
-    try:
-        return metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        return None  # the conversion names the missing extra
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of the installed packages among `packages`, without an import."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

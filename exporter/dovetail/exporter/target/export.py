@@ -12,14 +12,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dovetail.exporter.build.stages import PairBuild, Stage
-from dovetail.exporter.target.architectures import context_of, original_context
+from dovetail.exporter.target.architectures import context_of, original_context, versions
 from dovetail.exporter.target.configuration import (
     LAYER_KEYS,
     WIDTH_KEYS,
@@ -153,17 +152,6 @@ def describe_tools() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": versions(*PACKAGES),
     }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed packages among `packages`, without an import."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _weights_inputs(source: Source, options: TargetOptions) -> dict[str, Any]:

@@ -67,7 +67,6 @@ except Exception:
 for text in texts:
     tokenizer.decode(tokenizer.encode(text).ids)
 """
-_CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
 def copy_tokenizer(source: Path, out: Path, *, trust: bool = False) -> Encode:
@@ -132,7 +131,7 @@ def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
             yield f"end-of-sequence id {token_id} is no token"
     if tokenizer.has_chat_template:
         try:
-            tokenizer.encode_chat(_CHAT)
+            tokenizer.encode_chat([{"role": "user", "content": "Hello  there,\n12 + 30?"}])
         except InputError as error:
             yield f"a user turn cannot be rendered: {error}"
 

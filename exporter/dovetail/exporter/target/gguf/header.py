@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from numpy.typing import NDArray
 
 from dovetail.exporter.target.sources import check_fetched
@@ -45,8 +45,6 @@ class GgufTensor:
 
     def read(self) -> NDArray[np.float32]:
         """The values, dequantised. Raises NotImplementedError for a kind unknown to `gguf`."""
-        from gguf import dequantize
-
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
         return dequantize(raw, self.kind)
 
