@@ -23,7 +23,7 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder or GGUF file to take the tokenizer from.")
 @click.option("--max-context", type=int, help="Tokens of context, if config.json does not say.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-# Flags of `optimum-cli export openvino`; each flag means the same here.
+# The weight flags of `optimum-cli export openvino`; each flag means the same here.
 @click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True)
 @click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation.")
 @click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column.")
