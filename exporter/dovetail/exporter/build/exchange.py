@@ -30,10 +30,8 @@ def exchange(new: Path, out: Path, aside: Path) -> None:
 def _renameat2_exchange(first: Path, second: Path) -> bool:
     at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if call is None:
-        return False
-    done: bool = call(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0
-    return done
+    folders = (at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second))
+    return call is not None and call(*folders, rename_exchange) == 0
 
 
 def link_tree(source: Path, destination: Path) -> None:
@@ -67,7 +65,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn an OSError into an ExportError that says `what` failed and how to go on."""
     try:
         yield
     except OSError as error:

@@ -17,7 +17,8 @@ from dovetail.runtime.system.progress import Progress
 def show_progress(title: str) -> Iterator[Progress]:
     """Yield a progress callback: on stderr, a bar on a terminal and plain lines elsewhere."""
     if not sys.stderr.isatty():
-        yield _plain_lines(title)
+        stream, start = sys.stderr, time.monotonic()  # `quiet` redirects sys.stderr later
+        yield lambda stage, *_: print(f"[{time.monotonic() - start:6.1f} s] {title}: {stage}", file=stream, flush=True)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -25,20 +26,10 @@ def show_progress(title: str) -> Iterator[Progress]:
 
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(bar_width=20), TimeElapsedColumn())
-    # The console keeps this stream, because `quiet` redirects sys.stderr later.
     console = Console(file=sys.stderr)
     with rich.Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(title, total=None)
         yield lambda stage, *_: bar.update(task, description=f"{title}: {stage}")
-
-
-def _plain_lines(title: str) -> Progress:
-    stream, start = sys.stderr, time.monotonic()
-
-    def line(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {title}: {stage}", file=stream, flush=True)
-
-    return line
 
 
 @contextlib.contextmanager

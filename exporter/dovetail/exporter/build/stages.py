@@ -20,10 +20,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
-from dovetail.exporter.build.exchange import _disk_errors, exchange, link_tree, scratch_folder
+from dovetail.exporter.build.exchange import disk_errors, exchange, link_tree, scratch_folder
 from dovetail.runtime.errors import ExportError, ManifestError, PairError
 from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.layout import MANIFEST_NAME
@@ -76,10 +75,11 @@ class PairBuild:
 
     def __enter__(self) -> PairBuild:
         try:
-            with _disk_errors(f"cannot write beside {self.out}"):
+            with disk_errors(f"cannot write beside {self.out}"):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._acquire_lock()
-                self._recover_exchange()
+                if (self.work / "old").is_dir() and not self.out.exists():
+                    os.rename(self.work / "old", self.out)  # after a kill between the two renames of an exchange
                 self._check_out()
                 self._clean()
         except BaseException:
@@ -89,9 +89,7 @@ class PairBuild:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         unfinished = kind is not None and (self.work / "records").exists()
         shutil.rmtree(self.work / "temporary" if unfinished else self.work, ignore_errors=True)
         self._release_lock()
@@ -118,12 +116,11 @@ class PairBuild:
         self.records[name] = record
         self._kept.add(name)
 
-    def kept(self, name: str) -> bool:
-        """Whether the finished pair holds the stage `name` unchanged."""
-        return name in self._kept
+    def provenance_of(self, name: str) -> dict[str, Any] | None:
+        """The finished pair's provenance of the stage `name`; None if the stage was built again."""
+        return self.finished.provenance.get(name) if self.finished and name in self._kept else None
 
     def folder(self, name: str) -> Path:
-        """The folder with the finished output of the stage `name`."""
         return (self.out if name in self._kept else self.work / "pair") / name
 
     def finish(self, manifest: Manifest) -> Manifest:
@@ -135,10 +132,11 @@ class PairBuild:
         files = {path: entry for record in parts.values() for path, entry in record.files.items()}
         stages = {name: {"inputs": record.inputs, "facts": record.facts} for name, record in parts.items()}
         manifest = replace(manifest, files=files, provenance={**manifest.provenance, "stages": stages})
-        if self.finished and set(parts) <= self._kept and _same(manifest, self.finished):
+        old = self.finished if set(parts) <= self._kept else None
+        if old and replace(manifest, provenance={}) == replace(old, provenance={}):  # provenance holds dates
             self.progress("nothing to do: the pair is up to date")
-            return self.finished
-        with _disk_errors(f"{self.out} could not be put in place"):
+            return old
+        with disk_errors(f"{self.out} could not be put in place"):
             self._carry_over(set(parts))
             write_manifest(self.work / "pair", manifest)
             exchange(self.work / "pair", self.out, self.work / "old")
@@ -168,12 +166,10 @@ class PairBuild:
     def _build(self, stage: Stage, inputs: dict[str, Any]) -> StageRecord:
         temporary, final = self.work / "temporary" / stage.name, self.work / "pair" / stage.name
         memory = self.work / "records" / f"{stage.name}.json"
+        scratch = self.work / "temporary" / f"scratch-{stage.name}"
         self.progress(stage.name)
         try:
-            with (
-                _disk_errors(f"stage {stage.name!r} failed"),
-                scratch_folder(self.work / "temporary" / f"scratch-{stage.name}"),
-            ):
+            with disk_errors(f"stage {stage.name!r} failed"), scratch_folder(scratch):
                 temporary.mkdir(parents=True)
                 facts = json.loads(json.dumps(stage.build(temporary)))
                 record = StageRecord(inputs, facts, _digest_folder(temporary, stage.name))
@@ -223,16 +219,8 @@ class PairBuild:
             )
 
     def _clean(self) -> None:
-        shutil.rmtree(self.work / "temporary", ignore_errors=True)
-        shutil.rmtree(self.work / "old", ignore_errors=True)
-        if not self.resume:
-            shutil.rmtree(self.work / "records", ignore_errors=True)
-            shutil.rmtree(self.work / "pair", ignore_errors=True)
-
-    def _recover_exchange(self) -> None:
-        """Restore the old pair after a kill between the two renames of an exchange."""
-        if (self.work / "old").is_dir() and not self.out.exists():
-            os.rename(self.work / "old", self.out)
+        for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
+            shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _acquire_lock(self) -> None:
         try:
@@ -293,8 +281,3 @@ def _record_of(manifest: Manifest, name: str) -> StageRecord:
     stage = manifest.provenance.get("stages", {}).get(name, {})
     files = {path: entry for path, entry in manifest.files.items() if path.startswith(f"{name}/")}
     return StageRecord(dict(stage.get("inputs", {})), dict(stage.get("facts", {})), files)
-
-
-def _same(manifest: Manifest, other: Manifest) -> bool:
-    """Whether two manifests are equal without provenance, which holds dates."""
-    return replace(manifest, provenance={}) == replace(other, provenance={})

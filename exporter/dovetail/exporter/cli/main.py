@@ -1,7 +1,4 @@
-"""`dovetail-export`: build, train, complete and check pairs.
-
-Each subcommand is a module of this package. A call imports its module, so `--help` is fast.
-"""
+"""`dovetail-export`. A call imports the module of its subcommand alone, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"{__package__}.{cmd_name}").command
-        return command
+        return importlib.import_module(f"{__package__}.{cmd_name}").command if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

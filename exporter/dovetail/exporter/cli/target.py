@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -13,33 +13,6 @@ from dovetail.exporter.target.convert import WEIGHT_FORMATS, WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.text.tokenizer import Tokenizer
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-# Flags of `optimum-cli export openvino`; each flag means the same here.
-_WEIGHT_FLAGS = (
-    click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True),
-    click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation."),
-    click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column."),
-    click.option("--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"])),
-    click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the others are int8."),
-    click.option("--all-layers", is_flag=True, default=None, help="Embedding and head in 4 bits too."),
-    click.option("--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"])),
-    click.option("--awq", is_flag=True, default=None, help="Activation-aware 4-bit weights."),
-    click.option("--scale-estimation", is_flag=True, default=None),
-    click.option("--gptq", is_flag=True, default=None),
-    click.option("--lora-correction", is_flag=True, default=None),
-    click.option("--sensitivity-metric", help="How nncf chooses the layers for 4 bits."),
-    click.option("--dataset", help="Data for data-aware compression, e.g. wikitext2 or auto."),
-    click.option("--num-samples", type=int, help="Samples to take from the dataset."),
-)
-
-
-def weight_flags(command: Command) -> Command:
-    """Add optimum's weight flags to a command."""
-    for option in reversed(_WEIGHT_FLAGS):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -50,29 +23,34 @@ def weight_flags(command: Command) -> Command:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder or GGUF file to take the tokenizer from.")
 @click.option("--max-context", type=int, help="Tokens of context, if config.json does not say.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-@weight_flags
+# The weight flags of `optimum-cli export openvino`; each flag means the same here.
+@click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True)
+@click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation.")
+@click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column.")
+@click.option("--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"]))
+@click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the others are int8.")
+@click.option("--all-layers", is_flag=True, default=None, help="Embedding and head in 4 bits too.")
+@click.option("--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"]))
+@click.option("--awq", is_flag=True, default=None, help="Activation-aware 4-bit weights.")
+@click.option("--scale-estimation", is_flag=True, default=None)
+@click.option("--gptq", is_flag=True, default=None)
+@click.option("--lora-correction", is_flag=True, default=None)
+@click.option("--sensitivity-metric", help="How nncf chooses the layers for 4 bits.")
+@click.option("--dataset", help="Data for data-aware compression, e.g. wikitext2 or auto.")
+@click.option("--num-samples", type=int, help="Samples to take from the dataset.")
 @click.option("--resume", is_flag=True, help="Continue after an interruption and skip the finished stages.")
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")
 def command(
-    source: str,
-    out: Path,
-    name: str | None,
-    revision: str | None,
-    tokenizer: Path | None,
-    max_context: int | None,
-    trust_remote_code: bool,
-    resume: bool,
-    force: bool,
-    verbose: bool,
-    **weights: Any,
+    source: str, out: Path, name: str | None, revision: str | None, resume: bool, force: bool, **given: Any
 ) -> None:
     """Export the target LLM at SOURCE into the pair folder OUT.
 
     SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder. An IR folder
     keeps its weight format, and its export needs no torch.
     """
-    options = TargetOptions(WeightOptions(**weights), tokenizer, max_context, trust_remote_code, verbose)
+    weights = WeightOptions(**{field.name: given.pop(field.name) for field in fields(WeightOptions)})
+    options = TargetOptions(weights, **given)
     with show_progress("target") as progress:
         manifest = export_target(
             source, out, name=name, revision=revision, options=options, resume=resume, force=force, progress=progress

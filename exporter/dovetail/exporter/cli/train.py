@@ -17,6 +17,8 @@ from dovetail.exporter.train.plan import OPTIMIZERS, FitOptions, TrainPlan
 from dovetail.models.config import FUSIONS
 
 LINE_SECONDS = 10.0
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 class _Bars:
@@ -58,49 +60,34 @@ class _Bars:
 
 @click.command("train")
 @click.option(
-    "--target",
-    "pair",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    required=True,
-    help="Pair folder with the target that the drafter is for.",
+    "--target", "pair", type=FOLDER, required=True, help="Pair folder with the target that the drafter is for."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="[default: TARGET-drafter]")
 @click.option("--minutes", type=float, help="Time for the whole run. Without text, the target writes for a third.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL with `prompt` rows."
-)
+@click.option("--prompts", type=FILE, help="JSONL with `prompt` rows.")
 @click.option("--own-prompts", type=click.IntRange(min=0), default=0, help="Number of prompts that the target writes.")
 @click.option(
-    "--opening",
-    "openings",
-    multiple=True,
+    "--opening", "openings", multiple=True,
     help="How the target's prompts may begin, e.g. 'Write a Python function'; repeatable.  [default: any]",
-)
+)  # fmt: skip
 @click.option(
-    "--corpus",
-    "corpora",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    "--corpus", "corpora", multiple=True, type=FILE,
     help="Conversations (.npz) that the same target wrote earlier; repeatable.",
-)
+)  # fmt: skip
 @click.option(
-    "--exclude",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    "--exclude", multiple=True, type=FILE,
     help="JSONL of benchmark prompts; training skips text that shares 13 words with a prompt; repeatable.",
-)
+)  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=320, show_default=True, help="Answer length.")
 @click.option("--epochs", type=float, default=4.0, show_default=True, help="Without --minutes: epochs over the text.")
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
-@click.option("--from", "init", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base checkpoint.")
+@click.option("--from", "init", type=FOLDER, help="Base checkpoint.")
 @click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
 @click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
 @click.option(
-    "--feature-layers/--last-feature",
-    default=True,
-    show_default=True,
+    "--feature-layers/--last-feature", default=True, show_default=True,
     help="Read three blocks of the target and its last feature, or the last feature alone.",
-)
+)  # fmt: skip
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
 @click.option("--unroll", type=click.IntRange(1, 8), default=3, show_default=True, help="Unrolled steps per update.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
@@ -126,13 +113,8 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
     fit = FitOptions(**{name: options.pop(name) for name in [f.name for f in fields(FitOptions)] if name in options})
     plan = TrainPlan(**options, fit=fit)
     out = output or pair.resolve().with_name(f"{pair.resolve().name}-drafter")
-    columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    stage, note = TextColumn("{task.description:>9}"), TextColumn("{task.fields[note]}", markup=False)
+    columns = (stage, BarColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(file=sys.stderr)
     with _Bars(rich.Progress(*columns, console=console, disable=not console.is_terminal)) as bars:
         result = train(pair, out, plan, bars, resume=resume)

@@ -25,7 +25,6 @@ from dovetail.models.checkpoint import CONFIG
 from dovetail.models.drafter import DraftModel
 from dovetail.models.formats.format import TargetParts
 from dovetail.models.formats.registry import find_checkpoint
-from dovetail.models.fusion import LayerMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
 from dovetail.runtime.errors import DeviceError, ExportError, PairError, SourceError
 from dovetail.runtime.pair.files import sha256_file
@@ -43,44 +42,39 @@ FEATURE_MIX = "feature_mix.npz"
 
 
 def export_drafter(
-    checkpoint: Path,
-    target_dir: Path,
-    out_dir: Path,
-    *,
-    tree_slots: int = TREE_SLOTS,
-    top_k: int = TOP_K,
-    vram: int = 0,
-    fit: bool = False,
-    keep: Collection[int] = (),
-    progress: Progress = silent,
-) -> DrafterFacts:
+    checkpoint: Path, target_dir: Path, out_dir: Path, *, tree_slots: int = TREE_SLOTS, top_k: int = TOP_K,
+    vram: int = 0, fit: bool = False, keep: Collection[int] = (), progress: Progress = silent,
+) -> DrafterFacts:  # fmt: skip
     """Write both ONNX files, the config and any calibration of the checkpoint; return the facts.
 
-    checkpoint: a folder of any registered format. out_dir: a pair's `drafter` folder.
-    target_dir: the pair's `target` folder; the drafter takes rows of the target and shares its
-    tokenizer. vram: the most bytes of GPU memory, 0 for no limit. fit: to keep to `vram`, the
-    context and then the draft vocabulary may shrink; the tokens of `keep` stay.
-    The files appear in `out_dir` only after every check has passed.
+    target_dir, out_dir: a pair's `target` and `drafter`. vram: the most bytes of GPU memory, 0 for
+    no limit. fit: to keep to `vram`, the context and then the draft vocabulary may shrink; the
+    tokens of `keep` stay. The files appear in `out_dir` only after every check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more
     than `vram`).
     """
-    copied = [CONFIG, CALIBRATION_NAME] if read_calibration(Path(checkpoint)) else [CONFIG]
+    try:
+        copied = [CONFIG, CALIBRATION_NAME] if Calibration.load(checkpoint) else [CONFIG]
+    except PairError as error:
+        raise SourceError(str(error)) from error
     progress("reading the target's embedding and head")
-    drafter = load_drafter(Path(checkpoint), Path(target_dir))
-    facts = drafter_facts(drafter, Path(target_dir), Path(out_dir).name, tree_slots, top_k)
+    drafter = load_drafter(checkpoint, target_dir)
+    facts = drafter_facts(drafter, target_dir, out_dir.name, tree_slots, top_k)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as scratch:
-            facts = _write_files(drafter, Path(scratch), facts, progress)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as temporary:
+            scratch = Path(temporary)
+            facts = _write_files(drafter, scratch, facts, progress)
             if vram:
-                drafter, facts = _fitted(drafter, Path(scratch), replace(facts, vram=vram), fit, keep, progress)
-            if drafter.mix:
-                feature_mix(drafter.mix).save(Path(scratch) / FEATURE_MIX)
-            for report in check_files(drafter, Path(scratch), facts):
+                drafter, facts = _fitted(drafter, scratch, replace(facts, vram=vram), fit, keep, progress)
+            if mix := drafter.mix:
+                weights = mix.proj.weight.detach().cpu().numpy()
+                FeatureMix(mix.layers, weights, mix.eps).save(scratch / FEATURE_MIX)
+            for report in check_files(drafter, scratch, facts):
                 progress(str(report))
             for name in copied:
-                shutil.copyfile(Path(checkpoint) / name, Path(scratch) / name)
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.suffix == ".onnx"):  # .data before .onnx
+                shutil.copyfile(checkpoint / name, scratch / name)
+            for file in sorted(scratch.iterdir(), key=lambda file: file.suffix == ".onnx"):  # .data before .onnx
                 os.replace(file, out_dir / file.name)
     except OSError as error:
         raise ExportError(f"cannot write the drafter to {out_dir}: {error.strerror or error}") from error
@@ -98,27 +92,15 @@ def load_drafter(checkpoint: Path, target_dir: Path) -> DraftModel:
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
 
 
-def read_calibration(checkpoint: Path) -> Calibration | None:
-    """The checkpoint's calibration; None if the checkpoint has none. Raises SourceError."""
-    try:
-        return Calibration.load(checkpoint)
-    except PairError as error:
-        raise SourceError(str(error)) from error
-
-
-def feature_mix(mix: LayerMix) -> FeatureMix:
-    """What the runtime adds to the last feature inside the target's graph."""
-    return FeatureMix(mix.layers, mix.proj.weight.detach().cpu().numpy(), mix.eps)
-
-
 def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
     """What the manifest says about this drafter. folder: of the pair. Raises SourceError."""
     shape, layers = drafter.shape, drafter.mix.layers if drafter.mix else ()
-    tokenizer = target_dir / TOKENIZER
     try:
-        tokenizer_sha256 = sha256_file(tokenizer)
+        tokenizer_sha256 = sha256_file(target_dir / TOKENIZER)
     except OSError as error:
-        raise SourceError(f"cannot read {tokenizer} ({error.strerror}): export the target again") from error
+        raise SourceError(
+            f"cannot read {target_dir / TOKENIZER} ({error.strerror}): export the target again"
+        ) from error
     files = FILES | ({"features": FEATURE_MIX} if layers else {})
     return DrafterFacts(
         blocks=shape.blocks,
@@ -139,10 +121,7 @@ def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots
 
 
 def check_files(drafter: DraftModel, folder: Path, facts: DrafterFacts) -> list[Parity]:
-    """Compare every file in `folder` with torch, and check that CUDA can capture its file.
-
-    Raises ExportError with all failures of all files.
-    """
+    """Compare every file with torch and check CUDA's capture. Raises ExportError with all failures."""
     check_static(folder / FILES["cuda"], tokens=8, slots=facts.tree_slots + 256)
     reports = [
         check_parity(drafter, folder / name, TOLERANCES[PRECISION[device]], tree_slots=facts.tree_slots)
@@ -191,7 +170,7 @@ def _weights(folder: Path) -> int:
 def save(model: ir.Model, file: Path) -> None:
     """Write a graph, and its weights in a `.data` file beside it.
 
-    ONNX Runtime maps weights that have a file of their own: only the embedding rows that a run
-    looks up come into memory. Protobuf's limit of 2 GiB does not count for such a file.
+    ONNX Runtime maps such a file, so only the embedding rows that a run looks up come into memory.
+    Protobuf's limit of 2 GiB does not count for the file.
     """
     ir.save(model, file, external_data=f"{file.name}{DATA_SUFFIX}")

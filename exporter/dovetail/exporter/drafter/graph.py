@@ -78,10 +78,7 @@ class DrafterGraph(nn.Module):
         return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
 
     def _mask(self, tree_mask: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
-        """Additive mask [h/g * rows, T + S], equal for all heads of a group.
-
-        A row attends to context pair j if j < context_end[row].
-        """
+        """Additive mask [h/g * rows, T + S]: a row attends to pairs below its context_end."""
         shape, dtype = self.drafter.shape, tree_mask.dtype
         pairs = torch.arange(kv.shape[0] - self.tree_slots)
         blocked = torch.tensor(BLOCKED, dtype=dtype)
@@ -105,7 +102,6 @@ def attend(
     """Run one layer over its static buffer, for the m `rows` of x; None runs all rows.
 
     x: [n, H], mask: [h/g * m, T + S] additive, kv: [T + S, 2, g, d] -> [m, H] and the buffer.
-
     The query heads of a group are the rows of one product, so the graph never repeats keys and
     values. Shapes depend on n through one free axis only: with `slots` fixed, no shape arithmetic
     remains.

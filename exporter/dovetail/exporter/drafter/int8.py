@@ -1,11 +1,9 @@
 """Quantises the weights of an exported float32 graph to INT8, for ONNX Runtime on the CPU.
 
-Linear layers become MatMulNBits. Its weights have 8 bits, in blocks along the input axis. The
-kernel quantises activations per row and block (accuracy level 4). Dynamic quantisation of whole
-tensors is up to 1.7x faster from 8 rows on. But a target's features have outliers of 12 to 20 times
-their RMS. One scale per call keeps the drafter's first choice in 87% of rows, one scale per row and
-block in 97%.
-
+Linear layers become MatMulNBits: weights of 8 bits in blocks along the input axis, activations
+quantised per row and block (accuracy level 4). Dynamic quantisation of whole tensors is up to 1.7x
+faster from 8 rows on. But a target's features have outliers of 12 to 20 times their RMS. One scale
+per call keeps the drafter's first choice in 87% of rows, one scale per row and block in 97%.
 The embedding becomes int8 rows with one scale per row.
 
 Axes: N outputs, C inputs of a linear layer, B weights per block; V tokens, H hidden size.
@@ -27,8 +25,7 @@ INT8_COMPUTE = 4  # MatMulNBits' accuracy_level: multiply in int8
 def quantize(model: ir.Model) -> None:
     """Quantise every linear layer and the embedding, in place.
 
-    Raises ExportError naming a layer that kept float weights: such a layer is slow, and nothing
-    else shows it.
+    Raises ExportError naming a layer that kept float weights, because only its time would show it.
     """
     graph = model.graph
     for node in tuple(graph):
@@ -95,13 +92,8 @@ def _quantize_linear(graph: ir.Graph, node: ir.Node) -> None:
     assert weight is not None and weight.const_value is not None and weight.name
     matrix = weight.const_value.numpy()
     values, scales = block_quantize(matrix, BLOCK)
-    attributes: dict[str, int] = {
-        "K": matrix.shape[1],
-        "N": matrix.shape[0],
-        "bits": 8,
-        "block_size": BLOCK,
-        "accuracy_level": INT8_COMPUTE,
-    }
+    rows, columns = matrix.shape
+    attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_COMPUTE}
     inputs = [x, _constant(graph, f"{weight.name}.int8", values), _constant(graph, f"{weight.name}.scale", scales)]
     product = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=node.name)
     bias = node.inputs[2] if len(node.inputs) > 2 else None

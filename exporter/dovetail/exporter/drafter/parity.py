@@ -110,8 +110,7 @@ def children_error(got: Answer, want: Answer, columns: dict[int, int]) -> float:
     """Largest error of a child's log-probability or rank, in standard deviations of its row.
 
     The error of a rank is torch's log-probability at that rank less torch's value for the child.
-    An id outside the draft vocabulary gives inf.
-    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id.
+    got.logprobs: [n, k], want.logprobs: [n, K], columns: target id -> draft id; inf for another id.
     """
     if not set(got.ids.flat) <= set(columns):
         return float("inf")
@@ -162,10 +161,9 @@ class Script:
 
 
 class GraphRun:
-    """Runs an exported file with ONNX Runtime on the CPU; the state is plain arrays."""
+    """Runs a file with ONNX Runtime on the CPU; the state is plain arrays. noise: [1, K]."""
 
     def __init__(self, file: Path, drafter: DraftModel, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
-        """noise: [1, K] float32, added in every call."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -178,16 +176,14 @@ class GraphRun:
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(sizes.blocks)]
 
     def extend(self, tokens: NDArray[np.int64], features: NDArray[np.float32], last: bool = False) -> Answer:
-        """Append pairs and return children of all pairs, or of the last pair only (`last`).
-
-        Each pair writes a bank row of its own, so that the caller can compare all features.
-        """
+        """Append pairs, each with a bank row of its own; return children of all, or of the last."""
         n, slots = len(tokens), self.tree_slots
         positions = np.arange(self.length, self.length + n)
         self.length += n
         answer = self._run(
-            tokens, positions, features, slots + 1 + np.arange(n), slots + positions, 1 + np.arange(n), positions + 1,
-            np.full((n, slots), BLOCKED), np.arange(n - 1 if last else 0, n),
+            input_ids=tokens, position_ids=positions, features=features, feature_rows=slots + 1 + np.arange(n),
+            kv_slots=slots + positions, bank_slots=1 + np.arange(n), context_end=positions + 1,
+            tree_mask=np.full((n, slots), BLOCKED), queries=np.arange(n - 1 if last else 0, n),
         )  # fmt: skip
         self.bank[0] = self.bank[n]  # the last pair's output is the root's feature
         return answer
@@ -196,28 +192,22 @@ class GraphRun:
         self, rows: list[int], parents: list[int], tokens: NDArray[np.int64], depth: int, attend: list[list[int]]
     ) -> Answer:
         """Run the tree nodes `rows`; the bank rows of `parents` are their features."""
-        n = len(rows)
+        n, nodes = len(rows), np.array(rows)
         mask = np.full((n, self.tree_slots), BLOCKED)
         for row, seen in enumerate(attend):
             mask[row, seen] = 0
-        unused = np.zeros((n, self.bank.shape[1]), np.float32)
-        positions, ends = np.full(n, self.length - 1 + depth), np.full(n, self.length)
-        slots = np.array(rows)
-        return self._run(tokens, positions, unused, np.array(parents), slots, slots, ends, mask, np.arange(n))
+        return self._run(
+            input_ids=tokens, position_ids=np.full(n, self.length - 1 + depth),
+            features=np.zeros((n, self.bank.shape[1])), feature_rows=np.array(parents), kv_slots=nodes,
+            bank_slots=nodes, context_end=np.full(n, self.length), tree_mask=mask, queries=np.arange(n),
+        )  # fmt: skip
 
-    def _run(
-        self, tokens: Array, positions: Array, features: Array, feature_rows: Array, kv_slots: Array, bank_slots: Array,
-        context_end: Array, mask: Array, queries: Array,
-    ) -> Answer:  # fmt: skip
-        inputs = {
-            "input_ids": tokens, "position_ids": positions, "features": features.astype(self.dtype),
-            "feature_rows": feature_rows, "kv_slots": kv_slots, "bank_slots": bank_slots, "context_end": context_end,
-            "tree_mask": mask.astype(self.dtype), "queries": queries, NOISE: self.noise,
-            "bank": self.bank,
-            **{f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)},
-        }  # fmt: skip
-        logprobs, ids, self.bank, *self.kv = self.session.run(None, inputs)
-        return Answer(logprobs, ids.astype(np.int64), self.bank[bank_slots[queries]].astype(np.float32))
+    def _run(self, **inputs: Array) -> Answer:
+        floats = {name: inputs[name].astype(self.dtype) for name in ("features", "tree_mask")}
+        state = {"bank": self.bank, **{f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)}}
+        logprobs, ids, self.bank, *self.kv = self.session.run(None, {**inputs, **floats, NOISE: self.noise, **state})
+        features = self.bank[inputs["bank_slots"][inputs["queries"]]]
+        return Answer(logprobs, ids.astype(np.int64), features.astype(np.float32))
 
 
 def check_static(file: Path, tokens: int, slots: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.exporter.target.export import check_verifiable, static_size
+from dovetail.exporter.target.graph_probe import EXACT, stateful_logits
 from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
@@ -26,16 +27,9 @@ from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, 
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-    import openvino as ov
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
-# Without quantised activations and without rounding, passes of different widths agree.
-EXACT = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
 Activations = type[np.float16] | type[np.float32]
 ACTIVATIONS: dict[str, Activations] = {"cuda": np.float16, "cpu": np.float32}
 LOGPROB_TOLERANCE = 0.5  # the drafter's INT8 graph against its fp16 graph
@@ -120,31 +114,14 @@ def _run_target(pair: Path, manifest: Manifest) -> None:
     """Check the KV state: one pass over some tokens agrees with two passes over these tokens."""
     import openvino as ov
 
-    compiled = ov.Core().compile_model(pair / TARGET_GRAPH, "CPU", EXACT)
+    compiled = ov.Core().compile_model(pair / TARGET_GRAPH, "CPU", {**EXACT, "KV_CACHE_PRECISION": "f32"})
     ids = np.random.default_rng(0).integers(0, manifest.target.vocab_size, PROBE_TOKENS)
-    whole = _logits(compiled, [ids])
-    halves = _logits(compiled, [ids[:3], ids[3:]])
+    whole = stateful_logits(compiled, [ids])[-1]
+    halves = stateful_logits(compiled, [ids[:3], ids[3:]])[-1]
     if not (np.isfinite(whole).all() and np.isfinite(halves).all()):
         raise MismatchError("the target's logits are not finite: export the target again")
     if (difference := float(np.abs(whole - halves).max())) > LOGIT_TOLERANCE:
         raise MismatchError(f"the target's logits of one pass and of two differ by {difference:.2f}: export it again")
-
-
-def _logits(compiled: ov.CompiledModel, chunks: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Logits [V] of the last token after running the chunks through one state."""
-    request, past = compiled.create_infer_request(), 0
-    names = {name for port in compiled.inputs for name in port.get_names()}
-    for chunk in chunks:
-        values = {
-            "input_ids": chunk[None],
-            "attention_mask": np.ones((1, past + len(chunk)), np.int64),
-            "position_ids": np.arange(past, past + len(chunk))[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        request.infer({name: value for name, value in values.items() if name in names})
-        past += len(chunk)
-    logits: NDArray[np.float32] = request.get_tensor(LOGITS).data[0, -1].copy()
-    return logits
 
 
 def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
@@ -172,7 +149,11 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         drafted = read_draft_ids(session, path, facts)
     except DeviceError as error:  # the file is at fault, not a device
         raise IntegrityError(str(error)) from error
-    logprobs, ids = _run_onnx(session, _drafter_inputs(session, facts, kind), path)
+    try:
+        logprobs, ids = session.run(["top_logprobs", "top_ids"], _drafter_inputs(session, facts, kind))
+    except failures() as error:
+        reason = one_line(error)[:300]
+        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
     if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
         raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export it again")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
@@ -181,16 +162,7 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
         raise MismatchError(f"{path.name} proposes token {int(ids.max())}, beyond the vocabulary: export it again")
     if drafted is not None and not np.isin(ids, drafted).all():
         raise MismatchError(f"{path.name} proposes tokens outside its draft vocabulary: export it again")
-    result: NDArray[np.float32] = logprobs
-    return result
-
-
-def _run_onnx(session: ort.InferenceSession, inputs: dict[str, Any], path: Path) -> list[Any]:
-    try:
-        return list(session.run(["top_logprobs", "top_ids"], inputs))
-    except failures() as error:
-        reason = one_line(error)[:300]
-        raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
+    return logprobs
 
 
 def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:

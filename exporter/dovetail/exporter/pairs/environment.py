@@ -1,8 +1,8 @@
 """Makes a virtual environment for an architecture that the installed transformers cannot convert.
 
-The environment holds the newest transformers with which optimum-intel converts the architecture.
-Its other packages (optimum-intel, torch, nncf, OpenVINO) have the versions installed here. Its
-`optimum-cli` writes an IR, which `dovetail-export target` takes.
+The environment holds the newest transformers with which optimum-intel converts the architecture,
+and the other packages in the versions installed here. Its `optimum-cli` writes an IR, which
+`dovetail-export target` takes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ _ROOTS = ("optimum-intel", "accelerate")
 
 
 def make_environment(folder: Path, architecture: str, progress: Progress = silent) -> str:
-    """Make the environment at `folder` and return its version of transformers.
-
-    Raises InputError (unknown architecture, `folder` not empty) or ExportError (pip failed).
-    """
+    """Make the environment, return its version of transformers. Raises InputError, ExportError."""
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"--for {architecture} is no architecture that optimum-intel exports: give the model_type of a config.json"

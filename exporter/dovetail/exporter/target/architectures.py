@@ -1,14 +1,13 @@
 """Decides from the configuration alone whether a model can become a target.
 
-Three conditions hold for a target. Each layer keeps keys and values and no other state.
-optimum-intel exports the architecture, and does so with the installed transformers.
-docs/reference/families.md lists the architectures. The tests of families compare that list and
-the tables here with optimum-intel's own export classes.
+Each layer must keep keys and values and no other state, and optimum-intel must export the
+architecture with the installed transformers. docs/reference/families.md lists the architectures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -81,26 +80,23 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
     Raises SourceError with the reason and the remedy.
     """
     kind = check_attention(location, config)
-    if (versions := ARCHITECTURES.get(kind)) is None:
+    if (accepted := ARCHITECTURES.get(kind)) is None:
         raise SourceError(
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a text decoder: "
             "choose an architecture from docs/reference/families.md"
         )
-    installed = transformers or _installed()
-    if installed and installed not in versions:
-        here = f"pip install transformers=={versions.newest}"
+    installed = transformers or versions("transformers").get("transformers")  # without: the conversion says so
+    if installed and installed not in accepted:
+        here = f"pip install transformers=={accepted.newest}"
         apart = f"dovetail-export environment FOLDER --for {kind} (docs/reference/families.md)"
         raise SourceError(
-            f"{location} ({kind}) needs transformers {versions}, and {installed} is installed: "
-            f"{here if versions.newest in DOVETAIL_RUNS_WITH else apart}"
+            f"{location} ({kind}) needs transformers {accepted}, and {installed} is installed: "
+            f"{here if accepted.newest in DOVETAIL_RUNS_WITH else apart}"
         )
 
 
 def check_attention(location: str, config: Mapping[str, Any]) -> str:
-    """Return the model_type, and refuse a model whose layers a tree verifier cannot compute.
-
-    The model may be a checkpoint or an IR. Raises SourceError.
-    """
+    """Return a model's model_type. Raises SourceError if a tree verifier cannot compute its layers."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise SourceError(f"config.json of {location} names no model_type: give a language model")
@@ -137,7 +133,6 @@ def original_context(config: Mapping[str, Any]) -> int | None:
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the text decoder."""
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
 
@@ -169,8 +164,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(parts + [0] * (3 - len(parts)))
 
 
-def _installed() -> str | None:
-    try:
-        return metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        return None  # the conversion names the missing extra
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of the installed packages among `packages`, without an import."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

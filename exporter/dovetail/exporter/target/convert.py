@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from pickle import PickleError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,9 +24,6 @@ from dovetail.exporter.target.graph_probe import probe_tokens, torch_logits
 from dovetail.exporter.target.sources import Source
 from dovetail.runtime.errors import DovetailError, ExportError, InputError, SourceError, install_extra
 from dovetail.runtime.system.progress import Progress
-
-if TYPE_CHECKING:
-    from optimum.intel import OVWeightQuantizationConfig
 
 WEIGHT_FORMATS = ("fp32", "fp16", "int8", "int4", "mxfp4", "nf4", "cb4")
 REFERENCE = "reference.npy"  # logits of the checkpoint itself, for graph_probe
@@ -74,11 +71,9 @@ class WeightOptions:
 
     @property
     def is_float(self) -> bool:
-        """Whether the weights stay floating point."""
         return self.weight_format in ("fp32", "fp16")
 
     def given(self) -> list[str]:
-        """Names of the options that the user set."""
         return [f.name for f in fields(self) if f.name != "weight_format" and getattr(self, f.name) is not None]
 
     def to_json(self) -> dict[str, Any]:
@@ -91,31 +86,34 @@ def convert(
 ) -> None:
     """Write the IR of `source`, its configurations and reference logits to `folder`.
 
-    trust: run Python code that comes with the checkpoint. The conversion needs the `export` extra.
+    trust: run Python code that comes with the checkpoint.
     Raises SourceError (unreadable or unsupported checkpoint), InputError (options) or ExportError.
     """
     progress("loading torch, transformers and optimum")
     with quiet(verbose), _one_line_errors(source):
-        checkpoint = _gguf_to_hf(source, progress) if source.kind == "gguf" else source.path
+        checkpoint = source.path
+        if source.kind == "gguf":
+            from dovetail.exporter.target.gguf.header import read_model
+            from dovetail.exporter.target.gguf.weights import write_checkpoint
+
+            progress("reading the GGUF file")
+            checkpoint = Path(tempfile.mkdtemp(prefix="hf-"))
+            write_checkpoint(read_model(source.path), checkpoint)
         progress("comparing the checkpoint's tensors with the model's")
         check_tensors(source.location, checkpoint, trust)
         if options.is_float:
-            _export_plain(checkpoint, folder, options.weight_format, trust, progress)
+            from optimum.exporters.openvino import main_export
+            from optimum.intel import OVConfig
+
+            progress(f"tracing the model, {options.weight_format}")
+            config = OVConfig(dtype=options.weight_format)
+            main_export(str(checkpoint), folder, task=TASK, ov_config=config, stateful=True, trust_remote_code=trust)
         else:
             _export_compressed(source, checkpoint, folder, options, trust, progress)
         if options.is_float or options.weight_format == "int8":  # 4-bit weights differ too much for a comparison
             progress("computing reference logits with the checkpoint")
             tokens = probe_tokens(read_config(checkpoint))
             np.save(folder / REFERENCE, torch_logits(checkpoint, tokens, trust))
-
-
-def _export_plain(checkpoint: Path, folder: Path, dtype: str, trust: bool, progress: Progress) -> None:
-    from optimum.exporters.openvino import main_export
-    from optimum.intel import OVConfig
-
-    progress(f"tracing the model, {dtype}")
-    config = OVConfig(dtype=dtype)
-    main_export(str(checkpoint), folder, task=TASK, ov_config=config, stateful=True, trust_remote_code=trust)
 
 
 def _export_compressed(
@@ -135,8 +133,8 @@ def _export_compressed(
     model.save_pretrained(folder)
 
 
-def _quantization(source: Source, options: WeightOptions) -> OVWeightQuantizationConfig:
-    """The configuration that `optimum-cli export openvino` builds from the same flags."""
+def _quantization(source: Source, options: WeightOptions) -> Any:
+    """The OVWeightQuantizationConfig that optimum-cli builds from the same flags."""
     from optimum.intel import OVWeightQuantizationConfig
     from optimum.intel.openvino.configuration import get_default_quantization_config
 
@@ -152,18 +150,6 @@ def _quantization(source: Source, options: WeightOptions) -> OVWeightQuantizatio
     if dtype == "int8":
         wanted.setdefault("group_size", -1)
     return OVWeightQuantizationConfig(bits=8 if dtype == "int8" else 4, dtype=dtype, **wanted)
-
-
-def _gguf_to_hf(source: Source, progress: Progress) -> Path:
-    """Dequantise a GGUF file into a temporary Hugging Face folder."""
-    from dovetail.exporter.target.gguf.header import read_model
-    from dovetail.exporter.target.gguf.weights import write_checkpoint
-
-    header = read_model(source.path)
-    progress("reading the GGUF file")
-    folder = Path(tempfile.mkdtemp(prefix="hf-"))
-    write_checkpoint(header, folder)
-    return folder
 
 
 def check_tensors(location: str, checkpoint: Path, trust: bool = False) -> None:
@@ -211,6 +197,10 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         from safetensors import SafetensorError
     except ImportError as error:
         raise ExportError(f"converting a checkpoint needs {error.name}: {install_extra('export')}") from error
+
+    def unreadable(reason: str) -> SourceError:
+        return SourceError(f"{source.location}: unreadable weights: {reason}: download them again")
+
     try:
         yield
     except DovetailError:
@@ -221,23 +211,15 @@ def _one_line_errors(source: Source) -> Iterator[None]:
         raise
     except ImportError as error:
         raise ExportError(f"converting a checkpoint needs {error.name or error}: {install_extra('export')}") from error
-    except _DAMAGED_PICKLE as error:
-        raise SourceError(
-            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
-        ) from error
-    except SafetensorError as error:
+    except (SafetensorError, *_DAMAGED_PICKLE) as error:
         if "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
-        raise SourceError(
-            f"{source.location}: unreadable weights: {_first_line(error)}: download them again"
-        ) from error
+        raise unreadable(_first_line(error)) from error
     except StrictDataclassError as error:  # a value in config.json has a type that the model does not take
         raise SourceError(f"{source.location}: config.json: {' '.join(str(error).split())}") from error
     except _CONVERSION_ERRORS as error:
         if "PytorchStreamReader" in str(error):  # torch's reader of pytorch_model.bin
-            raise SourceError(
-                f"{source.location}: unreadable weights: pytorch_model.bin is damaged: download them again"
-            ) from error
+            raise unreadable("pytorch_model.bin is damaged") from error
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 
 

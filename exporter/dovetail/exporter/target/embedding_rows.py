@@ -1,9 +1,6 @@
-"""Reads the rows of embedding and lm_head from a target's OpenVINO IR.
+"""Reads the rows of embedding and lm_head from a target's OpenVINO IR, for its drafter.
 
-The drafter uses the embedding and head of the target that verifies its tokens. Both come from the
-target's IR, and OpenVINO decompresses every weight format itself.
-
-Axes: V target vocabulary, H hidden size.
+OpenVINO decompresses every weight format itself. Axes: V target vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ FloatArray = NDArray[np.float32]
 
 # The axis of a table that positions index.
 _TABLE_AXES = {"Gather": 0, "GatherElements": 1}
+_POSITIONS = {"position_ids", "attention_mask"}
 # Operations that may lie between `input_ids` and the embedding's Gather.
 _BEFORE_GATHER = {"Convert", "Reshape", "Unsqueeze", "Squeeze"}
 
@@ -60,7 +58,7 @@ def position_rows(model: ov.Model) -> int | None:
         for node in model.get_ops()
         if (axis := _TABLE_AXES.get(node.get_type_name())) is not None
         and _is_table(node.input_value(0).get_node())
-        and _parameters(node.input_value(1).get_node()) & {"position_ids", "attention_mask"}
+        and any(_POSITIONS & port.output(0).get_names() for port in _parameters(node.input_value(1).get_node()))
     ]
     return min(rows, default=None)
 
@@ -74,55 +72,41 @@ def _is_table(node: ov.Node) -> bool:
     )
 
 
-def _parameters(node: ov.Node) -> set[str]:
-    """Names of the graph inputs that `node` depends on."""
-    names: set[str] = set()
-    seen: set[str] = set()
+def _parameters(node: ov.Node) -> list[ov.Node]:
+    """The graph inputs that `node` depends on."""
+    found: dict[str, ov.Node] = {}
     pending = [node]
     while pending:
         node = pending.pop()
-        if node.get_friendly_name() in seen:
-            continue
-        seen.add(node.get_friendly_name())
-        if node.get_type_name() == "Parameter":
-            names |= node.output(0).get_names()
-        pending += [value.get_node() for value in node.input_values()]
-    return names
+        if node.get_friendly_name() not in found:
+            found[node.get_friendly_name()] = node
+            pending += [value.get_node() for value in reversed(node.input_values())]
+    return [node for node in found.values() if node.get_type_name() == "Parameter"]
 
 
 def _find_embedding(model: ov.Model) -> ov.Node:
     """The Gather that `input_ids` indexes."""
-    for parameter in model.inputs:
-        if "input_ids" not in parameter.get_names():
-            continue
-        pending = [parameter]
-        while pending:
-            for consumer in pending.pop().get_target_inputs():
-                node = consumer.get_node()
-                if node.get_type_name() == "Gather" and consumer.get_index() == 1:
-                    return node
-                if node.get_type_name() in _BEFORE_GATHER:
-                    pending.append(node.output(0))
+    pending = [port for port in model.inputs if "input_ids" in port.get_names()]
+    while pending:
+        for consumer in pending.pop().get_target_inputs():
+            node = consumer.get_node()
+            if node.get_type_name() == "Gather" and consumer.get_index() == 1:
+                return node
+            if node.get_type_name() in _BEFORE_GATHER:
+                pending.append(node.output(0))
     raise ExportError("the target's graph has no embedding that 'input_ids' indexes: export it from its checkpoint")
 
 
 def evaluate_constant(output: ov.Output, ir_xml: Path) -> FloatArray:
-    """Value of a subgraph of constants, float32."""
+    """Value of a subgraph of constants, float32. Raises ExportError if an input decides it."""
     import openvino as ov
     from openvino import opset13 as ops
 
-    _require_constant(output.get_node(), ir_xml)
+    for parameter in _parameters(output.get_node()):
+        raise ExportError(
+            f"weights of {ir_xml} depend on input {parameter.get_friendly_name()!r}: "
+            "export the target from its checkpoint"
+        )
     model = ov.Model([ops.result(ops.convert(output, "f32"))], [], "weights")
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    value: FloatArray = np.array(compiled([])[0], dtype=np.float32)
-    return value
-
-
-def _require_constant(node: ov.Node, ir_xml: Path) -> None:
-    """Raise ExportError for a subgraph that depends on an input, because it is no weight."""
-    if node.get_type_name() == "Parameter":
-        raise ExportError(
-            f"weights of {ir_xml} depend on input {node.get_friendly_name()!r}: export the target from its checkpoint"
-        )
-    for value in node.input_values():
-        _require_constant(value.get_node(), ir_xml)
+    return np.array(compiled([])[0], dtype=np.float32)

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dovetail.exporter.build.stages import PairBuild, Stage
-from dovetail.exporter.target.architectures import context_of, original_context
+from dovetail.exporter.target.architectures import context_of, original_context, versions
 from dovetail.exporter.target.configuration import (
     LAYER_KEYS,
     WIDTH_KEYS,
@@ -58,7 +57,6 @@ class TargetOptions:
 
     tokenizer: a folder or GGUF file with the tokenizer, if the source has no usable tokenizer.
     max_context: tokens of context, if the source's configuration does not say.
-    trust_remote_code: run the source's Python code.
     """
 
     weights: WeightOptions = field(default_factory=WeightOptions)
@@ -75,16 +73,9 @@ class TargetOptions:
 
 
 def export_target(
-    location: str,
-    out: Path,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    options: TargetOptions | None = None,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress = silent,
-) -> Manifest:
+    location: str, out: Path, *, name: str | None = None, revision: str | None = None,
+    options: TargetOptions | None = None, resume: bool = False, force: bool = False, progress: Progress = silent,
+) -> Manifest:  # fmt: skip
     """Export the target at `location` (see sources) as a pair without a drafter at `out`.
 
     Raises SourceError, InputError or ExportError, and leaves `out` unchanged.
@@ -126,24 +117,23 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         "max_context": options.max_context,
     }
 
+    def convert_weights(folder: Path) -> Mapping[str, Any]:
+        convert(source, folder, options.weights, options.trust_remote_code, build.progress, options.verbose)
+        return {}
+
     def fill(folder: Path) -> Mapping[str, Any]:
-        ir = _weights_folder(build, source, options)
+        ir = source.path  # without a tap
+        if source.kind != "ir":
+            build.run(Stage("weights", _weights_inputs(source, options), convert_weights, intermediate=True))
+            ir = build.folder("weights")
         return asdict(_fill_target(ir, source, tokenizer, folder, options, build.progress))
 
-    return target_facts(build.run(Stage("target", inputs, fill)))
-
-
-def target_facts(raw: Mapping[str, Any]) -> TargetFacts:
-    """Facts from a stage's record."""
-    return parse_record(TargetFacts, raw, "target")
+    return parse_record(TargetFacts, build.run(Stage("target", inputs, fill)), "target")
 
 
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
     """Provenance of a target: its source, and the options, time and versions of its export."""
-    if build.finished and build.kept("target") and "target" in build.finished.provenance:
-        kept: dict[str, Any] = build.finished.provenance["target"]
-        return kept
-    return {
+    return build.provenance_of("target") or {
         "source": {"location": source.location, **source.identity},
         "options": {
             **({} if source.kind == "ir" else options.weights.to_json()),
@@ -164,35 +154,11 @@ def describe_tools() -> dict[str, Any]:
     }
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed packages among `packages`, without an import."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _weights_inputs(source: Source, options: TargetOptions) -> dict[str, Any]:
     if source.kind == "ir":
         return {"source": source.identity, "packages": versions("openvino")}
     packages = versions("openvino", "optimum-intel", "nncf", "transformers", "torch")
     return {"source": source.identity, "weights": options.weights.to_json(), "packages": packages}
-
-
-def _weights_folder(build: PairBuild, source: Source, options: TargetOptions) -> Path:
-    """The folder of the untapped IR: the source itself, or the output of the "weights" stage."""
-    if source.kind == "ir":
-        return source.path
-
-    def fill(folder: Path) -> Mapping[str, Any]:
-        convert(source, folder, options.weights, options.trust_remote_code, build.progress, options.verbose)
-        return {}
-
-    build.run(Stage("weights", _weights_inputs(source, options), fill, intermediate=True))
-    return build.folder("weights")
 
 
 def _fill_target(
@@ -216,7 +182,7 @@ def _fill_target(
     if tokenizer.is_file():
         from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer  # only GGUF files need gguf
 
-        eos_token_ids = write_gguf_tokenizer(tokenizer, folder).eos_token_ids
+        eos_token_ids = write_gguf_tokenizer(tokenizer, folder)
         _name_ends(folder, eos_token_ids)
     else:
         encode = copy_tokenizer(tokenizer, folder, trust=options.trust_remote_code)
@@ -239,7 +205,6 @@ def _facts(
 ) -> TargetFacts:
     config = read_config(folder)
     inner = text_config(config, folder / "config.json")
-    context = _context(config, options)
     try:
         return TargetFacts(
             model_type=str(config["model_type"]),
@@ -247,7 +212,7 @@ def _facts(
             feature_size=static_size(find_head(model).input_value(0).get_partial_shape(), "features"),
             vocab_size=static_size(model.output(LOGITS).get_partial_shape(), "logits"),
             num_layers=_first(inner, *LAYER_KEYS),
-            max_context=context or _unknown_context(source),
+            max_context=_context(config, options, source),
             weight_format=detect_weight_format(model) if source.kind == "ir" else options.weights.weight_format,
             taps=(tap,),
             eos_token_ids=eos_token_ids or _eos_token_ids(folder, inner),
@@ -340,7 +305,7 @@ def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
 
 
 def static_size(shape: ov.PartialShape, what: str) -> int:
-    """Return the last size of `shape`. what: its name for people. Raises ExportError if it is dynamic."""
+    """Return the last size of `shape`, named `what`. Raises ExportError if the size is dynamic."""
     last = shape[len(shape) - 1]
     if last.is_dynamic:
         raise ExportError(f"the size of the {what} is not fixed in the graph: export the model again with optimum")
@@ -354,15 +319,14 @@ def _first(config: Mapping[str, Any], *keys: str) -> int:
     raise KeyError(keys[0])
 
 
-def _context(config: Mapping[str, Any], options: TargetOptions) -> int | None:
+def _context(config: Mapping[str, Any], options: TargetOptions, source: Source) -> int:
+    """Tokens of context. Raises InputError or SourceError."""
     original = original_context(config)
     if original and options.max_context and options.max_context > original:
         raise InputError(
             f"--max-context {options.max_context} passes the original context {original} of a model with long RoPE, "
             f"whose factors change there: give {original} or less"
         )
-    return options.max_context or context_of(config)
-
-
-def _unknown_context(source: Source) -> int:
+    if context := options.max_context or context_of(config):
+        return context
     raise SourceError(f"config.json of {source.location} names no context length: give --max-context")

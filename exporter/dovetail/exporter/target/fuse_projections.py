@@ -1,10 +1,8 @@
 """Fuses quantised layers that read the same input: query, key and value; gate and up.
 
-Every layer quantises its input again and waits for all threads. In narrow models these steps take
-much of a pass. Each row of a weight has its own scales, so the sums stay the same
-(docs/results/passes.md).
-
-Axes: N rows (outputs) of a layer, K columns (inputs).
+Every layer quantises its input again and waits for all threads, which takes much of a pass in
+narrow models. Each row of a weight has its own scales, so the sums stay the same
+(docs/results/passes.md). Axes: N rows (outputs) of a layer, K columns (inputs).
 """
 
 from __future__ import annotations
@@ -29,10 +27,7 @@ PARTS = "+"  # joins the names of fused layers
 
 @dataclass(frozen=True)
 class _Projection:
-    """A quantised layer: x [.., K] -> x W^T + bias [.., N].
-
-    form: equal for layers whose weights and biases can be stacked.
-    """
+    """A quantised layer: x [.., K] -> x W^T + bias [.., N]. Equal forms can be stacked."""
 
     matmul: ov.Node
     bias: ov.Node | None  # the Add that follows the MatMul
@@ -48,9 +43,9 @@ def fuse_projections(model: ov.Model, apart: ov.Node | None = None) -> int:
     """Fuse the quantised layers that share an input into one layer and a split; count the groups.
 
     apart: the MatMul of a layer that stays alone, such as the lm_head. A layer also stays alone if
-    its weight is floating point, is transposed, has one row, or has no equal format in the group.
-    So does a layer whose product is an output of the model. So does a layer whose weight comes from
-    operations that OpenVINO's quantisation does not use.
+    its weight is floating point, is transposed, has one row, or has no equal format in the group. So
+    does a layer whose product is an output of the model, or whose weight comes from operations that
+    OpenVINO's quantisation does not use.
     """
     groups: dict[Hashable, list[_Projection]] = defaultdict(list)
     for node in model.get_ordered_ops():

@@ -16,9 +16,9 @@ Axes: T prompt tokens, K tokens after the prompt, N nodes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,13 @@ from numpy.typing import NDArray
 from dovetail.exporter.target.architectures import context_of
 from dovetail.runtime.errors import ExportError
 from dovetail.runtime.system.arrays import SequenceId
+from dovetail.runtime.target.graph import LOGITS
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 FloatArray = NDArray[np.float32]
 
@@ -40,7 +44,7 @@ _LONGEST = 640  # largest T: a model of 7B takes a minute at most; longer window
 # attention 0.2 to 1.5. INT4 weights give 0.3 to 1.1, too much for a comparison. The median row
 # counts, because a near tie may send one token to another expert.
 _SAME_WEIGHTS, _INT8 = 0.05, 0.3
-_EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+EXACT: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # Two long branches and several short branches, which leave the first chain at every level.
 _PARENTS = (-1, 0, 1, 2, 0, 4, 5, 1, 7, 0, 9, 2)
 
@@ -71,18 +75,24 @@ def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
     """Logits [K, V] after the prompt, from a stateful IR without paged attention."""
     import openvino as ov
 
-    compiled = ov.Core().compile_model(xml, "CPU", {**_EXACT, "KV_CACHE_PRECISION": "f16"})
-    count = len(tokens)
-    inputs = {
-        "input_ids": tokens[None],
-        "attention_mask": np.ones((1, count), np.int64),
-        "position_ids": np.arange(count)[None],
-        "beam_idx": np.zeros(1, np.int32),
-    }
+    compiled = ov.Core().compile_model(xml, "CPU", {**EXACT, "KV_CACHE_PRECISION": "f16"})
+    return np.array(stateful_logits(compiled, [tokens])[-_FOLLOWING:], np.float32)
+
+
+def stateful_logits(compiled: ov.CompiledModel, chunks: Sequence[NDArray[np.int64]]) -> FloatArray:
+    """Logits [T, V] of the last chunk, after running the chunks through one state."""
+    request, past = compiled.create_infer_request(), 0
     known = {name for port in compiled.inputs for name in port.get_names()}
-    request = compiled.create_infer_request()
-    request.infer({name: array for name, array in inputs.items() if name in known})
-    return np.array(request.get_tensor("logits").data[0, -_FOLLOWING:], np.float32)
+    for chunk in chunks:
+        inputs = {
+            "input_ids": chunk[None],
+            "attention_mask": np.ones((1, past + len(chunk)), np.int64),
+            "position_ids": np.arange(past, past + len(chunk))[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.infer({name: array for name, array in inputs.items() if name in known})
+        past += len(chunk)
+    return np.array(request.get_tensor(LOGITS).data[0])
 
 
 def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: FloatArray | None = None) -> None:
@@ -91,7 +101,7 @@ def probe_graph(xml: Path, tokens: NDArray[np.int64], same: FloatArray, close: F
     same: logits [K, V] of equal weights. close: logits [K, V] of the float weights before INT8.
     Raises ExportError.
     """
-    target = OpenVINOTarget(PagedModel(xml, properties=_EXACT), len(tokens) + len(_PARENTS))
+    target = OpenVINOTarget(PagedModel(xml, properties=EXACT), len(tokens) + len(_PARENTS))
     prompt = tokens[:-_FOLLOWING]
     seq = target.open()
     target.prefill(seq, prompt)

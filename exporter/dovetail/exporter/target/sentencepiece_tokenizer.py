@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +25,37 @@ _NORMAL = 1  # SentencePiece.Type of a piece that is no control, byte or user-de
 class SentencePiece:
     """A model that the sentencepiece library reads."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises SourceError if the library is missing, ValueError for a file of another format."""
+    def __init__(self, model: Any, proto: Any) -> None:
+        self._model, self._proto = model, proto
+        ids = range(model.get_piece_size())
+        self._special = {model.id_to_piece(i): i for i in ids if model.is_control(i) or model.is_unknown(i)}
+        self._names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> SentencePiece | None:
+        """The model of a checkpoint; None without a model, or for a tiktoken file of that name.
+
+        Raises SourceError if the library is missing.
+        """
+        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if file is None:
+            return None
         try:
             from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
         except ImportError as error:
             raise SourceError(f"{file} needs sentencepiece: {install_extra('export')}") from error
         try:
-            self._model = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file} is no sentencepiece model") from error
-        self._proto = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
-        ids = range(self._model.get_piece_size())
-        special = [i for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
-        self._special = {self._model.id_to_piece(i): i for i in special}
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> SentencePiece | None:
-        """The model of a checkpoint; None without a model, or for a tiktoken file of that name."""
-        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-        try:
-            return None if file is None else cls(file)
-        except ValueError:
+            model = SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
             return None
+        return cls(model, sentencepiece_model_pb2.ModelProto.FromString(model.serialized_model_proto()))
 
-    @property
-    def encode(self) -> Callable[[str], Sequence[int]]:
-        """A function from text to ids: the library encodes the text between special tokens."""
-        names = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
-
-        def encode(text: str) -> list[int]:
-            parts = names.split(text)
-            return [i for part in parts for i in ([self._special[part]] if part in self._special else self._ids(part))]
-
-        return encode
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`: the library encodes the text between special tokens."""
+        ids: list[int] = []
+        for part in self._names.split(text):
+            ids += [self._special[part]] if part in self._special else self._model.encode(part)
+        return ids
 
     def correct(self, tokenizer_json: Path) -> None:
         """Give the converted tokenizer the model's vocabulary and rules for spaces and bytes."""
@@ -88,10 +84,6 @@ class SentencePiece:
         merges = [(left, right) for left, right in parts if left in vocabulary and right in vocabulary]
         unknown = pieces[trainer.unk_id].piece
         return BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(text)
-        return ids
 
 
 def _normalizers(spec: Any) -> list[Any]:

@@ -48,7 +48,6 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder with configuration and tokenizer."""
         return self.path.parent if self.kind == "gguf" else self.path
 
     @property
@@ -77,10 +76,7 @@ def resolve_source(location: str, revision: str | None = None) -> Source:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """Download a Hub repository into the cache and return its folder, named after the commit.
-
-    Raises SourceError in one line if the Hub is unreachable or refuses.
-    """
+    """Download a Hub repository; return its folder, named after the commit. Raises SourceError."""
     import httpx
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -120,15 +116,16 @@ def _local(path: Path, location: str) -> Source:
         header = read_model(path)
         check_architecture(location, gguf_config(header))
         return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
+    config = None
     if (path / CONFIG).is_file():
         check_fetched(path / CONFIG)
         check_json(path)
         config = read_config(path)
     if (path / IR_GRAPH).is_file():
-        if (path / CONFIG).is_file():
+        if config is not None:
             check_attention(location, config)
-        return Source("ir", location, path, _digest(path, [IR_GRAPH, IR_WEIGHTS, "config.json"]))
-    if (path / CONFIG).is_file():
+        return Source("ir", location, path, _digest(path, [IR_GRAPH, IR_WEIGHTS, CONFIG]))
+    if config is not None:
         names = _weight_files(path)
         check_architecture(location, config)
         _check_quantization(location, config)
@@ -146,12 +143,13 @@ def _local(path: Path, location: str) -> Source:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    weights = sorted(p.name for p in folder.glob("*.safetensors")) or sorted(
-        p.name for p in folder.glob("pytorch_model*.bin")
-    )
+    def named(pattern: str) -> list[str]:
+        return sorted(path.name for path in folder.glob(pattern))
+
+    weights = named("*.safetensors") or named("pytorch_model*.bin")
     if not weights:
         raise SourceError(f"{folder} has no weights: add the *.safetensors or pytorch_model*.bin of its config.json")
-    return ["config.json", *weights, *sorted(p.name for p in folder.glob("*.py"))]
+    return [CONFIG, *weights, *named("*.py")]
 
 
 def check_fetched(path: Path) -> None:

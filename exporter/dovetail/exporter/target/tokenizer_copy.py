@@ -1,8 +1,8 @@
 """Copies a target's tokenizer from its source and checks the copy before the export ends.
 
 A tokenizer that loses spaces or splits digits differently raises no error, and the model answers
-nonsense. An export therefore copies the files and never saves them through another library. It then
-checks that the copy decodes a set of texts to themselves and gives the source's ids.
+nonsense. An export therefore copies the files, and checks that the copy decodes a set of texts to
+themselves and gives the source's ids.
 """
 
 from __future__ import annotations
@@ -22,17 +22,9 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 Encode = Callable[[str], Sequence[int]]  # text -> ids, no special tokens added
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # Texts that every tokenizer of a language model decodes to themselves. None starts with a space,
@@ -75,18 +67,16 @@ except Exception:
 for text in texts:
     tokenizer.decode(tokenizer.encode(text).ids)
 """
-_CHAT = [{"role": "user", "content": "Hello  there,\n12 + 30?"}]
 
 
-def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: bool = False) -> Encode:
-    """Replace the tokenizer files in `out_dir` by the source's; return the source's `encode`.
+def copy_tokenizer(source: Path, out: Path, *, trust: bool = False) -> Encode:
+    """Replace the tokenizer files in `out` by the source's; return the source's `encode`.
 
-    transformers' AutoTokenizer converts a folder that has only slow files.
-    trust: run Python code that comes with the tokenizer.
+    transformers' AutoTokenizer converts a folder that has only slow files. trust: run Python code
+    that comes with the tokenizer.
     Raises SourceError if the source's tokenizer is missing, unreadable or takes too much memory.
     Raises ExportError if the copy cannot be written.
     """
-    source, out = Path(source_folder), Path(out_dir)
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if "tokenizer.json" not in present and not set(present) & set(_SLOW_FILES):
         raise SourceError(f"{source} has no tokenizer.json or tokenizer.model: add the checkpoint's tokenizer files")
@@ -103,7 +93,7 @@ def copy_tokenizer(source_folder: Path | str, out_dir: Path | str, *, trust: boo
     return encode if encode is not None else _convert_slow(source, out, trust)
 
 
-def probe_tokenizer(folder: Path | str, reference_encode: Encode | None = None) -> None:
+def probe_tokenizer(folder: Path, reference_encode: Encode | None = None) -> None:
     """Check that the tokenizer in `folder` keeps text and gives the source's ids.
 
     reference_encode: the source's `encode`, which adds no special tokens; None without a source.
@@ -141,7 +131,7 @@ def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
             yield f"end-of-sequence id {token_id} is no token"
     if tokenizer.has_chat_template:
         try:
-            tokenizer.encode_chat(_CHAT)
+            tokenizer.encode_chat([{"role": "user", "content": "Hello  there,\n12 + 30?"}])
         except InputError as error:
             yield f"a user turn cannot be rendered: {error}"
 
@@ -169,10 +159,7 @@ def _random_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def try_limited(file: Path) -> None:
-    """Load `file` and encode the probes in a process with limited memory and time.
-
-    Raises SourceError if the process fails.
-    """
+    """Encode the probes in a process with limited memory and time. Raises SourceError."""
     texts = json.dumps([*SAME_IDS, "".join(SAME_IDS) * 50])
     command = [sys.executable, "-c", _TRIAL, str(file)]
     try:
@@ -189,7 +176,7 @@ def _encode_of(folder: Path) -> Encode:
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except IntegrityError as error:
-        raise SourceError(f"{error}".replace("export the target again", "fetch the checkpoint again")) from error
+        raise SourceError(str(error).replace("export the target again", "fetch the checkpoint again")) from error
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -206,9 +193,8 @@ def _convert_slow(source: Path, out: Path, trust: bool) -> Encode:
         OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError, EOFError,
         ArithmeticError, StrictDataclassError,
     ) as error:  # fmt: skip
-        reason = one_line(error)
         raise SourceError(
-            f"the tokenizer in {source} cannot be converted ({reason}): add its tokenizer.json"
+            f"the tokenizer in {source} cannot be converted ({one_line(error)}): add its tokenizer.json"
         ) from error
     if not (out / "tokenizer.json").is_file():
         raise SourceError(f"the tokenizer in {source} has no fast form: add its tokenizer.json")

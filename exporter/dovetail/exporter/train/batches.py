@@ -6,7 +6,7 @@ Axes: B conversations of a batch, T positions, D feature size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,11 +37,8 @@ class Windows:
     start: int
 
     def to(self, device: str) -> Windows:
-        """The batch on `device`."""
-        features, tokens, following, answer = (
-            tensor.to(device) for tensor in (self.features, self.tokens, self.following, self.answer)
-        )
-        return Windows(features, tokens, following, answer, self.start)
+        names = ("features", "tokens", "following", "answer")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Batches:
@@ -52,12 +49,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        features: FeatureStore,
-        usable: NDArray[np.int64],
-        drafter: Drafter,
-        options: FitOptions,
+        self, corpus: Corpus, features: FeatureStore, usable: NDArray[np.int64], drafter: Drafter, options: FitOptions
     ):
         long_enough = (corpus.lengths - corpus.prompt_lengths >= 2) & (corpus.lengths >= 4)
         usable = usable[long_enough[usable]]
@@ -92,7 +84,6 @@ class Batches:
         return rng.permutation(np.concatenate([*alike, np.zeros(0, np.int64)]).reshape(-1, size))
 
     def batch(self, rows: NDArray[np.int64]) -> Windows:
-        """Pad the conversations `rows` into one batch."""
         offsets, window = self.corpus.offsets, self.options.window
         # At most half of a window is the end of the prompt; the answer's beginning fills the rest.
         firsts = np.maximum(0, self.corpus.prompt_lengths[rows] - window // 2)
@@ -119,10 +110,7 @@ class Batches:
         )
 
     def stream(self, step: int, hold: Callable[[int], None]) -> Iterator[tuple[int, Windows]]:
-        """Yield (step, batch) from `step` on, without end.
-
-        `stream` calls hold(group) before it reads the features of a group.
-        """
+        """Yield (step, batch) from `step` on, without end, after a call of hold() for a new group."""
         held: int | None = None
         while True:
             epoch, index = divmod(step, self.per_epoch)

@@ -32,7 +32,6 @@ class Forbidden:
         return bool(self._runs)
 
     def touches(self, text: str) -> bool:
-        """Whether `text` contains one of the runs."""
         words = _words(text)
         return any(not runs.isdisjoint(_runs(words, size)) for size, runs in self._runs.items())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import TrainError
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system.files import read_arrays
 
+ARRAYS = ("tokens", "lengths", "prompt_lengths")
 _AGAIN = "give an .npz that `train` can write"
 
 
@@ -31,10 +33,7 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Conversations, concatenated.
-
-    tokens: [total] int64. lengths, prompt_lengths: [conversations] int64.
-    """
+    """Conversations, concatenated. tokens: [total]. lengths, prompt_lengths: [conversations]."""
 
     tokens: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -67,12 +66,10 @@ class Corpus:
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens that the target wrote."""
         return int((self.lengths - self.prompt_lengths).sum())
 
     @classmethod
     def of(cls, conversations: Iterable[TrainingText]) -> Corpus:
-        """A corpus of the conversations, in order."""
         found = list(conversations)
         return cls(
             np.array([token for c in found for token in c.tokens], np.int64),
@@ -82,18 +79,13 @@ class Corpus:
 
     @classmethod
     def join(cls, corpora: Sequence[Corpus]) -> Corpus:
-        """A corpus of all conversations of the corpora, in order."""
-        none = np.zeros(0, np.int64)
-        return cls(
-            np.concatenate([none, *(corpus.tokens for corpus in corpora)]),
-            np.concatenate([none, *(corpus.lengths for corpus in corpora)]),
-            np.concatenate([none, *(corpus.prompt_lengths for corpus in corpora)]),
-        )
+        whole = [cls.of(()), *corpora]
+        return cls(*(np.concatenate([getattr(each, name) for each in whole]) for name in ARRAYS))
 
     @classmethod
     def load(cls, path: Path) -> Corpus:
         """Read an .npz with `tokens`, `lengths`, `prompt_lengths`."""
-        arrays = read_arrays(path, ("tokens", "lengths", "prompt_lengths"), TrainError, _AGAIN)
+        arrays = read_arrays(path, ARRAYS, TrainError, _AGAIN)
         if any(array.dtype.kind not in "iu" for array in arrays):
             raise TrainError(f"{path} holds {', '.join(str(array.dtype) for array in arrays)}, not ids: {_AGAIN}")
         try:
@@ -103,18 +95,14 @@ class Corpus:
 
     def save(self, path: Path) -> None:
         """Write the .npz atomically."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                tokens=self.tokens.astype(np.uint32),
-                lengths=self.lengths.astype(np.int32),
-                prompt_lengths=self.prompt_lengths.astype(np.int32),
-            )
-        os.replace(temporary, path)
+        lengths, prompt_lengths = self.lengths.astype(np.int32), self.prompt_lengths.astype(np.int32)
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, tokens=self.tokens.astype(np.uint32), lengths=lengths, prompt_lengths=prompt_lengths
+        )
+        write_atomically(path, buffer.getvalue())
 
     def select(self, indices: NDArray[np.int64]) -> Corpus:
-        """The conversations `indices`, in that order."""
         starts = self.offsets
         parts = [self.tokens[starts[i] : starts[i + 1]] for i in indices]
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -135,10 +123,9 @@ class Corpus:
 
 
 def draft_vocabulary(corpus: Corpus, size: int, vocab_size: int) -> NDArray[np.int64]:
-    """`d2t` [size] int64: the most frequent tokens, sorted by id.
+    """`d2t` [size] int64: the most frequent tokens, sorted by id; unseen tokens rank by id.
 
-    Unseen tokens rank by id, which is BPE's order of merges. A token of a prompt counts a tenth of
-    a token of an answer, because the drafter drafts answers.
+    A token of a prompt counts a tenth of a token of an answer, because the drafter drafts answers.
     """
     if corpus.tokens.size and int(corpus.tokens.max()) >= vocab_size:
         raise TrainError(

@@ -1,7 +1,6 @@
 """Measures a drafter on held-out text: its acceptance length, and the calibration of its q.
 
-Axes: T positions of one conversation, D size of the features that the drafter reads, n positions of
-one depth, k candidates.
+Axes: T positions of one conversation, D feature size, n positions of one depth, k candidates.
 """
 
 from __future__ import annotations
@@ -44,10 +43,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The drafter's best tokens at one depth, after paths of the target's own text.
+    """The drafter's k best tokens at one depth, after paths of the target's own text, best first.
 
-    logprobs: [n, k] float32, best first, given the path. hits: [n, k] bool, equal to the target's
-    token.
+    logprobs: [n, k] float32, given the path. hits: [n, k] bool, equal to the target's token.
     """
 
     logprobs: NDArray[np.float32]
@@ -58,8 +56,8 @@ class Candidates:
 def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int = 6, window: int = 512) -> HeldOut:
     """Draft at every answer position at once and compare the drafts with the target's own text.
 
-    A greedy chain starts at each position that `depth` tokens follow. Candidates count at every
-    answer position. features: row i belongs to corpus.tokens[i].
+    A greedy chain starts at each position that `depth` tokens follow. features: row i belongs to
+    corpus.tokens[i].
     """
     k = min(CANDIDATES, drafter.config.draft_vocab_size)
     found = [[Candidates(np.zeros((0, k), np.float32), np.zeros((0, k), bool))] for _ in range(depth)]
@@ -81,16 +79,11 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int
             kept[j] += alive.sum()
     rates = kept / max(1, positions)
     accepted = tuple(round(float(rate), 4) for rate in rates)
-    return HeldOut(1.0 + float(rates.sum()), accepted, positions, calibrate(found))
-
-
-def calibrate(found: list[list[Candidates]]) -> Calibration:
-    """Fit every depth on its candidates from all conversations."""
     fits = []
     for parts in found:
         logprobs = np.concatenate([part.logprobs.ravel() for part in parts])
         fits.append(fit_depth(logprobs, np.concatenate([part.hits.ravel() for part in parts])))
-    return Calibration(found[0][0].hits.shape[1], tuple(fits))
+    return HeldOut(1.0 + float(rates.sum()), accepted, positions, Calibration(k, tuple(fits)))
 
 
 def candidates(
@@ -144,8 +137,7 @@ def fit_depth(logprobs: NDArray[np.floating], hits: NDArray[np.bool_]) -> DepthC
 def platt(z: Floats, seen: Floats) -> tuple[float, float]:
     """(scale, shift) with the least log loss of sigmoid(scale * z + shift), with a prior at (1, 0).
 
-    z, seen: [n]. The method is damped Newton on a convex loss. The prior makes the minimum unique
-    and finite.
+    z, seen: [n]. Damped Newton on a convex loss; the prior makes the minimum unique and finite.
     """
     start = np.array([1.0, 0.0])
 

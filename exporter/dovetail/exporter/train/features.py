@@ -2,9 +2,9 @@
 
 Axes: T tokens of the corpus, D feature size. 2 * T * D bytes: 300 MB for 260,000 tokens of SmolLM2.
 
-A corpus consists of parts. If the features of all parts fit into the budget, the target computes
-them once. If not, parts form groups that fit. The fit takes one group after the other, and the
-target computes a group's features again for each of its turns.
+If the features of all parts of a corpus fit into the budget, the target computes them once. If
+not, parts form groups that fit. The fit takes one group after the other, and the target computes a
+group's features again for each of its turns.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+OpenModel = Callable[[], PagedModel]
 PASS_TOKENS = 1024  # tokens per pass; longer passes are no faster on the CPU
 
 
@@ -48,12 +49,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        parts: Sequence[Part],
-        feature_size: int,
-        open_model: Callable[[], PagedModel],
-        budget_bytes: float,
+        self, folder: Path, parts: Sequence[Part], feature_size: int, open_model: OpenModel, budget_bytes: float
     ):
         self.folder, self.feature_size, self.open_model = folder, feature_size, open_model
         self.parts = [part for part in parts if len(part.corpus)]
@@ -67,7 +63,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def hold(self, group: int, progress: Callable[[int], None]) -> None:
-        """Bring the features of one group to disk and remove all others; can resume within a part.
+        """Bring one group's features to disk and remove the others; can resume within a part.
 
         progress: called with the number of finished tokens of the group.
         """
@@ -83,7 +79,7 @@ class FeatureStore:
         done = 0
         for index in wanted:
             corpus, file = self.parts[index].corpus, self.folder / f"{self.parts[index].name}.f16"
-            if not is_complete(file, corpus, self.feature_size):
+            if not file.exists() or file.stat().st_size != feature_bytes(corpus, self.feature_size):
                 model = model or self.open_model()
                 for tokens in write_features(model, corpus, file):
                     progress(done + tokens)
@@ -95,21 +91,20 @@ class FeatureStore:
 
     def __getitem__(self, rows: slice) -> NDArray[np.float16]:
         """Rows of one conversation. The store must hold the group of the conversation's part."""
-        part = int(np.searchsorted(self.starts, rows.start, side="right")) - 1
+        part = self._part_of(rows.start)
         start = int(self.starts[part])
         return self._rows[part][rows.start - start : rows.stop - start]
 
     def group_of(self, row: int) -> int:
-        """The group with the row `row`."""
-        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        part = self._part_of(row)
         return next(index for index, group in enumerate(self.groups) if part in group)
+
+    def _part_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
 
 
 def check_room(stores: Sequence[FeatureStore]) -> None:
-    """Raise TrainError if the disk lacks room for the largest group of each store.
-
-    Feature files that are on disk count as room.
-    """
+    """Raise TrainError if the disk lacks room for each store's largest group; files there count."""
     needed = sum(store.largest for store in stores)
     present = sum(file.stat().st_size for store in stores for file in store.folder.glob("*.f16"))
     free = shutil.disk_usage(stores[0].folder).free
@@ -136,11 +131,6 @@ def _groups(sizes: Sequence[int], budget_bytes: float) -> list[list[int]]:
         groups[-1].append(part)
         room -= size
     return groups
-
-
-def is_complete(file: Path, corpus: Corpus, feature_size: int) -> bool:
-    """Whether `file` holds the features of the whole `corpus`; the file grows pass by pass."""
-    return file.exists() and file.stat().st_size == feature_bytes(corpus, feature_size)
 
 
 def write_features(model: PagedModel, corpus: Corpus, file: Path) -> Iterator[int]:

@@ -34,10 +34,7 @@ _LOAD_FAILURES = (RuntimeError, ValueError, LookupError, TypeError, AttributeErr
 
 @dataclass
 class FitState:
-    """The state of a fit, as `state.pt` stores it.
-
-    total: updates of the whole run, 0 while unknown.
-    """
+    """The state of a fit, as `state.pt` stores it. total: updates of the run, 0 while unknown."""
 
     step: int = 0
     total: int = 0
@@ -60,7 +57,7 @@ class Fitting:
         """Update until the options' epochs end, or for about `seconds`; return the state.
 
         With `seconds`, the speed of the first updates sets the number of all updates.
-        measure: measures the held-out acceptance length; called ten times in a run, for the curve.
+        measure: gives the held-out acceptance length, LOOKS times in a run, for the curve.
         """
         state, options = self.state, self.options
         if seconds is None:
@@ -79,7 +76,8 @@ class Fitting:
                 state.total = state.step + max(0, int((seconds - state.seconds) / (state.seconds / state.step)))
                 self._save()
             if state.step % CURVE_EVERY == 0 or state.step == state.total:
-                recent = self._record(recent, measure)
+                self._record(recent, measure)
+                recent = []
             if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
@@ -87,7 +85,6 @@ class Fitting:
         return state
 
     def _update(self, step: int, windows: Windows) -> StepReport:
-        """Update all weights once and return the report of the step."""
         options = self.options
         share = step / self.state.total if self.state.total else 0.0
         for optimizer in self.optimizers:
@@ -103,8 +100,8 @@ class Fitting:
             optimizer.zero_grad(set_to_none=True)
         return report
 
-    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> list[StepReport]:
-        """Add a point to the curve, every few points with a held-out measurement; return []."""
+    def _record(self, recent: list[StepReport], measure: Callable[[], float]) -> None:
+        """Add a point to the curve, every few points with a held-out measurement."""
         state = self.state
         before = state.curve[-1]["update"] if state.curve else 0
         state.curve.append(point := _point(state, recent))
@@ -113,7 +110,6 @@ class Fitting:
         agreement = " ".join(f"{a:.3f}" for a in point["agreement"])
         held_out = next((f"  held out {p['held_out']:.2f}" for p in reversed(state.curve) if "held_out" in p), "")
         self.progress("fit", state.step, state.total, f"loss {point['loss']:.2f}  agreement {agreement}{held_out}")
-        return []
 
     def _hold(self, group: int) -> None:
         self.batches.features.hold(group, lambda n: self.progress("features", n, 0, "for the next turn"))
@@ -140,7 +136,6 @@ class Fitting:
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:
-    """One point of the learning curve: means since the last point."""
     agreement = np.nan_to_num([report.agreement for report in recent]).mean(axis=0)  # nan: no position in a batch
     return {
         "update": state.step,

@@ -23,7 +23,7 @@ from dovetail.models.drafter import Drafter
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: mean over positions and steps.
+    """The report of an update. loss: mean over positions and steps.
 
     agreement: per step, the share of rows in which drafter and target have the same top token.
     """
@@ -69,7 +69,7 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
     own, before = g[:, start - lend :], g[:, :1] if start else torch.zeros_like(g[:, :1])
     total = g.new_zeros(())
     reports = []
-    valid = _valid_rows(answer, options.unroll)
+    position = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)[answer]
     for j in range(options.unroll):
         if j:
             shifted = torch.cat([before if j == 1 else torch.zeros_like(before), own[:, :-1]], 1)
@@ -78,7 +78,7 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
         if options.regression:
             distance = F.smooth_l1_loss(own[answer], following, reduction="none").mean(-1)
             losses = losses + options.regression * distance
-        usable = valid[j]
+        usable = position >= j  # rows with j drafted ancestors in the slice
         total = total + options.decay**j * (losses * usable).sum() / usable.sum().clamp(min=1)
         reports.append(float((top == truth)[usable].float().mean()) if usable.any() else float("nan"))
     return total, StepReport(float(total.detach()), tuple(reports), int(answer.sum()))
@@ -92,9 +92,3 @@ def _teacher(drafter: Drafter, following: Tensor, top_k: int) -> tuple[Tensor, T
         least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     return torch.softmax(logits, -1), logits.argmax(-1)
-
-
-def _valid_rows(answer: Tensor, unroll: int) -> list[Tensor]:
-    """Per step j, which answer rows have j drafted ancestors in the slice. answer: [B, T]."""
-    position = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)[answer]
-    return [position >= j for j in range(unroll)]

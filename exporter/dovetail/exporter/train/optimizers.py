@@ -31,7 +31,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closures
-        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -68,12 +67,6 @@ def make_optimizers(drafter: Drafter, options: FitOptions) -> list[torch.optim.O
     muon = options.optimizer == "muon"
     matrices = [p for p in drafter.parameters() if p.ndim == 2 and muon]
     rest = [p for p in drafter.parameters() if p.ndim != 2 or not muon]
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [{"params": rest, "peak": options.learning_rate}], betas=(0.9, 0.95), weight_decay=options.weight_decay
-        )
-    ]
-    if matrices:
-        group = {"params": matrices, "peak": options.learning_rate}
-        made.append(Muon([group], weight_decay=options.weight_decay))
-    return made
+    peak, decay = options.learning_rate, options.weight_decay
+    adamw = torch.optim.AdamW([{"params": rest, "peak": peak}], betas=(0.9, 0.95), weight_decay=decay)
+    return [adamw, Muon([{"params": matrices, "peak": peak}], weight_decay=decay)] if matrices else [adamw]

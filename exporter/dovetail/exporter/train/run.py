@@ -1,8 +1,7 @@
 """`dovetail-export train`: text -> features -> fit -> evaluate -> checkpoint.
 
-The drafter learns from the target that verifies: its answers, its features, its distribution. Each
-stage leaves its result in `OUT/work/`. A stopped run continues with its last part of text, pass of
-features or minute of fitting. It ends with the weights of an unbroken run.
+Each stage leaves its result in `OUT/work/`. A stopped run continues with its last part of text,
+pass of features or minute of fitting, and ends with the weights of an unbroken run.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +57,7 @@ GLANCED = 40  # held-out conversations that a measurement during the fit reads
 class Text:
     """All conversations of a run in the order of their parts, and their use.
 
-    kept: indices of the conversations to train on. held_out: indices of the conversations to
-    evaluate with, in random order.
+    kept: indices of the conversations to train on. held_out: indices to evaluate with, shuffled.
     repeated: number left out because they share 13 words with an excluded prompt.
     doubled: number left out because an earlier conversation has the same prompt.
     """
@@ -72,7 +70,6 @@ class Text:
     doubled: int
 
     def describe(self, plan: TrainPlan) -> dict[str, Any]:
-        """Numbers for the training log."""
         training = self.corpus.select(self.kept)
         return {
             "conversations": len(self.corpus),
@@ -102,11 +99,13 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     for part in given:
         draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
     _claim(out, work.folder, plan.as_dict() | work.inputs(), resume)
-    with Clock(work.folder / "seconds.json") as clock:
-        work.progress = clock.watch(progress)
+    work.progress = clock = Clock(work.folder / "seconds.json", progress)
+    try:
         text = work.sort(given + work.write(prompts), forbidden)
         drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
         features, held_out = work.features(text)
+    finally:
+        clock.book()
     held_corpus = text.corpus.select(text.held_out)
     batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
     fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
@@ -195,7 +194,6 @@ class Work:
     progress: Progress
 
     def inputs(self) -> dict[str, Any]:
-        """Digests of the target and of all files that the plan names."""
         plan = self.plan
         files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
         if plan.init:
@@ -207,7 +205,6 @@ class Work:
             raise TrainError(f"cannot read {error.filename} ({error.strerror}): check the path") from error
 
     def open_model(self) -> PagedModel:
-        """Open the target that verifies."""
         return PagedModel(self.pair / TARGET_GRAPH, layers=self.layers)
 
     @property
@@ -233,10 +230,8 @@ class Work:
         )  # fmt: skip
         seconds = 60 * plan.minutes * TEXT_SHARE if plan.minutes else None
         parts = writer.answers(prompts, seconds)
-        if plan.own_prompts:
-            parts += writer.own(plan.own_prompts, plan.openings, seconds)
-        elif seconds and not plan.corpora and not prompts:
-            parts += writer.own(None, plan.openings, seconds)
+        if plan.own_prompts or (seconds and not plan.corpora and not prompts):
+            parts += writer.own(plan.own_prompts or None, plan.openings, seconds)
         return parts
 
     def sort(self, parts: list[Part], forbidden: Forbidden) -> Text:
@@ -279,32 +274,21 @@ class Work:
 
 
 class Clock:
-    """Seconds of the stages before the fit, over all starts of a run, killed starts included."""
+    """A Progress that stores the seconds of the stages before the fit, over all starts of a run."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, progress: Progress):
+        self.file, self.progress, self._mark = file, progress, time.monotonic()
         self.seconds = read_work(file) if file.exists() else 0.0
         if self.seconds != 0:
             check_number(str(file), self.seconds, TrainError, DAMAGED, most=SECONDS_MOST)
 
-    def __enter__(self) -> Self:
-        self._mark = time.monotonic()
-        return self
+    def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        if time.monotonic() - self._mark > BOOK_SECONDS:
+            self.book()
+        self.progress(stage, done, total, note)
 
-    def __exit__(self, *failure: object) -> None:
-        self._book()
-
-    def watch(self, progress: Progress) -> Progress:
-        """`progress`, which also stores the time every BOOK_SECONDS."""
-
-        def watched(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
-            if time.monotonic() - self._mark > BOOK_SECONDS:
-                self._book()
-            progress(stage, done, total, note)
-
-        return watched
-
-    def _book(self) -> None:
+    def book(self) -> None:
+        """Add the time since the last call, and store the sum."""
         now = time.monotonic()
         self.seconds, self._mark = self.seconds + now - self._mark, now
         write_atomically(self.file, json.dumps(self.seconds).encode())

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,6 +36,7 @@ ASK_MORE = 1.4  # own prompts begun per wanted prompt, because some are duplicat
 SECONDS_MOST = 1e9  # longest run
 DAMAGED = "remove the work folder and train again"
 ROUNDS = 4  # most attempts to fill a part with own prompts
+Ask = Callable[[int, int, int], Sequence[str]]  # (index of the part, prompts before it, prompts wanted) -> prompts
 
 
 @dataclass
@@ -53,22 +55,14 @@ class TextWriter:
     seed: int
     max_new_tokens: int
     progress: Progress
-    _writer: BatchWriter | None = field(default=None, init=False)
 
-    @property
+    @cached_property
     def writer(self) -> BatchWriter:
-        """The writer, opened for the first part."""
-        if self._writer is None:
-            self._writer = self.open_writer()
-        return self._writer
+        return self.open_writer()
 
     def answers(self, prompts: Sequence[str], seconds: float | None = None) -> list[Part]:
         """Parts with the target's answers to `prompts`, as many as `seconds` allow."""
-
-        def ask(index: int, start: int, count: int) -> Sequence[str]:
-            return prompts[start : start + count]
-
-        parts = self._parts("answers", 3, ask, len(prompts), seconds)
+        parts = self._parts("answers", 3, lambda _, start, n: prompts[start : start + n], len(prompts), seconds)
         if left := len(prompts) - sum(int(part["prompts"]) for part in self._memory("answers")):
             self.progress("answers", len(prompts) - left, len(prompts), f"no time for the last {left} prompts")
         return parts
@@ -95,52 +89,32 @@ class TextWriter:
             raise TrainError("the target wrote no usable prompt of its own: give --prompts FILE.jsonl")
         return parts
 
-    def _parts(
-        self,
-        kind: str,
-        key: int,
-        ask: Callable[[int, int, int], Sequence[str]],
-        total: int | None,
-        seconds: float | None,
-    ) -> list[Part]:
+    def _parts(self, kind: str, key: int, ask: Ask, total: int | None, seconds: float | None) -> list[Part]:
         """Parts until `total` prompts are answered, `seconds` are over, or `ask` has no prompts.
 
-        With a time limit, the first part is small and shows the target's speed. `KIND.json` stores
-        the size and the seconds of each part, so that a stopped run continues with the same parts.
+        `KIND.json` stores the size and the seconds of each part, so that a stopped run continues
+        with the same parts.
         """
+        memory = self._memory(kind)
         parts: list[Part] = []
         start = 0
         while total is None or start < total:
             index = len(parts)
-            size = self._size(kind, index, None if total is None else total - start, seconds)
+            known = index < len(memory)
+            most = PART_PROMPTS if total is None else min(PART_PROMPTS, total - start)
+            size = int(memory[index]["prompts"]) if known else _size(memory, most, seconds)
             begun = time.monotonic()
             if not size or not (prompts := ask(index, start, size)):
                 break
-            expected = total or self._expected(kind, start, seconds)
+            expected = total or max(start, round((seconds or 0) * _speed(memory)))
             parts.append(self._part(f"{kind}-{index:04}", (key, index), prompts, start, expected))
-            self._book(kind, index, size, time.monotonic() - begun)
+            if not known:
+                # An earlier start may have begun the part: a prompt counts at least half the slowest rate.
+                rate = max((part["seconds"] / part["prompts"] for part in memory), default=0.0)
+                memory.append({"prompts": size, "seconds": max(time.monotonic() - begun, 0.5 * rate * size)})
+                write_atomically(self.folder / f"{kind}.json", json.dumps(memory).encode())
             start += size
         return parts
-
-    def _size(self, kind: str, index: int, left: int | None, seconds: float | None) -> int:
-        """Prompts of part `index`: the stored number, or the limit by `left`, size and time."""
-        memory = self._memory(kind)
-        if index < len(memory):
-            return int(memory[index]["prompts"])
-        most = PART_PROMPTS if left is None else min(PART_PROMPTS, left)
-        if seconds is None:
-            return most
-        if not memory:
-            return min(FIRST_PROMPTS, most)
-        time_left = seconds - sum(part["seconds"] for part in memory)
-        affordable = int(time_left * sum(part["prompts"] for part in memory) / sum(part["seconds"] for part in memory))
-        return min(most, affordable) if affordable >= FIRST_PROMPTS // 2 else 0
-
-    def _expected(self, kind: str, start: int, seconds: float | None) -> int:
-        """Estimated number of prompts of the run, from the speed so far; 0 while unknown."""
-        memory = self._memory(kind)
-        spent = sum(part["seconds"] for part in memory)
-        return max(start, round((seconds or 0) * sum(part["prompts"] for part in memory) / spent)) if spent else 0
 
     def _memory(self, kind: str) -> list[dict[str, float]]:
         path = self.folder / f"{kind}.json"
@@ -152,17 +126,6 @@ class TextWriter:
             check_number("seconds", part.get("seconds"), TrainError, DAMAGED, most=SECONDS_MOST)
         return memory
 
-    def _book(self, kind: str, index: int, prompts: int, seconds: float) -> None:
-        """Store a new part's size and seconds.
-
-        An earlier start may have begun the part, so a prompt counts at least half the slowest rate.
-        """
-        memory = self._memory(kind)
-        if index >= len(memory):
-            rate = max((part["seconds"] / part["prompts"] for part in memory), default=0.0)
-            memory.append({"prompts": prompts, "seconds": max(seconds, 0.5 * rate * prompts)})
-            write_atomically(self.folder / f"{kind}.json", json.dumps(memory).encode())
-
     def _ask(
         self, count: int, openings: Sequence[str], rng: np.random.Generator, seen: set[str], start: int, total: int
     ) -> list[str]:
@@ -170,8 +133,7 @@ class TextWriter:
         self.writer.keep_features = False
         prompts: list[str] = []
         for _ in range(ROUNDS):
-            wanted = count - len(prompts)
-            if wanted <= 0:
+            if (wanted := count - len(prompts)) <= 0:
                 break
             for prompt in write_prompts(self.writer, self.tokenizer, openings, int(wanted * ASK_MORE) + 1, rng, seen):
                 prompts.append(prompt)
@@ -189,10 +151,10 @@ class TextWriter:
         rng = np.random.default_rng((self.seed, *key))
         requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
         written: list[TrainingText] = []
-        with FeatureFile(file) if keep else nullcontext() as rows:
+        with _whole_file(file) if keep else nullcontext() as out:
             for conversation in self.writer.write(requests, rng):
-                if rows:
-                    rows.add(conversation)
+                if out and (rows := conversation.features) is not None:
+                    out.write(rows.tobytes() + bytes(rows[:1].nbytes))  # no pass runs the last token: zeros
                 written.append(replace(conversation, features=None))
                 self.progress("answers", start + len(written), total, "")
         if lost := len(prompts) - len(written):
@@ -214,32 +176,32 @@ def read_work(path: Path) -> Any:
     return read_json(path, TrainError, DAMAGED)
 
 
-class FeatureFile:
-    """Writes features [T, D] float16 of finished conversations; the file appears on a clean exit.
+def _speed(memory: list[dict[str, float]]) -> float:
+    """Prompts per second of the parts so far; 0 without a part."""
+    spent = sum(part["seconds"] for part in memory)
+    return sum(part["prompts"] for part in memory) / spent if spent else 0.0
 
-    No pass computes a row for a conversation's last token. That row is zero, and nobody reads it.
-    """
 
-    def __init__(self, file: Path):
-        self.file, self.temporary = file, file.with_name(file.name + ".tmp")
-        self._out = self.temporary.open("wb")
+def _size(memory: list[dict[str, float]], most: int, seconds: float | None) -> int:
+    """Prompts of the next part: `most`, or as many as the rest of `seconds` allows."""
+    if seconds is None:
+        return most
+    if not memory:
+        return min(FIRST_PROMPTS, most)
+    affordable = int((seconds - sum(part["seconds"] for part in memory)) * _speed(memory))
+    return min(most, affordable) if affordable >= FIRST_PROMPTS // 2 else 0
 
-    def add(self, conversation: TrainingText) -> None:
-        """Append one conversation's rows. Raises OSError."""
-        rows = conversation.features
-        assert rows is not None
-        self._out.write(rows.tobytes())
-        self._out.write(bytes(rows[:1].nbytes))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        self._out.close()
-        if kind is None:
-            self.temporary.replace(self.file)
-        else:
-            self.temporary.unlink(missing_ok=True)
+@contextmanager
+def _whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name on a clean exit."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with temporary.open("wb") as out:
+            yield out
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def split(name: str, corpus: Corpus) -> list[Part]:

@@ -1,8 +1,4 @@
-"""Lets the target write training text: answers to prompts, and prompts of its own, in batches.
-
-Axes: V vocabulary.
-A conversation holds token ids and the length of its prompt; the drafter trains on the answer.
-"""
+"""Lets the target write training text: answers to prompts, and prompts of its own, in batches."""
 
 from __future__ import annotations
 
@@ -26,6 +22,7 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
+KV_BYTES = 3e9  # memory for keys and values, which limits the sequences of a batch
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
 
 
@@ -37,40 +34,27 @@ class SharedDraws(Sampler):
         self._rng = rng
 
     def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
-        """See Sampler. logits: [V]."""
         return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 
 class BatchWriter:
     """Writes many texts at once with one PagedModel.
 
-    kv_bytes: memory for keys and values, which limits the sequences of a batch. slots: their
-    largest number. keep_features: return the target's features with each conversation; every pass
-    computes them.
+    slots: largest number of sequences of a batch. keep_features: return the target's features with
+    each conversation; every pass computes them.
     """
 
     def __init__(
-        self,
-        model: PagedModel,
-        stop: Iterable[int],
-        *,
-        slots: int = 128,
-        max_length: int = 768,
-        kv_bytes: float = 3e9,
+        self, model: PagedModel, stop: Iterable[int], *, slots: int = 128, max_length: int = 768,
         keep_features: bool = False,
-    ):
-        self.model = model
-        self.stop = frozenset(stop)
-        self.max_length = max_length
+    ):  # fmt: skip
+        self.model, self.stop, self.max_length = model, frozenset(stop), max_length
         self.keep_features = keep_features
-        slots = max(2, min(slots, int(kv_bytes / (model.block_bytes * -(-max_length // BLOCK)))))
+        slots = max(2, min(slots, int(KV_BYTES / (model.block_bytes * -(-max_length // BLOCK)))))
         self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
 
     def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
-        """Continue every request; yield conversations in the order in which they finish.
-
-        A prompt that fills `max_length` alone gives no conversation, so count the conversations.
-        """
+        """Yield the conversations as they finish; none for a prompt that fills `max_length` alone."""
         fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
         features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)
         for advance in self._batch.run(fitting, lambda request: SharedDraws(request.sampling, rng)):
@@ -99,10 +83,7 @@ def chat_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a chat template before the user's words; a target continues with a prompt.
-
-    Raises TrainError if the target has no chat template.
-    """
+    """Token ids of a chat template before the user's words. Raises TrainError without a template."""
     if not tokenizer.has_chat_template:
         raise TrainError("the target has no chat template to write prompts from: give --prompts FILE.jsonl")
     marker = "DOVETAIL-PROMPT-GOES-HERE"
@@ -111,13 +92,9 @@ def bare_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def write_prompts(
-    writer: BatchWriter,
-    tokenizer: Tokenizer,
-    openings: Sequence[str],
-    count: int,
-    rng: np.random.Generator,
+    writer: BatchWriter, tokenizer: Tokenizer, openings: Sequence[str], count: int, rng: np.random.Generator,
     seen: set[str],
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield up to `count` prompts that the target samples after the bare chat prefix.
 
     openings: beginnings of prompts, one drawn for each; "" lets the target begin.

@@ -1,12 +1,10 @@
 """Dovetail's own format: `config.json` (DrafterConfig) and `drafter.safetensors`.
 
-The weights file holds only what was trained, and `d2t`. Embedding and head rows belong to the
-target; the reader slices them from the target.
+The weights file holds only what was trained, and `d2t`; embedding and head rows are the target's.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from dovetail.models.checkpoint import (
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
 from dovetail.models.formats.format import Config, Format, TargetParts
+from dovetail.runtime.pair.files import write_atomically
 
 WEIGHTS = "drafter.safetensors"
 
@@ -34,16 +33,13 @@ def save_checkpoint(drafter: Drafter, folder: Path, dtype: torch.dtype = torch.f
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
     tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)
     drafter.config.save(folder)
-    temporary = folder / (WEIGHTS + ".tmp")
-    temporary.write_bytes(save(tensors))  # not save_file: its files are for their owner alone
-    os.replace(temporary, folder / WEIGHTS)
+    write_atomically(folder / WEIGHTS, save(tensors))  # not save_file: its files are for their owner alone
 
 
 def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Drafter:
     """The drafter on the target's rows. embed_tokens, lm_head: [V, H] float32.
 
-    Raises CheckpointError when a file is missing or unreadable, or when any name or shape does not
-    fit.
+    Raises CheckpointError when a file is missing or unreadable, or a name or shape does not fit.
     """
     config, tensors = read_checkpoint(folder)
     d2t = tensors.pop("d2t").long()

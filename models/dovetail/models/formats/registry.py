@@ -11,12 +11,7 @@ from dovetail.models.formats import dovetail
 from dovetail.models.formats.format import Config, Format, TargetParts
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
-FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in (
-        dovetail.FORMAT,
-    )
-}  # fmt: skip
+FORMATS = {format.name: format for format in (dovetail.FORMAT,)}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format
 
 
@@ -31,7 +26,6 @@ class Checkpoint:
 
     @property
     def description(self) -> str:
-        """What the format says about this drafter, in one line."""
         return self.format.describe(self.config)
 
     def read(self, target: TargetParts) -> DraftModel:
@@ -42,8 +36,7 @@ class Checkpoint:
 def find_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by the content of its config.json; reads no weights.
 
-    Raises CheckpointError for a file that is missing or unreadable, UnknownFormat for a config of
-    no known format.
+    Raises CheckpointError (missing or unreadable file) or UnknownFormat.
     """
     config = read_config(folder)
     format = next((format for format in FORMATS.values() if format.matches(config)), None)

@@ -13,7 +13,8 @@ import pytest
 from gguf import GGUFWriter, TokenType
 from tokenizers import pre_tokenizers
 
-from dovetail.exporter.target.gguf.tokenizer import gguf_facts, write_gguf_tokenizer
+from dovetail.exporter.target.gguf.header import read_header
+from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -135,7 +136,7 @@ def test_token_types_decide_what_decode_skips(tmp_path: Path) -> None:
 def test_tokens_that_pad_the_vocabulary_are_left_out(tmp_path: Path) -> None:
     gguf = byte_level_gguf(tmp_path / "m.gguf")
     tokenizer = converted(tmp_path, gguf)
-    assert gguf_facts(gguf).vocab_size == tokenizer.vocab_size + 2
+    assert len(read_header(gguf).metadata["tokenizer.ggml.tokens"]) == tokenizer.vocab_size + 2
     assert tokenizer.decode([tokenizer.vocab_size]) == ""
 
 
@@ -233,13 +234,6 @@ def test_transformers_reads_the_same_tokenizer(tmp_path: Path) -> None:
     assert theirs.apply_chat_template(messages, tokenize=False) == ours.apply_chat_template(messages)
 
 
-def test_facts_are_the_file_s(tmp_path: Path) -> None:
-    facts = gguf_facts(byte_level_gguf(tmp_path / "m.gguf", eot_token_id=0))
-    assert (facts.architecture, facts.name, facts.license, facts.context_length) == ("llama", "tiny", "apache-2.0", 64)
-    assert (facts.tokenizer_model, facts.tokenizer_pre) == ("gpt2", "smollm")
-    assert (facts.bos_token_id, facts.eos_token_ids) == (1, (2, 0))
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -252,13 +246,15 @@ def test_facts_are_the_file_s(tmp_path: Path) -> None:
 def test_every_token_that_ends_an_answer_is_found(
     tmp_path: Path, fields: dict[str, int], expected: tuple[int, ...]
 ) -> None:
-    assert gguf_facts(byte_level_gguf(tmp_path / "m.gguf", **fields)).eos_token_ids == expected
+    gguf = byte_level_gguf(tmp_path / "m.gguf", **fields)
+    assert write_gguf_tokenizer(gguf, tmp_path / "target") == expected
 
 
 def test_text_that_looks_like_the_end_of_a_turn_ends_nothing(tmp_path: Path) -> None:
-    tokens = [*CONTROL[:2], "[EOS]", *ALPHABET]
-    gguf = write_gguf(tmp_path / "m.gguf", tokens, [3, 3] + [1] * 257, model="gpt2", eos_token_id=1)
-    assert gguf_facts(gguf).eos_token_ids == (1, 0)
+    tokens = [*CONTROL[:2], "[EOS]", *ALPHABET, "ab"]
+    fields = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"], "eos_token_id": 1}
+    gguf = write_gguf(tmp_path / "m.gguf", tokens, [3, 3] + [1] * 258, **fields)
+    assert write_gguf_tokenizer(gguf, tmp_path / "target") == (1, 0)
 
 
 # --- files that cannot be used
@@ -301,7 +297,7 @@ def test_truncated_file_is_a_source_error(tmp_path: Path, share: float) -> None:
 
 def test_missing_file_and_other_formats_are_source_errors(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="name a GGUF file"):
-        gguf_facts(tmp_path / "none.gguf")
+        write_gguf_tokenizer(tmp_path / "none.gguf", tmp_path / "target")
     (tmp_path / "text.gguf").write_text("not a model " * 100)
     with pytest.raises(SourceError, match="not a GGUF file"):
-        gguf_facts(tmp_path / "text.gguf")
+        write_gguf_tokenizer(tmp_path / "text.gguf", tmp_path / "target")

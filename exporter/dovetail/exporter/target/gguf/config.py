@@ -97,10 +97,7 @@ _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "paddin
 
 
 def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
-    """`config.json` of a GGUF file or of its header; reads no weights.
-
-    Raises SourceError: unreadable file, unknown architecture, malformed fact, unknown fact.
-    """
+    """`config.json` of a GGUF file or of its header; reads no weights. Raises SourceError."""
     header = source if isinstance(source, GgufHeader) else read_model(source)
     name = header.architecture
     architecture = _ARCHITECTURES.get(name)

@@ -1,8 +1,7 @@
 """Reads the header of a GGUF file: its metadata and the place of each tensor.
 
-gguf.GGUFReader makes numpy views of every string. It takes 9 s for a vocabulary of 262,144 tokens
-and does not end for an array that claims 2**60 items. The reader here takes 0.2 s for that
-vocabulary, and the file's size limits its time.
+gguf.GGUFReader makes numpy views of every string: 9 s for a vocabulary of 262,144 tokens, and no
+end for an array that claims 2**60 items. This reader takes 0.2 s, limited by the file's size.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 from numpy.typing import NDArray
 
 from dovetail.exporter.target.sources import check_fetched
@@ -28,18 +27,10 @@ _MOST_ITEMS = 1 << 23  # sum of array strings, keys and tensors; vocabularies ha
 _MOST_DIMENSIONS = 4  # as in ggml
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # as llama.cpp names the parts of a split model
 _SCALARS = {
-    GGUFValueType.UINT8: "u1",
-    GGUFValueType.INT8: "i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
+    GGUFValueType.UINT8: "u1", GGUFValueType.UINT16: "<u2", GGUFValueType.UINT32: "<u4", GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT8: "i1", GGUFValueType.INT16: "<i2", GGUFValueType.INT32: "<i4", GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4", GGUFValueType.FLOAT64: "<f8", GGUFValueType.BOOL: "?",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,19 +45,13 @@ class GgufTensor:
 
     def read(self) -> NDArray[np.float32]:
         """The values, dequantised. Raises NotImplementedError for a kind unknown to `gguf`."""
-        from gguf import dequantize
-
         raw = np.memmap(self.file, np.uint8, "r", self.offset, self.byte_shape)
-        values: NDArray[np.float32] = dequantize(raw, self.kind)
-        return values
+        return dequantize(raw, self.kind)
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The part of a GGUF file before its weights; `tensors` have the file's order.
-
-    parts: the files of a split model in order, or the file itself.
-    """
+    """A GGUF file before its weights, in order. parts: the files of a split model, or the file."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -85,8 +70,7 @@ class GgufHeader:
 def read_model(path: Path) -> GgufHeader:
     """The header of a whole model with all its parts; `path` is any part.
 
-    Raises SourceError as read_header does, and for parts that are missing or do not belong
-    together.
+    Raises SourceError as read_header does, and for parts that are missing or do not fit together.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
@@ -157,10 +141,7 @@ class _Reader:
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        tensors = {
-            name: GgufTensor(self._path, kind, shape, start + offset, byte_shape)
-            for name, kind, shape, offset, byte_shape in found
-        }
+        tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found}
         if len(tensors) != len(found):
             raise ValueError("two tensors have the same name")
         for name, tensor in tensors.items():
@@ -201,10 +182,10 @@ class _Reader:
 
     def _numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
-        values: list[Any] = np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
-        return values
+        return np.frombuffer(self._bytes(count * dtype.itemsize), dtype).tolist()
 
-    def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, tuple[int, ...]]:
+    def _tensor(self) -> tuple[str, GgufTensor]:
+        """A tensor's name and place; its offset counts from the end of the header."""
         name, dimensions = self._string(), self._number("<I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
@@ -213,4 +194,5 @@ class _Reader:
         block, size = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise ValueError(f"{name} has shape {shape}")
-        return name, kind, shape, self._number("<Q"), (*shape[:-1], shape[-1] // block * size)
+        byte_shape = (*shape[:-1], shape[-1] // block * size)
+        return name, GgufTensor(self._path, kind, shape, self._number("<Q"), byte_shape)

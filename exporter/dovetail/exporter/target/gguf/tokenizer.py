@@ -1,29 +1,21 @@
 """Makes a Hugging Face tokenizer from the metadata of a GGUF file.
 
-A GGUF file holds its vocabulary, merges (or scores) and llama.cpp's name of the pre-tokenizer. This
-module builds the tokenizer from these with the `tokenizers` library. The GGUF conversion in
-transformers turns some byte-level tokenizers into Metaspace tokenizers, which drop every space
-without an error.
+A GGUF file holds its vocabulary, merges (or scores) and llama.cpp's name of the pre-tokenizer. The
+GGUF conversion in transformers turns some byte-level tokenizers into Metaspace tokenizers, which
+drop every space without an error.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from gguf import TokenType
-from tokenizers import (  # ships stubs without py.typed
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers  # stubs, no py.typed
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
@@ -46,46 +38,35 @@ _REQUIRED: Any = object()
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class GgufFacts:
-    """Facts about the model of a GGUF file; None if the file lacks a fact."""
+def write_gguf_tokenizer(file: Path, folder: Path) -> tuple[int, ...]:
+    """Write tokenizer.json, its configuration files and chat_template.jinja to `folder`.
 
-    architecture: str  # "llama", "qwen2", ...
-    name: str | None
-    license: str | None
-    context_length: int | None  # tokens
-    vocab_size: int
-    tokenizer_model: str  # "gpt2": byte-level BPE, "llama": SentencePiece BPE
-    tokenizer_pre: str | None  # llama.cpp's name of the pre-tokenizer
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]  # end of sequence first, then the ends of turns
-
-
-def gguf_facts(path: Path | str) -> GgufFacts:
-    """Facts of a GGUF file. Raises SourceError if the file is unreadable or has no tokenizer."""
-    return _facts(_Metadata(Path(path)))
-
-
-def write_gguf_tokenizer(gguf_path: Path | str, out_dir: Path | str) -> GgufFacts:
-    """Write tokenizer.json, its configuration files and chat_template.jinja to `out_dir`.
-
+    Return the ids that end an answer: end of sequence first, then the ends of turns.
     Raises SourceError before it writes: unreadable file, unknown tokenizer model or pre-tokenizer.
     """
-    metadata, folder = _Metadata(Path(gguf_path)), Path(out_dir)
-    facts = _facts(metadata)
+    metadata = _Metadata(file)
+    architecture = metadata.get("general.architecture", str)
+    model = metadata.get("tokenizer.ggml.model", str)
+    if model not in _MODELS:
+        raise metadata.error(f"tokenizer model {model!r} is none of {', '.join(_MODELS)}")
+    length = metadata.get(f"{architecture}.context_length", int, None)
     vocabulary = _Vocabulary.read(metadata)
-    tokenizer = _MODELS[facts.tokenizer_model](metadata, vocabulary)
+    ends = _end_token_ids(metadata, vocabulary)
+    tokenizer = _MODELS[model](metadata, vocabulary)
     _add_tokens(tokenizer, vocabulary)
-    named = _named_tokens(metadata, vocabulary, facts)
-    add_bos, add_eos = _adds(metadata, facts)
-    _add_template(tokenizer, named if add_bos else {}, named if add_eos else {})
+    named = _named_tokens(metadata, vocabulary)
+    # Whether raw text gets BOS and EOS, by the file or else by llama.cpp's defaults.
+    default = model == "llama" or metadata.get("tokenizer.ggml.pre", str, None) in _BOS_BY_DEFAULT
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, default)
+    add_eos = metadata.get("tokenizer.ggml.add_eos_token", bool, False)
+    _add_template(tokenizer, named.get("bos_token") if add_bos else None, named.get("eos_token") if add_eos else None)
     template = metadata.get("tokenizer.chat_template", str, None)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
         "add_eos_token": add_eos,
         "clean_up_tokenization_spaces": False,
-        **({"model_max_length": facts.context_length} if facts.context_length else {}),
+        **({"model_max_length": length} if length else {}),
         **named,
         **({"chat_template": template} if template else {}),
     }
@@ -95,7 +76,7 @@ def write_gguf_tokenizer(gguf_path: Path | str, out_dir: Path | str) -> GgufFact
     (folder / "special_tokens_map.json").write_text(_json(named), encoding="utf-8")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return facts
+    return ends
 
 
 class _Metadata:
@@ -153,31 +134,11 @@ class _Vocabulary:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
 
-def _facts(metadata: _Metadata) -> GgufFacts:
-    architecture = metadata.get("general.architecture", str)
-    model = metadata.get("tokenizer.ggml.model", str)
-    if model not in _MODELS:
-        raise metadata.error(f"tokenizer model {model!r} is none of {', '.join(_MODELS)}")
-    return GgufFacts(
-        architecture=architecture,
-        name=metadata.get("general.name", str, None),
-        license=metadata.get("general.license", str, None),
-        context_length=metadata.get(f"{architecture}.context_length", int, None),
-        vocab_size=len(metadata.items("tokenizer.ggml.tokens", str)),
-        tokenizer_model=model,
-        tokenizer_pre=metadata.get("tokenizer.ggml.pre", str, None),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id", int, None),
-        eos_token_ids=_end_token_ids(metadata),
-    )
-
-
-def _end_token_ids(metadata: _Metadata) -> tuple[int, ...]:
+def _end_token_ids(metadata: _Metadata, vocabulary: _Vocabulary) -> tuple[int, ...]:
     """Ids that end an answer: the file's end tokens, and control tokens in llama.cpp's list.
 
-    Many files name only the end of a document, but their chat template ends a turn with another
-    token.
+    Many files name only the end of a document, but their chat template ends a turn differently.
     """
-    vocabulary = _Vocabulary.read(metadata)
     named = (metadata.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom"))
     known = (vocabulary.ids[token] for token in vocabulary.of_type(TokenType.CONTROL) if token in _TURN_ENDS)
     return tuple(dict.fromkeys(end for end in (*named, *known) if end is not None))
@@ -194,7 +155,7 @@ def _byte_level(metadata: _Metadata, vocabulary: _Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(_bpe(metadata, vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     if pre in _NFC:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -213,30 +174,18 @@ def _bpe(metadata: _Metadata, vocabulary: _Vocabulary, merges: list[tuple[str, s
         raise metadata.error(f"merges do not fit the vocabulary ({error})") from error
 
 
-def _words() -> pre_tokenizers.PreTokenizer:
-    """Split words by GPT-2's regular expression, which ByteLevel contains."""
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _single_digits() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _words()])
-
-
-def _split(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return lambda: pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits words by GPT-2's regular expression
+_SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])
 # llama.cpp's names (src/llama-vocab.cpp) -> the pre-tokenizers of the checkpoints with these names.
-_PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _words,
-    "default": _words,
-    "phi-2": _words,
-    "smollm": _single_digits,
-    "starcoder": _single_digits,
-    "refact": _single_digits,
-    "qwen2": _split(_QWEN2_SPLIT),
-    "deepseek-r1-qwen": _split(_QWEN2_SPLIT),
+_PRE_TOKENIZERS: Mapping[str, pre_tokenizers.PreTokenizer] = {
+    **dict.fromkeys(("gpt-2", "default", "phi-2"), _WORDS),
+    **dict.fromkeys(("smollm", "starcoder", "refact"), _SINGLE_DIGITS),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _split(_QWEN2_SPLIT)),
     "llama-bpe": _split(_LLAMA3_SPLIT),
 }
 _NFC = frozenset({"qwen2"})
@@ -297,30 +246,18 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
 
 
-def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary, facts: GgufFacts) -> dict[str, str]:
+def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary) -> dict[str, str]:
     """{"bos_token": "<s>", ...} for the special tokens that the file names."""
-    ids: dict[str, int | None] = {
-        "bos_token": facts.bos_token_id,
-        "eos_token": metadata.get("tokenizer.ggml.eos_token_id", int, None),
-        "unk_token": metadata.get("tokenizer.ggml.unknown_token_id", int, None),
-        "pad_token": metadata.get("tokenizer.ggml.padding_token_id", int, None),
-    }
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", int, None) for name, key in keys.items()}
     beyond = [index for index in ids.values() if index is not None and not 0 <= index < len(vocabulary.tokens)]
     if beyond:
         raise metadata.error(f"special token {beyond[0]} is beyond the vocabulary of {len(vocabulary.tokens)}")
     return {name: vocabulary.tokens[index] for name, index in ids.items() if index is not None}
 
 
-def _adds(metadata: _Metadata, facts: GgufFacts) -> tuple[bool, bool]:
-    """Whether raw text gets BOS and EOS, by the file or else by llama.cpp's defaults."""
-    default = facts.tokenizer_model == "llama" or facts.tokenizer_pre in _BOS_BY_DEFAULT
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, default)
-    return add_bos, metadata.get("tokenizer.ggml.add_eos_token", bool, False)
-
-
-def _add_template(tokenizer: Tokenizer, before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    bos, eos = before.get("bos_token"), after.get("eos_token")
-    around: Iterable[str] = [token for token in (bos, eos) if token is not None]
+def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    around = [token for token in (bos, eos) if token is not None]
     if around:
         single = " ".join(part for part in (bos, "$A", eos) if part is not None)
         special_tokens = [(token, tokenizer.token_to_id(token)) for token in around]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dovetail.exporter.target.gguf.config import ROPE_FACTORS, gguf_config
 from dovetail.exporter.target.gguf.header import GgufHeader, GgufTensor
@@ -28,11 +28,7 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     config = gguf_config(header)
     with torch.device("meta"):
@@ -44,8 +40,13 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
     for index, tensors in enumerate(_shards(header, targets)):
         taken: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
+            try:
+                values = tensor.read()
+            except NotImplementedError as error:
+                what = f"{name} has type {tensor.kind.name}, which gguf cannot read"
+                raise SourceError(f"{header.path}: {what}: {_REMEDY}") from error
             result = processor.process(
-                weights=_values(header, name, tensor),
+                weights=values,
                 name=name,
                 tensor_key_mapping=names,
                 parsed_parameters={"tensors": taken},  # the processor puts merged experts there, without a name
@@ -92,22 +93,12 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
 
 
 def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
-    """Yield the tensors of `targets`, a block at a time."""
 
     def block(name: str) -> str:
         return name.split(".")[1] if name.startswith("blk.") else ""
 
     for _, group in groupby(sorted(targets, key=block), key=block):
         yield {name: header.tensors[name] for name in group}
-
-
-def _values(header: GgufHeader, name: str, tensor: GgufTensor) -> Any:
-    try:
-        return tensor.read()
-    except NotImplementedError as error:
-        raise SourceError(
-            f"{header.path}: {name} has type {tensor.kind.name}, which gguf cannot read: {_REMEDY}"
-        ) from error
 
 
 def _listed(names: list[str]) -> str:
