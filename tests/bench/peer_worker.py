@@ -1,7 +1,8 @@
 """One engine in a process of its own: a line of JSON with a prompt comes in, a line with its answer's times goes out.
 
-    python tests/bench/peer_worker.py ENGINE MODEL
+    python tests/bench/peer_worker.py ENGINE MODEL [DRAFT]
 
+DRAFT is the small model of engines that draft with one.
 Needs nothing of Dovetail but for its own engines: peers live in an environment of theirs.
 in: {"ids": [...], "max_new_tokens": N}.  out: {"count": .., "first_ms": .., "later_ms": .., "rss_mb": ..} and "tokens"
 or "text"; first_ms is the time to the first token, later_ms that from there to the last.
@@ -21,13 +22,13 @@ Answer = dict[str, Any]
 Ask = Callable[[list[int], int], Answer]
 
 
-def dovetail(model: str, *, speculate: bool, exact: bool = True) -> Ask:
+def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | None = None) -> Ask:
     from dovetail.runtime.engine import Engine
     from dovetail.runtime.loop.generate import decode
     from dovetail.runtime.loop.metrics import Meter
     from dovetail.runtime.loop.sequence import Request
 
-    engine = Engine.from_pretrained(model, exact=exact)
+    engine = Engine.from_pretrained(model, exact=exact, draft_model=draft)
 
     def ask(ids: list[int], count: int) -> Answer:
         engine.reset()
@@ -47,8 +48,10 @@ def dovetail(model: str, *, speculate: bool, exact: bool = True) -> Ask:
 SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 
-def genai(model: str, *, lookup: int, properties: dict[str, str] | None = None) -> Ask:
-    """openvino-genai on the same IR; `lookup`: tokens of prompt lookup, 0 for plain decoding."""
+def genai(
+    model: str, *, lookup: int = 0, properties: dict[str, str] | None = None, draft: str | None = None, tokens: int = 5
+) -> Ask:
+    """openvino-genai on the same IR; `lookup`: tokens of prompt lookup, 0 for none; `tokens`: of a draft model."""
     import numpy as np
     import openvino as ov
     import openvino_genai as genai
@@ -56,6 +59,8 @@ def genai(model: str, *, lookup: int, properties: dict[str, str] | None = None) 
     scheduling = genai.SchedulerConfig()
     scheduling.enable_prefix_caching = False
     options = {"scheduler_config": scheduling, **({"prompt_lookup": True} if lookup else {}), **(properties or {})}
+    if draft:
+        options["draft_model"] = genai.draft_model(str(Path(draft) / "target"), "CPU", **(properties or {}))
     pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **options)
     config = genai.GenerationConfig()
     config.do_sample = False
@@ -64,6 +69,8 @@ def genai(model: str, *, lookup: int, properties: dict[str, str] | None = None) 
     config.stop_token_ids = {config.eos_token_id, *others}
     if lookup:
         config.num_assistant_tokens, config.max_ngram_size = lookup, 3
+    if draft:
+        config.num_assistant_tokens = tokens
 
     def ask(ids: list[int], count: int) -> Answer:
         config.max_new_tokens = count
@@ -71,8 +78,8 @@ def genai(model: str, *, lookup: int, properties: dict[str, str] | None = None) 
         result = pipeline.generate(ov.Tensor(np.array([ids], np.int64)), config)
         took = (perf_counter() - begin) * 1e3
         first = result.perf_metrics.get_ttft().mean
-        tokens = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
-        return {"count": len(tokens), "tokens": tokens, "first_ms": first, "later_ms": took - first}
+        ids_out = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
+        return {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
 
     return ask
 
@@ -127,12 +134,24 @@ ENGINES: dict[str, Callable[[str], Ask]] = {
 }
 
 
+# Each with a small model of the same vocabulary as the drafter.
+WITH_DRAFT: dict[str, Callable[[str, str], Ask]] = {
+    "dovetail, draft model": lambda model, draft: dovetail(model, speculate=True, draft=draft),
+    "openvino-genai, draft model 3, same properties": lambda model, draft: genai(
+        model, properties=SAME, draft=draft, tokens=3
+    ),
+    "openvino-genai, draft model 5, same properties": lambda model, draft: genai(
+        model, properties=SAME, draft=draft, tokens=5
+    ),
+}
+
+
 def main() -> None:
     """Load, say so with an empty object, then answer line after line."""
-    name, model = sys.argv[1:]
+    name, model, *draft = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print is no answer
-    ask = ENGINES[name](model)
+    ask = WITH_DRAFT[name](model, *draft) if name in WITH_DRAFT else ENGINES[name](model)
     print("{}", file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

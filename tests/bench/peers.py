@@ -35,6 +35,10 @@ GENAI = (
     "openvino-genai, plain", "openvino-genai, prompt lookup 5", "openvino-genai, prompt lookup 10",
     "openvino-genai, plain, same properties", "openvino-genai, prompt lookup 5, same properties",
 )  # fmt: skip
+DRAFT_MODEL = (
+    "dovetail, draft model", "openvino-genai, draft model 3, same properties",
+    "openvino-genai, draft model 5, same properties",
+)  # fmt: skip
 LLAMA = (
     "llama.cpp, plain", "llama.cpp, ngram-simple", "llama.cpp, ngram-simple 3/10", "llama.cpp, ngram-mod",
     "llama.cpp, ngram-map-k",
@@ -49,11 +53,11 @@ class Worker:
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, python: str, engine: str, model: Path) -> Worker:
+    def start(cls, python: str, engine: str, model: Path, draft: Path | None = None) -> Worker:
+        command = [python, str(WORKER), engine, str(model), *([str(draft)] if draft else [])]
         process = subprocess.Popen(
-            [python, str(WORKER), engine, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         worker = cls(process)
         if worker._line() != {}:
             worker.stop()
@@ -89,14 +93,19 @@ class Worker:
 @click.argument("prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--python", "peers", type=click.Path(), required=True, help="Of the peers' environment.")
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same weights, Q8_0.")
-@click.option("--engine", "engines", multiple=True, type=click.Choice((*OURS, *GENAI, *LLAMA)), help="Only these.")
+@click.option(
+    "--engine", "engines", multiple=True, type=click.Choice((*OURS, *GENAI, *DRAFT_MODEL, *LLAMA)), help="Only these."
+)
+@click.option(
+    "--draft-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Pair of a small model."
+)
 @click.option("--limit", type=int, help="Only the first prompts.")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--chart", type=click.Path(path_type=Path), help="SVG or PNG; needs matplotlib.")
 def main(
-    pair: Path, prompts: Path, peers: str, gguf: Path | None, engines: tuple[str, ...], limit: int | None,
-    max_new_tokens: int, out: Path, chart: Path | None,
+    pair: Path, prompts: Path, peers: str, gguf: Path | None, engines: tuple[str, ...], draft_model: Path | None,
+    limit: int | None, max_new_tokens: int, out: Path, chart: Path | None,
 ) -> None:  # fmt: skip
     """Measure and print a Markdown table."""
     conversations = read_prompts(prompts, limit)
@@ -104,13 +113,17 @@ def main(
     asked = [list(tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])) for talk in conversations]
     if not gguf and set(engines) & set(LLAMA):
         raise click.UsageError("llama.cpp needs the same weights as a GGUF: give --gguf")
-    names = [name for name in (*OURS, *GENAI, *(LLAMA if gguf else ())) if name in (engines or (*OURS, *GENAI, *LLAMA))]
+    if not draft_model and set(engines) & set(DRAFT_MODEL):
+        raise click.UsageError("a draft model is needed: give --draft-model")
+    every = (*OURS, *GENAI, *(DRAFT_MODEL if draft_model else ()), *(LLAMA if gguf else ()))
+    names = [name for name in every if name in (engines or every)]
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in names:
-            python, model = (sys.executable, pair) if name in OURS else (peers, gguf if name in LLAMA else pair)
+            python, model = sys.executable if name.startswith("dovetail") else peers, gguf if name in LLAMA else pair
             assert model is not None
-            workers[name] = stack.enter_context(Worker.start(python, name, model))
+            draft = draft_model if name in DRAFT_MODEL else None
+            workers[name] = stack.enter_context(Worker.start(python, name, model, draft))
             workers[name].ask(asked[0][::-1], WARM_UP_TOKENS)  # backwards: some keep the KV of what they have read
         rows = []
         for index, ids in enumerate(asked):

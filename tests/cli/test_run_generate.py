@@ -177,6 +177,7 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
         "ov_config": {},
         "exact": True,
         "max_slowdown": 0.01,
+        "draft_model": None,
     }
     assert opener.calls == [(pair, {**device, "tree": tree})]
 
@@ -191,6 +192,7 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
         "ov_config": {},
         "exact": True,
         "max_slowdown": 0.01,
+        "draft_model": None,
     }
     assert opener.calls == [(pair, {**device, "tree": None})]
 

@@ -111,6 +111,13 @@ def test_a_target_alone_is_tuned_and_shown(invoke, tiny_pair: Path, cache: Path,
     assert "as measured here" in said.stdout and "faster than plain decoding above" in said.stdout
 
 
+def test_a_draft_model_is_tuned(invoke, tiny_pair: Path, cache: Path) -> None:
+    result = invoke("tune", str(tiny_pair), "--seconds", "0.05", "--draft-model", str(tiny_pair), "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert measured["key"]["device"] == "model" and measured["costs"]["draft"]["rows"][0] == 1
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(invoke, real_pair: Path, cache: Path) -> None:
     cache.mkdir()
     (cache / "costs").write_text("a file where the folder should be")

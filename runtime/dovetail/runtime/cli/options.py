@@ -163,6 +163,14 @@ def device_options(command: Command) -> Command:
     )  # fmt: skip
 
 
+def draft_model_option(command: Command) -> Command:
+    """Flag of a small model that drafts: draft_model."""
+    return click.option(
+        "-md", "--draft-model", metavar="PATH|NAME",
+        help="Another pair, whose target drafts on the CPU; with the same tokenizer.",
+    )(command)  # fmt: skip
+
+
 def vram_options(command: Command) -> Command:
     """Flags of the drafter's GPU memory: vram in bytes, fit."""
     return _apply(
@@ -202,8 +210,7 @@ def engine_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
-        click.option("-md", "--draft-model", metavar="PATH|NAME",
-                     help="Another pair, whose target drafts on the CPU; with the same tokenizer."),
+        draft_model_option,
         click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
                      help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
                      f"[default: {MAX_SLOWDOWN:.0%}]"),

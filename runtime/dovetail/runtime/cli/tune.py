@@ -17,13 +17,14 @@ from typing import Any
 import click
 
 from dovetail.runtime.cli.curves import show_costs
-from dovetail.runtime.cli.options import check_threads, device_options
+from dovetail.runtime.cli.options import check_threads, device_options, draft_model_option
 from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.layout import TARGET
+from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ UNCERTAIN = "~: too close to 1.00x, because passes vary too much. Try a quieter 
 @click.command(short_help="Measure the cost of passes on this machine.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @device_options
+@draft_model_option
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="Duration of the measurement in seconds.")
 @click.option("--properties", is_flag=True, help="Compare OpenVINO properties of the target instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -60,6 +62,7 @@ def tune(
     fit: bool,
     ov_config: Mapping[str, str],
     exact: bool,
+    draft_model: str | None,
     seconds: float,
     properties: bool,
     as_json: bool,
@@ -80,7 +83,9 @@ def tune(
     Columns show how many times as fast passes are, the part of a text's tokens with the same best
     token, and whether rows are equal.
     """
+    from dovetail.runtime.drafter.model import ModelDrafter
     from dovetail.runtime.drafter.onnx import OnnxDrafter
+    from dovetail.runtime.load import open_draft_model
     from dovetail.runtime.target.openvino import OpenVINOTarget
 
     check_threads(threads)
@@ -115,8 +120,12 @@ def tune(
         report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
-    drafter = None
-    if manifest.drafter:
+    drafter: OnnxDrafter | ModelDrafter | None = None
+    own: Manifest | None = None
+    if draft_model is not None:
+        tokenizer = Tokenizer.from_folder(folder / TARGET)
+        own, drafter = open_draft_model(resolve_pair(draft_model), tokenizer, manifest, threads)
+    elif manifest.drafter:
         drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
     if not ov_config:
@@ -125,7 +134,7 @@ def tune(
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, exact)
+    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, exact, own)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with storing():

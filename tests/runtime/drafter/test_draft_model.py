@@ -1,0 +1,74 @@
+"""A pair opened with another pair's target as its drafter: OpenVINO on both sides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import MismatchError, PairError
+from dovetail.runtime.pair.manifest import FileEntry, file_entry, read_manifest, write_manifest
+from dovetail.runtime.tree.limits import TreeLimits
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "cache-draft-model"
+    monkeypatch.setenv("DOVETAIL_CACHE", str(folder))
+    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.1)
+    return folder
+
+
+@pytest.fixture
+def altered(tiny_pair: Path, tmp_path: Path) -> Path:
+    """`tiny_pair` with two tokens of its vocabulary in each other's place."""
+    pair = tmp_path / "altered"
+    shutil.copytree(tiny_pair, pair)
+    file = pair / "target" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    manifest = read_manifest(pair)
+    entry: FileEntry = file_entry(file)
+    facts = {**vars(manifest.target), "tokenizer_sha256": entry.sha256}
+    files = {**manifest.files, "target/tokenizer.json": entry}
+    write_manifest(pair, type(manifest)(manifest.name, type(manifest.target)(**facts), None, files))
+    return pair
+
+
+@pytest.mark.parametrize("tree", [None, TreeLimits(width=10, depth=4, top_k=2)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_pair_drafts_for_itself(tiny_pair: Path, tree: TreeLimits | None, temperature: float) -> None:
+    with Engine.from_pretrained(tiny_pair, draft_model=tiny_pair, tree=tree) as engine:
+        assert engine.drafter_device == "CPU (draft model)" and engine.drafter_note == "draft model tiny"
+        drafted = engine.generate(PROMPT, 80, raw=True, temperature=temperature, seed=2)
+        plain = engine.generate(PROMPT, 80, raw=True, temperature=temperature, seed=2, speculate=False)
+    assert drafted.token_ids == plain.token_ids
+    if tree:  # a tiny target is as quick as its drafter: a scheduler drafts little
+        assert drafted.metrics.acceptance_length > (4 if temperature == 0 else 1.5)
+
+
+def test_costs_are_kept_for_the_two_models(tiny_pair: Path, cache: Path) -> None:
+    for _ in range(2):
+        Engine.from_pretrained(tiny_pair, draft_model=tiny_pair).close()
+    keys = [json.loads(file.read_text())["key"] for file in (cache / "costs").iterdir()]
+    assert [key["drafter"] == key["target"] for key in keys if key["device"] == "model"] == [True]
+
+
+def test_another_vocabulary_is_refused_by_its_first_difference(tiny_pair: Path, altered: Path) -> None:
+    with pytest.raises(MismatchError, match=r"the draft model's token \d+ is 'b', the target's 'a'") as told:
+        Engine.from_pretrained(tiny_pair, draft_model=altered)
+    assert "\n" not in str(told.value)
+
+
+def test_a_draft_model_that_is_no_pair_is_named(tiny_pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(PairError, match="none"):
+        Engine.from_pretrained(tiny_pair, draft_model=tmp_path / "none")
