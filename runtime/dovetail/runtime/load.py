@@ -115,7 +115,7 @@ def open_draft_model(
     own = read_sound(pair)
     if own.target.tokenizer_sha256 != manifest.target.tokenizer_sha256:
         tokenizer.check_same_ids(Tokenizer.from_folder(pair / TARGET))
-    model = OpenVINOTarget.load(pair, replace(own, drafter=None), threads=threads, exact=False)
+    model = OpenVINOTarget.load(pair, replace(own, drafter=None), threads=threads)
     return own, ModelDrafter(model, manifest.target.vocab_size, f"draft model {own.name}")
 
 
