@@ -197,13 +197,13 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     assert opener.calls == [(pair, {**device, "tree": None})]
 
 
-@pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("1", 1.0)])
+@pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("0.5", 0.5)])
 def test_a_slowdown_is_a_percentage_or_a_share(invoke, pair, opener, given: str, share: float) -> None:
     assert ask(invoke, pair, opener, "Hello", "-n", "2", "--max-slowdown", given).exit_code == 0
     assert opener.calls[0][1]["max_slowdown"] == pytest.approx(share)
 
 
-@pytest.mark.parametrize("given", ["2", "-1%", "101%", "nan", "much", "%", ""])
+@pytest.mark.parametrize("given", ["1", "2", "-1%", "101%", "nan", "much", "%", ""])
 def test_another_slowdown_is_named(invoke, pair, opener, given: str) -> None:
     result = ask(invoke, pair, opener, "Hello", f"--max-slowdown={given}")
     assert result.exit_code == 2 and not opener.calls

@@ -43,7 +43,7 @@ TOKENS = 160
 class Recorder:
     """A drafter that drafts nothing and keeps the pairs it is told."""
 
-    device, capacity, report, reads_features = "none", 1 << 20, DeviceReport(), True
+    device, capacity, report = "none", 1 << 20, DeviceReport()
 
     def __init__(self) -> None:
         self.tokens: list[TokenArray] = []
@@ -73,7 +73,7 @@ def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], A
     whole = in_float32(pair, tmp_path)
     first = agreeing = total = 0
     gained = {"half": 0, "whole": 0}
-    rounds = range(len(tokens) - TOKENS, len(tokens) - LIMITS.depth)
+    rounds = range(len(tokens) - TOKENS, len(tokens) - LIMITS.depth, 2)  # float16 is slow on a CPU
     for session in (half, whole):
         session.extend(SEQ, tokens[: rounds[0]], features[: rounds[0]])
     for at in rounds:
@@ -84,7 +84,7 @@ def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], A
         first += ours[0] == theirs[0]
         agreeing, total = agreeing + len({*ours} & {*theirs}), total + len(theirs)
         for session in (half, whole):
-            session.extend(SEQ, tokens[at : at + 1], features[at : at + 1])
+            session.extend(SEQ, tokens[at : at + 2], features[at : at + 2])
     assert first / len(rounds) > 0.99 and agreeing / total > 0.99, (first, len(rounds), agreeing, total)
     assert gained["half"] == pytest.approx(gained["whole"], rel=0.01)
     before = half.report.bus_bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.vram import check_limit
+from dovetail.runtime.drafter.vram import check_draft_model, check_limit
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.layout import TARGET
@@ -52,6 +52,7 @@ class LoadOptions:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
+        check_draft_model(self.draft_model, self.drafter_device, self.vram)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         return Parts(target, model, tokenizer, BOUNDS, schedule(costs), stop_tokens)
     facts = manifest.drafter
     if facts is None:
+        if options.drafter_device == "cuda" or options.vram is not None:
+            facts = manifest.needed_drafter  # raises
         if options.tree is not None:
             return Parts(target, None, tokenizer, tree, None, stop_tokens)
         return Parts(target, None, tokenizer, BOUNDS, schedule(measure(None)), stop_tokens)
@@ -116,7 +119,7 @@ def open_draft_model(
     if own.target.tokenizer_sha256 != manifest.target.tokenizer_sha256:
         tokenizer.check_same_ids(Tokenizer.from_folder(pair / TARGET))
     model = OpenVINOTarget.load(pair, replace(own, drafter=None), threads=threads)
-    return own, ModelDrafter(model, manifest.target.vocab_size, f"draft model {own.name}")
+    return own, ModelDrafter(model, manifest.target.vocab_size, own.target.vocab_size, f"draft model {own.name}")
 
 
 def _measured(

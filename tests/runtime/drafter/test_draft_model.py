@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.errors import MismatchError, PairError
+from dovetail.runtime.errors import InputError, MismatchError, PairError
 from dovetail.runtime.pair.manifest import FileEntry, file_entry, read_manifest, write_manifest
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -60,13 +61,21 @@ def test_costs_are_kept_for_the_two_models(tiny_pair: Path, cache: Path) -> None
     for _ in range(2):
         Engine.from_pretrained(tiny_pair, draft_model=tiny_pair).close()
     keys = [json.loads(file.read_text())["key"] for file in (cache / "costs").iterdir()]
-    assert [key["drafter"] == key["target"] for key in keys if key["device"] == "model"] == [True]
+    assert [key["drafter"] == f"{key['target']}, 256 tokens" for key in keys if key["device"] == "model"] == [True]
 
 
 def test_another_vocabulary_is_refused_by_its_first_difference(tiny_pair: Path, altered: Path) -> None:
     with pytest.raises(MismatchError, match=r"the draft model's token \d+ is 'b', the target's 'a'") as told:
         Engine.from_pretrained(tiny_pair, draft_model=altered)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("flags", [{"drafter_device": "cuda"}, {"vram": "1GB"}, {"vram": "1GB", "fit": True}])
+def test_flags_of_a_gpu_are_refused(tiny_pair: Path, flags: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="a draft model runs on the CPU"):
+        Engine.from_pretrained(tiny_pair, draft_model=tiny_pair, **flags)
+    with pytest.raises(PairError, match="has no drafter"):
+        Engine.from_pretrained(tiny_pair, **flags)
 
 
 def test_a_draft_model_that_is_no_pair_is_named(tiny_pair: Path, tmp_path: Path) -> None:

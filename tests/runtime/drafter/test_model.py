@@ -39,7 +39,7 @@ def model(noise: float = 0.0, max_context: int = 4096) -> tuple[SmallModel, Mode
     """A small model with the target's logits, and noise that makes it wrong at times."""
     clean, other = MarkovLogits(VOCABULARY), MarkovLogits(VOCABULARY, seed=1)
     small = SmallModel(lambda prefix: clean(prefix) + np.float32(noise) * other(prefix), max_context)
-    return small, ModelDrafter(small, VOCABULARY, "a test")
+    return small, ModelDrafter(small, VOCABULARY, VOCABULARY, "a test")
 
 
 def answer(sequence: Sequence, request: Request) -> tuple[list[int], Meter]:
@@ -115,6 +115,56 @@ def test_an_interrupt_anywhere_leaves_the_next_text_right(
     monkeypatch.setattr(small, call, real)
     got, meter = answer(sequence, request)
     assert got == expected and meter.metrics().acceptance_length > 1.5
+
+
+@pytest.mark.parametrize("max_context", [12, 40, 60])
+@pytest.mark.parametrize("prompt", [5, 50])
+def test_a_text_may_be_longer_than_the_models_context(max_context: int, prompt: int) -> None:
+    """The model then starts over with the last half of its context."""
+    _, drafter = model(0.2, max_context)
+    sequence, alone = (Sequence(ScriptedTarget(MarkovLogits(VOCABULARY)), each) for each in (drafter, None))
+    request = Request(tuple(range(2)) * (prompt // 2), 120, limits=LIMITS)
+    tokens, meter = answer(sequence, request)
+    assert tokens == answer(alone, replace(request, limits=None))[0]
+    assert meter.metrics().acceptance_length > 1.5
+    other = replace(request, prompt=(*request.prompt, *tokens[:3], 9))
+    assert answer(sequence, other)[0] == answer(alone, replace(other, limits=None))[0]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_while_a_text_is_dropped_leaves_the_engine_usable(
+    monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    small, drafter = model()
+    sequence = Sequence(ScriptedTarget(MarkovLogits(VOCABULARY)), drafter)
+    request = Request(tuple(range(3, 20)), 30, limits=LIMITS)
+    expected, _ = answer(sequence, request)
+    real = small.close
+
+    def interrupted(seq: int) -> None:
+        if after:
+            real(seq)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.forget()
+    monkeypatch.setattr(small, "close", real)
+    assert answer(sequence, request)[0] == expected
+
+
+def test_two_texts_are_drafted_apart() -> None:
+    _, drafter = model()
+    drafter.extend(1, np.array([1, 2, 3]))
+    drafter.extend(2, np.array([7, 8]))
+    assert drafter.propose(1, LIMITS).tokens[0] == 3 and drafter.propose(2, LIMITS).tokens[0] == 8
+
+
+def test_a_token_that_the_model_lacks_is_read_as_another() -> None:
+    small, _ = model()
+    drafter = ModelDrafter(small, VOCABULARY, 10, "a test")
+    drafter.extend(1, np.array([1, 30]))
+    assert small.texts[1] == [1, 0]
 
 
 def test_misuse_is_named() -> None:

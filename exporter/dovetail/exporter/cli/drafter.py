@@ -37,4 +37,4 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
             folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
         manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
     facts, kind = manifest.needed_drafter, manifest.drafter_kind or "drafter"
-    click.echo(f"{pair}: {kind}, {facts.blocks} blocks, draft vocabulary {facts.draft_vocab_size}")
+    click.echo(f"{pair}: {kind}, {facts.blocks} block(s), draft vocabulary {facts.draft_vocab_size}")

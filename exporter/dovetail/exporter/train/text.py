@@ -153,7 +153,9 @@ class TextWriter:
         written: list[TrainingText] = []
         with _whole_file(file) if keep else nullcontext() as out:
             for conversation in self.writer.write(requests, rng):
-                if out and (rows := conversation.features) is not None:
+                if out:
+                    rows = conversation.features
+                    assert rows is not None  # the writer was asked for them
                     out.write(rows.tobytes() + bytes(rows[:1].nbytes))  # no pass runs the last token: zeros
                 written.append(replace(conversation, features=None))
                 self.progress("answers", start + len(written), total, "")

@@ -134,7 +134,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         f"per round: draft {report['draft_ms']:.1f} ms, verify {report['verify_ms']:.1f} ms, "
         f"other {report['other_ms']:.1f} ms; peak RSS {report['peak_rss_mb']:.0f} MiB; "
-        f"target {report['target_device']}, drafter {report['drafter_device']}\n"
+        f"target {report['target_device']}, drafter {report['drafter_device'] or 'none'}\n"
         "near ties: tokens that the target replaces when it reads its answer again, and by how many logits",
         highlight=False,
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dovetail.runtime.drafter.vram import check_limit, parse_size
+from dovetail.runtime.drafter.vram import check_draft_model, check_limit, parse_size
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.files import write_atomically
@@ -69,6 +69,7 @@ class EngineFlags:
     def __post_init__(self) -> None:
         check_threads(self.threads)
         check_limit(self.vram, self.fit, self.drafter_device)
+        check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
         if self.max_slowdown is not None and (self.fixed_tree or self.tree_values()):
             raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
@@ -198,6 +199,8 @@ def _parse_share(_context: click.Context, _option: click.Parameter, given: str |
     try:
         share = float(given.removesuffix("%")) / (100 if given.endswith("%") else 1)
         check_slowdown(share)
+        if share == 1 and not given.endswith("%"):  # 1% or 100%?
+            raise ValueError
     except (ValueError, InputError):
         raise InputError(f"--max-slowdown {given!r} is no share of the time: give e.g. 2% or 0.02") from None
     return share

@@ -26,8 +26,6 @@ class FailoverDrafter:
     the drafter in use.
     """
 
-    reads_features = True
-
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
         """open_second: opens the second drafter, given the reason. Without it errors are raised."""
         self._drafter, self._open_second = drafter, open_second

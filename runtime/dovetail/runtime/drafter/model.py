@@ -10,6 +10,7 @@ Axes: T new tokens, K candidates, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -45,105 +46,115 @@ class Model(Protocol):
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float: ...
 
 
+@dataclass
+class _Text:
+    """What the model has read of one text."""
+
+    own: SequenceId  # the model's number of the text
+    tokens: list[int] = field(default_factory=list)  # its own drafts included
+    known: int = 0  # tokens that are no drafts
+    logits: FloatArray | None = None  # [V] after the last token, while a draft may follow
+
+
 class ModelDrafter:
     """Drafts with a small language model of the target's vocabulary; implements Drafter.
 
-    vocab_size: of the target; the model may have more or fewer rows for tokens that nobody uses.
+    vocab_size: of the target. rows: of the model's embedding, which may have more or fewer. A token
+    without a row is read as token 0, which makes a draft worse and no text wrong.
     """
 
-    device, file_key, reads_features, top_k = "CPU (draft model)", "model", False, TOP_K
+    device, file_key, reads_tokens_alone, top_k = "CPU (draft model)", "model", True, TOP_K
 
-    def __init__(self, model: Model, vocab_size: int, note: str) -> None:
+    def __init__(self, model: Model, vocab_size: int, rows: int, note: str) -> None:
         self.capacity = model.max_context - 1  # pairs: a text of n tokens has n - 1
         self.report = DeviceReport(note)
-        self._model, self._vocab_size = model, vocab_size
-        self._own: dict[SequenceId, SequenceId] = {}  # the target's number of a text -> the model's
-        self._tokens: dict[SequenceId, list[int]] = {}  # what the model has read of each, its own drafts included
-        self._known: dict[SequenceId, int] = {}  # tokens of it that are no drafts
-        self._logits: FloatArray | None = None  # [V] after the last token, while a draft may follow
+        self._model, self._vocab_size, self._rows = model, vocab_size, rows
+        self._texts: dict[SequenceId, _Text] = {}
 
     def length(self, seq: SequenceId) -> int:
-        return max(self._known.get(seq, 0) - 1, 0)
+        return max(self._texts[seq].known - 1, 0) if seq in self._texts else 0
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray | None = None, noise: DraftNoise | None = None
     ) -> None:
         """Append tokens [T]; the first call has the text's first token too. Raises DeviceError."""
-        if seq not in self._own:
-            self._own[seq], self._tokens[seq], self._known[seq] = self._model.open(), [], 0
-        own, held, known, new = self._own[seq], self._tokens[seq], self._known[seq], tokens.tolist()
-        right = _common(held[known:], new[:-1])  # drafts that the target chose too; the last token is read anew
-        self._forget(seq, known + right)
-        self._known[seq] += right
+        text, new = self._text(seq), np.where(tokens < self._rows, tokens, 0)
+        right = _common(text.tokens[text.known :], new[:-1].tolist())  # right drafts; the last token is read anew
+        self._forget(text, text.known + right)
+        text.known += right
         for start in range(right, len(new), CHUNK):
-            chunk = tokens[start : start + CHUNK]
+            chunk = new[start : start + CHUNK]
             if len(chunk) == 1:  # as wide as a node of the chain: another width would cost OpenVINO time
-                logits = self._step(seq, new[start])
+                logits = self._step(text, int(chunk[0]))
             else:
-                logits = self._model.prefill(own, chunk).logits[-1, : self._vocab_size].copy()
-                held += chunk.tolist()
-            self._known[seq], self._logits = len(held), logits
+                logits = self._model.prefill(text.own, chunk).logits[-1, : self._vocab_size].copy()
+                text.tokens += chunk.tolist()
+            text.known, text.logits = len(text.tokens), logits
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        if self._logits is None or len(self._tokens.get(seq, ())) != self._known.get(seq):
+        text = self._texts.get(seq)
+        if text is None or text.logits is None or len(text.tokens) != text.known:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
-        logits, self._logits = self._logits, None
+        logits, text.logits = text.logits, None
 
         def expand(level: Level) -> Candidates:
-            return _candidates(self._step(seq, int(level.tokens[0])), level.depth + 1, noise)
+            return _candidates(self._step(text, int(level.tokens[0])), level.depth + 1, noise)
 
-        room = self._model.max_context - self._known[seq] + 1  # rows: the root's, and one for each node of the chain
-        first, token = _candidates(logits, 1, noise), self._tokens[seq][-1]
+        room = self._model.max_context - text.known + 1  # rows: the root's, and one for each node of the chain
+        first, token = _candidates(logits, 1, noise), text.tokens[-1]
         return grow_tree(token, first, expand, limits, slots=min(room, SLOTS), breadth=1, judge=judge)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """See Drafter. Raises InputError."""
         check_keep(keep, held := self.length(seq))
         if not keep:
-            if seq in self._own:
-                self._model.close(self._own.pop(seq))
-                del self._tokens[seq], self._known[seq]
+            if text := self._texts.pop(seq, None):
+                self._model.close(text.own)
         elif keep < held:
-            self._known[seq] = keep + 1
-            self._forget(seq, keep + 1)
+            self._texts[seq].known = keep + 1
+            self._forget(self._texts[seq], keep + 1)
 
     def pretend_length(self, seq: SequenceId, pairs: int) -> None:
         """Act as if extended to `pairs` pairs, for timing only."""
-        if seq not in self._own:
-            self._own[seq] = self._model.open()
-        self._tokens[seq], self._known[seq] = [0] * (pairs + 1), pairs + 1
-        self._model.pretend_length(self._own[seq], pairs + 1)
+        text = self._text(seq)
+        text.tokens, text.known = [0] * (pairs + 1), pairs + 1
+        self._model.pretend_length(text.own, pairs + 1)
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
         """Return the ms of reading `rows` tokens; one row is a node of the chain."""
-        begin = clock()
+        own, begin = self._texts[seq].own, clock()
         if rows > 1:
-            self._model.prefill(self._own[seq], np.zeros(rows, np.int64))
+            self._model.prefill(own, np.zeros(rows, np.int64))
         else:
-            self._model.verify({self._own[seq]: DraftTree.root(0)})
+            self._model.verify({own: DraftTree.root(0)})
         return (clock() - begin) * 1e3
 
     def close(self) -> None:
-        for seq in list(self._own):
+        for seq in list(self._texts):
             self.rewind(seq, 0)
 
-    def _step(self, seq: SequenceId, token: int) -> FloatArray:
-        """Read one drafted token and return the logits [V] after it."""
-        own = self._own[seq]
-        logits: FloatArray = self._model.verify({own: DraftTree.root(token)})[own].logits[0, : self._vocab_size]
-        logits = logits.copy()
-        self._model.commit(own, np.zeros(1, np.int64))
-        self._tokens[seq].append(token)
+    def _text(self, seq: SequenceId) -> _Text:
+        if seq not in self._texts:
+            self._texts[seq] = _Text(self._model.open())
+        return self._texts[seq]
+
+    def _step(self, text: _Text, token: int) -> FloatArray:
+        """Read one token and return the logits [V] after it."""
+        token = token if token < self._rows else 0
+        result = self._model.verify({text.own: DraftTree.root(token)})[text.own]
+        logits: FloatArray = result.logits[0, : self._vocab_size].copy()
+        self._model.commit(text.own, np.zeros(1, np.int64))
+        text.tokens.append(token)
         return logits
 
-    def _forget(self, seq: SequenceId, keep: int) -> None:
+    def _forget(self, text: _Text, keep: int) -> None:
         """Keep the first `keep` tokens. An interrupt may have left the model with more or fewer."""
-        self._logits, own, tokens = None, self._own[seq], self._tokens[seq]
-        keep = min(keep, len(tokens), self._model.length(own))
-        self._model.rewind(own, keep)
-        del tokens[keep:]
+        text.logits = None
+        keep = min(keep, len(text.tokens), self._model.length(text.own))
+        self._model.rewind(text.own, keep)
+        del text.tokens[keep:]
 
 
 def _candidates(logits: FloatArray, depth: int, noise: DraftNoise | None) -> Candidates:

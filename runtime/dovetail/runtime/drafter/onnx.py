@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 class OnnxDrafter:
     """A drafter with the KV of one sequence; implements Drafter."""
 
-    reads_features = True
-
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
         self.device, self.capacity = device, runner.max_context
         self.file_key = runner.file_key  # of its graph in DrafterFacts.files

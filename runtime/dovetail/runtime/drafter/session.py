@@ -31,6 +31,16 @@ class DeviceReport:
     bus_bytes: int = 0  # moved so far between host and device, both ways; 0 on CPUs
 
 
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """The mark of a Drafter that reads a whole text by its tokens alone.
+
+    Its features are empty, and its first `extend` of a text begins with x[0].
+    """
+
+    reads_tokens_alone: bool
+
+
 class Moved(DeviceError):
     """The drafter's device failed. The drafter now runs on another device and holds no pairs."""
 
@@ -44,7 +54,6 @@ class Drafter(Protocol):
 
     device: str  # e.g. "CPU (int8)", "CUDA (fp16)"
     capacity: int  # context pairs of a sequence
-    reads_features: bool  # False: it reads tokens alone, all of a text, and its first `extend` has x[0] too
 
     @property
     def report(self) -> DeviceReport:

@@ -128,3 +128,9 @@ def check_limit(vram: int | None, fit: bool, device: str) -> None:
         raise InputError("--fit has nothing to fit to: give --vram SIZE")
     if vram is not None and device == "cpu":
         raise InputError("--vram is for a drafter on a GPU: leave out --drafter-device cpu, or --vram")
+
+
+def check_draft_model(draft_model: object, drafter_device: str, vram: int | None) -> None:
+    """Raise InputError for flags of a GPU beside a draft model, which runs on the CPU."""
+    if draft_model is not None and (drafter_device == "cuda" or vram is not None):
+        raise InputError("a draft model runs on the CPU: leave out --drafter-device cuda and --vram, or --draft-model")

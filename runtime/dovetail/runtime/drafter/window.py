@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dovetail.runtime.drafter.session import Drafter, DraftNoise, Moved
+from dovetail.runtime.drafter.session import Drafter, DraftNoise, Moved, ReadsTokens
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -140,39 +140,44 @@ class Window:
 class TokenWindow:
     """How far a drafter has read a text that it reads by tokens alone; in place of Window.
 
-    start, length: as Window's. The drafter reads a text from its first token.
+    start, length: as Window's. A drafter whose context is full starts over with the last half of it.
     """
-
-    start = 0
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
         self.drafter, self._seq = drafter, seq
-        self.length = self._known = 0
+        self.start = self.length = self._known = 0
 
     @property
     def waiting(self) -> int:
         """Pairs that the drafter has not read."""
-        return self._known - self.length
+        return self._known - self.start - self.length
 
     def add(self, features: FloatArray) -> None:
         """Count pairs. features: [n, D]."""
         self._known += len(features)
 
     def reach(self, pairs: int) -> int:
-        """Return `pairs`: the drafter can go on after any."""
+        """Return `pairs`: the drafter can go on after any, because it can read the text again."""
         return pairs
 
     def cut(self, keep: int) -> None:
         """Forget pair `keep` and all later ones. The drafter follows at the next `rewind`."""
-        self.length, self._known = min(self.length, keep), keep
+        self.length, self._known = max(min(self.length, keep - self.start), 0), keep
+        if not self.length:
+            self.start = 0
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the text up to the known pairs. tokens: the whole text."""
-        if self.waiting:
-            begin, end = self.length + 1 if self.length else 0, self._known + 1
-            new = np.array(tokens[begin:end], np.int64)
-            self.drafter.extend(self._seq, new, np.zeros((len(new), 0), np.float32), noise)
-            self.length = self._known
+        if not self.waiting:
+            return
+        if self.length + self.waiting > self.drafter.capacity:
+            self.length = 0
+            self.drafter.rewind(self._seq, 0)
+            self.start = max(self._known - self.drafter.capacity // 2, 0)
+        begin = self.start + self.length + bool(self.length)
+        new = np.array(tokens[begin : self._known + 1], np.int64)
+        self.drafter.extend(self._seq, new, np.zeros((len(new), 0), np.float32), noise)
+        self.length = self._known - self.start
 
     def propose(
         self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
@@ -189,7 +194,7 @@ class TokenWindow:
 
 def window(drafter: Drafter, seq: SequenceId) -> Window | TokenWindow:
     """Return the window of one text for a drafter."""
-    return Window(drafter, seq) if drafter.reads_features else TokenWindow(drafter, seq)
+    return TokenWindow(drafter, seq) if isinstance(drafter, ReadsTokens) else Window(drafter, seq)
 
 
 def _check_held(held: int, length: int) -> None:

@@ -148,7 +148,7 @@ def read_manifest(pair: Path) -> Manifest:
     """Read and check `pair`/dovetail.json. Raises ManifestError."""
     path = Path(pair) / MANIFEST_NAME
     try:
-        raw = read_json(path, ManifestError, "check its permissions, or export the pair again")
+        raw = read_json(path, ManifestError, "export the pair again with --force, or check its permissions")
     except (FileNotFoundError, NotADirectoryError):
         remedy = ", or finish its export with --resume" if Path(pair).is_dir() else ""
         raise ManifestError(f"{path} is missing: name a pair folder{remedy}") from None

@@ -143,7 +143,7 @@ class ScriptedTarget:
 class ScriptedDrafter:
     """A drafter whose trees are a function of the tokens so far; implements Drafter."""
 
-    device, reads_features = "scripted", True
+    device = "scripted"
     report = DeviceReport()
 
     def __init__(self, propose: Propose, capacity: int = 1 << 20) -> None:

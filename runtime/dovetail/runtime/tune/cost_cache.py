@@ -52,12 +52,13 @@ class CostKey:
         draft_model: of the pair whose target drafts; `device` is then "model".
         """
         cpu, versions = here.cpu(), here.versions()
-        drafter = manifest.drafter_files(device) if device and not draft_model else []
-        if draft_model:
-            drafter = [draft_model.files[TARGET_WEIGHTS]]
+        files = [draft_model.files[TARGET_WEIGHTS]] if draft_model else []
+        if device and not draft_model:
+            files = manifest.drafter_files(device)
+        digests = "".join(entry.sha256 for entry in files)
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
-            drafter="".join(entry.sha256 for entry in drafter),
+            drafter=f"{digests}, {draft_model.target.max_context} tokens" if draft_model else digests,
             device=device,
             threads=threads,
             cpu=cpu.model,
