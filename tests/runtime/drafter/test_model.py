@@ -165,6 +165,7 @@ def test_a_token_that_the_model_lacks_is_read_as_another() -> None:
     drafter = ModelDrafter(small, VOCABULARY, 10, "a test")
     drafter.extend(1, np.array([1, 30]))
     assert small.texts[1] == [1, 0]
+    assert drafter.propose(1, LIMITS).tokens[0] == 30  # the root is the target's token all the same
 
 
 def test_misuse_is_named() -> None:

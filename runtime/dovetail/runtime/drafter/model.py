@@ -9,7 +9,7 @@ Axes: T new tokens, K candidates, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, check_keep
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
@@ -53,6 +53,7 @@ class _Text:
     own: SequenceId  # the model's number of the text
     tokens: list[int] = field(default_factory=list)  # its own drafts included
     known: int = 0  # tokens that are no drafts
+    last: int = 0  # the last known token, by the target's id
     logits: FloatArray | None = None  # [V] after the last token, while a draft may follow
 
 
@@ -79,7 +80,7 @@ class ModelDrafter:
     ) -> None:
         """Append tokens [T]; the first call has the text's first token too. Raises DeviceError."""
         text, new = self._text(seq), np.where(tokens < self._rows, tokens, 0)
-        right = _common(text.tokens[text.known :], new[:-1].tolist())  # right drafts; the last token is read anew
+        right = common_prefix(text.tokens[text.known :], new[:-1].tolist())  # right drafts; the last token is read anew
         self._forget(text, text.known + right)
         text.known += right
         for start in range(right, len(new), CHUNK):
@@ -89,7 +90,7 @@ class ModelDrafter:
             else:
                 logits = self._model.prefill(text.own, chunk).logits[-1, : self._vocab_size].copy()
                 text.tokens += chunk.tolist()
-            text.known, text.logits = len(text.tokens), logits
+            text.known, text.logits, text.last = len(text.tokens), logits, int(tokens[-1])
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
@@ -103,8 +104,8 @@ class ModelDrafter:
             return _candidates(self._step(text, int(level.tokens[0])), level.depth + 1, noise)
 
         room = self._model.max_context - text.known + 1  # rows: the root's, and one for each node of the chain
-        first, token = _candidates(logits, 1, noise), text.tokens[-1]
-        return grow_tree(token, first, expand, limits, slots=min(room, SLOTS), breadth=1, judge=judge)
+        first = _candidates(logits, 1, noise)
+        return grow_tree(text.last, first, expand, limits, slots=min(room, SLOTS), breadth=1, judge=judge)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """See Drafter. Raises InputError."""
@@ -142,7 +143,6 @@ class ModelDrafter:
 
     def _step(self, text: _Text, token: int) -> FloatArray:
         """Read one token and return the logits [V] after it."""
-        token = token if token < self._rows else 0
         result = self._model.verify({text.own: DraftTree.root(token)})[text.own]
         logits: FloatArray = result.logits[0, : self._vocab_size].copy()
         self._model.commit(text.own, np.zeros(1, np.int64))
@@ -170,8 +170,3 @@ def _candidates(logits: FloatArray, depth: int, noise: DraftNoise | None) -> Can
         scores -= np.log(np.exp(scores).sum())
     order = np.argsort(-scores, kind="stable")[:TOP_K]
     return Candidates(scores[order][None].astype(np.float32), ids[order][None])
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

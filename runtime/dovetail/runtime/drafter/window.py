@@ -75,8 +75,8 @@ class Window:
         return self.start + self.length if self.length else self._kept.begin
 
     def add(self, features: FloatArray) -> None:
-        """Append pairs. features: [n, D], no view of memory that others write."""
-        kept = _Kept(self._kept.begin, (*self._kept.parts, features))
+        """Append pairs. features: [n, D], of which the window keeps a copy."""
+        kept = _Kept(self._kept.begin, (*self._kept.parts, np.array(features)))
         self._kept = kept.without(max(kept.end - kept.begin - KEPT, 0))
 
     def reach(self, pairs: int) -> int:

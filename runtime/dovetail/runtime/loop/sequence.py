@@ -19,7 +19,7 @@ from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, TokenArray, common_prefix
 from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.growth import Judge
@@ -126,10 +126,7 @@ class Sequence:
 
         The target reads the last common token again: its feature goes with the next, other token.
         """
-        pairs = zip(self.tokens, prompt, strict=False)
-        others = (index for index, (held, token) in enumerate(pairs) if held != token)
-        common = next(others, min(len(self.tokens), len(prompt)))
-        keep = max(min(common - 1, self.length), 0)
+        keep = max(min(common_prefix(self.tokens, prompt) - 1, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
@@ -198,7 +195,7 @@ class Sequence:
     def tell(self, features: FloatArray) -> None:
         """Add context pairs for the drafter: a copy of `features` [n, D], and their n tokens."""
         if self.window and self.speculates:
-            self.window.add(np.array(features))  # a copy
+            self.window.add(features)
 
     @property
     def waiting(self) -> int:
