@@ -75,26 +75,24 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
+    if options.draft_model is None and (options.drafter_device == "cuda" or options.vram is not None):
+        _ = manifest.needed_drafter  # raises before seconds of loading
+    own, model = None, None
+    if options.draft_model is not None:
+        own, model = open_draft_model(options.draft_model, tokenizer, manifest, options.threads)
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
-    target = OpenVINOTarget.load(pair, manifest, threads=options.threads, ov_config=properties, exact=options.exact)
+    read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
+    target = OpenVINOTarget.load(pair, read, threads=options.threads, ov_config=properties, exact=options.exact)
     tree = options.tree or manifest.tree
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
     )
     schedule = partial(Scheduler, plain_rows=target.least_rows, max_slowdown=options.max_slowdown)
-    if options.draft_model is not None:
-        drafter_manifest, model = open_draft_model(options.draft_model, tokenizer, manifest, options.threads)
+    facts = manifest.drafter
+    if model or facts is None:
         if options.tree is not None:
             return Parts(target, model, tokenizer, tree, None, stop_tokens)
-        costs = measure(model, draft_model=drafter_manifest)
-        return Parts(target, model, tokenizer, BOUNDS, schedule(costs), stop_tokens)
-    facts = manifest.drafter
-    if facts is None:
-        if options.drafter_device == "cuda" or options.vram is not None:
-            facts = manifest.needed_drafter  # raises
-        if options.tree is not None:
-            return Parts(target, None, tokenizer, tree, None, stop_tokens)
-        return Parts(target, None, tokenizer, BOUNDS, schedule(measure(None)), stop_tokens)
+        return Parts(target, model, tokenizer, BOUNDS, schedule(measure(model, draft_model=own)), stop_tokens)
     drafter = OnnxDrafter.open(
         pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
     )

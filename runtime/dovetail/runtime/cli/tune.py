@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from tempfile import TemporaryFile
 from time import perf_counter
@@ -99,7 +99,8 @@ def tune(
     folder = resolve_pair(pair)
     manifest = read_sound(folder)
 
-    open_target = partial(OpenVINOTarget.load, folder, manifest, threads=threads, exact=exact)
+    read = manifest if draft_model is None else replace(manifest, drafter=None)  # a draft model reads no features
+    open_target = partial(OpenVINOTarget.load, folder, read, threads=threads, exact=exact)
 
     def open_with(*more: Property) -> OpenVINOTarget:
         return open_target(ov_config={**ov_config, **{each.name: each.value for each in more}})

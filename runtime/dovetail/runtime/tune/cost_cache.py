@@ -52,13 +52,14 @@ class CostKey:
         draft_model: of the pair whose target drafts; `device` is then "model".
         """
         cpu, versions = here.cpu(), here.versions()
-        files = [draft_model.files[TARGET_WEIGHTS]] if draft_model else []
-        if device and not draft_model:
-            files = manifest.drafter_files(device)
-        digests = "".join(entry.sha256 for entry in files)
+        drafter = ""
+        if draft_model:
+            drafter = f"{draft_model.files[TARGET_WEIGHTS].sha256}, {draft_model.target.max_context} tokens"
+        elif device:
+            drafter = "".join(entry.sha256 for entry in manifest.drafter_files(device))
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
-            drafter=f"{digests}, {draft_model.target.max_context} tokens" if draft_model else digests,
+            drafter=drafter,
             device=device,
             threads=threads,
             cpu=cpu.model,

@@ -163,7 +163,7 @@ class _Point:
 
 @dataclass
 class _Stopwatch:
-    """Times calls as the loop makes them: a pass includes the tree's mask, not its growth."""
+    """Times calls as the loop makes them: a pass includes the layout of the tree's paths, not its growth."""
 
     target: OpenVINOTarget
     drafter: OnnxDrafter | ModelDrafter | None
