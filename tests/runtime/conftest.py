@@ -52,6 +52,17 @@ class Pairs:
         np.testing.assert_allclose(got.logprobs, want.logprobs, atol=0.02)
 
 
+@pytest.fixture
+def quick_costs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The cache folder of a module's tests, where a measurement takes a tenth of a second."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{request.module.__name__}"
+    monkeypatch.setenv("DOVETAIL_CACHE", str(folder))
+    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.1)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def pairs(tiny_full_pair: Path) -> Pairs:
     return Pairs(tiny_full_pair)

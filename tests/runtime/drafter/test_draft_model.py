@@ -16,15 +16,8 @@ from dovetail.runtime.errors import InputError, MismatchError, PairError
 from dovetail.runtime.pair.manifest import FileEntry, file_entry, read_manifest, write_manifest
 from dovetail.runtime.tree.limits import TreeLimits
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
 PROMPT = "the quick brown fox"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "cache-draft-model"
-    monkeypatch.setenv("DOVETAIL_CACHE", str(folder))
-    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.1)
-    return folder
 
 
 @pytest.fixture
@@ -57,10 +50,10 @@ def test_a_pair_drafts_for_itself(tiny_pair: Path, tree: TreeLimits | None, temp
         assert drafted.metrics.acceptance_length > (4 if temperature == 0 else 1.5)
 
 
-def test_costs_are_kept_for_the_two_models(tiny_pair: Path, cache: Path) -> None:
+def test_costs_are_kept_for_the_two_models(tiny_pair: Path, quick_costs: Path) -> None:
     for _ in range(2):
         Engine.from_pretrained(tiny_pair, draft_model=tiny_pair).close()
-    keys = [json.loads(file.read_text())["key"] for file in (cache / "costs").iterdir()]
+    keys = [json.loads(file.read_text())["key"] for file in (quick_costs / "costs").iterdir()]
     assert [key["drafter"] == f"{key['target']}, 256 tokens" for key in keys if key["device"] == "model"] == [True]
 
 

@@ -20,15 +20,8 @@ from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedTarget
 from dovetail.runtime.tree.limits import TreeLimits
 
+pytestmark = pytest.mark.usefixtures("quick_costs")
 PROMPT = "to be, or not to be, or not to be, or not"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.getbasetemp() / "cache-repeats-alone"
-    monkeypatch.setenv("DOVETAIL_CACHE", str(folder))
-    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.1)
-    return folder
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
@@ -62,9 +55,9 @@ def test_without_repeats_nothing_is_drafted(tiny_pair: Path) -> None:
         assert engine.generate(PROMPT, 40, raw=True).metrics.drafted == 0
 
 
-def test_a_machine_is_measured_once_for_a_target_alone(tiny_pair: Path, cache: Path) -> None:
+def test_a_machine_is_measured_once_for_a_target_alone(tiny_pair: Path, quick_costs: Path) -> None:
     for _ in range(2):
         with Engine.from_pretrained(tiny_pair) as engine:
             assert engine.scheduler is not None
-        files = list((cache / "costs").iterdir())
+        files = list((quick_costs / "costs").iterdir())
     assert len(files) == 1 and '"draft": null' in files[0].read_text()

@@ -2,7 +2,7 @@
 
 Each conversation runs in both modes, one right after the other, from empty caches. The modes
 alternate in going first. The comparison covers decoding without the prefill. The two texts may
-differ in near ties, because plain decoding runs other kernels. The target therefore reads every
+differ in near ties if equal rows are not computed equally. The target therefore reads every
 speculative answer again and chooses each token once more.
 """
 
