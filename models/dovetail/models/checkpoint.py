@@ -1,12 +1,15 @@
-"""What the readers of all checkpoint formats share: errors, `config.json`, exact tensors."""
+"""What the readers of all checkpoint formats share: errors, `config.json`, names and exact tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from dovetail.runtime.errors import SourceError
 from dovetail.runtime.system.files import check_regular, read_json
 
 CONFIG = "config.json"
+_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # in the order of preference
+_UNPICKLING = (OSError, ValueError, RuntimeError, EOFError, KeyError, AttributeError, pickle.UnpicklingError)
 
 
 class CheckpointError(SourceError):
@@ -21,12 +26,85 @@ class CheckpointError(SourceError):
 
 
 class UnknownFormat(CheckpointError):
-    """No format that Dovetail knows recognises the folder's `config.json`."""
+    """No format that Dovetail reads recognises the folder's config and tensors."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint folder whose config and shapes are known. Its weights are not read.
+
+    shapes: of all tensors, by name. files: names of config.json and the files of weights.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    files: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors. Raises CheckpointError, also for values that are no numbers."""
+        tensors = {name: tensor for file in self.files[1:] for name, tensor in _load(self.folder, file).items()}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name} in {self.folder} holds values that are no numbers: download it again")
+        return tensors
+
+
+def read_stored(folder: Path, *, allow_pickle: bool = False) -> Stored:
+    """Read config.json and the names and shapes of all tensors. Raises CheckpointError.
+
+    allow_pickle: read PyTorch's pickled files where there are no safetensors, weights alone.
+    """
+    config = read_config(folder)
+    names = weight_files(folder, allow_pickle=allow_pickle)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        found = _shapes(folder, name)
+        if twice := sorted(shapes.keys() & found.keys()):
+            raise CheckpointError(f"{folder} has the tensor {twice[0]!r} in two files: remove one of them")
+        shapes |= found
+    return Stored(folder, config, shapes, (CONFIG, *names))
+
+
+def weight_files(folder: Path, *, allow_pickle: bool = False) -> tuple[str, ...]:
+    """Names of a folder's files of weights; with an index, the files that it lists.
+
+    Raises CheckpointError: no such file, several without an index, a pickle that is not allowed.
+    """
+    for pattern in _PATTERNS:
+        files = sorted(file.name for file in folder.glob(pattern))
+        if not files:
+            continue
+        if pattern != _PATTERNS[0] and not allow_pickle:
+            raise CheckpointError(
+                f"{folder / files[0]} is a pickle, which can run code when it is read: convert it to safetensors, or "
+                "give --allow-pickle to read its weights alone"
+            )
+        index = folder / f"{'model' if pattern == _PATTERNS[0] else 'pytorch_model'}{pattern[1:]}.index.json"
+        if index.is_file():
+            return _listed(folder, index, files)
+        if len(files) > 1:
+            raise CheckpointError(f"{folder} holds {len(files)} files of weights and no {index.name}: keep one")
+        return tuple(files)
+    raise CheckpointError(f"{folder} holds no *.safetensors: name the folder of a trained drafter")
+
+
+def _listed(folder: Path, index: Path, files: list[str]) -> tuple[str, ...]:
+    """The files that an index lists, which must be files of the folder itself."""
+    try:
+        content = read_json(index, ValueError, "download it again")
+        names = sorted(set(content["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(folder, error) from error
+    if missing := [name for name in names if name not in files]:
+        raise CheckpointError(f"{folder} lacks {missing[0]!r}, which {index.name} lists: download it again")
+    return tuple(names)
 
 
 def unreadable(folder: Path, error: Exception) -> CheckpointError:
     """The error for a checkpoint whose files cannot be read."""
-    return CheckpointError(f"cannot read drafter checkpoint {folder}: {error}: copy or download it again")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"cannot read drafter checkpoint {folder}: {reason:.300}: copy or download it again")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -51,6 +129,47 @@ def read_safetensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise unreadable(folder, error) from error
 
 
+def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of one file. Raises CheckpointError."""
+    if not name.endswith(".safetensors"):
+        return {key: tuple(tensor.shape) for key, tensor in _unpickled(folder, name, "meta").items()}
+    try:
+        check_regular(folder / name)
+        with safe_open(folder / name, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreadable(folder, error) from error
+
+
+def _load(folder: Path, name: str) -> dict[str, Tensor]:
+    return read_safetensors(folder, name) if name.endswith(".safetensors") else _unpickled(folder, name, "cpu")
+
+
+def _unpickled(folder: Path, name: str, device: str) -> dict[str, Tensor]:
+    """The tensors of a pickled file; nothing in the file is executed. Raises CheckpointError."""
+    try:
+        check_regular(folder / name)
+        tensors = torch.load(folder / name, map_location=device, weights_only=True)
+    except _UNPICKLING as error:
+        raise unreadable(folder, error) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise unreadable(folder, ValueError(f"{name} holds more than named tensors"))
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def without_prefixes(names: Iterable[str], prefixes: tuple[str, ...], folder: Path) -> dict[str, str]:
+    """The given name of each tensor, by its name without a prefix. Raises CheckpointError."""
+    found: dict[str, str] = {}
+    for name in names:
+        short = name
+        while prefix := next((prefix for prefix in prefixes if short.startswith(prefix)), None):
+            short = short.removeprefix(prefix)
+        if short in found:
+            raise CheckpointError(f"{folder} has the tensor {short!r} twice, as {found[short]!r} and {name!r}")
+        found[short] = name
+    return found
+
+
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Load `tensors`, as float32, into the parameters of `module`.
 
@@ -64,12 +183,31 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path)
 def check_exact(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless names and shapes are those of the module's parameters."""
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(set(expected.items()) ^ set(found.items())):
-        raise CheckpointError(f"checkpoint {folder} does not fit its config: first difference at {wrong[0][0]!r}")
+    for name, tensor in tensors.items():
+        if name in expected and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} in {folder} is {kind}: give a checkpoint that is not quantised")
+    check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise CheckpointError, which lists the first differences, unless all names and shapes are equal."""
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
+    wrong += [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit its config: {', '.join(wrong[:3])}{more}: use the files that belong "
+            "together"
+        )
 
 
 def check_draft_ids(d2t: Tensor, size: int, vocab_size: int, folder: Path) -> None:
     """Raise CheckpointError unless `d2t` holds `size` ids of the target's vocabulary."""
     if d2t.shape != (size,) or int(d2t.min()) < 0 or int(d2t.max()) >= vocab_size:
-        raise CheckpointError(f"d2t in {folder} does not map {size} ids into the target vocabulary")
+        raise CheckpointError(f"d2t in {folder} does not map {size} ids into the target vocabulary of {vocab_size}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.models.config import DrafterConfig
-from dovetail.models.fusion import FUSIONS, LayerMix
+from dovetail.models.fusion import FUSIONS, LayerMix, TapMix
 from dovetail.models.layers import DraftLayer, RMSNorm, StepCache, rope_table, rotate, unrolled_attention
 
 
@@ -66,7 +66,7 @@ class DraftModel(nn.Module, ABC):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the drafter's config says {size}")
             self.register_buffer(name, tensor, persistent=False)
         self.shape = shape
-        self.mix: LayerMix | None = None
+        self.mix: LayerMix | TapMix | None = None
 
     @abstractmethod
     def combine(self, f: Tensor, e: Tensor) -> Tensor:

@@ -48,6 +48,40 @@ class ConcatFusion(nn.Module):
         return self.fc(torch.cat([e, f], dim=-1))
 
 
+class TapMix(nn.Module):
+    """EAGLE-3's features (arXiv 2503.01840): one linear layer over outputs of several target layers.
+
+    f = P [n(l1); ...; n(ln)]. tap_norm: "none"; "each" for an RMSNorm of every output (EAGLE-3.1's
+    `fc_norm`); "all" for an RMSNorm of their concatenation (speculators' `norm_before_fc`).
+    """
+
+    adds_last = False
+
+    def __init__(self, size: int, target_size: int, layers: tuple[int, ...], eps: float, tap_norm: str = "none"):
+        super().__init__()
+        self.target_size, self.layers, self.eps, self.tap_norm = target_size, layers, eps, tap_norm
+        self.fc = nn.Linear(len(layers) * target_size, size, bias=False)
+        if tap_norm == "each":
+            self.fc_norm = nn.ModuleList([RMSNorm(target_size, eps) for _ in layers])
+        if tap_norm == "all":
+            self.input_norm = RMSNorm(len(layers) * target_size, eps)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: [..., n * target_size] -> [..., size]."""
+        if self.tap_norm == "each":
+            parts = features.split(self.target_size, dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        if self.tap_norm == "all":
+            features = self.input_norm(features)
+        return self.fc(features)
+
+    def folded(self) -> Tensor:
+        """P [size, n * target_size] with the weights of the norms in its columns."""
+        if self.tap_norm == "each":
+            return self.fc.weight * torch.cat([norm.weight for norm in self.fc_norm if isinstance(norm, RMSNorm)])
+        return self.fc.weight * self.input_norm.weight if self.tap_norm == "all" else self.fc.weight
+
+
 class LayerMix(nn.Module):
     """Mixes the outputs of the target's blocks `layers` into the last feature; a fusion reads the sum.
 
@@ -56,6 +90,8 @@ class LayerMix(nn.Module):
     step. The runtime computes the mix inside the target's graph.
     Source of the choice of blocks: EAGLE-3 (arXiv 2503.01840).
     """
+
+    adds_last, tap_norm = True, "each"
 
     def __init__(self, size: int, layers: tuple[int, ...], eps: float):
         super().__init__()
@@ -68,6 +104,10 @@ class LayerMix(nn.Module):
         *layers, last = features.split(self.size, dim=-1)
         normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) for x in layers]
         return last + self.proj(torch.cat(normed, dim=-1))
+
+    def folded(self) -> Tensor:
+        """P [size, L * size]."""
+        return self.proj.weight
 
 
 FUSIONS: dict[str, type[DynamicGatingFusion] | type[ConcatFusion]] = {"dgf": DynamicGatingFusion, "fc": ConcatFusion}

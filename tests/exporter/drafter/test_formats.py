@@ -26,10 +26,10 @@ from dovetail.exporter.drafter.export import load_drafter
 from dovetail.exporter.pairs.check import check_pair_folder
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.run import train
-from dovetail.models.checkpoint import load_exactly, read_config, read_safetensors
+from dovetail.models.checkpoint import Stored, load_exactly, read_safetensors
 from dovetail.models.drafter import DraftModel, DraftShape
 from dovetail.models.formats import registry
-from dovetail.models.formats.format import Format, TargetParts
+from dovetail.models.formats.format import Config, Format, Needs, TargetParts
 from dovetail.models.layers import DraftLayer, RMSNorm, rope_table, rotate
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_pair
@@ -88,21 +88,26 @@ class Pebble(DraftModel):
         return super().logits(self.norm(g))
 
 
-def read(folder: Path, target: TargetParts) -> Pebble:
-    sizes, tensors = read_config(folder)["pebble"], read_safetensors(folder, "model.safetensors")
+def read(stored: Stored, target: TargetParts) -> Pebble:
+    sizes, tensors = stored.config["pebble"], stored.tensors()
     d2t, head = tensors.pop("offsets").long(), tensors.pop("lm_head.weight").float()
     assert target.config["hidden_size"] == sizes["width"]
     module = Pebble(sizes, target.embed_tokens, head, torch.arange(len(d2t)) + d2t)
-    load_exactly(module, tensors, folder)
+    load_exactly(module, tensors, stored.folder)
     return module
+
+
+def needs(stored: Stored, target: Config) -> Needs:
+    sizes = stored.config["pebble"]
+    return Needs("a pebble", sizes["width"], sizes["vocabulary"], sizes["draft"])
 
 
 PEBBLE = Format(
     name="pebble",
-    matches=lambda config: config.get("architectures") == ["PebbleForDrafting"],
-    weights=lambda folder: ("model.safetensors",),
+    matches=lambda config, shapes: config.get("architectures") == ["PebbleForDrafting"],
     describe=lambda config: f"a pebble with {config['pebble']['heads']} heads",
     read=read,
+    needs=needs,
 )
 
 
@@ -195,7 +200,7 @@ def test_without_its_entry_the_format_is_refused(
     copy = shutil.copytree(tiny_pair, tmp_path / "pair")
     assert main(["drafter", str(copy), "--checkpoint", str(checkpoint)]) == SourceError.exit_code
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(checkpoint) in said and "PebbleForDrafting" in said and "known formats are dovetail" in said
+    assert str(checkpoint) in said and "PebbleForDrafting" in said and "known formats are dovetail, " in said
     assert read_manifest(copy) == read_manifest(tiny_pair)
 
 
@@ -203,7 +208,7 @@ def test_weights_of_another_layout_are_refused(pair: Path, checkpoint: Path, tmp
     other = shutil.copytree(checkpoint, tmp_path / "other")
     tensors = read_safetensors(other, "model.safetensors")
     save_file({**tensors, "midlayer.q": torch.zeros(2)}, other / "model.safetensors")
-    with pytest.raises(SourceError, match=r"first difference at 'midlayer\.q'"):
+    with pytest.raises(SourceError, match=r"midlayer\.q is left over"):
         load_drafter(other, pair / "target")
 
 

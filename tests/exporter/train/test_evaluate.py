@@ -152,7 +152,7 @@ def test_blocks_read_beside_the_last_feature_are_mixed_in_once() -> None:
     config = DrafterConfig(20, 12, 16, 16, 24, 2, 1, 8, 64, feature_layers=(0, 1))
     wide = Drafter(config, rows, rows[:12], torch.arange(12))
     assert wide.mix is not None
-    wide.mix.proj.weight.normal_()
+    wide.mix.folded().normal_()
     plain = Drafter(replace(config, feature_layers=()), rows, rows[:12], torch.arange(12))
     plain.load_state_dict({name: value for name, value in wide.state_dict().items() if not name.startswith("mix.")})
     corpus, _ = conversations([20, 14], [4, 5])

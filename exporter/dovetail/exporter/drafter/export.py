@@ -25,6 +25,7 @@ from dovetail.models.checkpoint import CONFIG
 from dovetail.models.drafter import DraftModel
 from dovetail.models.formats.format import TargetParts
 from dovetail.models.formats.registry import find_checkpoint
+from dovetail.models.fusion import TapMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
 from dovetail.runtime.errors import DeviceError, ExportError, PairError, SourceError
 from dovetail.runtime.pair.files import sha256_file
@@ -68,8 +69,8 @@ def export_drafter(
             if vram:
                 drafter, facts = _fitted(drafter, scratch, replace(facts, vram=vram), fit, keep, progress)
             if mix := drafter.mix:
-                weights = mix.proj.weight.detach().cpu().numpy()
-                FeatureMix(mix.layers, weights, mix.eps).save(scratch / FEATURE_MIX)
+                weights = mix.folded().detach().cpu().numpy()
+                FeatureMix(mix.layers, weights, mix.eps, mix.tap_norm, mix.adds_last).save(scratch / FEATURE_MIX)
             for report in check_files(drafter, scratch, facts):
                 progress(str(report))
             for name in copied:
@@ -117,6 +118,7 @@ def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots
         files={name: f"{folder}/{file}" for name, file in files.items()},
         feature_layers=layers,
         noise=True,
+        target_size=drafter.mix.target_size if isinstance(drafter.mix, TapMix) else 0,
     )
 
 

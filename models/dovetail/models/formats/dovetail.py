@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dovetail.models.checkpoint import (
     CheckpointError,
+    Stored,
     check_draft_ids,
     check_exact,
     load_exactly,
@@ -21,7 +22,7 @@ from dovetail.models.checkpoint import (
 )
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
-from dovetail.models.formats.format import Config, Format, TargetParts
+from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
 from dovetail.runtime.pair.files import write_atomically
 
 WEIGHTS = "drafter.safetensors"
@@ -59,17 +60,21 @@ def load_checkpoint(folder: Path, embed_tokens: Tensor, lm_head: Tensor) -> Draf
 
 def read_checkpoint(folder: Path) -> tuple[DrafterConfig, dict[str, Tensor]]:
     """Config and raw tensors of a checkpoint folder. Raises CheckpointError."""
-    try:
-        config = DrafterConfig.load(folder)
-    except (OSError, ValueError) as error:
-        raise unreadable(folder, error) from error
+    config = _config(folder)
     tensors = read_safetensors(folder, WEIGHTS)
     if "d2t" not in tensors:
         raise CheckpointError(f"checkpoint {folder} has no d2t table: it is not a Dovetail drafter")
     return config, tensors
 
 
-def _matches(config: Config) -> bool:
+def _config(folder: Path) -> DrafterConfig:
+    try:
+        return DrafterConfig.load(folder)
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from error
+
+
+def _matches(config: Config, shapes: Shapes) -> bool:
     """No other format has a feature size, and none of Dovetail's has the markers of a Hub model."""
     return {"feature_size", "draft_vocab_size"} <= config.keys() and not {"architectures", "model_type"} & config.keys()
 
@@ -78,8 +83,21 @@ def _describe(config: Config) -> str:
     return f"Dovetail's drafter with {config.get('fusion', DrafterConfig.fusion)} fusion"
 
 
-def _read(folder: Path, target: TargetParts) -> Drafter:
-    return load_checkpoint(folder, target.embed_tokens, target.lm_head)
+def _read(stored: Stored, target: TargetParts) -> Drafter:
+    return load_checkpoint(stored.folder, target.embed_tokens, target.lm_head)
 
 
-FORMAT = Format("dovetail", _matches, lambda _: (WEIGHTS,), _describe, _read)
+def _needs(stored: Stored, target: Config) -> Needs:
+    config = _config(stored.folder)
+    return Needs(
+        kind=_describe(stored.config),
+        target_size=config.feature_size,
+        vocab_size=config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size,
+        layers=config.feature_layers,
+        max_context=config.max_position_embeddings,
+        rope=f"theta {config.rope_theta:g}",
+    )
+
+
+FORMAT = Format("dovetail", _matches, _describe, _read, _needs)

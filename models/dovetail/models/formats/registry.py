@@ -5,50 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dovetail.models.checkpoint import CONFIG, CheckpointError, UnknownFormat, read_config
+from dovetail.models.checkpoint import CONFIG, Stored, UnknownFormat, read_stored
 from dovetail.models.drafter import DraftModel
-from dovetail.models.formats import dovetail
-from dovetail.models.formats.format import Config, Format, TargetParts
+from dovetail.models.formats import dovetail, eagle3, speculators
+from dovetail.models.formats.format import Config, Format, Needs, TargetParts
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
-FORMATS = {format.name: format for format in (dovetail.FORMAT,)}
+FORMATS = {format.name: format for format in (dovetail.FORMAT, speculators.EAGLE3, eagle3.FORMAT)}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose format is known. files: the names of its config and weights."""
+    """A folder whose format is known."""
 
-    folder: Path
+    stored: Stored
     format: Format
-    config: Config
-    files: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its config and weights."""
+        return self.stored.files
 
     @property
     def description(self) -> str:
-        return self.format.describe(self.config)
+        return self.format.describe(self.stored.config)
+
+    def needs(self, target: Config) -> Needs:
+        """What it asks of a target with this config; reads no weights. Raises CheckpointError, ValueError."""
+        return self.format.needs(self.stored, target)
 
     def read(self, target: TargetParts) -> DraftModel:
         """The module on the target's rows. Raises CheckpointError, ValueError; see Format."""
-        return self.format.read(self.folder, target)
+        return self.format.read(self.stored, target)
 
 
-def find_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, by the content of its config.json; reads no weights.
+def find_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint in `folder`, by its config and the names of its tensors; reads no weights.
 
     Raises CheckpointError (missing or unreadable file) or UnknownFormat.
     """
-    config = read_config(folder)
-    format = next((format for format in FORMATS.values() if format.matches(config)), None)
+    stored = read_stored(folder, allow_pickle=allow_pickle)
+    format = next((format for format in FORMATS.values() if format.matches(stored.config, stored.shapes)), None)
     if format is None:
         raise UnknownFormat(
-            f"{folder} is no drafter that Dovetail reads: its {CONFIG} says {_claim(config)}: "
+            f"{folder} is no drafter that Dovetail reads: its {CONFIG} says {_claim(stored.config)}: "
             f"known formats are {', '.join(sorted(FORMATS))}"
         )
-    files = (CONFIG, *format.weights(folder))
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder / missing[0]} is missing: name the folder of a trained drafter")
-    return Checkpoint(folder, format, config, files)
+    return Checkpoint(stored, format)
 
 
 def _claim(config: Config) -> str:

@@ -28,8 +28,8 @@ def check_pair(manifest: Manifest) -> None:
     if drafter is None:
         return
     pairs: tuple[tuple[str, object, object], ...] = (
-        ("hidden size", drafter.hidden_size, target.hidden_size),
-        ("feature size", drafter.feature_size, target.feature_size),
+        ("hidden size", drafter.target_size or drafter.hidden_size, target.hidden_size),
+        ("feature size", drafter.reads_size, target.feature_size),
         ("vocabulary", drafter.target_vocab_size, target.vocab_size),
         ("tokenizer", drafter.tokenizer_sha256[:12], target.tokenizer_sha256[:12]),
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from dovetail.runtime.errors import InputError, ManifestError, PairError
 from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.layout import DATA_SUFFIX, MANIFEST_NAME
-from dovetail.runtime.system.bounds import BYTES_MOST, check_whole
+from dovetail.runtime.system.bounds import BYTES_MOST, LARGEST, check_whole
 from dovetail.runtime.system.files import read_json
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -69,7 +69,8 @@ class DrafterFacts:
     the drafter reads beside the last feature; files["features"] then holds their FeatureMix.
     workspace: bytes of activations of the largest call on a GPU, fixed and per pair of context.
     vram: the most bytes of GPU memory that the drafter may take, 0 for no limit. noise: whether the
-    graphs take the noise of sampled answers.
+    graphs take the noise of sampled answers. target_size: width of the target's blocks, if the
+    drafter has another width and rows of its own; 0 if the drafter's sizes are the target's.
     """
 
     blocks: int
@@ -88,6 +89,12 @@ class DrafterFacts:
     workspace: tuple[int, ...] = field(default=(), metadata=_MAY_BE_MISSING)
     vram: int = field(default=0, metadata=_MAY_BE_MISSING)
     noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
+    target_size: int = field(default=0, metadata=_MAY_BE_MISSING)
+
+    @property
+    def reads_size(self) -> int:
+        """Width of the outputs of the target that the drafter reads."""
+        return self.target_size or self.feature_size
 
     def __post_init__(self) -> None:
         if "cpu" not in self.files:
@@ -98,6 +105,12 @@ class DrafterFacts:
             raise ManifestError(f"drafter.workspace {self.workspace} is no pair of sizes: export the drafter again")
         for name, value in (*(("workspace", size) for size in self.workspace), ("vram", self.vram)):
             check_whole(f"drafter.{name}", value, ManifestError, _AGAIN, least=0, most=BYTES_MOST)
+        most = LARGEST["hidden_size"]
+        check_whole("drafter.target_size", self.target_size, ManifestError, _AGAIN, least=0, most=most)
+        if self.target_size and not self.feature_layers:
+            raise ManifestError(
+                f"drafter.target_size {self.target_size} without feature_layers: export the drafter again"
+            )
         _check_sizes(
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",

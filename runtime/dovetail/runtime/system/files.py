@@ -6,9 +6,11 @@ import errno
 import json
 import stat
 import warnings
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from tokenize import TokenError
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 from zlib import error as ZlibError
@@ -20,6 +22,8 @@ TEXT_BYTES = 64 << 20  # largest JSON or text file
 JSON_DEPTH = 64  # nested objects and lists; libraries copy what they read by recursion
 ARRAY_BYTES = 64 << 20  # largest size of unpacked arrays, or
 ARRAY_RATIO = 50  # times the archive's size: token ids shrink to a fraction, zeros to a thousandth
+
+NO_DEFAULTS: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 # Exceptions that numpy raises for an unreadable archive. TokenError comes from headers that are no
 # Python literals.
@@ -97,8 +101,14 @@ def read_object(file: Path, failure: type[Exception], remedy: str) -> dict[str, 
     return content
 
 
-def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str) -> list[NDArray[Any]]:
-    """Return arrays of an .npz file of bounded size. Raises `failure` with `remedy`."""
+def read_arrays(
+    file: Path, names: tuple[str, ...], failure: type[Exception], remedy: str,
+    defaults: Mapping[str, NDArray[Any]] = NO_DEFAULTS,
+) -> list[NDArray[Any]]:  # fmt: skip
+    """Return arrays of an .npz file of bounded size. Raises `failure` with `remedy`.
+
+    defaults: of arrays that older files lack.
+    """
     import numpy as np  # the commands check their arguments with this module and must start without numpy
 
     try:
@@ -110,7 +120,7 @@ def read_arrays(file: Path, names: tuple[str, ...], failure: type[Exception], re
                 raise ValueError(f"the archive unpacks to {size >> 20} MiB")
             stream.seek(0)
             with np.load(stream) as data:
-                return [data[name] for name in names]
+                return [defaults[name] if name in defaults and name not in data else data[name] for name in names]
     except _ARRAY_FAILURES as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise failure(f"{file} cannot be read ({reason:.200}): {remedy}") from error

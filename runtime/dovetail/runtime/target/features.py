@@ -25,34 +25,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMix:
-    """A drafter's addition to the last feature [.., H]: weighted outputs of blocks of the target.
+    """How a drafter's feature [.., D] is made of outputs of blocks of the target.
 
-    Each output is divided by its root mean square before.
+    layers: L blocks of the target, 0 the first. weight: [D, L * H] float32, over the outputs side by
+    side. norm: "each" divides every output by its root mean square, "all" divides the row of all
+    outputs by its own, "none" does neither; eps stands inside the root. adds_last: whether the last
+    feature, the lm_head's input, is added; D is then H.
     """
 
-    layers: tuple[int, ...]  # L blocks of the target, 0 the first
-    weight: NDArray[np.float32]  # [H, L * H]
-    eps: float  # inside the root mean square
+    layers: tuple[int, ...]
+    weight: NDArray[np.float32]
+    eps: float
+    norm: str = "each"
+    adds_last: bool = True
 
     def save(self, file: Path) -> None:
         """Write an .npz file with the weight in float16."""
-        np.savez(file, layers=np.array(self.layers), weight=self.weight.astype(np.float16), eps=np.array(self.eps))
+        np.savez(
+            file, layers=np.array(self.layers), weight=self.weight.astype(np.float16), eps=np.array(self.eps),
+            norm=np.array(NORMS.index(self.norm)), adds_last=np.array(self.adds_last),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, file: Path, facts: DrafterFacts) -> FeatureMix:
         """Read the mix of a drafter with these `facts`. Raises IntegrityError."""
         remedy = "export the drafter again"
-        layers, weight, eps = read_arrays(file, ("layers", "weight", "eps"), IntegrityError, remedy)
-        if layers.ndim != 1 or layers.dtype.kind not in "iu" or eps.ndim or weight.dtype.kind + eps.dtype.kind != "ff":
-            raise IntegrityError(f"{file} does not hold layers, a weight and eps: {remedy}")
-        if weight.shape != (facts.feature_size, len(layers) * facts.feature_size):
+        names = ("layers", "weight", "eps", "norm", "adds_last")
+        older = {"norm": np.array(NORMS.index("each")), "adds_last": np.array(True)}
+        layers, weight, eps, norm, adds_last = read_arrays(file, names, IntegrityError, remedy, older)
+        kinds = layers.dtype.kind, weight.dtype.kind, eps.dtype.kind, norm.dtype.kind, adds_last.dtype.kind
+        if layers.ndim != 1 or eps.ndim or norm.ndim or adds_last.ndim or "".join(kinds) not in ("iffib", "uffib"):
+            raise IntegrityError(f"{file} does not hold layers, a weight, eps, norm and adds_last: {remedy}")
+        if weight.shape != (facts.feature_size, len(layers) * facts.reads_size):
             raise IntegrityError(f"{file} holds a weight {weight.shape} for {len(layers)} layers: {remedy}")
         if tuple(layers) != facts.feature_layers:
             raise IntegrityError(f"{file} is for layers {layers.tolist()}, not {[*facts.feature_layers]}: {remedy}")
-        if not (np.isfinite(weight).all() and 0 < eps < 1):
+        if not (np.isfinite(weight).all() and 0 < eps < 1 and 0 <= norm < len(NORMS)):
             raise IntegrityError(f"{file} holds numbers that are not finite, or eps {float(eps)}: {remedy}")
-        return cls(tuple(int(layer) for layer in layers), weight.astype(np.float32), float(eps))
+        if adds_last and facts.feature_size != facts.reads_size:
+            raise IntegrityError(f"{file} adds features of {facts.feature_size} and {facts.reads_size}: {remedy}")
+        blocks = tuple(int(layer) for layer in layers)
+        return cls(blocks, weight.astype(np.float32), float(eps), NORMS[int(norm)], bool(adds_last))
 
+
+NORMS = ("none", "each", "all")  # a file holds the index
 
 # Operations between a constant and the node that uses it.
 _AFTER_CONSTANT = {"Convert", "Reshape"}
@@ -88,21 +104,30 @@ def widen_tap(model: ov.Model, layers: Sequence[int]) -> None:
 
 
 def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
-    """Make "features" [.., H] the lm_head's input plus `mix` of the target's layers."""
+    """Make "features" [.., D] the `mix` of the target's layers."""
     from openvino import opset13 as ops
 
-    last = ops.convert(find_head(model).input_value(0), "f32")
-    normed = []
-    for output in _layers(model, mix.layers):
-        x = ops.convert(output, "f32")
-        # OpenVINO fuses this form into one operation.
-        square = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
-        inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(mix.eps))))
-        normed.append(ops.multiply(ops.constant(np.ones(mix.weight.shape[0], np.float32)), ops.multiply(x, inverse)))
+    outputs = [ops.convert(output, "f32") for output in _layers(model, mix.layers)]
+    if mix.norm == "each":
+        outputs = [_normed(output, mix.weight.shape[1] // len(outputs), mix.eps) for output in outputs]
+    row = ops.concat(outputs, -1)
+    if mix.norm == "all":
+        row = _normed(row, mix.weight.shape[1], mix.eps)
     values, scales = quantize_rows(mix.weight)  # INT8 like the target's own: every pass reads it
     weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
-    mixed = ops.matmul(ops.concat(normed, -1), weight, False, True)
-    _replace_tap(model, ops.add(last, mixed).output(0))
+    mixed = ops.matmul(row, weight, False, True)
+    if mix.adds_last:
+        mixed = ops.add(ops.convert(find_head(model).input_value(0), "f32"), mixed)
+    _replace_tap(model, mixed.output(0))
+
+
+def _normed(x: ov.Node, size: int, eps: float) -> ov.Node:
+    """`x` [.., size] divided by its root mean square, in the form that OpenVINO fuses into one operation."""
+    from openvino import opset13 as ops
+
+    square = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), keep_dims=True)
+    inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(eps))))
+    return ops.multiply(ops.constant(np.ones(size, np.float32)), ops.multiply(x, inverse))
 
 
 def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -1,0 +1,309 @@
+"""EAGLE-3 checkpoints: SafeAILab's layout, which SpecForge and AngelSlim share, ModelOpt's, DeepSpec's.
+
+All have the same parts under slightly different names. Their configs say different things about the
+target's layers: without a list they are EAGLE's three, in SafeAILab's code the inputs of layers 2,
+L / 2 and L - 3 (L layers). The ids in `eagle_config` (ModelOpt, SGLang) and in DeepSpec's
+`target_layer_ids` count outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.models.checkpoint import (
+    CheckpointError,
+    Stored,
+    check_draft_ids,
+    check_shapes,
+    load_exactly,
+    without_prefixes,
+)
+from dovetail.models.eagle3 import BlockSizes, Eagle3Config, Eagle3Drafter
+from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.rope import Rope
+from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
+
+_AGAIN = "correct config.json"
+_PREFIXES = ("model.", "draft_model.")
+_FIRST = "layers.0."
+# Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
+_IGNORED = ("inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
+_ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A drafter's settings, and how each ambiguous one was decided."""
+
+    config: Eagle3Config
+    choices: tuple[str, ...]
+
+
+def names_of(stored: Stored) -> dict[str, str]:
+    """The checkpoint's name of each tensor, by its name in the module. Raises CheckpointError."""
+    names = without_prefixes(stored.shapes, _PREFIXES, stored.folder)
+    renamed = {name.replace("midlayer.", _FIRST, 1) if name.startswith("midlayer.") else name: name for name in names}
+    return {name: names[short] for name, short in renamed.items() if not name.endswith(_IGNORED)}
+
+
+def block_sizes(config: Config, shapes: Shapes, first: str = _FIRST) -> BlockSizes:
+    """Sizes of a Llama or Qwen3 block. shapes: by the module's names. Raises ValueError.
+
+    Biases and norms of heads are there if the first layer's tensors have them.
+    """
+    if (act := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act {act!r:.40} is not supported: Dovetail's drafters have silu")
+    sizes = {name: whole(config, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    groups = whole(config, "num_key_value_heads", sizes["num_attention_heads"])
+    head_dim = whole(config, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    if sizes["num_attention_heads"] % groups or head_dim % 2:
+        raise ValueError(f"{sizes['num_attention_heads']} heads of {head_dim} over {groups} are no layout: {_AGAIN}")
+    eps = config.get("rms_norm_eps", 1e-6)
+    check_number("rms_norm_eps", eps, ValueError, _AGAIN, most=1)
+    return BlockSizes(
+        **sizes,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        rms_norm_eps=float(eps),
+        qkv_bias=f"{first}self_attn.q_proj.bias" in shapes,
+        o_bias=f"{first}self_attn.o_proj.bias" in shapes,
+        mlp_bias=f"{first}mlp.down_proj.bias" in shapes,
+        qk_norm=f"{first}self_attn.q_norm.weight" in shapes,
+    )
+
+
+def whole(config: Config, name: str, default: int | None = None) -> int:
+    """A size in a config. Raises ValueError."""
+    value = config.get(name)
+    value = default if value is None else value
+    check_whole(name, value, ValueError, _AGAIN, most=LARGEST.get(name, 2**24))
+    return int(value)  # type: ignore[arg-type]  # a number by now
+
+
+def flag(config: Config, name: str, default: bool = False) -> bool:
+    """A switch in a config. Raises ValueError."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} {value!r:.40} is neither true nor false: {_AGAIN}")
+    return value
+
+
+def layer_list(name: str, ids: object) -> tuple[int, ...]:
+    """Layer ids of a config. Raises ValueError."""
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(f"{name} {ids!r:.60} is no list of layers: {_AGAIN}")
+    for layer in ids:
+        check_whole(name, layer, ValueError, _AGAIN, least=0, most=LARGEST["num_layers"])
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name} {ids!r:.60} names a layer twice: {_AGAIN}")
+    return tuple(ids)
+
+
+def outputs_of_inputs(name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The blocks whose outputs are the inputs of layers `ids`. Raises ValueError for layer 0."""
+    if 0 in ids:
+        raise ValueError(f"{name} {list(ids)} reads the input of layer 0, the embedding, which Dovetail does not tap")
+    return tuple(layer - 1 for layer in ids)
+
+
+def eagle_layers(depth: int) -> tuple[int, ...]:
+    """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers."""
+    return outputs_of_inputs("EAGLE-3's default", (2, depth // 2, depth - 3))
+
+
+def check_full_attention(config: Config, positions: int) -> None:
+    """Raise ValueError for a sliding window that is shorter than the drafter's context."""
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types") or []
+    used = "sliding_attention" in kinds or config.get("use_sliding_window") is True
+    if used and isinstance(window, int) and window < positions:
+        raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
+
+
+def target_sizes(target: Config) -> tuple[int, int, int]:
+    """Width, layers and vocabulary of the target."""
+    return int(target["hidden_size"]), int(target["num_hidden_layers"]), int(target["vocab_size"])
+
+
+def settle(stored: Stored, target: Config) -> Settled:
+    """Read an EAGLE-3 config of SafeAILab's, SpecForge's, AngelSlim's, ModelOpt's or DeepSpec's kind.
+
+    Raises ValueError for a setting out of range, or one that Dovetail's EAGLE-3 does not have.
+    """
+    config, names = stored.config, names_of(stored)
+    shapes = {name: stored.shapes[given] for name, given in names.items()}
+    width, depth, vocab = target_sizes(target)
+    nested = config.get("eagle_config") or {}
+    if not isinstance(nested, dict):
+        raise ValueError(f"eagle_config {nested!r:.60} is no object: {_AGAIN}")
+    choices = []
+    if "target_layer_ids" in config:
+        taps = layer_list("target_layer_ids", config["target_layer_ids"])
+        choices.append(f"target_layer_ids {list(taps)} count outputs of layers, as in DeepSpec")
+    elif ids := nested.get("eagle_aux_hidden_state_layer_ids"):
+        taps = layer_list("eagle_aux_hidden_state_layer_ids", ids)
+        choices.append(f"eagle_config's layers {list(taps)} count outputs, as in ModelOpt and SGLang")
+    elif ids := config.get("eagle_aux_hidden_state_layer_ids"):
+        given = layer_list("eagle_aux_hidden_state_layer_ids", ids)
+        taps = outputs_of_inputs("eagle_aux_hidden_state_layer_ids", given)
+        choices.append(f"the config's layers {list(given)} count inputs, as in vLLM")
+    else:
+        taps = eagle_layers(depth)
+        choices.append(f"the config lists no layers: EAGLE's, the outputs of {', '.join(map(str, taps))}")
+    for name, expected in (
+        ("use_aux_hidden_state", True), ("use_input_layernorm_in_first_layer", True), ("use_last_layernorm", True),
+        ("use_mtp_layernorm", False),
+    ):  # fmt: skip
+        if nested.get(name) not in (None, expected):
+            raise ValueError(f"eagle_config has {name} {nested[name]!r:.20}: Dovetail's EAGLE-3 has {expected} alone")
+    if nested.get("parallel_draft_step") not in (None, 1):
+        raise ValueError(f"parallel_draft_step {nested['parallel_draft_step']!r:.20} is not supported: only 1 is")
+    each = flag(config, "fc_norm")
+    output = flag(config, "norm_output")
+    if "norm_output" not in config:
+        choices.append("norm_output is missing: the feature before the norm goes on, as in EAGLE-3")
+    layers = 1 if any(name.startswith("midlayer.") for name in stored.shapes) else whole(config, "num_hidden_layers", 1)
+    if "target_layer_ids" in config and layers > 1:
+        raise ValueError(f"{layers} layers of DeepSpec's kind are not supported: only one layer is")
+    return Settled(
+        _config(config, shapes, width, vocab, taps, layers, tap_norm="each" if each else "none", norm_output=output),
+        tuple(choices),
+    )
+
+
+def _config(
+    config: Config, shapes: Shapes, width: int, vocab: int, taps: tuple[int, ...], layers: int, **settings: object
+) -> Eagle3Config:
+    """Settings from a Llama config and the tensors' shapes. width, vocab: of the target."""
+    sizes = block_sizes(config, shapes)
+    positions = whole(config, "max_position_embeddings", 2048)
+    check_full_attention(config, positions)
+    given = whole(config, "vocab_size", vocab)
+    if given != vocab:
+        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}")
+    return Eagle3Config(
+        block=sizes,
+        vocab_size=vocab,
+        draft_vocab_size=whole(config, "draft_vocab_size", vocab),
+        target_size=whole(config, "target_hidden_size", width if "target_hidden_size" in config else sizes.hidden_size),
+        taps=taps,
+        rope=Rope.from_config(config, sizes.head_dim, positions),
+        max_position_embeddings=positions,
+        blocks=layers,
+        **settings,  # type: ignore[arg-type]  # settings of Eagle3Config
+    )
+
+
+def check_target(config: Eagle3Config, target: Config) -> None:
+    """Raise ValueError unless the target has the drafter's width and layers."""
+    width, depth, _ = target_sizes(target)
+    if config.target_size != width:
+        raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide")
+    if beyond := [tap for tap in config.taps if tap >= depth]:
+        raise ValueError(f"it reads layer {beyond[0]}, the target has {depth}")
+
+
+def check_layout(stored: Stored, config: Eagle3Config) -> None:
+    """Raise CheckpointError unless the tensors' names and shapes are those of the config's drafter."""
+    names = names_of(stored)
+    shapes = {name: stored.shapes[given] for name, given in names.items()}
+    size, vocab, draft = config.block.hidden_size, config.vocab_size, config.draft_vocab_size
+    rows = {"embed_tokens.weight": (vocab, size), "lm_head.weight": (draft, size), "d2t": (draft,), "t2d": (vocab,)}
+    required = {"d2t"} if draft != vocab else set()
+    if size != config.target_size:
+        required |= {"embed_tokens.weight", "lm_head.weight"}
+    expected = {name: shape for name, shape in rows.items() if name in shapes or name in required}
+    with torch.device("meta"):
+        module = Eagle3Drafter(config, torch.zeros(vocab, size), torch.zeros(draft, size), torch.zeros(draft))
+    expected |= {name: tuple(value.shape) for name, value in flat_parameters(module).items()}
+    check_shapes(expected, shapes, stored.folder)
+
+
+def flat_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the checkpoints' names, where the mix's tensors stand beside the layers'."""
+    return {name.removeprefix("mix."): parameter for name, parameter in module.named_parameters()}
+
+
+def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter:
+    """The module with the checkpoint's weights. Raises CheckpointError, ValueError (another target)."""
+    config = settled.config
+    check_target(config, target.config)
+    check_layout(stored, config)
+    names, raw = names_of(stored), stored.tensors()
+    tensors = {name: raw[given] for name, given in names.items()}
+    embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
+    ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
+    embed_tokens = target.embed_tokens if embed is None else embed.float()
+    rows = target.lm_head[ids].contiguous() if head is None else head.float()
+    module = Eagle3Drafter(config, embed_tokens, rows, ids)
+    mixed = {f"mix.{name}" if name.startswith(("fc", "input_norm")) else name: value for name, value in tensors.items()}
+    load_exactly(module, mixed, stored.folder)
+    return module
+
+
+def draft_ids(d2t: Tensor | None, t2d: Tensor | None, size: int, vocab: int, stored: Stored) -> Tensor:
+    """Target ids [K] int64 from the offsets `d2t` [K]; without offsets all ids. Raises CheckpointError.
+
+    The target id of draft token i is i + d2t[i]. `t2d` [V] must mark the same tokens.
+    """
+    if d2t is None:
+        return torch.arange(size)
+    if d2t.is_floating_point() or d2t.dtype == torch.bool:
+        raise CheckpointError(f"d2t in {stored.folder} is {d2t.dtype}, not whole numbers: use another checkpoint")
+    ids = torch.arange(len(d2t)) + d2t.long()
+    check_draft_ids(ids, size, vocab, stored.folder)
+    if len(ids.unique()) < size:
+        raise CheckpointError(f"d2t in {stored.folder} names a token twice: use another checkpoint")
+    if t2d is not None and not torch.equal(torch.nonzero(t2d.bool()).flatten(), ids.sort().values):
+        raise CheckpointError(f"d2t and t2d in {stored.folder} mark different tokens: use another checkpoint")
+    return ids
+
+
+def needs_of(kind: str, settled: Settled, target: str | None) -> Needs:
+    """What settled settings ask of a target."""
+    config = settled.config
+    return Needs(
+        kind=kind,
+        target_size=config.target_size,
+        vocab_size=config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size,
+        layers=config.taps,
+        max_context=config.max_position_embeddings,
+        rope=config.rope.text,
+        target=target,
+        choices=settled.choices,
+    )
+
+
+def _matches(config: Config, shapes: Shapes) -> bool:
+    """A first layer over [embedding; feature], and none of speculators' markers."""
+    names = {name.removeprefix("draft_model.").removeprefix("model.") for name in shapes}
+    first = {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
+    return bool(first) and "fc.weight" in names and "speculators_model_type" not in config
+
+
+def _describe(config: Config) -> str:
+    if "target_layer_ids" in config:
+        return "an EAGLE-3 drafter of DeepSpec"
+    nested: Mapping = config.get("eagle_config") or {}
+    if "use_last_layernorm" in nested:
+        return "an EAGLE-3 drafter of ModelOpt"
+    return "an EAGLE-3.1 drafter" if config.get("fc_norm") or config.get("norm_output") else "an EAGLE-3 drafter"
+
+
+def _read(stored: Stored, target: TargetParts) -> Eagle3Drafter:
+    return load(stored, settle(stored, target.config), target)
+
+
+def _needs(stored: Stored, target: Config) -> Needs:
+    settled = settle(stored, target)
+    check_layout(stored, settled.config)
+    name = stored.config.get("target_model_name_or_path")
+    return needs_of(_describe(stored.config), settled, name if isinstance(name, str) else None)
+
+
+FORMAT = Format("eagle3", _matches, _describe, _read, _needs)
