@@ -26,19 +26,24 @@ CHAT_TEMPLATE = (
 )
 
 
+def _imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def bench_script() -> Callable[[str], ModuleType]:
     """Imports a script of tests/bench by its name."""
+    return lambda name: _imported(Path(__file__).parent / "bench" / f"{name}.py")
 
-    def imported(name: str) -> ModuleType:
-        path = Path(__file__).parent / "bench" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-        assert spec and spec.loader
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
 
-    return imported
+@pytest.fixture(scope="session")
+def dflash() -> ModuleType:
+    """Writes DFlash checkpoints and computes their forward: tests/models/dflash_reference.py."""
+    return _imported(Path(__file__).parent / "models" / "dflash_reference.py")
 
 
 @pytest.fixture(scope="session")

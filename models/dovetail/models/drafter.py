@@ -41,13 +41,11 @@ class DraftShape:
     max_context: int
 
 
-class DraftModel(nn.Module, ABC):
-    """The torch module that the exporter turns into graphs, whatever format its checkpoint has.
+class DraftBase(nn.Module):
+    """What the torch modules of all drafters have: the rows of their vocabulary, and their features.
 
     embed_tokens: [V, H], head: [K, D], both frozen. d2t: [K] int64, the target id of each draft
     token. mix: how the drafter reads layers of the target; None if it reads the last feature alone.
-    A subclass defines `combine`, `blocks` and `rope`, and `logits` if the head alone does not give
-    the logits. A subclass without use for features ignores f.
     """
 
     embed_tokens: Tensor
@@ -68,6 +66,21 @@ class DraftModel(nn.Module, ABC):
         self.shape = shape
         self.mix: LayerMix | TapMix | None = None
 
+    def narrowed(self, kept: Tensor) -> Self:
+        """A copy that proposes fewer tokens. kept: [K] bool."""
+        small = copy.deepcopy(self, {id(self.embed_tokens): self.embed_tokens})  # the rows are shared
+        small.head, small.d2t = self.head[kept], self.d2t[kept]
+        small.shape = replace(self.shape, draft_vocab_size=len(small.d2t))
+        return small
+
+
+class DraftModel(DraftBase, ABC):
+    """The torch module of a drafter that drafts a tree level by level, whatever format its checkpoint has.
+
+    A subclass defines `combine`, `blocks` and `rope`, and `logits` if the head alone does not give
+    the logits. A subclass without use for features ignores f.
+    """
+
     @abstractmethod
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
         """The first layer's input. f: features [..., D], e: token embeddings [..., H]."""
@@ -87,13 +100,6 @@ class DraftModel(nn.Module, ABC):
     def read(self, features: Tensor) -> Tensor:
         """The feature f [..., D], from the outputs of the target that the drafter reads."""
         return features if self.mix is None else self.mix(features)
-
-    def narrowed(self, kept: Tensor) -> Self:
-        """A copy that proposes fewer tokens. kept: [K] bool."""
-        small = copy.deepcopy(self, {id(self.embed_tokens): self.embed_tokens})  # the rows are shared
-        small.head, small.d2t = self.head[kept], self.d2t[kept]
-        small.shape = replace(self.shape, draft_vocab_size=len(small.d2t))
-        return small
 
     def forward(self, f: Tensor, tokens: Tensor) -> Tensor:
         """Output features [B, T, D] of true features. f: [B, T, D], tokens: [B, T] x[t+1]."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dovetail.models.checkpoint import Stored
-from dovetail.models.drafter import DraftModel
+from dovetail.models.drafter import DraftBase
 
 Config = Mapping[str, Any]  # the content of a checkpoint's config.json
 Shapes = Mapping[str, tuple[int, ...]]  # of a checkpoint's tensors, by name
@@ -61,5 +61,5 @@ class Format:
     name: str
     matches: Callable[[Config, Shapes], bool]
     describe: Callable[[Config], str]
-    read: Callable[[Stored, TargetParts], DraftModel]
+    read: Callable[[Stored, TargetParts], DraftBase]
     needs: Callable[[Stored, Config], Needs]

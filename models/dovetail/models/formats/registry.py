@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dovetail.models.checkpoint import CONFIG, Stored, UnknownFormat, read_stored
-from dovetail.models.drafter import DraftModel
-from dovetail.models.formats import dovetail, eagle3, speculators
+from dovetail.models.drafter import DraftBase
+from dovetail.models.formats import dflash, dovetail, eagle3, speculators
 from dovetail.models.formats.format import Config, Format, Needs, TargetParts
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
-FORMATS = {format.name: format for format in (dovetail.FORMAT, speculators.EAGLE3, eagle3.FORMAT)}
+_KNOWN = (dovetail.FORMAT, dflash.Z_LAB, dflash.SPECULATORS, speculators.EAGLE3, eagle3.FORMAT)
+FORMATS = {format.name: format for format in _KNOWN}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format
 
 
@@ -39,7 +40,7 @@ class Checkpoint:
         """What it asks of a target with this config; reads no weights. Raises CheckpointError, ValueError."""
         return self.format.needs(self.stored, target)
 
-    def read(self, target: TargetParts) -> DraftModel:
+    def read(self, target: TargetParts) -> DraftBase:
         """The module on the target's rows. Raises CheckpointError, ValueError; see Format."""
         return self.format.read(self.stored, target)
 
