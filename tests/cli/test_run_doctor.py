@@ -169,6 +169,16 @@ def test_measured_costs_give_plain_speed_and_when_trees_pay(invoke, pair: Path) 
 
 
 @pytest.mark.usefixtures("engines")
+def test_a_block_is_drafted_with_one_call(invoke, pair: Path) -> None:
+    manifest = read_manifest(pair)
+    assert manifest.drafter
+    write_manifest(pair, replace(manifest, drafter=replace(manifest.drafter, positions=5)))
+    Measured("tiny", CostKey.of(read_manifest(pair), "cpu", None), COSTS, 4.0, "2026-11-22T14:35:47+00:00").store()
+    report = json.loads(invoke("doctor", str(pair), "--json").stdout)
+    assert report["pair"]["speed"]["tree"]["draft_ms"] == 1.7
+
+
+@pytest.mark.usefixtures("engines")
 def test_without_costs_speed_is_a_bound_from_the_bandwidth_and_called_so(invoke, pair: Path) -> None:
     speed = json.loads(invoke("doctor", str(pair), "--json").stdout)["pair"]["speed"]
     assert speed == {"plain_tokens_per_s": 20e9 / 4096, "measured": None, "tree": None}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
@@ -93,15 +94,16 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         if options.tree is not None:
             return Parts(target, model, tokenizer, tree, None, stop_tokens)
         return Parts(target, model, tokenizer, BOUNDS, schedule(measure(model, draft_model=own)), stop_tokens)
-    drafter = OnnxDrafter.open(
+    kind = session_of(facts)
+    drafter = kind.open(
         pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
     )
-    open_cpu = partial(OnnxDrafter.open_cpu, pair, facts, threads=options.threads)
+    open_cpu = partial(kind.open_cpu, pair, facts, threads=options.threads)
     scheduler = None
     if options.tree is None:
         drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)
         scheduler = schedule(costs, pair_calibration(pair, manifest))
-        tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k))
+        tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
     second = open_cpu if drafter.file_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 

@@ -83,6 +83,7 @@ def tune(
     Columns show how many times as fast passes are, the part of a text's tokens with the same best
     token, and whether rows are equal.
     """
+    from dovetail.runtime.drafter.block import session_of
     from dovetail.runtime.drafter.model import ModelDrafter
     from dovetail.runtime.drafter.onnx import OnnxDrafter
     from dovetail.runtime.load import open_draft_model
@@ -127,7 +128,8 @@ def tune(
         tokenizer = Tokenizer.from_folder(folder / TARGET)
         own, drafter = open_draft_model(resolve_pair(draft_model), tokenizer, manifest, threads)
     elif manifest.drafter:
-        drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
+        kind = session_of(manifest.drafter)
+        drafter = kind.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)

@@ -51,7 +51,7 @@ class Tree:
 
     width: int
     verify_ms: float  # of a round
-    draft_ms: float  # of a round, with one call of the drafter per level
+    draft_ms: float  # of a round, with one call of the drafter per level, or one for a block
     acceptance_length: float
 
 
@@ -176,8 +176,9 @@ def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> 
         return Speed(round(bandwidth * 1e9 / manifest.files[TARGET_WEIGHTS].size, 1))
     target, limits = known.costs.target, manifest.tree
     plain_ms, call_ms = target.at(CONTEXT, 1), known.costs.call_ms(CONTEXT, limits.top_k)
+    most = 1 if manifest.drafter and manifest.drafter.positions else limits.depth  # calls
     rounds = {  # a tree of `width` nodes has at most width - 1 levels
-        width: (target.at(CONTEXT, width), min(limits.depth, width - 1) * call_ms)
+        width: (target.at(CONTEXT, width), min(most, width - 1) * call_ms)
         for width in widths(known.costs, CONTEXT)
         if width > 1
     }

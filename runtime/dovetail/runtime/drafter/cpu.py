@@ -13,15 +13,17 @@ import numpy as np
 
 from dovetail.runtime.drafter.graph_io import (
     CHUNK,
-    INPUTS,
     NOISE,
     OUTPUTS,
     STATE,
     Array,
-    Rows,
     check_ports,
+    input_specs,
+    noise_spec,
     output_name,
     read_draft_ids,
+    row_specs,
+    rows_of,
     state_shapes,
 )
 from dovetail.runtime.drafter.ort import CPU, call, open_session, session_options
@@ -54,12 +56,14 @@ class CpuRunner:
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU])
         check_ports(self._session, file, facts, np.float32)
-        self.max_context, self._slots = facts.max_context, facts.tree_slots
-        self._rows = Rows.zeros(facts, CHUNK, np.float32)
+        self.max_context, self._slots, self._facts = facts.max_context, facts.tree_slots, facts
+        specs = row_specs(facts, CHUNK, np.float32)
+        self._arrays: dict[str, Array] = {name: np.zeros(*spec) for name, spec in specs.items()}
+        self._rows = rows_of(facts, self._arrays)
         # Linux reserves pages for the whole context and provides them as the context grows.
         shapes = state_shapes(facts, facts.max_context)
         try:
-            self._bank = np.zeros(shapes.pop(STATE), np.float32)
+            self._bank = np.zeros(shapes.pop(STATE, 0), np.float32)  # empty for a block graph
             self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         except MemoryError:
             raise DeviceError(
@@ -67,13 +71,14 @@ class CpuRunner:
                 "generate without speculation"
             ) from None
         given = {port.name for port in self._session.get_inputs()}
-        self._inputs = [name for name in INPUTS if name in given]  # an older pair's graph answers for every row
+        # An older pair's graph has no queries and answers for every row.
+        self._inputs = [name for name in input_specs(facts, 0, np.float32) if name in given]
         self.draft_ids = read_draft_ids(self._session, file, facts)
-        self._noise = np.zeros((1, facts.draft_vocab_size), np.float32)
+        self._noise = np.zeros(*noise_spec(facts))
         self._noisy = False
         self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # (rows, answers) -> (bound KV rows, binding)
 
-    def rows(self, n: int) -> Rows:
+    def rows(self, n: int) -> Any:
         return self._rows
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
@@ -82,7 +87,7 @@ class CpuRunner:
             self._noise[:] = 0 if noise is None else noise
             self._noisy = noise is not None
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
-        answers = 1 if upload_features and "queries" in self._inputs else n
+        answers = self._facts.positions or (1 if upload_features and "queries" in self._inputs else n)
         bound, binding = self._lanes.get((n, answers), (0, None))
         if bound != kv_rows:
             binding = self._bind(n, answers, kv_rows, binding)
@@ -99,18 +104,20 @@ class CpuRunner:
         """Do nothing: Python frees the memory with the last reference."""
 
     def _bind(self, n: int, answers: int, kv_rows: int, binding: Any | None) -> Any:
-        """Bind the first n rows, their last `answers`, and the first `kv_rows` of each buffer."""
+        """Bind n rows, `answers` of the outputs, and the first `kv_rows` of each buffer."""
         if binding is None:
             binding = self._session.io_binding()
+            specs = row_specs(self._facts, n, np.float32)
             for name in self._inputs:
-                begin = n - answers if name == "queries" else 0
-                _bind_array(binding.bind_input, name, getattr(self._rows, name)[begin:n])
+                begin, end = n - answers if name == "queries" else 0, specs[name][0][0]
+                _bind_array(binding.bind_input, name, self._arrays[name][begin:end])
             for name in OUTPUTS:
-                _bind_array(binding.bind_output, name, getattr(self._rows, name)[:answers])
+                _bind_array(binding.bind_output, name, self._arrays[name][:answers])
             if self.draft_ids is not None:
                 _bind_array(binding.bind_input, NOISE, self._noise)
-            _bind_array(binding.bind_input, STATE, self._bank)
-            _bind_array(binding.bind_output, output_name(STATE), self._bank)
+            if self._bank.size:
+                _bind_array(binding.bind_input, STATE, self._bank)
+                _bind_array(binding.bind_output, output_name(STATE), self._bank)
         for name, buffer in self._kv.items():
             _bind_array(binding.bind_input, name, buffer[:kv_rows])
             _bind_array(binding.bind_output, output_name(name), buffer[:kv_rows])

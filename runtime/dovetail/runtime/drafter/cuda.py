@@ -20,15 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.graph_io import (
-    INPUTS,
     NOISE,
     OUTPUTS,
+    BlockRows,
     Rows,
     Spec,
     check_ports,
+    input_specs,
+    nbytes,
+    noise_spec,
     output_name,
     read_draft_ids,
     row_specs,
+    rows_of,
     state_shapes,
 )
 from dovetail.runtime.drafter.ort import call, open_session, session_options
@@ -84,14 +88,14 @@ class Block:
         offsets, size = {}, 0
         for name, spec in specs.items():
             offsets[name] = size
-            size += -(-_nbytes(spec) // ALIGNMENT) * ALIGNMENT
+            size += -(-nbytes(spec) // ALIGNMENT) * ALIGNMENT
         return cls(specs, offsets, device.allocate(size), device.pinned(size))
 
     def array(self, name: str) -> NDArray[Any]:
         """Return the host's side of one array."""
         shape, dtype = self.specs[name]
         begin = self.offsets[name]
-        return self.host[begin : begin + _nbytes(self.specs[name])].view(dtype).reshape(shape)
+        return self.host[begin : begin + nbytes(self.specs[name])].view(dtype).reshape(shape)
 
     def bind(self, to: Any, name: str, kind: str) -> None:
         """Bind the device's side of one array as the graph's `name`."""
@@ -103,7 +107,7 @@ class Block:
 class Captured:
     """One bucket's graph."""
 
-    rows: Rows
+    rows: Rows | BlockRows
     inputs: Block
     outputs: Block
     short: int  # bytes of the inputs without features, which come last
@@ -124,7 +128,7 @@ class CudaRunner:
         import onnxruntime as ort
 
         self.max_context, self.bus_bytes = plan.context, 0
-        self._ort, self._device, self._trash, self._facts = ort, device, facts.tree_slots, facts
+        self._ort, self._device, self._slots, self._facts = ort, device, facts.tree_slots, facts
         self._graphs: dict[int, Captured] = {}
         self._held: list[Any] = [self._graphs]  # freed before the device; no other object may hold these references
         self._release = weakref.finalize(self, _release, self._held, device)
@@ -133,8 +137,7 @@ class CudaRunner:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
             check_ports(self._session, file, facts, np.float16)
             self.draft_ids = read_draft_ids(self._session, file, facts)
-            noise: dict[str, Spec] = {NOISE: ((1, facts.draft_vocab_size), np.float32)}
-            self._noise = None if self.draft_ids is None else Block.allocate(device, noise)
+            self._noise = None if self.draft_ids is None else Block.allocate(device, {NOISE: noise_spec(facts)})
             self._noisy = False
             shapes = state_shapes(facts, plan.context)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
@@ -146,13 +149,13 @@ class CudaRunner:
             self.close()
             raise DeviceError(f"{problem} (planned: {plan})")
 
-    def rows(self, n: int) -> Rows:
+    def rows(self, n: int) -> Any:
         return self._graphs[_bucket(n)].rows
 
     def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
         """The mask limits each row, so `context` needs no binding. Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
-        graph.rows.pad(n, self._trash)
+        graph.rows.pad(n, self._slots)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
         if self._noise and (noise is not None or self._noisy):
             self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
@@ -165,7 +168,8 @@ class CudaRunner:
         device.download(graph.outputs.host, graph.outputs.address)
         device.wait()
         self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
-        return Candidates(graph.rows.top_logprobs[:n], graph.rows.top_ids[:n])
+        answers = self._facts.positions or n
+        return Candidates(graph.rows.top_logprobs[:answers], graph.rows.top_ids[:answers])
 
     def touch(self, context: int) -> None:
         """Do nothing: device memory exists from the start."""
@@ -202,13 +206,13 @@ class CudaRunner:
     def _capture(self, number: int, bucket: int) -> Captured:
         """Allocate and bind one bucket. The first runs capture its graph under this number."""
         specs = row_specs(self._facts, bucket, np.float16)
-        inputs = Block.allocate(self._device, {name: specs[name] for name in INPUTS})
+        inputs = Block.allocate(self._device, input_specs(self._facts, bucket, np.float16))
         outputs = Block.allocate(self._device, {name: specs[name] for name in OUTPUTS})
-        arrays = {name: (inputs if name in INPUTS else outputs).array(name) for name in specs}
+        arrays = {name: (outputs if name in OUTPUTS else inputs).array(name) for name in specs}
         binding = self._session.io_binding()
         kind = self._device.kind
         given = {port.name for port in self._session.get_inputs()}
-        for name in given.intersection(INPUTS):  # an older pair's graph has no queries
+        for name in given.intersection(inputs.specs):  # an older pair's graph has no queries
             inputs.bind(binding.bind_input, name, kind)
         if self._noise:
             self._noise.bind(binding.bind_input, NOISE, kind)
@@ -221,8 +225,8 @@ class CudaRunner:
         run_options.add_run_config_entry("gpu_graph_id", str(number))
         # `run` itself waits, after its copy down.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        rows = Rows(**arrays)
-        rows.pad(0, self._trash)
+        rows = rows_of(self._facts, arrays)
+        rows.pad(0, self._slots)
         self._device.upload(inputs.address, inputs.host)
         for _ in range(3):  # memory patterns, capture, first replay
             call(self._session, binding, run_options)
@@ -284,8 +288,3 @@ def check_placement(session: Any, provider: str) -> None:
 
 def _bucket(n: int) -> int:
     return next(size for size in BUCKETS if size >= n)
-
-
-def _nbytes(spec: Spec) -> int:
-    shape, dtype = spec
-    return prod(shape) * np.dtype(dtype).itemsize

@@ -1,13 +1,18 @@
 """Inputs and outputs of a drafter's graph: names, shapes and rows, and the protocol of its engine.
 
-Axes: n rows of a call, T tree slots, S context pairs, K children per row, D feature size, V draft
-vocabulary, g KV heads, d head size.
+There are two kinds of graphs. A tree graph runs the nodes of one level of a tree, or new context
+pairs. A block graph (DrafterFacts.positions) reads new context and drafts P tokens in one call.
+
+Axes: n rows of a call, T slots before the context, S context pairs, P drafted tokens of a block, K
+children per row or position, D feature size, V draft vocabulary, g KV heads, d head size.
 """
 
 from __future__ import annotations
 
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +28,13 @@ BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
 Array = NDArray[Any]
 INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "queries")
-INPUTS = (*INDEXES, "tree_mask", "features")
 OUTPUTS = ("top_logprobs", "top_ids")
-NOISE = "noise"  # [1, V] float32, added to the logits of every row; graphs of older pairs have none
+NOISE = "noise"  # float32, added to the logits: [1, V] for every row, or [P, V]; graphs of older pairs have none
 DRAFT_IDS = "draft_ids"  # key of the graph's metadata: V target ids, little-endian int32 in base64
 _TYPES: dict[type[np.generic], str] = {
     np.int64: "tensor(int64)", np.int32: "tensor(int32)", np.float32: "tensor(float)", np.float16: "tensor(float16)"
 }  # fmt: skip
-STATE = "bank"  # an input like kv.0, kv.1 ..; the outputs are bank_out, kv.0.out ..
+STATE = "bank"  # of a tree graph, an input like kv.0, kv.1 ..; the outputs are bank_out, kv.0.out ..
 
 
 @dataclass(frozen=True)
@@ -52,38 +56,73 @@ class Rows:
     def __post_init__(self) -> None:
         self.queries[:] = np.arange(len(self.queries))
 
-    @classmethod
-    def zeros(cls, facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> Rows:
-        """Return new arrays of zeros. dtype: of the graph's activations."""
-        specs = row_specs(facts, rows, dtype)
-        arrays: dict[str, Any] = {name: np.zeros(shape, kind) for name, (shape, kind) in specs.items()}
-        return cls(**arrays)
-
-    def pad(self, n: int, trash: int) -> None:
-        """Make the rows from `n` on harmless: they attend to nothing and write to slot `trash`."""
+    def pad(self, n: int, slots: int) -> None:
+        """Make the rows from `n` on harmless: they attend to nothing and write to bank row `slots`, T."""
         self.input_ids[n:] = self.position_ids[n:] = self.feature_rows[n:] = 0
         self.kv_slots[n:] = self.context_end[n:] = 0
-        self.bank_slots[n:] = trash
+        self.bank_slots[n:] = slots
         self.tree_mask[n:] = BLOCKED
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Inputs and outputs of a block graph's call. Names are the graph's."""
+
+    token: NDArray[np.int64]  # [1], the last known token
+    context_end: NDArray[np.int64]  # [1], pairs that the block attends to, new ones included
+    kv_slots: NDArray[np.int64]  # [rows]
+    features: Array  # [rows, D], of new context
+    top_logprobs: NDArray[np.float32]  # [P, K]
+    top_ids: NDArray[np.int32]  # [P, K]
+
+    def pad(self, n: int, slots: int) -> None:
+        """Let the rows from `n` on write to row T - 1, to which nobody attends. slots: T."""
+        self.kv_slots[n:] = slots - 1
 
 
 Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
 
 
 def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
-    """Return shape and dtype of every array of Rows: inputs first, features the last input."""
-    specs: dict[str, Spec] = {name: ((rows,), np.int64) for name in INDEXES}
-    specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
+    """Return shape and dtype of every array of a call: inputs first, features the last input."""
+    specs: dict[str, Spec]
+    if facts.positions:
+        specs = {"token": ((1,), np.int64), "context_end": ((1,), np.int64), "kv_slots": ((rows,), np.int64)}
+    else:
+        specs = {name: ((rows,), np.int64) for name in INDEXES}
+        specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
     specs["features"] = ((rows, facts.feature_size), dtype)
-    specs["top_logprobs"] = ((rows, facts.top_k), np.float32)
-    specs["top_ids"] = ((rows, facts.top_k), np.int32)
+    specs["top_logprobs"] = ((facts.positions or rows, facts.top_k), np.float32)
+    specs["top_ids"] = ((facts.positions or rows, facts.top_k), np.int32)
     return specs
 
 
+def input_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
+    """Return those of `row_specs` that are inputs."""
+    return {name: spec for name, spec in row_specs(facts, rows, dtype).items() if name not in OUTPUTS}
+
+
+def noise_spec(facts: DrafterFacts) -> Spec:
+    """Return shape and dtype of the noise: a row for all rows of a call, or one for each position."""
+    return (facts.positions or 1, facts.draft_vocab_size), np.float32
+
+
+def nbytes(spec: Spec) -> int:
+    """Return the bytes of an array."""
+    shape, kind = spec
+    return prod(shape) * np.dtype(kind).itemsize
+
+
+def rows_of(facts: DrafterFacts, arrays: Mapping[str, Any]) -> Rows | BlockRows:
+    """Return the arrays of a call, by their names in `row_specs`, as a record."""
+    return BlockRows(**arrays) if facts.positions else Rows(**arrays)
+
+
 def state_shapes(facts: DrafterFacts, context: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the state: per block kv.i [T + context, 2, g, d], bank [T + 1, D]."""
+    """Return the shapes of the state: per block kv.i [T + context, 2, g, d]; of trees, bank [T + 1, D]."""
     kv = (facts.tree_slots + context, 2, facts.num_kv_heads, facts.head_size)
-    return {**{f"kv.{i}": kv for i in range(facts.blocks)}, STATE: (facts.tree_slots + 1, facts.feature_size)}
+    bank = {} if facts.positions else {STATE: (facts.tree_slots + 1, facts.feature_size)}
+    return {**{f"kv.{i}": kv for i in range(facts.blocks)}, **bank}
 
 
 def output_name(state: str) -> str:
@@ -99,14 +138,15 @@ class Runner(Protocol):
     bus_bytes: int  # moved between host and device so far, both ways; 0 on the CPU
     draft_ids: NDArray[np.int32] | None  # [V] target ids of the draft vocabulary, None if the graph takes no noise
 
-    def rows(self, n: int) -> Rows:
-        """Return the arrays for the inputs of a call of n rows. They may have more rows."""
+    def rows(self, n: int) -> Any:
+        """Return the Rows or BlockRows for the inputs of a call of n rows. They may have more rows."""
 
     def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
         """Run the first n of `rows(n)` against `context` pairs. Valid until the next run.
 
-        noise: [V] float32, None for none. upload_features: whether the graph reads the features
-        too. The caller then wants the last row's children alone, and the result may hold no others.
+        noise: [V] or [P, V] float32, None for none. upload_features: whether the graph reads the
+        features too. The caller of a tree graph then wants the last row's children alone, and the
+        result may hold no others.
         """
 
     def touch(self, context: int) -> None:
@@ -122,8 +162,7 @@ def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.fl
     dtype: of the graph's activations. Graphs of older pairs have no `queries` and no `noise`.
     """
     rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: any number
-    inputs: dict[str, Spec] = {name: rows[name] for name in INPUTS}
-    inputs |= {NOISE: ((1, facts.draft_vocab_size), np.float32)}
+    inputs = {**input_specs(facts, 0, dtype), NOISE: noise_spec(facts)}
     inputs |= {name: (shape, dtype) for name, shape in state.items()}
     outputs: dict[str, Spec] = {name: rows[name] for name in OUTPUTS}
     outputs |= {output_name(name): (shape, dtype) for name, shape in state.items()}

@@ -106,7 +106,12 @@ class OnnxDrafter:
         return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
 
     def length(self, seq: SequenceId) -> int:
-        return self._length if seq == self._seq else 0
+        return self._held if seq == self._seq else 0
+
+    @property
+    def _held(self) -> int:
+        """Pairs of the sequence `_seq`."""
+        return self._length
 
     @property
     def report(self) -> DeviceReport:
@@ -132,8 +137,7 @@ class OnnxDrafter:
     ) -> DraftTree:
         if self._root is None or seq != self._seq:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
-        if limits.top_k > self._facts.top_k:
-            raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
+        self._check_top_k(limits)
         token, first = self._root
         expand = partial(self._expand, noise=noise)
         return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
@@ -167,11 +171,15 @@ class OnnxDrafter:
         self._runner.close()
 
     def _check_room(self, seq: SequenceId) -> None:
-        if self._length and seq != self._seq:
+        if self._held and seq != self._seq:
             raise InputError(
                 f"this drafter has room for one sequence and holds number {self._seq}: rewind that to 0 first, or "
                 f"decode number {seq} without a drafter"
             )
+
+    def _check_top_k(self, limits: TreeLimits) -> None:
+        if limits.top_k > self._facts.top_k:
+            raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
 
     def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
         """Read one chunk of at most CHUNK pairs."""
@@ -224,9 +232,9 @@ class OnnxDrafter:
             raise InputError(
                 f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
             )
-        if self._length + len(tokens) > self.capacity:
+        if self._held + len(tokens) > self.capacity:
             raise ContextOverflow(
-                f"{self._length + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
+                f"{self._held + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
                 "the prompt or generate without speculation"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from math import prod
 
-from dovetail.runtime.drafter.graph_io import CHUNK
+import numpy as np
+
+from dovetail.runtime.drafter.graph_io import CHUNK, nbytes, noise_spec, row_specs, state_shapes
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.machine import mib
@@ -18,7 +21,7 @@ BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted t
 CONTEXT = 4096  # pairs that the device holds; a longer text keeps its last pairs
 LEAST_CONTEXT = 1024  # 256 pairs to read again, 256 of a prompt, 512 to continue with
 CONTEXT_STEP = 256
-HALF, SINGLE, INDEX = 2, 4, 8  # bytes
+HALF = 2  # bytes of a value on the device
 # CUDA itself: context, kernels, cuBLAS workspaces. The value is an allowance, not a measurement,
 # because it differs from GPU to GPU.
 CUDA_ITSELF = 512 << 20
@@ -58,12 +61,10 @@ class VramPlan:
 
 def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """Return the plan of a drafter with `weights` bytes of float16 graph and `context` pairs."""
-    pair = 2 * facts.num_kv_heads * facts.head_size * HALF  # one block's keys and values
-    state = facts.blocks * (facts.tree_slots + context) * pair
-    state += (facts.tree_slots + 1) * facts.feature_size * HALF
-    one_row = 7 * INDEX + (facts.tree_slots + facts.feature_size) * HALF + facts.top_k * 2 * SINGLE
+    state = sum(map(prod, state_shapes(facts, context).values())) * HALF
+    rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float16).values())
+    rows += facts.noise * nbytes(noise_spec(facts))
     fixed, per_pair = facts.workspace
-    rows = sum(BUCKETS) * one_row + facts.noise * facts.draft_vocab_size * SINGLE
     return VramPlan(context, weights, state, rows, fixed + per_pair * context)
 
 

@@ -71,6 +71,8 @@ class DrafterFacts:
     vram: the most bytes of GPU memory that the drafter may take, 0 for no limit. noise: whether the
     graphs take the noise of sampled answers. target_size: width of the target's blocks, if the
     drafter has another width and rows of its own; 0 if the drafter's sizes are the target's.
+    positions: tokens that one call drafts, if the graphs draft blocks; 0 if they grow trees level
+    by level.
     """
 
     blocks: int
@@ -90,6 +92,7 @@ class DrafterFacts:
     vram: int = field(default=0, metadata=_MAY_BE_MISSING)
     noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
     target_size: int = field(default=0, metadata=_MAY_BE_MISSING)
+    positions: int = field(default=0, metadata=_MAY_BE_MISSING)
 
     @property
     def reads_size(self) -> int:
@@ -115,6 +118,9 @@ class DrafterFacts:
             self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
             "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
         )  # fmt: skip
+        # A block has a row more than it drafts, and a call writes rows that nobody reads to one row more.
+        most = max(self.tree_slots - 2, 0)
+        check_whole("drafter.positions", self.positions, ManifestError, _AGAIN, least=0, most=most)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.sampling.noise import Noise, gumbel_noise
 from dovetail.runtime.sampling.params import SamplingParams
 
-_KEPT = 12  # positions whose noise is kept: a tree's levels use the noise before the target does
+_KEPT = 16  # positions whose noise is kept: a tree's levels use the noise before the target does
 # The share of the noise that a drafter adds to its logits. If the target is surer than the drafter,
 # noise decides less, and the drafter's best token is the better guess (docs/results/sampling.md).
 TRUST = 0.6

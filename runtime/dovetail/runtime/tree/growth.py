@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,6 +85,39 @@ def grow_tree(
             break
         frontier = add(frontier, expand(growth.level(frontier, depth)), depth + 1)
     return growth.tree()
+
+
+def best_first(root_token: int, positions: Candidates, limits: TreeLimits, *, judge: Judge | None = None) -> DraftTree:
+    """Return the tree of the `width - 1` nodes with the best products of probabilities.
+
+    positions: [P, K], candidates of the P positions after the root, best first, which do not depend
+    on the path. A node is a path of ranks. A heap holds the best nodes whose parent and better
+    siblings are in the tree. judge: corrects log-probabilities; growth costs no call, so nobody
+    asks whether it pays. Source: DDTree (arXiv 2604.12989).
+    """
+    levels = list[list[tuple[float, int]]]()
+    for depth in range(1, min(limits.depth, len(positions.ids)) + 1):
+        logprobs = positions.logprobs[depth - 1 : depth, : limits.top_k]
+        believed = judge.believe(depth, logprobs) if judge else logprobs
+        row = zip(believed[0].tolist(), positions.ids[depth - 1].tolist(), strict=False)
+        levels.append([(min(logprob, 0.0), token) for logprob, token in row if logprob > _NEVER])
+    tokens, parents, totals, depths = [root_token], [-1], [0.0], [0]
+    heap = list[tuple[float, int, int]]()  # minus the log-probability, the parent, the rank among its children
+
+    def offer(parent: int, rank: int) -> None:
+        if depths[parent] < len(levels) and rank < len(level := levels[depths[parent]]):
+            heappush(heap, (-totals[parent] - level[rank][0], parent, rank))
+
+    offer(0, 0)
+    while heap and len(tokens) < limits.width:
+        cost, parent, rank = heappop(heap)
+        offer(parent, rank + 1)
+        tokens.append(levels[depths[parent]][rank][1])
+        parents.append(parent)
+        totals.append(-cost)
+        depths.append(depths[parent] + 1)
+        offer(len(tokens) - 1, 0)
+    return best_tree(tokens, parents, totals, limits.width - 1)
 
 
 class _Growth:
