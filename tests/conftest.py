@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.telemetry import decline_telemetry
+from dovetail.runtime.tree.limits import TreeLimits
 
 decline_telemetry()  # tests use no network
 
@@ -194,6 +195,33 @@ def tiny_full_pair(tiny_pair: Path, tiny_drafter: Path, tmp_path_factory: pytest
     pair = tmp_path_factory.mktemp("full") / "tiny"
     shutil.copytree(tiny_pair, pair)
     add_drafter(tiny_drafter, pair)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def tiny_dflash(tiny_pair: Path, dflash: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DFlash checkpoint for `tiny_llama`: blocks of 6, one layer of two with a window.
+
+    Its draft vocabulary is what the target writes, so that some drafted tokens are right.
+    """
+    from dovetail.runtime.engine import Engine
+
+    with Engine.from_pretrained(tiny_pair, tree=TreeLimits(lookup=0)) as engine:
+        text = engine.generate("the quick brown fox", 60, raw=True).token_ids
+    flags = dflash.Flags(
+        vocabulary=263, depth=2, taps=(0,), block=6, mask=262, sliding=(False, True), window=40,
+        kept=tuple(sorted(set(text))), seed=5,
+    )  # fmt: skip
+    return dflash.write(tmp_path_factory.mktemp("dflash"), flags)
+
+
+@pytest.fixture(scope="session")
+def dflash_pair(tiny_pair: Path, tiny_dflash: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_pair` with `tiny_dflash` added by the command line: read only."""
+    from dovetail.exporter.cli.main import main
+
+    pair = shutil.copytree(tiny_pair, tmp_path_factory.mktemp("dflash_pair") / "tiny")
+    assert main(["drafter", str(pair), "--checkpoint", str(tiny_dflash)]) == 0
     return pair
 
 

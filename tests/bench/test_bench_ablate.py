@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dovetail.exporter.drafter.export import load_drafter
+from dovetail.models.drafter import DraftModel
 
 
 @pytest.mark.parametrize(("block", "layer"), [(0, 0), (1, 1), (-1, 1)])
@@ -22,6 +23,7 @@ def test_a_block_is_copied_from_the_target(
     block: int, layer: int,
 ) -> None:  # fmt: skip
     drafter = load_drafter(tiny_drafter, tiny_target)
+    assert isinstance(drafter, DraftModel)
     bench_script("ablate").copy_block(drafter, tiny_target / "openvino_model.xml", block)
     theirs = load_file(tiny_llama / "model.safetensors")
     first = drafter.blocks()[0]

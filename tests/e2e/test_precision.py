@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="the reference is the torch drafter"
 from dovetail.exporter.drafter.export import load_drafter, save
 from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
+from dovetail.models.drafter import DraftModel
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport
 from dovetail.runtime.loop.generate import decode
@@ -111,6 +112,7 @@ def in_float32(pair: Path, folder: Path) -> OnnxDrafter:
     assert manifest.drafter is not None
     facts = replace(manifest.drafter, files={**manifest.drafter.files, "cpu": "f32.onnx"})
     drafter = load_drafter(shipped_drafter(REFERENCE_PAIRS[DEFAULT_PAIR]), pair / "target")
+    assert isinstance(drafter, DraftModel)
     save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
     return OnnxDrafter.open(folder, replace(manifest, drafter=facts), device="cpu")
 

@@ -35,7 +35,8 @@ class Flags:
     sliding: tuple[bool, ...] = (False, False)
     window: int = 6
     two_ways: bool = False  # speculators' sliding_window_non_causal
-    draft: int | None = None  # draft vocabulary
+    draft: int | None = None  # size of a random draft vocabulary
+    kept: tuple[int, ...] = ()  # a draft vocabulary by its ids
     own_rows: bool = False  # embedding and head of its own
     qk_norm: bool = True
     theta: float = 10000.0
@@ -50,6 +51,8 @@ HEADS, GROUPS, SIZE, INNER, EPS = 4, 2, 16, 48, 1e-6
 
 def ids_of(flags: Flags) -> Array:
     """Target ids [K] of the draft tokens."""
+    if flags.kept:
+        return np.sort(flags.kept)
     if flags.draft is None:
         return np.arange(flags.vocabulary)
     return np.sort(np.random.default_rng(flags.seed).choice(flags.vocabulary, flags.draft, replace=False))
@@ -87,7 +90,7 @@ def tensors_of(flags: Flags) -> dict[str, torch.Tensor]:
     if flags.own_rows:
         tensors["embed_tokens.weight"] = torch.randn(flags.vocabulary, size)
         tensors["lm_head.weight"] = torch.randn(len(ids), size)
-    if flags.draft is not None:
+    if len(ids) < flags.vocabulary:
         tensors["d2t"] = torch.from_numpy(ids - np.arange(len(ids)))
         tensors["t2d"] = torch.zeros(flags.vocabulary, dtype=torch.bool)
         tensors["t2d"][torch.from_numpy(ids)] = True
@@ -108,7 +111,7 @@ def config_of(flags: Flags) -> dict[str, Any]:
             "architectures": ["DFlashSpeculator"],
             "speculators_model_type": "dflash",
             "transformer_layer_config": layer,
-            "draft_vocab_size": flags.draft or flags.vocabulary,
+            "draft_vocab_size": len(ids_of(flags)),
             "block_size": flags.block,
             "aux_hidden_state_layer_ids": [tap + 1 for tap in flags.taps],
             "mask_token_id": flags.mask,
@@ -124,7 +127,7 @@ def config_of(flags: Flags) -> dict[str, Any]:
     nested: dict[str, Any] = {"mask_token_id": flags.mask, "target_layer_ids": list(flags.taps)}
     nested |= {} if flags.causal is None else {"causal": flags.causal}
     nested |= {"sample_from_anchor": True} if flags.from_anchor else {}
-    sizes = {} if flags.draft is None else {"draft_vocab_size": flags.draft}
+    sizes = {"draft_vocab_size": len(ids_of(flags))} if len(ids_of(flags)) < flags.vocabulary else {}
     return {
         "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, **layer, **sizes,
         "block_size": flags.block, "num_target_layers": flags.depth, "dflash_config": nested,

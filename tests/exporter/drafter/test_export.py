@@ -29,7 +29,7 @@ from dovetail.exporter.drafter.export import FILES, export_drafter, load_drafter
 from dovetail.exporter.drafter.parity import DYNAMIC_OPS, TOLERANCES, check_parity, check_static, folded
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.models.config import DrafterConfig
-from dovetail.models.drafter import Drafter
+from dovetail.models.drafter import Drafter, DraftModel
 from dovetail.models.formats.dovetail import save_checkpoint
 from dovetail.runtime.drafter.vram import BUCKETS
 from dovetail.runtime.errors import ExportError, SourceError
@@ -158,6 +158,7 @@ def test_files_match_torch(pair: Path, drafter: Drafter, device: str, precision:
 @pytest.mark.parametrize("broken", ["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj", "fusion.wz"])
 def test_parity_sees_a_wrong_weight(pair: Path, checkpoint: Path, broken: str) -> None:
     other = load_drafter(checkpoint, pair / "target")
+    assert isinstance(other, DraftModel)
     with torch.no_grad():
         parameter = other.get_parameter(f"{broken}.weight")
         parameter.copy_(parameter.flip(0))

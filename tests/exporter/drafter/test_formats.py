@@ -166,6 +166,7 @@ def test_its_text_is_that_of_plain_decoding(pair: Path, sampling: dict[str, Any]
 
 def test_a_fitted_copy_is_the_same_over_what_it_keeps(pair: Path, checkpoint: Path) -> None:
     whole = load_drafter(checkpoint, pair / "target")
+    assert isinstance(whole, DraftModel)
     kept = torch.arange(48) % 3 > 0
     small = whole.narrowed(kept)
     assert small.shape.draft_vocab_size == 32 and small.d2t.equal(whole.d2t[kept])

@@ -22,6 +22,7 @@ from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
 from dovetail.exporter.train.writer import BatchWriter
 from dovetail.models.config import low_middle_high
+from dovetail.models.drafter import DraftModel
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.errors import ExportError, IntegrityError
 from dovetail.runtime.loop.sequence import Request
@@ -69,6 +70,7 @@ def test_the_runtime_gives_the_features_that_training_read(pair: Path, checkpoin
     assert wide.feature_size == 3 * mixed.shape[1]
     read = features_of(OpenVINOTarget(wide, 256))
     drafter = load_drafter(checkpoint, pair / "target")
+    assert isinstance(drafter, DraftModel)
     assert drafter.mix is not None and drafter.mix.folded().abs().max() > 0
     with torch.no_grad():
         expected = drafter.read(torch.from_numpy(read)).numpy()

@@ -117,7 +117,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     (Z_LAB, "dflash_config.attention_mode", "mla", "attention_mode 'mla', which is not supported"),
     (Z_LAB, "dflash_config.causal", "yes", "causal 'yes' is neither true nor false"),
     (Z_LAB, "final_logit_softcapping", 30.0, "final_logit_softcapping 30.0 is not supported"),
-    (Z_LAB, "block_size", 1, "block_size 1 is out of range: 2 to 64"),
+    (Z_LAB, "block_size", 1, "block_size 1 is out of range: 2 to 32"),
     (Z_LAB, "block_size", 10**9, "block_size 1000000000 is out of range"),
     (Z_LAB, "block_size", None, "block_size None is out of range"),
     (Z_LAB, "layer_types", ["full_attention"], "does not list 2 layers"),

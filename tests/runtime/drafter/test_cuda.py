@@ -38,10 +38,12 @@ def exact(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 
     from dovetail.exporter.drafter.export import load_drafter, save
     from dovetail.exporter.drafter.graph import to_onnx
+    from dovetail.models.drafter import DraftModel
 
     manifest = pairs.manifest
     checkpoint = Path(manifest.provenance["drafter"]["checkpoint"])
     drafter = load_drafter(checkpoint, pairs.pair / "target")
+    assert isinstance(drafter, DraftModel)
     folder = tmp_path_factory.mktemp("f32")
     facts = manifest.drafter
     save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")

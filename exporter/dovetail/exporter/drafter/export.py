@@ -15,14 +15,16 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from dovetail.exporter.drafter.graph import to_onnx
+from dovetail.exporter.drafter import block_graph, graph
+from dovetail.exporter.drafter.block_parity import check_block_parity
 from dovetail.exporter.drafter.int8 import quantize
-from dovetail.exporter.drafter.parity import TOLERANCES, Parity, check_parity, check_static
+from dovetail.exporter.drafter.parity import TOLERANCES, Parity, Tolerance, check_parity, check_static
 from dovetail.exporter.drafter.shrink import narrowed, workspace
 from dovetail.exporter.target.configuration import read_config, text_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.models.checkpoint import CONFIG
-from dovetail.models.drafter import DraftModel
+from dovetail.models.dflash import DFlash
+from dovetail.models.drafter import DraftBase, DraftModel
 from dovetail.models.formats.format import TargetParts
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.models.fusion import TapMix
@@ -82,7 +84,7 @@ def export_drafter(
     return facts
 
 
-def load_drafter(checkpoint: Path, target_dir: Path) -> DraftModel:
+def load_drafter(checkpoint: Path, target_dir: Path) -> DraftBase:
     """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
     found = find_checkpoint(checkpoint)
     config = text_config(read_config(target_dir), target_dir / CONFIG, SourceError)
@@ -93,7 +95,7 @@ def load_drafter(checkpoint: Path, target_dir: Path) -> DraftModel:
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
 
 
-def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
+def drafter_facts(drafter: DraftBase, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
     """What the manifest says about this drafter. folder: of the pair. Raises SourceError."""
     shape, layers = drafter.shape, drafter.mix.layers if drafter.mix else ()
     try:
@@ -113,6 +115,7 @@ def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots
         head_size=shape.head_dim,
         top_k=min(top_k, shape.draft_vocab_size),
         tree_slots=tree_slots,
+        positions=drafter.config.positions if isinstance(drafter, DFlash) else 0,
         max_context=shape.max_context,
         tokenizer_sha256=tokenizer_sha256,
         files={name: f"{folder}/{file}" for name, file in files.items()},
@@ -122,11 +125,11 @@ def drafter_facts(drafter: DraftModel, target_dir: Path, folder: str, tree_slots
     )
 
 
-def check_files(drafter: DraftModel, folder: Path, facts: DrafterFacts) -> list[Parity]:
+def check_files(drafter: DraftBase, folder: Path, facts: DrafterFacts) -> list[Parity]:
     """Compare every file with torch and check CUDA's capture. Raises ExportError with all failures."""
     check_static(folder / FILES["cuda"], tokens=8, slots=facts.tree_slots + 256)
     reports = [
-        check_parity(drafter, folder / name, TOLERANCES[PRECISION[device]], tree_slots=facts.tree_slots)
+        _parity(drafter, folder / name, TOLERANCES[PRECISION[device]], facts.tree_slots)
         for device, name in FILES.items()
     ]
     if failures := [line for report in reports for line in report.failures]:
@@ -134,11 +137,25 @@ def check_files(drafter: DraftModel, folder: Path, facts: DrafterFacts) -> list[
     return reports
 
 
-def _write_files(drafter: DraftModel, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
+def _parity(drafter: DraftBase, file: Path, tolerance: Tolerance, slots: int) -> Parity:
+    if isinstance(drafter, DFlash):
+        return check_block_parity(drafter, file, tolerance, slots=slots)
+    assert isinstance(drafter, DraftModel)
+    return check_parity(drafter, file, tolerance, tree_slots=slots)
+
+
+def _to_onnx(drafter: DraftBase, dtype: torch.dtype, facts: DrafterFacts) -> ir.Model:
+    if isinstance(drafter, DFlash):
+        return block_graph.to_onnx(drafter, dtype, slots=facts.tree_slots, top_k=facts.top_k)
+    assert isinstance(drafter, DraftModel)
+    return graph.to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
+
+
+def _write_files(drafter: DraftBase, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
     """Write both graphs; return the facts with the workspace of the CUDA graph."""
     for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
         progress(f"exporting {FILES[device]}")
-        model = to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
+        model = _to_onnx(drafter, dtype, facts)
         if device == "cpu":
             quantize(model)
         save(model, folder / FILES[device])
@@ -146,8 +163,8 @@ def _write_files(drafter: DraftModel, folder: Path, facts: DrafterFacts, progres
 
 
 def _fitted(
-    drafter: DraftModel, folder: Path, facts: DrafterFacts, fit: bool, keep: Collection[int], progress: Progress
-) -> tuple[DraftModel, DrafterFacts]:
+    drafter: DraftBase, folder: Path, facts: DrafterFacts, fit: bool, keep: Collection[int], progress: Progress
+) -> tuple[DraftBase, DrafterFacts]:
     """The drafter in `folder` if it keeps to facts.vram; with `fit`, a narrower one that does."""
     while True:
         try:

@@ -110,13 +110,17 @@ def attend(
     x, cos, sin = _taken(rows, x, cos, sin)
     q = layer.queries(x, cos, sin)  # [m, h, d]
     kv = kv.index_put((kv_slots,), torch.stack([k, v], dim=1))
-    groups, size = k.shape[1], k.shape[2]
+    return layer.finish(x, over_buffer(q, kv, mask)), kv
+
+
+def over_buffer(q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+    """Attention [m, h, d]. q: [m, h, d], kv: [T + S, 2, g, d], mask: [h/g * m, T + S] additive."""
+    groups, size = kv.shape[2], kv.shape[3]
     repeats = q.shape[1] // groups
     q = (q * size**-0.5).unflatten(1, (groups, repeats)).permute(1, 2, 0, 3)  # [g, h/g, m, d]
     scores = q.reshape(groups, -1, size) @ kv[:, 0].permute(1, 2, 0)  # [g, h/g * m, T + S]
     out = torch.softmax(scores + mask, dim=-1) @ kv[:, 1].permute(1, 0, 2)  # [g, h/g * m, d]
-    out = out.reshape(groups, repeats, -1, size).permute(2, 0, 1, 3).flatten(1, 2)  # [m, h, d]
-    return layer.finish(x, out), kv
+    return out.reshape(groups, repeats, -1, size).permute(2, 0, 1, 3).flatten(1, 2)  # [m, h, d]
 
 
 def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: int) -> ir.Model:

@@ -52,7 +52,8 @@ class Parity:
     """Differences between one file and torch over the script.
 
     top1: fraction of rows with the same first child. topk: mean overlap of the k children.
-    logprob_error, feature_error: the largest errors, in the units of Tolerance.
+    logprob_error, feature_error: the largest errors, in the units of Tolerance; None for a graph
+    that returns no features.
     failures: one line for each call outside the tolerance.
     """
 
@@ -60,13 +61,14 @@ class Parity:
     top1: float
     topk: float
     logprob_error: float
-    feature_error: float
+    feature_error: float | None
     failures: tuple[str, ...]
 
     def __str__(self) -> str:
+        features = "" if self.feature_error is None else f", features within {self.feature_error:.2%}"
         return (
             f"{self.file}: first child {self.top1:.1%}, children {self.topk:.1%}, "
-            f"log-probability within {self.logprob_error:.4f} sd, features within {self.feature_error:.2%}"
+            f"log-probability within {self.logprob_error:.4f} sd{features}"
         )
 
 

@@ -14,7 +14,7 @@ import onnx
 import sympy
 import torch
 
-from dovetail.models.drafter import DraftModel
+from dovetail.models.drafter import DraftBase
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, VramPlan
 from dovetail.runtime.errors import ExportError
@@ -52,7 +52,7 @@ def peak_bytes(model: onnx.ModelProto, tokens: int, slots: int) -> int:
     return peak
 
 
-def narrowed(drafter: DraftModel, plan: VramPlan, limit: int, keep: Collection[int]) -> DraftModel:
+def narrowed(drafter: DraftBase, plan: VramPlan, limit: int, keep: Collection[int]) -> DraftBase:
     """Return the drafter with fewer draft tokens, so that `plan` fits `limit` bytes.
 
     The tokens in `keep` stay, and then the tokens with the lowest ids, which BPE merged first.

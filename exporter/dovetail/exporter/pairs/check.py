@@ -14,7 +14,7 @@ from dovetail.exporter.target.export import check_verifiable, static_size
 from dovetail.exporter.target.graph_probe import EXACT, stateful_logits
 from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
-from dovetail.runtime.drafter.graph_io import NOISE, check_ports, read_draft_ids
+from dovetail.runtime.drafter.graph_io import NOISE, check_ports, noise_spec, read_draft_ids, state_shapes
 from dovetail.runtime.drafter.ort import CPU, failures, open_session, session_options
 from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError, one_line
 from dovetail.runtime.pair.check import check_pair, verify_files
@@ -140,7 +140,7 @@ def _check_drafter(pair: Path, facts: DrafterFacts) -> None:
 
 
 def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[np.float32]:
-    """Extend an empty context by two context pairs and return top_logprobs [2, k]."""
+    """Extend an empty context by two context pairs and return top_logprobs [2, k], of a block [P, k]."""
     import onnxruntime as ort
 
     try:
@@ -154,7 +154,8 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
     except failures() as error:
         reason = one_line(error)[:300]
         raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
-    if logprobs.shape != (2, facts.top_k) or ids.shape != (2, facts.top_k):
+    wanted = (facts.positions or 2, facts.top_k)
+    if logprobs.shape != wanted or ids.shape != wanted:
         raise MismatchError(f"{path.name} returns {ids.shape[-1]} children, not {facts.top_k}: export it again")
     if not np.isfinite(logprobs).all() or (np.diff(logprobs, axis=-1) > 0).any():
         raise MismatchError(f"{path.name} gives log-probabilities that are not finite or not sorted: export it again")
@@ -170,8 +171,12 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Ac
     slots, size = facts.tree_slots, facts.feature_size
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
     given = {port.name for port in session.get_inputs()}
+    noise = {NOISE: np.zeros(*noise_spec(facts))} if NOISE in given else {}
+    state = {name: np.zeros(shape, kind) for name, shape in state_shapes(facts, 4).items()}
+    if facts.positions:
+        block = {"token": np.array([1]), "context_end": np.array([2]), "kv_slots": slots + np.arange(2)}
+        return {**block, "features": features, **noise, **state}
     queries = {"queries": np.arange(2)} if "queries" in given else {}  # older graphs return children of all rows
-    kv = np.zeros((slots + 4, 2, facts.num_kv_heads, facts.head_size), kind)
     return {
         "input_ids": np.array([0, 1]),
         "position_ids": np.array([0, 1]),
@@ -182,7 +187,6 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Ac
         "context_end": np.array([1, 2]),
         "tree_mask": np.full((2, slots), -1e4, kind),
         **queries,
-        **({NOISE: np.zeros((1, facts.draft_vocab_size), np.float32)} if NOISE in given else {}),
-        "bank": np.zeros((slots + 1, size), kind),
-        **{f"kv.{block}": kv for block in range(facts.blocks)},
+        **noise,
+        **state,
     }

@@ -35,7 +35,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 # transformers leaves a size out of a file if it is the default of the model type.
 _QWEN3 = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 32}
-BLOCK_MOST = 64  # tokens
+BLOCK_MOST = 32  # tokens
 # Keys of z-lab's dflash_config that Dovetail reads or that say nothing about the drafter.
 _KNOWN = {
     "target_layer_ids", "mask_token_id", "mask_token", "block_size", "causal", "is_causal", "sample_from_anchor",
