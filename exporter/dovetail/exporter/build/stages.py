@@ -270,10 +270,8 @@ def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
 
 def _read_record(path: Path) -> StageRecord | None:
     try:
-        raw = read_json(path, ManifestError, "")
-        files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
-        return StageRecord({**raw["inputs"]}, {**raw["facts"]}, files)
-    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # no usable record: the stage runs again
+        return parse_record(StageRecord, read_json(path, ManifestError, ""), path.stem)
+    except (OSError, ManifestError):  # no usable record: the stage runs again
         return None
 
 

@@ -75,7 +75,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "target": asdict(manifest.target),
         "drafter": {"kind": manifest.drafter_kind, **asdict(manifest.drafter)} if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
-        "costs": measured.as_dict() if measured else None,
+        "costs": asdict(measured) if measured else None,
         "properties": target_properties(manifest),
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},

@@ -142,7 +142,7 @@ def tune(
         measured.store()
     given = target_properties(manifest, threads, ov_config)
     if as_json:
-        click.echo(json.dumps({**measured.as_dict(), "properties": given}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**asdict(measured), "properties": given}, indent=2, ensure_ascii=False))
     else:
         show_costs(measured.pair, measured)
         click.echo(f"OpenVINO: {properties_line(given)}")
