@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dovetail.exporter.build.stages import PairBuild, Stage
-from dovetail.exporter.target.architectures import context_of, original_context, versions
+from dovetail.exporter.target.architectures import context_of, original_context
 from dovetail.exporter.target.configuration import (
     LAYER_KEYS,
     WIDTH_KEYS,
@@ -39,6 +39,7 @@ from dovetail.runtime.pair.layout import TARGET_WEIGHTS, TOKENIZER
 from dovetail.runtime.pair.manifest import Manifest, TargetFacts, parse_record
 from dovetail.runtime.system.bounds import CONTEXT_MOST, check_whole
 from dovetail.runtime.system.files import printable, read_object
+from dovetail.runtime.system.machine import package_versions as versions
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.graph import LOGITS, add_tap, find_head, read_model, to_paged
 

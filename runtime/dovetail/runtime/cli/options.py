@@ -33,15 +33,10 @@ DEVICES = ("auto", "cpu", "cuda")
 SAMPLING = SamplingParams()
 
 
-class Announcement:
-    """A Progress that says on stderr, once, that Dovetail measures the machine."""
-
-    told = False
-
-    def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
-        if not self.told:
-            click.echo("measuring this machine for this pair, once: some seconds", err=True)
-            self.told = True
+def announce(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+    """Say on stderr that Dovetail measures the machine. A Progress, which begins with nothing done."""
+    if not done:
+        click.echo("measuring this machine for this pair, once: some seconds", err=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
-            progress=Announcement(),
+            progress=announce,
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
