@@ -20,7 +20,6 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from dovetail.exporter.target.gguf.header import read_header
-from dovetail.runtime.errors import SourceError
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,30 +82,27 @@ class _Metadata:
     """The keys and values of a GGUF file; every failure is a SourceError."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._values = read_header(path).metadata
+        self._header = read_header(path)
+        self.error = self._header.error
 
     def get(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> Value:
         """The value of `key`, or `default`. Raises SourceError for another type or no value."""
-        value = self._values.get(key, default)
+        value = self._header.metadata.get(key, default)
         if value is not default and type(value) is not kind:
             raise self.error(f"{key} is {value!r:.40}, no {kind.__name__}")
         return self._given(key, value)
 
     def items(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> list[Value]:
         """The array `key` with items of `kind`, or `default`. Raises SourceError as `get` does."""
-        value = self._values.get(key, default)
+        value = self._header.metadata.get(key, default)
         if value is not default and not (isinstance(value, list) and all(type(item) is kind for item in value)):
             raise self.error(f"{key} is no array of {kind.__name__}")
         return self._given(key, value)
 
     def _given(self, key: str, value: Any) -> Any:
         if value is _REQUIRED:
-            raise SourceError(f"{self.path} has no {key}: use the checkpoint's Hub id or its folder instead")
+            raise self.error(f"has no {key}")
         return value
-
-    def error(self, what: str) -> SourceError:
-        return SourceError(f"{self.path}: {what}: use the checkpoint's Hub id or its folder instead")
 
 
 @dataclass(frozen=True)

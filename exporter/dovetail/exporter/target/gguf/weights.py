@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 
 from dovetail.exporter.target.gguf.config import ROPE_FACTORS, gguf_config
 from dovetail.exporter.target.gguf.header import GgufHeader, GgufTensor
-from dovetail.runtime.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_REMEDY = "use the checkpoint's Hub id or its folder instead"
 
 
 def write_checkpoint(header: GgufHeader, folder: Path) -> None:
@@ -43,8 +40,7 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
             try:
                 values = tensor.read()
             except NotImplementedError as error:
-                what = f"{name} has type {tensor.kind.name}, which gguf cannot read"
-                raise SourceError(f"{header.path}: {what}: {_REMEDY}") from error
+                raise header.error(f"{name} has type {tensor.kind.name}, which gguf cannot read") from error
             result = processor.process(
                 weights=values,
                 name=name,
@@ -73,7 +69,7 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
         elif name != ROPE_FACTORS or not getattr(model.config, "rope_parameters", None):
             unknown.append(name)
     if unknown:
-        raise SourceError(f"{header.path}: {model.config.model_type} has no tensor for {_listed(unknown)}: {_REMEDY}")
+        raise header.error(f"{model.config.model_type} has no tensor for {_listed(unknown)}")
     sizes = dict.fromkeys(targets.values(), 0)
     for name, target in targets.items():
         sizes[target] += math.prod(header.tensors[name].shape)
@@ -82,12 +78,12 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
         expected.pop(tied, None)
     theirs = {target: name for name, target in names.items()}
     if missing := [theirs.get(name, name) for name in expected if name not in sizes]:
-        raise SourceError(f"{header.path} lacks {_listed(missing)}: download it again, or {_REMEDY}")
+        raise header.error(f"lacks {_listed(missing)}, as an incomplete download does")
     for name, target in targets.items():
         if target in expected and sizes[target] != expected[target]:
-            raise SourceError(
-                f"{header.path}: {name} of shape {header.tensors[name].shape} does not fit {model.config.model_type} "
-                f"with the sizes that the file names: {_REMEDY}"
+            raise header.error(
+                f"{name} of shape {header.tensors[name].shape} does not fit {model.config.model_type} with the sizes "
+                "that the file names"
             )
     return targets
 
