@@ -49,10 +49,10 @@ class EngineFlags:
     pair: str | None
     drafter_device: str
     threads: int | None
-    width: int | None
-    depth: int | None
-    tree_top_k: int | None
-    lookup: int | None
+    width: int | None = None
+    depth: int | None = None
+    tree_top_k: int | None = None
+    lookup: int | None = None
     fixed_tree: bool = False
     vram: int | None = None
     fit: bool = False
@@ -144,9 +144,9 @@ def write_file(flag: str, file: Path, content: bytes) -> None:
 
 
 def device_options(command: Command) -> Command:
-    """Flags of both engines: threads, drafter_device, vram, fit, ov_config, exact."""
+    """Flags of both engines. The command gets these, and its other flags of EngineFlags, as `engine_flags`."""
     return _apply(
-        command,
+        _bundled(command, EngineFlags, "engine_flags"),
         click.option("-t", "--threads", type=int, help="CPU threads of each engine.  [default: one per usable core]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
@@ -156,15 +156,9 @@ def device_options(command: Command) -> Command:
         click.option("--exact/--no-exact", default=True, show_default=True,
                      help="The same text with and without drafting; without it plain passes use OpenVINO's quicker "
                      "kernel for single rows, which rounds otherwise."),
+        click.option("-md", "--draft-model", metavar="PATH|NAME",
+                     help="Another pair, whose target drafts on the CPU; with the same tokenizer."),
     )  # fmt: skip
-
-
-def draft_model_option(command: Command) -> Command:
-    """Flag of a small model that drafts: draft_model."""
-    return click.option(
-        "-md", "--draft-model", metavar="PATH|NAME",
-        help="Another pair, whose target drafts on the CPU; with the same tokenizer.",
-    )(command)  # fmt: skip
 
 
 def vram_options(command: Command) -> Command:
@@ -205,10 +199,9 @@ def engine_options(command: Command) -> Command:
     """Flags of EngineFlags, which the command gets as `engine_flags`."""
     pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
     return _apply(
-        _bundled(command, EngineFlags, "engine_flags"),
+        command,
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
-        draft_model_option,
         click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
                      help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
                      f"[default: {MAX_SLOWDOWN:.0%}]"),
