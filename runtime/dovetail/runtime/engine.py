@@ -223,9 +223,8 @@ class Engine:
     ) -> int:
         """Return the number of tokens of `prompt`, template included. Raises as `stream` does."""
         tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
-        request = Request(tuple(tokens), max_new_tokens=1)
-        request.check_room(self.max_context)
-        return len(request.prompt)
+        Request(tuple(tokens), max_new_tokens=1).check_room(self.max_context)
+        return len(tokens)
 
     def choices(
         self,

@@ -25,7 +25,6 @@ from dovetail.exporter.target.configuration import (
     check_json,
     read_config,
     text_config,
-    token_ids,
 )
 from dovetail.exporter.target.convert import REFERENCE, WeightOptions, convert
 from dovetail.exporter.target.embedding_rows import position_rows
@@ -37,7 +36,7 @@ from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.pair.files import sha256_file
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS, TOKENIZER
 from dovetail.runtime.pair.manifest import Manifest, TargetFacts, parse_record
-from dovetail.runtime.system.bounds import CONTEXT_MOST, check_whole
+from dovetail.runtime.system.bounds import CONTEXT_MOST, check_token_ids, check_whole
 from dovetail.runtime.system.files import printable, read_object
 from dovetail.runtime.system.machine import package_versions as versions
 from dovetail.runtime.system.progress import Progress, silent
@@ -284,7 +283,8 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids from generation_config.json, else from the model's `config`."""
     generation = read_object(folder / "generation_config.json", SourceError, "copy or download it again")
     ids = generation.get("eos_token_id")
-    return token_ids(config.get("eos_token_id") if ids is None else ids, f"eos_token_id of {folder}")
+    ids = config.get("eos_token_id") if ids is None else ids
+    return check_token_ids(f"eos_token_id of {folder}", ids, SourceError, "copy or download it again")
 
 
 def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:

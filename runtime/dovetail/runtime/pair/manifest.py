@@ -58,7 +58,7 @@ class TargetFacts:
     tokenizer_sha256: str  # digest of tokenizer.json
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
+        _check_sizes(self)
         if not self.taps:
             raise ManifestError("target.taps is empty: export the target again, a drafter needs a feature output")
 
@@ -100,10 +100,7 @@ class DrafterFacts:
             raise ManifestError(f"drafter.workspace {self.workspace} is no pair of sizes: export the drafter again")
         for name, value in (*(("workspace", size) for size in self.workspace), ("vram", self.vram)):
             check_whole(f"drafter.{name}", value, ManifestError, _AGAIN, least=0, most=BYTES_MOST)
-        _check_sizes(
-            self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
-            "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
-        )  # fmt: skip
+        _check_sizes(self)
 
 
 @dataclass(frozen=True)
@@ -193,9 +190,12 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
 
 
-def _check_sizes(record: object, *names: str) -> None:
-    for name in names:
-        check_whole(f"{type(record).__name__}.{name}", getattr(record, name), ManifestError, _AGAIN)
+def _check_sizes(record: TargetFacts | DrafterFacts) -> None:
+    """Check the whole numbers that every manifest has: they are sizes, and LARGEST has their bounds."""
+    hints = get_type_hints(type(record))
+    for each in fields(record):
+        if hints[each.name] is int and not each.metadata:
+            check_whole(f"{type(record).__name__}.{each.name}", getattr(record, each.name), ManifestError, _AGAIN)
 
 
 def _mapping(raw: object, where: str) -> Mapping[str, Any]:

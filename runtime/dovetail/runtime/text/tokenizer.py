@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.runtime.errors import InputError, IntegrityError, MismatchError, one_line
 from dovetail.runtime.pair.layout import TOKENIZER
-from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
+from dovetail.runtime.system.bounds import check_token_ids
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
 from dovetail.runtime.text.encoding import Message
@@ -217,10 +217,8 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     check_rules(text)
     try:
         backend = Backend.from_str(text)
-    except Exception as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
-        raise ValueError(str(error)) from error
-    except BaseException as error:
-        if not _is_panic(error):
+    except BaseException as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise ValueError(str(error)) from error
     backend.no_truncation()  # a saved training setting must not cut or pad prompts
@@ -267,8 +265,5 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
         config = read_object(folder / name, IntegrityError, _AGAIN)
         inner = config.get("text_config")
         for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            for token in ids:
-                check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
-            found += ids
+            found += check_token_ids(f"{folder / name}: eos_token_id", value, IntegrityError, _AGAIN)
     return tuple(dict.fromkeys(found))
