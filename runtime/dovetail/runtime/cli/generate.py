@@ -52,8 +52,8 @@ def generate(
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
-        drafter = (engine.drafter_device, engine.drafter_note) if request.speculate else (None, None)
-        click.echo(json.dumps(result_json(result, engine.target_device, *drafter), ensure_ascii=not speaks_unicode()))
+        report = result_json(result, engine, request.speculate)
+        click.echo(json.dumps(report, ensure_ascii=not speaks_unicode()))
         return
     answer = stream_answer(engine, asked, request)
     click.echo(answer.statistics(), err=True)

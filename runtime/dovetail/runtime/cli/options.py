@@ -62,7 +62,8 @@ class EngineFlags:
     draft_model: str | None = None
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        if self.threads is not None:
+            check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
@@ -121,12 +122,6 @@ def _parse_object(_context: click.Context, _option: click.Parameter, given: str 
         remedy = """give e.g. '{"enable_thinking": false}'"""
         raise InputError(f"--chat-template-kwargs {given!r:.60} is no JSON object: {remedy}")
     return value
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise InputError for an impossible number of threads. None is the engines' choice."""
-    if threads is not None:
-        check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
 
 
 def check_folder(flag: str, file: Path) -> None:
