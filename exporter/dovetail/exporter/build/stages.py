@@ -81,7 +81,8 @@ class PairBuild:
                 if (self.work / "old").is_dir() and not self.out.exists():
                     os.rename(self.work / "old", self.out)  # after a kill between the two renames of an exchange
                 self._check_out()
-                self._clean()
+                for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
+                    shutil.rmtree(self.work / name, ignore_errors=True)
         except BaseException:
             if self._lock and not any((self.work / name).exists() for name in ("records", "old")):
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -217,10 +218,6 @@ class PairBuild:
                 f"{self.out} already holds the finished pair {self.finished.name!r}: "
                 "use --force to replace it, --resume to complete or repair it, or name another folder"
             )
-
-    def _clean(self) -> None:
-        for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
-            shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _acquire_lock(self) -> None:
         try:

@@ -52,7 +52,10 @@ def write_gguf_tokenizer(file: Path, folder: Path) -> tuple[int, ...]:
     vocabulary = _Vocabulary.read(metadata)
     ends = _end_token_ids(metadata, vocabulary)
     tokenizer = _MODELS[model](metadata, vocabulary)
-    _add_tokens(tokenizer, vocabulary)
+    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    defined = vocabulary.of_type(TokenType.USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
     named = _named_tokens(metadata, vocabulary)
     # Whether raw text gets BOS and EOS, by the file or else by llama.cpp's defaults.
     default = model == "llama" or metadata.get("tokenizer.ggml.pre", str, None) in _BOS_BY_DEFAULT
@@ -232,14 +235,6 @@ _MODELS: Mapping[str, Callable[[_Metadata, _Vocabulary], Tokenizer]] = {"gpt2": 
 
 
 # --- special tokens
-
-
-def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Add control and unknown tokens as special tokens, and user-defined tokens as text."""
-    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    defined = vocabulary.of_type(TokenType.USER_DEFINED)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
 
 
 def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary) -> dict[str, str]:

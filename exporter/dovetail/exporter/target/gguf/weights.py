@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.exporter.target.gguf.config import ROPE_FACTORS, gguf_config
-from dovetail.exporter.target.gguf.header import GgufHeader, GgufTensor
+from dovetail.exporter.target.gguf.header import GgufHeader
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,14 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
     names = get_gguf_hf_weights_map(model, processor)
     targets = _targets(header, model, names)
     files: dict[str, str] = {}
-    for index, tensors in enumerate(_shards(header, targets)):
+
+    def block(name: str) -> str:
+        return name.split(".")[1] if name.startswith("blk.") else ""
+
+    for index, (_, shard) in enumerate(groupby(sorted(targets, key=block), key=block)):
         taken: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
+        for name in shard:
+            tensor = header.tensors[name]
             try:
                 values = tensor.read()
             except NotImplementedError as error:
@@ -86,15 +91,6 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
                 "that the file names"
             )
     return targets
-
-
-def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
-
-    def block(name: str) -> str:
-        return name.split(".")[1] if name.startswith("blk.") else ""
-
-    for _, group in groupby(sorted(targets, key=block), key=block):
-        yield {name: header.tensors[name] for name in group}
 
 
 def _listed(names: list[str]) -> str:
