@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
@@ -224,9 +223,8 @@ class Engine:
     ) -> int:
         """Return the number of tokens of `prompt`, template included. Raises as `stream` does."""
         tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
-        request = Request(tuple(tokens), max_new_tokens=1)
-        request.check_room(self.max_context)
-        return len(request.prompt)
+        Request(tuple(tokens), max_new_tokens=1).check_room(self.max_context)
+        return len(tokens)
 
     def choices(
         self,
@@ -272,9 +270,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def _open_sequence(self) -> Sequence:

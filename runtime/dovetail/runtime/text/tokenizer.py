@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.runtime.errors import InputError, IntegrityError, MismatchError, one_line
 from dovetail.runtime.pair.layout import TOKENIZER
-from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
+from dovetail.runtime.system.bounds import check_token_ids
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
 from dovetail.runtime.text.encoding import Message
@@ -52,7 +52,6 @@ class Tokenizer:
         self._backend = _parse_backend(tokenizer_json)
         self._digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._template_source = chat_template
-        self._template: ChatTemplate | None = None
         self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
@@ -66,10 +65,9 @@ class Tokenizer:
         file = folder / TOKENIZER
         try:
             content = read_bytes(file, TOKENIZER_BYTES)
-        except OSError as error:
-            raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
-        except ValueError as error:
-            raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise IntegrityError(f"{file} cannot be read ({reason}): {_AGAIN}") from error
         config = read_object(folder / "tokenizer_config.json", IntegrityError, _AGAIN)
         try:
             return cls(
@@ -147,19 +145,18 @@ class Tokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
         """Return the prompt text of a conversation. kwargs: for the template. Raises InputError."""
-        if self._template_source is None:
-            raise InputError("this target has no chat template: pass a plain string with raw=True")
-        if self._template is None:
-            from dovetail.runtime.text.chat_template import ChatTemplate
-
-            self._template = ChatTemplate(self._template_source, self.special_tokens)
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(
-            decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
-            is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
-        )
+    def detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.decode, lambda token: self._is_hidden(token, skip_special_tokens=True))
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from dovetail.runtime.text.chat_template import ChatTemplate
+
+        if self._template_source is None:
+            raise InputError("this target has no chat template: pass a plain string with raw=True")
+        return ChatTemplate(self._template_source, self.special_tokens)
 
     @cached_property
     def _plain(self) -> PlainText:
@@ -220,10 +217,8 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     check_rules(text)
     try:
         backend = Backend.from_str(text)
-    except Exception as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
-        raise ValueError(str(error)) from error
-    except BaseException as error:
-        if not _is_panic(error):
+    except BaseException as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise ValueError(str(error)) from error
     backend.no_truncation()  # a saved training setting must not cut or pad prompts
@@ -270,8 +265,5 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
         config = read_object(folder / name, IntegrityError, _AGAIN)
         inner = config.get("text_config")
         for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            for token in ids:
-                check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
-            found += ids
+            found += check_token_ids(f"{folder / name}: eos_token_id", value, IntegrityError, _AGAIN)
     return tuple(dict.fromkeys(found))
