@@ -25,6 +25,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import check_lookup_cache
 
 Record = TypeVar("Record")
 Command = Callable[..., Any]
@@ -65,12 +66,18 @@ class EngineFlags:
     exact: bool = True
     max_slowdown: float | None = None
     draft_model: str | None = None
+    lookup_cache: int = 0
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
+        check_lookup_cache(self.lookup_cache)
+        if self.lookup_cache and self.lookup == 0:
+            raise InputError(
+                "--lookup-cache continues repeated text, and --lookup 0 drafts none: leave out one of them"
+            )
         if self.max_slowdown is not None and (self.fixed_tree or self.tree_values()):
             raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
 
@@ -97,6 +104,7 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
+            lookup_cache=self.lookup_cache,
             progress=Announcement(),
         )
 
