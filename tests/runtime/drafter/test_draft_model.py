@@ -115,9 +115,11 @@ def test_the_same_model_by_other_ids_drafts_as_well(
     assert note == "draft model small with 258 of the target's 258 tokens"
 
 
-@pytest.mark.parametrize("tree", [None, TreeLimits(width=10, depth=4, top_k=2, lookup=0)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(("theirs", "ours"), [(MORE, (("h", "e"),)), ((("h", "e"),), MORE)])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "tree"),
+    [(MORE, (("h", "e"),), TreeLimits(width=10, depth=4, top_k=2, lookup=0)), ((("h", "e"),), MORE, None)],
+)
 def test_a_model_with_other_tokens_changes_no_text(
     models: Callable[..., Path], theirs: Merges, ours: Merges, tree: TreeLimits | None, temperature: float
 ) -> None:

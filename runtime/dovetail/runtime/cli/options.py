@@ -176,7 +176,7 @@ def draft_model_option(command: Command) -> Command:
     """Flag of a small model that drafts: draft_model."""
     return click.option(
         "-md", "--draft-model", metavar="PATH|NAME",
-        help="Another pair, whose target drafts on the CPU; with the same tokenizer.",
+        help="Another pair, whose target drafts on the CPU; its tokenizer may differ.",
     )(command)  # fmt: skip
 
 

@@ -103,9 +103,7 @@ class ModelDrafter:
         self._forget(text, text.known + right)
         for start in range(right, len(new), CHUNK):
             chunk = new[start : start + CHUNK]
-            if (
-                len(chunk) == 1 and text.tokens
-            ):  # as wide as a node of the chain: another width would cost OpenVINO time
+            if len(chunk) == 1 and text.tokens:  # one row, as a node of the chain: another width would cost time
                 logits = self._step(text, chunk[0])
             else:
                 result = self._model.prefill(text.own, np.array(chunk, np.int64))
@@ -122,7 +120,6 @@ class ModelDrafter:
         if text is None or text.logits is None or len(text.tokens) != text.known:
             raise InputError("nothing to draft from: extend the drafter with the last known token first")
         logits, text.logits = text.logits, None
-
         names = self._translation.target if self._translation else None
 
         def expand(level: Level) -> Candidates:

@@ -32,6 +32,8 @@ PRIOR = {
 PRIOR_TRIES = 4.0
 LOOKUP_CACHE_MOST = 10**6  # tokens, which take about 1 GB
 
+Run = tuple[int, ...]  # as many tokens as one of SIZES
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -40,9 +42,6 @@ class Repeat:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # of the path down to each token, descending
     kind: tuple[int, int]  # the run's length, and 0 for the first path found or 1 for a path with another first token
-
-
-Run = tuple[int, ...]  # tokens that occurred before
 
 
 @dataclass
