@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.system.arrays import FloatArray
+from dovetail.runtime.target.session import TargetPass
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
@@ -112,23 +114,25 @@ def test_a_perfect_model_is_always_right() -> None:
     assert meter.metrics().acceptance_length == 5.0
 
 
+class Watched(ScriptedTarget):
+    """A target that keeps the trees that it verifies."""
+
+    def __init__(self) -> None:
+        super().__init__(MarkovLogits(VOCABULARY))
+        self.trees: list[DraftTree] = []
+
+    def verify(self, offers: Mapping[int, DraftTree], *prompts: Any) -> dict[int, TargetPass]:
+        self.trees += offers.values()
+        return super().verify(offers, *prompts)
+
+
 @pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED])
 def test_other_ids_of_the_same_tokens_change_no_draft(sampling: SamplingParams) -> None:
-    trees = list[list[DraftTree]]()
-    for common in (None, VOCABULARY):
-        _, drafter = model(0.5, common=common)
-        sequence, offered = Sequence(ScriptedTarget(MarkovLogits(VOCABULARY)), drafter), list[DraftTree]()
-        real = sequence.accept
-
-        def accept(tree: DraftTree, *result: Any, real: Any = real, offered: list[DraftTree] = offered) -> Any:
-            offered.append(tree)
-            return real(tree, *result)
-
-        sequence.accept = accept  # type: ignore[method-assign]  # the real one, which is watched
-        answer(sequence, Request((1, 2), 80, sampling, limits=LIMITS))
-        trees.append(offered)
-    assert len(trees[0]) == len(trees[1]) > 10
-    for one, other in zip(*trees, strict=True):
+    targets = Watched(), Watched()
+    for target, common in zip(targets, (None, VOCABULARY), strict=True):
+        answer(Sequence(target, model(0.5, common=common)[1]), Request((1, 2), 80, sampling, limits=LIMITS))
+    assert len(targets[0].trees) == len(targets[1].trees) > 10
+    for one, other in zip(targets[0].trees, targets[1].trees, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist() and one.parents.tolist() == other.parents.tolist()
         np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5)
 
