@@ -25,6 +25,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import check_lookup_cache
 
 Record = TypeVar("Record")
 Command = Callable[..., Any]
@@ -60,6 +61,7 @@ class EngineFlags:
     exact: bool = True
     max_slowdown: float | None = None
     draft_model: str | None = None
+    lookup_cache: int = 0
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -67,6 +69,11 @@ class EngineFlags:
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
+        check_lookup_cache(self.lookup_cache)
+        if self.lookup_cache and self.lookup == 0:
+            raise InputError(
+                "--lookup-cache continues repeated text, and --lookup 0 drafts none: leave out one of them"
+            )
         if self.max_slowdown is not None and (self.fixed_tree or self.tree_values()):
             raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
 
@@ -93,6 +100,7 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
+            lookup_cache=self.lookup_cache,
             progress=announce,
         )
 
@@ -152,7 +160,7 @@ def device_options(command: Command) -> Command:
                      help="The same text with and without drafting; without it plain passes use OpenVINO's quicker "
                      "kernel for single rows, which rounds otherwise."),
         click.option("-md", "--draft-model", metavar="PATH|NAME",
-                     help="Another pair, whose target drafts on the CPU; with the same tokenizer."),
+                     help="Another pair, whose target drafts on the CPU; its tokenizer may differ."),
     )  # fmt: skip
 
 

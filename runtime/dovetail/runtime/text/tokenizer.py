@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dovetail.runtime.errors import InputError, IntegrityError, MismatchError, one_line
+from dovetail.runtime.errors import InputError, IntegrityError, one_line
 from dovetail.runtime.pair.layout import TOKENIZER
 from dovetail.runtime.system.bounds import check_token_ids
 from dovetail.runtime.system.files import read_bytes, read_object
@@ -35,6 +35,18 @@ _END_OF_TURN = (
     "<end_of_utterance>", "<turn|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|eot|>",
     "<\uff5cend▁of▁sentence\uff5c>",
 )  # fmt: skip
+
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_OTHERS = sorted({*range(256)} - _PRINTABLE)
+# The characters by which byte-level tokenizers name bytes. Source: bytes_to_unicode of GPT-2.
+_BYTES = {chr(byte if byte in _PRINTABLE else 256 + _OTHERS.index(byte)): byte for byte in range(256)}
+
+
+class Spelling(NamedTuple):
+    """What a token stands for."""
+
+    text: bytes  # of a special token its name
+    special: bool
 
 
 class Tokenizer:
@@ -84,16 +96,31 @@ class Tokenizer:
         """Number of tokens, added tokens included. The target's logits may have padding."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def check_same_ids(self, other: Tokenizer) -> None:
-        """Raise MismatchError unless every id of `other` that this vocabulary has too is the same token."""
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Return whether every id of `other` that this vocabulary has too is the same token."""
         ours, theirs = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
         named = {number: token for token, number in ours.items()}
-        for token, number in sorted(theirs.items(), key=lambda item: item[1]):
-            if named.get(number, token) != token or ours.get(token, number) != number:
-                raise MismatchError(
-                    f"the draft model's token {number} is {token!r}, the target's {named.get(number)!r}: give a model "
-                    "with the target's tokenizer"
-                )
+        return all(
+            named.get(number, token) == token and ours.get(token, number) == number for token, number in theirs.items()
+        )
+
+    def spellings(self) -> dict[int, Spelling]:
+        """Return the exact bytes of each token id."""
+        added = {entry.content for entry in self._backend.get_added_tokens_decoder().values()}
+        space = self._backend.token_to_id("\u0120")
+        byte_level = space is not None and self._backend.decode([space], skip_special_tokens=False) == " "
+        found = {}
+        for token, number in self._backend.get_vocab(with_added_tokens=True).items():
+            if number in self._bytes:
+                text = bytes([self._bytes[number]])
+            elif token in added:
+                text = token.encode()
+            elif byte_level and _BYTES.keys() >= set(token):
+                text = bytes(_BYTES[character] for character in token)
+            else:
+                text = token.replace("\u2581", " ").encode()  # SentencePiece's mark of a space
+            found[number] = Spelling(text, number in self._special_ids)
+        return found
 
     @property
     def has_chat_template(self) -> bool:
