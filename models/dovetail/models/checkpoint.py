@@ -17,7 +17,7 @@ from dovetail.runtime.errors import SourceError
 from dovetail.runtime.system.files import check_regular, read_json
 
 CONFIG = "config.json"
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # in the order of preference
+_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 _UNPICKLING = (OSError, ValueError, RuntimeError, EOFError, KeyError, AttributeError, pickle.UnpicklingError)
 
 
@@ -80,7 +80,7 @@ def weight_files(folder: Path, *, allow_pickle: bool = False) -> tuple[str, ...]
                 f"{folder / files[0]} is a pickle, which can run code when it is read: convert it to safetensors, or "
                 "give --allow-pickle to read its weights alone"
             )
-        index = folder / f"{'model' if pattern == _PATTERNS[0] else 'pytorch_model'}{pattern[1:]}.index.json"
+        index = folder / ("model.safetensors.index.json" if pattern == _PATTERNS[0] else "pytorch_model.bin.index.json")
         if index.is_file():
             return _listed(folder, index, files)
         if len(files) > 1:

@@ -54,9 +54,7 @@ def settle(stored: Stored, target: Config) -> Settled:
         raise ValueError("fc_norm and norm_before_fc exclude each other: correct config.json")
     positions = whole(layer, "max_position_embeddings", 2048)
     check_full_attention(layer, positions)
-    given_vocab = whole(layer, "vocab_size", vocab)
-    if given_vocab != vocab:
-        raise ValueError(f"its vocabulary of {given_vocab} is not the target's of {vocab}")
+    vocab = whole(layer, "vocab_size", vocab)
     target_size = config.get("target_hidden_size") or sizes.hidden_size
     settings = Eagle3Config(
         block=sizes,
