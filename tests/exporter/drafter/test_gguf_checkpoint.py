@@ -17,6 +17,7 @@ from tests.models.formats.test_eagle3 import TARGET, ZERO, D, K, V, drafted, wei
 from torch import Tensor
 
 from dovetail.exporter.drafter.gguf_checkpoint import _NAMES, converted
+from dovetail.models.drafter import DraftModel
 from dovetail.models.formats.format import TargetParts
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.runtime.errors import SourceError
@@ -74,6 +75,7 @@ def test_a_chain_equals_the_formulas(parts: dict[str, Any], tmp_path: Path) -> N
     found = find_checkpoint(converted(write_gguf(tmp_path / "a.gguf", tensors)))
     rows = torch.randn(V, D)
     module = found.read(TargetParts(TARGET, tensors.get("embed_tokens.weight", rows), torch.randn(V, D)))
+    assert isinstance(module, DraftModel)
     reference = {"embed_tokens.weight": rows, **tensors}
     taps, tokens = torch.randn(9, 3 * D), torch.randint(0, V, (9,))
     want = chain(reference, replace(ZERO, theta=500.0, norm_before_residual=True), taps, tokens, 4)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dovetail.runtime.drafter.model import ModelDrafter
-from dovetail.runtime.drafter.translation import Translation
+from dovetail.runtime.drafter.model import ModelDrafter, Translation
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter

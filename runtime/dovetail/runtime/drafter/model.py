@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, check_keep
-from dovetail.runtime.drafter.translation import Translation
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -32,6 +31,15 @@ TOP_K = 10  # candidates of a node, as a drafter's graph has
 CHUNK = 256  # tokens of a pass that reads
 SLOTS = 64  # nodes of a chain, root included, as a drafter's graph has
 NOISY = 256  # most probable tokens that noise can lift among the candidates
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """C tokens that a target and a draft model with another vocabulary share, and a way to read the others."""
+
+    own: NDArray[np.int64]  # [C] ids of the draft model, each once
+    target: NDArray[np.int64]  # [C] the target's ids of the same tokens, each once
+    spell: Callable[[int], tuple[int, ...]]  # the target's id -> the draft model's, at least one
 
 
 class Model(Protocol):

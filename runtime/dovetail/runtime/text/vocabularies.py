@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from dovetail.runtime.drafter.translation import Translation
+from dovetail.runtime.drafter.model import Translation
 from dovetail.runtime.errors import MismatchError
 from dovetail.runtime.text.tokenizer import Tokenizer
 
