@@ -90,6 +90,14 @@ def test_needs_say_what_the_drafter_reads(layout: str, dflash: Any, tmp_path: Pa
     assert ("[0, 2] count outputs" if layout == "z-lab" else "[1, 3] count inputs") in choice
 
 
+def test_needs_name_the_model_that_speculators_trained_for(dflash: Any, tmp_path: Path) -> None:
+    folder = dflash.write(tmp_path / "checkpoint", dflash.Flags(layout="speculators"))
+    config = json.loads((folder / "config.json").read_text())
+    named = changed(config, "speculators_config.verifier.name_or_path", "org/model")
+    (folder / "config.json").write_text(json.dumps(named))
+    assert find_checkpoint(folder).needs(TARGET).target == "org/model"
+
+
 def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A copy of `config` with the value at "a.b" replaced, or removed for None."""
     out: dict[str, Any] = json.loads(json.dumps(config))

@@ -5,6 +5,7 @@ The tiny DFlash drafter is exported once in float32 and once as a pair. In float
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -299,6 +300,18 @@ def test_a_scheduler_drafts_with_one_call_and_learns_its_time(tiny: Tiny, engine
     drafted = writer.generate(PROMPT, 60, raw=True)
     plain = writer.generate(PROMPT, 60, raw=True, speculate=False)
     assert drafted.token_ids == plain.token_ids and drafted.metrics.drafted > 10
+
+
+def test_an_engine_measures_and_schedules_it(tiny: Tiny, quick_costs: Path) -> None:
+    """The whole way of `dovetail-run generate`: costs of this machine, trees as deep as a block."""
+    with Engine.from_pretrained(tiny.pair, drafter_device="cpu", threads=1) as writer:
+        assert writer.tree.depth == 5 and writer.drafter_device == "CPU (int8)"
+        for sampling in ({}, {"temperature": 0.8, "seed": 1}):
+            drafted = writer.generate(PROMPT, 40, raw=True, **sampling)
+            plain = writer.generate(PROMPT, 40, raw=True, speculate=False, **sampling)
+            assert drafted.token_ids == plain.token_ids
+    (kept,) = (quick_costs / "costs").glob("*.json")
+    assert json.loads(kept.read_text())["costs"]["draft"]["rows"][0] == 1
 
 
 def test_timing_measures_one_call_with_reading(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

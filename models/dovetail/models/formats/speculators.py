@@ -77,7 +77,8 @@ def _with_defaults(kind: str, layer: dict[str, Any]) -> dict[str, Any]:
     return {"rms_norm_eps": 1e-6, **({"head_dim": 128} if kind == "qwen3" else {}), **layer}
 
 
-def _target_name(config: Config) -> str | None:
+def target_name(config: Config) -> str | None:
+    """The model that a drafter of speculators was trained for, None if its config does not say."""
     nested = config.get("speculators_config")
     verifier = nested.get("verifier") if isinstance(nested, dict) else None
     name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
@@ -99,7 +100,7 @@ def _read(stored: Stored, target: TargetParts) -> Eagle3Drafter:
 def _needs(stored: Stored, target: Config) -> Needs:
     settled = settle(stored, target)
     check_layout(stored, settled.config)
-    return needs_of(_describe(stored.config), settled, _target_name(stored.config))
+    return needs_of(_describe(stored.config), settled, target_name(stored.config))
 
 
 EAGLE3 = Format("speculators-eagle3", _matches, _describe, _read, _needs)
