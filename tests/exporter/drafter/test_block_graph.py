@@ -73,7 +73,7 @@ def test_the_pair_is_whole_and_says_what_its_drafter_is(
     assert (facts.positions, facts.blocks, facts.feature_layers, facts.noise) == (5, 2, (0,), True)
     assert (facts.num_kv_heads, facts.head_size, facts.tree_slots) == (2, 16, 64)
     record = manifest.provenance["drafter"]
-    assert (record["format"], record["description"]) == ("DFlash", "a DFlash drafter")
+    assert (record["format"], record["description"]) == ("dflash", "a DFlash drafter")
     assert main(["check", str(dflash_pair)]) == 0
     assert "a DFlash drafter" in capsys.readouterr().out
 

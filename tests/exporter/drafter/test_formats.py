@@ -201,7 +201,7 @@ def test_without_its_entry_the_format_is_refused(
     copy = shutil.copytree(tiny_pair, tmp_path / "pair")
     assert main(["drafter", str(copy), "--checkpoint", str(checkpoint)]) == SourceError.exit_code
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(checkpoint) in said and "PebbleForDrafting" in said and "known formats are dovetail, " in said
+    assert str(checkpoint) in said and "PebbleForDrafting" in said and "known formats are dflash, dovetail, " in said
     assert read_manifest(copy) == read_manifest(tiny_pair)
 
 

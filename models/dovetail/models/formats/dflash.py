@@ -241,14 +241,14 @@ def _describe_speculators(config: Config) -> str:
 
 
 Z_LAB = Format(
-    "DFlash",
+    "dflash",
     _matches_z_lab,
     _describe_z_lab,
     lambda stored, target: _load(stored, _settle_z_lab(stored, target.config), target),
     lambda stored, target: _needs(stored, _settle_z_lab(stored, target), _describe_z_lab(stored.config)),
 )
 SPECULATORS = Format(
-    "speculators DFlash",
+    "speculators-dflash",
     lambda config, shapes: config.get("speculators_model_type") == "dflash",
     _describe_speculators,
     lambda stored, target: _load(stored, _settle_speculators(stored, target.config), target),
