@@ -50,7 +50,8 @@ class Repository:
 class FakeHub:
     """The server. fetched: names of files that were asked for in full. asked: method and path of each request.
 
-    down: status of every answer, 0 for none. ignored: endings of paths that a .gitignore of the repository names.
+    down: status of every answer, 0 for none. ignored: endings of paths that a .gitignore of the repository names. lost:
+    endings of paths that a commit drops. broken: path of a file that is missing at its place.
     """
 
     def __init__(self) -> None:
@@ -59,9 +60,11 @@ class FakeHub:
         self.fetched: list[str] = []
         self.asked: list[tuple[str, str]] = []
         self.stored: dict[str, bytes] = {}  # LFS objects by sha256
+        self.paths: dict[str, str] = {}  # of LFS objects, by sha256
         self.down = 0
         self.ignored: tuple[str, ...] = ()
-        self.lost: tuple[str, ...] = ()  # endings of paths that a commit drops
+        self.lost: tuple[str, ...] = ()
+        self.broken = ""
         hub = self
 
         class Handler(_Handler):
@@ -268,6 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.fail(400, None, "another content")
             self.hub.stored[oid] = self.body
             return self.send(200, {})
+        self.hub.fetched.append(self.hub.paths[oid])
         return self.send(200, self.hub.stored[oid], {"ETag": f'"{oid}"'})
 
     def validate(self, content: str) -> None:
@@ -288,17 +292,18 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated and self.token != TOKEN:
             return self.fail(403, "GatedRepo", "you are not in the authorized list")
         content = repository.commits[commit].get(path)
+        if path == self.hub.broken:
+            return self.fail(403, None, "a broken disk")
         if content is None:
             return self.fail(404, "EntryNotFound", "Entry not found", facts)
-        if self.command == "GET":
-            self.hub.fetched.append(path)
         digest = sha256(content).hexdigest()
         if path.endswith(LFS_SUFFIXES):
             self.hub.stored[digest] = content
-            if self.command == "HEAD":
-                self.hub.fetched.append(path)  # the next request is for the object itself
-            facts |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
+            self.hub.paths[digest] = path
+            facts |= {"X-Linked-Size": str(repository.claimed.get(path, len(content))), "X-Linked-Etag": f'"{digest}"'}
             return self.send(302, b"", {**facts, "Location": f"{self.hub.address}/lfs/{digest}"})
+        if self.command == "GET":
+            self.hub.fetched.append(path)
         return self.send(200, content, {**facts, "ETag": f'"{sha1(content).hexdigest()}"'})
 
     def fail(self, status: int, code: str | None, message: str, facts: dict[str, str] | None = None) -> None:

@@ -39,7 +39,7 @@ def download(repo: str, revision: str | None, choose: Choose) -> Path:
     Raises SourceError, and what `choose` raises.
     """
     import httpx
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     show_bars()
@@ -48,13 +48,15 @@ def download(repo: str, revision: str | None, choose: Choose) -> Path:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
             sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
             names = choose(sizes, lambda name: Path(hf_hub_download(repo, name, revision=info.sha)))
-            check_room(repo, sum(sizes[name] for name in names), cache_folder())
+            wanted = [*map(glob.escape, names)]
+            files = snapshot_download(repo, revision=info.sha, allow_patterns=wanted, dry_run=True)
+            size = sum(file.file_size for file in files if file.will_download)
+            check_room(repo, size, Path(constants.HF_HUB_CACHE))
             # With the branch or tag, so that its name leads to the commit without the Hub as well.
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=[*map(glob.escape, names)]))
-        except (OfflineModeIsEnabled, httpx.TransportError, LocalEntryNotFoundError) as error:
-            problem: Exception = error
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        except (OfflineModeIsEnabled, httpx.TransportError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+            answer = _answer(error)
+            if answer and answer.response.status_code < 500:
                 raise
             problem = error
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -62,7 +64,7 @@ def download(repo: str, revision: str | None, choose: Choose) -> Path:
         try:
             choose({name: path.stat().st_size for name, path in kept.items()}, folder.joinpath)
         except SourceError as error:
-            raise SourceError(f"{error} (the cache holds a part of {repo}, {_without_hub(problem)})") from error
+            raise SourceError(f"{error} (the cache holds a part of {repo}, {_without_hub()})") from problem
         return folder
 
 
@@ -72,13 +74,6 @@ def show_bars() -> None:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-
-
-def cache_folder() -> Path:
-    """The folder of huggingface_hub's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def check_room(repo: str, size: int, folder: Path) -> None:
@@ -97,30 +92,43 @@ def hub_errors(
 ) -> Iterator[None]:
     """Turn errors of huggingface_hub into `failure`, in one line that says what to do."""
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     named = f"Hub id {repo!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         yield
-    except LocalEntryNotFoundError as error:
-        raise failure(
-            f"{named} is not in the Hub's cache, and {_without_hub(error)}, or give a local folder or GGUF file"
-        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        if answer := _answer(error):
+            raise failure(f"{named} cannot be {what}: {_refusal(repo, revision, answer)}") from error
+        raise failure(f"{named} is not in the Hub's cache, and {_without_hub()}") from error
     except (OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise failure(f"{named} cannot be {what}: {_without_hub(error)}") from error
-    except HfHubHTTPError as error:
-        raise failure(f"{named} cannot be {what}: {_refusal(repo, revision, error)}") from error
-    except ValueError as error:  # a name that no repository has
+        raise failure(f"{named} cannot be {what}: {_without_hub()}") from error
+    except HFValidationError as error:
         raise failure(f"{named} cannot be {what}: {one_line(error)}: correct the name") from error
+    except ValueError as error:  # an answer that is no JSON, or that refuses what was sent
+        reason = one_line(error)
+        raise failure(f"{named} cannot be {what}: the Hub answers {reason:.300!r}: check HF_ENDPOINT") from error
 
 
-def _without_hub(error: BaseException) -> str:
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """The Hub's own answer, if `error` is one or follows from one."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next((one for one in (error, error.__cause__) if isinstance(one, HfHubHTTPError)), None)
+
+
+def _without_hub() -> str:
     """Why there is no Hub, and what to do."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
-    return f"the Hub {constants.ENDPOINT} is unreachable: connect"
+        return "HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or give a file or folder"
+    return f"the Hub {constants.ENDPOINT} is unreachable: connect, or give a file or folder"
 
 
 def _refusal(repo: str, revision: str | None, error: HfHubHTTPError) -> str:

@@ -120,8 +120,8 @@ class Engine:
         exact: a text is the same tokens with any tree and with none. With False plain passes may
         run through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
         max_slowdown: share of the time, 0 to 1, that drafts may lose in the long run.
-        draft_model: another pair, whose target drafts on the CPU in place of any drafter. It must
-        have the same tokenizer.
+        draft_model: the folder of another pair, whose target drafts on the CPU in place of any
+        drafter. It must have the same tokenizer.
         Raises PairError, DeviceError, InputError.
         """
         from dovetail.runtime.drafter.vram import parse_size
@@ -130,7 +130,7 @@ class Engine:
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown,
-            None if draft_model is None else Path(draft_model),
+            draft_model,
         )  # fmt: skip
         parts = load(Path(path), options, progress)
         return cls(**vars(parts))

@@ -123,6 +123,11 @@ def test_a_download_larger_than_the_disk_is_refused_at_once(hub: FakeHub, tiny_l
     line = error_line(resolved(hub, tmp_path))
     assert "1152921504.6 GB to download" in line and "GB free" in line
     assert hub.fetched == ["config.json"]
+    hub.repositories[REPO].claimed = {}
+    assert resolved(hub, tmp_path).returncode == 0
+    hub.repositories[REPO].claimed = {"model.safetensors": 1 << 60}
+    hub.repositories[REPO].commit({**checkpoint(tiny_llama), "README.md": b"# Another card"})
+    assert resolved(hub, tmp_path).returncode == 0  # its weights are in the cache
 
 
 @pytest.mark.parametrize(

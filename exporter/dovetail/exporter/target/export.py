@@ -115,7 +115,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         check_json(tokenizer)
     inputs = {
         **_weights_inputs(source, options),
-        "tokenizer": _tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_context": options.max_context,
     }
 
@@ -297,7 +297,8 @@ def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
             path.write_text(json.dumps({**content, "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
-def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
+def tokenizer_digest(tokenizer: Path) -> dict[str, str]:
+    """Digests of the files that a tokenizer is made of. tokenizer: a folder or GGUF file. Raises SourceError."""
     if tokenizer.is_file():
         return {tokenizer.name: sha256_file(tokenizer)}
     names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if (tokenizer / name).is_file()]

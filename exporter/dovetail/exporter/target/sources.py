@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,8 @@ class Source:
 
     location: the user's argument. path: a folder, or the GGUF file.
     files: relative name -> sha256 of each file that the export reads.
-    repo, revision: the Hub id and its commit; None for local sources.
+    repo, revision: the Hub id and its commit; None for local sources. license: as the model's card
+    or the GGUF file says, if one does.
     """
 
     kind: Kind
@@ -49,16 +50,7 @@ class Source:
     files: dict[str, str]
     repo: str | None = None
     revision: str | None = None
-
-    @property
-    def license(self) -> str | None:
-        """The licence that the model's card names in its metadata."""
-        try:
-            card = read_bytes(self.folder / "README.md").decode("utf-8", "replace")
-        except (OSError, ValueError):  # no card, or no text: a licence is no part of the export
-            return None
-        found = _LICENSE.search(card) if card.startswith("---") else None
-        return found[1] if found else None
+    license: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -88,7 +80,7 @@ def resolve_source(location: str, revision: str | None = None, allow_pickle: boo
 
     folder = download(location, revision, choose)
     found = _local(folder, location, allow_pickle)
-    return Source(found.kind, location, found.path, found.files, repo=location, revision=folder.name)
+    return replace(found, repo=location, revision=folder.name)
 
 
 def local_path(location: str, revision: str | None) -> Path | None:
@@ -163,7 +155,11 @@ def _local(path: Path, location: str, allow_pickle: bool) -> Source:
 
         header = read_model(path)
         check_architecture(location, gguf_config(header))
-        return Source("gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]))
+        license = header.metadata.get("general.license")
+        return Source(
+            "gguf", location, header.parts[0], _digest(path.parent, [part.name for part in header.parts]),
+            license=license if isinstance(license, str) else None,
+        )  # fmt: skip
     config = None
     if (path / CONFIG).is_file():
         check_fetched(path / CONFIG)
@@ -172,7 +168,7 @@ def _local(path: Path, location: str, allow_pickle: bool) -> Source:
     if (path / IR_GRAPH).is_file():
         if config is not None:
             check_attention(location, config)
-        return Source("ir", location, path, _digest(path, [IR_GRAPH, IR_WEIGHTS, CONFIG]))
+        return Source("ir", location, path, _digest(path, [IR_GRAPH, IR_WEIGHTS, CONFIG]), license=_license(path))
     if config is not None:
         names = _weight_files(path, allow_pickle)
         check_architecture(location, config)
@@ -180,7 +176,7 @@ def _local(path: Path, location: str, allow_pickle: bool) -> Source:
         for name in names:
             check_fetched(path / name)
         check_weights(config, path, sum((path / name).stat().st_size for name in names))
-        return Source("hf", location, path, _digest(path, names))
+        return Source("hf", location, path, _digest(path, names), license=_license(path))
     if ggufs := sorted(path.glob("*.gguf")):
         from dovetail.exporter.target.gguf.header import name_of_split
 
@@ -188,6 +184,15 @@ def _local(path: Path, location: str, allow_pickle: bool) -> Source:
             return _local(ggufs[0], location, allow_pickle)
         raise SourceError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}")
     raise SourceError(f"{path} is no checkpoint: give a folder with {IR_GRAPH}, config.json or a GGUF file")
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that a model's card names in its metadata; None without a card."""
+    try:
+        found = _LICENSE.match(read_bytes(folder / "README.md").decode("utf-8", "replace"))
+    except (OSError, ValueError):  # no card, or one that is no text: an export does without
+        return None
+    return found[1] if found else None
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[str]:

@@ -18,7 +18,7 @@ from dovetail.runtime.drafter.vram import check_draft_model, check_limit, parse_
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.files import write_atomically
-from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_draft_model, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
@@ -96,7 +96,7 @@ class EngineFlags:
             ov_config=self.ov_config,
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
-            draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
+            draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
             progress=Announcement(),
         )
 
@@ -167,8 +167,9 @@ def device_options(command: Command) -> Command:
 def draft_model_option(command: Command) -> Command:
     """Flag of a small model that drafts: draft_model."""
     return click.option(
-        "-md", "--draft-model", metavar="PATH|NAME",
-        help="Another pair, whose target drafts on the CPU; with the same tokenizer.",
+        "-md", "--draft-model", metavar="PATH|NAME|HUB_ID",
+        help="Small model that drafts on the CPU, with the same tokenizer: a pair, or a Hub id, GGUF file or folder, "
+        "which is exported once.",
     )(command)  # fmt: skip
 
 
