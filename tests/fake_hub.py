@@ -51,7 +51,7 @@ class FakeHub:
     """The server. fetched: names of files that were asked for in full. asked: method and path of each request.
 
     down: status of every answer, 0 for none. ignored: endings of paths that a .gitignore of the repository names. lost:
-    endings of paths that a commit drops. broken: path of a file that is missing at its place.
+    endings of paths that a commit drops. broken: path of a file that cannot be read. full: no LFS object can be added.
     """
 
     def __init__(self) -> None:
@@ -65,6 +65,7 @@ class FakeHub:
         self.ignored: tuple[str, ...] = ()
         self.lost: tuple[str, ...] = ()
         self.broken = ""
+        self.full = False
         hub = self
 
         class Handler(_Handler):
@@ -267,8 +268,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs(self, oid: str) -> None:
         if self.command == "PUT":
-            if sha256(self.body).hexdigest() != oid:
-                return self.fail(400, None, "another content")
+            if self.hub.full:
+                return self.fail(413, None, "no room for more")
+            assert sha256(self.body).hexdigest() == oid
             self.hub.stored[oid] = self.body
             return self.send(200, {})
         self.hub.fetched.append(self.hub.paths[oid])

@@ -108,6 +108,9 @@ def hub_errors(
         raise failure(f"{named} is not in the Hub's cache, and {_without_hub()}") from error
     except (OfflineModeIsEnabled, httpx.TransportError) as error:
         raise failure(f"{named} cannot be {what}: {_without_hub()}") from error
+    except (RuntimeError, ConnectionError, TimeoutError) as error:  # a transfer, by threads or by hf_xet
+        reason = ": ".join(one_line(one) for one in (error, error.__cause__) if one)
+        raise failure(f"{named} cannot be {what}: {reason:.300}: repeat the command, which goes on") from error
     except HFValidationError as error:
         raise failure(f"{named} cannot be {what}: {one_line(error)}: correct the name") from error
     except ValueError as error:  # an answer that is no JSON, or that refuses what was sent

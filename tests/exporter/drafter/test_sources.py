@@ -37,7 +37,7 @@ def resolved(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, *map(json.dumps, (REPO, revision, pickle))]
     environment = hub.environment(home, **more)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:

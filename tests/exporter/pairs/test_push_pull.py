@@ -129,6 +129,15 @@ def test_no_file_is_left_out_silently(hub: FakeHub, pair: Path, tmp_path: Path) 
     assert f"{REPO} lacks target/tokenizer.json after the push" in line
 
 
+def test_an_upload_that_fails_commits_nothing(hub: FakeHub, pair: Path, tmp_path: Path) -> None:
+    hub.full = True
+    line = failure(hub.export(tmp_path / "home", "push", pair, REPO, token=TOKEN), ExportError.exit_code)
+    assert "no room for more" in line and "repeat the command, which goes on" in line
+    assert {*hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]]} == {".gitattributes"}
+    hub.full = False
+    assert hub.export(tmp_path / "home", "push", pair, REPO, token=TOKEN).returncode == 0
+
+
 def test_a_damaged_pair_is_not_pushed(hub: FakeHub, pair: Path, tmp_path: Path) -> None:
     weights = pair / "target" / "openvino_model.bin"
     content = bytearray(weights.read_bytes())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dovetail.exporter.hub import hub_errors, show_bars
 from dovetail.exporter.pairs.card import CARD, MARK, write_card
 from dovetail.exporter.pairs.check import check_pair_folder
-from dovetail.runtime.errors import ExportError, InputError, one_line
+from dovetail.runtime.errors import ExportError, InputError
 from dovetail.runtime.pair.check import check_listed
 from dovetail.runtime.pair.layout import MANIFEST_NAME
 from dovetail.runtime.pair.manifest import Manifest, file_entry
@@ -45,13 +45,7 @@ def push_pair(
     manifest = check_pair_folder(pair, progress)
     check_listed(manifest)
     with hub_errors(repo, revision, ExportError, "pushed"):
-        try:
-            return _push(pair, manifest, repo, private, revision, progress)
-        except RuntimeError as error:  # an upload that failed, from a thread
-            reason = one_line(error.__cause__ or error)
-            raise ExportError(
-                f"Hub id {repo!r} cannot be pushed: {one_line(error)} {reason:.200}: repeat it"
-            ) from error
+        return _push(pair, manifest, repo, private, revision, progress)
 
 
 def _push(pair: Path, manifest: Manifest, repo: str, private: bool, revision: str | None, progress: Progress) -> Pushed:
