@@ -102,14 +102,14 @@ def hub_errors(
     named = f"Hub id {repo!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         yield
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        if answer := _answer(error):
-            raise failure(f"{named} cannot be {what}: {_refusal(repo, revision, answer)}") from error
-        raise failure(f"{named} is not in the Hub's cache, and {_without_hub()}") from error
     except (OfflineModeIsEnabled, httpx.TransportError) as error:
         raise failure(f"{named} cannot be {what}: {_without_hub()}") from error
-    except (RuntimeError, ConnectionError, TimeoutError) as error:  # a transfer, by threads or by hf_xet
-        reason = ": ".join(one_line(one) for one in (error, error.__cause__) if one)
+    except (LocalEntryNotFoundError, HfHubHTTPError, RuntimeError, ConnectionError, TimeoutError) as error:
+        if answer := _answer(error):
+            raise failure(f"{named} cannot be {what}: {_refusal(repo, revision, answer)}") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            raise failure(f"{named} is not in the Hub's cache, and {_without_hub()}") from error
+        reason = one_line(error.__cause__ or error)  # a transfer, by threads or by hf_xet
         raise failure(f"{named} cannot be {what}: {reason:.300}: repeat the command, which goes on") from error
     except HFValidationError as error:
         raise failure(f"{named} cannot be {what}: {one_line(error)}: correct the name") from error

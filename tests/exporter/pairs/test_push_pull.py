@@ -132,7 +132,7 @@ def test_no_file_is_left_out_silently(hub: FakeHub, pair: Path, tmp_path: Path) 
 def test_an_upload_that_fails_commits_nothing(hub: FakeHub, pair: Path, tmp_path: Path) -> None:
     hub.full = True
     line = failure(hub.export(tmp_path / "home", "push", pair, REPO, token=TOKEN), ExportError.exit_code)
-    assert "no room for more" in line and "repeat the command, which goes on" in line
+    assert "the Hub answers 413 (no room for more): repeat the command" in line
     assert {*hub.repositories[REPO].commits[hub.repositories[REPO].refs["main"]]} == {".gitattributes"}
     hub.full = False
     assert hub.export(tmp_path / "home", "push", pair, REPO, token=TOKEN).returncode == 0
