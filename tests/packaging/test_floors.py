@@ -24,7 +24,7 @@ FLOORS = {
         ("cli",),
     ),
     "models": (("config", "layers"), ("fusion",), ("drafter", "checkpoint"), ("formats",)),
-    "exporter": (("build",), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
+    "exporter": (("build", "hub"), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
 }
 PACKAGES = ("runtime", "models", "exporter")  # from the ground up, too
 MOST_MODULES = 12  # of a room, beside __init__.py
