@@ -306,7 +306,8 @@ def test_an_engine_measures_and_schedules_it(tiny: Tiny, quick_costs: Path) -> N
     """The whole way of `dovetail-run generate`: costs of this machine, trees as deep as a block."""
     with Engine.from_pretrained(tiny.pair, drafter_device="cpu", threads=1) as writer:
         assert writer.tree.depth == 5 and writer.drafter_device == "CPU (int8)"
-        for sampling in ({}, {"temperature": 0.8, "seed": 1}):
+        choices: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 1})
+        for sampling in choices:
             drafted = writer.generate(PROMPT, 40, raw=True, **sampling)
             plain = writer.generate(PROMPT, 40, raw=True, speculate=False, **sampling)
             assert drafted.token_ids == plain.token_ids
