@@ -32,6 +32,7 @@ _PREFIXES = ("model.", "draft_model.")
 _FIRST = "layers.0."
 # Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
 _IGNORED = ("inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
+_MOST = {**LARGEST, "num_hidden_layers": LARGEST["blocks"]}
 _ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 
 
@@ -80,7 +81,7 @@ def whole(config: Config, name: str, default: int | None = None) -> int:
     """A size in a config. Raises ValueError."""
     value = config.get(name)
     value = default if value is None else value
-    check_whole(name, value, ValueError, _AGAIN, most=LARGEST.get(name, 2**24))
+    check_whole(name, value, ValueError, _AGAIN, most=_MOST.get(name, 2**24))
     return int(value)  # type: ignore[arg-type]  # a number by now
 
 
@@ -122,6 +123,19 @@ def check_full_attention(config: Config, positions: int) -> None:
     used = "sliding_attention" in kinds or config.get("use_sliding_window") is True
     if used and isinstance(window, int) and window < positions:
         raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
+
+
+def context_of(config: Config, vocab: int) -> int:
+    """The pairs that a drafter was made for. vocab: of the target.
+
+    Raises ValueError for a sliding window that is shorter, or a vocabulary of another size.
+    """
+    positions = whole(config, "max_position_embeddings", 2048)
+    check_full_attention(config, positions)
+    given = whole(config, "vocab_size", vocab)
+    if given != vocab:
+        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}")
+    return positions
 
 
 def target_sizes(target: Config) -> tuple[int, int, int]:
@@ -179,12 +193,7 @@ def _config(
     config: Config, shapes: Shapes, width: int, vocab: int, taps: tuple[int, ...], layers: int, **settings: object
 ) -> Eagle3Config:
     """Settings from a Llama config and the tensors' shapes. width, vocab: of the target."""
-    sizes = block_sizes(config, shapes)
-    positions = whole(config, "max_position_embeddings", 2048)
-    check_full_attention(config, positions)
-    given = whole(config, "vocab_size", vocab)
-    if given != vocab:
-        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}")
+    sizes, positions = block_sizes(config, shapes), context_of(config, vocab)
     return Eagle3Config(
         block=sizes,
         vocab_size=vocab,
