@@ -22,14 +22,14 @@ from dovetail.models.formats.registry import find_checkpoint
 
 def weights(
     flags: Flags, *, fc_bias: bool = False, qkv_bias: bool = False, norms: bool = False, gated: bool = False,
-    rows: bool = True,
+    rows: bool = True, vocab: int = V,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Random tensors of a drafter, by SafeAILab's names. rows: copies of the target's embedding and head."""
     q, kv = flags.heads * flags.head_dim, flags.groups * flags.head_dim
     shapes: dict[str, tuple[int, ...]] = {"W_1": (D, D), "W_2": (D, D), "W_z": (2 * D, D)} if gated else {}
     shapes["input_layernorm.weight" if gated else "fc.weight"] = (D,) if gated else (D, 2 * D)
     if rows:
-        shapes |= {"embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}
+        shapes |= {"embed_tokens.weight": (vocab, D), "lm_head.weight": (vocab, D)}
     if fc_bias:
         shapes["fc.bias"] = (D,)
     if norms:
