@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from dovetail.exporter.cli.main import main
-from dovetail.exporter.drafter.export import load_drafter
+from dovetail.exporter.drafter.export import FILES, load_drafter
+from dovetail.exporter.drafter.parity import GraphRun
+from dovetail.exporter.pairs.pair import add_drafter
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import PagedModel
 
 VOCAB = {"vocab_size": 263}
 TREE = TreeLimits(width=8, depth=4, top_k=3, lookup=0)
@@ -42,9 +46,10 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[int, ...]]] = 
         eagle3.speculators(layer=QWEN3, norm_before_fc=True, eagle_aux_hidden_state_layer_ids=[1, 2]),
         eagle3.weights(replace(eagle3.ZERO, layers=2), taps=2, vocab=263, qk_norm=True, input_norm=True), (0, 1),
     ),
-    "EAGLE, bias": (eagle.safeai(**VOCAB), eagle.weights(eagle.FLAGS, vocab=263, fc_bias=True), ()),
+    "EAGLE, bias": (eagle.safeai(**VOCAB), eagle.weights(eagle3.FLAGS, vocab=263, fc_bias=True), ()),
     "research code": (
-        eagle.safeai(num_hidden_layers=2, **VOCAB), eagle.weights(eagle.TWO, vocab=263, gated=True, rows=False), (),
+        eagle.safeai(num_hidden_layers=2, **VOCAB),
+        eagle.weights(replace(eagle3.FLAGS, layers=2), vocab=263, gated=True, rows=False), (),
     ),
 }  # fmt: skip
 
@@ -69,6 +74,12 @@ def exported(request: pytest.FixtureRequest, tiny_pair: Path, tmp_path_factory: 
     return Exported(pair, checkpoint, layers)
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 def test_the_pair_passes_its_check(exported: Exported) -> None:
     assert main(["check", str(exported.pair)]) == 0
     facts = read_manifest(exported.pair).drafter
@@ -84,7 +95,7 @@ def test_its_text_is_that_of_plain_decoding(exported: Exported, sampling: dict[s
     assert drafted.metrics.drafted > 40 and plain.metrics.drafted == 0
 
 
-@torch.no_grad()
+@pytest.mark.usefixtures("no_grad")
 def test_the_runtime_reads_the_blocks_of_the_original_model(exported: Exported, tiny_llama: Path) -> None:
     """The mix in the INT8 graph against the torch mix over outputs of the float32 model's blocks."""
     tokens = np.arange(40, 60)
@@ -105,3 +116,53 @@ def test_the_runtime_reads_the_blocks_of_the_original_model(exported: Exported, 
 def relative(ours: np.ndarray, expected: Tensor) -> float:
     want = expected.numpy()
     return float(np.linalg.norm(ours - want) / np.linalg.norm(want))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_chain_is_accepted_as_far_after_the_export_as_before(tiny_pair: Path, tmp_path: Path) -> None:
+    """The float16 graph on the runtime's features against torch on outputs of the target's blocks.
+
+    The head is fitted to the target's own text, so that chains of all lengths are accepted.
+    """
+    with Engine.from_pretrained(tiny_pair) as engine:
+        text = np.array(engine.generate("the cat", max_new_tokens=60, raw=True, speculate=False).token_ids)
+    config = eagle3.safeai(
+        fc_norm=True, norm_output=True, draft_vocab_size=263, eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]},
+        **VOCAB,
+    )  # fmt: skip
+    tensors = eagle3.weights(eagle3.FLAGS, taps=2, vocab=263, draft=263, fc_norm=True)
+    checkpoint = eagle3.write(tmp_path / "drafter", config, tensors)
+    wide = OpenVINOTarget(PagedModel(tiny_pair / "target" / "openvino_model.xml", layers=(0, 1)), 256)
+    taps = torch.from_numpy(wide.prefill(wide.open(), text).features[:, :64].copy())
+    known = torch.from_numpy(text)
+    drafter = load_drafter(checkpoint, tiny_pair / "target")
+    g = drafter(drafter.read(taps)[None, :-2], known[None, 1:-1])[0]  # g[t] is to predict text[t + 2]
+    wanted = torch.nn.functional.one_hot(known[2:], 263).float()
+    tensors["lm_head.weight"] = (torch.linalg.lstsq(g, wanted).solution.T * 10).contiguous()
+    eagle3.write(tmp_path / "drafter", config, tensors)
+    pair = shutil.copytree(tiny_pair, tmp_path / "pair")
+    add_drafter(checkpoint, pair)
+
+    drafter = load_drafter(checkpoint, pair / "target")
+    target = OpenVINOTarget.load(pair, read_manifest(pair))
+    features = target.prefill(target.open(), text).features
+    before, after = [], []
+    for start in range(8, len(text) - 4):
+        want = text[start + 1 : start + 4].tolist()
+        logits = eagle3.drafted(drafter, taps[:start], known[1 : start + 1], 3)
+        before.append(accepted([int(step.argmax()) for step in logits], want))
+        graph = GraphRun(pair / "drafter" / FILES["cuda"], drafter, 64, np.zeros((1, 263), np.float32))
+        answer = graph.extend(text[1 : start + 1], features[:start], last=True)
+        chain = [int(answer.ids[0, 0])]
+        for depth in (1, 2):
+            rows, seen = [depth], [list(range(1, depth + 1))]
+            answer = graph.level(rows, [depth - 1], np.array(chain[-1:]), depth, seen)
+            chain.append(int(answer.ids[0, 0]))
+        after.append(accepted(chain, want))
+    assert before == after
+    assert {0, 3} <= set(before)  # some chains are refused at once, and some are accepted whole
+
+
+def accepted(chain: list[int], want: list[int]) -> int:
+    """How many tokens of a chain are the target's."""
+    return next((index for index, pair in enumerate(zip(chain, want, strict=True)) if pair[0] != pair[1]), len(want))

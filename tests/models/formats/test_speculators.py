@@ -6,6 +6,7 @@ Runs where the package `speculators` is installed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.models.formats.test_eagle3 import D, K, V, target_parts
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from dovetail.models.formats.registry import find_checkpoint
+from dovetail.models.layers import StepCache
 
 STEPS = 4
 SIZES: dict[str, Any] = {
@@ -50,8 +52,14 @@ SETTINGS: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("name", SETTINGS)
-@torch.no_grad()
 def test_every_unrolled_step_is_that_of_speculators(name: str, tmp_path: Path) -> None:
     layer, settings = SETTINGS[name]
     settings = {"draft_vocab_size": K, "eagle_aux_hidden_state_layer_ids": [2, 4, 5], **settings}
@@ -72,7 +80,8 @@ def test_every_unrolled_step_is_that_of_speculators(name: str, tmp_path: Path) -
     model(taps[None], tokens[None], torch.zeros(1, 12, dtype=torch.long), ttt_steps=STEPS)
 
     ours = find_checkpoint(tmp_path).read(target_parts({})).eval()
-    f, caches, worst = ours.read(taps)[None], [[] for _ in ours.blocks()], 0.0  # type: list, list, float
+    f, worst = ours.read(taps)[None], 0.0
+    caches: list[StepCache] = [[] for _ in ours.blocks()]
     for step in range(STEPS):
         f = ours.step(f, tokens[None], caches)
         got, want = ours.logits(f[0, step:]), heads[step][: len(tokens) - step]

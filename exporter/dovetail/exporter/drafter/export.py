@@ -51,7 +51,8 @@ def export_drafter(
 
     target_dir, out_dir: a pair's `target` and `drafter`. vram: the most bytes of GPU memory, 0 for
     no limit. fit: to keep to `vram`, the context and then the draft vocabulary may shrink; the
-    tokens of `keep` stay. allow_pickle: see find_checkpoint. The files appear in `out_dir` only after every check has passed.
+    tokens of `keep` stay. allow_pickle: see find_checkpoint. The files appear in
+    `out_dir` only after every check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more
     than `vram`).
     """

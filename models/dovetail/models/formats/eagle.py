@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dovetail.models.checkpoint import CheckpointError, Stored, check_shapes, load_exactly
+from dovetail.models.checkpoint import CheckpointError, Stored, as_float, check_shapes, load_exactly
 from dovetail.models.eagle import EagleConfig, EagleDrafter
 from dovetail.models.formats.eagle3 import block_sizes, context_of, flag, target_sizes, whole
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
@@ -101,8 +101,8 @@ def load(stored: Stored, layout: Layout, target: TargetParts) -> EagleDrafter:
     embed, head = (tensors.pop(name, None) for name in _ROWS)
     module = EagleDrafter(
         layout.config,
-        target.embed_tokens if embed is None else embed.float(),
-        target.lm_head if head is None else head.float(),
+        target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder),
+        target.lm_head if head is None else as_float("lm_head", head, stored.folder),
     )
     for name in layout.transposed:
         tensors[name] = tensors[name].T

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dovetail.models.checkpoint import (
     CheckpointError,
     Stored,
+    as_float,
     check_draft_ids,
     check_shapes,
     load_exactly,
@@ -112,7 +113,11 @@ def outputs_of_inputs(name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def eagle_layers(depth: int) -> tuple[int, ...]:
-    """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers."""
+    """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers. Raises ValueError."""
+    if depth < 4:
+        raise ValueError(
+            f"its config lists no layers, and EAGLE-3's own need a target of 4 layers, not {depth}: {_AGAIN}"
+        )
     return outputs_of_inputs("EAGLE-3's default", (2, depth // 2, depth - 3))
 
 
@@ -120,6 +125,8 @@ def check_full_attention(config: Config, positions: int) -> None:
     """Raise ValueError for a sliding window that is shorter than the drafter's context."""
     window = config.get("sliding_window")
     kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types {kinds!r:.60} is no list: {_AGAIN}")
     used = "sliding_attention" in kinds or config.get("use_sliding_window") is True
     if used and isinstance(window, int) and window < positions:
         raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
@@ -246,8 +253,8 @@ def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter
     tensors = {name: raw[given] for name, given in names.items()}
     embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
     ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
-    embed_tokens = target.embed_tokens if embed is None else embed.float()
-    rows = target.lm_head[ids].contiguous() if head is None else head.float()
+    embed_tokens = target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder)
+    rows = target.lm_head[ids].contiguous() if head is None else as_float("lm_head", head, stored.folder)
     module = Eagle3Drafter(config, embed_tokens, rows, ids)
     mixed = {f"mix.{name}" if name.startswith(("fc", "input_norm")) else name: value for name, value in tensors.items()}
     load_exactly(module, mixed, stored.folder)
@@ -291,8 +298,8 @@ def needs_of(kind: str, settled: Settled, target: str | None) -> Needs:
 def _matches(config: Config, shapes: Shapes) -> bool:
     """A first layer over [embedding; feature], and none of speculators' markers."""
     names = {name.removeprefix("draft_model.").removeprefix("model.") for name in shapes}
-    first = {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
-    return bool(first) and "fc.weight" in names and "speculators_model_type" not in config
+    first = any(name.startswith("midlayer.") or name == f"{_FIRST}hidden_norm.weight" for name in names)
+    return first and "fc.weight" in names and "speculators_model_type" not in config
 
 
 def _describe(config: Config) -> str:
