@@ -48,8 +48,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], dict[str, Tensor], tuple[int, ...]]] = 
     ),
     "EAGLE, bias": (eagle.safeai(**VOCAB), eagle.weights(eagle3.FLAGS, vocab=263, fc_bias=True), ()),
     "research code": (
-        eagle.safeai(num_hidden_layers=2, **VOCAB),
-        eagle.weights(replace(eagle3.FLAGS, layers=2), vocab=263, gated=True, rows=False), (),
+        eagle.safeai(**VOCAB), eagle.weights(eagle3.FLAGS, vocab=263, gated=True, rows=False), (),
     ),
 }  # fmt: skip
 
@@ -97,7 +96,10 @@ def test_its_text_is_that_of_plain_decoding(exported: Exported, sampling: dict[s
 
 @pytest.mark.usefixtures("no_grad")
 def test_the_runtime_reads_the_blocks_of_the_original_model(exported: Exported, tiny_llama: Path) -> None:
-    """The mix in the INT8 graph against the torch mix over outputs of the float32 model's blocks."""
+    """The mix in the graph against the torch mix over the blocks' outputs, of the graph and of the float32 model.
+
+    INT8 weights move the tiny random model's last feature, which no mix touches, by 7%.
+    """
     tokens = np.arange(40, 60)
     target = OpenVINOTarget.load(exported.pair, read_manifest(exported.pair))
     ours = target.prefill(target.open(), tokens).features
@@ -108,8 +110,11 @@ def test_the_runtime_reads_the_blocks_of_the_original_model(exported: Exported, 
     last = model(torch.from_numpy(tokens)[None], output_hidden_states=True).hidden_states[-1][0]
     taps = [outputs[layer][0] for layer in exported.layers] or [last]
     drafter = load_drafter(exported.checkpoint, exported.pair / "target")
-    assert relative(ours, drafter.read(torch.cat(taps, dim=-1))) < 0.05
+    assert relative(ours, drafter.read(torch.cat(taps, dim=-1))) < 0.1
     if len(taps) > 1:
+        wide = OpenVINOTarget(PagedModel(exported.pair / "target" / "openvino_model.xml", layers=exported.layers), 256)
+        read = torch.from_numpy(wide.prefill(wide.open(), tokens).features[:, : 32 * len(taps)].copy())
+        assert relative(ours, drafter.read(read)) < 0.01
         assert relative(ours, drafter.read(torch.cat(taps[::-1], dim=-1))) > 0.2
 
 

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the models need torch")
 theirs = pytest.importorskip("speculators.models.eagle3", reason="the comparison needs the package speculators")
 
 from tests.models.formats.test_eagle3 import D, K, V, target_parts
+from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from dovetail.models.formats.registry import find_checkpoint
@@ -73,7 +74,7 @@ def test_every_unrolled_step_is_that_of_speculators(name: str, tmp_path: Path) -
         model.load_vocab_mappings(t2d, ids - torch.arange(K))
     model.save_pretrained(tmp_path)
 
-    heads: list[torch.Tensor] = []
+    heads: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: heads.append(output[0]))
     taps = torch.randn(12, len(settings["eagle_aux_hidden_state_layer_ids"]) * D)
     tokens = torch.randint(0, V, (12,))
