@@ -84,10 +84,11 @@ def genai(
     return ask
 
 
-def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None) -> Ask:
+def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None, draft: str | None = None) -> Ask:
     """llama.cpp on a GGUF of the same weights.
 
-    kind: its speculation without a draft model, NONE for plain.  sizes: tokens to match and to draft, None for its own.
+    kind: its speculation, NONE for plain.  sizes: tokens to match and to draft, None for its own.  draft: GGUF of a
+    small model.
     """
     import xllamacpp as x
 
@@ -96,6 +97,9 @@ def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None) -> Ask
     params.n_ctx, params.n_parallel, params.n_gpu_layers = 4096, 1, 0
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.speculative.types = [getattr(x.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
+    if draft:
+        params.speculative.draft.mparams.path = draft
+        params.speculative.draft.cpuparams.n_threads = params.cpuparams.n_threads
     if sizes:
         params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = sizes
     params.verbosity = -1
@@ -143,6 +147,7 @@ WITH_DRAFT: dict[str, Callable[[str, str], Ask]] = {
     "openvino-genai, draft model 5, same properties": lambda model, draft: genai(
         model, properties=SAME, draft=draft, tokens=5
     ),
+    "llama.cpp, draft model": lambda model, draft: llama(model, kind="DRAFT_SIMPLE", draft=draft),
 }
 
 

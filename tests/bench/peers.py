@@ -43,6 +43,7 @@ LLAMA = (
     "llama.cpp, plain", "llama.cpp, ngram-simple", "llama.cpp, ngram-simple 3/10", "llama.cpp, ngram-mod",
     "llama.cpp, ngram-map-k",
 )  # fmt: skip
+LLAMA_DRAFT = "llama.cpp, draft model"
 WARM_UP_TOKENS = 16
 
 
@@ -94,10 +95,17 @@ class Worker:
 @click.option("--python", "peers", type=click.Path(), required=True, help="Of the peers' environment.")
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same weights, Q8_0.")
 @click.option(
-    "--engine", "engines", multiple=True, type=click.Choice((*OURS, *GENAI, *DRAFT_MODEL, *LLAMA)), help="Only these."
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice((*OURS, *GENAI, *DRAFT_MODEL, *LLAMA, LLAMA_DRAFT)),
+    help="Only these.",
 )
 @click.option(
     "--draft-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Pair of a small model."
+)
+@click.option(
+    "--draft-gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The small model, Q8_0."
 )
 @click.option("--limit", type=int, help="Only the first prompts.")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
@@ -105,24 +113,28 @@ class Worker:
 @click.option("--chart", type=click.Path(path_type=Path), help="SVG or PNG; needs matplotlib.")
 def main(
     pair: Path, prompts: Path, peers: str, gguf: Path | None, engines: tuple[str, ...], draft_model: Path | None,
-    limit: int | None, max_new_tokens: int, out: Path, chart: Path | None,
+    draft_gguf: Path | None, limit: int | None, max_new_tokens: int, out: Path, chart: Path | None,
 ) -> None:  # fmt: skip
     """Measure and print a Markdown table."""
     conversations = read_prompts(prompts, limit)
     tokenizer = Tokenizer.from_folder(pair / "target")
     asked = [list(tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])) for talk in conversations]
-    if not gguf and set(engines) & set(LLAMA):
+    if not gguf and set(engines) & {*LLAMA, LLAMA_DRAFT}:
         raise click.UsageError("llama.cpp needs the same weights as a GGUF: give --gguf")
     if not draft_model and set(engines) & set(DRAFT_MODEL):
         raise click.UsageError("a draft model is needed: give --draft-model")
+    if not draft_gguf and LLAMA_DRAFT in engines:
+        raise click.UsageError("llama.cpp's draft model is needed: give --draft-gguf")
     every = (*OURS, *GENAI, *(DRAFT_MODEL if draft_model else ()), *(LLAMA if gguf else ()))
+    every += (LLAMA_DRAFT,) if gguf and draft_gguf else ()
     names = [name for name in every if name in (engines or every)]
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in names:
-            python, model = sys.executable if name.startswith("dovetail") else peers, gguf if name in LLAMA else pair
+            python = sys.executable if name.startswith("dovetail") else peers
+            model = gguf if name in (*LLAMA, LLAMA_DRAFT) else pair
             assert model is not None
-            draft = draft_model if name in DRAFT_MODEL else None
+            draft = draft_model if name in DRAFT_MODEL else draft_gguf if name == LLAMA_DRAFT else None
             workers[name] = stack.enter_context(Worker.start(python, name, model, draft))
             workers[name].ask(asked[0][::-1], WARM_UP_TOKENS)  # backwards: some keep the KV of what they have read
         rows = []

@@ -26,13 +26,13 @@ import numpy as np
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
-from dovetail.runtime.errors import DovetailError, InputError, PairError
+from dovetail.runtime.errors import DovetailError, InputError, ManifestError, PairError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.manifest import Manifest, read_manifest
+from dovetail.runtime.pair.manifest import Manifest, parse_record, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
@@ -224,8 +224,8 @@ def load(file: Path) -> list[Record]:
 def read_costs(file: Path) -> Costs:
     """The costs in JSON of `dovetail-run tune`.  Raises InputError."""
     try:
-        return Costs.from_dict(json.loads(file.read_text(encoding="utf-8"))["costs"])
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        return parse_record(Costs, json.loads(file.read_text(encoding="utf-8"))["costs"], "costs")
+    except (OSError, ValueError, KeyError, TypeError, InputError, ManifestError) as error:
         raise InputError(f"--costs {file} is no JSON of dovetail-run tune ({error}): name another file") from None
 
 

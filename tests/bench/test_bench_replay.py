@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,7 @@ def test_a_pair_is_recorded_and_replayed(
     prompts, out, costs = tmp_path / "prompts.jsonl", tmp_path / "drafts.npz", tmp_path / "tune.json"
     asked = "Hello there", "One, two, three", "word " * 2000
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
-    costs.write_text(json.dumps({"costs": COSTS.as_dict()}))
+    costs.write_text(json.dumps({"costs": asdict(COSTS)}))
     command = ["record", str(tiny_full_pair), str(prompts), "--out", str(out), "-n", "24"]
     command += ["--temperature", str(temperature), "--seed", "3"]
     result = CliRunner().invoke(script.main, command, catch_exceptions=False)
@@ -86,7 +87,7 @@ def test_files_of_another_kind_are_refused(
     script: ModuleType, tiny_full_pair: Path, tmp_path: Path, name: str, content: bytes
 ) -> None:
     script.save(tmp_path / "drafts.npz", [chains(script, True)])
-    (tmp_path / "tune.json").write_text(json.dumps({"costs": COSTS.as_dict()}))
+    (tmp_path / "tune.json").write_text(json.dumps({"costs": asdict(COSTS)}))
     if content == b"cut":
         content = (tmp_path / name).read_bytes()[:-200]
     if content == b"other":

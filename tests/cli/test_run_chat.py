@@ -65,3 +65,15 @@ def test_an_error_is_told_and_leaves_the_conversation_as_it_was(invoke, pair, ma
 def test_bad_flags_are_told_before_anything_is_opened(invoke, pair, opener) -> None:
     result = talk(invoke, pair, opener, args=("--top-p", "0"))
     assert result.exit_code == 2 and "top_p 0" in result.stderr and opener.calls == []
+
+
+def test_earlier_conversations_are_kept_when_asked_for(invoke, pair, opener) -> None:
+    for args, kept in ((("--lookup-cache", "5000"), 5000), ((), 0)):
+        assert talk(invoke, pair, opener, "Hello", "/reset", "Hello", args=args).exit_code == 0
+        assert opener.calls[-1][1]["lookup_cache"] == kept
+    for bad, words in (
+        (("--lookup-cache", "-1"), "lookup_cache -1 is out of range"),
+        (("--lookup-cache", "5000", "--lookup", "0"), "--lookup-cache continues repeated text"),
+    ):
+        refused = talk(invoke, pair, opener, args=bad)
+        assert refused.exit_code == 2 and words in refused.stderr and len(opener.calls) == 2

@@ -178,6 +178,7 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
         "exact": True,
         "max_slowdown": 0.01,
         "draft_model": None,
+        "lookup_cache": 0,
     }
     assert opener.calls == [(pair, {**device, "tree": tree})]
 
@@ -193,6 +194,7 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
         "exact": True,
         "max_slowdown": 0.01,
         "draft_model": None,
+        "lookup_cache": 0,
     }
     assert opener.calls == [(pair, {**device, "tree": None})]
 

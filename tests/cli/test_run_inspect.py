@@ -168,7 +168,7 @@ def test_a_plot_is_a_png_where_its_name_says_so_and_leaves_json_alone(invoke, pa
     from matplotlib.image import imread
 
     result = invoke("inspect", str(pair), "--json", "--plot", str(tmp_path / "costs.png"))
-    assert result.exit_code == 0 and json.loads(result.stdout)["costs"] == measured.as_dict()
+    assert result.exit_code == 0 and json.loads(result.stdout)["costs"] == json.loads(json.dumps(asdict(measured)))
     pixels = imread(tmp_path / "costs.png")
     assert pixels.shape[1] > pixels.shape[0] > 300 and pixels.std() > 0
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dovetail.runtime.cli import tune
-from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.pair.manifest import parse_record, read_manifest
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, recall
 from dovetail.runtime.tune.properties import Compared, Property
@@ -29,8 +30,11 @@ def test_json_is_what_the_cache_holds(invoke, real_pair: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     known = recall(CostKey.of(read_manifest(real_pair), "cpu", None))
-    assert known is not None and known.as_dict() == {name: report[name] for name in known.as_dict()}
-    assert Costs.from_dict(report["costs"]).target.contexts == (128,)  # the tiny target has room for 256 tokens
+    assert known is not None
+    assert json.loads(json.dumps(asdict(known))) == {name: report[name] for name in asdict(known)}
+    assert parse_record(Costs, report["costs"], "costs").target.contexts == (
+        128,
+    )  # the tiny target has room for 256 tokens
     assert "measuring" in result.stderr
 
 

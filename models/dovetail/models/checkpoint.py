@@ -19,7 +19,7 @@ from dovetail.runtime.errors import SourceError
 from dovetail.runtime.system.files import open_regular, read_json
 
 CONFIG = "config.json"
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")  # in the order of preference
+_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 _LFS = b"version https://git-lfs"  # how a pointer begins, which a clone without Git LFS leaves in place of a file
 # What torch raises for a damaged pickle.
 _UNPICKLING = (
@@ -87,7 +87,7 @@ def weight_files(folder: Path, *, allow_pickle: bool = False) -> tuple[str, ...]
                 f"{folder / files[0]} is a pickle, which can run code when it is read: convert it to safetensors, or "
                 "give --allow-pickle to read its weights alone"
             )
-        index = folder / f"{'model' if pattern == _PATTERNS[0] else 'pytorch_model'}{pattern[1:]}.index.json"
+        index = folder / ("model.safetensors.index.json" if pattern == _PATTERNS[0] else "pytorch_model.bin.index.json")
         if index.is_file():
             return _listed(folder, index, files)
         if len(files) > 1:

@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
@@ -27,6 +26,7 @@ from dovetail.runtime.target.session import Target
 from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import check_lookup_cache
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -77,11 +77,13 @@ class Engine:
         tree: TreeLimits | None = None,
         scheduler: Policy | None = None,
         stop_tokens: Iterable[int] | None = None,
+        lookup_cache: int = 0,
     ) -> None:
         """tree: default limits. scheduler: shapes trees within them; None lets trees grow to them.
 
-        stop_tokens: default the tokenizer's end-of-sequence ids.
+        stop_tokens: default the tokenizer's end-of-sequence ids. lookup_cache: see from_pretrained.
         """
+        check_lookup_cache(lookup_cache)
         self.tokenizer = tokenizer
         self.tree = tree or (BOUNDS if scheduler else TreeLimits())
         self.scheduler = scheduler
@@ -89,7 +91,7 @@ class Engine:
         self.target_device = target.device
         self._drafter = drafter
         self.max_context = target.max_context
-        self._sequence: Sequence | None = Sequence(target, drafter)
+        self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)
         self._busy = Lock()
 
     @classmethod
@@ -106,6 +108,7 @@ class Engine:
         exact: bool = True,
         max_slowdown: float = MAX_SLOWDOWN,
         draft_model: str | Path | None = None,
+        lookup_cache: int = 0,
         progress: Progress = silent,
     ) -> Self:
         """Open a pair folder. Every file is checked before a weight is loaded.
@@ -120,20 +123,24 @@ class Engine:
         exact: a text is the same tokens with any tree and with none. With False plain passes may
         run through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
         max_slowdown: share of the time, 0 to 1, that drafts may lose in the long run.
-        draft_model: another pair, whose target drafts on the CPU in place of any drafter. It must
-        have the same tokenizer.
+        draft_model: another pair, whose target drafts on the CPU in place of any drafter. Its
+        tokenizer may differ, if half of the target's tokens in a sample text are common to both.
+        lookup_cache: tokens of earlier prompts and answers, kept in memory, that repeated text may
+        continue too. No answer changes, but its time then tells something of earlier texts: leave
+        0 where an engine answers for several people. `reset` and `choices` forget these texts.
         Raises PairError, DeviceError, InputError.
         """
         from dovetail.runtime.drafter.vram import parse_size
         from dovetail.runtime.load import LoadOptions, load
 
+        check_lookup_cache(lookup_cache)  # before seconds of loading
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown,
             None if draft_model is None else Path(draft_model),
         )  # fmt: skip
         parts = load(Path(path), options, progress)
-        return cls(**vars(parts))
+        return cls(**vars(parts), lookup_cache=lookup_cache)
 
     @property
     def drafter_device(self) -> str | None:
@@ -224,9 +231,8 @@ class Engine:
     ) -> int:
         """Return the number of tokens of `prompt`, template included. Raises as `stream` does."""
         tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
-        request = Request(tuple(tokens), max_new_tokens=1)
-        request.check_room(self.max_context)
-        return len(request.prompt)
+        Request(tuple(tokens), max_new_tokens=1).check_room(self.max_context)
+        return len(tokens)
 
     def choices(
         self,
@@ -253,7 +259,7 @@ class Engine:
             return read_again(sequence, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
 
     def reset(self) -> None:
-        """Forget the last conversation: the next prompt is read from its first token."""
+        """Forget all conversations: the next prompt is read from its first token."""
         sequence = self._open_sequence()
         with self._running():
             sequence.forget()
@@ -272,9 +278,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def _open_sequence(self) -> Sequence:

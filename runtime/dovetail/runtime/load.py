@@ -24,6 +24,7 @@ from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
+from dovetail.runtime.text.vocabularies import translation
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tune.cost_cache import chosen_properties
 from dovetail.runtime.tune.measure import known_or_measured
@@ -111,13 +112,17 @@ def open_draft_model(
 ) -> tuple[Manifest, ModelDrafter]:
     """Open a pair's target as the drafter of another. tokenizer, manifest: of the pair that it drafts for.
 
-    Raises PairError, DeviceError.
+    Raises PairError, also for a tokenizer with too few common tokens, and DeviceError.
     """
-    own = read_sound(pair)
+    own, size, common = read_sound(pair), manifest.target.vocab_size, None
+    rows, note = own.target.vocab_size, f"draft model {own.name}"
     if own.target.tokenizer_sha256 != manifest.target.tokenizer_sha256:
-        tokenizer.check_same_ids(Tokenizer.from_folder(pair / TARGET))
+        other = Tokenizer.from_folder(pair / TARGET)
+        if not tokenizer.has_ids_of(other):
+            common = translation(tokenizer, other, size, rows)
+            note += f" with {len(common.own)} of the target's {tokenizer.vocab_size} tokens"
     model = OpenVINOTarget.load(pair, replace(own, drafter=None), threads=threads)
-    return own, ModelDrafter(model, manifest.target.vocab_size, own.target.vocab_size, f"draft model {own.name}")
+    return own, ModelDrafter(model, size, rows, note, common)
 
 
 def _measured(

@@ -26,7 +26,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append(command[4:])
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(environment.venv, "create", lambda folder, **options: folder.mkdir())
     return calls
 

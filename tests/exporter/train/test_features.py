@@ -27,7 +27,7 @@ def test_features_that_come_with_the_text_are_those_of_a_later_pass(model: Paged
     """Row for row, but for what a pass over other rows rounds; the last token's row is never read."""
     rng = np.random.default_rng(4)
     requests = [Request(tuple(map(int, rng.integers(0, 200, n))), 12) for n in (3, 9, 5, 40)]
-    written = list(BatchWriter(model, [7], slots=3, max_length=64, keep_features=True).write(requests, rng))
+    written = list(BatchWriter(model, [7], slots=3, max_length=64).write(requests, rng, keep_features=True))
     corpus = Corpus.of(written)
     store = FeatureStore(tmp_path, [Part("a", corpus)], model.feature_size, lambda: model, 1e9)
     store.hold(0, lambda tokens: None)

@@ -163,8 +163,9 @@ def test_another_target_is_refused(layout: str, other: dict[str, int], said: str
     config, flags, parts, _ = LAYOUTS[layout]
     tensors = weights(flags, **parts)
     found = find_checkpoint(write(tmp_path, config, stored_names(layout, tensors)))
+    assert (found.needs({**TARGET, **other}).target_size, found.needs({**TARGET, **other}).vocab_size) == (D, V)
     with pytest.raises(ValueError, match=said):
-        found.needs({**TARGET, **other})
+        found.read(replace(target_parts(tensors), config={**TARGET, **other}))
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,20 @@ def test_repeats_alone_are_accepted(scheduled: bool) -> None:
     ms = np.array([[10.0, 10.5, 12.0]])
     costs = Costs(Curve.fit((0,), (1, 16, 64), ms), None, Curve.fit((0,), (1,), np.array([[0.1]])))
     request = Request((1, 2), 200, limits=limits, scheduler=Scheduler(costs) if scheduled else None)
-    sequence, meter = Sequence(ScriptedTarget(MarkovLogits(50))), Meter()
+    sequence, meter = Sequence(ScriptedTarget(MarkovLogits(50))), Meter(clock=count().__next__)
     tokens = [token for step in decode(sequence, request, meter) for token in step.tokens]
     plain = [token for step in decode(sequence, replace(request, limits=None), Meter()) for token in step.tokens]
     assert tokens == plain and meter.metrics().acceptance_length > 4
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize("tree", [None, TreeLimits()])
+def test_earlier_texts_change_no_token(tiny_pair: Path, tree: TreeLimits | None, sampling: Any) -> None:
+    with Engine.from_pretrained(tiny_pair, tree=tree, lookup_cache=1000) as engine:
+        for prompt in (PROMPT, "to sleep", PROMPT, f"{PROMPT} to sleep"):
+            drafted = engine.generate(prompt, 60, raw=True, **sampling)
+            plain = engine.generate(prompt, 60, raw=True, speculate=False, **sampling)
+            assert drafted.token_ids == plain.token_ids
 
 
 def test_without_repeats_nothing_is_drafted(tiny_pair: Path) -> None:

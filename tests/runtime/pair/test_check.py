@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.errors import DovetailError, IntegrityError, MismatchError
-from dovetail.runtime.pair.check import check_listed, check_pair, verify_files
+from dovetail.runtime.pair.check import check_pair, read_sound, verify_files
 from dovetail.runtime.pair.layout import MANIFEST_NAME
 from dovetail.runtime.pair.manifest import read_manifest
 
@@ -82,4 +82,4 @@ def test_drafter_of_another_target_is_refused(pair: Path, key: str, value: objec
 def test_a_target_whose_graph_is_not_listed_is_refused(pair: Path) -> None:
     """Its digest could not be checked, so an altered graph would run."""
     with pytest.raises(IntegrityError, match=r"openvino_model\.xml has no digest"):
-        check_listed(read_manifest(pair))
+        read_sound(pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import InputError, ManifestError
+from dovetail.runtime.pair.manifest import parse_record
 from dovetail.runtime.policy.costs import CONTEXT_STEP, Costs, Curve, isotonic
 
 CONTEXTS, ROWS = (128, 1024), (1, 2, 8)
@@ -108,7 +110,7 @@ def test_what_is_no_curve_is_one_typed_line(contexts: Any, rows: Any, ms: Any, n
 
 def test_json_gives_the_same_costs_back() -> None:
     costs = Costs(CURVE, Curve((0,), (1, 128), ((0.1, 1 / 3),)), Curve((0, 64), (1,), ((0.5,), (2.0,))))
-    assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
+    assert parse_record(Costs, json.loads(json.dumps(asdict(costs))), "costs") == costs
 
 
 @pytest.mark.parametrize(
@@ -125,5 +127,5 @@ def test_json_gives_the_same_costs_back() -> None:
     ],
 )
 def test_other_json_raises_what_it_says(raw: Any) -> None:
-    with pytest.raises((InputError, KeyError, TypeError)):
-        Costs.from_dict(raw)
+    with pytest.raises((InputError, ManifestError)):
+        parse_record(Costs, raw, "costs")

@@ -177,4 +177,4 @@ def test_bad_parameters_are_refused_by_name_and_value(name: str, value: Any) -> 
     with pytest.raises(InputError) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
-    assert message.startswith(f"{name} {value!r} is out of range: give ") and "\n" not in message
+    assert message.startswith(f"{name} {value!r} is out of range") and ": give " in message and "\n" not in message

@@ -24,7 +24,7 @@ from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import blocks, openvino, paged
 from dovetail.runtime.target.blocks import BlockPool
-from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.exactness import largest_difference
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, Batch
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -45,12 +45,12 @@ def target(tiny_pair: Path) -> OpenVINOTarget:
 
 @pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])
 def test_a_tree_has_the_bits_of_chains(target: OpenVINOTarget, context: int) -> None:
-    assert differing_rows(target, context).rows == 0
+    assert largest_difference(target, context) == 0
 
 
 def test_a_lone_row_differs_where_exactness_is_off(target: OpenVINOTarget) -> None:
     target.exact = False
-    assert differing_rows(target).rows > 0
+    assert largest_difference(target) > 0
 
 
 def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
@@ -75,7 +75,7 @@ def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
 @pytest.mark.parametrize("wrong", ["paths", "outputs", "past"])
 def test_a_pass_that_mixes_paths_up_is_found(target: OpenVINOTarget, monkeypatch, wrong: str) -> None:
     mix_up(monkeypatch, wrong)
-    assert differing_rows(target).rows > 0
+    assert largest_difference(target) > 0
 
 
 @pytest.mark.parametrize("wrong", [None, "outputs"])

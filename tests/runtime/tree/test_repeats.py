@@ -5,11 +5,13 @@ from __future__ import annotations
 from math import exp
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dovetail.runtime.errors import InputError
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
-from dovetail.runtime.tree.repeats import PRIOR, Repeat, RepeatIndex
+from dovetail.runtime.tree.repeats import PRIOR, SIZES, EarlierTexts, Repeat, RepeatIndex, check_lookup_cache
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -73,6 +75,58 @@ def test_probabilities_follow_the_record() -> None:
         index.learn(before, [3, 4])
     [kind] = index.find(text, 2)
     assert exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
+
+
+@given(st.lists(TEXTS, max_size=12), st.integers(0, 80), TEXTS)
+def test_earlier_texts_are_searched_as_far_as_they_are_kept(
+    texts: list[list[int]], capacity: int, text: list[int]
+) -> None:
+    """Found is what a search of all kept tokens finds, wherever the own text has no run of that length."""
+    earlier, kept = EarlierTexts(capacity), list[list[int]]()
+    for each in texts:
+        earlier.add(each)
+        cut = each[max(len(each) - capacity, 0) :]
+        while sum(map(len, kept)) + len(cut) > capacity:
+            del kept[0]
+        kept += [cut] if len(cut) > 1 else []
+    assert sum(map(len, earlier._texts.values())) == sum(map(len, kept)) <= capacity
+    assert len(earlier._ends) <= len(SIZES) * capacity
+    expected: dict[int, tuple[tuple[int, ...], tuple[int, int]]] = {}
+    for size in (size for size in SIZES if size <= len(text)):
+        paths = followed([text], text[-size:])  # own ones loop at their end, earlier ones stop
+        paths = [tuple((path * 5)[:5]) for path in paths]
+        for path in paths or (followed(kept, text[-size:]) if not expected else ()):
+            expected.setdefault(path[0], (path, (size, min(len(expected), 1))))
+    found = RepeatIndex().find(text, 5, earlier)
+    assert [(repeat.tokens, repeat.kind) for repeat in found] == list(expected.values())
+    assert all(len(repeat.logprobs) == len(repeat.tokens) for repeat in found)
+
+
+def followed(texts: list[list[int]], run: list[int]) -> list[tuple[int, ...]]:
+    """What followed the last two occurrences of `run`, at most 5 tokens, the newest first."""
+    places = [
+        tuple(text[end : end + 5])
+        for text in texts
+        for end in range(len(run), len(text))
+        if text[end - len(run) : end] == run
+    ]
+    return places[:-3:-1]
+
+
+def test_a_text_comes_before_earlier_ones_unless_their_run_is_longer() -> None:
+    earlier = EarlierTexts(100)
+    earlier.add([7, 8, 9, 1, 2, 3])
+    assert [each.tokens for each in RepeatIndex().find([4, 8, 9], 2, earlier)] == [(1, 2)]
+    assert [each.tokens for each in RepeatIndex().find([8, 9, 5, 6, 8, 9], 2, earlier)] == [(5, 6)]
+    longer = RepeatIndex().find([9, 5, 6, 8, 9], 2, earlier)
+    assert [(each.tokens, each.kind) for each in longer] == [((1, 2), (2, 0)), ((5, 6), (1, 1))]
+    assert [each.tokens for each in RepeatIndex().find([2], 9, earlier)] == [(3,)]  # a text ends where it ended
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6 + 1, 1.5, True, "many"])
+def test_a_cache_of_another_size_is_refused(wrong: object) -> None:
+    with pytest.raises(InputError, match=r"lookup_cache .* is out of range, .*: give tokens to keep"):
+        check_lookup_cache(wrong)  # type: ignore[arg-type]  # what a user may pass
 
 
 def random_tree(rng: np.random.Generator, size: int) -> DraftTree:

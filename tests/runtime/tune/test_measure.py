@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
-from dovetail.runtime.pair.manifest import Manifest, file_entry, read_manifest
+from dovetail.runtime.pair.manifest import Manifest, file_entry, parse_record, read_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
@@ -103,7 +103,7 @@ def test_curves_rise_along_both_axes(sessions: Sessions) -> None:
 def test_a_target_alone_is_measured_and_its_costs_survive_json(sessions: Sessions) -> None:
     costs = measure(sessions.target, None, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS)
     assert costs.draft is None and costs.call_ms(16, 4) == 0.0 and costs.target.contexts == CONTEXTS
-    assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
+    assert parse_record(Costs, json.loads(json.dumps(asdict(costs))), "costs") == costs
 
 
 def test_a_change_of_width_is_what_the_first_of_two_passes_takes_more(sessions: Sessions, monkeypatch) -> None:

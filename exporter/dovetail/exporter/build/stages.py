@@ -81,7 +81,8 @@ class PairBuild:
                 if (self.work / "old").is_dir() and not self.out.exists():
                     os.rename(self.work / "old", self.out)  # after a kill between the two renames of an exchange
                 self._check_out()
-                self._clean()
+                for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
+                    shutil.rmtree(self.work / name, ignore_errors=True)
         except BaseException:
             if self._lock and not any((self.work / name).exists() for name in ("records", "old")):
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -218,10 +219,6 @@ class PairBuild:
                 "use --force to replace it, --resume to complete or repair it, or name another folder"
             )
 
-    def _clean(self) -> None:
-        for name in ("temporary", "old", *(() if self.resume else ("records", "pair"))):
-            shutil.rmtree(self.work / name, ignore_errors=True)
-
     def _acquire_lock(self) -> None:
         try:
             import fcntl
@@ -270,10 +267,8 @@ def _files_hold(root: Path, files: Mapping[str, FileEntry]) -> bool:
 
 def _read_record(path: Path) -> StageRecord | None:
     try:
-        raw = read_json(path, ManifestError, "")
-        files = {name: parse_record(FileEntry, entry, name) for name, entry in raw["files"].items()}
-        return StageRecord({**raw["inputs"]}, {**raw["facts"]}, files)
-    except (OSError, ManifestError, KeyError, TypeError, AttributeError):  # no usable record: the stage runs again
+        return parse_record(StageRecord, read_json(path, ManifestError, ""), path.stem)
+    except (OSError, ManifestError):  # no usable record: the stage runs again
         return None
 
 

@@ -1,4 +1,4 @@
-"""`dovetail-export check PAIR`."""
+"""`dovetail-export check PAIR` and `dovetail-export check TARGET DRAFTER`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,32 @@ import click
 
 from dovetail.exporter.build.progress import show_progress
 from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.exporter.pairs.preflight import Verdict, preflight
+from dovetail.runtime.errors import InputError, MismatchError
 
 
 @click.command()
-@click.argument("pair", type=click.Path(path_type=Path))
-def command(pair: Path) -> None:
-    """Check PAIR: manifest, digests, both graphs, tokenizer, and a short run of each engine."""
+@click.argument("pair", type=click.Path(path_type=Path), metavar="PAIR|TARGET")
+@click.argument("drafter", type=click.Path(path_type=Path), required=False, metavar="[DRAFTER]")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights of DRAFTER; no code in them is executed.")
+def command(pair: Path, drafter: Path | None, allow_pickle: bool) -> None:
+    """Check PAIR: manifest, digests, both graphs, tokenizer, and a short run of each engine.
+
+    With DRAFTER, the folder of a checkpoint, the command compares it with TARGET and reads no
+    weights. TARGET is a pair, a Hugging Face folder or a GGUF file. The command fails if the
+    drafter cannot work with the target.
+    """
+    if drafter is not None:
+        findings = preflight(pair, drafter, allow_pickle=allow_pickle)
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            click.echo(f"{finding.verdict:<8} {finding.what:<{width}}  {finding.said}")
+        if refused := [finding for finding in findings if finding.verdict is Verdict.REFUSED]:
+            names = ", ".join(finding.what for finding in refused)
+            raise MismatchError(f"{drafter} is no drafter for {pair} ({names}): use the target that it was trained for")
+        return
+    if allow_pickle:
+        raise InputError("--allow-pickle reads a DRAFTER: name one, or leave the option out")
     with show_progress("check") as progress:
         manifest = check_pair_folder(pair, progress)
     what = (manifest.drafter_kind or "a drafter") if manifest.drafter else "no drafter yet"

@@ -8,13 +8,13 @@ and the other packages in the versions installed here. Its `optimum-cli` writes 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import venv
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from dovetail.exporter.pairs.reference import run
 from dovetail.exporter.target.architectures import ARCHITECTURES
 from dovetail.runtime.errors import ExportError, InputError, install_extra
 from dovetail.runtime.system.progress import Progress, silent
@@ -72,7 +72,5 @@ def _version(name: str) -> str:
 
 def _pip(folder: Path, *arguments: str) -> None:
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise ExportError(f"pip could not install into {folder}: {lines[-1] if lines else done.returncode}")
+    if problem := run(command):
+        raise ExportError(f"pip could not install into {folder}: {problem}")

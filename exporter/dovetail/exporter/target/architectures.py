@@ -7,13 +7,12 @@ architecture with the installed transformers. docs/reference/families.md lists t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from dovetail.exporter.target.configuration import CONTEXT_KEYS
 from dovetail.runtime.errors import SourceError
+from dovetail.runtime.system.machine import package_versions
 
 OPTIMUM_INTEL = "2.2"
 
@@ -85,7 +84,7 @@ def check_architecture(location: str, config: Mapping[str, Any], transformers: s
             f"{location} is a {kind} model, which optimum-intel {OPTIMUM_INTEL} does not export as a text decoder: "
             "choose an architecture from docs/reference/families.md"
         )
-    installed = transformers or versions("transformers").get("transformers")  # without: the conversion says so
+    installed = transformers or package_versions("transformers").get("transformers")  # without: the conversion says so
     if installed and installed not in accepted:
         here = f"pip install transformers=={accepted.newest}"
         apart = f"dovetail-export environment FOLDER --for {kind} (docs/reference/families.md)"
@@ -162,12 +161,3 @@ def _numbers(version: str) -> tuple[int, ...]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         parts.append(int(digits or 0))
     return tuple(parts + [0] * (3 - len(parts)))
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed packages among `packages`, without an import."""
-    found = {}
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

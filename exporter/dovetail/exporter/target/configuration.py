@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.errors import SourceError
-from dovetail.runtime.system.bounds import CONTEXT_MOST, LARGEST, TOKEN_MOST, check_number, check_whole
+from dovetail.runtime.system.bounds import CONTEXT_MOST, LARGEST, check_number, check_whole
 from dovetail.runtime.system.files import read_object
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "max_seq_len")
@@ -112,11 +112,3 @@ def text_config(config: dict[str, Any], file: Path, failure: type[Exception] = S
     if not isinstance(inner, dict):
         raise failure(f"{file}: text_config is a {type(inner).__name__}, not an object: {_AGAIN}")
     return inner
-
-
-def token_ids(value: object, where: str) -> tuple[int, ...]:
-    """Token ids from one id, from a list or from null. Raises SourceError."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        check_whole(where, token, SourceError, _AGAIN, least=0, most=TOKEN_MOST)
-    return tuple(ids)

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dovetail.exporter.build.stages import PairBuild, Stage
-from dovetail.exporter.target.architectures import context_of, original_context, versions
+from dovetail.exporter.target.architectures import context_of, original_context
 from dovetail.exporter.target.configuration import (
     LAYER_KEYS,
     WIDTH_KEYS,
     check_json,
     read_config,
     text_config,
-    token_ids,
 )
 from dovetail.exporter.target.convert import REFERENCE, WeightOptions, convert
 from dovetail.exporter.target.embedding_rows import position_rows
@@ -37,8 +36,9 @@ from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.pair.files import sha256_file
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS, TOKENIZER
 from dovetail.runtime.pair.manifest import Manifest, TargetFacts, parse_record
-from dovetail.runtime.system.bounds import CONTEXT_MOST, check_whole
+from dovetail.runtime.system.bounds import CONTEXT_MOST, check_token_ids, check_whole
 from dovetail.runtime.system.files import printable, read_object
+from dovetail.runtime.system.machine import package_versions as versions
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.graph import LOGITS, add_tap, find_head, read_model, to_paged
 
@@ -283,7 +283,8 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids from generation_config.json, else from the model's `config`."""
     generation = read_object(folder / "generation_config.json", SourceError, "copy or download it again")
     ids = generation.get("eos_token_id")
-    return token_ids(config.get("eos_token_id") if ids is None else ids, f"eos_token_id of {folder}")
+    ids = config.get("eos_token_id") if ids is None else ids
+    return check_token_ids(f"eos_token_id of {folder}", ids, SourceError, "copy or download it again")
 
 
 def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:

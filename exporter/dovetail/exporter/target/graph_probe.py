@@ -136,13 +136,10 @@ def _tree_difference(target: OpenVINOTarget, seq: SequenceId, length: int, token
     tree = DraftTree(nodes, np.array(_PARENTS), np.zeros(len(nodes), np.float32))
     logits = target.verify({seq: tree})[seq].logits.copy()
     worst = 0.0
-    for node in range(len(_PARENTS)):
-        path = [node]
-        while (parent := _PARENTS[path[0]]) >= 0:
-            path.insert(0, parent)
+    for path in tree.paths():
         target.rewind(seq, length)
-        row = target.verify({seq: DraftTree.chain(nodes[path])})[seq].logits[-1]
-        worst = max(worst, float(_difference(logits[node], row)))
+        rows = target.verify({seq: DraftTree.chain(nodes[path])})[seq].logits
+        worst = max(worst, float(_difference(logits[path], rows).max()))
     return worst
 
 

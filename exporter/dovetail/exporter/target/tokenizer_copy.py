@@ -144,18 +144,11 @@ def _same_ids(tokenizer: Tokenizer, reference_encode: Encode) -> Iterator[str]:
             pairs = enumerate(zip(ids, expected, strict=False))
             at = next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(ids), len(expected)))
             yield f"{_shown(text)} has ids {ids[at : at + 3]} at {at}, the source {expected[at : at + 3]}"
-    texts = _random_texts(tokenizer)
+    rng, vocabulary = random.Random(0), range(tokenizer.vocab_size)
+    texts = [tokenizer.decode(rng.choices(vocabulary, k=rng.randint(1, 12))) for _ in range(_RANDOM_TEXTS)]
     others = [t for t in texts if tokenizer.encode(t, add_special_tokens=False) != list(reference_encode(t))]
     if others:
         yield f"{len(others)} of {len(texts)} texts of random tokens have other ids than in the source"
-
-
-def _random_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of 1 to 12 random tokens from the whole vocabulary."""
-    rng = random.Random(0)
-    return [
-        tokenizer.decode(rng.choices(range(tokenizer.vocab_size), k=rng.randint(1, 12))) for _ in range(_RANDOM_TEXTS)
-    ]
 
 
 def try_limited(file: Path) -> None:

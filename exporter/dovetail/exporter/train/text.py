@@ -130,7 +130,6 @@ class TextWriter:
         self, count: int, openings: Sequence[str], rng: np.random.Generator, seen: set[str], start: int, total: int
     ) -> list[str]:
         """About `count` new prompts; fewer if the target repeats itself."""
-        self.writer.keep_features = False
         prompts: list[str] = []
         for _ in range(ROUNDS):
             if (wanted := count - len(prompts)) <= 0:
@@ -147,12 +146,12 @@ class TextWriter:
         if path.exists():
             return Part(name, Corpus.load(path))
         file = self.features / f"{name}.f16"
-        keep = self.writer.keep_features = self._has_room(file, len(prompts))
+        keep = self._has_room(file, len(prompts))
         rng = np.random.default_rng((self.seed, *key))
         requests = answer_requests(self.tokenizer, prompts, rng, self.max_new_tokens)
         written: list[TrainingText] = []
         with _whole_file(file) if keep else nullcontext() as out:
-            for conversation in self.writer.write(requests, rng):
+            for conversation in self.writer.write(requests, rng, keep):
                 if out:
                     rows = conversation.features
                     assert rows is not None  # the writer was asked for them

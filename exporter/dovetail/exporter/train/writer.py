@@ -40,31 +40,31 @@ class SharedDraws(Sampler):
 class BatchWriter:
     """Writes many texts at once with one PagedModel.
 
-    slots: largest number of sequences of a batch. keep_features: return the target's features with
-    each conversation; every pass computes them.
+    slots: largest number of sequences of a batch.
     """
 
-    def __init__(
-        self, model: PagedModel, stop: Iterable[int], *, slots: int = 128, max_length: int = 768,
-        keep_features: bool = False,
-    ):  # fmt: skip
+    def __init__(self, model: PagedModel, stop: Iterable[int], *, slots: int = 128, max_length: int = 768):
         self.model, self.stop, self.max_length = model, frozenset(stop), max_length
-        self.keep_features = keep_features
         slots = max(2, min(slots, int(KV_BYTES / (model.block_bytes * -(-max_length // BLOCK)))))
         self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
 
-    def write(self, requests: Iterable[Request], rng: np.random.Generator) -> Iterator[TrainingText]:
-        """Yield the conversations as they finish; none for a prompt that fills `max_length` alone."""
+    def write(
+        self, requests: Iterable[Request], rng: np.random.Generator, keep_features: bool = False
+    ) -> Iterator[TrainingText]:
+        """Yield the conversations as they finish; none for a prompt that fills `max_length` alone.
+
+        keep_features: return the target's features with each, which every pass computes.
+        """
         fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
         features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)
         for advance in self._batch.run(fitting, lambda request: SharedDraws(request.sampling, rng)):
             sequence, step = advance.sequence, advance.step
-            if self.keep_features:
+            if keep_features:
                 features[sequence.id].append(to_float16(advance.features))
             if step.finish:
                 assert sequence.request
                 tokens = (*sequence.tokens, *([] if step.stop is None else [step.stop]))
-                kept = np.concatenate(features.pop(sequence.id)) if self.keep_features else None
+                kept = np.concatenate(features.pop(sequence.id)) if keep_features else None
                 yield TrainingText(tokens, len(sequence.request.prompt), kept)
 
 

@@ -67,11 +67,8 @@ def settings(
     norms: bool = False,
 ) -> EagleConfig:  # fmt: skip
     """Settings from the config of Llama blocks. shapes: by the module's names. Raises ValueError."""
-    width, _, vocab = target_sizes(target)
-    sizes = block_sizes(config, shapes)
-    if sizes.hidden_size != width:
-        raise ValueError(f"it reads a feature of width {sizes.hidden_size}, the target's is {width} wide")
-    positions = context_of(config, vocab)
+    sizes, positions = block_sizes(config, shapes), context_of(config)
+    vocab = whole(config, "vocab_size", target_sizes(target)[2])
     rope = Rope.from_config(config, sizes.head_dim, positions)
     return EagleConfig(sizes, vocab, rope, positions, blocks, fusion, bias, norms)
 
@@ -94,7 +91,12 @@ def settle(stored: Stored, target: Config) -> Layout:
 
 
 def load(stored: Stored, layout: Layout, target: TargetParts) -> EagleDrafter:
-    """The module with the checkpoint's weights. Raises CheckpointError."""
+    """The module with the checkpoint's weights. Raises CheckpointError, ValueError (another target)."""
+    width, _, vocab = target_sizes(target.config)
+    if layout.config.vocab_size != vocab:
+        raise ValueError(f"its vocabulary of {layout.config.vocab_size} is not the target's of {vocab}")
+    if (size := layout.config.block.hidden_size) != width:
+        raise ValueError(f"it reads a feature of width {size}, the target's is {width} wide")
     check_layout(stored, layout)
     raw = stored.tensors()
     tensors = {name: raw[given] for name, given in layout.names.items()}

@@ -132,16 +132,10 @@ def check_full_attention(config: Config, positions: int) -> None:
         raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
 
 
-def context_of(config: Config, vocab: int) -> int:
-    """The pairs that a drafter was made for. vocab: of the target.
-
-    Raises ValueError for a sliding window that is shorter, or a vocabulary of another size.
-    """
+def context_of(config: Config) -> int:
+    """The pairs that a drafter was made for. Raises ValueError for a sliding window that is shorter."""
     positions = whole(config, "max_position_embeddings", 2048)
     check_full_attention(config, positions)
-    given = whole(config, "vocab_size", vocab)
-    if given != vocab:
-        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}")
     return positions
 
 
@@ -199,8 +193,8 @@ def settle(stored: Stored, target: Config) -> Settled:
 def _config(
     config: Config, shapes: Shapes, width: int, vocab: int, taps: tuple[int, ...], layers: int, **settings: object
 ) -> Eagle3Config:
-    """Settings from a Llama config and the tensors' shapes. width, vocab: of the target."""
-    sizes, positions = block_sizes(config, shapes), context_of(config, vocab)
+    """Settings from a Llama config and the tensors' shapes. width, vocab: the target's, as defaults."""
+    sizes, positions, vocab = block_sizes(config, shapes), context_of(config), whole(config, "vocab_size", vocab)
     return Eagle3Config(
         block=sizes,
         vocab_size=vocab,
@@ -215,8 +209,10 @@ def _config(
 
 
 def check_target(config: Eagle3Config, target: Config) -> None:
-    """Raise ValueError unless the target has the drafter's width and layers."""
-    width, depth, _ = target_sizes(target)
+    """Raise ValueError unless the target has the drafter's vocabulary, width and layers."""
+    width, depth, vocab = target_sizes(target)
+    if config.vocab_size != vocab:
+        raise ValueError(f"its vocabulary of {config.vocab_size} is not the target's of {vocab}")
     if config.target_size != width:
         raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide")
     if beyond := [tap for tap in config.taps if tap >= depth]:

@@ -52,7 +52,7 @@ def settle(stored: Stored, target: Config) -> Settled:
     each, together = flag(config, "fc_norm"), flag(config, "norm_before_fc")
     if each and together:
         raise ValueError("fc_norm and norm_before_fc exclude each other: correct config.json")
-    positions = context_of(layer, vocab)
+    positions, vocab = context_of(layer), whole(layer, "vocab_size", vocab)
     target_size = config.get("target_hidden_size") or sizes.hidden_size
     settings = Eagle3Config(
         block=sizes,

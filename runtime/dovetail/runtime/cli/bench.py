@@ -144,12 +144,9 @@ def _cells(row: dict[str, Any], compared: bool) -> tuple[str, ...]:
     tokens, speed = str(row["new_tokens"]), f"{row['tokens_per_second']:.1f}"
     acceptance = f"{row['acceptance_length']:.2f}"
     speeds = (f"{row['plain_tokens_per_second']:.1f}", speed, _times(row["speedup"])) if compared else (speed,)
-    return tokens, *speeds, acceptance, _ties(row)
-
-
-def _ties(row: dict[str, Any]) -> str:
     count, margin = row["other_tokens"], row["largest_margin"]
-    return (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
+    ties = (f"{count}" if margin is None else f"{count} (up to {margin:.2f})") if count else "none"
+    return tokens, *speeds, acceptance, ties
 
 
 def _times(speedup: float | None) -> str:

@@ -22,6 +22,8 @@ HELP = "/reset forgets the conversation, /stats shows statistics, /exit or Ctrl-
 @template_options
 @sampling_options()
 @engine_options
+@click.option("--lookup-cache", type=int, default=0, show_default=True, metavar="TOKENS",
+              help="Tokens of conversations before /reset that repeated text may continue.")  # fmt: skip
 def chat(system: str | None, engine_flags: EngineFlags, request: AnswerSettings) -> None:
     """Chat with the target. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # line editing and history, if Python has them

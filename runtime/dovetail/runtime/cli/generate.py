@@ -13,6 +13,7 @@ from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answ
 from dovetail.runtime.errors import INTERRUPTED, InputError
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.text.encoding import Prompt
+from dovetail.runtime.text.prompts import decoded, read_text
 
 
 @click.command(short_help="Answer one prompt (the default command).")
@@ -51,8 +52,8 @@ def generate(
     engine = engine_flags.open(speculate=request.speculate)
     if as_json:
         result = engine.generate(asked, **request.keywords())
-        drafter = (engine.drafter_device, engine.drafter_note) if request.speculate else (None, None)
-        click.echo(json.dumps(result_json(result, engine.target_device, *drafter), ensure_ascii=not speaks_unicode()))
+        report = result_json(result, engine, request.speculate)
+        click.echo(json.dumps(report, ensure_ascii=not speaks_unicode()))
         return
     answer = stream_answer(engine, asked, request)
     click.echo(answer.statistics(), err=True)
@@ -68,7 +69,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise InputError("both a prompt and --file are given: leave out the prompt or --file")
     if file is not None:
-        text = read_text(file)
+        text = read_text(file, "a text file")
     elif prompt in (None, "-"):
         if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
             raise InputError('there is no prompt: dovetail-run "Why is the sky blue?", or pipe a prompt in')
@@ -80,16 +81,6 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def read_text(file: Path) -> str:
-    """Return the text of `file`, as `decoded` reads it. Raises InputError."""
-    try:
-        return decoded(file.read_bytes())
-    except OSError as err:
-        raise InputError(f"{file} cannot be read ({err.strerror}): name a text file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text: name a text file") from None
-
-
 def read_stdin() -> str:
     """Return the text of standard input, as `decoded` reads it. Raises InputError."""
     if sys.stdin is None:  # stdin is closed
@@ -98,12 +89,6 @@ def read_stdin() -> str:
         return decoded(sys.stdin.buffer.read())
     except UnicodeDecodeError:
         raise InputError("standard input is not UTF-8 text: convert the text first") from None
-
-
-def decoded(content: bytes) -> str:
-    """Return UTF-8 text without byte order mark and final line break; line breaks become \\n."""
-    text = content.decode("utf-8-sig")
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def parse_ids(text: str) -> list[int]:

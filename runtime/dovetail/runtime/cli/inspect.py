@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -53,7 +53,10 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
         memory = {"problem": str(error)}
     facts = describe(folder, manifest, measured, memory)
     if plot is not None:
-        plot_costs(plot, manifest.name, measured or nothing_to_plot(folder, manifest))
+        if measured is None:
+            command = shlex.join(["dovetail-run", "tune", str(folder)])
+            raise InputError(f"--plot needs costs of this pair, measured here with default flags: run {command}")
+        plot_costs(plot, manifest.name, measured)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
     if measured is not None and not as_json:
         click.echo()
@@ -75,7 +78,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "target": asdict(manifest.target),
         "drafter": {"kind": manifest.drafter_kind, **asdict(manifest.drafter)} if manifest.drafter else None,
         "calibration": asdict(calibration) if calibration else None,
-        "costs": measured.as_dict() if measured else None,
+        "costs": asdict(measured) if measured else None,
         "properties": target_properties(manifest),
         "tree": asdict(manifest.tree),
         "files": {name: entry.size for name, entry in manifest.files.items()},
@@ -93,12 +96,6 @@ def read_costs(manifest: Manifest) -> Measured | None:
         return None
     devices = [device for device in DEVICES if device in manifest.drafter.files] if manifest.drafter else [None]
     return next(filter(None, (recall(CostKey.of(manifest, device, None)) for device in devices)), None)
-
-
-def nothing_to_plot(folder: Path, manifest: Manifest) -> NoReturn:
-    """Raise the error that says how to get the costs that --plot needs."""
-    command = shlex.join(["dovetail-run", "tune", str(folder)])
-    raise InputError(f"--plot needs costs of this pair, measured here with default flags: run {command}")
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -77,8 +77,8 @@ class DefaultGroup(click.Group):
             lost = err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
             what = "the output cannot be written: " if lost else f"{err.filename}: " if err.filename else ""
             code = fail(f"{what}{err.strerror or err}", 1)
-            if lost:
-                _drop_output()
+            if lost:  # discard the rest of stdout, which the interpreter would write again and fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -100,11 +100,6 @@ def unknown_command(word: str) -> str:
     near = get_close_matches(word, COMMANDS, 1)
     meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)};"
     return f"no such command {word!r}: {meant} A prompt of one word goes to dovetail-run generate, others need quotes"
-
-
-def _drop_output() -> None:
-    """Discard the rest of stdout, which the interpreter would write again and fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})

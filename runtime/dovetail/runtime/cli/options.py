@@ -25,6 +25,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import check_lookup_cache
 
 Record = TypeVar("Record")
 Command = Callable[..., Any]
@@ -33,15 +34,10 @@ DEVICES = ("auto", "cpu", "cuda")
 SAMPLING = SamplingParams()
 
 
-class Announcement:
-    """A Progress that says on stderr, once, that Dovetail measures the machine."""
-
-    told = False
-
-    def __call__(self, stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
-        if not self.told:
-            click.echo("measuring this machine for this pair, once: some seconds", err=True)
-            self.told = True
+def announce(stage: str, done: float = 0, total: float = 0, note: str = "") -> None:
+    """Say on stderr that Dovetail measures the machine. A Progress, which begins with nothing done."""
+    if not done:
+        click.echo("measuring this machine for this pair, once: some seconds", err=True)
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,10 @@ class EngineFlags:
     pair: str | None
     drafter_device: str
     threads: int | None
-    width: int | None
-    depth: int | None
-    tree_top_k: int | None
-    lookup: int | None
+    width: int | None = None
+    depth: int | None = None
+    tree_top_k: int | None = None
+    lookup: int | None = None
     fixed_tree: bool = False
     vram: int | None = None
     fit: bool = False
@@ -65,12 +61,19 @@ class EngineFlags:
     exact: bool = True
     max_slowdown: float | None = None
     draft_model: str | None = None
+    lookup_cache: int = 0
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        if self.threads is not None:
+            check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
+        check_lookup_cache(self.lookup_cache)
+        if self.lookup_cache and self.lookup == 0:
+            raise InputError(
+                "--lookup-cache continues repeated text, and --lookup 0 drafts none: leave out one of them"
+            )
         if self.max_slowdown is not None and (self.fixed_tree or self.tree_values()):
             raise InputError("--max-slowdown binds a scheduler, and a fixed tree has none: leave out one of them")
 
@@ -97,7 +100,8 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
-            progress=Announcement(),
+            lookup_cache=self.lookup_cache,
+            progress=announce,
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
@@ -128,12 +132,6 @@ def _parse_object(_context: click.Context, _option: click.Parameter, given: str 
     return value
 
 
-def check_threads(threads: int | None) -> None:
-    """Raise InputError for an impossible number of threads. None is the engines' choice."""
-    if threads is not None:
-        check_whole("threads", threads, InputError, "give another number, or none", most=THREADS_MOST)
-
-
 def check_folder(flag: str, file: Path) -> None:
     """Raise InputError if the folder of a file to write does not exist."""
     if not file.parent.is_dir():
@@ -149,9 +147,9 @@ def write_file(flag: str, file: Path, content: bytes) -> None:
 
 
 def device_options(command: Command) -> Command:
-    """Flags of both engines: threads, drafter_device, vram, fit, ov_config, exact."""
+    """Flags of both engines. The command gets these, and its other flags of EngineFlags, as `engine_flags`."""
     return _apply(
-        command,
+        _bundled(command, EngineFlags, "engine_flags"),
         click.option("-t", "--threads", type=int, help="CPU threads of each engine.  [default: one per usable core]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes the GPU where there is one."),
@@ -161,15 +159,9 @@ def device_options(command: Command) -> Command:
         click.option("--exact/--no-exact", default=True, show_default=True,
                      help="The same text with and without drafting; without it plain passes use OpenVINO's quicker "
                      "kernel for single rows, which rounds otherwise."),
+        click.option("-md", "--draft-model", metavar="PATH|NAME",
+                     help="Another pair, whose target drafts on the CPU; its tokenizer may differ."),
     )  # fmt: skip
-
-
-def draft_model_option(command: Command) -> Command:
-    """Flag of a small model that drafts: draft_model."""
-    return click.option(
-        "-md", "--draft-model", metavar="PATH|NAME",
-        help="Another pair, whose target drafts on the CPU; with the same tokenizer.",
-    )(command)  # fmt: skip
 
 
 def vram_options(command: Command) -> Command:
@@ -210,10 +202,9 @@ def engine_options(command: Command) -> Command:
     """Flags of EngineFlags, which the command gets as `engine_flags`."""
     pair_default = f"Pair folder, or a known name.  [default: {DEFAULT_PAIR}]"
     return _apply(
-        _bundled(command, EngineFlags, "engine_flags"),
+        command,
         click.option("-m", "--pair", metavar="PATH|NAME", help=pair_default),
         device_options,
-        draft_model_option,
         click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
                      help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
                      f"[default: {MAX_SLOWDOWN:.0%}]"),

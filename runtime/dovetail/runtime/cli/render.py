@@ -41,15 +41,22 @@ class Answer:
 
     def statistics(self) -> str:
         """Return the statistics line. For a stopped answer the line is computed from the chunks."""
-        if self.metrics is not None:
-            return statistics_line(self.metrics, self.target_device, self.drafter)
-        rounds, seconds = max(self.chunks - 1, 0), self.last_s - self.first_s
-        speed = (self.tokens - 1) / seconds if rounds and seconds else 0.0
-        length = (self.tokens - 1) / rounds if rounds else 1.0
-        return (
-            f"[stopped | {self.tokens} tokens, {speed:.1f} tok/s, acceptance length {length:.2f} over {rounds} rounds"
-            f" | target {self.target_device}, drafter {self.drafter}]"
-        )
+        if (metrics := self.metrics) is not None:
+            said = (
+                f"{metrics.new_tokens} tokens, {metrics.tokens_per_second:.1f} tok/s, "
+                f"acceptance length {metrics.acceptance_length:.2f} over {metrics.rounds} rounds | "
+                f"prefill {metrics.prefill_ms:.0f} ms, draft {metrics.draft_ms:.0f} ms, "
+                f"verify {metrics.verify_ms:.0f} ms, other {metrics.other_ms:.0f} ms"
+            )
+        else:
+            rounds, seconds = max(self.chunks - 1, 0), self.last_s - self.first_s
+            speed = (self.tokens - 1) / seconds if rounds and seconds else 0.0
+            length = (self.tokens - 1) / rounds if rounds else 1.0
+            said = (
+                f"stopped | {self.tokens} tokens, {speed:.1f} tok/s, acceptance length {length:.2f} "
+                f"over {rounds} rounds"
+            )
+        return f"[{said} | target {self.target_device}, drafter {self.drafter}]"
 
 
 def speaks_unicode() -> bool:
@@ -81,25 +88,10 @@ def _drafter(engine: Engine, request: AnswerSettings) -> str:
     return (engine.drafter_device or "none") if request.speculate else "off"
 
 
-def statistics_line(metrics: GenerationMetrics, target_device: str, drafter: str) -> str:
-    """Return one line: tokens, speed, acceptance, times and devices."""
-    times = (
-        f"prefill {metrics.prefill_ms:.0f} ms, draft {metrics.draft_ms:.0f} ms, "
-        f"verify {metrics.verify_ms:.0f} ms, other {metrics.other_ms:.0f} ms"
-    )
-    return (
-        f"[{metrics.new_tokens} tokens, {metrics.tokens_per_second:.1f} tok/s, "
-        f"acceptance length {metrics.acceptance_length:.2f} over {metrics.rounds} rounds | {times} | "
-        f"target {target_device}, drafter {drafter}]"
-    )
-
-
-def result_json(
-    result: GenerationResult, target_device: str, drafter_device: str | None, drafter_note: str | None
-) -> dict[str, Any]:
+def result_json(result: GenerationResult, engine: Engine, speculate: bool) -> dict[str, Any]:
     """Return the JSON of `generate --json`: the answer, the metrics (times in ms), the devices.
 
-    drafter_device: None for plain decoding, or without a drafter. drafter_note: why the drafter runs on that device.
+    drafter_device: None for plain decoding, or without a drafter. drafter_note: the device's reason.
     """
     metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(result.metrics).items()
@@ -110,7 +102,7 @@ def result_json(
         "finish_reason": result.finish_reason,
         "seed": result.seed,
         **metrics,
-        "target_device": target_device,
-        "drafter_device": drafter_device,
-        "drafter_note": drafter_note,
+        "target_device": engine.target_device,
+        "drafter_device": engine.drafter_device if speculate else None,
+        "drafter_note": engine.drafter_note if speculate else None,
     }

@@ -17,8 +17,7 @@ from typing import Any
 import click
 
 from dovetail.runtime.cli.curves import show_costs
-from dovetail.runtime.cli.options import check_threads, device_options, draft_model_option
-from dovetail.runtime.drafter.vram import check_limit
+from dovetail.runtime.cli.options import EngineFlags, device_options
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
@@ -50,23 +49,10 @@ UNCERTAIN = "~: too close to 1.00x, because passes vary too much. Try a quieter 
 @click.command(short_help="Measure the cost of passes on this machine.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @device_options
-@draft_model_option
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="Duration of the measurement in seconds.")
 @click.option("--properties", is_flag=True, help="Compare OpenVINO properties of the target instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def tune(
-    pair: str | None,
-    threads: int | None,
-    drafter_device: str,
-    vram: int | None,
-    fit: bool,
-    ov_config: Mapping[str, str],
-    exact: bool,
-    draft_model: str | None,
-    seconds: float,
-    properties: bool,
-    as_json: bool,
-) -> None:
+def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: bool) -> None:
     """Choose precision and groups for PAIR's target, measure costs, and cache both.
 
     PAIR is a folder or a known name. The choice takes a quarter of the time, or as long as opening
@@ -88,19 +74,18 @@ def tune(
     from dovetail.runtime.load import open_draft_model
     from dovetail.runtime.target.openvino import OpenVINOTarget
 
-    check_threads(threads)
-    check_limit(vram, fit, drafter_device)
     check_seconds(seconds)
+    threads, ov_config, draft_model = engine_flags.threads, engine_flags.ov_config, engine_flags.draft_model
     if not (properties and ov_config):  # otherwise tune keeps nothing
         cached = cache_dir() / ("properties" if properties else "costs")
         with storing():  # before minutes are spent
             cached.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=cached).close()
-    folder = resolve_pair(pair)
+    folder = resolve_pair(engine_flags.pair)
     manifest = read_sound(folder)
 
     read = manifest if draft_model is None else replace(manifest, drafter=None)  # a draft model reads no features
-    open_target = partial(OpenVINOTarget.load, folder, read, threads=threads, exact=exact)
+    open_target = partial(OpenVINOTarget.load, folder, read, threads=threads, exact=engine_flags.exact)
 
     def open_with(*more: Property) -> OpenVINOTarget:
         return open_target(ov_config={**ov_config, **{each.name: each.value for each in more}})
@@ -127,7 +112,10 @@ def tune(
         tokenizer = Tokenizer.from_folder(folder / TARGET)
         own, drafter = open_draft_model(resolve_pair(draft_model), tokenizer, manifest, threads)
     elif manifest.drafter:
-        drafter = OnnxDrafter.open(folder, manifest, device=drafter_device, threads=threads, vram=vram, fit=fit)
+        drafter = OnnxDrafter.open(
+            folder, manifest, device=engine_flags.drafter_device, threads=threads, vram=engine_flags.vram,
+            fit=engine_flags.fit,
+        )  # fmt: skip
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
@@ -135,14 +123,14 @@ def tune(
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, exact, own)
+    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, engine_flags.exact, own)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with storing():
         measured.store()
     given = target_properties(manifest, threads, ov_config)
     if as_json:
-        click.echo(json.dumps({**measured.as_dict(), "properties": given}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**asdict(measured), "properties": given}, indent=2, ensure_ascii=False))
     else:
         show_costs(measured.pair, measured)
         click.echo(f"OpenVINO: {properties_line(given)}")

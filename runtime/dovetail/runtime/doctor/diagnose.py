@@ -6,6 +6,7 @@ import base64
 import platform
 import shutil
 import subprocess
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,13 +152,10 @@ def try_cuda() -> tuple[Cuda, str | None]:
     free = total = captures = None
     if problem is None:
         try:
-            device = CudaDevice()
-            try:
+            with closing(CudaDevice()) as device:
                 free, total = (size >> 20 for size in device.memory())
                 problem = capture_problem(device)
                 captures = problem is None
-            finally:
-                device.close()
         except DeviceError as error:
             problem = str(error)
     newest = driver_cuda()

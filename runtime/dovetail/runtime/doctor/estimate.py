@@ -162,11 +162,9 @@ def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) ->
     within = f", within --vram of {limit >> 20} MiB" if limit else ""
     if free_mb is None:
         return Vram(plan.as_dict(), True if limit else None, f"would take {plan}{within}")
-    if plan.total <= free_mb << 20:
-        return Vram(plan.as_dict(), True, f"takes {plan}{within}; {free_mb} MiB are free: it fits")
-    return Vram(
-        plan.as_dict(), False, f"takes {plan}{within}; {free_mb} MiB are free: the drafter may have to run on the CPU"
-    )
+    fits = plan.total <= free_mb << 20
+    conclusion = "it fits" if fits else "the drafter may have to run on the CPU"
+    return Vram(plan.as_dict(), fits, f"takes {plan}{within}; {free_mb} MiB are free: {conclusion}")
 
 
 def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:

@@ -32,7 +32,7 @@ def estimate_memory(folder: Path, manifest: Manifest) -> dict[str, float | None]
     if drafter is None:
         return memory
     for device in (device for device in DEVICES if device in drafter.files):
-        row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES.get(device, 4)
+        row = drafter.blocks * 2 * drafter.num_kv_heads * drafter.head_size * DRAFTER_KV_BYTES[device]
         memory[f"drafter_{device}_weights_mb"] = mib(sum(entry.size for entry in manifest.drafter_files(device)))
         memory[f"drafter_{device}_kv_mb"] = mib(row * (drafter.tree_slots + drafter.max_context))
     return memory

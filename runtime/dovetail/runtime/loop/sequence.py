@@ -24,7 +24,7 @@ from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
-from dovetail.runtime.tree.repeats import Repeat, RepeatIndex
+from dovetail.runtime.tree.repeats import SIZES, EarlierTexts, Repeat, RepeatIndex
 
 FinishReason = Literal["stop", "length"]
 
@@ -102,7 +102,8 @@ class Sequence:
     therefore leaves it right, and `rewind` brings both sessions back to it.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None = None, *, lookup_cache: int = 0) -> None:
+        """lookup_cache: tokens of earlier texts that repeats may continue too."""
         self.target, self.id = target, target.open()
         self.window = window(drafter, self.id) if drafter else None
         self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
@@ -111,7 +112,7 @@ class Sequence:
         self.request: Request | None = None
         self.sampler: Sampler | None = None  # of the current answer
         self.speculates = False  # whether the current answer is drafted
-        self.repeats = RepeatIndex()
+        self.repeats, self.earlier = RepeatIndex(), EarlierTexts(lookup_cache)
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
@@ -126,7 +127,10 @@ class Sequence:
 
         The target reads the last common token again: its feature goes with the next, other token.
         """
-        keep = max(min(common_prefix(self.tokens, prompt) - 1, self.length), 0)
+        shared = common_prefix(self.tokens, prompt)
+        if shared < len(self.tokens):  # the new text repeats what both share, so the rest is kept, and a run before it
+            self.earlier.add(self.tokens[max(shared - max(SIZES), 0) :])
+        keep = max(min(shared - 1, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
@@ -163,7 +167,7 @@ class Sequence:
         if limits.width == 1:
             return Offer(known)
         if limits.lookup:
-            self._found = self.repeats.find(self.tokens, limits.lookup)
+            self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
         if policy is None:
             return Offer(self._join(self._propose(limits, None), limits))
         context, most = len(self.tokens) - 1, limits.width
@@ -231,11 +235,11 @@ class Sequence:
         self.rewind()
 
     def forget(self) -> None:
-        """Drop the text and the counts of right repeats."""
+        """Drop the text, earlier texts and the counts of right repeats."""
         self.tokens, self.length, self.speculates = [], 0, False
         if self.window:
             self.window.cut(0)
-        self.repeats = RepeatIndex()
+        self.repeats, self.earlier = RepeatIndex(), EarlierTexts(self.earlier.capacity)
         self.rewind()
 
     def close(self) -> None:

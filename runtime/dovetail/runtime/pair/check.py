@@ -17,7 +17,9 @@ def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
     """Return the manifest of a checked pair. tree: limits in place of its own. Raises PairError."""
     manifest = read_manifest(pair)
     check_pair(manifest if tree is None else replace(manifest, tree=tree))
-    check_listed(manifest)
+    for relative in TARGET_FILES:  # the files of every target
+        if relative not in manifest.files:
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
     verify_files(pair, manifest)
     return manifest
 
@@ -51,13 +53,6 @@ def check_pair(manifest: Manifest) -> None:
         raise MismatchError(f"tree top_k {tree.top_k} exceeds the drafter's {drafter.top_k}: lower it")
     if tree.width > drafter.tree_slots:
         raise MismatchError(f"tree width {tree.width} exceeds the drafter's {drafter.tree_slots} slots: lower it")
-
-
-def check_listed(manifest: Manifest) -> None:
-    """Raise IntegrityError unless all files that every target has are listed."""
-    for relative in TARGET_FILES:
-        if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
 
 
 def verify_files(pair: Path, manifest: Manifest, *, remember: bool = True) -> None:

@@ -35,9 +35,7 @@ def resolve_pair(named: str | None) -> Path:
 
     Raises InputError for an unknown name or missing packages, ExportError for a failed build.
     """
-    if named == "":
-        raise InputError(f"pair '' is unknown: name a pair folder, or one of {', '.join(known_pairs())}")
-    if named is not None and (os.sep in named or named in (".", "..") or Path(named).is_dir()):
+    if named and (os.sep in named or named in (".", "..") or Path(named).is_dir()):
         return Path(named)
     name = DEFAULT_PAIR if named is None else named
     pair = pairs_dir() / name

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dovetail.runtime.errors import InputError, ManifestError, PairError
@@ -20,6 +21,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 
 FORMAT_VERSION = 1
 TREE_MOST = 2**12  # of each limit of a manifest's tree
+FLOAT_MOST = 1e300
 _AGAIN = "export the pair again"
 
 Record = TypeVar("Record")
@@ -56,7 +58,7 @@ class TargetFacts:
     tokenizer_sha256: str  # digest of tokenizer.json
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "hidden_size", "feature_size", "vocab_size", "num_layers", "max_context")
+        _check_sizes(self)
         if not self.taps:
             raise ManifestError("target.taps is empty: export the target again, a drafter needs a feature output")
 
@@ -111,10 +113,7 @@ class DrafterFacts:
             raise ManifestError(
                 f"drafter.target_size {self.target_size} without feature_layers: export the drafter again"
             )
-        _check_sizes(
-            self, "blocks", "hidden_size", "feature_size", "target_vocab_size", "draft_vocab_size",
-            "num_kv_heads", "head_size", "top_k", "tree_slots", "max_context",
-        )  # fmt: skip
+        _check_sizes(self)
 
 
 @dataclass(frozen=True)
@@ -180,22 +179,16 @@ def parse_manifest(raw: object) -> Manifest:
             f"format_version {version!r:.60} is not {FORMAT_VERSION}: "
             "export the pair again with this version of Dovetail, or install the one that wrote it"
         )
-    _check_keys(Manifest, data, "")
-    entries = _mapping(data["files"], "files")
     try:
-        tree = parse_record(TreeLimits, data["tree"], "tree")
-    except InputError as err:
+        manifest = parse_record(Manifest, data, "")
+    except InputError as err:  # from TreeLimits
         raise ManifestError(str(err)) from None
-    for name, value in asdict(tree).items():
+    for name, value in asdict(manifest.tree).items():
         check_whole(f"tree.{name}", value, ManifestError, _AGAIN, least=0, most=TREE_MOST)
-    return Manifest(
-        name=_value(str, data["name"], "name"),
-        target=parse_record(TargetFacts, data["target"], "target"),
-        drafter=None if data["drafter"] is None else parse_record(DrafterFacts, data["drafter"], "drafter"),
-        files={name: parse_record(FileEntry, entry, f"files[{name}]") for name, entry in entries.items()},
-        tree=tree,
-        provenance=_provenance(data["provenance"]),
-    )
+    for name, stage in _mapping(manifest.provenance.get("stages", {}), "provenance.stages").items():
+        for key in ("inputs", "facts"):  # from which an export goes on
+            _mapping(_mapping(stage, f"stage {name}").get(key, {}), f"{key} of stage {name}")
+    return manifest
 
 
 def write_manifest(pair: Path, manifest: Manifest) -> None:
@@ -210,9 +203,12 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
 
 
-def _check_sizes(record: object, *names: str) -> None:
-    for name in names:
-        check_whole(f"{type(record).__name__}.{name}", getattr(record, name), ManifestError, _AGAIN)
+def _check_sizes(record: TargetFacts | DrafterFacts) -> None:
+    """Check the whole numbers that every manifest has: they are sizes, and LARGEST has their bounds."""
+    hints = get_type_hints(type(record))
+    for each in fields(record):
+        if hints[each.name] is int and not each.metadata:
+            check_whole(f"{type(record).__name__}.{each.name}", getattr(record, each.name), ManifestError, _AGAIN)
 
 
 def _mapping(raw: object, where: str) -> Mapping[str, Any]:
@@ -221,47 +217,44 @@ def _mapping(raw: object, where: str) -> Mapping[str, Any]:
     return raw
 
 
-def _provenance(raw: object) -> dict[str, Any]:
-    """Return any object. Only its `stages` are checked, from which an export goes on."""
-    provenance = _mapping(raw, "provenance")
-    for name, stage in _mapping(provenance.get("stages", {}), "provenance.stages").items():
-        for key in ("inputs", "facts"):
-            _mapping(_mapping(stage, f"stage {name}").get(key, {}), f"{key} of stage {name}")
-    return dict(provenance)
-
-
 _RETIRED: dict[type, set[str]] = {DrafterFacts: {"fusion"}}  # keys of older manifests, which nothing reads
 
 
-def _check_keys(record: type, data: Mapping[str, Any], where: str) -> None:
-    known = {f.name: f for f in fields(record)}
-    for key in data:
-        if key not in known and key not in _RETIRED.get(record, ()):
-            raise ManifestError(f"unknown key {where + key!r}: remove it, or use the Dovetail that wrote it")
-    for name, entry in known.items():
-        if name not in data and not entry.metadata.get("may_be_missing"):
-            raise ManifestError(f"key {where + name!r} is missing: export the pair again")
-
-
-def parse_record(record: type[Record], raw: object, where: str) -> Record:
+def parse_record(record: type[Record], raw: object, where: str, remedy: str = _AGAIN) -> Record:
     """Return a dataclass from JSON. Raises ManifestError for another key or type."""
     data = _mapping(raw, where)
-    _check_keys(record, data, f"{where}.")
+    prefix = f"{where}." if where else ""
+    known = {f.name: f for f in fields(record)}  # type: ignore[arg-type]  # a dataclass, always
+    for key in data:
+        if key not in known and key not in _RETIRED.get(record, ()):
+            raise ManifestError(f"unknown key {prefix + key!r}: remove it, or use the Dovetail that wrote it")
+    for name, entry in known.items():
+        if name not in data and not entry.metadata.get("may_be_missing"):
+            raise ManifestError(f"key {prefix + name!r} is missing: {remedy}")
     hints = get_type_hints(record)
-    return record(**{key: _value(hints[key], data[key], f"{where}.{key}") for key in hints if key in data})
+    return record(**{key: _value(hints[key], data[key], prefix + key, remedy) for key in known if key in data})
 
 
-def _value(hint: Any, raw: object, where: str) -> Any:
-    """Return `raw` as `hint`: str, int, bool, tuple[item, ...] or dict[str, item]."""
+def _value(hint: Any, raw: object, where: str, remedy: str) -> Any:
+    """Return `raw` as `hint`: a number, text or record, a tuple or dict of these, or None."""
     origin, args = get_origin(hint), get_args(hint)
-    if origin is tuple and isinstance(raw, list):
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
-    if origin is dict and isinstance(raw, dict):
-        return {key: _value(args[1], item, f"{where}[{key}]") for key, item in raw.items()}
-    if origin is None and isinstance(raw, hint) and isinstance(raw, bool) == (hint is bool):
-        if isinstance(raw, str) and "\0" in raw:
-            raise ManifestError(f"{where} {raw!r:.80} holds a NUL: {_AGAIN}")
+    if hint is Any:
         return raw
-    kinds = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list", dict: "an object"}
-    expected = kinds[origin or hint]
-    raise ManifestError(f"{where} is {raw!r:.80}, not {expected}: export the pair again")
+    if isinstance(hint, type) and is_dataclass(hint):
+        return parse_record(hint, raw, where, remedy)
+    if origin is UnionType:  # with None
+        return None if raw is None else _value(args[0], raw, where, remedy)
+    if origin is tuple and isinstance(raw, list):
+        return tuple(_value(args[0], item, f"{where}[{i}]", remedy) for i, item in enumerate(raw))
+    if origin in (dict, Mapping) and isinstance(raw, dict):
+        return {key: _value(args[1], item, f"{where}[{key}]", remedy) for key, item in raw.items()}
+    if hint is float and isinstance(raw, int | float) and not isinstance(raw, bool) and abs(raw) <= FLOAT_MOST:
+        return float(raw)
+    if hint in (str, int, bool) and type(raw) is hint:
+        if isinstance(raw, str) and "\0" in raw:
+            raise ManifestError(f"{where} {raw!r:.80} holds a NUL: {remedy}")
+        return raw
+    kinds = {
+        str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", tuple: "a list",
+    }  # fmt: skip
+    raise ManifestError(f"{where} is {raw!r:.80}, not {kinds.get(origin or hint, 'an object')}: {remedy}")

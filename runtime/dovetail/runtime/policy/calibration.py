@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from dovetail.runtime.errors import InputError, PairError
 from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.layout import CALIBRATION_NAME, DRAFTER, DRAFTER_CALIBRATION
-from dovetail.runtime.pair.manifest import Manifest
+from dovetail.runtime.pair.manifest import Manifest, parse_record
 from dovetail.runtime.system.files import read_json
 
 _REMEDY = "train the drafter again, or remove the file"
-_MOST = 1e300
 # `logit_of` clips log-probabilities to this range. Those of float32 end near -6e-8 and -104.
 _HIGHEST, _LOWEST = -1e-7, -60.0
 
@@ -43,16 +42,11 @@ class DepthCalibration:
     observed: tuple[float, ...]  # [B], share that was the target's token, 0 for an empty bin
 
     def __post_init__(self) -> None:
-        for name in ("scale", "shift", "error_before", "error_after"):
-            _check_number(name, getattr(self, name))
-        for name in ("edges", "counts", "mean_q", "observed"):
-            for value in _check_list(name, getattr(self, name)):
-                _check_number(name, value)
-        _check_count("candidates", self.candidates)
-        for count in self.counts:
-            _check_count("counts", count)
-        if self.scale < 0:
-            raise PairError(f"scale {self.scale} is out of range: give 0 or more")
+        if not (0 <= self.scale < inf and isfinite(self.shift)):
+            raise PairError(f"scale {self.scale} or shift {self.shift} is out of range: give finite ones, scale from 0")
+        for name, counts in (("candidates", [self.candidates]), ("counts", self.counts)):
+            if any(count < 0 for count in counts):
+                raise PairError(f"{name} {[*counts]} is out of range: give 0 or more")
         bins = len(self.edges) - 1
         if bins < 1 or not bins == len(self.counts) == len(self.mean_q) == len(self.observed):
             raise PairError(f"edges of {bins} bins do not match counts, mean_q and observed: give as many of each")
@@ -68,8 +62,9 @@ class Calibration:
     depths: tuple[DepthCalibration, ...]
 
     def __post_init__(self) -> None:
-        _check_count("top_k", self.top_k)
-        if not _check_list("depths", self.depths):
+        if self.top_k < 0:
+            raise PairError(f"top_k {self.top_k} is out of range: give 0 or more")
+        if not self.depths:
             raise PairError("depths is empty: give one record or more")
 
     def apply(self, depth: int, logprobs: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
@@ -101,7 +96,7 @@ class Calibration:
         except FileNotFoundError:
             return None
         try:
-            return parse_calibration(raw)
+            return parse_record(cls, raw, "", _REMEDY)
         except PairError as err:
             raise PairError(f"{path}: {err}") from None
 
@@ -111,43 +106,7 @@ def pair_calibration(folder: Path, manifest: Manifest) -> Calibration | None:
     return Calibration.load(folder / DRAFTER) if DRAFTER_CALIBRATION in manifest.files else None
 
 
-def parse_calibration(raw: object) -> Calibration:
-    """Return a Calibration from decoded JSON. Raises PairError, which names the key."""
-    data = _keys(Calibration, raw, "the calibration")
-    depths = []
-    for number, entry in enumerate(_check_list("depths", data["depths"]), 1):
-        values = _keys(DepthCalibration, entry, f"depth {number}")
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        depths.append(DepthCalibration(**{**values, **lists}))
-    return Calibration(data["top_k"], tuple(depths))
-
-
 def logit_of(logprobs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return log(q / (1 - q)) of log-probabilities, always finite."""
     within = np.clip(np.asarray(logprobs, np.float64), _LOWEST, _HIGHEST)
     return within - np.log(-np.expm1(within))
-
-
-def _keys(record: type, raw: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(raw, dict):
-        raise PairError(f"{where} is a {type(raw).__name__}, not an object: {_REMEDY}")
-    names = {field.name for field in fields(record)}
-    for key in sorted(raw.keys() ^ names):
-        raise PairError(f"{where} has {'no' if key in names else 'the unknown'} key {key!r}: {_REMEDY}")
-    return raw
-
-
-def _check_list(name: str, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise PairError(f"{name} is {value!r:.60}, not a list: {_REMEDY}")
-    return tuple(value)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST:
-        raise PairError(f"{name} is {value!r:.60}, not a finite number: {_REMEDY}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PairError(f"{name} is {value!r:.60}, not a whole number of 0 or more: {_REMEDY}")

@@ -8,8 +8,9 @@ order of the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import isfinite
 from typing import Any
@@ -31,7 +32,6 @@ class Curve:
     contexts: tuple[int, ...]  # [C] tokens before the pass
     rows: tuple[int, ...]  # [R] new tokens or nodes in the pass, from 1
     ms: tuple[tuple[float, ...], ...]  # [C][R], rising along both axes
-    _known: dict[tuple[int, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, values, least in (("contexts", self.contexts, 0), ("rows", self.rows, 1)):
@@ -64,6 +64,11 @@ class Curve:
             known = self._known[step, rows] = _line(self.rows, line, rows)
         return known
 
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], float]:
+        """The predictions so far: (context step, rows) -> ms."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -81,24 +86,6 @@ class Costs:
     def call_ms(self, context: int, rows: int) -> float:
         """Return the ms of a call of the drafter; 0 without a drafter."""
         return self.draft.at(context, rows) if self.draft else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        curves = {
-            name: {"contexts": list(curve.contexts), "rows": list(curve.rows), "ms": [list(line) for line in curve.ms]}
-            for name, curve in (("target", self.target), ("draft", self.draft), ("path", self.path))
-            if curve
-        }
-        return {"draft": None, **curves, "switch_ms": self.switch_ms}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Costs:
-        """Return Costs from decoded JSON. Raises InputError, KeyError or TypeError."""
-
-        def curve(raw: Mapping[str, Any]) -> Curve:
-            return Curve(tuple(raw["contexts"]), tuple(raw["rows"]), tuple(tuple(line) for line in raw["ms"]))
-
-        draft = None if raw["draft"] is None else curve(raw["draft"])
-        return cls(curve(raw["target"]), draft, curve(raw["path"]), float(raw["switch_ms"]))
 
 
 def isotonic(values: Sequence[float] | Floats) -> Floats:

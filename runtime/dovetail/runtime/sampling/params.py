@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dovetail.runtime.errors import InputError
-
-_SEED_LIMIT = 2**63
+from dovetail.runtime.system.bounds import SEED_MOST, TOKEN_MOST, check_whole
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, lambda t: t >= 0, "0 (greedy) or more, e.g. 0.7")
-        _check_whole("top_k", self.top_k, None, "0 (off) or more, e.g. 40")
+        check_whole("top_k", self.top_k, InputError, "give 0 (off) or more, e.g. 40", least=0, most=TOKEN_MOST)
         _check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "more than 0 and at most 1 (off), e.g. 0.95")
         _check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 (off) to 1, e.g. 0.05")
         _check_number("repetition_penalty", self.repetition_penalty, lambda r: r > 0, "more than 0; 1 is off, e.g. 1.1")
         if self.seed is not None:
-            _check_whole("seed", self.seed, _SEED_LIMIT, "from 0 to 2**63 - 1, or None for a random one")
+            check_whole("seed", self.seed, InputError, "give another; None is random", least=0, most=SEED_MOST)
 
     @property
     def greedy(self) -> bool:
@@ -46,9 +45,3 @@ class SamplingParams:
 def _check_number(name: str, value: float, fits: Callable[[float], bool], remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
         raise InputError(f"{name} {value!r} is out of range: give {remedy}")
-
-
-def _check_whole(name: str, value: int, limit: int | None, remedy: str) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < 0 or (limit is not None and value >= limit):
-        raise InputError(f"{name} {value!r} is out of range: give a whole number {remedy}")

@@ -44,3 +44,11 @@ def check_number(name: str, value: object, failure: type[Exception], remedy: str
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= most:  # type: ignore[operator]  # a number by now
         raise failure(f"{name} {value!r:.60} is out of range, not a number above 0 and at most {most:g}: {remedy}")
+
+
+def check_token_ids(name: str, value: object, failure: type[Exception], remedy: str) -> tuple[int, ...]:
+    """Return token ids from one id, from a list or from null. Raises `failure`."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        check_whole(name, token, failure, remedy, least=0, most=TOKEN_MOST)
+    return tuple(ids)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -128,10 +129,9 @@ def memory_bandwidth() -> float:
 
 def peak_rss_mb() -> float:
     """Return the most memory that this process has held so far, in MiB, mapped weights included."""
-    if STATUS.exists():
-        rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
-        if "VmHWM" in rows:
-            return round(int(rows["VmHWM"].split()[0]) / 1024, 1)
+    for line in _lines(STATUS):
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 1024, 1)
     import resource  # Windows has no such module
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
@@ -140,12 +140,15 @@ def peak_rss_mb() -> float:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages of PACKAGES."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
+    return {"python": platform.python_version(), **package_versions(*PACKAGES)}
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of the installed packages among `packages`, without an import."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -235,9 +238,7 @@ def _allowed_cpus() -> list[int]:
 
 
 def _cpu_entries(cpuinfo: Path) -> Iterator[dict[str, str]]:
-    if not cpuinfo.exists():
-        return
-    for block in cpuinfo.read_text().split("\n\n"):
+    for block in "\n".join(_lines(cpuinfo)).split("\n\n"):
         rows = [line.partition(":") for line in block.splitlines() if ":" in line]
         if rows:
             yield {key.strip(): value.strip() for key, _, value in rows}

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
-from types import TracebackType
 from typing import Self
 
 _MAPS = Path("/proc/self/maps")  # Linux only; elsewhere no page is released
@@ -66,9 +65,7 @@ class LookupMapping:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         try:
             self._own = {*_unwritten(self._file)} - self._own
         finally:

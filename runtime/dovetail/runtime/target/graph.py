@@ -21,7 +21,6 @@ LOGITS = "logits"
 SAMPLED = "sampled_tokens_indices"
 PATH_ROWS = "path_rows"
 NODE_ROWS = "node_rows"
-RT_INFO_TAP = ["dovetail", "tap"]
 # Operations between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
 _AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
 
@@ -60,7 +59,6 @@ def add_tap(model: ov.Model) -> str:
         tap = ops.convert(feature, "f32")
         tap.output(0).get_tensor().set_names({FEATURES})
         model.add_results([ops.result(tap)])
-        model.set_rt_info(name, RT_INFO_TAP)
     return name
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -267,10 +268,12 @@ class PagedModel:
         for name, array in inputs.items():
             self._give(name, array)
         try:
-            self._infer()
+            with releasing_pages(self._unpacked) if self._unpacked else nullcontext():
+                self.request.infer(share_outputs=True)  # outputs are read in place
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(f"the target failed on the CPU: {reason}: open the engine again") from error
+        self._unpacked = None
         self._embedding.add(len(batch.tokens))
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
@@ -290,12 +293,3 @@ class PagedModel:
         else:
             held[...] = array
         self._inputs[name] = held
-
-    def _infer(self) -> None:
-        """Run the request. `share_outputs` avoids a copy: outputs are read in place."""
-        if self._unpacked is None:
-            self.request.infer(share_outputs=True)
-            return
-        with releasing_pages(self._unpacked):
-            self.request.infer(share_outputs=True)
-        self._unpacked = None

@@ -19,7 +19,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 
 from dovetail.runtime.errors import InputError, one_line
-from dovetail.runtime.text.encoding import Message
+from dovetail.runtime.text.encoding import Message, check_messages
 from dovetail.runtime.text.template_limits import LimitedEnvironment, TemplateLimit
 
 # Exceptions from an expression in a template that expects messages of another shape.
@@ -95,38 +95,6 @@ class ChatTemplate:
             raise InputError(
                 f"the chat template refuses these messages ({one_line(error)}): use other roles or contents"
             ) from error
-
-
-def check_messages(messages: object) -> None:
-    """Raise InputError unless each message has a role, and a content or tool calls.
-
-    A template renders a missing content as nothing, without an error.
-    """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")
-    if not messages:
-        raise InputError("messages is empty: pass at least one {'role': ..., 'content': ...}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {index} is a {type(message).__name__}: pass {{'role': ..., 'content': ...}}")
-        if not isinstance(message.get("role"), str):
-            raise InputError(f"message {index} has no role: add 'role': 'user', 'assistant' or 'system'")
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            raise InputError(f"message {index} (role {message['role']!r}) has no content: add 'content'")
-        if not isinstance(content, str | list | tuple | None):
-            raise InputError(f"message {index} has a content of type {type(content).__name__}: pass a string")
-        if isinstance(content, list | tuple):
-            _check_parts(index, content)
-
-
-def _check_parts(index: int, parts: Sequence[object]) -> None:
-    for part in parts:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text":
-            raise InputError(f"message {index} has a part of type {kind!r}: pass text parts only")
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            raise InputError(f"message {index} has a part without text: pass {{'type': 'text', 'text': ...}}")
 
 
 class _Generation(jinja2.ext.Extension):

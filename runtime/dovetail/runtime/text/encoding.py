@@ -53,7 +53,7 @@ def encode_prompt(
         raise InputError("raw=True takes the prompt as it is: give a string or token ids, not messages")
     if not templated:
         raise InputError("this target has no chat template: give the prompt as a string, not as messages")
-    return tokenizer.encode_chat(_check_messages(prompt), parse_special=parse_special, **options)
+    return tokenizer.encode_chat(check_messages(prompt), parse_special=parse_special, **options)
 
 
 def _check_ids(tokenizer: TextTokenizer, prompt: Sequence[Any]) -> list[int]:
@@ -81,12 +81,34 @@ def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return options
 
 
-def _check_messages(messages: object) -> Sequence[Message]:
-    if not isinstance(messages, Sequence) or isinstance(messages, bytes) or not messages:
-        raise InputError(f"prompt {messages!r:.60} cannot be used: give a string, or a list of messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
-            raise InputError(
-                f'message {message!r:.60} lacks role or content: give {{"role": "user", "content": "..."}}'
-            )
+def check_messages(messages: object) -> Sequence[Message]:
+    """Return `messages`. Raises InputError unless each has a role, and a content or tool calls.
+
+    A template renders a missing content as nothing, without an error.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(f"messages is a {type(messages).__name__}: pass a list of {{'role': ..., 'content': ...}}")
+    if not messages:
+        raise InputError("messages is empty: pass at least one {'role': ..., 'content': ...}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {index} is a {type(message).__name__}: pass {{'role': ..., 'content': ...}}")
+        if not isinstance(message.get("role"), str):
+            raise InputError(f"message {index} has no role: add 'role': 'user', 'assistant' or 'system'")
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            raise InputError(f"message {index} (role {message['role']!r}) has no content: add 'content'")
+        if not isinstance(content, str | list | tuple | None):
+            raise InputError(f"message {index} has a content of type {type(content).__name__}: pass a string")
+        if isinstance(content, list | tuple):
+            _check_parts(index, content)
     return messages
+
+
+def _check_parts(index: int, parts: Sequence[object]) -> None:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise InputError(f"message {index} has a part of type {kind!r}: pass text parts only")
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise InputError(f"message {index} has a part without text: pass {{'type': 'text', 'text': ...}}")

@@ -1,4 +1,4 @@
-"""Read benchmark prompts from a JSONL file: rows with `prompt`, or `turns` as in spec_bench."""
+"""Read prompts: text files, and JSONL rows with `prompt`, or `turns` as in spec_bench."""
 
 from __future__ import annotations
 
@@ -21,16 +21,27 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptTurns]:
     """Return the first `limit` rows of `path`. Raises InputError, which names file and line."""
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit} is out of range: give 1 or more")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
-    except OSError as err:
-        raise InputError(f"{path} cannot be read ({err.strerror}): name a JSONL file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: name a JSONL file") from None
+    lines = read_text(path, "a JSONL file").split("\n")  # splitlines would also split at U+2028
     rows = [parse_row(line, f"{path} line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise InputError(f"{path} holds no prompt: give one JSON object a line, with `prompt` or `turns`")
     return rows[:limit]
+
+
+def read_text(path: Path, kind: str) -> str:
+    """Return the text of `path`, as `decoded` reads it. kind: of the file. Raises InputError."""
+    try:
+        return decoded(path.read_bytes())
+    except OSError as err:
+        raise InputError(f"{path} cannot be read ({err.strerror}): name {kind}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: name {kind}") from None
+
+
+def decoded(content: bytes) -> str:
+    """Return UTF-8 text without byte order mark and final line break; line breaks become \\n."""
+    text = content.decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def parse_row(line: str, where: str, number: int) -> PromptTurns:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dovetail.runtime.errors import InputError, IntegrityError, MismatchError, one_line
+from dovetail.runtime.errors import InputError, IntegrityError, one_line
 from dovetail.runtime.pair.layout import TOKENIZER
-from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
+from dovetail.runtime.system.bounds import check_token_ids
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
 from dovetail.runtime.text.encoding import Message
@@ -36,6 +36,18 @@ _END_OF_TURN = (
     "<\uff5cend▁of▁sentence\uff5c>",
 )  # fmt: skip
 
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_OTHERS = sorted({*range(256)} - _PRINTABLE)
+# The characters by which byte-level tokenizers name bytes. Source: bytes_to_unicode of GPT-2.
+_BYTES = {chr(byte if byte in _PRINTABLE else 256 + _OTHERS.index(byte)): byte for byte in range(256)}
+
+
+class Spelling(NamedTuple):
+    """What a token stands for."""
+
+    text: bytes  # of a special token its name
+    special: bool
+
 
 class Tokenizer:
     """A target's tokenizer: encode, decode, chat template, end-of-sequence ids."""
@@ -52,7 +64,6 @@ class Tokenizer:
         self._backend = _parse_backend(tokenizer_json)
         self._digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._template_source = chat_template
-        self._template: ChatTemplate | None = None
         self.special_tokens = dict(special_tokens or {})  # {"eos_token": "<|im_end|>", ...}
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
@@ -66,10 +77,9 @@ class Tokenizer:
         file = folder / TOKENIZER
         try:
             content = read_bytes(file, TOKENIZER_BYTES)
-        except OSError as error:
-            raise IntegrityError(f"{file} cannot be read ({error.strerror}): export the target again") from error
-        except ValueError as error:
-            raise IntegrityError(f"{file} cannot be read ({error}): export the target again") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise IntegrityError(f"{file} cannot be read ({reason}): {_AGAIN}") from error
         config = read_object(folder / "tokenizer_config.json", IntegrityError, _AGAIN)
         try:
             return cls(
@@ -86,16 +96,31 @@ class Tokenizer:
         """Number of tokens, added tokens included. The target's logits may have padding."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def check_same_ids(self, other: Tokenizer) -> None:
-        """Raise MismatchError unless every id of `other` that this vocabulary has too is the same token."""
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Return whether every id of `other` that this vocabulary has too is the same token."""
         ours, theirs = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
         named = {number: token for token, number in ours.items()}
-        for token, number in sorted(theirs.items(), key=lambda item: item[1]):
-            if named.get(number, token) != token or ours.get(token, number) != number:
-                raise MismatchError(
-                    f"the draft model's token {number} is {token!r}, the target's {named.get(number)!r}: give a model "
-                    "with the target's tokenizer"
-                )
+        return all(
+            named.get(number, token) == token and ours.get(token, number) == number for token, number in theirs.items()
+        )
+
+    def spellings(self) -> dict[int, Spelling]:
+        """Return the exact bytes of each token id."""
+        added = {entry.content for entry in self._backend.get_added_tokens_decoder().values()}
+        space = self._backend.token_to_id("\u0120")
+        byte_level = space is not None and self._backend.decode([space], skip_special_tokens=False) == " "
+        found = {}
+        for token, number in self._backend.get_vocab(with_added_tokens=True).items():
+            if number in self._bytes:
+                text = bytes([self._bytes[number]])
+            elif token in added:
+                text = token.encode()
+            elif byte_level and _BYTES.keys() >= set(token):
+                text = bytes(_BYTES[character] for character in token)
+            else:
+                text = token.replace("\u2581", " ").encode()  # SentencePiece's mark of a space
+            found[number] = Spelling(text, number in self._special_ids)
+        return found
 
     @property
     def has_chat_template(self) -> bool:
@@ -147,19 +172,18 @@ class Tokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
         """Return the prompt text of a conversation. kwargs: for the template. Raises InputError."""
-        if self._template_source is None:
-            raise InputError("this target has no chat template: pass a plain string with raw=True")
-        if self._template is None:
-            from dovetail.runtime.text.chat_template import ChatTemplate
-
-            self._template = ChatTemplate(self._template_source, self.special_tokens)
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(
-            decode=lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens),
-            is_hidden=lambda token: self._is_hidden(token, skip_special_tokens),
-        )
+    def detokenizer(self) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.decode, lambda token: self._is_hidden(token, skip_special_tokens=True))
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from dovetail.runtime.text.chat_template import ChatTemplate
+
+        if self._template_source is None:
+            raise InputError("this target has no chat template: pass a plain string with raw=True")
+        return ChatTemplate(self._template_source, self.special_tokens)
 
     @cached_property
     def _plain(self) -> PlainText:
@@ -220,10 +244,8 @@ def _parse_backend(tokenizer_json: bytes) -> Any:
     check_rules(text)
     try:
         backend = Backend.from_str(text)
-    except Exception as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
-        raise ValueError(str(error)) from error
-    except BaseException as error:
-        if not _is_panic(error):
+    except BaseException as error:  # `tokenizers` raises a bare Exception for everything that it cannot parse
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise ValueError(str(error)) from error
     backend.no_truncation()  # a saved training setting must not cut or pad prompts
@@ -270,8 +292,5 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
         config = read_object(folder / name, IntegrityError, _AGAIN)
         inner = config.get("text_config")
         for value in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            for token in ids:
-                check_whole(f"{folder / name}: eos_token_id", token, IntegrityError, _AGAIN, least=0, most=TOKEN_MOST)
-            found += ids
+            found += check_token_ids(f"{folder / name}: eos_token_id", value, IntegrityError, _AGAIN)
     return tuple(dict.fromkeys(found))

@@ -84,7 +84,7 @@ def grow_tree(
         if not frontier or (judge and not judge.pays(depth, [growth.logprobs[node] for node in frontier])):
             break
         frontier = add(frontier, expand(growth.level(frontier, depth)), depth + 1)
-    return growth.tree()
+    return best_tree(growth.tokens, growth.parents, growth.logprobs, limits.width - 1)
 
 
 class _Growth:
@@ -95,7 +95,7 @@ class _Growth:
 
     def __init__(self, root_token: int, limits: TreeLimits, slots: int, breadth: int) -> None:
         self.limits, self.slots, self.breadth = limits, slots, breadth
-        self.budget = limits.width - 1
+        self.budget = limits.width - 1  # nodes of the tree besides the root
         self.tokens, self.parents, self.logprobs = [root_token], [-1], [0.0]
         self.best: list[float] = []  # min-heap of the `budget` best log-probabilities
         self.rows: dict[int, int] = {0: 0}  # expanded node -> draft row
@@ -142,6 +142,3 @@ class _Growth:
             tokens=np.array([self.tokens[node] for node in nodes], np.int64),
             attend=attend,
         )
-
-    def tree(self) -> DraftTree:
-        return best_tree(self.tokens, self.parents, self.logprobs, self.budget)

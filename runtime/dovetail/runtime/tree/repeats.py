@@ -3,14 +3,18 @@
 A drafter of one block cannot copy. Models that quote their prompt or repeat themselves do copy. The
 paths need no pass of an engine. Their probabilities come from how often repeats were right in this
 conversation, so text without repetition loses nothing. Source: prompt lookup decoding (A. Saxena,
-2023), here as branches of the tree instead of the whole draft.
+2023), here as branches of the tree instead of the whole draft. Earlier texts may be searched too:
+suffix decoding (2411.04975), here with runs of a few lengths instead of a suffix tree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.system.bounds import check_whole
 
 SIZES = (16, 8, 4, 3, 2, 1)  # lengths of the run of tokens that must have occurred before, longest first
 
@@ -26,6 +30,9 @@ PRIOR = {
     (3, 1): (0.09, 0.75), (2, 1): (0.1, 0.7), (1, 1): (0.07, 0.67),
 }  # fmt: skip
 PRIOR_TRIES = 4.0
+LOOKUP_CACHE_MOST = 10**6  # tokens, which take about 1 GB
+
+Run = tuple[int, ...]  # as many tokens as one of SIZES
 
 
 @dataclass(frozen=True)
@@ -38,28 +45,69 @@ class Repeat:
 
 
 @dataclass
+class EarlierTexts:
+    """The newest texts that an engine has left, and the last two places of each run in them."""
+
+    capacity: int  # tokens of all texts; 0 keeps none
+    _texts: dict[int, list[int]] = field(default_factory=dict)  # number -> tokens, the oldest text first
+    _ends: dict[Run, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # run -> numbers and ends, newest first
+    _opened: int = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Keep a text. The oldest texts go until all fit; a text that is too long loses its beginning."""
+        text = list(tokens[-self.capacity :]) if self.capacity else []
+        while self._texts and sum(map(len, self._texts.values())) + len(text) > self.capacity:
+            self._drop(next(iter(self._texts)))
+        if len(text) > 1:
+            self._opened += 1
+            self._texts[self._opened] = text
+            for end in range(1, len(text)):
+                for run in _runs(text, end):
+                    self._ends[run] = ((self._opened, end), *self._ends.get(run, ())[:1])
+
+    def after(self, run: Run, count: int) -> list[Run]:
+        """Return the tokens, at most `count`, that followed the last two occurrences of `run`, newest first."""
+        return [tuple(self._texts[number][end : end + count]) for number, end in self._ends.get(run, ())]
+
+    def _drop(self, number: int) -> None:
+        """Forget a text. An interrupt leaves the text, and some of its runs unknown."""
+        text = self._texts[number]
+        for end in range(1, len(text)):
+            for run in _runs(text, end):
+                if kept := tuple(place for place in self._ends.get(run, ()) if place[0] != number):
+                    self._ends[run] = kept
+                else:
+                    self._ends.pop(run, None)
+        del self._texts[number]
+
+
+@dataclass
 class RepeatIndex:
     """The last places of short runs of tokens in a conversation, and counts of right repeats."""
 
     _tokens: list[int] = field(default_factory=list)
-    _ends: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)  # run -> ends of its last two
+    _ends: dict[Run, tuple[int, ...]] = field(default_factory=dict)  # run -> ends of its last two
     _indexed: int = 0  # runs that end at or before this index are indexed
     _tallies: dict[tuple[int, int], list[list[float]]] = field(default_factory=dict)  # kind -> 2 x [hits, tries]
 
-    def find(self, tokens: Sequence[int], count: int) -> list[Repeat]:
+    def find(self, tokens: Sequence[int], count: int, earlier: EarlierTexts | None = None) -> list[Repeat]:
         """Return paths of `count` tokens that may follow `tokens`.
 
-        Paths after the longest run come first. No two paths begin with the same token.
+        Paths after the longest run come first. No two paths begin with the same token. Paths from
+        `earlier` texts are found where the run is longer than any in `tokens`, and may be shorter.
         """
         self._follow(tokens)
         found: dict[int, Repeat] = {}
         for size in SIZES:
-            ends = self._ends.get(tuple(self._tokens[-size:]), ()) if len(self._tokens) > size else ()
-            for end in ends:
-                first = self._tokens[end]
-                if first not in found:
+            if len(run := tuple(self._tokens[-size:])) < size:
+                continue
+            paths = [self._copy(end, count) for end in self._ends.get(run, ())]
+            if earlier and not paths and not found:  # own text first
+                paths = earlier.after(run, count)
+            for path in paths:
+                if path[0] not in found:
                     kind = size, min(len(found), 1)
-                    found[first] = Repeat(self._copy(end, count), self._logprobs(kind, count), kind)
+                    found[path[0]] = Repeat(path, self._logprobs(kind, len(path)), kind)
         return list(found.values())
 
     def learn(self, repeat: Repeat, truth: Sequence[int]) -> None:
@@ -80,10 +128,8 @@ class RepeatIndex:
         self._tokens += tokens[known:]
         # `find` looks for the run at the very end: a run is indexed only once a token follows.
         for end in range(self._indexed + 1, len(self._tokens)):
-            for size in SIZES:
-                if end >= size:
-                    run = tuple(self._tokens[end - size : end])
-                    self._ends[run] = (end, *self._ends.get(run, ())[:1])
+            for run in _runs(self._tokens, end):
+                self._ends[run] = (end, *self._ends.get(run, ())[:1])
         self._indexed = max(self._indexed, len(self._tokens) - 1)
 
     def _copy(self, start: int, count: int) -> tuple[int, ...]:
@@ -99,3 +145,15 @@ class RepeatIndex:
 
     def _tally(self, kind: tuple[int, int]) -> list[list[float]]:
         return self._tallies.setdefault(kind, [[rate * PRIOR_TRIES, PRIOR_TRIES] for rate in PRIOR[kind]])
+
+
+def _runs(tokens: list[int], end: int) -> Iterator[Run]:
+    """Yield the runs that end before index `end`."""
+    for size in SIZES:
+        if end >= size:
+            yield tuple(tokens[end - size : end])
+
+
+def check_lookup_cache(tokens: int) -> None:
+    """Raise InputError unless `tokens` is a capacity of EarlierTexts."""
+    check_whole("lookup_cache", tokens, InputError, "give tokens to keep, e.g. 50000", least=0, most=LOOKUP_CACHE_MOST)

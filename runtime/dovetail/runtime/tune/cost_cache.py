@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS
-from dovetail.runtime.pair.manifest import Manifest
+from dovetail.runtime.pair.manifest import Manifest, parse_record
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
 from dovetail.runtime.target.paged import REQUIRED, default_properties
@@ -92,12 +92,9 @@ class Measured:
     versions: Mapping[str, str] = field(default_factory=here.versions)
     rows_apart: float = 0.0  # largest difference in logits between rows that exact text needs equal, 0 if they are
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "costs": self.costs.as_dict()}
-
     def store(self) -> None:
         """Write the costs to the cache atomically, in place of older costs. Raises OSError."""
-        write_cache(self.key.file, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_cache(self.key.file, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -117,12 +114,10 @@ def recall_choice(manifest: Manifest, threads: int | None) -> Chosen | None:
     """Return the choice of `tune` for this target on this machine. None without a valid file."""
     try:
         raw = json.loads(_choice_file(manifest, threads).read_text(encoding="utf-8"))
-        properties = {str(name): str(value) for name, value in raw["properties"].items()}
-        if not {*properties} <= {*CHOOSABLE}:
-            return None
-        return Chosen(properties, float(raw["speedup"]), str(raw["date"]))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        chosen = parse_record(Chosen, raw, "choice")
+    except (OSError, ValueError, RecursionError, ManifestError):
         return None
+    return chosen if {*chosen.properties} <= {*CHOOSABLE} else None
 
 
 def chosen_properties(manifest: Manifest, threads: int | None) -> dict[str, str]:
@@ -172,10 +167,7 @@ def _choice_file(manifest: Manifest, threads: int | None) -> Path:
 def recall(key: CostKey) -> Measured | None:
     """Return the measured costs of `key`, or None without a valid file."""
     try:
-        raw = json.loads(key.file.read_text(encoding="utf-8"))
-        if raw["key"] != asdict(key):
-            return None
-        facts = (str(raw["date"]), dict(raw["machine"]), dict(raw["versions"]), float(raw["rows_apart"]))
-        return Measured(str(raw["pair"]), key, Costs.from_dict(raw["costs"]), float(raw["seconds"]), *facts)
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, InputError):
+        measured = parse_record(Measured, json.loads(key.file.read_text(encoding="utf-8")), "costs")
+    except (OSError, ValueError, RecursionError, ManifestError, InputError):
         return None
+    return measured if measured.key == key else None

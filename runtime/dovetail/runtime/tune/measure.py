@@ -31,7 +31,7 @@ from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.progress import Progress, silent
-from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.exactness import largest_difference
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
@@ -85,7 +85,7 @@ def known_or_measured(
 
 def rows_apart(target: OpenVINOTarget) -> float:
     """Return the largest difference in logits between rows that exact text needs equal."""
-    return differing_rows(target).largest if target.exact else 0.0
+    return largest_difference(target) if target.exact else 0.0
 
 
 def warn_of_rows(measured: Measured) -> None:

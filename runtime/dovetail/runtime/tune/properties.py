@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.progress import Progress, silent
-from dovetail.runtime.target.exactness import differing_rows
+from dovetail.runtime.target.exactness import largest_difference
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import default_properties
 from dovetail.runtime.target.session import opened
@@ -101,7 +101,7 @@ def compare(
             candidate = open_with(one)
             same = float(np.mean(best_tokens(candidate, prompt, text) == best))
             exact = OpenVINOTarget(candidate.model, candidate.max_context)  # computes no row alone
-            equal = differing_rows(exact).rows == 0
+            equal = largest_difference(exact) == 0
             ratios = _time(base, candidate, until, lambda part: progress("comparing", done + part, len(tried)))
         except DeviceError as error:
             return Compared(one.name, one.value, problem=one_line(error))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dovetail.exporter.target.gguf.config import gguf_config
-from dovetail.exporter.target.gguf.header import read_header
+from dovetail.exporter.target.gguf.header import read_header, read_model
 from dovetail.runtime.errors import SourceError
 
 U32, F32, TEXT, ARRAY, U64 = 4, 6, 8, 9, 10
@@ -95,7 +95,7 @@ def test_malformed_headers_are_refused_at_once(tmp_path: Path, pairs: list[tuple
     path = raw_gguf(tmp_path / "bad.gguf", *pairs)
     begun = time.monotonic()
     with pytest.raises(SourceError, match=r"bad\.gguf") as error:
-        gguf_config(path)
+        gguf_config(read_model(path))
     assert "\n" not in str(error.value)
     assert time.monotonic() - begun < 1
 
@@ -136,7 +136,7 @@ def test_facts_that_cannot_be_applied_are_named(tmp_path: Path, facts: dict[str,
     path = tiny_header(tmp_path / "bad.gguf", **facts)
     begun = time.monotonic()
     with pytest.raises(SourceError, match=named) as error:
-        gguf_config(path)
+        gguf_config(read_model(path))
     assert "\n" not in str(error.value) and "bad.gguf" in str(error.value)
     assert time.monotonic() - begun < 1
 
@@ -172,18 +172,18 @@ def test_facts_that_cannot_be_applied_are_named(tmp_path: Path, facts: dict[str,
     ],
 )
 def test_scaling_of_rope_is_applied(tmp_path: Path, facts: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert gguf_config(tiny_header(tmp_path / "m.gguf", **facts))["rope_parameters"] == expected
+    assert gguf_config(read_model(tiny_header(tmp_path / "m.gguf", **facts)))["rope_parameters"] == expected
 
 
 def test_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="'rwkv7' is none of llama, qwen2"):
-        gguf_config(tiny_header(tmp_path / "m.gguf", "rwkv7"))
+        gguf_config(read_model(tiny_header(tmp_path / "m.gguf", "rwkv7")))
 
 
 def test_layers_with_a_window_turn_by_a_base_of_their_own_in_gemma_3(tmp_path: Path) -> None:
     """llama.cpp has the base of 10,000 in its code, and scales the layers without a window alone."""
     facts = {"rope__freq_base": 1e6, "rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
-    config = gguf_config(tiny_header(tmp_path / "m.gguf", "gemma3", attention__sliding_window=16, **facts))
+    config = gguf_config(read_model(tiny_header(tmp_path / "m.gguf", "gemma3", attention__sliding_window=16, **facts)))
     rope = config["rope_parameters"]
     assert rope["full_attention"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
     assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dovetail.exporter.target.gguf.header import GgufHeader, read_model
+from dovetail.exporter.target.gguf.header import GgufHeader
 from dovetail.runtime.errors import SourceError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -96,16 +95,12 @@ _GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose att
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
-def gguf_config(source: Path | GgufHeader) -> dict[str, Any]:
-    """`config.json` of a GGUF file or of its header; reads no weights. Raises SourceError."""
-    header = source if isinstance(source, GgufHeader) else read_model(source)
+def gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """`config.json` of a GGUF model; reads no weights. Raises SourceError."""
     name = header.architecture
     architecture = _ARCHITECTURES.get(name)
     if architecture is None:
-        raise SourceError(
-            f"{header.path}: GGUF architecture {name!r} is none of {', '.join(_ARCHITECTURES)}: "
-            "use the checkpoint's Hub id or its folder instead"
-        )
+        raise header.error(f"GGUF architecture {name!r} is none of {', '.join(_ARCHITECTURES)}")
     facts = _Facts(header, name)
     heads = facts.size("attention.head_count")
     vocab_size, hidden_size = _table(header, facts)
@@ -172,8 +167,7 @@ class _Facts:
     }
 
     def __init__(self, header: GgufHeader, architecture: str):
-        prefix = architecture + "."
-        self._path, self._prefix = header.path, prefix
+        self._header, self._prefix = header, (prefix := architecture + ".")
         self._left = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
 
     def has(self, key: str) -> bool:
@@ -203,9 +197,7 @@ class _Facts:
         return float(value)
 
     def error(self, key: str, what: str) -> SourceError:
-        return SourceError(
-            f"{self._path}: {self._prefix}{key} {what}: use the checkpoint's Hub id or its folder instead"
-        )
+        return self._header.error(f"{self._prefix}{key} {what}")
 
     def finish(self) -> None:
         """Raise SourceError for the first key that nothing took and that changes the model."""
@@ -300,8 +292,5 @@ def _llama3_rope(header: GgufHeader, rope: Mapping[str, Any], turned: int) -> di
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     if rope["rope_type"] != "default" or factors.shape != expected.shape or not np.allclose(factors, expected, 1e-3):
-        raise SourceError(
-            f"{header.path}: {ROPE_FACTORS} is not Llama 3.1's scaling of RoPE: "
-            "use the checkpoint's Hub id or its folder instead"
-        )
+        raise header.error(f"{ROPE_FACTORS} is not Llama 3.1's scaling of RoPE")
     return scaling

@@ -66,6 +66,10 @@ class GgufHeader:
             raise SourceError(f"{self.path} names no architecture: give a language model")
         return name
 
+    def error(self, what: str) -> SourceError:
+        """Return the error for a model that Dovetail cannot take from this file."""
+        return SourceError(f"{self.path}: {what}: use the checkpoint's Hub id or its folder instead")
+
 
 def read_model(path: Path) -> GgufHeader:
     """The header of a whole model with all its parts; `path` is any part.

@@ -20,7 +20,6 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from dovetail.exporter.target.gguf.header import read_header
-from dovetail.runtime.errors import SourceError
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +52,10 @@ def write_gguf_tokenizer(file: Path, folder: Path) -> tuple[int, ...]:
     vocabulary = _Vocabulary.read(metadata)
     ends = _end_token_ids(metadata, vocabulary)
     tokenizer = _MODELS[model](metadata, vocabulary)
-    _add_tokens(tokenizer, vocabulary)
+    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    defined = vocabulary.of_type(TokenType.USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
     named = _named_tokens(metadata, vocabulary)
     # Whether raw text gets BOS and EOS, by the file or else by llama.cpp's defaults.
     default = model == "llama" or metadata.get("tokenizer.ggml.pre", str, None) in _BOS_BY_DEFAULT
@@ -83,30 +85,27 @@ class _Metadata:
     """The keys and values of a GGUF file; every failure is a SourceError."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._values = read_header(path).metadata
+        self._header = read_header(path)
+        self.error = self._header.error
 
     def get(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> Value:
         """The value of `key`, or `default`. Raises SourceError for another type or no value."""
-        value = self._values.get(key, default)
+        value = self._header.metadata.get(key, default)
         if value is not default and type(value) is not kind:
             raise self.error(f"{key} is {value!r:.40}, no {kind.__name__}")
         return self._given(key, value)
 
     def items(self, key: str, kind: type[Value], default: Any = _REQUIRED) -> list[Value]:
         """The array `key` with items of `kind`, or `default`. Raises SourceError as `get` does."""
-        value = self._values.get(key, default)
+        value = self._header.metadata.get(key, default)
         if value is not default and not (isinstance(value, list) and all(type(item) is kind for item in value)):
             raise self.error(f"{key} is no array of {kind.__name__}")
         return self._given(key, value)
 
     def _given(self, key: str, value: Any) -> Any:
         if value is _REQUIRED:
-            raise SourceError(f"{self.path} has no {key}: use the checkpoint's Hub id or its folder instead")
+            raise self.error(f"has no {key}")
         return value
-
-    def error(self, what: str) -> SourceError:
-        return SourceError(f"{self.path}: {what}: use the checkpoint's Hub id or its folder instead")
 
 
 @dataclass(frozen=True)
@@ -236,14 +235,6 @@ _MODELS: Mapping[str, Callable[[_Metadata, _Vocabulary], Tokenizer]] = {"gpt2": 
 
 
 # --- special tokens
-
-
-def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Add control and unknown tokens as special tokens, and user-defined tokens as text."""
-    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    defined = vocabulary.of_type(TokenType.USER_DEFINED)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
 
 
 def _named_tokens(metadata: _Metadata, vocabulary: _Vocabulary) -> dict[str, str]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.exporter.target.gguf.config import ROPE_FACTORS, gguf_config
-from dovetail.exporter.target.gguf.header import GgufHeader, GgufTensor
-from dovetail.runtime.errors import SourceError
+from dovetail.exporter.target.gguf.header import GgufHeader
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_REMEDY = "use the checkpoint's Hub id or its folder instead"
 
 
 def write_checkpoint(header: GgufHeader, folder: Path) -> None:
@@ -37,14 +34,18 @@ def write_checkpoint(header: GgufHeader, folder: Path) -> None:
     names = get_gguf_hf_weights_map(model, processor)
     targets = _targets(header, model, names)
     files: dict[str, str] = {}
-    for index, tensors in enumerate(_shards(header, targets)):
+
+    def block(name: str) -> str:
+        return name.split(".")[1] if name.startswith("blk.") else ""
+
+    for index, (_, shard) in enumerate(groupby(sorted(targets, key=block), key=block)):
         taken: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
+        for name in shard:
+            tensor = header.tensors[name]
             try:
                 values = tensor.read()
             except NotImplementedError as error:
-                what = f"{name} has type {tensor.kind.name}, which gguf cannot read"
-                raise SourceError(f"{header.path}: {what}: {_REMEDY}") from error
+                raise header.error(f"{name} has type {tensor.kind.name}, which gguf cannot read") from error
             result = processor.process(
                 weights=values,
                 name=name,
@@ -73,7 +74,7 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
         elif name != ROPE_FACTORS or not getattr(model.config, "rope_parameters", None):
             unknown.append(name)
     if unknown:
-        raise SourceError(f"{header.path}: {model.config.model_type} has no tensor for {_listed(unknown)}: {_REMEDY}")
+        raise header.error(f"{model.config.model_type} has no tensor for {_listed(unknown)}")
     sizes = dict.fromkeys(targets.values(), 0)
     for name, target in targets.items():
         sizes[target] += math.prod(header.tensors[name].shape)
@@ -82,23 +83,14 @@ def _targets(header: GgufHeader, model: PreTrainedModel, names: Mapping[str, str
         expected.pop(tied, None)
     theirs = {target: name for name, target in names.items()}
     if missing := [theirs.get(name, name) for name in expected if name not in sizes]:
-        raise SourceError(f"{header.path} lacks {_listed(missing)}: download it again, or {_REMEDY}")
+        raise header.error(f"lacks {_listed(missing)}, as an incomplete download does")
     for name, target in targets.items():
         if target in expected and sizes[target] != expected[target]:
-            raise SourceError(
-                f"{header.path}: {name} of shape {header.tensors[name].shape} does not fit {model.config.model_type} "
-                f"with the sizes that the file names: {_REMEDY}"
+            raise header.error(
+                f"{name} of shape {header.tensors[name].shape} does not fit {model.config.model_type} with the sizes "
+                "that the file names"
             )
     return targets
-
-
-def _shards(header: GgufHeader, targets: Mapping[str, str]) -> Iterator[dict[str, GgufTensor]]:
-
-    def block(name: str) -> str:
-        return name.split(".")[1] if name.startswith("blk.") else ""
-
-    for _, group in groupby(sorted(targets, key=block), key=block):
-        yield {name: header.tensors[name] for name in group}
 
 
 def _listed(names: list[str]) -> str:

@@ -1,0 +1,156 @@
+"""Compares a drafter's checkpoint with a target before an export reads weights.
+
+Only configs, the names and shapes of tensors, and tokenizers are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dovetail.exporter.target.configuration import CONTEXT_KEYS, read_config, text_config
+from dovetail.runtime.errors import DovetailError, SourceError
+from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TOKENIZER
+from dovetail.runtime.system.files import read_object
+from dovetail.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dovetail.models.formats.registry import Checkpoint
+
+CONFIG = "config.json"
+_PROBE = [{"role": "user", "content": "What is 2 + 2?"}]
+
+
+class Verdict(StrEnum):
+    """fits: the drafter can be exported. differs: it can, but drafts less well. refused: it cannot."""
+
+    FITS = "fits"
+    DIFFERS = "differs"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison. what: its subject. said: both values, or why there are none."""
+
+    what: str
+    verdict: Verdict
+    said: str
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's config (its text part), its name, and the folder of its tokenizer."""
+
+    config: dict[str, Any]
+    name: str
+    folder: Path
+
+
+def preflight(target: Path, drafter: Path, *, allow_pickle: bool = False) -> list[Finding]:
+    """Compare everything that can be known without weights. Raises SourceError, PairError.
+
+    target: a pair, a Hugging Face or IR folder, or a GGUF file. drafter: a checkpoint folder.
+    """
+    from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
+
+    checkpoint = find_checkpoint(drafter, allow_pickle=allow_pickle)
+    with _target_files(target) as files:
+        return [*_sizes(checkpoint, files), *_texts(checkpoint.folder, files), _acceptance(checkpoint.folder)]
+
+
+@contextmanager
+def _target_files(target: Path) -> Iterator[TargetFiles]:
+    if target.is_file():
+        from dovetail.exporter.target.gguf.config import gguf_config  # only GGUF files need gguf
+        from dovetail.exporter.target.gguf.header import read_model
+        from dovetail.exporter.target.gguf.tokenizer import write_gguf_tokenizer
+
+        with tempfile.TemporaryDirectory() as temporary:
+            header = read_model(target)
+            write_gguf_tokenizer(header.parts[0], Path(temporary))
+            yield TargetFiles(gguf_config(header), target.stem, Path(temporary))
+        return
+    source = target / TARGET if (target / MANIFEST_NAME).is_file() else target
+    if not (source / CONFIG).is_file():
+        raise SourceError(f"{target} is no target: give a pair, a folder with {CONFIG} or a GGUF file")
+    config = read_config(source)
+    name = config.get("_name_or_path")
+    found = name if isinstance(name, str) and name else target.resolve().name
+    yield TargetFiles(text_config(config, source / CONFIG), found, source)
+
+
+def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
+    """What the drafter needs of the target's shape. The first refusal of the format ends it."""
+    config = target.config
+    try:
+        needs = checkpoint.needs(config)
+    except (DovetailError, ValueError) as error:
+        yield Finding("settings", Verdict.REFUSED, str(error))
+        return
+    except KeyError as error:
+        yield Finding("settings", Verdict.REFUSED, f"the target's config has no {error}")
+        return
+    yield Finding("drafter", Verdict.FITS, needs.kind)
+    for what, ours, theirs in (
+        ("width of layers", needs.target_size, int(config["hidden_size"])),
+        ("vocabulary", needs.vocab_size, int(config["vocab_size"])),
+    ):
+        same = ours == theirs
+        yield Finding(what, Verdict.FITS if same else Verdict.REFUSED, f"{ours}" if same else f"{ours} and {theirs}")
+    depth = int(config["num_hidden_layers"])
+    fits = max(needs.layers, default=0) < depth
+    read = f"outputs of {', '.join(map(str, needs.layers))}" if needs.layers else "the last feature"
+    yield Finding("layers", Verdict.FITS if fits else Verdict.REFUSED, f"reads {read} of {depth}")
+    share = f"{needs.draft_vocab_size} of {needs.vocab_size} tokens"
+    yield Finding("draft vocabulary", Verdict.FITS, share)
+    if needs.rope:
+        yield Finding("RoPE", Verdict.FITS, f"the drafter's own: {needs.rope}")
+    longest = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    if needs.max_context and longest:
+        shorter = needs.max_context < longest
+        said = f"{needs.max_context} and {longest} tokens" + (": longer texts run without drafts" if shorter else "")
+        yield Finding("context", Verdict.DIFFERS if shorter else Verdict.FITS, said)
+    if needs.target:
+        same = needs.target.rstrip("/").rpartition("/")[2].lower() == target.name.rstrip("/").rpartition("/")[2].lower()
+        said = f"trained for {needs.target}" + ("" if same else f", this is {target.name}")
+        yield Finding("target", Verdict.FITS if same else Verdict.UNKNOWN, said)
+    for choice in needs.choices:
+        yield Finding("setting", Verdict.FITS, choice)
+
+
+def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
+    """Tokenizer and chat template of the checkpoint's folder, where it has them."""
+    if not (folder / TOKENIZER).is_file():
+        yield Finding("tokenizer", Verdict.UNKNOWN, "the checkpoint has none: its training used the target's")
+        return
+    try:
+        ours, theirs = Tokenizer.from_folder(folder), Tokenizer.from_folder(target.folder)
+    except DovetailError as error:
+        yield Finding("tokenizer", Verdict.UNKNOWN, str(error))
+        return
+    same = theirs.has_ids_of(ours)
+    said = f"{ours.vocab_size} tokens" if same else "the same ids are other tokens"
+    yield Finding("tokenizer", Verdict.FITS if same else Verdict.REFUSED, said)
+    if not (ours.has_chat_template and theirs.has_chat_template):
+        return
+    texts = [each.apply_chat_template(_PROBE, add_generation_prompt=True) for each in (ours, theirs)]
+    same = texts[0] == texts[1]
+    said = "the same" if same else f"{texts[0]!r:.60} and {texts[1]!r:.60}: answers may be drafted less well"
+    yield Finding("chat template", Verdict.FITS if same else Verdict.DIFFERS, said)
+
+
+def _acceptance(folder: Path) -> Finding:
+    """The acceptance length that the checkpoint's training measured."""
+    log = read_object(folder / "training.json", SourceError, "remove it")
+    held_out = log.get("held_out")
+    length = held_out.get("acceptance_length") if isinstance(held_out, dict) else None
+    if isinstance(length, int | float) and not isinstance(length, bool):
+        return Finding("acceptance", Verdict.FITS, f"{length:.2f} tokens a pass on its held-out text")
+    return Finding("acceptance", Verdict.UNKNOWN, "the checkpoint does not say: measure it with dovetail-run bench")
