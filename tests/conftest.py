@@ -7,9 +7,10 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.telemetry import decline_telemetry
+
+if TYPE_CHECKING:
+    from tests.fake_hub import FakeHub
 
 decline_telemetry()  # tests use no network
 
@@ -29,16 +33,24 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def bench_script() -> Callable[[str], ModuleType]:
     """Imports a script of tests/bench by its name."""
+    return lambda name: imported(f"bench_{name}", Path(__file__).parent / "bench" / f"{name}.py")
 
-    def imported(name: str) -> ModuleType:
-        path = Path(__file__).parent / "bench" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-        assert spec and spec.loader
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
 
-    return imported
+def imported(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A server of this test that answers as the Hugging Face Hub does."""
+    pytest.importorskip("huggingface_hub", reason="the Hub is the exporter's")
+    module = sys.modules.get("fake_hub") or imported("fake_hub", Path(__file__).parent / "fake_hub.py")
+    with module.FakeHub() as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def test_options_are_those_of_optimum_cli(capsys: pytest.CaptureFixture[str]) ->
     [
         (["pair", "smollm3", "out"], 2, "smollm2-135m"),
         (["target", "nowhere/at/all", "out"], 4, "does not exist"),
-        (["target", "some-org/model", "out"], 4, "unreachable"),
+        (["target", "some-org/model", "out"], 4, "is not in the Hub's cache"),
         (["target", "broken.gguf", "out"], 4, "broken.gguf"),
         (["target", "broken.gguf", "taken"], 5, "name another folder"),
         (["target", "broken.gguf", "out", "--max-context", "0"], 2, "--max-context"),

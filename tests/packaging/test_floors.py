@@ -31,7 +31,7 @@ FLOORS = {
         ("eagle",),
         ("formats",),
     ),
-    "exporter": (("build",), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
+    "exporter": (("build", "hub"), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
 }
 PACKAGES = ("runtime", "models", "exporter")  # from the ground up, too
 MOST_MODULES = 12  # of a room, beside __init__.py

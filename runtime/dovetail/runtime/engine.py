@@ -123,8 +123,9 @@ class Engine:
         exact: a text is the same tokens with any tree and with none. With False plain passes may
         run through OpenVINO's kernel for single rows, which is quicker and rounds otherwise.
         max_slowdown: share of the time, 0 to 1, that drafts may lose in the long run.
-        draft_model: another pair, whose target drafts on the CPU in place of any drafter. Its
-        tokenizer may differ, if half of the target's tokens in a sample text are common to both.
+        draft_model: the folder of another pair, whose target drafts on the CPU in place of any
+        drafter. Its tokenizer may differ, if half of the target's tokens in a sample text are
+        common to both.
         lookup_cache: tokens of earlier prompts and answers, kept in memory, that repeated text may
         continue too. No answer changes, but its time then tells something of earlier texts: leave
         0 where an engine answers for several people. `reset` and `choices` forget these texts.
@@ -137,7 +138,7 @@ class Engine:
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown,
-            None if draft_model is None else Path(draft_model),
+            draft_model,
         )  # fmt: skip
         parts = load(Path(path), options, progress)
         return cls(**vars(parts), lookup_cache=lookup_cache)

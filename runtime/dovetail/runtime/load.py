@@ -12,9 +12,9 @@ from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import check_draft_model, check_limit
-from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import read_sound
-from dovetail.runtime.pair.layout import TARGET
+from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
@@ -44,7 +44,7 @@ class LoadOptions:
     ov_config: Mapping[str, str]
     exact: bool
     max_slowdown: float
-    draft_model: Path | None = None
+    draft_model: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
@@ -54,6 +54,8 @@ class LoadOptions:
         check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
+        if self.draft_model is not None and not isinstance(self.draft_model, str | Path):
+            raise InputError(f"draft model {self.draft_model!r:.80} is no path: give the folder of a pair")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         _ = manifest.needed_drafter  # raises before seconds of loading
     own, model = None, None
     if options.draft_model is not None:
-        own, model = open_draft_model(options.draft_model, tokenizer, manifest, options.threads)
+        own, model = open_draft_model(Path(options.draft_model), tokenizer, manifest, options.threads)
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
     read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
     target = OpenVINOTarget.load(pair, read, threads=options.threads, ov_config=properties, exact=options.exact)
@@ -114,6 +116,10 @@ def open_draft_model(
 
     Raises PairError, also for a tokenizer with too few common tokens, and DeviceError.
     """
+    if not (pair / MANIFEST_NAME).exists():
+        raise PairError(
+            f"draft model {pair} is no pair: give the folder that dovetail-export draft-model {pair} prints"
+        )
     own, size, common = read_sound(pair), manifest.target.vocab_size, None
     rows, note = own.target.vocab_size, f"draft model {own.name}"
     if own.target.tokenizer_sha256 != manifest.target.tokenizer_sha256:

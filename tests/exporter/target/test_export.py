@@ -286,7 +286,8 @@ def test_damaged_weights_are_no_interrupt(
     source = shutil.copytree(tiny_llama, tmp_path / "bin")
     (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(content)
-    assert main(["target", str(source), str(tmp_path / "pair")]) in (SourceError.exit_code, ExportError.exit_code)
+    command = ["target", str(source), str(tmp_path / "pair"), "--allow-pickle"]
+    assert main(command) in (SourceError.exit_code, ExportError.exit_code)
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("error: ") and "ends too early" not in last
     assert_nothing_left(tmp_path / "pair")
@@ -458,7 +459,8 @@ def test_tensors_must_be_those_of_the_model(
 ) -> None:
     source = edited(tiny_llama, tmp_path / "hf", change)
     with pytest.raises(SourceError, match=expected) as error:
-        export_target(str(as_bin(source) if binary else source), tmp_path / "pair")
+        options = TargetOptions(allow_pickle=binary)
+        export_target(str(as_bin(source) if binary else source), tmp_path / "pair", options=options)
     assert str(source) in message(error)
     assert_nothing_left(tmp_path / "pair")
 
@@ -531,7 +533,7 @@ def test_damaged_bin_is_one_line(tiny_llama: Path, tmp_path: Path, content: byte
     source = as_bin(edited(tiny_llama, tmp_path / "hf", lambda tensors: None))
     (source / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(DovetailError, match=r"hf") as error:
-        export_target(str(source), tmp_path / "pair")
+        export_target(str(source), tmp_path / "pair", options=TargetOptions(allow_pickle=True))
     message(error)
     assert_nothing_left(tmp_path / "pair")
 
@@ -541,7 +543,7 @@ def test_a_bin_that_was_cut_is_to_be_downloaded_again(tiny_llama: Path, tmp_path
     weights = source / "pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(SourceError, match=r"unreadable weights.*download them again") as error:
-        export_target(str(source), tmp_path / "pair")
+        export_target(str(source), tmp_path / "pair", options=TargetOptions(allow_pickle=True))
     message(error)
     assert_nothing_left(tmp_path / "pair")
 

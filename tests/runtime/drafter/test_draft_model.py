@@ -153,5 +153,11 @@ def test_flags_of_a_gpu_are_refused(tiny_pair: Path, flags: dict[str, Any]) -> N
 
 
 def test_a_draft_model_that_is_no_pair_is_named(tiny_pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(PairError, match="none"):
-        Engine.from_pretrained(tiny_pair, draft_model=tmp_path / "none")
+    for given in (tmp_path / "none", str(tmp_path), "somebody/model"):
+        with pytest.raises(
+            PairError, match=f"{given} is no pair: give the folder that dovetail-export draft-model"
+        ) as told:
+            Engine.from_pretrained(tiny_pair, draft_model=given)
+        assert "\n" not in str(told.value)
+    with pytest.raises(InputError, match="draft model 3 is no path: give the folder of a pair"):
+        Engine.from_pretrained(tiny_pair, draft_model=3)  # type: ignore[arg-type]  # what is tested

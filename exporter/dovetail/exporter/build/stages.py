@@ -143,6 +143,19 @@ class PairBuild:
             exchange(self.work / "pair", self.out, self.work / "old")
         return manifest
 
+    def continued(self) -> Path:
+        """Return a folder for a whole pair that `place` puts in place. Its files outlive a failure."""
+        folder = self.work / "pair"
+        for made in (folder, self.work / "records"):
+            made.mkdir(exist_ok=True)
+        return folder
+
+    def place(self, manifest: Manifest) -> None:
+        """Put the folder from `continued`, which holds the pair of `manifest`, in place of `out`."""
+        with disk_errors(f"{self.out} could not be put in place"):
+            self._carry_over({path.partition("/")[0] for path in (*manifest.files, MANIFEST_NAME)})
+            exchange(self.work / "pair", self.out, self.work / "old")
+
     def _standing(self, name: str, inputs: dict[str, Any]) -> StageRecord | None:
         """The record of a finished output, from the work folder or the finished pair; or None."""
         record = _read_record(self.work / "records" / f"{name}.json")

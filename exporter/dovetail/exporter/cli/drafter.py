@@ -1,4 +1,4 @@
-"""`dovetail-export drafter PAIR --checkpoint DIR`."""
+"""`dovetail-export drafter PAIR --checkpoint DIR|HUB_ID`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dovetail.exporter.build.progress import show_progress
+from dovetail.exporter.drafter.sources import resolve_checkpoint
 from dovetail.exporter.pairs.pair import add_drafter
 from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
 from dovetail.runtime.drafter.vram import check_limit, parse_size
@@ -17,14 +18,18 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
 @click.option(
     "--checkpoint",
     required=True,
-    metavar="DIR|NAME",
-    help="Folder of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
+    metavar="DIR|HUB_ID|NAME",
+    help="Folder or Hub id of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
 )
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option("--allow-pickle", is_flag=True, help="Take *.bin files where there are no safetensors.")
 @click.option("--vram", metavar="SIZE", help="GPU memory that the drafter may take, e.g. 3GB.  [default: no limit]")
 @click.option("--fit", is_flag=True, help="Shrink the drafter's context, then its draft vocabulary, to fit --vram.")
 @click.option("--force", is_flag=True, help="Replace another drafter of the pair.")
-def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: bool) -> None:
-    """Add the drafter in the folder of --checkpoint to PAIR, the folder of an exported target.
+def command(
+    pair: Path, checkpoint: str, revision: str | None, allow_pickle: bool, vram: str | None, fit: bool, force: bool
+) -> None:
+    """Add the drafter at --checkpoint to PAIR, the folder of an exported target.
 
     The command writes a float16 graph for CUDA and an INT8 graph for the CPU, and compares both
     with the torch module. It replaces the pair at the end: an interruption leaves PAIR unchanged.
@@ -32,9 +37,11 @@ def command(pair: Path, checkpoint: str, vram: str | None, fit: bool, force: boo
     limit = parse_size(vram) if vram is not None else 0
     check_limit(limit or None, fit, "cuda")
     with show_progress(pair.name) as progress:
-        folder = Path(checkpoint)
-        if checkpoint in REFERENCE_PAIRS and not folder.is_dir():
+        if checkpoint in REFERENCE_PAIRS and not Path(checkpoint).is_dir() and not revision:
             folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
+        else:
+            progress(f"looking at {checkpoint}")
+            folder = resolve_checkpoint(checkpoint, revision, allow_pickle)
         manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
     facts, kind = manifest.needed_drafter, manifest.drafter_kind or "drafter"
     click.echo(f"{pair}: {kind}, {facts.blocks} block(s), draft vocabulary {facts.draft_vocab_size}")

@@ -17,9 +17,12 @@ COMMANDS = {
     "target": "Export a target LLM: a Hub id, a folder, a GGUF file or an OpenVINO IR.",
     "train": "Train a drafter for an exported target.",
     "drafter": "Add a trained drafter to an exported target.",
+    "draft-model": "Export a small model once, to draft for others.",
     "pair": "Build a reference pair, from download to manifest.",
     "environment": "Make an environment with the transformers that an architecture needs.",
     "check": "Check a pair: files, graphs, tokenizer and a short run.",
+    "push": "Push a pair to the Hugging Face Hub, with a model card.",
+    "pull": "Pull a pair from the Hugging Face Hub.",
 }
 
 
@@ -30,7 +33,10 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return importlib.import_module(f"{__package__}.{cmd_name}").command if cmd_name in COMMANDS else None
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"{__package__}.{cmd_name.replace('-', '_')}").command
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -23,6 +23,7 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder or GGUF file to take the tokenizer from.")
 @click.option("--max-context", type=int, help="Tokens of context, if config.json does not say.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
+@click.option("--allow-pickle", is_flag=True, help="Take pytorch_model*.bin where there are no safetensors.")
 # The weight flags of `optimum-cli export openvino`; each flag means the same here.
 @click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True)
 @click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation.")

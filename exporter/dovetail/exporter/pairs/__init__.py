@@ -1,1 +1,1 @@
-"""Whole pairs: builds the reference pairs, and checks a finished pair."""
+"""Whole pairs: builds the reference pairs, checks a finished pair, and moves pairs to and from the Hub."""

@@ -57,12 +57,14 @@ class TargetOptions:
 
     tokenizer: a folder or GGUF file with the tokenizer, if the source has no usable tokenizer.
     max_context: tokens of context, if the source's configuration does not say.
+    allow_pickle: read the tensors of pytorch_model*.bin, where there are no safetensors.
     """
 
     weights: WeightOptions = field(default_factory=WeightOptions)
     tokenizer: Path | None = None
     max_context: int | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ def export_target(
     options = options or TargetOptions()
     with PairBuild(out, resume=resume, force=force, progress=progress) as build:
         progress(f"looking at {location}")
-        source = resolve_source(location, revision)
+        source = resolve_source(location, revision, options.allow_pickle)
         facts = build_target(build, source, options)
         provenance = {"target": describe_target(build, source, options)}
         if resume and not force and build.finished:
@@ -113,7 +115,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
         check_json(tokenizer)
     inputs = {
         **_weights_inputs(source, options),
-        "tokenizer": _tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_context": options.max_context,
     }
 
@@ -134,7 +136,7 @@ def build_target(build: PairBuild, source: Source, options: TargetOptions) -> Ta
 def describe_target(build: PairBuild, source: Source, options: TargetOptions) -> dict[str, Any]:
     """Provenance of a target: its source, and the options, time and versions of its export."""
     return build.provenance_of("target") or {
-        "source": {"location": source.location, **source.identity},
+        "source": {"location": source.location, **source.identity, "license": source.license},
         "options": {
             **({} if source.kind == "ir" else options.weights.to_json()),
             "tokenizer": str(options.tokenizer) if options.tokenizer else None,
@@ -296,7 +298,8 @@ def _name_ends(folder: Path, ids: tuple[int, ...]) -> None:
             path.write_text(json.dumps({**content, "eos_token_id": list(ids)}, indent=2) + "\n")
 
 
-def _tokenizer_digest(tokenizer: Path) -> dict[str, str]:
+def tokenizer_digest(tokenizer: Path) -> dict[str, str]:
+    """Digests of the files that a tokenizer is made of. tokenizer: a folder or GGUF file. Raises SourceError."""
     if tokenizer.is_file():
         return {tokenizer.name: sha256_file(tokenizer)}
     names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if (tokenizer / name).is_file()]

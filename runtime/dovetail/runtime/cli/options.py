@@ -18,7 +18,7 @@ from dovetail.runtime.drafter.vram import check_draft_model, check_limit, parse_
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.files import write_atomically
-from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_draft_model, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
@@ -99,7 +99,7 @@ class EngineFlags:
             ov_config=self.ov_config,
             exact=self.exact,
             max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
-            draft_model=None if self.draft_model is None else resolve_pair(self.draft_model),
+            draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
             lookup_cache=self.lookup_cache,
             progress=announce,
         )
@@ -159,8 +159,9 @@ def device_options(command: Command) -> Command:
         click.option("--exact/--no-exact", default=True, show_default=True,
                      help="The same text with and without drafting; without it plain passes use OpenVINO's quicker "
                      "kernel for single rows, which rounds otherwise."),
-        click.option("-md", "--draft-model", metavar="PATH|NAME",
-                     help="Another pair, whose target drafts on the CPU; its tokenizer may differ."),
+        click.option("-md", "--draft-model", metavar="PATH|NAME|HUB_ID",
+                     help="Small model that drafts on the CPU; its tokenizer may differ: a pair, or a Hub id, GGUF "
+                     "file or folder, which is exported once."),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dovetail.runtime.cli.options import EngineFlags, device_options
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
-from dovetail.runtime.pair.known import resolve_pair
+from dovetail.runtime.pair.known import resolve_draft_model, resolve_pair
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system import machine
@@ -110,7 +110,7 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     own: Manifest | None = None
     if draft_model is not None:
         tokenizer = Tokenizer.from_folder(folder / TARGET)
-        own, drafter = open_draft_model(resolve_pair(draft_model), tokenizer, manifest, threads)
+        own, drafter = open_draft_model(resolve_draft_model(draft_model), tokenizer, manifest, threads)
     elif manifest.drafter:
         drafter = OnnxDrafter.open(
             folder, manifest, device=engine_flags.drafter_device, threads=threads, vram=engine_flags.vram,

@@ -17,11 +17,16 @@ def read_sound(pair: Path, tree: TreeLimits | None = None) -> Manifest:
     """Return the manifest of a checked pair. tree: limits in place of its own. Raises PairError."""
     manifest = read_manifest(pair)
     check_pair(manifest if tree is None else replace(manifest, tree=tree))
-    for relative in TARGET_FILES:  # the files of every target
-        if relative not in manifest.files:
-            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
+    check_listed(manifest)
     verify_files(pair, manifest)
     return manifest
+
+
+def check_listed(manifest: Manifest) -> None:
+    """Raise IntegrityError unless the files that every target has are listed."""
+    for relative in TARGET_FILES:
+        if relative not in manifest.files:
+            raise IntegrityError(f"{relative} has no digest in {MANIFEST_NAME}: export the pair again")
 
 
 def check_pair(manifest: Manifest) -> None:

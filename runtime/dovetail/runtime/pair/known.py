@@ -1,9 +1,14 @@
-"""Resolve a user's name for a pair to a folder: a path, a cached pair, or a reference pair."""
+"""Resolve a user's name for a pair to a folder: a path, a cached pair, or a reference pair.
+
+What is not built yet, the exporter builds in a process of its own. Its memory is free before the
+answer, and this package imports no exporter.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +22,8 @@ from dovetail.runtime.pair.layout import MANIFEST_NAME
 DEFAULT_PAIR = "smollm2-135m"
 REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b")  # names that `dovetail-export pair` builds
 EXPORT_EXTRA = ("torch", "transformers", "optimum")
+_EXPORTER = (sys.executable, "-m", "dovetail.exporter.cli.main")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 
 
 def pairs_dir() -> Path:
@@ -47,10 +54,32 @@ def resolve_pair(named: str | None) -> Path:
     return pair
 
 
+def resolve_draft_model(named: str) -> Path:
+    """Return the pair folder for `--draft-model`: a pair, or the export of a model.
+
+    The exporter exports a file, a folder or a Hub id `owner/name` that is no pair into the cache.
+    It does so once, and finds the export again by the content of the source.
+
+    Raises InputError for an unknown name or missing packages, ExportError for a failed export.
+    """
+    path = Path(named)
+    is_model = not (path / MANIFEST_NAME).exists() if path.exists() else bool(_HUB_ID.fullmatch(named))
+    if not named or not is_model:
+        return resolve_pair(named)
+    if lacking := _lacking():
+        raise InputError(
+            f"--draft-model {named} is no pair, and its export needs {', '.join(lacking)}: {install_extra('export')}, "
+            "or name the folder of a pair"
+        )
+    done = subprocess.run([*_EXPORTER, "draft-model", named], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise ExportError(f"exporting the draft model {named} failed (exit {done.returncode}): see the reason above")
+    return Path(done.stdout.rstrip("\n"))
+
+
 def build_pair(name: str, pair: Path) -> None:
-    """Build a reference pair in a process of its own, which frees its memory before the answer."""
-    lacking = [module for module in ("dovetail.exporter", *EXPORT_EXTRA) if not _installed(module)]
-    if lacking:
+    """Build a reference pair. Raises InputError, ExportError."""
+    if lacking := _lacking():
         raise InputError(
             f"pair {name} is not built yet, and the build needs {', '.join(lacking)}: "
             f"{install_extra('export')}, or copy a built pair to {pair}"
@@ -62,12 +91,17 @@ def build_pair(name: str, pair: Path) -> None:
             f"{pair.parent} cannot be made ({err.strerror}): set DOVETAIL_CACHE to a writable folder, or give --pair"
         ) from None
     click.echo(f"Building the pair {name} in {pair}. This happens once and takes a few minutes.", err=True)
-    command = [sys.executable, "-m", "dovetail.exporter.cli.main", "pair", name, str(pair), "--resume"]
+    command = [*_EXPORTER, "pair", name, str(pair), "--resume"]
     done = subprocess.run(command, stdout=2, check=False)  # on stderr: stdout holds only the answer
     if done.returncode != 0 or not (pair / MANIFEST_NAME).is_file():
         raise ExportError(
             f"building the pair {name} failed (exit {done.returncode}): see the reason above, run again to resume"
         )
+
+
+def _lacking() -> list[str]:
+    """Packages that an export needs and that are not installed."""
+    return [module for module in ("dovetail.exporter", *EXPORT_EXTRA) if not _installed(module)]
 
 
 def _installed(module: str) -> bool:

@@ -1,0 +1,30 @@
+"""`dovetail-export draft-model SOURCE`."""
+
+from __future__ import annotations
+
+import click
+
+from dovetail.exporter.build.progress import show_progress
+from dovetail.exporter.pairs.draft_model import draft_model_folder, export_draft_model, is_exported
+from dovetail.exporter.target.convert import WEIGHT_FORMATS
+from dovetail.exporter.target.sources import resolve_source
+
+
+@click.command("draft-model")
+@click.argument("source")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int4", show_default=True)
+def command(source: str, revision: str | None, weight_format: str) -> None:
+    """Export the model at SOURCE as a draft model into the cache, and print its folder.
+
+    SOURCE is a Hub id, a Hugging Face folder, a GGUF file, or an OpenVINO IR folder. The export
+    happens once: the same files have the same folder. `dovetail-run --draft-model SOURCE` calls
+    this command by itself. INT4 makes a draft's passes short, and drafts change no text.
+    """
+    found = resolve_source(source, revision)
+    folder = draft_model_folder(found, weight_format)
+    if not is_exported(folder):
+        click.echo(f"Exporting the draft model {source} to {folder}. This happens once.", err=True)
+        with show_progress("draft model") as progress:
+            export_draft_model(found, folder, weight_format, progress)
+    click.echo(folder)

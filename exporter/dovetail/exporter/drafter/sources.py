@@ -1,0 +1,61 @@
+"""Resolves the checkpoint of a drafter: a folder, or a Hub id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dovetail.exporter.hub import download, is_hub_id
+from dovetail.exporter.target.configuration import read_config
+from dovetail.exporter.target.sources import CONFIG, check_shards, choose_weights
+from dovetail.runtime.errors import SourceError
+from dovetail.runtime.pair.layout import CALIBRATION_NAME
+from dovetail.runtime.system.files import read_object
+
+MOST_BYTES = 16 << 30  # of weights; the largest drafters of targets with 100B parameters have a few GiB
+PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth")  # in the order of preference
+
+
+def resolve_checkpoint(location: str, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """Return the folder of a drafter's checkpoint; download a Hub id into the Hugging Face cache.
+
+    A Hub id is `owner/name`. config.json comes first, and then the weights and the calibration
+    alone. allow_pickle: take pickled weights where there are no safetensors. Raises SourceError.
+    """
+    path = Path(os.path.expanduser(location))
+    if path.exists() or "/" not in location or not is_hub_id(location):
+        if revision:
+            raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is none: drop one")
+        names = {file.name for file in path.iterdir()} if path.is_dir() else {CONFIG}
+        if CONFIG in names and names != {CONFIG}:
+            choose_weights(location, names, allow_pickle, PICKLED)
+        return path
+
+    def choose(sizes: Mapping[str, int], fetch: Callable[[str], Path]) -> list[str]:
+        return _needed(location, sizes, fetch, allow_pickle)
+
+    folder = download(location, revision, choose)
+    check_shards(folder, [file.name for file in folder.iterdir() if file.is_file()])
+    return folder
+
+
+def _needed(repo: str, sizes: Mapping[str, int], fetch: Callable[[str], Path], allow_pickle: bool) -> list[str]:
+    """Names of the files of a repository that a drafter's export reads. Raises SourceError."""
+    if CONFIG not in sizes:
+        raise SourceError(f"{repo} has no {CONFIG}, so it is no drafter: give a repository with a trained drafter")
+    read_config(fetch(CONFIG).parent)
+    top = [name for name in sizes if "/" not in name]
+    weights = choose_weights(repo, top, allow_pickle, PICKLED)
+    suffix = Path(weights[0]).suffix
+    index = f"{'model' if suffix == '.safetensors' else 'pytorch_model'}{suffix}.index.json"
+    if index in top:
+        listed = read_object(fetch(index), SourceError, "download it again").get("weight_map")
+        weights = [name for name in weights if isinstance(listed, dict) and name in listed.values()]
+    elif len(weights) > 1:
+        raise SourceError(
+            f"{repo} has {len(weights)} files of weights ({', '.join(weights[:3])}) and no index: keep one"
+        )
+    if (size := sum(sizes[name] for name in weights)) > MOST_BYTES:
+        raise SourceError(f"{repo} has {size / 1e9:.0f} GB of weights, more than any drafter: give the id of a drafter")
+    return [CONFIG, *weights, *(name for name in (index, CALIBRATION_NAME) if name in top)]

@@ -1,0 +1,56 @@
+"""Exports a model once as a draft model: a pair without a drafter, in the cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+from dovetail.exporter.build.stages import PairBuild
+from dovetail.exporter.target.convert import WeightOptions
+from dovetail.exporter.target.export import TargetOptions, build_target, describe_target, tokenizer_digest
+from dovetail.exporter.target.sources import Source
+from dovetail.runtime.errors import PairError
+from dovetail.runtime.pair.check import read_sound
+from dovetail.runtime.pair.files import cache_dir
+from dovetail.runtime.pair.manifest import Manifest
+from dovetail.runtime.system.progress import Progress, silent
+
+
+def draft_model_folder(source: Source, weight_format: str) -> Path:
+    """The folder of the cache for the export of `source`: another content has another folder."""
+    identity = [
+        source.identity,
+        weight_format,
+        tokenizer_digest(source.path if source.kind == "gguf" else source.folder),
+    ]
+    digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "draft-models" / f"{_name(source)}-{digest}"
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` holds a pair that this version of Dovetail can use."""
+    try:
+        read_sound(folder)
+    except PairError:  # none yet, a damaged one, or one of another version: all are exported again
+        return False
+    return True
+
+
+def export_draft_model(source: Source, folder: Path, weight_format: str, progress: Progress = silent) -> Manifest:
+    """Export `source` as a pair at `folder`; an IR keeps its format.
+
+    Raises SourceError, InputError or ExportError, and leaves `folder` unchanged.
+    """
+    options = TargetOptions(WeightOptions(weight_format))
+    with PairBuild(folder, resume=True, force=True, progress=progress) as build:
+        facts = build_target(build, source, options)
+        provenance = {"target": describe_target(build, source, options)}
+        return build.finish(Manifest(_name(source), facts, None, {}, provenance=provenance))
+
+
+def _name(source: Source) -> str:
+    """A name for people: of the repository, the file or the folder."""
+    own = source.path.stem if source.kind == "gguf" else source.path.resolve().name
+    return re.sub(r"[^\w.-]", "-", source.repo.split("/")[-1] if source.repo else own)[:60]
