@@ -23,7 +23,14 @@ FLOORS = {
         ("bench", "doctor"),
         ("cli",),
     ),
-    "models": (("config", "layers"), ("fusion",), ("drafter", "checkpoint"), ("formats",)),
+    "models": (
+        ("config", "layers", "rope"),
+        ("fusion",),
+        ("drafter", "checkpoint"),
+        ("eagle3",),
+        ("eagle",),
+        ("formats",),
+    ),
     "exporter": (("build", "hub"), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),
 }
 PACKAGES = ("runtime", "models", "exporter")  # from the ground up, too
