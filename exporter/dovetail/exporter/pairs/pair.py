@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
+from dovetail.exporter.target.configuration import read_config, text_config
 from dovetail.exporter.target.export import (
     TARGET_WEIGHTS,
     TargetOptions,
@@ -26,6 +27,7 @@ from dovetail.runtime.system.progress import Progress, silent
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
 
+CONFIG = "config.json"
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
 DRAFTER_LAYOUT = 5  # version of the drafter's files; another number builds the files again
 
@@ -119,9 +121,15 @@ def describe_drafter(build: PairBuild, checkpoint: Checkpoint) -> dict[str, Any]
         "checkpoint": str(checkpoint.folder),
         "format": checkpoint.format.name,
         "description": checkpoint.description,
+        "settings": _settings(build.folder("target"), checkpoint),
         "files": _digests(checkpoint),
         **describe_tools(),
     }
+
+
+def _settings(target: Path, checkpoint: Checkpoint) -> list[str]:
+    """How the checkpoint's ambiguous settings were settled, one line each."""
+    return list(checkpoint.needs(text_config(read_config(target), target / CONFIG)).choices)
 
 
 def _find_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:

@@ -55,7 +55,12 @@ def find_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     that Dovetail does not read.
     """
     check_not_refused(folder, read_config(folder))
-    stored = read_stored(folder, allow_pickle=allow_pickle)
+    return recognised(read_stored(folder, allow_pickle=allow_pickle))
+
+
+def recognised(stored: Stored) -> Checkpoint:
+    """The checkpoint whose config and shapes are known. Raises UnknownFormat."""
+    folder = stored.folder
     check_not_refused(folder, stored.config, stored.shapes)
     format = next((format for format in FORMATS.values() if format.matches(stored.config, stored.shapes)), None)
     if format is None:
