@@ -273,8 +273,12 @@ class _Handler(BaseHTTPRequestHandler):
             assert sha256(self.body).hexdigest() == oid
             self.hub.stored[oid] = self.body
             return self.send(200, {})
+        content, part = self.hub.stored[oid], self.headers.get("Range")
+        if part:  # bytes=0-99
+            first, last = map(int, part.removeprefix("bytes=").split("-"))
+            return self.send(206, content[first : last + 1], {"ETag": f'"{oid}"'})
         self.hub.fetched.append(self.hub.paths[oid])
-        return self.send(200, self.hub.stored[oid], {"ETag": f'"{oid}"'})
+        return self.send(200, content, {"ETag": f'"{oid}"'})
 
     def validate(self, content: str) -> None:
         if not content.startswith("---\n") or "\n---\n" not in content:

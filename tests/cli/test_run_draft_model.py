@@ -32,11 +32,16 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize("source", ["tiny_gguf", "tiny_llama", "plain_ir"], indirect=True)
-def test_a_model_is_exported_once(source: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("source", "weight_format"), [("tiny_gguf", "int4"), ("tiny_llama", "int4"), ("plain_ir", "int8")],
+    indirect=["source"],
+)  # fmt: skip
+def test_a_model_is_exported_once(
+    source: Path, weight_format: str, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pair = known.resolve_draft_model(str(source))
     assert pair.parent == cache / "draft-models" and pair.name.startswith("small-")
-    assert read_sound(pair).target.weight_format == "int8"
+    assert read_sound(pair).target.weight_format == weight_format
     told = capfd.readouterr()
     assert f"Exporting the draft model {source} to {pair}. This happens once." in told.err and not told.out
     assert "draft model: target" in told.err  # the progress

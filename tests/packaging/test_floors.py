@@ -28,7 +28,7 @@ FLOORS = {
         ("fusion",),
         ("drafter", "checkpoint"),
         ("eagle3",),
-        ("dflash",),
+        ("eagle", "dflash"),
         ("formats",),
     ),
     "exporter": (("build", "hub"), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dovetail.runtime.errors import SourceError
-from dovetail.runtime.system.files import check_regular, read_json
+from dovetail.runtime.system.files import open_regular, read_json
 
 CONFIG = "config.json"
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
-_UNPICKLING = (OSError, ValueError, RuntimeError, EOFError, KeyError, AttributeError, pickle.UnpicklingError)
+_LFS = b"version https://git-lfs"  # how a pointer begins, which a clone without Git LFS leaves in place of a file
+# What torch raises for a damaged pickle.
+_UNPICKLING = (
+    OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class CheckpointError(SourceError):
@@ -120,10 +127,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_file(folder: Path, name: str) -> None:
+    """Raise OSError if a file is not regular, and CheckpointError if Git LFS has not fetched it."""
+    with open_regular(folder / name) as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise CheckpointError(
+                f"{folder / name} is a Git LFS pointer and not the weights: run git lfs pull in {folder}, or download "
+                "the file"
+            )
+
+
 def read_safetensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file. Raises CheckpointError."""
     try:
-        check_regular(folder / name)
+        _check_file(folder, name)
         return load_file(folder / name)
     except (OSError, ValueError, SafetensorError) as error:
         raise unreadable(folder, error) from error
@@ -134,7 +151,7 @@ def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     if not name.endswith(".safetensors"):
         return {key: tuple(tensor.shape) for key, tensor in _unpickled(folder, name, "meta").items()}
     try:
-        check_regular(folder / name)
+        _check_file(folder, name)
         with safe_open(folder / name, "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, ValueError, SafetensorError) as error:
@@ -148,8 +165,9 @@ def _load(folder: Path, name: str) -> dict[str, Tensor]:
 def _unpickled(folder: Path, name: str, device: str) -> dict[str, Tensor]:
     """The tensors of a pickled file; nothing in the file is executed. Raises CheckpointError."""
     try:
-        check_regular(folder / name)
-        tensors = torch.load(folder / name, map_location=device, weights_only=True)
+        _check_file(folder, name)
+        with warnings.catch_warnings(action="ignore"):  # about protocols of pickles
+            tensors = torch.load(folder / name, map_location=device, weights_only=True)
     except _UNPICKLING as error:
         raise unreadable(folder, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -183,11 +201,22 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path)
 def check_exact(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless names and shapes are those of the module's parameters."""
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    for name, tensor in tensors.items():
-        if name in expected and not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{name} in {folder} is {kind}: give a checkpoint that is not quantised")
+    for name in expected.keys() & tensors.keys():
+        _check_floating(name, tensors[name], folder)
     check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+
+
+def as_float(name: str, tensor: Tensor, folder: Path) -> Tensor:
+    """The tensor in float32. Raises CheckpointError for a tensor of whole numbers."""
+    _check_floating(name, tensor, folder)
+    return tensor.float()
+
+
+def _check_floating(name: str, tensor: Tensor, folder: Path) -> None:
+    """Raise CheckpointError for whole numbers, which lack the scale of the weights that they stand for."""
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} in {folder} is {kind}: give a checkpoint that is not quantised")
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path) -> None:

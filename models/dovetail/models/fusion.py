@@ -37,15 +37,19 @@ class DynamicGatingFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """EAGLE's fusion (arXiv 2401.15077) for ablation and import: one linear layer over [e; f]."""
+    """EAGLE's fusion (arXiv 2401.15077) for ablation and import: one linear layer over [e; f].
 
-    def __init__(self, size: int, eps: float):
+    norm: whether an RMSNorm of the embedding comes first, as in speculators' `layernorms`.
+    """
+
+    def __init__(self, size: int, eps: float, *, bias: bool = False, norm: bool = False):
         super().__init__()
-        self.fc = nn.Linear(2 * size, size, bias=False)
+        self.embedding_layernorm = RMSNorm(size, eps) if norm else nn.Identity()
+        self.fc = nn.Linear(2 * size, size, bias=bias)
         nn.init.xavier_uniform_(self.fc.weight)
 
     def forward(self, f: Tensor, e: Tensor) -> Tensor:
-        return self.fc(torch.cat([e, f], dim=-1))
+        return self.fc(torch.cat([self.embedding_layernorm(e), f], dim=-1))
 
 
 class TapMix(nn.Module):

@@ -57,14 +57,14 @@ SHARDS = {"model.safetensors.index.json": INDEX, "model-1.safetensors": b"1", "m
         ({"drafter.safetensors": b"w", "calibration.json": b"{}"}, {"pytorch_model.bin": b"w"}, False),
         (SHARDS, {"consolidated.safetensors": b"w"}, False),
         ({"pytorch_model.bin": b"w"}, {}, True),
-        ({"model.bin": b"w"}, {}, True),
+        ({"model.pt": b"w"}, {}, True),
     ],
 )
 def test_the_files_of_a_drafter_are_downloaded_alone(
     hub: FakeHub, tmp_path: Path, weights: dict[str, bytes], unneeded: dict[str, bytes], pickle: bool
 ) -> None:
     others = {
-        name: content for name, content in OTHERS.items() if name != "training_args.bin" or "model.bin" not in weights
+        name: content for name, content in OTHERS.items() if name != "training_args.bin" or "model.pt" not in weights
     }
     repository = hub.add(REPO, {"config.json": CONFIG, **weights, **unneeded, **others})
     done = resolved(hub, tmp_path, pickle=pickle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 
 from dovetail.exporter.cli.main import main
 from dovetail.runtime.errors import InputError, MismatchError, SourceError
+
+if TYPE_CHECKING:
+    from tests.fake_hub import FakeHub
 
 WIDTH, VOCAB, DRAFT = 32, 263, 40
 CONFIG: dict[str, Any] = {
@@ -147,8 +150,21 @@ def test_a_target_or_drafter_that_is_none(tiny_pair: Path, tmp_path: Path, capsy
     for arguments, code, said in (
         ((tmp_path / "nowhere", drafter), SourceError.exit_code, "is no target"),
         ((tiny_pair, tmp_path / "nowhere"), SourceError.exit_code, "config.json is missing"),
-        ((tiny_pair, tiny_pair / "target"), SourceError.exit_code, "drafter"),
+        ((tiny_pair, tiny_pair / "target"), SourceError.exit_code, "has no weights"),
         ((tiny_pair, "--allow-pickle"), InputError.exit_code, "name one"),
     ):
         found = checked(capsys, *arguments)
         assert found[0] == code and said in found[2] and len(found[2].splitlines()) == 1
+
+
+def test_hub_ids_are_compared_without_a_download_of_weights(hub: FakeHub, tiny_llama: Path, tmp_path: Path) -> None:
+    drafter = eagle3(tmp_path / "drafter")
+    for name, folder in (("org/target", tiny_llama), ("org/drafter", drafter)):
+        hub.add(name, {file.name: file.read_bytes() for file in folder.iterdir()})
+    done = hub.export(tmp_path / "home", "check", "org/target", "org/drafter")
+    assert done.returncode == 0, done.stderr
+    assert "an EAGLE-3 drafter" in done.stdout and f"{DRAFT} of {VOCAB} tokens" in done.stdout
+    assert "config.json" in hub.fetched and not [name for name in hub.fetched if name.endswith(".safetensors")]
+    hub.add("org/pickled", {"config.json": b'{"hidden_size": 8}', "pytorch_model.bin": b"x"})
+    refused = hub.export(tmp_path / "home", "check", "org/target", "org/pickled")
+    assert refused.returncode == SourceError.exit_code and "--allow-pickle" in refused.stderr

@@ -120,7 +120,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     (Z_LAB, "dflash_config.target_layer_ids", [0, 4], "the output of layer 4, the target has 4"),
     (Z_LAB, "dflash_config.target_layer_ids", [], r"target_layer_ids \[\] is no list of layers"),
     (Z_LAB, "dflash_config.target_layer_ids", None, "target_layer_ids None is no list of layers"),
-    (Z_LAB, "dflash_config.projector_type", "domino", "projector_type 'domino', which is not supported"),
+    (Z_LAB, "dflash_config.projector_type", "other", "projector_type 'other', which is not supported"),
     (Z_LAB, "dflash_config.attention_sink_bias", True, "attention_sink_bias True, which is not supported"),
     (Z_LAB, "dflash_config.attention_mode", "mla", "attention_mode 'mla', which is not supported"),
     (Z_LAB, "dflash_config.causal", "yes", "causal 'yes' is neither true nor false"),
@@ -166,7 +166,7 @@ def test_a_setting_that_cannot_be_right_is_an_error_in_one_line(
     ("change", "said"),
     [
         ({"norm.weight": None}, "norm.weight is missing"),
-        ({"markov_head.weight": torch.zeros(2)}, "markov_head.weight is left over"),
+        ({"extra.weight": torch.zeros(2)}, "extra.weight is left over"),
         ({"layers.1.self_attn.k_norm.weight": None}, "layers.1.self_attn.k_norm.weight is missing"),
         ({"fc.weight": torch.zeros(WIDTH, WIDTH)}, r"fc.weight is \[32, 32\], not \[32, 64\]"),
         ({"norm.weight": torch.full((WIDTH,), float("nan"))}, "norm.weight .* no numbers"),

@@ -32,14 +32,14 @@ LLAMA: dict[str, Any] = {
 
 def weights(
     flags: Flags, *, width: int = D, target: int = D, taps: int = TAPS, draft: int = K, qk_norm: bool = False,
-    bias: bool = False, fc_norm: bool = False, input_norm: bool = False, embed: bool = True,
+    bias: bool = False, fc_norm: bool = False, input_norm: bool = False, embed: bool = True, vocab: int = V,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Random tensors of a drafter, in the layout that `flags` says."""
     q, kv = flags.heads * flags.head_dim, flags.groups * flags.head_dim
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (width, taps * target), "norm.weight": (width,)}
     shapes["lm_head.weight"] = (draft, width)
     if embed:
-        shapes["embed_tokens.weight"] = (V, width)
+        shapes["embed_tokens.weight"] = (vocab, width)
     if input_norm:
         shapes["input_norm.weight"] = (taps * target,)
     for tap in range(taps if fc_norm else 0):
@@ -61,10 +61,10 @@ def weights(
         name: torch.rand(shape) + 0.5 if "norm" in name else torch.randn(shape) * (0.5 if len(shape) == 1 else 0.25)
         for name, shape in shapes.items()
     }
-    if draft < V:
-        ids = torch.randperm(V)[:draft].sort().values
+    if draft < vocab:
+        ids = torch.randperm(vocab)[:draft].sort().values
         made["d2t"] = ids - torch.arange(draft)
-        made["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill(0, ids, True)
+        made["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
     return made
 
 

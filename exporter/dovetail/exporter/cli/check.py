@@ -13,15 +13,15 @@ from dovetail.runtime.errors import InputError, MismatchError
 
 
 @click.command()
-@click.argument("pair", type=click.Path(path_type=Path), metavar="PAIR|TARGET")
-@click.argument("drafter", type=click.Path(path_type=Path), required=False, metavar="[DRAFTER]")
+@click.argument("pair", metavar="PAIR|TARGET")
+@click.argument("drafter", required=False, metavar="[DRAFTER]")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights of DRAFTER; no code in them is executed.")
-def command(pair: Path, drafter: Path | None, allow_pickle: bool) -> None:
+def command(pair: str, drafter: str | None, allow_pickle: bool) -> None:
     """Check PAIR: manifest, digests, both graphs, tokenizer, and a short run of each engine.
 
-    With DRAFTER, the folder of a checkpoint, the command compares it with TARGET and reads no
-    weights. TARGET is a pair, a Hugging Face folder or a GGUF file. The command fails if the
-    drafter cannot work with the target.
+    With DRAFTER, a checkpoint's folder, GGUF file or Hub id, the command compares it with TARGET
+    and reads no weights. TARGET is a pair, a Hugging Face folder, a GGUF file or a Hub id. The
+    command fails if the drafter cannot work with the target.
     """
     if drafter is not None:
         findings = preflight(pair, drafter, allow_pickle=allow_pickle)
@@ -35,6 +35,6 @@ def command(pair: Path, drafter: Path | None, allow_pickle: bool) -> None:
     if allow_pickle:
         raise InputError("--allow-pickle reads a DRAFTER: name one, or leave the option out")
     with show_progress("check") as progress:
-        manifest = check_pair_folder(pair, progress)
+        manifest = check_pair_folder(Path(pair), progress)
     what = (manifest.drafter_kind or "a drafter") if manifest.drafter else "no drafter yet"
     click.echo(f"{pair}: fine ({manifest.name}; target {manifest.target.weight_format}; {what})")

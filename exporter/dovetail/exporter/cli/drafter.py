@@ -1,4 +1,4 @@
-"""`dovetail-export drafter PAIR --checkpoint DIR|HUB_ID`."""
+"""`dovetail-export drafter PAIR --checkpoint DIR|HUB_ID|GGUF`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
 @click.option(
     "--checkpoint",
     required=True,
-    metavar="DIR|HUB_ID|NAME",
-    help="Folder or Hub id of a trained drafter, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
+    metavar="DIR|HUB_ID|GGUF|NAME",
+    help="Folder, Hub id or GGUF file of a trained drafter, or a shipped drafter: "
+    + ", ".join(sorted(REFERENCE_PAIRS))
+    + ".",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Take *.bin files where there are no safetensors.")
@@ -42,6 +44,10 @@ def command(
         else:
             progress(f"looking at {checkpoint}")
             folder = resolve_checkpoint(checkpoint, revision, allow_pickle)
-        manifest = add_drafter(folder, pair, vram=limit, fit=fit, force=force, progress=progress)
+        manifest = add_drafter(
+            folder, pair, vram=limit, fit=fit, force=force, allow_pickle=allow_pickle, progress=progress
+        )
     facts, kind = manifest.needed_drafter, manifest.drafter_kind or "drafter"
     click.echo(f"{pair}: {kind}, {facts.blocks} block(s), draft vocabulary {facts.draft_vocab_size}")
+    for setting in manifest.provenance["drafter"].get("settings", ()):
+        click.echo(f"setting: {setting}")

@@ -46,13 +46,15 @@ FEATURE_MIX = "feature_mix.npz"
 
 def export_drafter(
     checkpoint: Path, target_dir: Path, out_dir: Path, *, tree_slots: int = TREE_SLOTS, top_k: int = TOP_K,
-    vram: int = 0, fit: bool = False, keep: Collection[int] = (), progress: Progress = silent,
+    vram: int = 0, fit: bool = False, keep: Collection[int] = (), allow_pickle: bool = False,
+    progress: Progress = silent,
 ) -> DrafterFacts:  # fmt: skip
     """Write both ONNX files, the config and any calibration of the checkpoint; return the facts.
 
     target_dir, out_dir: a pair's `target` and `drafter`. vram: the most bytes of GPU memory, 0 for
     no limit. fit: to keep to `vram`, the context and then the draft vocabulary may shrink; the
-    tokens of `keep` stay. The files appear in `out_dir` only after every check has passed.
+    tokens of `keep` stay. allow_pickle: see find_checkpoint. The files appear in
+    `out_dir` only after every check has passed.
     Raises SourceError (checkpoint), ExportError (parity, all failures in one line; full disk; more
     than `vram`).
     """
@@ -61,7 +63,7 @@ def export_drafter(
     except PairError as error:
         raise SourceError(str(error)) from error
     progress("reading the target's embedding and head")
-    drafter = load_drafter(checkpoint, target_dir)
+    drafter = load_drafter(checkpoint, target_dir, allow_pickle=allow_pickle)
     facts = drafter_facts(drafter, target_dir, out_dir.name, tree_slots, top_k)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -84,9 +86,9 @@ def export_drafter(
     return facts
 
 
-def load_drafter(checkpoint: Path, target_dir: Path) -> DraftBase:
+def load_drafter(checkpoint: Path, target_dir: Path, *, allow_pickle: bool = False) -> DraftBase:
     """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(checkpoint, allow_pickle=allow_pickle)
     config = text_config(read_config(target_dir), target_dir / CONFIG, SourceError)
     embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
+from dovetail.exporter.target.configuration import read_config, text_config
 from dovetail.exporter.target.export import (
     TARGET_WEIGHTS,
     TargetOptions,
@@ -26,6 +27,7 @@ from dovetail.runtime.system.progress import Progress, silent
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
 
+CONFIG = "config.json"
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
 DRAFTER_LAYOUT = 5  # version of the drafter's files; another number builds the files again
 
@@ -51,11 +53,12 @@ def build_reference_pair(
     with PairBuild(out or default_folder(name), resume=resume, force=force, progress=progress) as build:
         source, came_from = fetch_target(reference, origin, progress)
         target = build_target(build, source, options)
-        drafter = build_drafter(build, checkpoint)
+        found = _find_checkpoint(checkpoint)
+        drafter = build_drafter(build, found)
         provenance = {
             "reference": {"pair": name, "weights": came_from, "drafter_trained_on": reference.trained_on},
             "target": describe_target(build, source, options),
-            "drafter": describe_drafter(build, checkpoint),
+            "drafter": describe_drafter(build, found),
         }
         manifest = Manifest(name, target, drafter, {}, provenance=provenance)
         check_pair(manifest)
@@ -63,30 +66,34 @@ def build_reference_pair(
 
 
 def add_drafter(
-    checkpoint: Path, pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False, progress: Progress = silent
-) -> Manifest:
+    checkpoint: Path, pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False, allow_pickle: bool = False,
+    progress: Progress = silent,
+) -> Manifest:  # fmt: skip
     """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
     vram, fit: see export_drafter. `force` replaces another drafter; the same drafter stays.
+    allow_pickle: read PyTorch's pickled files where there are no safetensors, weights alone.
     Raises ExportError (no finished target, another drafter, more than `vram`), SourceError
     (unreadable checkpoint) or MismatchError (trained for another target).
     """
     with PairBuild(pair, resume=True, force=force, progress=progress) as build:
         build.keep("target")
         assert build.finished is not None  # keep() has checked
-        drafter = build_drafter(build, checkpoint, vram, fit, build.finished.target.eos_token_ids)
-        provenance = {**build.finished.provenance, "drafter": describe_drafter(build, checkpoint)}
+        found = _find_checkpoint(checkpoint, allow_pickle)
+        drafter = build_drafter(build, found, vram, fit, build.finished.target.eos_token_ids, allow_pickle)
+        provenance = {**build.finished.provenance, "drafter": describe_drafter(build, found)}
         manifest = replace(build.finished, drafter=drafter, provenance=provenance)
         check_pair(manifest)
         return build.finish(manifest)
 
 
 def build_drafter(
-    build: PairBuild, checkpoint: Path, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = ()
-) -> DrafterFacts:
-    """Run the drafter's stage and return its facts. vram, fit, keep: see export_drafter."""
+    build: PairBuild, checkpoint: Checkpoint, vram: int = 0, fit: bool = False, keep: tuple[int, ...] = (),
+    allow_pickle: bool = False,
+) -> DrafterFacts:  # fmt: skip
+    """Run the drafter's stage and return its facts. vram, fit, keep, allow_pickle: see export_drafter."""
     inputs = {
-        "checkpoint": _digests(_find_checkpoint(checkpoint)),
+        "checkpoint": _digests(checkpoint),
         "target": build.records["target"].files[TARGET_WEIGHTS].sha256,  # the drafter takes rows of these weights
         "packages": versions(*DRAFTER_PACKAGES),
         "layout": DRAFTER_LAYOUT,
@@ -97,32 +104,38 @@ def build_drafter(
     def fill(folder: Path) -> Mapping[str, Any]:
         from dovetail.exporter.drafter.export import export_drafter
 
-        target = build.folder("target")
-        return asdict(
-            export_drafter(checkpoint, target, folder, vram=vram, fit=fit, keep=keep, progress=build.progress)
-        )
+        facts = export_drafter(
+            checkpoint.folder, build.folder("target"), folder, vram=vram, fit=fit, keep=keep,
+            allow_pickle=allow_pickle, progress=build.progress,
+        )  # fmt: skip
+        return asdict(facts)
 
     return parse_record(DrafterFacts, build.run(Stage("drafter", inputs, fill)), "drafter")
 
 
-def describe_drafter(build: PairBuild, checkpoint: Path) -> dict[str, Any]:
+def describe_drafter(build: PairBuild, checkpoint: Checkpoint) -> dict[str, Any]:
     """Provenance of a drafter: its checkpoint, and the time, command and versions of its export."""
     if kept := build.provenance_of("drafter"):
         return kept
-    found = _find_checkpoint(checkpoint)
     return {
-        "checkpoint": str(checkpoint),
-        "format": found.format.name,
-        "description": found.description,
-        "files": _digests(found),
+        "checkpoint": str(checkpoint.folder),
+        "format": checkpoint.format.name,
+        "description": checkpoint.description,
+        "settings": _settings(build.folder("target"), checkpoint),
+        "files": _digests(checkpoint),
         **describe_tools(),
     }
 
 
-def _find_checkpoint(folder: Path) -> Checkpoint:
+def _settings(target: Path, checkpoint: Checkpoint) -> list[str]:
+    """How the checkpoint's ambiguous settings were settled, one line each."""
+    return list(checkpoint.needs(text_config(read_config(target), target / CONFIG)).choices)
+
+
+def _find_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
 
-    return find_checkpoint(folder)
+    return find_checkpoint(folder, allow_pickle=allow_pickle)
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:

@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.exporter.drafter.sources import TOKENIZER_FILES, read_remote, resolve_checkpoint
+from dovetail.exporter.hub import download, is_hub_id
 from dovetail.exporter.target.configuration import CONTEXT_KEYS, read_config, text_config
 from dovetail.runtime.errors import DovetailError, SourceError
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TOKENIZER
@@ -53,20 +55,35 @@ class TargetFiles:
     folder: Path
 
 
-def preflight(target: Path, drafter: Path, *, allow_pickle: bool = False) -> list[Finding]:
+def preflight(target: str, drafter: str, *, allow_pickle: bool = False) -> list[Finding]:
     """Compare everything that can be known without weights. Raises SourceError, PairError.
 
-    target: a pair, a Hugging Face or IR folder, or a GGUF file. drafter: a checkpoint folder.
+    target: a pair, a Hugging Face or IR folder, a GGUF file or a Hub id. drafter: a folder, a GGUF
+    file or a Hub id.
     """
-    from dovetail.models.formats.registry import find_checkpoint  # torch, which --help does without
-
-    checkpoint = find_checkpoint(drafter, allow_pickle=allow_pickle)
+    checkpoint = _checkpoint(drafter, allow_pickle)
     with _target_files(target) as files:
         return [*_sizes(checkpoint, files), *_texts(checkpoint.folder, files), _acceptance(checkpoint.folder)]
 
 
+def _checkpoint(drafter: str, allow_pickle: bool) -> Checkpoint:
+    from dovetail.models.formats.registry import find_checkpoint, recognised  # torch, which --help does without
+
+    if not Path(drafter).exists() and "/" in drafter and is_hub_id(drafter):
+        return recognised(read_remote(drafter))
+    return find_checkpoint(resolve_checkpoint(drafter, None, allow_pickle), allow_pickle=allow_pickle)
+
+
 @contextmanager
-def _target_files(target: Path) -> Iterator[TargetFiles]:
+def _target_files(location: str) -> Iterator[TargetFiles]:
+    target = Path(location)
+    if not target.exists() and "/" in location and is_hub_id(location):
+        folder = download(
+            location, None, lambda sizes, _: [name for name in sizes if name in (CONFIG, *TOKENIZER_FILES)]
+        )
+        config = read_config(folder)
+        yield TargetFiles(text_config(config, folder / CONFIG), location, folder)
+        return
     if target.is_file():
         from dovetail.exporter.target.gguf.config import gguf_config  # only GGUF files need gguf
         from dovetail.exporter.target.gguf.header import read_model

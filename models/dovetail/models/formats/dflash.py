@@ -26,7 +26,7 @@ from dovetail.models.formats.eagle3 import (
     whole,
 )
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
-from dovetail.models.formats.speculators import target_name
+from dovetail.models.formats.speculators import verifier_name
 from dovetail.models.rope import Rope
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 
@@ -222,7 +222,7 @@ def _needs(stored: Stored, settled: _Settled, kind: str) -> Needs:
         layers=config.taps,
         max_context=config.max_position_embeddings,
         rope=config.rope.text,
-        target=target_name(stored.config),
+        target=verifier_name(stored.config),
         choices=settled.choices,
     )
 

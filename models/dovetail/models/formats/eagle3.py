@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dovetail.models.checkpoint import (
     CheckpointError,
     Stored,
+    as_float,
     check_draft_ids,
     check_shapes,
     load_exactly,
@@ -32,6 +33,7 @@ _PREFIXES = ("model.", "draft_model.")
 _FIRST = "layers.0."
 # Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
 _IGNORED = ("inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
+_MOST = {**LARGEST, "num_hidden_layers": LARGEST["blocks"]}
 _ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 
 
@@ -80,7 +82,7 @@ def whole(config: Config, name: str, default: int | None = None) -> int:
     """A size in a config. Raises ValueError."""
     value = config.get(name)
     value = default if value is None else value
-    check_whole(name, value, ValueError, _AGAIN, most=LARGEST.get(name, 2**24))
+    check_whole(name, value, ValueError, _AGAIN, most=_MOST.get(name, 2**24))
     return int(value)  # type: ignore[arg-type]  # a number by now
 
 
@@ -111,7 +113,11 @@ def outputs_of_inputs(name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def eagle_layers(depth: int) -> tuple[int, ...]:
-    """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers."""
+    """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers. Raises ValueError."""
+    if depth < 4:
+        raise ValueError(
+            f"its config lists no layers, and EAGLE-3's own need a target of 4 layers, not {depth}: {_AGAIN}"
+        )
     return outputs_of_inputs("EAGLE-3's default", (2, depth // 2, depth - 3))
 
 
@@ -119,9 +125,18 @@ def check_full_attention(config: Config, positions: int) -> None:
     """Raise ValueError for a sliding window that is shorter than the drafter's context."""
     window = config.get("sliding_window")
     kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types {kinds!r:.60} is no list: {_AGAIN}")
     used = "sliding_attention" in kinds or config.get("use_sliding_window") is True
     if used and isinstance(window, int) and window < positions:
         raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
+
+
+def context_of(config: Config) -> int:
+    """The pairs that a drafter was made for. Raises ValueError for a sliding window that is shorter."""
+    positions = whole(config, "max_position_embeddings", 2048)
+    check_full_attention(config, positions)
+    return positions
 
 
 def target_sizes(target: Config) -> tuple[int, int, int]:
@@ -179,10 +194,7 @@ def _config(
     config: Config, shapes: Shapes, width: int, vocab: int, taps: tuple[int, ...], layers: int, **settings: object
 ) -> Eagle3Config:
     """Settings from a Llama config and the tensors' shapes. width, vocab: the target's, as defaults."""
-    sizes = block_sizes(config, shapes)
-    positions = whole(config, "max_position_embeddings", 2048)
-    check_full_attention(config, positions)
-    vocab = whole(config, "vocab_size", vocab)
+    sizes, positions, vocab = block_sizes(config, shapes), context_of(config), whole(config, "vocab_size", vocab)
     return Eagle3Config(
         block=sizes,
         vocab_size=vocab,
@@ -237,8 +249,8 @@ def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter
     tensors = {name: raw[given] for name, given in names.items()}
     embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
     ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
-    embed_tokens = target.embed_tokens if embed is None else embed.float()
-    rows = target.lm_head[ids].contiguous() if head is None else head.float()
+    embed_tokens = target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder)
+    rows = target.lm_head[ids].contiguous() if head is None else as_float("lm_head", head, stored.folder)
     module = Eagle3Drafter(config, embed_tokens, rows, ids)
     mixed = {f"mix.{name}" if name.startswith(("fc", "input_norm")) else name: value for name, value in tensors.items()}
     load_exactly(module, mixed, stored.folder)
@@ -282,8 +294,8 @@ def needs_of(kind: str, settled: Settled, target: str | None) -> Needs:
 def _matches(config: Config, shapes: Shapes) -> bool:
     """A first layer over [embedding; feature], and none of speculators' markers."""
     names = {name.removeprefix("draft_model.").removeprefix("model.") for name in shapes}
-    first = {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"} & names
-    return bool(first) and "fc.weight" in names and "speculators_model_type" not in config
+    first = any(name.startswith("midlayer.") or name == f"{_FIRST}hidden_norm.weight" for name in names)
+    return first and "fc.weight" in names and "speculators_model_type" not in config
 
 
 def _describe(config: Config) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dovetail.models.checkpoint import CONFIG, Stored, UnknownFormat, read_stored
+from dovetail.models.checkpoint import CONFIG, Stored, UnknownFormat, read_config, read_stored
 from dovetail.models.drafter import DraftBase
-from dovetail.models.formats import dflash, dovetail, eagle3, speculators
+from dovetail.models.formats import dflash, dovetail, eagle, eagle3, research, speculators
 from dovetail.models.formats.format import Config, Format, Needs, TargetParts
+from dovetail.models.formats.refused import check_not_refused
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
-_KNOWN = (dovetail.FORMAT, dflash.Z_LAB, dflash.SPECULATORS, speculators.EAGLE3, eagle3.FORMAT)
+_KNOWN = (
+    dovetail.FORMAT, dflash.Z_LAB, dflash.SPECULATORS, speculators.EAGLE3, eagle3.FORMAT, eagle.FORMAT, research.FORMAT
+)  # fmt: skip
 FORMATS = {format.name: format for format in _KNOWN}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format
 
@@ -48,9 +51,17 @@ class Checkpoint:
 def find_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint in `folder`, by its config and the names of its tensors; reads no weights.
 
-    Raises CheckpointError (missing or unreadable file) or UnknownFormat.
+    Raises CheckpointError (missing or unreadable file) or UnknownFormat, also for a known format
+    that Dovetail does not read.
     """
-    stored = read_stored(folder, allow_pickle=allow_pickle)
+    check_not_refused(folder, read_config(folder))
+    return recognised(read_stored(folder, allow_pickle=allow_pickle))
+
+
+def recognised(stored: Stored) -> Checkpoint:
+    """The checkpoint whose config and shapes are known. Raises UnknownFormat."""
+    folder = stored.folder
+    check_not_refused(folder, stored.config, stored.shapes)
     format = next((format for format in FORMATS.values() if format.matches(stored.config, stored.shapes)), None)
     if format is None:
         raise UnknownFormat(

@@ -9,8 +9,8 @@ from dovetail.models.eagle3 import Eagle3Config, Eagle3Drafter
 from dovetail.models.formats.eagle3 import (
     Settled,
     block_sizes,
-    check_full_attention,
     check_layout,
+    context_of,
     eagle_layers,
     flag,
     layer_list,
@@ -52,9 +52,7 @@ def settle(stored: Stored, target: Config) -> Settled:
     each, together = flag(config, "fc_norm"), flag(config, "norm_before_fc")
     if each and together:
         raise ValueError("fc_norm and norm_before_fc exclude each other: correct config.json")
-    positions = whole(layer, "max_position_embeddings", 2048)
-    check_full_attention(layer, positions)
-    vocab = whole(layer, "vocab_size", vocab)
+    positions, vocab = context_of(layer), whole(layer, "vocab_size", vocab)
     target_size = config.get("target_hidden_size") or sizes.hidden_size
     settings = Eagle3Config(
         block=sizes,
@@ -77,8 +75,8 @@ def _with_defaults(kind: str, layer: dict[str, Any]) -> dict[str, Any]:
     return {"rms_norm_eps": 1e-6, **({"head_dim": 128} if kind == "qwen3" else {}), **layer}
 
 
-def target_name(config: Config) -> str | None:
-    """The model that a drafter of speculators was trained for, None if its config does not say."""
+def verifier_name(config: Config) -> str | None:
+    """The model that speculators trained a drafter for."""
     nested = config.get("speculators_config")
     verifier = nested.get("verifier") if isinstance(nested, dict) else None
     name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
@@ -100,7 +98,7 @@ def _read(stored: Stored, target: TargetParts) -> Eagle3Drafter:
 def _needs(stored: Stored, target: Config) -> Needs:
     settled = settle(stored, target)
     check_layout(stored, settled.config)
-    return needs_of(_describe(stored.config), settled, target_name(stored.config))
+    return needs_of(_describe(stored.config), settled, verifier_name(stored.config))
 
 
 EAGLE3 = Format("speculators-eagle3", _matches, _describe, _read, _needs)

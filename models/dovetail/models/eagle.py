@@ -1,0 +1,79 @@
+"""EAGLE's first drafter (arXiv 2401.15077), which EAGLE-2, HASS and Dovetail's research code share.
+
+Axes: V target vocabulary, d width of target and drafter. A fusion reads the target's last feature
+and a token's embedding; Llama blocks follow, the first without a norm of its input. The head is the
+target's. The last block's output is the next feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.models.drafter import DraftModel, DraftShape
+from dovetail.models.eagle3 import BlockSizes, EagleBlock
+from dovetail.models.fusion import ConcatFusion, DynamicGatingFusion
+from dovetail.models.layers import DraftLayer, RMSNorm
+from dovetail.models.rope import Rope
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """An EAGLE drafter. fusion: "fc" or "dgf", see FUSIONS. fusion_bias: of the former.
+
+    norms: speculators' `layernorms`, of the embedding, the first block's input and the head's input.
+    """
+
+    block: BlockSizes
+    vocab_size: int
+    rope: Rope
+    max_position_embeddings: int
+    blocks: int = 1
+    fusion: str = "fc"
+    fusion_bias: bool = False
+    norms: bool = False
+
+
+class EagleDrafter(DraftModel):
+    """EAGLE's drafter over the whole vocabulary. embed_tokens, head: [V, d]."""
+
+    def __init__(self, config: EagleConfig, embed_tokens: Tensor, head: Tensor):
+        sizes = config.block
+        shape = DraftShape(
+            vocab_size=config.vocab_size,
+            draft_vocab_size=config.vocab_size,
+            hidden_size=sizes.hidden_size,
+            feature_size=sizes.hidden_size,
+            blocks=config.blocks,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.num_key_value_heads,
+            head_dim=sizes.head_dim,
+            max_context=config.max_position_embeddings,
+        )
+        super().__init__(shape, embed_tokens, head, torch.arange(config.vocab_size, device=head.device))
+        self.config = config
+        size, eps = sizes.hidden_size, sizes.rms_norm_eps
+        self.fusion = (
+            DynamicGatingFusion(size, eps)
+            if config.fusion == "dgf"
+            else ConcatFusion(size, eps, bias=config.fusion_bias, norm=config.norms)
+        )
+        self.layers = nn.ModuleList(
+            EagleBlock(sizes, input_norm=index > 0 or config.norms) for index in range(config.blocks)
+        )
+        self.norm = RMSNorm(size, eps) if config.norms else nn.Identity()
+
+    def combine(self, f: Tensor, e: Tensor) -> Tensor:
+        return self.fusion(f, e)
+
+    def blocks(self) -> Sequence[DraftLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EagleBlock)]
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.config.rope(positions)
+
+    def logits(self, g: Tensor) -> Tensor:
+        return super().logits(self.norm(g))
