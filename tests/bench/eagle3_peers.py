@@ -75,8 +75,8 @@ def prepare(pair: Path, checkpoint: Path, work: Path) -> tuple[Path, Path]:
         folder = str(target / "target")
         command("convert_tokenizer", folder, "-o", folder, "--with-detokenizer")
     if not drafter.exists():
-        model = ["-m", str(checkpoint), "--task", "text-generation-with-past", "--weight-format", "int8"]
-        command("optimum-cli", "export", "openvino", *model, str(work / "exported"))
+        model = ["-m", str(checkpoint), "--trust-remote-code", "--task", "text-generation-with-past"]
+        command("optimum-cli", "export", "openvino", *model, "--weight-format", "int8", str(work / "exported"))
         for file in (target / "target").glob("openvino_*tokenizer.*"):  # genai opens a drafter with its tokenizer
             shutil.copy(file, work / "exported")
         (work / "exported").rename(drafter)

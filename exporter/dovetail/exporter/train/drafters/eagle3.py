@@ -31,7 +31,7 @@ CARD = "README.md"
 class Eagle3Format:
     """EAGLE-3's format, a TrainedFormat. name: of the target, for the model card."""
 
-    files = (eagle3.WEIGHTS, CONFIG, CARD)
+    files: tuple[str, ...] = (eagle3.WEIGHTS, CONFIG, CARD)
 
     def __init__(self, plan: TrainPlan, target: Config, name: str):
         self.plan, self.name = plan, name

@@ -23,7 +23,7 @@ from dovetail.runtime.errors import TrainError, one_line
 class OwnFormat:
     """Dovetail's format, a TrainedFormat."""
 
-    files = (own.WEIGHTS, CONFIG)
+    files: tuple[str, ...] = (own.WEIGHTS, CONFIG)
 
     def __init__(self, plan: TrainPlan, target: Config, name: str):
         self.plan = plan
