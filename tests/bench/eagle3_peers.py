@@ -9,6 +9,7 @@ of a fixed length for the same prompts, greedily, in turn; only one works at a t
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -75,18 +76,26 @@ def prepare(pair: Path, checkpoint: Path, work: Path) -> tuple[Path, Path]:
         folder = str(target / "target")
         command("convert_tokenizer", folder, "-o", folder, "--with-detokenizer")
     if not drafter.exists():
+        # transformers imports what the file of optimum's model classes names; EAGLE-3's class uses neither package.
+        stubs = work / "stubs"
+        stubs.mkdir(exist_ok=True)
+        for package in ("diffusers", "einops"):
+            (stubs / f"{package}.py").touch()
         model = ["-m", str(checkpoint), "--trust-remote-code", "--task", "text-generation-with-past"]
-        command("optimum-cli", "export", "openvino", *model, "--weight-format", "int8", str(work / "exported"))
+        command(
+            "optimum-cli", "export", "openvino", *model, "--weight-format", "int8", str(work / "exported"), path=stubs
+        )
         for file in (target / "target").glob("openvino_*tokenizer.*"):  # genai opens a drafter with its tokenizer
             shutil.copy(file, work / "exported")
         (work / "exported").rename(drafter)
     return target, drafter
 
 
-def command(name: str, *arguments: str) -> None:
-    """Run a command of this environment. Raises InputError."""
+def command(name: str, *arguments: str, path: Path | None = None) -> None:
+    """Run a command of this environment, with modules from `path` too. Raises InputError."""
     found = Path(sys.executable).with_name(name)
-    if subprocess.run([str(found), *arguments], check=False).returncode:
+    modules = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(path) if path else None]))
+    if subprocess.run([str(found), *arguments], check=False, env={**os.environ, "PYTHONPATH": modules}).returncode:
         raise InputError(f"{found} {' '.join(arguments)} failed: see above")
 
 

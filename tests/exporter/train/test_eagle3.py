@@ -29,6 +29,7 @@ from dovetail.exporter.train.drafters.eagle3 import Eagle3Format
 from dovetail.exporter.train.drafters.trained import Trainee
 from dovetail.exporter.train.features import FeatureStore, Part
 from dovetail.exporter.train.loss import unrolled_loss
+from dovetail.exporter.train.optimizers import make_optimizers
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
 from dovetail.exporter.train.writer import BatchWriter
@@ -224,6 +225,15 @@ def test_the_head_learns_and_the_target_s_rows_do_not(made: tuple[Trainee, Batch
     torch.nn.functional.cross_entropy(drafter.logits(g), teacher).backward()
     assert ours is not None and drafter.head.grad is not None and ours.abs().max() > 0
     torch.testing.assert_close(ours, drafter.head.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_muon_leaves_the_head_to_adamw(made: tuple[Trainee, Batches]) -> None:
+    """A row of the head is a token's, so its update is no matrix to make orthogonal."""
+    drafter = made[0].drafter
+    adamw, muon = make_optimizers(drafter, replace(FIT, optimizer="muon"))
+    rest, matrices = ([id(p) for group in each.param_groups for p in group["params"]] for each in (adamw, muon))
+    assert id(drafter.head) in rest and id(drafter.head) not in matrices
+    assert len(rest) + len(matrices) == len(list(drafter.parameters())) and len(matrices) == 8
 
 
 def gradients(trainee: Trainee, windows: Any, unroll: int = 3) -> Tensor:
