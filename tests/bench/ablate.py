@@ -34,7 +34,7 @@ from dovetail.exporter.train.evaluate import evaluate
 from dovetail.exporter.train.features import FeatureStore
 from dovetail.exporter.train.loop import Fitting
 from dovetail.exporter.train.plan import FitOptions, TrainPlan
-from dovetail.exporter.train.run import Work, build_drafter
+from dovetail.exporter.train.run import Work
 from dovetail.exporter.train.text import split
 from dovetail.models.drafter import Drafter
 from dovetail.runtime.pair.files import sha256_file, write_atomically
@@ -144,18 +144,20 @@ def fit_row(work: Work, text: Any, stores: tuple[FeatureStore, FeatureStore], ro
     """One recipe: `updates` updates on the same windows in the same order, then held-out text."""
     plan = replace(work.plan, **row.plan, fit=replace(work.plan.fit, **row.fit))
     kept = np.sort(np.random.default_rng(5).permutation(text.kept)[: round(row.share * len(text.kept))])
-    drafter = build_drafter(work.pair, text, plan, work.manifest)
+    trainee = replace(work, plan=plan).trainee(text)
+    drafter = trainee.drafter
+    assert isinstance(drafter, Drafter)
     if row.copied is not None:
         copy_block(drafter, work.pair / "target" / "openvino_model.xml", row.copied)
     width = drafter.config.feature_size
     features, held_out = stores if plan.feature_layers else (LastFeature(store, width) for store in stores)
-    batches = Batches(text.corpus, features, kept, drafter, plan.fit)  # type: ignore[arg-type]  # LastFeature does what it must
+    batches = Batches(text.corpus, features, kept, trainee, plan.fit)  # type: ignore[arg-type]  # LastFeature does what it must
     # Equal tokens: half the batch, twice the updates.
     updates = round(updates * work.plan.fit.batch / plan.fit.batch)
     batches.options = replace(plan.fit, epochs=updates / batches.per_epoch)
     scratch = Path(tempfile.mkdtemp(prefix="fit-", dir=work.folder))
     begun = time.monotonic()
-    state = Fitting(drafter, batches, scratch, "cpu", show).run(None, lambda: 0.0)
+    state = Fitting(trainee, batches, scratch, "cpu", show).run(None, lambda: 0.0)
     seconds = time.monotonic() - begun
     shutil.rmtree(scratch)
     found = evaluate(drafter, text.corpus.select(text.held_out), held_out)

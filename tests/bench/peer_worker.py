@@ -5,7 +5,8 @@
 DRAFT is the small model of engines that draft with one.
 Needs nothing of Dovetail but for its own engines: peers live in an environment of theirs.
 in: {"ids": [...], "max_new_tokens": N}.  out: {"count": .., "first_ms": .., "later_ms": .., "rss_mb": ..} and "tokens"
-or "text"; first_ms is the time to the first token, later_ms that from there to the last.
+or "text"; first_ms is the time to the first token, later_ms that from there to the last.  "rounds", where an engine
+tells it: passes of the target after the first token.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ Answer = dict[str, Any]
 Ask = Callable[[list[int], int], Answer]
 
 
-def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | None = None) -> Ask:
+def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | None = None, chain: int = 0) -> Ask:
+    """Dovetail; `chain`: draft this many tokens in every round, without repeated text, trees and schedule."""
     from dovetail.runtime.engine import Engine
     from dovetail.runtime.loop.generate import decode
     from dovetail.runtime.loop.metrics import Meter
     from dovetail.runtime.loop.sequence import Request
+    from dovetail.runtime.tree.limits import TreeLimits
 
-    engine = Engine.from_pretrained(model, exact=exact, draft_model=draft)
+    engine = Engine.from_pretrained(model, exact=exact, draft_model=draft, drafter_device="cpu" if chain else "auto")
 
     def ask(ids: list[int], count: int) -> Answer:
         engine.reset()
         limits, scheduler = (engine.tree, engine.scheduler) if speculate else (None, None)
+        if chain:
+            limits, scheduler = TreeLimits(width=chain, depth=chain, top_k=1, lookup=0), None
         request = Request(tuple(ids), count, stop_tokens=engine.stop_tokens, limits=limits, scheduler=scheduler)
         sequence, meter, tokens = engine._open_sequence(), Meter(), list[int]()
         for step in decode(sequence, request, meter):
             tokens += step.tokens
         metrics = meter.metrics()
         times = {"first_ms": metrics.time_to_first_token_ms, "later_ms": metrics.decode_ms}
-        return {"count": len(tokens), "tokens": tokens, **times}
+        return {"count": len(tokens), "tokens": tokens, "rounds": metrics.rounds, **times}
 
     return ask
 
@@ -60,7 +65,8 @@ def genai(
     scheduling.enable_prefix_caching = False
     options = {"scheduler_config": scheduling, **({"prompt_lookup": True} if lookup else {}), **(properties or {})}
     if draft:
-        options["draft_model"] = genai.draft_model(str(Path(draft) / "target"), "CPU", **(properties or {}))
+        folder = Path(draft) / "target" if (Path(draft) / "target").is_dir() else Path(draft)
+        options["draft_model"] = genai.draft_model(str(folder), "CPU", **(properties or {}))
     pipeline = genai.LLMPipeline(str(Path(model) / "target"), "CPU", **options)
     config = genai.GenerationConfig()
     config.do_sample = False
@@ -79,7 +85,10 @@ def genai(
         took = (perf_counter() - begin) * 1e3
         first = result.perf_metrics.get_ttft().mean
         ids_out = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
-        return {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
+        answer = {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
+        if more := result.extended_perf_metrics:  # of pipelines with a draft model
+            answer["rounds"] = len(more.main_model_metrics.raw_metrics.m_batch_sizes)
+        return answer
 
     return ask
 
@@ -141,6 +150,11 @@ ENGINES: dict[str, Callable[[str], Ask]] = {
 # Each with a small model of the same vocabulary as the drafter.
 WITH_DRAFT: dict[str, Callable[[str, str], Ask]] = {
     "dovetail, draft model": lambda model, draft: dovetail(model, speculate=True, draft=draft),
+    "dovetail, EAGLE-3 plain": lambda model, draft: dovetail(model, speculate=False),
+    "dovetail, EAGLE-3 chain 3": lambda model, draft: dovetail(model, speculate=True, chain=3),
+    "dovetail, EAGLE-3 chain 5": lambda model, draft: dovetail(model, speculate=True, chain=5),
+    "openvino-genai, EAGLE-3 chain 3": lambda model, draft: genai(model, properties=SAME, draft=draft, tokens=3),
+    "openvino-genai, EAGLE-3 chain 5": lambda model, draft: genai(model, properties=SAME, draft=draft, tokens=5),
     "openvino-genai, draft model 3, same properties": lambda model, draft: genai(
         model, properties=SAME, draft=draft, tokens=3
     ),

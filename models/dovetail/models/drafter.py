@@ -77,8 +77,8 @@ class DraftBase(nn.Module):
 class DraftModel(DraftBase, ABC):
     """The torch module of a drafter that drafts a tree level by level, whatever format its checkpoint has.
 
-    A subclass defines `combine`, `blocks` and `rope`, and `logits` if the head alone does not give
-    the logits. A subclass without use for features ignores f.
+    A subclass defines `combine`, `blocks` and `rope`, and `head_input` if a norm stands before the
+    head. A subclass without use for features ignores f.
     """
 
     @abstractmethod
@@ -93,9 +93,13 @@ class DraftModel(DraftBase, ABC):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the rotary embedding, each [*positions.shape, d] float32."""
 
+    def head_input(self, g: Tensor) -> Tensor:
+        """The head's input [..., D] from output features g [..., D]."""
+        return g
+
     def logits(self, g: Tensor) -> Tensor:
         """Logits over the draft vocabulary [..., K] from output features g [..., D]."""
-        return F.linear(g, self.head)
+        return F.linear(self.head_input(g), self.head)
 
     def read(self, features: Tensor) -> Tensor:
         """The feature f [..., D], from the outputs of the target that the drafter reads."""

@@ -75,5 +75,5 @@ class EagleDrafter(DraftModel):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.config.rope(positions)
 
-    def logits(self, g: Tensor) -> Tensor:
-        return super().logits(self.norm(g))
+    def head_input(self, g: Tensor) -> Tensor:
+        return self.norm(g)

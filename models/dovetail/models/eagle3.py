@@ -183,5 +183,5 @@ class Eagle3Drafter(DraftModel):
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.config.rope(positions)
 
-    def logits(self, g: Tensor) -> Tensor:
-        return super().logits(g if self.config.norm_output else self.norm(g))
+    def head_input(self, g: Tensor) -> Tensor:
+        return g if self.config.norm_output else self.norm(g)

@@ -214,6 +214,6 @@ def test_weights_of_another_layout_are_refused(pair: Path, checkpoint: Path, tmp
 
 
 def test_training_goes_on_from_its_own_format_alone(tiny_pair: Path, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="its format is pebble: give a drafter that Dovetail trained"):
+    with pytest.raises(TrainError, match="its format is pebble: give a drafter in Dovetail's format"):
         train(tiny_pair, tmp_path / "out", TrainPlan(minutes=1, init=checkpoint), lambda *_: None)
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ import torch
 
 from dovetail.exporter.train.batches import Batches
 from dovetail.exporter.train.corpus import Corpus
+from dovetail.exporter.train.drafters.trained import Trainee
 from dovetail.exporter.train.evaluate import evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, to_float16
 from dovetail.exporter.train.loss import unrolled_loss
@@ -67,10 +68,10 @@ def test_features_stay_within_their_disk(model: PagedModel, corpus_file: Path, t
     tight = FeatureStore(tmp_path / "tight", parts, model.feature_size, lambda: model, size * 0.7)
     assert len(whole.groups) == 1 and len(tight.groups) == 2
     whole.hold(0, lambda tokens: None)
-    drafter = tiny_drafter(model.feature_size)
+    trainee = in_training(tiny_drafter(model.feature_size))
     options = FitOptions(batch=2, window=48)
-    batches = Batches(corpus, tight, np.arange(24), drafter, options)
-    reference = Batches(corpus, whole, np.arange(24), drafter, options)
+    batches = Batches(corpus, tight, np.arange(24), trainee, options)
+    reference = Batches(corpus, whole, np.arange(24), trainee, options)
     held: list[int] = []
 
     def hold(group: int) -> None:
@@ -99,12 +100,17 @@ def test_the_paper_s_loss_adds_the_distance_of_features(model: PagedModel, corpu
     store = FeatureStore(tmp_path, [Part("a", corpus)], model.feature_size, lambda: model, 1e9)
     store.hold(0, lambda tokens: None)
     drafter = tiny_drafter(model.feature_size)
-    windows = Batches(corpus, store, np.arange(24), drafter, FitOptions()).batch(np.arange(4))
-    plain, _ = unrolled_loss(drafter, windows, FitOptions(unroll=1))
-    both, _ = unrolled_loss(drafter, windows, FitOptions(unroll=1, regression=2.0))
+    trainee = in_training(drafter)
+    windows = Batches(corpus, store, np.arange(24), trainee, FitOptions()).batch(np.arange(4))
+    plain, _ = unrolled_loss(trainee, windows, FitOptions(unroll=1))
+    both, _ = unrolled_loss(trainee, windows, FitOptions(unroll=1, regression=2.0))
     g = drafter(windows.features, windows.tokens)[windows.answer].detach()
     distance = torch.nn.functional.smooth_l1_loss(g, windows.following[windows.answer])
     assert float((both - plain).detach()) == pytest.approx(2 * float(distance), rel=1e-4)
+
+
+def in_training(drafter: Drafter) -> Trainee:
+    return Trainee(drafter, drafter.head)
 
 
 def tiny_drafter(width: int, layers: tuple[int, ...] = ()) -> Drafter:

@@ -13,7 +13,7 @@ from rich import progress as rich
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dovetail.exporter.train.plan import OPTIMIZERS, FitOptions, TrainPlan
+from dovetail.exporter.train.plan import FORMATS, OPTIMIZERS, UNROLL, FitOptions, TrainPlan
 from dovetail.models.config import FUSIONS
 
 LINE_SECONDS = 10.0
@@ -63,6 +63,10 @@ class _Bars:
     "--target", "pair", type=FOLDER, required=True, help="Pair folder with the target that the drafter is for."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="[default: TARGET-drafter]")
+@click.option(
+    "--format", type=click.Choice(FORMATS), default=TrainPlan.format, show_default=True,
+    help="Of the checkpoint: Dovetail's, or EAGLE-3's for other engines as well.",
+)  # fmt: skip
 @click.option("--minutes", type=float, help="Time for the whole run. Without text, the target writes for a third.")
 @click.option("--prompts", type=FILE, help="JSONL with `prompt` rows.")
 @click.option("--own-prompts", type=click.IntRange(min=0), default=0, help="Number of prompts that the target writes.")
@@ -89,7 +93,7 @@ class _Bars:
     help="Read three blocks of the target and its last feature, or the last feature alone.",
 )  # fmt: skip
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
-@click.option("--unroll", type=click.IntRange(1, 8), default=3, show_default=True, help="Unrolled steps per update.")
+@click.option("--unroll", type=click.IntRange(1, 8), help="Unrolled steps per update.  [default: 3; 7 for eagle3]")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
 @click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Most positions per text.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
@@ -110,6 +114,7 @@ def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> No
     if not (options["prompts"] or options["own_prompts"] or options["corpora"] or options["minutes"]):
         options["own_prompts"] = 1000
     options["openings"] = options["openings"] or ("",)
+    options["unroll"] = options["unroll"] or UNROLL[options["format"]]
     fit = FitOptions(**{name: options.pop(name) for name in [f.name for f in fields(FitOptions)] if name in options})
     plan = TrainPlan(**options, fit=fit)
     out = output or pair.resolve().with_name(f"{pair.resolve().name}-drafter")

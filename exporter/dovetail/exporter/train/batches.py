@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.exporter.train.corpus import Corpus
+from dovetail.exporter.train.drafters.trained import Trainee
 from dovetail.exporter.train.features import FeatureStore
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError
 
 
@@ -49,7 +49,7 @@ class Batches:
     """
 
     def __init__(
-        self, corpus: Corpus, features: FeatureStore, usable: NDArray[np.int64], drafter: Drafter, options: FitOptions
+        self, corpus: Corpus, features: FeatureStore, usable: NDArray[np.int64], trainee: Trainee, options: FitOptions
     ):
         long_enough = (corpus.lengths - corpus.prompt_lengths >= 2) & (corpus.lengths >= 4)
         usable = usable[long_enough[usable]]
@@ -61,9 +61,9 @@ class Batches:
                 f"{len(usable)} usable conversations are too few for a batch of {options.batch}: add prompts"
             )
         self.corpus, self.features, self.options = corpus, features, options
-        self.last = drafter.config.feature_size
-        self.proposable = np.zeros(drafter.config.vocab_size, bool)
-        self.proposable[drafter.d2t.cpu().numpy()] = True
+        self.last = trainee.teacher.shape[1]
+        self.proposable = np.zeros(trainee.drafter.shape.vocab_size, bool)
+        self.proposable[trainee.drafter.d2t.cpu().numpy()] = True
 
     def order(self, epoch: int) -> list[tuple[int, NDArray[np.int64]]]:
         """The batches of an epoch: a list [per_epoch] of (group, conversations [batch])."""

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.exporter.train.corpus import Corpus
-from dovetail.models.drafter import Drafter
+from dovetail.exporter.train.features import read
+from dovetail.models.drafter import DraftModel
 from dovetail.runtime.policy.calibration import Calibration, DepthCalibration, logit_of
 
 CANDIDATES = 10  # k: children that an exported graph returns per row
@@ -53,13 +54,13 @@ class Candidates:
 
 
 @torch.no_grad()
-def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int = 6, window: int = 512) -> HeldOut:
+def evaluate(drafter: DraftModel, corpus: Corpus, features: FeatureRows, depth: int = 6, window: int = 512) -> HeldOut:
     """Draft at every answer position at once and compare the drafts with the target's own text.
 
     A greedy chain starts at each position that `depth` tokens follow. features: row i belongs to
     corpus.tokens[i].
     """
-    k = min(CANDIDATES, drafter.config.draft_vocab_size)
+    k = min(CANDIDATES, drafter.shape.draft_vocab_size)
     found = [[Candidates(np.zeros((0, k), np.float32), np.zeros((0, k), bool))] for _ in range(depth)]
     kept, positions = np.zeros(depth), 0
     device = drafter.head.device
@@ -87,15 +88,15 @@ def evaluate(drafter: Drafter, corpus: Corpus, features: FeatureRows, depth: int
 
 
 def candidates(
-    drafter: Drafter, features: torch.Tensor, tokens: torch.Tensor, first: int, depth: int, k: int
+    drafter: DraftModel, features: torch.Tensor, tokens: torch.Tensor, first: int, depth: int, k: int
 ) -> Iterator[Candidates]:
     """Yield, for each step j, the candidates at positions t >= first + j with a known x[t+2].
 
     features: [1, T-1, D], tokens: [T]. Row i of every step belongs to the chain that starts at
     first + i.
     """
-    caches: list[Any] = [[] for _ in drafter.layers]
-    g = drafter.read(features)
+    caches: list[Any] = [[] for _ in drafter.blocks()]
+    g = read(drafter, features)
     for j in range(depth):
         g = drafter.step(g if j == 0 else torch.nn.functional.pad(g, (0, 0, 1, 0))[:, :-1], tokens[None, 1:], caches)
         best = torch.log_softmax(drafter.logits(g[0, first + j : -1]).float(), dim=-1).topk(k)

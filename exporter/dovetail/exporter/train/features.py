@@ -17,8 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dovetail.exporter.train.corpus import Corpus
+from dovetail.models.drafter import DraftModel
+from dovetail.models.fusion import TapMix
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
@@ -101,6 +104,12 @@ class FeatureStore:
 
     def _part_of(self, row: int) -> int:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+
+def read(drafter: DraftModel, rows: Tensor) -> Tensor:
+    """The drafter's feature f from a store's rows: outputs of tapped blocks, then the last feature."""
+    mix = drafter.mix
+    return drafter.read(rows[..., : len(mix.layers) * mix.target_size] if isinstance(mix, TapMix) else rows)
 
 
 def check_room(stores: Sequence[FeatureStore]) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from dovetail.exporter.train.batches import Batches, Windows
+from dovetail.exporter.train.drafters.trained import Trainee
 from dovetail.exporter.train.loss import StepReport, unrolled_loss
 from dovetail.exporter.train.optimizers import learning_rate, make_optimizers
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models.drafter import Drafter
 from dovetail.runtime.errors import TrainError, one_line
 from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system.progress import Progress
@@ -46,11 +46,11 @@ class FitState:
 class Fitting:
     """One run over `batches`; `folder`/state.pt stores its state."""
 
-    def __init__(self, drafter: Drafter, batches: Batches, folder: Path, device: str, progress: Progress):
-        self.drafter, self.batches, self.file, self.device = drafter, batches, folder / "state.pt", device
-        self.progress = progress
+    def __init__(self, trainee: Trainee, batches: Batches, folder: Path, device: str, progress: Progress):
+        self.trainee, self.drafter, self.batches, self.device = trainee, trainee.drafter, batches, device
+        self.file, self.progress = folder / "state.pt", progress
         self.options: FitOptions = batches.options
-        self.optimizers = make_optimizers(drafter, self.options)
+        self.optimizers = make_optimizers(self.drafter, self.options)
         self.state = self._load()
 
     def run(self, seconds: float | None, measure: Callable[[], float]) -> FitState:
@@ -90,7 +90,7 @@ class Fitting:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, share, group["peak"], options.warmup)
-        loss, report = unrolled_loss(self.drafter, windows.to(self.device), options)
+        loss, report = unrolled_loss(self.trainee, windows.to(self.device), options)
         if not torch.isfinite(loss):
             raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
         loss.backward()  # type: ignore[no-untyped-call]  # torch

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.exporter.train.batches import Windows
+from dovetail.exporter.train.drafters.trained import Trainee
+from dovetail.exporter.train.features import read
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models.drafter import Drafter
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StepReport:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Soft cross-entropy through the frozen head, which stores [rows, K] only once.
+    """Soft cross-entropy through the head, which stores [rows, K] only once.
 
     g: [rows, D], head: [K, D], teacher: [rows, K] probabilities -> loss [rows], top [rows] int64.
     """
@@ -46,25 +47,26 @@ class _HeadLoss(torch.autograd.Function):
         normaliser = torch.logsumexp(logits, -1)
         loss = normaliser - (teacher * logits).sum(-1)
         gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_().sub_(teacher)
-        ctx.save_for_backward(gradient, head)
+        ctx.save_for_backward(gradient, head, g)
         ctx.mark_non_differentiable(top)
         return loss, top
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, d_top: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch types *grads
-        gradient, head = ctx.saved_tensors
-        return (gradient @ head) * d_loss.unsqueeze(-1), None, None
+    def backward(ctx: Any, d_loss: Tensor, d_top: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]  # torch types *grads
+        gradient, head, g = ctx.saved_tensors
+        d_head = gradient.T @ (g * d_loss.unsqueeze(-1)) if ctx.needs_input_grad[1] else None
+        return (gradient @ head) * d_loss.unsqueeze(-1), d_head, None
 
 
-def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tuple[Tensor, StepReport]:
+def unrolled_loss(trainee: Trainee, windows: Windows, options: FitOptions) -> tuple[Tensor, StepReport]:
     """The loss (a scalar) and its report."""
-    start = windows.start
+    drafter, start = trainee.drafter, windows.start
     answer = windows.answer[:, start:]
     following = windows.following[:, start:][answer]  # [rows, D]
-    teacher, truth = _teacher(drafter, following, options.teacher_top_k)
-    caches: list[Any] = [[] for _ in drafter.layers]
+    teacher, truth = _teacher(trainee.teacher, following, options.teacher_top_k)
+    caches: list[Any] = [[] for _ in drafter.blocks()]
     lend = max(0, start - 1)  # the row before `start` is the first parent of step 1
-    g = drafter.step(drafter.read(windows.features), windows.tokens, caches, lend=lend)
+    g = drafter.step(read(drafter, windows.features), windows.tokens, caches, lend=lend)
     tokens = windows.tokens[:, start:]
     own, before = g[:, start - lend :], g[:, :1] if start else torch.zeros_like(g[:, :1])
     total = g.new_zeros(())
@@ -74,7 +76,7 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
         if j:
             shifted = torch.cat([before if j == 1 else torch.zeros_like(before), own[:, :-1]], 1)
             own = drafter.step(shifted, tokens, caches, start)
-        losses, top = _HeadLoss.apply(own[answer], drafter.head, teacher)  # type: ignore[no-untyped-call]  # torch
+        losses, top = _HeadLoss.apply(drafter.head_input(own[answer]), drafter.head, teacher)  # type: ignore[no-untyped-call]  # torch
         if options.regression:
             distance = F.smooth_l1_loss(own[answer], following, reduction="none").mean(-1)
             losses = losses + options.regression * distance
@@ -85,9 +87,9 @@ def unrolled_loss(drafter: Drafter, windows: Windows, options: FitOptions) -> tu
 
 
 @torch.no_grad()
-def _teacher(drafter: Drafter, following: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _teacher(head: Tensor, following: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The target's probabilities [rows, K] and best token [rows] over the draft vocabulary."""
-    logits = drafter.logits(following)
+    logits = F.linear(following, head)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

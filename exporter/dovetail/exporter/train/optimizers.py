@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dovetail.exporter.train.plan import FitOptions
-from dovetail.models.drafter import Drafter
+from dovetail.models.drafter import DraftModel
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # quintic Newton-Schulz step with the largest slope at 0
 STEPS = 5
@@ -62,11 +62,11 @@ def learning_rate(step: int, share: float, peak: float, warmup: int) -> float:
     return peak * min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1.0 - share)
 
 
-def make_optimizers(drafter: Drafter, options: FitOptions) -> list[torch.optim.Optimizer]:
+def make_optimizers(drafter: DraftModel, options: FitOptions) -> list[torch.optim.Optimizer]:
     """The optimizers of a run; each parameter group holds its highest learning rate as `peak`."""
     muon = options.optimizer == "muon"
-    matrices = [p for p in drafter.parameters() if p.ndim == 2 and muon]
-    rest = [p for p in drafter.parameters() if p.ndim != 2 or not muon]
+    matrices = [p for p in drafter.parameters() if p.ndim == 2 and p is not drafter.head and muon]
+    rest = [p for p in drafter.parameters() if p.ndim != 2 or p is drafter.head or not muon]
     peak, decay = options.learning_rate, options.weight_decay
     adamw = torch.optim.AdamW([{"params": rest, "peak": peak}], betas=(0.9, 0.95), weight_decay=decay)
     return [adamw, Muon([{"params": matrices, "peak": peak}], weight_decay=decay)] if matrices else [adamw]

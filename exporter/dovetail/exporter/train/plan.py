@@ -15,6 +15,7 @@ MINUTES_MOST = 60.0 * 24 * 366  # a year
 DISK_GB_MOST = 1e6
 OWN_PROMPTS_MOST = 10**6  # weeks of writing on a CPU
 OPTIMIZERS = ("adamw", "muon")
+FORMATS = ("dovetail", "eagle3")
 # Whole-number options with their least and largest value.
 _WHOLE = (
     ("unroll", 1, 64), ("window", 1, CONTEXT_MOST), ("batch", 1, 2**16), ("teacher_top_k", 0, LARGEST["vocab_size"]),
@@ -59,10 +60,15 @@ class FitOptions:
             raise TrainError(f"optimizer {self.optimizer!r} is unknown: choose one of {', '.join(OPTIMIZERS)}")
 
 
+UNROLL = {"dovetail": FitOptions.unroll, "eagle3": 7}  # each format's usual steps
+
+
 @dataclass(frozen=True)
 class TrainPlan:
     """The drafter to train, and its training text.
 
+    format: of the checkpoint, one of FORMATS. "eagle3" has EAGLE-3's drafter and layers; it takes no
+    other `fusion`, `feature_layers`, `blocks` and `fit.regression`.
     prompts: the user's JSONL, or None. own_prompts: number of prompts that the target writes.
     openings: equally likely beginnings of the target's prompts; "" lets the target begin.
     feature_layers: read three blocks of the target and its last feature.
@@ -70,9 +76,11 @@ class TrainPlan:
     exclude: JSONL files of benchmark prompts that no training text may repeat.
     minutes: time for the whole run, in place of `fit.epochs`. Without text, the target writes text
     for a third of this time. disk_gb: largest size of the features on disk.
-    init: a checkpoint with the same fusion and blocks, to start from.
+    init: a checkpoint of the same format to start from, with the same fusion and blocks. An EAGLE-3
+    drafter keeps its draft vocabulary.
     """
 
+    format: str = FORMATS[0]
     prompts: Path | None = None
     own_prompts: int = 0
     openings: tuple[str, ...] = ("",)
@@ -101,6 +109,17 @@ class TrainPlan:
         for name, most in (("max_new_tokens", CONTEXT_MOST), ("draft_vocab", LARGEST["vocab_size"]), ("blocks", None)):
             check_whole(name, getattr(self, name), TrainError, "give another", most=most)
         check_whole("own_prompts", self.own_prompts, TrainError, "give another", least=0, most=OWN_PROMPTS_MOST)
+        if self.format not in FORMATS:
+            raise TrainError(f"format {self.format!r} is unknown: choose one of {', '.join(FORMATS)}")
+        if self.format == "eagle3":
+            for flag, given in (
+                (f"--fusion {self.fusion}", self.fusion != DEFAULT_FUSION),
+                ("--last-feature", not self.feature_layers),
+                (f"--blocks {self.blocks}", self.blocks != 1),
+                (f"--regression {self.fit.regression:g}", self.fit.regression != 0),
+            ):
+                if given:
+                    raise TrainError(f"an EAGLE-3 drafter has no {flag}: leave it out, or give --format dovetail")
         if not self.openings:
             raise TrainError("openings are empty: give at least one; '' lets the target begin its prompts")
         if self.openings != ("",) and (self.corpora or self.prompts) and not self.own_prompts:

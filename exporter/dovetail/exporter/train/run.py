@@ -9,31 +9,32 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dovetail.exporter.target.configuration import read_config
+from dovetail.exporter.target.configuration import read_config, text_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.exporter.train.batches import Batches
 from dovetail.exporter.train.contamination import Forbidden
 from dovetail.exporter.train.corpus import Corpus, draft_vocabulary
+from dovetail.exporter.train.drafters.eagle3 import Eagle3Format
+from dovetail.exporter.train.drafters.own import OwnFormat
+from dovetail.exporter.train.drafters.trained import TrainedFormat, Trainee
 from dovetail.exporter.train.evaluate import HeldOut, evaluate
 from dovetail.exporter.train.features import FeatureStore, Part, check_room
 from dovetail.exporter.train.loop import Fitting
 from dovetail.exporter.train.plan import TrainPlan
 from dovetail.exporter.train.text import DAMAGED, SECONDS_MOST, TextWriter, read_work, split
 from dovetail.exporter.train.writer import BatchWriter
-from dovetail.models.checkpoint import CheckpointError
-from dovetail.models.config import DrafterConfig, low_middle_high
-from dovetail.models.drafter import Drafter
-from dovetail.models.formats import dovetail as own
+from dovetail.models.checkpoint import CONFIG
+from dovetail.models.formats.format import Config, TargetParts
 from dovetail.models.formats.registry import find_checkpoint
-from dovetail.runtime.errors import TrainError, one_line
+from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.check import verify_files
 from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.layout import TARGET, TARGET_GRAPH, TARGET_WEIGHTS
@@ -51,6 +52,7 @@ FIT_SHARE = 1 / 3  # smallest share of a run's minutes for the fit
 BOOK_SECONDS = 5.0
 HELD_OUT_MOST = 200  # conversations
 GLANCED = 40  # held-out conversations that a measurement during the fit reads
+TRAINED: dict[str, type[OwnFormat] | type[Eagle3Format]] = {"dovetail": OwnFormat, "eagle3": Eagle3Format}
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,21 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     forbidden = Forbidden(turn for file in plan.exclude for c in read_prompts(file) for turn in c.turns)
     prompts = [c.turns[0] for c in read_prompts(plan.prompts)] if plan.prompts else []
     given = [part for i, path in enumerate(plan.corpora) for part in split(f"given-{i}", Corpus.load(path))]
-    _shape(pair, plan, min(plan.draft_vocab, manifest.target.vocab_size))  # raises before the long stages
-    if plan.init:
-        _read_initial(plan)
+    format = work.format  # raises before the long stages
     for part in given:
         draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
-    _claim(out, work.folder, plan.as_dict() | work.inputs(), resume)
+    _claim(out, work.folder, format.files, plan.as_dict() | work.inputs(), resume)
     work.progress = clock = Clock(work.folder / "seconds.json", progress)
     try:
         text = work.sort(given + work.write(prompts), forbidden)
-        drafter = build_drafter(pair, text, plan, manifest).to(plan.device)
+        trainee = work.trainee(text).to(plan.device)
         features, held_out = work.features(text)
     finally:
         clock.book()
     held_corpus = text.corpus.select(text.held_out)
-    batches = Batches(text.corpus, features, text.kept, drafter, plan.fit)
-    fitting = Fitting(drafter, batches, work.folder, plan.device, progress)
+    drafter = trainee.drafter
+    batches = Batches(text.corpus, features, text.kept, trainee, plan.fit)
+    fitting = Fitting(trainee, batches, work.folder, plan.device, progress)
     seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
     glance = held_corpus.select(np.arange(min(GLANCED, len(held_corpus))))  # the store's first rows
     state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
@@ -127,60 +128,8 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     }
     write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
     result.calibration.save(out)
-    own.save_checkpoint(drafter, out)  # last, because weights mark a finished folder
+    format.save(drafter, out, log)  # last, because weights mark a finished folder
     return result
-
-
-def build_drafter(pair: Path, text: Text, plan: TrainPlan, manifest: Manifest) -> Drafter:
-    """A drafter on the target's embedding and head rows, seeded or with `plan.init`'s weights."""
-    embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(pair / TARGET_GRAPH))
-    vocabulary = min(plan.draft_vocab, len(head))
-    d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, manifest.target.vocab_size)
-    torch.manual_seed(plan.fit.seed)
-    drafter = Drafter(_shape(pair, plan, len(d2t)), embedding, head[d2t], torch.from_numpy(d2t))
-    if plan.init:
-        _load_initial(drafter, plan)
-    return drafter
-
-
-def _shape(pair: Path, plan: TrainPlan, vocabulary: int) -> DrafterConfig:
-    target = read_config(pair / TARGET, TrainError)
-    try:
-        return DrafterConfig.for_target(target, vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise TrainError(f"cannot shape a drafter after this target: {error}") from error
-
-
-def _read_initial(plan: TrainPlan) -> dict[str, Tensor]:
-    """The weights of `plan.init`. Its draft vocabulary may differ, and it may read fewer blocks.
-
-    Raises TrainError if the checkpoint cannot be read or has another fusion or other blocks.
-    """
-    assert plan.init is not None
-    try:
-        if (format := find_checkpoint(plan.init).format) is not own.FORMAT:
-            raise CheckpointError(f"its format is {format.name}: give a drafter that Dovetail trained")
-        config, tensors = own.read_checkpoint(plan.init)
-    except CheckpointError as error:
-        raise TrainError(f"cannot start from {plan.init}: {error}") from error
-    for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
-        if found != asked:
-            raise TrainError(
-                f"cannot start from {plan.init}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
-            )
-    if config.feature_layers and not plan.feature_layers:
-        raise TrainError(f"cannot start from {plan.init}, which reads blocks of the target: leave out --last-feature")
-    return {name: tensor.float() for name, tensor in tensors.items() if name != "d2t"}
-
-
-def _load_initial(drafter: Drafter, plan: TrainPlan) -> None:
-    try:
-        missing, unknown = drafter.load_state_dict(_read_initial(plan), strict=False)
-    except RuntimeError as error:
-        reason = one_line(error)[:200]
-        raise TrainError(f"cannot start from {plan.init}: {reason}: give a checkpoint for this target") from error
-    if odd := [*unknown, *(name for name in missing if not name.startswith("mix."))]:
-        raise TrainError(f"cannot start from {plan.init}: {odd[0]} does not fit: give a checkpoint for this target")
 
 
 @dataclass
@@ -197,7 +146,7 @@ class Work:
         plan = self.plan
         files = [*plan.corpora, *plan.exclude, *([plan.prompts] if plan.prompts else [])]
         if plan.init:
-            files.append(plan.init / own.WEIGHTS)
+            files += [plan.init / name for name in find_checkpoint(plan.init).files[1:]]
         target = self.manifest.files[TARGET_WEIGHTS].sha256
         try:
             return {"target": target, "digests": {str(file): sha256_file(file) for file in files}}
@@ -205,12 +154,26 @@ class Work:
             raise TrainError(f"cannot read {error.filename} ({error.strerror}): check the path") from error
 
     def open_model(self) -> PagedModel:
-        return PagedModel(self.pair / TARGET_GRAPH, layers=self.layers)
+        return PagedModel(self.pair / TARGET_GRAPH, layers=self.format.layers)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Blocks of the target that the drafter reads besides the last feature."""
-        return low_middle_high(self.manifest.target.num_layers) if self.plan.feature_layers else ()
+    @cached_property
+    def config(self) -> Config:
+        """The text part of the target's config. Raises TrainError."""
+        folder = self.pair / TARGET
+        return text_config(read_config(folder, TrainError), folder / CONFIG, TrainError)
+
+    @cached_property
+    def format(self) -> TrainedFormat:
+        """Raises TrainError for a target or an initial checkpoint that the plan's drafter cannot have."""
+        source = self.manifest.provenance.get("target", {}).get("source", {})
+        return TRAINED[self.plan.format](self.plan, self.config, source.get("repo") or self.manifest.name)
+
+    def trainee(self, text: Text) -> Trainee:
+        """The drafter on the target's embedding and head rows, seeded or with `plan.init`'s weights."""
+        embedding, head = (torch.from_numpy(rows) for rows in read_embedding_and_head(self.pair / TARGET_GRAPH))
+        vocabulary = min(self.plan.draft_vocab, len(head))
+        d2t = draft_vocabulary(text.corpus.select(text.kept), vocabulary, self.manifest.target.vocab_size)
+        return self.format.make(TargetParts(self.config, embedding, head), torch.from_numpy(d2t))
 
     def open_writer(self) -> BatchWriter:
         return BatchWriter(self.open_model(), {*self.manifest.target.eos_token_ids, *self.tokenizer.eos_token_ids})
@@ -258,7 +221,7 @@ class Work:
 
     def features(self, text: Text) -> tuple[FeatureStore, FeatureStore]:
         """Stores for (all parts, held-out conversations), computed as far as the disk allows."""
-        size = self.manifest.target.feature_size * (len(self.layers) + 1)
+        size = self.manifest.target.feature_size * (len(self.format.layers) + 1)
         held = [Part("held-out", text.corpus.select(text.held_out))]
         held_out = FeatureStore(self.folder / "held-out", held, size, self.open_model, float("inf"))
         features = FeatureStore(self.folder / "features", text.parts, size, self.open_model, self.plan.disk_gb * 1e9)
@@ -294,11 +257,16 @@ class Clock:
         write_atomically(self.file, json.dumps(self.seconds).encode())
 
 
-def _claim(out: Path, work: Path, plan: dict[str, Any], resume: bool) -> None:
-    """Mark `out` as this plan's folder. Raises TrainError for a finished drafter or other plan."""
-    if (out / own.WEIGHTS).exists():
-        raise TrainError(f"{out} already holds a trained drafter: give another folder")
+def _claim(out: Path, work: Path, files: tuple[str, ...], plan: dict[str, Any], resume: bool) -> None:
+    """Mark `out` as this plan's folder. Raises TrainError for a finished drafter or other plan.
+
+    files: what the finished run writes, weights first.
+    """
     mine = work / "plan.json"
+    if (out / files[0]).exists():
+        raise TrainError(f"{out} already holds a trained drafter: give another folder")
+    if others := [name for name in files if (out / name).exists() and not mine.exists()]:
+        raise TrainError(f"{out} already holds {others[0]}: give another folder")
     if mine.exists():
         if not resume:
             raise TrainError(f"{work} holds an unfinished run: add --resume to continue, or give another folder")

@@ -8,13 +8,18 @@ L / 2 and L - 3 (L layers). The ids in `eagle_config` (ModelOpt, SGLang) and in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dovetail.models.checkpoint import (
+    CONFIG,
     CheckpointError,
     Stored,
     as_float,
@@ -23,11 +28,15 @@ from dovetail.models.checkpoint import (
     load_exactly,
     without_prefixes,
 )
+from dovetail.models.config import DEFAULT_FUSION, DrafterConfig
 from dovetail.models.eagle3 import BlockSizes, Eagle3Config, Eagle3Drafter
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
 from dovetail.models.rope import Rope
+from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
 
+WEIGHTS = "model.safetensors"
+LEAST_DEPTH = 7  # of a target with three different layers 2, L / 2 and L - 3
 _AGAIN = "correct config.json"
 _PREFIXES = ("model.", "draft_model.")
 _FIRST = "layers.0."
@@ -236,8 +245,8 @@ def check_layout(stored: Stored, config: Eagle3Config) -> None:
 
 
 def flat_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the checkpoints' names, where the mix's tensors stand beside the layers'."""
-    return {name.removeprefix("mix."): parameter for name, parameter in module.named_parameters()}
+    """Parameters but the head by the checkpoints' names, where the mix's stand beside the layers'."""
+    return {name.removeprefix("mix."): value for name, value in module.named_parameters() if name != "head"}
 
 
 def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter:
@@ -255,6 +264,71 @@ def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter
     mixed = {f"mix.{name}" if name.startswith(("fc", "input_norm")) else name: value for name, value in tensors.items()}
     load_exactly(module, mixed, stored.folder)
     return module
+
+
+def new_config(target: Config, draft_vocab_size: int) -> dict[str, Any]:
+    """config.json of a new drafter in SafeAILab's layout: the target's sizes, EAGLE's layers, plain RoPE.
+
+    openvino-genai reads no ids and takes EAGLE's layers, vLLM reads the ids at the top as inputs,
+    SGLang those in `eagle_config` as outputs. target: its config.json. Raises ValueError for a
+    target with too few layers, and what DrafterConfig raises.
+    """
+    sizes = DrafterConfig.for_target(dict(target), draft_vocab_size, DEFAULT_FUSION, 1)
+    if (depth := int(target["num_hidden_layers"])) < LEAST_DEPTH:
+        raise ValueError(f"it has {depth} layers, EAGLE-3 needs {LEAST_DEPTH}: use Dovetail's format")
+    taps = eagle_layers(depth)
+    special = {name: target[name] for name in ("bos_token_id", "eos_token_id") if name in target}
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden_size,
+        "target_hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": sizes.max_position_embeddings,
+        "rms_norm_eps": sizes.rms_norm_eps,
+        "rope_theta": sizes.rope_theta,
+        "vocab_size": sizes.vocab_size,
+        "draft_vocab_size": sizes.draft_vocab_size,
+        "tie_word_embeddings": False,
+        **special,
+        "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in taps],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(taps), "use_aux_hidden_state": True},
+    }
+
+
+def settings_of(config: Config, target: Config) -> Eagle3Config:
+    """The settings that a new drafter's config means."""
+    return settle(Stored(Path(), config, {}, ()), target).config
+
+
+def save_checkpoint(
+    drafter: Eagle3Drafter, folder: Path, config: Config, names: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:  # fmt: skip
+    """Write `config` and the tensors (`dtype`), the weights file last and atomically.
+
+    names: the checkpoint's name of each tensor to write, by its name in the module, as names_of
+    gives; without it SafeAILab's names of all. optimum-intel needs the embedding in the file.
+    """
+    ids = drafter.d2t.cpu()
+    tensors = flat_parameters(drafter) | {"embed_tokens.weight": drafter.embed_tokens, "lm_head.weight": drafter.head}
+    stored = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    stored["d2t"] = ids - torch.arange(len(ids))
+    stored["t2d"] = torch.zeros(drafter.shape.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if names is None:
+        names = {name: name.replace(_FIRST, "midlayer.") for name in stored}
+    names = {"lm_head.weight": "lm_head.weight", **names}  # a checkpoint may leave the head to the target
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    kind = str(dtype).removeprefix("torch.")
+    write_atomically(folder / CONFIG, (json.dumps({**settings, "torch_dtype": kind}, indent=2) + "\n").encode())
+    content = save({given: stored[name] for name, given in names.items()}, {"format": "pt"})
+    write_atomically(folder / WEIGHTS, content)
 
 
 def draft_ids(d2t: Tensor | None, t2d: Tensor | None, size: int, vocab: int, stored: Stored) -> Tensor:

@@ -1,0 +1,1 @@
+"""The drafters that a run can train, one module for the format of each."""
