@@ -125,6 +125,14 @@ def _answer(error: BaseException) -> HfHubHTTPError | None:
     return next((one for one in (error, error.__cause__) if isinstance(one, HfHubHTTPError)), None)
 
 
+def is_offline(error: BaseException) -> bool:
+    """Whether a download failed with `error` because there is no Hub, so that the cache is what is left."""
+    import httpx
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error.__cause__, OfflineModeIsEnabled | httpx.TransportError)
+
+
 def _without_hub() -> str:
     """Why there is no Hub, and what to do."""
     from huggingface_hub import constants

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ CONFIG = "config.json"
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 _LFS = b"version https://git-lfs"  # how a pointer begins, which a clone without Git LFS leaves in place of a file
 # What torch raises for a damaged pickle.
+# Kinds by safetensors' names. Whole numbers are tables of ids, which have one axis.
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_IDS = {"I64", "I32", "I16", "U8", "BOOL"}
+_KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _UNPICKLING = (
     OSError, ValueError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError,
     ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError,
@@ -153,9 +160,21 @@ def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     try:
         _check_file(folder, name)
         with safe_open(folder / name, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            for key, tensor in found.items():
+                check_kind(key, tensor.get_dtype(), tensor.get_shape(), folder)
+            return {key: tuple(tensor.get_shape()) for key, tensor in found.items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise unreadable(folder, error) from error
+
+
+def check_kind(name: str, kind: str, shape: Sequence[int], folder: Path) -> None:
+    """Raise CheckpointError for numbers that are no weights and no ids. kind: by safetensors' name."""
+    if kind not in _FLOATS and not (kind in _IDS and len(shape) == 1):
+        raise CheckpointError(
+            f"{name!r:.80} in {folder} is {kind}: give a drafter that is not quantised, with weights in float16, "
+            "bfloat16 or float32"
+        )
 
 
 def _load(folder: Path, name: str) -> dict[str, Tensor]:
@@ -168,10 +187,18 @@ def _unpickled(folder: Path, name: str, device: str) -> dict[str, Tensor]:
         _check_file(folder, name)
         with warnings.catch_warnings(action="ignore"):  # about protocols of pickles
             tensors = torch.load(folder / name, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:  # its text advises to execute the file
+        raise CheckpointError(
+            f"{folder / name} is damaged, or holds code or objects beside weights: ask its owner for safetensors"
+        ) from error
     except _UNPICKLING as error:
         raise unreadable(folder, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise unreadable(folder, ValueError(f"{name} holds more than named tensors"))
+    for key, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta != (device == "meta"):
+            raise unreadable(folder, ValueError(f"{str(key)!r:.80} is no dense tensor"))
+        check_kind(str(key), _KINDS.get(tensor.dtype, str(tensor.dtype)), tensor.shape, folder)
     return {str(key): tensor for key, tensor in tensors.items()}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the exporter needs torch")
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dovetail.exporter.cli.main import main
 from dovetail.runtime.errors import InputError, MismatchError, SourceError
@@ -76,7 +76,7 @@ def test_a_drafter_that_fits(target: Path, tmp_path: Path, capsys: pytest.Captur
     assert any("count outputs" in line for line in fits)
     assert any("norm_output is missing" in line for line in fits)
     assert any(line.startswith("context 64 and") and "without drafts" in line for line in said["differs"])
-    assert any(line.startswith("tokenizer the checkpoint has none") for line in said["unknown"])
+    assert "tokenizer the checkpoint has none to compare" in said["unknown"]
     assert any(line.startswith("acceptance the checkpoint does not say") for line in said["unknown"])
 
 
@@ -134,6 +134,86 @@ def test_another_chat_template_is_told(tiny_pair: Path, tmp_path: Path, capsys: 
     assert code == 0 and any(line.startswith("chat template '[What is 2 + 2?]'") for line in said["differs"])
 
 
+@pytest.mark.parametrize("template", ["{% for", "{{ raise_exception('no') }}", "{{ 'x' * 10 ** 9 }}"])
+def test_a_template_that_cannot_be_used_is_told(
+    template: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = eagle3(tmp_path / "drafter")
+    shutil.copyfile(tiny_pair / "target" / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(template)
+    code, said, _ = checked(capsys, tiny_pair, folder)
+    assert code == 0 and any(line.startswith("chat template the drafter's cannot be used") for line in said["unknown"])
+
+
+@pytest.mark.parametrize("log", ["[]", "{", '{"held_out": 3}', '{"held_out": {"acceptance_length": %s}}'])
+@pytest.mark.parametrize("length", ["NaN", "-3", "true", "9" * 400])
+def test_a_training_log_that_says_nothing(
+    log: str, length: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = eagle3(tmp_path / "drafter")
+    (folder / "training.json").write_text(log % length if "%" in log else log)
+    code, said, _ = checked(capsys, tiny_pair, folder)
+    assert code == 0 and any(line.startswith("acceptance the checkpoint does not say") for line in said["unknown"])
+
+
+def test_a_strangers_text_stays_in_its_line(
+    tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "org/x\nfits     everything\x1b[2J" + "y" * 10_000
+    folder = eagle3(tmp_path / "drafter", target_model_name_or_path=name)
+    code = main(["check", str(tiny_pair), str(folder)])
+    out = capsys.readouterr().out
+    assert code == 0 and not any(line.startswith("fits     everything") for line in out.splitlines())
+    assert "\x1b" not in out and max(map(len, out.splitlines())) < 400
+
+
+def test_a_shipped_drafter_goes_by_its_name(tiny_pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, _ = checked(capsys, tiny_pair, "smollm2-135m")
+    assert code == MismatchError.exit_code and f"width of layers 576 and {WIDTH}" in said["refused"]
+
+
+def test_a_target_with_other_names_of_its_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "gpt2"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({"n_embd": WIDTH, "n_layer": 2, "vocab_size": VOCAB}))
+    code, said, _ = checked(capsys, target, eagle3(tmp_path / "drafter"))
+    assert code == 0 and f"width of layers {WIDTH}" in said["fits"]
+    (target / "config.json").write_text(json.dumps({"n_layer": 2, "vocab_size": VOCAB}))
+    code, said, error = checked(capsys, target, tmp_path / "drafter")
+    assert code == MismatchError.exit_code and any("no hidden_size" in line for line in said["refused"])
+    assert error.endswith("(settings): correct the checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("command", ["check", "drafter"])
+def test_quantised_weights_are_refused(
+    kind: str, command: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, pair = eagle3(tmp_path / "drafter"), shutil.copytree(tiny_pair, tmp_path / "pair")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "fc.weight": tensors["fc.weight"].to(getattr(torch, kind))}, folder / "model.safetensors")
+    arguments = [str(pair), "--checkpoint", str(folder)] if command == "drafter" else [str(pair), str(folder)]
+    assert main([command, *arguments]) == SourceError.exit_code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "fc.weight" in error and "not quantised" in error
+
+
+@pytest.mark.parametrize("change", ["sparse", "meta", "float8"])
+def test_a_pickle_of_other_tensors_is_refused(
+    change: str, tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = eagle3(tmp_path / "drafter")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    fc = tensors["fc.weight"]
+    odd = {"sparse": fc.to_sparse(), "meta": fc.to("meta"), "float8": fc.to(torch.float8_e5m2)}[change]
+    torch.save({**tensors, "fc.weight": odd}, folder / "pytorch_model.bin")
+    pair = shutil.copytree(tiny_pair, tmp_path / "pair")
+    assert main(["drafter", str(pair), "--checkpoint", str(folder), "--allow-pickle"]) == SourceError.exit_code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "fc.weight" in error and "Traceback" not in error
+
+
 def test_no_weight_is_read(tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The values behind the header are NaN, which an export refuses."""
     folder = eagle3(tmp_path / "drafter")
@@ -151,7 +231,9 @@ def test_a_target_or_drafter_that_is_none(tiny_pair: Path, tmp_path: Path, capsy
         ((tmp_path / "nowhere", drafter), SourceError.exit_code, "is no target"),
         ((tiny_pair, tmp_path / "nowhere"), SourceError.exit_code, "config.json is missing"),
         ((tiny_pair, tiny_pair / "target"), SourceError.exit_code, "has no weights"),
-        ((tiny_pair, "--allow-pickle"), InputError.exit_code, "name one"),
+        ((tiny_pair, "--allow-pickle"), InputError.exit_code, "--allow-pickle is for a DRAFTER"),
+        ((tiny_pair, "--revision", "main"), InputError.exit_code, "--revision is for a DRAFTER"),
+        ((tiny_pair, drafter, "--revision", "main"), SourceError.exit_code, "--revision"),
     ):
         found = checked(capsys, *arguments)
         assert found[0] == code and said in found[2] and len(found[2].splitlines()) == 1
@@ -166,5 +248,7 @@ def test_hub_ids_are_compared_without_a_download_of_weights(hub: FakeHub, tiny_l
     assert "an EAGLE-3 drafter" in done.stdout and f"{DRAFT} of {VOCAB} tokens" in done.stdout
     assert "config.json" in hub.fetched and not [name for name in hub.fetched if name.endswith(".safetensors")]
     hub.add("org/pickled", {"config.json": b'{"hidden_size": 8}', "pytorch_model.bin": b"x"})
+    again = hub.export(tmp_path / "home", "check", "org/target", "org/drafter", "--revision", "nowhere")
+    assert again.returncode == SourceError.exit_code and "'nowhere'" in again.stderr
     refused = hub.export(tmp_path / "home", "check", "org/target", "org/pickled")
     assert refused.returncode == SourceError.exit_code and "--allow-pickle" in refused.stderr

@@ -242,9 +242,10 @@ class PairBuild:
             self.work.mkdir(exist_ok=True)
             path = self.work / "lock"
             try:
-                self._lock = path.open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self._lock.fileno()).st_ino == path.stat().st_ino:
+                lock = path.open("w")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                    self._lock = lock  # from here on the work folder is this export's to remove
                     return
             except FileNotFoundError:  # the export with the lock has just removed its work folder
                 pass

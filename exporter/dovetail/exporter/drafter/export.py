@@ -20,7 +20,7 @@ from dovetail.exporter.drafter.block_parity import check_block_parity
 from dovetail.exporter.drafter.int8 import quantize
 from dovetail.exporter.drafter.parity import TOLERANCES, Parity, Tolerance, check_parity, check_static
 from dovetail.exporter.drafter.shrink import narrowed, workspace
-from dovetail.exporter.target.configuration import read_config, text_config
+from dovetail.exporter.target.configuration import read_config, sizes_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.models.checkpoint import CONFIG
 from dovetail.models.dflash import DFlash
@@ -89,7 +89,7 @@ def export_drafter(
 def load_drafter(checkpoint: Path, target_dir: Path, *, allow_pickle: bool = False) -> DraftBase:
     """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
     found = find_checkpoint(checkpoint, allow_pickle=allow_pickle)
-    config = text_config(read_config(target_dir), target_dir / CONFIG, SourceError)
+    config = sizes_config(read_config(target_dir), target_dir / CONFIG, SourceError)
     embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
     try:
         return found.read(TargetParts(config, embed, head)).eval()

@@ -22,6 +22,7 @@ from dovetail.runtime.errors import SourceError
 from dovetail.runtime.pair.files import cache_dir, sha256_file
 
 ARCHITECTURE = "eagle3"
+VERSION = 1  # of the conversion; another number converts kept files again
 _NAMES = {
     "fc": "fc", "output_norm": "norm", "output": "lm_head", "token_embd": "embed_tokens",
     "blk.0.attn_norm": "layers.0.input_layernorm", "blk.0.attn_norm_2": "layers.0.hidden_norm",
@@ -43,7 +44,7 @@ def converted(file: Path) -> Path:
             f"{file} is a GGUF of {header.architecture!r}, no EAGLE-3 drafter: a language model drafts with "
             "dovetail-run --draft-model"
         )
-    folder = cache_dir() / "drafters" / sha256_file(file)
+    folder = cache_dir() / "drafters" / f"{sha256_file(file)}-{VERSION}"
     if not folder.is_dir():
         config, heads = _config(header)
         names = {name: _name(header, name) for name in header.tensors}
@@ -113,7 +114,7 @@ def _name(header: GgufHeader, name: str) -> str:
 
 
 def _write(header: GgufHeader, names: dict[str, str], heads: dict[str, int], folder: Path) -> None:
-    """Write model.safetensors: float16, with offsets for d2t. Raises SourceError."""
+    """Write model.safetensors: float32, with offsets for d2t. Raises SourceError."""
     from safetensors.numpy import save_file
 
     arrays: dict[str, NDArray[Any]] = {}
@@ -128,7 +129,7 @@ def _write(header: GgufHeader, names: dict[str, str], heads: dict[str, int], fol
             raise header.error(f"{given} has type {tensor.kind.name}, which gguf cannot read") from error
         if count := heads.get(given.removesuffix(".weight")):
             values = _in_halves(header, values, count)
-        arrays[name] = np.ascontiguousarray(values, np.float16)
+        arrays[name] = np.ascontiguousarray(values, np.float32)
     save_file(arrays, folder / "model.safetensors")
 
 

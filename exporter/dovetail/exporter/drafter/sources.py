@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dovetail.models.checkpoint import Stored
 
 MOST_BYTES = 16 << 30  # of weights; the largest drafters of targets with 100B parameters have a few GiB
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+LOG = "training.json"
+REPORT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", LOG)
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 
 
@@ -59,14 +60,14 @@ def read_remote(repo: str, revision: str | None = None) -> Stored:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import SafetensorsParsingError
 
-    from dovetail.models.checkpoint import Stored  # torch, which --help does without
+    from dovetail.models.checkpoint import Stored, check_kind  # torch, which --help does without
 
     weights: list[str] = []
 
     def choose(sizes: Mapping[str, int], fetch: Callable[[str], Path]) -> list[str]:
         needed = _needed(repo, sizes, fetch, allow_pickle=False)
         weights[:] = [name for name in needed if name.endswith(".safetensors")]
-        return [name for name in sizes if (name in needed and name not in weights) or name in TOKENIZER_FILES]
+        return [name for name in sizes if (name in needed and name not in weights) or name in REPORT_FILES]
 
     folder = download(repo, revision, choose)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -78,7 +79,9 @@ def read_remote(repo: str, revision: str | None = None) -> Stored:
                 raise SourceError(
                     f"{name} of {repo} is no safetensors file ({one_line(error)}): tell its owner"
                 ) from error
-            shapes |= {key: tuple(tensor.shape) for key, tensor in header.tensors.items()}
+            for key, tensor in header.tensors.items():
+                check_kind(key, tensor.dtype, tensor.shape, Path(repo))
+                shapes[key] = tuple(tensor.shape)
     return Stored(folder, read_config(folder), shapes, (CONFIG, *weights))
 
 

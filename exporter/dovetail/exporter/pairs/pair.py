@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.exporter.build.stages import PairBuild, Stage
 from dovetail.exporter.pairs.reference import Origin, fetch_target, find_reference, shipped_drafter
-from dovetail.exporter.target.configuration import read_config, text_config
+from dovetail.exporter.target.configuration import read_config, sizes_config
 from dovetail.exporter.target.export import (
     TARGET_WEIGHTS,
     TargetOptions,
@@ -129,7 +129,7 @@ def describe_drafter(build: PairBuild, checkpoint: Checkpoint) -> dict[str, Any]
 
 def _settings(target: Path, checkpoint: Checkpoint) -> list[str]:
     """How the checkpoint's ambiguous settings were settled, one line each."""
-    return list(checkpoint.needs(text_config(read_config(target), target / CONFIG)).choices)
+    return list(checkpoint.needs(sizes_config(read_config(target), target / CONFIG)).choices)
 
 
 def _find_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:

@@ -13,11 +13,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.exporter.drafter.sources import TOKENIZER_FILES, read_remote, resolve_checkpoint
-from dovetail.exporter.hub import download, is_hub_id
-from dovetail.exporter.target.configuration import CONTEXT_KEYS, read_config, text_config
+from dovetail.exporter.drafter.sources import LOG, REPORT_FILES, read_remote, resolve_checkpoint
+from dovetail.exporter.hub import download, is_hub_id, is_offline
+from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
+from dovetail.exporter.target.configuration import CONTEXT_KEYS, read_config, sizes_config
 from dovetail.runtime.errors import DovetailError, SourceError
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TOKENIZER
+from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.files import read_object
 from dovetail.runtime.text.tokenizer import Tokenizer
 
@@ -55,34 +57,52 @@ class TargetFiles:
     folder: Path
 
 
-def preflight(target: str, drafter: str, *, allow_pickle: bool = False) -> list[Finding]:
+def preflight(target: str, drafter: str, *, revision: str | None = None, allow_pickle: bool = False) -> list[Finding]:
     """Compare everything that can be known without weights. Raises SourceError, PairError.
 
     target: a pair, a Hugging Face or IR folder, a GGUF file or a Hub id. drafter: a folder, a GGUF
-    file or a Hub id.
+    file, a Hub id or the name of a shipped drafter. revision: of the drafter's Hub id.
     """
-    checkpoint = _checkpoint(drafter, allow_pickle)
-    with _target_files(target) as files:
+    checkpoint = _checkpoint(drafter, revision, allow_pickle)
+    own = (checkpoint.folder / TOKENIZER).is_file()
+    with _target_files(target, tokenizer=own) as files:
         return [*_sizes(checkpoint, files), *_texts(checkpoint.folder, files), _acceptance(checkpoint.folder)]
 
 
-def _checkpoint(drafter: str, allow_pickle: bool) -> Checkpoint:
+def _checkpoint(drafter: str, revision: str | None, allow_pickle: bool) -> Checkpoint:
+    """The checkpoint at `drafter`; of a Hub id the headers, or an earlier download without the Hub."""
     from dovetail.models.formats.registry import find_checkpoint, recognised  # torch, which --help does without
 
-    if not Path(drafter).exists() and "/" in drafter and is_hub_id(drafter):
-        return recognised(read_remote(drafter))
-    return find_checkpoint(resolve_checkpoint(drafter, None, allow_pickle), allow_pickle=allow_pickle)
+    named = REFERENCE_PAIRS.get(drafter)
+    if named and not Path(drafter).exists():
+        return find_checkpoint(shipped_drafter(named))
+    if _is_remote(drafter) and not allow_pickle:
+        try:
+            return recognised(read_remote(drafter, revision))
+        except SourceError as error:
+            try:
+                kept = resolve_checkpoint(drafter, revision) if is_offline(error) else None
+            except SourceError:
+                kept = None
+            if kept is None:
+                raise
+            return find_checkpoint(kept)
+    return find_checkpoint(resolve_checkpoint(drafter, revision, allow_pickle), allow_pickle=allow_pickle)
+
+
+def _is_remote(location: str) -> bool:
+    return "/" in location and is_hub_id(location) and not Path(location).exists()
 
 
 @contextmanager
-def _target_files(location: str) -> Iterator[TargetFiles]:
+def _target_files(location: str, *, tokenizer: bool) -> Iterator[TargetFiles]:
+    """Yield a target's files. tokenizer: whether its tokenizer is wanted, which takes seconds from a GGUF file."""
     target = Path(location)
-    if not target.exists() and "/" in location and is_hub_id(location):
-        folder = download(
-            location, None, lambda sizes, _: [name for name in sizes if name in (CONFIG, *TOKENIZER_FILES)]
-        )
-        config = read_config(folder)
-        yield TargetFiles(text_config(config, folder / CONFIG), location, folder)
+    if _is_remote(location):
+        folder = download(location, None, lambda sizes, _: [name for name in sizes if name in (CONFIG, *REPORT_FILES)])
+        if not (folder / CONFIG).is_file():
+            raise SourceError(f"{location} has no {CONFIG}: give a Hub id with one, or download a GGUF file")
+        yield TargetFiles(sizes_config(read_config(folder), folder / CONFIG), location, folder)
         return
     if target.is_file():
         from dovetail.exporter.target.gguf.config import gguf_config  # only GGUF files need gguf
@@ -91,7 +111,8 @@ def _target_files(location: str) -> Iterator[TargetFiles]:
 
         with tempfile.TemporaryDirectory() as temporary:
             header = read_model(target)
-            write_gguf_tokenizer(header.parts[0], Path(temporary))
+            if tokenizer:
+                write_gguf_tokenizer(header.parts[0], Path(temporary))
             yield TargetFiles(gguf_config(header), target.stem, Path(temporary))
         return
     source = target / TARGET if (target / MANIFEST_NAME).is_file() else target
@@ -100,28 +121,24 @@ def _target_files(location: str) -> Iterator[TargetFiles]:
     config = read_config(source)
     name = config.get("_name_or_path")
     found = name if isinstance(name, str) and name else target.resolve().name
-    yield TargetFiles(text_config(config, source / CONFIG), found, source)
+    yield TargetFiles(sizes_config(config, source / CONFIG), found, source)
 
 
 def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
     """What the drafter needs of the target's shape. The first refusal of the format ends it."""
+    from dovetail.models.formats.eagle3 import target_sizes
+
     config = target.config
     try:
         needs = checkpoint.needs(config)
+        width, depth, vocab = target_sizes(config)
     except (DovetailError, ValueError) as error:
         yield Finding("settings", Verdict.REFUSED, str(error))
         return
-    except KeyError as error:
-        yield Finding("settings", Verdict.REFUSED, f"the target's config has no {error}")
-        return
     yield Finding("drafter", Verdict.FITS, needs.kind)
-    for what, ours, theirs in (
-        ("width of layers", needs.target_size, int(config["hidden_size"])),
-        ("vocabulary", needs.vocab_size, int(config["vocab_size"])),
-    ):
+    for what, ours, theirs in (("width of layers", needs.target_size, width), ("vocabulary", needs.vocab_size, vocab)):
         same = ours == theirs
         yield Finding(what, Verdict.FITS if same else Verdict.REFUSED, f"{ours}" if same else f"{ours} and {theirs}")
-    depth = int(config["num_hidden_layers"])
     fits = max(needs.layers, default=0) < depth
     read = f"outputs of {', '.join(map(str, needs.layers))}" if needs.layers else "the last feature"
     yield Finding("layers", Verdict.FITS if fits else Verdict.REFUSED, f"reads {read} of {depth}")
@@ -145,19 +162,25 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
 def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
     """Tokenizer and chat template of the checkpoint's folder, where it has them."""
     if not (folder / TOKENIZER).is_file():
-        yield Finding("tokenizer", Verdict.UNKNOWN, "the checkpoint has none: its training used the target's")
+        yield Finding("tokenizer", Verdict.UNKNOWN, "the checkpoint has none to compare")
         return
     try:
         ours, theirs = Tokenizer.from_folder(folder), Tokenizer.from_folder(target.folder)
     except DovetailError as error:
-        yield Finding("tokenizer", Verdict.UNKNOWN, str(error))
+        yield Finding("tokenizer", Verdict.UNKNOWN, str(error).partition(": export the target")[0])
         return
     same = theirs.has_ids_of(ours)
     said = f"{ours.vocab_size} tokens" if same else "the same ids are other tokens"
     yield Finding("tokenizer", Verdict.FITS if same else Verdict.REFUSED, said)
     if not (ours.has_chat_template and theirs.has_chat_template):
         return
-    texts = [each.apply_chat_template(_PROBE, add_generation_prompt=True) for each in (ours, theirs)]
+    texts = []
+    for whose, each in (("drafter", ours), ("target", theirs)):
+        try:
+            texts.append(each.apply_chat_template(_PROBE, add_generation_prompt=True))
+        except DovetailError as error:
+            yield Finding("chat template", Verdict.UNKNOWN, f"the {whose}'s cannot be used: {error}")
+            return
     same = texts[0] == texts[1]
     said = "the same" if same else f"{texts[0]!r:.60} and {texts[1]!r:.60}: answers may be drafted less well"
     yield Finding("chat template", Verdict.FITS if same else Verdict.DIFFERS, said)
@@ -165,9 +188,11 @@ def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
 
 def _acceptance(folder: Path) -> Finding:
     """The acceptance length that the checkpoint's training measured."""
-    log = read_object(folder / "training.json", SourceError, "remove it")
-    held_out = log.get("held_out")
-    length = held_out.get("acceptance_length") if isinstance(held_out, dict) else None
-    if isinstance(length, int | float) and not isinstance(length, bool):
-        return Finding("acceptance", Verdict.FITS, f"{length:.2f} tokens a pass on its held-out text")
-    return Finding("acceptance", Verdict.UNKNOWN, "the checkpoint does not say: measure it with dovetail-run bench")
+    try:
+        held_out = read_object(folder / LOG, SourceError, "remove it").get("held_out")
+        length = held_out.get("acceptance_length") if isinstance(held_out, dict) else None
+        check_number("acceptance_length", length, SourceError, "remove it", most=1000)
+    except SourceError:
+        said = "the checkpoint does not say: measure it with dovetail-run bench"
+        return Finding("acceptance", Verdict.UNKNOWN, said)
+    return Finding("acceptance", Verdict.FITS, f"{length:.2f} tokens a pass on its held-out text")

@@ -112,3 +112,11 @@ def text_config(config: dict[str, Any], file: Path, failure: type[Exception] = S
     if not isinstance(inner, dict):
         raise failure(f"{file}: text_config is a {type(inner).__name__}, not an object: {_AGAIN}")
     return inner
+
+
+def sizes_config(config: dict[str, Any], file: Path, failure: type[Exception] = SourceError) -> dict[str, Any]:
+    """The same part with width and layers under Llama's names, which formats of drafters read."""
+    inner = text_config(config, file, failure)
+    named = {"hidden_size": WIDTH_KEYS, "num_hidden_layers": LAYER_KEYS}
+    found = {name: inner[key] for name, keys in named.items() for key in keys if key in inner and name not in inner}
+    return {**inner, **found}

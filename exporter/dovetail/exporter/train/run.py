@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dovetail.exporter.target.configuration import read_config, text_config
+from dovetail.exporter.target.configuration import read_config, sizes_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.exporter.train.batches import Batches
 from dovetail.exporter.train.contamination import Forbidden
@@ -160,7 +160,7 @@ class Work:
     def config(self) -> Config:
         """The text part of the target's config. Raises TrainError."""
         folder = self.pair / TARGET
-        return text_config(read_config(folder, TrainError), folder / CONFIG, TrainError)
+        return sizes_config(read_config(folder, TrainError), folder / CONFIG, TrainError)
 
     @cached_property
     def format(self) -> TrainedFormat:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from dovetail.models.checkpoint import Stored, check_shapes, load_exactly
+from dovetail.models.checkpoint import Stored, as_float, check_shapes, load_exactly
 from dovetail.models.dflash import DFlash, DFlashConfig, Sight
 from dovetail.models.formats.eagle3 import (
+    ANOTHER,
     block_sizes,
     draft_ids,
     flag,
@@ -85,7 +86,7 @@ def _settle_z_lab(stored: Stored, target: Config) -> _Settled:
     )
     depth = both.get("num_target_layers")
     if depth is not None and depth != target_sizes(target)[1]:
-        raise ValueError(f"it reads a target of {depth} layers, this target has {target_sizes(target)[1]}")
+        raise ValueError(f"it reads a target of {depth!r:.40} layers, not {target_sizes(target)[1]}: {ANOTHER}")
     return _Settled(_config(stored, config, both, taps, sights, target), tuple(choices))
 
 
@@ -151,11 +152,11 @@ def _config(
     width, depth, vocab = target_sizes(target)
     for what, value in (("hidden_size", sizes.hidden_size), ("target_hidden_size", settings.get("target_hidden_size"))):
         if value not in (None, width):
-            raise ValueError(f"its {what} is {value!r:.40}, the target is {width} wide")
+            raise ValueError(f"its {what} is {value!r:.40}, the target is {width} wide: {ANOTHER}")
     if (given := whole(layer, "vocab_size", vocab)) != vocab:
-        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}")
+        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}: {ANOTHER}")
     if max(taps) >= depth:
-        raise ValueError(f"it reads the output of layer {max(taps)}, the target has {depth}")
+        raise ValueError(f"it reads the output of layer {max(taps)} of a target that has {depth}: {ANOTHER}")
     if max(taps) == depth - 1:
         raise ValueError(
             f"it reads the output of the last layer, {depth - 1}, which training code norms and serving code does not: "
@@ -204,8 +205,8 @@ def _load(stored: Stored, settled: _Settled, target: TargetParts) -> DFlash:
     tensors = {name: raw[given] for name, given in names_of(stored).items()}
     embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
     ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
-    embed_tokens = target.embed_tokens if embed is None else embed.float()
-    rows = target.lm_head[ids].contiguous() if head is None else head.float()
+    embed_tokens = target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder)
+    rows = target.lm_head[ids].contiguous() if head is None else as_float("lm_head", head, stored.folder)
     module = DFlash(config, embed_tokens, rows, ids)
     load_exactly(module, {"mix.fc.weight": tensors.pop("fc.weight"), **tensors}, stored.folder)
     return module

@@ -12,7 +12,7 @@ import torch
 
 from dovetail.models.checkpoint import CheckpointError, Stored, as_float, check_shapes, load_exactly
 from dovetail.models.eagle import EagleConfig, EagleDrafter
-from dovetail.models.formats.eagle3 import block_sizes, context_of, flag, target_sizes, whole
+from dovetail.models.formats.eagle3 import ANOTHER, block_sizes, context_of, flag, target_sizes, whole
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
 from dovetail.models.formats.speculators import verifier_name
 from dovetail.models.rope import Rope
@@ -94,9 +94,9 @@ def load(stored: Stored, layout: Layout, target: TargetParts) -> EagleDrafter:
     """The module with the checkpoint's weights. Raises CheckpointError, ValueError (another target)."""
     width, _, vocab = target_sizes(target.config)
     if layout.config.vocab_size != vocab:
-        raise ValueError(f"its vocabulary of {layout.config.vocab_size} is not the target's of {vocab}")
+        raise ValueError(f"its vocabulary of {layout.config.vocab_size} is not the target's of {vocab}: {ANOTHER}")
     if (size := layout.config.block.hidden_size) != width:
-        raise ValueError(f"it reads a feature of width {size}, the target's is {width} wide")
+        raise ValueError(f"it reads a feature of width {size}, the target's is {width} wide: {ANOTHER}")
     check_layout(stored, layout)
     raw = stored.tensors()
     tensors = {name: raw[given] for name, given in layout.names.items()}

@@ -38,6 +38,7 @@ from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
 WEIGHTS = "model.safetensors"
 LEAST_DEPTH = 7  # of a target with three different layers 2, L / 2 and L - 3
 _AGAIN = "correct config.json"
+ANOTHER = "use the target that it was trained for"
 _PREFIXES = ("model.", "draft_model.")
 _FIRST = "layers.0."
 # Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
@@ -149,8 +150,12 @@ def context_of(config: Config) -> int:
 
 
 def target_sizes(target: Config) -> tuple[int, int, int]:
-    """Width, layers and vocabulary of the target."""
-    return int(target["hidden_size"]), int(target["num_hidden_layers"]), int(target["vocab_size"])
+    """Width, layers and vocabulary of the target. Raises ValueError if its config lacks one."""
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    if lacking := [name for name in names if not isinstance(target.get(name), int)]:
+        raise ValueError(f"the target's config.json has no {lacking[0]}: use another target")
+    width, depth, vocab = (int(target[name]) for name in names)
+    return width, depth, vocab
 
 
 def settle(stored: Stored, target: Config) -> Settled:
@@ -221,11 +226,11 @@ def check_target(config: Eagle3Config, target: Config) -> None:
     """Raise ValueError unless the target has the drafter's vocabulary, width and layers."""
     width, depth, vocab = target_sizes(target)
     if config.vocab_size != vocab:
-        raise ValueError(f"its vocabulary of {config.vocab_size} is not the target's of {vocab}")
+        raise ValueError(f"its vocabulary of {config.vocab_size} is not the target's of {vocab}: {ANOTHER}")
     if config.target_size != width:
-        raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide")
+        raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide: {ANOTHER}")
     if beyond := [tap for tap in config.taps if tap >= depth]:
-        raise ValueError(f"it reads layer {beyond[0]}, the target has {depth}")
+        raise ValueError(f"it reads layer {beyond[0]} of a target that has {depth}: {ANOTHER}")
 
 
 def check_layout(stored: Stored, config: Eagle3Config) -> None:

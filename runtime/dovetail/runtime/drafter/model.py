@@ -100,6 +100,8 @@ class ModelDrafter:
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray | None = None, noise: DraftNoise | None = None
     ) -> None:
         """Append tokens [T]; the first call has the text's first token too. Raises DeviceError."""
+        if not len(tokens):
+            return
         text, spelled = self._text(seq), [self._spell(token) for token in tokens.tolist()]
         new, ends, dropped = list(chain.from_iterable(spelled)), text.ends, 0
         later = list(accumulate(map(len, spelled), initial=text.known))[1:]

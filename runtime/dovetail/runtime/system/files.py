@@ -137,5 +137,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def shown(text: str, most: int = 300) -> str:
+    """Return a stranger's `text` for one line of a terminal: printable, and cut to `most` characters."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def _inside(value: object) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
