@@ -79,9 +79,18 @@ def genai(
         took = (perf_counter() - begin) * 1e3
         first = result.perf_metrics.get_ttft().mean
         ids_out = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
-        return {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
+        answer = {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
+        if draft:  # passes of the target after the prompt's
+            passes = result.extended_perf_metrics.main_model_metrics.raw_metrics.m_durations
+            answer["passes"] = len(passes) - 1
+        return answer
 
     return ask
+
+
+def block_size(draft: str) -> int:
+    """Tokens of a DFlash drafter's block, the known token included."""
+    return int(json.loads((Path(draft) / "target" / "config.json").read_text())["block_size"])
 
 
 def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None, draft: str | None = None) -> Ask:
@@ -146,6 +155,9 @@ WITH_DRAFT: dict[str, Callable[[str, str], Ask]] = {
     ),
     "openvino-genai, draft model 5, same properties": lambda model, draft: genai(
         model, properties=SAME, draft=draft, tokens=5
+    ),
+    "openvino-genai, DFlash": lambda model, draft: genai(
+        model, properties=SAME, draft=draft, tokens=block_size(draft) - 1
     ),
     "llama.cpp, draft model": lambda model, draft: llama(model, kind="DRAFT_SIMPLE", draft=draft),
 }
