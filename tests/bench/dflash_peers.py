@@ -65,9 +65,11 @@ class Case:
 
 
 CASES = (
-    Case("full attention, taught", {"block": 8, "taps": (2, 0, 1)}, taught=True),
     Case("a window, `causal` false", {"sliding": (True, False), "window": 9, "causal": False, "block": 6}),
     Case("a window, `causal` not set", {"sliding": (True, False), "window": 9, "block": 6}, alike=False),
+    Case(
+        "full attention, taught", {"block": 8, "taps": (2, 0, 1)}, taught=True
+    ),  # last, so that the texts follow the table
 )
 
 
@@ -191,7 +193,7 @@ def answers(target: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Random prompts and the target's greedy answers, by transformers."""
     rng = np.random.default_rng(5)
     for _ in range(PROMPTS):
-        prompt = rng.integers(0, 200, 12).tolist()
+        prompt = rng.integers(0, 94, 12).tolist()  # visible ASCII, which decodes to itself
         ids = torch.tensor([prompt])
         with torch.no_grad():
             out = target.generate(
@@ -339,10 +341,9 @@ def main(command: str, genai: str | None) -> None:
             module = load_drafter(checkpoint, pair / "target")
             assert isinstance(module, DFlash)
             manifest, exact = read_manifest(pair), in_float32(pair, module)
-            device = devices.HostDevice()
             sessions: dict[str, Drafter] = {
                 "float32": BlockDrafter.open(pair, exact, device="cpu"),
-                "float16": BlockDrafter.open_cuda(pair, manifest, new_device=lambda device=device: device),
+                "float16": BlockDrafter.open_cuda(pair, manifest, new_device=devices.HostDevice),
                 "int8": BlockDrafter.open(pair, manifest, device="cpu"),
             }
             peer = Peer.load(folder / "ir" / "target", target)

@@ -90,7 +90,7 @@ def test_swapped_weights_are_seen(
 
 
 def test_a_tie_counts_as_equal_and_no_position_as_different(script: ModuleType) -> None:
-    tied, apart = np.float32([[1.0, 1.0005, 0.0]]), np.float32([[1.0, 1.01, 0.0]])
+    tied, apart = np.array([[1.0, 1.0005, 0.0]], np.float32), np.array([[1.0, 1.01, 0.0]], np.float32)
     for peer, equal in ((tied, 1), (apart, 0)):
         agreement = script.Agreement()
         agreement.add([0], peer)
