@@ -5,7 +5,7 @@
 ENV has optimum-intel, diffusers and einops; PEERS has openvino-genai.  The script writes a Qwen3 target and DFlash
 checkpoints in z-lab's layout.  One drafter is taught the target's own answers, so that the target accepts its tokens.
 Both sides export every checkpoint, and draft after the same random contexts.  Then both engines write answers.
-Fails if a draft in float32, or a text, differs.
+Fails if a draft in float32 differs, or a text from plain decoding.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def texts(pair: Path, exact: Manifest, target: Any, genai: str, folders: tuple[P
     )
     for name, number in same.items():
         click.echo(f"| {name} | {number} of {PROMPTS} | {passes.get(name, count - PROMPTS)} |")
-    return set(same.values()) == {PROMPTS}
+    return same["Dovetail"] == same["openvino-genai"] == PROMPTS  # transformers keeps keys and values in float32
 
 
 @click.command()
