@@ -93,6 +93,11 @@ def genai(
     return ask
 
 
+def block_size(draft: str) -> int:
+    """Tokens of a DFlash drafter's block, the known token included."""
+    return int(json.loads((Path(draft) / "target" / "config.json").read_text())["block_size"])
+
+
 def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None, draft: str | None = None) -> Ask:
     """llama.cpp on a GGUF of the same weights.
 
@@ -160,6 +165,9 @@ WITH_DRAFT: dict[str, Callable[[str, str], Ask]] = {
     ),
     "openvino-genai, draft model 5, same properties": lambda model, draft: genai(
         model, properties=SAME, draft=draft, tokens=5
+    ),
+    "openvino-genai, DFlash": lambda model, draft: genai(
+        model, properties=SAME, draft=draft, tokens=block_size(draft) - 1
     ),
     "llama.cpp, draft model": lambda model, draft: llama(model, kind="DRAFT_SIMPLE", draft=draft),
 }
