@@ -87,7 +87,7 @@ def genai(
         ids_out = [int(token) for token in result.tokens[0] if token not in config.stop_token_ids]
         answer = {"count": len(ids_out), "tokens": ids_out, "first_ms": first, "later_ms": took - first}
         if more := result.extended_perf_metrics:  # of pipelines with a draft model
-            answer["rounds"] = len(more.main_model_metrics.raw_metrics.m_batch_sizes)
+            answer["rounds"] = len(more.main_model_metrics.raw_metrics.m_batch_sizes) - 1  # without the prompt's pass
         return answer
 
     return ask

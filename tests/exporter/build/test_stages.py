@@ -164,8 +164,11 @@ def test_kill_in_the_middle_of_a_stage(tmp_path: Path, existing: bool) -> None:
         stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOTS},
     )  # fmt: skip
     assert process.stdout and process.stdout.readline() == "half-written\n"
-    with pytest.raises(ExportError, match="another export"):
-        export(out, Writer("x"), Writer("x"), version=2, resume=True, force=True)
+    running = snapshot(tmp_path / ".pair.build")
+    for resume in (True, False):
+        with pytest.raises(ExportError, match="another export"):
+            export(out, Writer("x"), Writer("x"), version=2, resume=resume, force=True)
+        assert snapshot(tmp_path / ".pair.build") == running  # the refused export removes nothing
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()

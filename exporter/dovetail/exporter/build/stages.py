@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -241,17 +242,18 @@ class PairBuild:
         while True:
             self.work.mkdir(exist_ok=True)
             path = self.work / "lock"
-            try:
+            with suppress(FileNotFoundError):  # the export with the lock has just removed its work folder
                 lock = path.open("w")
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
-                    self._lock = lock  # from here on the work folder is this export's to remove
-                    return
-            except FileNotFoundError:  # the export with the lock has just removed its work folder
-                pass
-            except BlockingIOError:
-                raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
-            self._release_lock()
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                        self._lock = lock  # from here on the work folder is this export's to remove
+                        return
+                except BlockingIOError:
+                    raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
+                finally:
+                    if self._lock is None:
+                        lock.close()
 
     def _release_lock(self) -> None:
         if self._lock:
