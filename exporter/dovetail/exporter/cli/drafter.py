@@ -24,7 +24,7 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
     + ".",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights where there are no safetensors; no code in them is executed.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights too; no code in them is executed.")
 @click.option("--vram", metavar="SIZE", help="GPU memory that the drafter may take, e.g. 3GB.  [default: no limit]")
 @click.option("--fit", is_flag=True, help="Shrink the drafter's context, then its draft vocabulary, to fit --vram.")
 @click.option("--force", is_flag=True, help="Replace another drafter of the pair.")
