@@ -8,7 +8,7 @@ import click
 
 from dovetail.exporter.build.progress import show_progress
 from dovetail.exporter.pairs.check import check_pair_folder
-from dovetail.exporter.pairs.preflight import Verdict, preflight
+from dovetail.exporter.pairs.preflight import Fit, preflight
 from dovetail.runtime.errors import InputError, MismatchError
 from dovetail.runtime.system.files import shown
 
@@ -30,8 +30,8 @@ def command(pair: str, drafter: str | None, revision: str | None, allow_pickle: 
         findings = preflight(pair, drafter, revision=revision, allow_pickle=allow_pickle)
         width = max(len(finding.what) for finding in findings)
         for finding in findings:
-            click.echo(f"{finding.verdict:<8} {finding.what:<{width}}  {shown(finding.said)}")
-        if refused := [finding for finding in findings if finding.verdict is Verdict.REFUSED]:
+            click.echo(f"{finding.fit:<8} {finding.what:<{width}}  {shown(finding.said)}")
+        if refused := [finding for finding in findings if finding.fit is Fit.REFUSED]:
             names = ", ".join(finding.what for finding in refused)
             remedy = "correct the checkpoint" if names == "settings" else "use the target that it was trained for"
             raise MismatchError(f"{drafter} is no drafter for {pair} ({names}): {remedy}")

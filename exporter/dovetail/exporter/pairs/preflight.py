@@ -30,7 +30,7 @@ CONFIG = "config.json"
 _PROBE = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
-class Verdict(StrEnum):
+class Fit(StrEnum):
     """fits: the drafter can be exported. differs: it can, but drafts less well. refused: it cannot."""
 
     FITS = "fits"
@@ -44,7 +44,7 @@ class Finding:
     """One comparison. what: its subject. said: both values, or why there are none."""
 
     what: str
-    verdict: Verdict
+    fit: Fit
     said: str
 
 
@@ -133,45 +133,45 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
         needs = checkpoint.needs(config)
         width, depth, vocab = target_sizes(config)
     except (DovetailError, ValueError) as error:
-        yield Finding("settings", Verdict.REFUSED, str(error))
+        yield Finding("settings", Fit.REFUSED, str(error))
         return
-    yield Finding("drafter", Verdict.FITS, needs.kind)
+    yield Finding("drafter", Fit.FITS, needs.kind)
     for what, ours, theirs in (("width of layers", needs.target_size, width), ("vocabulary", needs.vocab_size, vocab)):
         same = ours == theirs
-        yield Finding(what, Verdict.FITS if same else Verdict.REFUSED, f"{ours}" if same else f"{ours} and {theirs}")
+        yield Finding(what, Fit.FITS if same else Fit.REFUSED, f"{ours}" if same else f"{ours} and {theirs}")
     fits = max(needs.layers, default=0) < depth
     read = f"outputs of {', '.join(map(str, needs.layers))}" if needs.layers else "the last feature"
-    yield Finding("layers", Verdict.FITS if fits else Verdict.REFUSED, f"reads {read} of {depth}")
+    yield Finding("layers", Fit.FITS if fits else Fit.REFUSED, f"reads {read} of {depth}")
     share = f"{needs.draft_vocab_size} of {needs.vocab_size} tokens"
-    yield Finding("draft vocabulary", Verdict.FITS, share)
+    yield Finding("draft vocabulary", Fit.FITS, share)
     if needs.rope:
-        yield Finding("RoPE", Verdict.FITS, f"the drafter's own: {needs.rope}")
+        yield Finding("RoPE", Fit.FITS, f"the drafter's own: {needs.rope}")
     longest = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     if needs.max_context and longest:
         shorter = needs.max_context < longest
         said = f"{needs.max_context} and {longest} tokens" + (": longer texts run without drafts" if shorter else "")
-        yield Finding("context", Verdict.DIFFERS if shorter else Verdict.FITS, said)
+        yield Finding("context", Fit.DIFFERS if shorter else Fit.FITS, said)
     if needs.target:
         same = needs.target.rstrip("/").rpartition("/")[2].lower() == target.name.rstrip("/").rpartition("/")[2].lower()
         said = f"trained for {needs.target}" + ("" if same else f", this is {target.name}")
-        yield Finding("target", Verdict.FITS if same else Verdict.UNKNOWN, said)
+        yield Finding("target", Fit.FITS if same else Fit.UNKNOWN, said)
     for choice in needs.choices:
-        yield Finding("setting", Verdict.FITS, choice)
+        yield Finding("setting", Fit.FITS, choice)
 
 
 def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
     """Tokenizer and chat template of the checkpoint's folder, where it has them."""
     if not (folder / TOKENIZER).is_file():
-        yield Finding("tokenizer", Verdict.UNKNOWN, "the checkpoint has none to compare")
+        yield Finding("tokenizer", Fit.UNKNOWN, "the checkpoint has none to compare")
         return
     try:
         ours, theirs = Tokenizer.from_folder(folder), Tokenizer.from_folder(target.folder)
     except DovetailError as error:
-        yield Finding("tokenizer", Verdict.UNKNOWN, str(error).partition(": export the target")[0])
+        yield Finding("tokenizer", Fit.UNKNOWN, str(error).partition(": export the target")[0])
         return
     same = theirs.has_ids_of(ours)
     said = f"{ours.vocab_size} tokens" if same else "the same ids are other tokens"
-    yield Finding("tokenizer", Verdict.FITS if same else Verdict.REFUSED, said)
+    yield Finding("tokenizer", Fit.FITS if same else Fit.REFUSED, said)
     if not (ours.has_chat_template and theirs.has_chat_template):
         return
     texts = []
@@ -179,11 +179,11 @@ def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
         try:
             texts.append(each.apply_chat_template(_PROBE, add_generation_prompt=True))
         except DovetailError as error:
-            yield Finding("chat template", Verdict.UNKNOWN, f"the {whose}'s cannot be used: {error}")
+            yield Finding("chat template", Fit.UNKNOWN, f"the {whose}'s cannot be used: {error}")
             return
     same = texts[0] == texts[1]
     said = "the same" if same else f"{texts[0]!r:.60} and {texts[1]!r:.60}: answers may be drafted less well"
-    yield Finding("chat template", Verdict.FITS if same else Verdict.DIFFERS, said)
+    yield Finding("chat template", Fit.FITS if same else Fit.DIFFERS, said)
 
 
 def _acceptance(folder: Path) -> Finding:
@@ -194,5 +194,5 @@ def _acceptance(folder: Path) -> Finding:
         check_number("acceptance_length", length, SourceError, "remove it", most=1000)
     except SourceError:
         said = "the checkpoint does not say: measure it with dovetail-run bench"
-        return Finding("acceptance", Verdict.UNKNOWN, said)
-    return Finding("acceptance", Verdict.FITS, f"{length:.2f} tokens a pass on its held-out text")
+        return Finding("acceptance", Fit.UNKNOWN, said)
+    return Finding("acceptance", Fit.FITS, f"{length:.2f} tokens a pass on its held-out text")
