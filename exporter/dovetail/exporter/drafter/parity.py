@@ -42,9 +42,10 @@ class Tolerance:
 
 
 # Measured with random weights, H = 32 and 576, 1 and 2 blocks. float16 errs by up to 0.0021 sd and
-# 0.05%, and by 0.010 sd in a DFlash drafter that was trained until its logits were sharp. INT8 errs by up to 0.11 sd and 3.1% in Dovetail's drafters, by up to 0.17 sd and 6.3% in
-# EAGLE's. A weight matrix with its rows reversed errs in INT8 by 0.27 to 4.4 sd, in EAGLE's drafters
-# also by 30% to 170%. The float16 file must show smaller mistakes.
+# 0.05%, and by 0.010 sd in a DFlash drafter that was trained until its logits were sharp. INT8 errs
+# by up to 0.11 sd and 3.1% in Dovetail's drafters, by up to 0.17 sd and 6.3% in EAGLE's. A weight
+# matrix with its rows reversed errs in INT8 by 0.27 to 4.4 sd, in EAGLE's drafters also by 30% to
+# 170%. The float16 file must show smaller mistakes.
 TOLERANCES = {"float16": Tolerance(logprob=0.03, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.12)}
 
 
