@@ -29,7 +29,7 @@ Choose = Callable[[Mapping[str, int], Callable[[str], Path]], list[str]]
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form of a Hub id, such as `organisation/model`, by huggingface_hub's own rule."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
 
     try:
         validate_repo_id(text)
