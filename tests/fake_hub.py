@@ -51,8 +51,9 @@ class Repository:
 class FakeHub:
     """The server. fetched: names of files that were asked for in full. asked: method and path of each request.
 
-    down: status of every answer, 0 for none. answers: content of every answer, TRUE for the truth. ignored: endings of paths that a .gitignore of the repository names. lost:
-    endings of paths that a commit drops. broken: path of a file that cannot be read. full: no LFS object can be added.
+    down: status of every answer, 0 for none. answers: content of every answer, TRUE for the truth. ignored:
+    endings of paths that a .gitignore of the repository names. lost: endings of paths that a commit drops. broken: path
+    of a file that cannot be read. full: no LFS object can be added.
     """
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from dovetail.exporter.pairs.card import write_card
 from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.exporter.pairs.push import push_pair
 from dovetail.runtime.errors import ExportError, InputError, IntegrityError, ManifestError, SourceError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
@@ -176,6 +177,12 @@ def test_a_push_that_the_hub_refuses_is_one_line(
     assert told in line and (token is None or token not in line)
     assert [*hub.repositories] == ["somebody/public"] and hub.repositories["somebody/public"].refs == {"main": commit}
     assert tree(pair) == before
+
+
+def test_a_name_is_checked_before_the_pair(tmp_path: Path) -> None:
+    for name in ("me/x--y", "me/x.git", "mé/x", "pair"):
+        with pytest.raises(InputError, match=f"{name!r} is no Hub id: give OWNER/NAME, of letters"):
+            push_pair(tmp_path / "nowhere", name)
 
 
 def test_without_the_hub_a_push_and_a_pull_are_one_line(hub: FakeHub, pair: Path, tmp_path: Path) -> None:

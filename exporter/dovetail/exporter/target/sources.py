@@ -93,7 +93,7 @@ def local_path(location: str, revision: str | None) -> Path | None:
                 "Hub id"
             )
         return path
-    if location[:1] in "./~" or not is_hub_id(location):
+    if not is_hub_id(location):
         raise SourceError(f"{location!r} does not exist: give a folder, a GGUF file or a Hub id")
     return None
 
