@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".bin", ".safetensors", ".onnx", ".data", ".npz", ".pt")
 TOKEN = "hf_of_the_owner"
+TRUE = object()
 Files = dict[str, bytes]
 
 
@@ -50,8 +51,9 @@ class Repository:
 class FakeHub:
     """The server. fetched: names of files that were asked for in full. asked: method and path of each request.
 
-    down: status of every answer, 0 for none. ignored: endings of paths that a .gitignore of the repository names. lost:
-    endings of paths that a commit drops. broken: path of a file that cannot be read. full: no LFS object can be added.
+    down: status of every answer, 0 for none. answers: content of every answer, TRUE for the truth. ignored:
+    endings of paths that a .gitignore of the repository names. lost: endings of paths that a commit drops. broken: path
+    of a file that cannot be read. full: no LFS object can be added.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,7 @@ class FakeHub:
         self.stored: dict[str, bytes] = {}  # LFS objects by sha256
         self.paths: dict[str, str] = {}  # of LFS objects, by sha256
         self.down = 0
+        self.answers: object = TRUE
         self.ignored: tuple[str, ...] = ()
         self.lost: tuple[str, ...] = ()
         self.broken = ""
@@ -149,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if self.hub.down:
             return self.fail(self.hub.down, None, "the Hub has a bad day")
+        if self.hub.answers is not TRUE:
+            return self.send(200, self.hub.answers)
         if self.token and self.token not in self.hub.tokens:
             return self.fail(401, None, "Invalid credentials in Authorization header")
         if parts[0] == "lfs":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.exporter.hub import is_hub_id
 from dovetail.runtime.engine import Engine
-from dovetail.runtime.errors import ExportError, InputError, PairError
+from dovetail.runtime.errors import ExportError, InputError, PairError, SourceError
 from dovetail.runtime.pair import known
 from dovetail.runtime.pair.check import read_sound
 
@@ -102,10 +104,15 @@ def test_pairs_and_known_names_are_taken_as_they_are(
     assert known.resolve_draft_model(str(pair)) == pair
     cached = make_pair(known.pairs_dir() / "mine")
     assert known.resolve_draft_model("mine") == cached
-    assert known.resolve_draft_model("./missing") == Path("missing")  # the manifest's reader says what is wrong
-    for name in ("llama-9000", ""):
-        with pytest.raises(InputError, match=f"{name!r} is unknown"):
+    for name in ("./missing", "/nowhere/at/all", "a/b/c", "me/x--y"):
+        with pytest.raises(InputError, match=f"draft model {name!r} does not exist: correct the path, or give OWNER/"):
             known.resolve_draft_model(name)
+    for name in ("llama-9000", ""):
+        with pytest.raises(InputError) as told:
+            known.resolve_draft_model(name)
+        line = str(told.value)
+        assert f"draft model {name!r} is unknown: name one of the pairs" in line and "mine" in line
+        assert "give a model by its path or as OWNER/NAME" in line
 
 
 def test_without_the_exporter_one_line_says_what_to_do(
@@ -120,15 +127,95 @@ def test_without_the_exporter_one_line_says_what_to_do(
         assert "pip install '.[export]'" in result.stderr
 
 
-def test_a_failed_export_says_why(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def refused(invoke: Any, opener: Any, pair: Path, model: object, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code and the only line on stderr, of the command and of the exporter's process."""
+    result = invoke("Hello", "-m", str(pair), "-md", str(model), obj=opener)
+    (line,) = (result.stderr + capfd.readouterr().err).splitlines()
+    assert opener.calls == [] and line.startswith("error: ")
+    return result.exit_code, line
+
+
+def test_a_failed_export_is_one_line_and_one_code(
+    invoke: Any, opener: Any, pair: Path, tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "small.gguf"
     model.write_bytes(b"no GGUF at all")
-    with pytest.raises(
-        ExportError, match=r"exporting the draft model .*small.gguf failed \(exit 4\): see the reason above"
-    ):
-        known.resolve_draft_model(str(model))
-    assert "not a GGUF file" in capfd.readouterr().err
+    code, line = refused(invoke, opener, pair, model, capfd)
+    assert code == SourceError.exit_code and "not a GGUF file" in line
     assert not (cache / "draft-models").exists()
+
+
+def test_an_exporter_that_a_signal_ends_is_one_line(
+    invoke: Any, opener: Any, pair: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(known, "_EXPORTER", killed)
+    code, line = refused(invoke, opener, pair, tiny_llama, capfd)
+    assert code == ExportError.exit_code and "was ended by signal 9: free some memory" in line
+
+
+@pytest.fixture
+def eagle3(tmp_path: Path) -> Path:
+    """An EAGLE-3 checkpoint in the layout of its authors, which passes for a Llama by its config."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, heads, vocabulary, draft = 32, 4, 96, 64
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "rms_norm_eps": 1e-6, "vocab_size": vocabulary, "draft_vocab_size": draft, "max_position_embeddings": 512,
+    }  # fmt: skip
+    shapes = {
+        "fc": (hidden, 3 * hidden), "norm": (hidden,), "lm_head": (draft, hidden),
+        "midlayer.hidden_norm": (hidden,), "midlayer.input_layernorm": (hidden,),
+        "midlayer.post_attention_layernorm": (hidden,), "midlayer.mlp.gate_proj": (64, hidden),
+        "midlayer.mlp.up_proj": (64, hidden), "midlayer.mlp.down_proj": (hidden, 64),
+        "midlayer.self_attn.o_proj": (hidden, hidden), "embed_tokens": (vocabulary, hidden),
+        **{f"midlayer.self_attn.{name}_proj": (hidden, 2 * hidden) for name in "qkv"},
+    }  # fmt: skip
+    folder = tmp_path / "e3"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    maps = {"d2t": torch.zeros(draft, dtype=torch.int64), "t2d": torch.arange(vocabulary) < draft}
+    save_file({**tensors, **maps}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "tiny_drafter"])
+def test_a_drafter_is_sent_to_its_command(
+    kind: str, request: pytest.FixtureRequest, invoke: Any, opener: Any, pair: Path, cache: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(kind)
+    code, line = refused(invoke, opener, pair, folder, capfd)
+    assert code == SourceError.exit_code and f"{folder} is a drafter (" in line
+    assert f"dovetail-export drafter PAIR --checkpoint {folder}" in line
+    assert not (cache / "draft-models").exists()
+
+
+def test_a_drafter_on_the_hub_is_sent_to_its_command(
+    hub: FakeHub, eagle3: Path, tiny_drafter: Path, tmp_path: Path
+) -> None:
+    for folder in (eagle3, tiny_drafter):
+        hub.add("somebody/drafter", {path.name: path.read_bytes() for path in folder.iterdir()})
+        done = hub.export(tmp_path / folder.name, "draft-model", "somebody/drafter", DOVETAIL_CACHE=str(tmp_path / "c"))
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == SourceError.exit_code and "error: somebody/drafter is a drafter (" in line
+        assert "dovetail-export drafter PAIR --checkpoint somebody/drafter" in line
+
+
+def test_both_rules_for_a_hub_id_agree() -> None:
+    right = ("a/b", "me/x.y", "me/x_y", "_me/_x", "Me-1/X-2.0", "me/" + "x" * 96, "me/9", "me/x.gitx")
+    wrong = (
+        "me/x--y", "me/x..y", "m--e/x", "mé/x", "me/é", "me/x.git", "me/" + "x" * 97, "me/-x", "me/x-", ".me/x",
+        "./x", "../x", "~/x", "me/x/y", "/x", "me/", "me/x\n", "me /x", "", "/", "me\\x",
+    )  # fmt: skip
+    for name in (*right, *wrong):
+        assert known.is_hub_id(name) == is_hub_id(name) == (name in right), name
+    assert is_hub_id("gpt2") and not known.is_hub_id("gpt2")  # the runtime's names are those of pairs
 
 
 def test_an_unfinished_pair_is_named(tmp_path: Path, tiny_pair: Path) -> None:

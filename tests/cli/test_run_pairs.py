@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,22 @@ def test_without_the_export_stack_one_line_says_what_to_do(invoke, opener, monke
     assert "needs torch" in result.stderr and "pip install '.[export]'" in result.stderr
 
 
-@pytest.mark.parametrize("code", [5, 0])
-def test_a_failed_build_is_an_export_error(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+@pytest.mark.parametrize(("code", "told"), [(0, "left no pair at"), (-9, "was ended by signal 9")])
+def test_a_failed_build_is_an_export_error(monkeypatch: pytest.MonkeyPatch, code: int, told: str) -> None:
     monkeypatch.setattr(pairs, "_installed", lambda module: True)
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
-    with pytest.raises(ExportError, match=f"exit {code}"):
+    with pytest.raises(ExportError, match=f"building the pair {pairs.DEFAULT_PAIR} {told}"):
         pairs.resolve_pair(None)
+
+
+def test_a_failed_build_has_the_line_and_the_code_of_the_exporter(
+    invoke, opener, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fails = "import sys; print('error: the disk is full', file=sys.stderr); sys.exit(5)"
+    monkeypatch.setattr(pairs, "_EXPORTER", (sys.executable, "-c", fails))
+    result = invoke("Hello", obj=opener)
+    assert (result.exit_code, capfd.readouterr().err) == (5, "error: the disk is full\n")
+    assert result.stderr.startswith("Building the pair") and result.stderr.count("\n") == 1
 
 
 def test_installed_sees_missing_parents() -> None:

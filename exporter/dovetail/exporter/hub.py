@@ -21,14 +21,21 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 TIMEOUT_S = 10
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_ASCII = re.compile(r"[\w./-]+", re.ASCII)
 
 Choose = Callable[[Mapping[str, int], Callable[[str], Path]], list[str]]
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the form of a Hub id, such as `organisation/model`."""
-    return bool(_HUB_ID.fullmatch(text))
+    """Whether `text` has the form of a Hub id, such as `organisation/model`, by huggingface_hub's own rule."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in an __all__
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return bool(_ASCII.fullmatch(text))  # the library takes letters that the Hub refuses
 
 
 def download(repo: str, revision: str | None, choose: Choose) -> Path:
@@ -116,6 +123,11 @@ def hub_errors(
     except ValueError as error:  # an answer that is no JSON, or that refuses what was sent
         reason = one_line(error)
         raise failure(f"{named} cannot be {what}: the Hub answers {reason:.300!r}: check HF_ENDPOINT") from error
+    except (LookupError, TypeError, AttributeError) as error:  # JSON without the fields of the Hub
+        reason = f"{type(error).__name__} {one_line(error):.300}"
+        raise failure(
+            f"{named} cannot be {what}: the Hub's answer is unusable ({reason}): check HF_ENDPOINT"
+        ) from error
 
 
 def _answer(error: BaseException) -> HfHubHTTPError | None:

@@ -118,6 +118,10 @@ def open_draft_model(
 
     Raises PairError, also for a tokenizer with too few common tokens, and DeviceError.
     """
+    if not pair.exists():
+        raise PairError(
+            f"draft model {pair} does not exist: give the folder that dovetail-export draft-model prints for a model"
+        )
     if not (pair / MANIFEST_NAME).exists():
         raise PairError(
             f"draft model {pair} is no pair: give the folder that dovetail-export draft-model {pair} prints"

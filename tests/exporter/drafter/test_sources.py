@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dovetail.exporter.drafter.sources import resolve_checkpoint
-from dovetail.runtime.errors import SourceError
+from dovetail.runtime.errors import ExportError, SourceError
 
 if TYPE_CHECKING:
     from tests.fake_hub import FakeHub
@@ -109,8 +110,6 @@ def test_a_repository_that_is_no_drafter_is_refused_before_its_weights_are_read(
 def test_a_drafter_from_the_hub_joins_its_target(
     hub: FakeHub, tiny_pair: Path, tiny_drafter: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     from dovetail.exporter.pairs.check import check_pair_folder
 
     hub.add(REPO, {path.name: path.read_bytes() for path in tiny_drafter.iterdir()}, gated=True)
@@ -124,11 +123,30 @@ def test_a_drafter_from_the_hub_joins_its_target(
     assert check_pair_folder(pair).drafter
 
 
+def test_without_a_finished_pair_nothing_is_downloaded(
+    hub: FakeHub, tiny_pair: Path, tiny_drafter: Path, tmp_path: Path
+) -> None:
+    hub.add(REPO, {path.name: path.read_bytes() for path in tiny_drafter.iterdir()})
+    damaged = shutil.copytree(tiny_pair, tmp_path / "damaged")
+    (damaged / "target" / "openvino_model.bin").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    for name, told in (
+        ("nopair", "nopair holds no finished pair: export its target first"),
+        ("folder", "folder is not empty and holds no pair"),
+        ("damaged", "target is missing or altered"),
+    ):
+        done = hub.export(tmp_path / "home", "drafter", tmp_path / name, "--checkpoint", REPO)
+        assert done.returncode == ExportError.exit_code and told in done.stderr.splitlines()[-1], done.stderr
+    assert hub.asked == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"damaged", "folder", "home", "cache"}
+
+
 def test_local_folders_are_taken_as_they_are(tiny_drafter: Path, tmp_path: Path, monkeypatch: Any) -> None:
     assert resolve_checkpoint(str(tiny_drafter)) == tiny_drafter
     monkeypatch.chdir(tmp_path)
     assert resolve_checkpoint("missing") == Path("missing")  # the checkpoint's reader says that it is missing
-    with pytest.raises(SourceError, match="--revision 'main' needs a Hub id"):
+    with pytest.raises(SourceError, match=r"--revision 'main' needs a Hub id.*: drop --revision, or give a Hub id"):
         resolve_checkpoint(str(tiny_drafter), "main")
     (tmp_path / "config.json").write_bytes(CONFIG)
     (tmp_path / "pytorch_model.bin").write_bytes(b"w")

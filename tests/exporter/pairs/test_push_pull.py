@@ -14,6 +14,7 @@ import pytest
 
 from dovetail.exporter.pairs.card import write_card
 from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.exporter.pairs.push import push_pair
 from dovetail.runtime.errors import ExportError, InputError, IntegrityError, ManifestError, SourceError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
@@ -50,6 +51,11 @@ def tree(folder: Path) -> dict[str, str]:
         for file in folder.rglob("*")
         if file.is_file() and not file.is_symlink()
     }
+
+
+def left(folder: Path) -> set[str]:
+    """Names of what a pull leaves in `folder`."""
+    return {path.name for path in folder.iterdir()} - {"home", "cache"}
 
 
 def failure(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -154,6 +160,8 @@ def test_a_damaged_pair_is_not_pushed(hub: FakeHub, pair: Path, tmp_path: Path) 
     [
         ("pair", [], TOKEN, InputError.exit_code, "'pair' is no Hub id: give OWNER/NAME"),
         ("a/b/c", [], TOKEN, InputError.exit_code, "no Hub id"),
+        ("me/x--y", [], TOKEN, InputError.exit_code, "'me/x--y' is no Hub id: give OWNER/NAME"),
+        ("m\xe9/x", [], TOKEN, InputError.exit_code, "'m\xe9/x' is no Hub id: give OWNER/NAME"),
         (REPO, [], None, ExportError.exit_code, "set HF_TOKEN to a token"),
         (REPO, [], "hf_unknown", ExportError.exit_code, "the Hub refuses the token"),
         ("others/pair", [], TOKEN, ExportError.exit_code, "You don't have the rights"),
@@ -169,6 +177,12 @@ def test_a_push_that_the_hub_refuses_is_one_line(
     assert told in line and (token is None or token not in line)
     assert [*hub.repositories] == ["somebody/public"] and hub.repositories["somebody/public"].refs == {"main": commit}
     assert tree(pair) == before
+
+
+def test_a_name_is_checked_before_the_pair(tmp_path: Path) -> None:
+    for name in ("me/x--y", "me/x.git", "mé/x", "pair"):
+        with pytest.raises(InputError, match=f"{name!r} is no Hub id: give OWNER/NAME, of letters"):
+            push_pair(tmp_path / "nowhere", name)
 
 
 def test_without_the_hub_a_push_and_a_pull_are_one_line(hub: FakeHub, pair: Path, tmp_path: Path) -> None:
@@ -243,7 +257,7 @@ def test_a_repository_without_a_sound_pair_leaves_nothing(
     good = repository.commits[repository.refs["main"]]
     repository.commit(change(good))
     line = failure(hub.export(tmp_path / "home", "pull", REPO, tmp_path / "out"), code)
-    assert told in line and REPO in line and not (tmp_path / "out").exists()
+    assert told in line and REPO in line and left(tmp_path) == set()
     repository.commit(good)
     done = hub.export(tmp_path / "home", "pull", REPO, tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -255,13 +269,29 @@ def test_an_interrupted_pull_goes_on(hub: FakeHub, published: Path, tmp_path: Pa
     out, last = tmp_path / "out", "target/tokenizer.json"
     hub.broken = last
     line = failure(hub.export(tmp_path / "home", "pull", REPO, out), SourceError.exit_code)
-    assert "a broken disk" in line and REPO in line and not out.exists()
+    assert "a broken disk" in line and REPO in line and left(tmp_path) == {".out.build"}
+    hub.down = 503
+    failure(hub.export(tmp_path / "home", "pull", REPO, out), SourceError.exit_code)
+    assert left(tmp_path) == {".out.build"}
+    hub.down = 0
     hub.broken = ""
     hub.fetched.clear()
     done = hub.export(tmp_path / "home", "pull", REPO, out)
     assert done.returncode == 0, done.stderr
     assert last in hub.fetched and "target/openvino_model.bin" not in hub.fetched  # it was whole
-    assert tree(out) == tree(published)
+    assert tree(out) == tree(published) and left(tmp_path) == {"out"}
+
+
+def test_a_pull_of_nothing_leaves_nothing(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("somebody/model", {"config.json": b"{}"})
+    for repo, told in (
+        ("somebody/none", "does not exist"), ("somebody/model", "is no pair"), ("me/x--y", "correct the name"),
+    ):  # fmt: skip
+        assert told in failure(hub.export(tmp_path / "home", "pull", repo, tmp_path / "out"), SourceError.exit_code)
+        assert left(tmp_path) == set()
+    hub.answers = {}
+    line = failure(hub.export(tmp_path / "home", "pull", REPO, tmp_path / "out"), SourceError.exit_code)
+    assert "the Hub's answer is unusable (KeyError 'id'): check HF_ENDPOINT" in line and left(tmp_path) == set()
 
 
 def metadata(card: Any) -> dict[str, Any]:

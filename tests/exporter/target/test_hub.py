@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dovetail.exporter.cli.main import main
+from dovetail.exporter.target.sources import resolve_source
 from dovetail.runtime.errors import SourceError
 from dovetail.runtime.pair.check import verify_files
 from dovetail.runtime.pair.manifest import read_manifest
@@ -172,6 +173,20 @@ def test_what_the_hub_does_not_have_is_one_line(hub: FakeHub, tmp_path: Path) ->
     assert "Hub id 'somebody/other' at revision 'v2' cannot be downloaded" in line and "correct the name" in line
     line = error_line(resolved(hub, tmp_path, "somebody/other", token=TOKEN))
     assert "it does not exist" in line
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, [], None, {"sha": "1"}, {"id": "a/b", "siblings": [{}]}, {"id": "a/b", "siblings": [1]}]
+)
+def test_an_answer_of_another_form_is_one_line(hub: FakeHub, tmp_path: Path, answer: object) -> None:
+    hub.answers = answer
+    line = error_line(resolved(hub, tmp_path / "home"))
+    assert "cannot be downloaded: the Hub's answer is unusable" in line and line.endswith(": check HF_ENDPOINT")
+
+
+def test_a_revision_of_a_folder_is_one_line(tiny_llama: Path) -> None:
+    with pytest.raises(SourceError, match="is a local path: drop --revision, or give a Hub id"):
+        resolve_source(str(tiny_llama), "main")
 
 
 def test_a_cache_without_the_repository_is_one_line(hub: FakeHub, tmp_path: Path) -> None:

@@ -153,9 +153,12 @@ def test_flags_of_a_gpu_are_refused(tiny_pair: Path, flags: dict[str, Any]) -> N
 
 
 def test_a_draft_model_that_is_no_pair_is_named(tiny_pair: Path, tmp_path: Path) -> None:
-    for given in (tmp_path / "none", str(tmp_path), "somebody/model"):
+    for given, problem in (
+        (tmp_path / "none", "does not exist"), (str(tmp_path), "is no pair"), ("./none", "does not exist"),
+        ("somebody/model", "does not exist"),
+    ):  # fmt: skip
         with pytest.raises(
-            PairError, match=f"{given} is no pair: give the folder that dovetail-export draft-model"
+            PairError, match=f"{Path(given)} {problem}: give the folder that dovetail-export draft-model"
         ) as told:
             Engine.from_pretrained(tiny_pair, draft_model=given)
         assert "\n" not in str(told.value)

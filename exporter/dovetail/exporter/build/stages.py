@@ -145,11 +145,17 @@ class PairBuild:
         return manifest
 
     def continued(self) -> Path:
-        """Return a folder for a whole pair that `place` puts in place. Its files outlive a failure."""
+        """Return a folder for a whole pair that `place` puts in place; see `keep_after_failure`."""
         folder = self.work / "pair"
-        for made in (folder, self.work / "records"):
-            made.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         return folder
+
+    def keep_after_failure(self, keep: bool) -> None:
+        """Say whether the folder from `continued` outlives a failure, so that a later call continues it."""
+        if keep:
+            (self.work / "records").mkdir(exist_ok=True)
+        else:
+            shutil.rmtree(self.work / "records", ignore_errors=True)
 
     def place(self, manifest: Manifest) -> None:
         """Put the folder from `continued`, which holds the pair of `manifest`, in place of `out`."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import click
 
 from dovetail.exporter.build.progress import show_progress
-from dovetail.exporter.pairs.draft_model import draft_model_folder, export_draft_model, is_exported
+from dovetail.exporter.pairs.draft_model import (
+    check_no_drafter,
+    draft_model_folder,
+    export_draft_model,
+    is_exported,
+    resolve_draft_source,
+)
 from dovetail.exporter.target.convert import WEIGHT_FORMATS
-from dovetail.exporter.target.sources import resolve_source
 
 
 @click.command("draft-model")
@@ -21,9 +26,10 @@ def command(source: str, revision: str | None, weight_format: str) -> None:
     happens once: the same files have the same folder. `dovetail-run --draft-model SOURCE` calls
     this command by itself. INT4 makes a draft's passes short, and drafts change no text.
     """
-    found = resolve_source(source, revision)
+    found = resolve_draft_source(source, revision)
     folder = draft_model_folder(found, weight_format)
     if not is_exported(folder):
+        check_no_drafter(source, revision, found.path)
         click.echo(f"Exporting the draft model {source} to {folder}. This happens once.", err=True)
         with show_progress("draft model") as progress:
             export_draft_model(found, folder, weight_format, progress)

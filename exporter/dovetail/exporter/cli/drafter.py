@@ -39,13 +39,15 @@ def command(
     limit = parse_size(vram) if vram is not None else 0
     check_limit(limit or None, fit, "cuda")
     with show_progress(pair.name) as progress:
-        if checkpoint in REFERENCE_PAIRS and not Path(checkpoint).is_dir() and not revision:
-            folder = shipped_drafter(REFERENCE_PAIRS[checkpoint])
-        else:
+
+        def find() -> Path:
+            if checkpoint in REFERENCE_PAIRS and not Path(checkpoint).is_dir() and not revision:
+                return shipped_drafter(REFERENCE_PAIRS[checkpoint])
             progress(f"looking at {checkpoint}")
-            folder = resolve_checkpoint(checkpoint, revision, allow_pickle)
+            return resolve_checkpoint(checkpoint, revision, allow_pickle)
+
         manifest = add_drafter(
-            folder, pair, vram=limit, fit=fit, force=force, allow_pickle=allow_pickle, progress=progress
+            find, pair, vram=limit, fit=fit, force=force, allow_pickle=allow_pickle, progress=progress
         )
     facts, kind = manifest.needed_drafter, manifest.drafter_kind or "drafter"
     click.echo(f"{pair}: {kind}, {facts.blocks} block(s), draft vocabulary {facts.draft_vocab_size}")

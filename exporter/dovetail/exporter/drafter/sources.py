@@ -37,7 +37,9 @@ def resolve_checkpoint(location: str, revision: str | None = None, allow_pickle:
         return converted(path)
     if path.exists() or "/" not in location or not is_hub_id(location):
         if revision:
-            raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is none: drop one")
+            raise SourceError(
+                f"--revision {revision!r} needs a Hub id, but {location!r} is none: drop --revision, or give a Hub id"
+            )
         names = {file.name for file in path.iterdir()} if path.is_dir() else {CONFIG}
         if CONFIG in names and names != {CONFIG}:
             choose_weights(location, names, allow_pickle, PICKLED)

@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from hashlib import sha256
 from pathlib import Path
 
 from dovetail.exporter.build.stages import PairBuild
+from dovetail.exporter.drafter.sources import read_remote
+from dovetail.exporter.hub import is_hub_id
 from dovetail.exporter.target.convert import WeightOptions
 from dovetail.exporter.target.export import TargetOptions, build_target, describe_target, tokenizer_digest
-from dovetail.exporter.target.sources import Source
-from dovetail.runtime.errors import PairError
+from dovetail.exporter.target.sources import Source, resolve_source
+from dovetail.runtime.errors import PairError, SourceError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system.progress import Progress, silent
+
+
+def resolve_draft_source(location: str, revision: str | None = None) -> Source:
+    """Return the source of a draft model; see resolve_source. Raises SourceError.
+
+    The error says so if a drafter's checkpoint is at `location`.
+    """
+    try:
+        return resolve_source(location, revision)
+    except SourceError as error:
+        if error.__cause__ is None:  # the Hub, if it was asked, has answered
+            path = Path(os.path.expanduser(location))
+            check_no_drafter(location, revision, path if path.exists() else None)
+        raise
+
+
+def check_no_drafter(location: str, revision: str | None, path: Path | None) -> None:
+    """Raise SourceError if `location` holds a drafter that Dovetail reads.
+
+    path: its files on this machine; None asks the Hub for their headers.
+    """
+    from dovetail.models.formats.registry import find_checkpoint, recognised  # torch, which --help does without
+
+    try:
+        if path is not None:
+            found = find_checkpoint(path)
+        elif is_hub_id(location):
+            found = recognised(read_remote(location, revision))
+        else:
+            return
+    except SourceError:  # no drafter: the caller knows what it is, or why it is unusable
+        return
+    raise SourceError(
+        f"{location} is a drafter ({found.description}) and no model: dovetail-export drafter PAIR --checkpoint "
+        f"{location} adds it to a pair"
+    )
 
 
 def draft_model_folder(source: Source, weight_format: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,11 +66,12 @@ def build_reference_pair(
 
 
 def add_drafter(
-    checkpoint: Path, pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False, allow_pickle: bool = False,
-    progress: Progress = silent,
+    checkpoint: Path | Callable[[], Path], pair: Path, *, vram: int = 0, fit: bool = False, force: bool = False,
+    allow_pickle: bool = False, progress: Progress = silent,
 ) -> Manifest:  # fmt: skip
     """Export the drafter checkpoint for the target at `pair` and add it to the pair.
 
+    checkpoint: its folder, or a function that may download it and is called if `pair` is sound.
     vram, fit: see export_drafter. `force` replaces another drafter; the same drafter stays.
     allow_pickle: read PyTorch's pickled files where there are no safetensors, weights alone.
     Raises ExportError (no finished target, another drafter, more than `vram`), SourceError
@@ -79,7 +80,7 @@ def add_drafter(
     with PairBuild(pair, resume=True, force=force, progress=progress) as build:
         build.keep("target")
         assert build.finished is not None  # keep() has checked
-        found = _find_checkpoint(checkpoint, allow_pickle)
+        found = _find_checkpoint(checkpoint if isinstance(checkpoint, Path) else checkpoint(), allow_pickle)
         drafter = build_drafter(build, found, vram, fit, build.finished.target.eos_token_ids, allow_pickle)
         provenance = {**build.finished.provenance, "drafter": describe_drafter(build, found)}
         manifest = replace(build.finished, drafter=drafter, provenance=provenance)

@@ -33,19 +33,19 @@ def pull_pair(
         folder = build.continued()
         progress(f"looking at {repo}")
         with hub_errors(repo, revision):
-            manifest = _download(repo, revision, folder, progress)
+            manifest = _download(repo, revision, folder, build)
         progress("checking every file")
         try:
             verify_files(folder, manifest, remember=False)
         except IntegrityError as error:
-            shutil.rmtree(folder)  # or the next call would find the same file
+            build.keep_after_failure(False)  # or the next call would find the same file
             reason = str(error).partition(": ")[0].replace(f"{folder}/", "")
             raise IntegrityError(f"{repo} holds a damaged pair: {reason}: pull again, or ask its owner") from error
         build.place(manifest)
         return manifest
 
 
-def _download(repo: str, revision: str | None, folder: Path, progress: Progress) -> Manifest:
+def _download(repo: str, revision: str | None, folder: Path, build: PairBuild) -> Manifest:
     """Download the manifest, check it, download its files; nothing else stays in `folder`."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -65,7 +65,8 @@ def _download(repo: str, revision: str | None, folder: Path, progress: Progress)
         raise IntegrityError(f"{repo} lacks {missing[0]}, which its manifest lists: ask its owner to push it again")
     size = sum(entry.size for entry in manifest.files.values())
     check_room(repo, size - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()), folder)
-    progress(f"downloading {len(manifest.files)} files, {size / 1e9:.2f} GB")
+    build.progress(f"downloading {len(manifest.files)} files, {size / 1e9:.2f} GB")
+    build.keep_after_failure(True)
     wanted = [glob.escape(name) for name in manifest.files]
     snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=wanted)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes about the download

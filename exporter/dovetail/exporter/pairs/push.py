@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dovetail.exporter.hub import hub_errors, show_bars
+from dovetail.exporter.hub import hub_errors, is_hub_id, show_bars
 from dovetail.exporter.pairs.card import CARD, MARK, write_card
 from dovetail.exporter.pairs.check import check_pair_folder
 from dovetail.runtime.errors import ExportError, InputError
@@ -18,8 +17,6 @@ from dovetail.runtime.system.progress import Progress, silent
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ def push_pair(
     Only files of the manifest and the card are uploaded. revision: a branch, made if it does not
     exist. Raises PairError (the pair), InputError, ExportError (the Hub refuses or is unreachable).
     """
-    if not _REPO.fullmatch(repo):
-        raise InputError(f"{repo!r} is no Hub id: give OWNER/NAME")
+    if "/" not in repo or not is_hub_id(repo):
+        raise InputError(f"{repo!r} is no Hub id: give OWNER/NAME, of letters a-z, digits, '_', and single '-' and '.'")
     manifest = check_pair_folder(pair, progress)
     check_listed(manifest)
     with hub_errors(repo, revision, ExportError, "pushed"):

@@ -88,9 +88,12 @@ def local_path(location: str, revision: str | None) -> Path | None:
     path = Path(os.path.expanduser(location))
     if path.exists():
         if revision:
-            raise SourceError(f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop one")
+            raise SourceError(
+                f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop --revision, or give a "
+                "Hub id"
+            )
         return path
-    if location[:1] in "./~" or not is_hub_id(location):
+    if not is_hub_id(location):
         raise SourceError(f"{location!r} does not exist: give a folder, a GGUF file or a Hub id")
     return None
 

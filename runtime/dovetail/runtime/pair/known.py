@@ -23,7 +23,8 @@ DEFAULT_PAIR = "smollm2-135m"
 REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b")  # names that `dovetail-export pair` builds
 EXPORT_EXTRA = ("torch", "transformers", "optimum")
 _EXPORTER = (sys.executable, "-m", "dovetail.exporter.cli.main")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
+# owner/name, by the rule of huggingface_hub, which this package does not import
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 def pairs_dir() -> Path:
@@ -40,7 +41,7 @@ def known_pairs() -> list[str]:
 def resolve_pair(named: str | None) -> Path:
     """Return the pair folder for `--pair`. A reference pair is built first if the cache lacks it.
 
-    Raises InputError for an unknown name or missing packages, ExportError for a failed build.
+    Raises InputError for an unknown name or missing packages; see build_pair for a failed build.
     """
     if named and (os.sep in named or named in (".", "..") or Path(named).is_dir()):
         return Path(named)
@@ -60,25 +61,33 @@ def resolve_draft_model(named: str) -> Path:
     The exporter exports a file, a folder or a Hub id `owner/name` that is no pair into the cache.
     It does so once, and finds the export again by the content of the source.
 
-    Raises InputError for an unknown name or missing packages, ExportError for a failed export.
+    Raises InputError for an unknown name or missing packages; see _check_export for a failed export.
     """
     path = Path(named)
-    is_model = not (path / MANIFEST_NAME).exists() if path.exists() else bool(_HUB_ID.fullmatch(named))
-    if not named or not is_model:
-        return resolve_pair(named)
+    if named and path.exists():
+        if (path / MANIFEST_NAME).exists():
+            return path
+    elif not is_hub_id(named):
+        if named in known_pairs():
+            return resolve_pair(named)
+        if os.sep in named:
+            raise InputError(f"draft model {named!r} does not exist: correct the path, or give OWNER/NAME of the Hub")
+        raise InputError(
+            f"draft model {named!r} is unknown: name one of the pairs {', '.join(known_pairs())}, or give a model by "
+            "its path or as OWNER/NAME"
+        )
     if lacking := _lacking():
         raise InputError(
             f"--draft-model {named} is no pair, and its export needs {', '.join(lacking)}: {install_extra('export')}, "
             "or name the folder of a pair"
         )
     done = subprocess.run([*_EXPORTER, "draft-model", named], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise ExportError(f"exporting the draft model {named} failed (exit {done.returncode}): see the reason above")
+    _check_export(done.returncode, f"exporting the draft model {named}")
     return Path(done.stdout.rstrip("\n"))
 
 
 def build_pair(name: str, pair: Path) -> None:
-    """Build a reference pair. Raises InputError, ExportError."""
+    """Build a reference pair. Raises InputError; see _check_export for a failed build."""
     if lacking := _lacking():
         raise InputError(
             f"pair {name} is not built yet, and the build needs {', '.join(lacking)}: "
@@ -93,10 +102,25 @@ def build_pair(name: str, pair: Path) -> None:
     click.echo(f"Building the pair {name} in {pair}. This happens once and takes a few minutes.", err=True)
     command = [*_EXPORTER, "pair", name, str(pair), "--resume"]
     done = subprocess.run(command, stdout=2, check=False)  # on stderr: stdout holds only the answer
-    if done.returncode != 0 or not (pair / MANIFEST_NAME).is_file():
-        raise ExportError(
-            f"building the pair {name} failed (exit {done.returncode}): see the reason above, run again to resume"
-        )
+    _check_export(done.returncode, f"building the pair {name}")
+    if not (pair / MANIFEST_NAME).is_file():
+        raise ExportError(f"building the pair {name} left no pair at {pair}: repeat the command to resume")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form `owner/name` of a Hub id."""
+    return bool(_HUB_ID.fullmatch(text))
+
+
+def _check_export(code: int, what: str) -> None:
+    """Exit with the exit code of a failed exporter, which has printed its reason.
+
+    Raises click's Exit, or ExportError if a signal ended the exporter.
+    """
+    if code < 0:
+        raise ExportError(f"{what} was ended by signal {-code}: free some memory, and repeat the command to resume")
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _lacking() -> list[str]:
