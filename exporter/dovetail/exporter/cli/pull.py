@@ -8,6 +8,7 @@ import click
 
 from dovetail.exporter.build.progress import show_progress
 from dovetail.exporter.pairs.pull import pull_pair
+from dovetail.runtime.system.files import shown
 
 
 @click.command()
@@ -24,4 +25,4 @@ def command(repo_id: str, pair: Path, revision: str | None, force: bool) -> None
     with show_progress("pull") as progress:
         manifest = pull_pair(repo_id, pair, revision=revision, force=force, progress=progress)
     drafter = (manifest.drafter_kind or "a drafter") if manifest.drafter else "no drafter"
-    click.echo(f"{pair}: {manifest.name}, target {manifest.target.weight_format}, {drafter}")
+    click.echo(f"{pair}: {shown(manifest.name)}, target {manifest.target.weight_format}, {drafter}")
