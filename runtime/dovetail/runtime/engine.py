@@ -16,8 +16,7 @@ from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
 from dovetail.runtime.loop.sequence import FinishReason, Request, Sequence, Step
-from dovetail.runtime.policy.choose import BOUNDS
-from dovetail.runtime.policy.estimates import MAX_SLOWDOWN
+from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -106,7 +105,7 @@ class Engine:
         tree: TreeLimits | None = None,
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
-        max_slowdown: float = MAX_SLOWDOWN,
+        max_slowdown: float = Scheduler.max_slowdown,
         draft_model: str | Path | None = None,
         lookup_cache: int = 0,
         progress: Progress = silent,

@@ -18,7 +18,7 @@ from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.policy import choose, estimates, pace, policy
 from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDTHS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
-from dovetail.runtime.policy.estimates import START
+from dovetail.runtime.policy.estimates import ABOVE, START, Estimate
 from dovetail.runtime.policy.pace import OUTLIER
 from dovetail.runtime.policy.policy import Choice, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
@@ -398,6 +398,19 @@ def test_questions_change_nothing() -> None:
     true = costs(switch_ms=8.0)
     answer("copy", true, noise=2.0, scheduler=Curious(true), tokens=150)
     assert asked > 100
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_depth_that_is_no_longer_drafted_returns_to_the_depth_above(share: float) -> None:
+    known = Scheduler(costs())._known
+    known.children[0] = Estimate(1.0, ABOVE)
+    known.children[1] = Estimate(1.0, ABOVE)
+    known.children[1].add(share)
+    bad = known.share(1)
+    for _ in range(300):
+        known.children[0].add(0.9)
+        known.fade(repeats=False)
+    assert bad < 0.5 and known.share(1) > 0.85 and known.share(2) == known.share(1)
 
 
 def test_the_policy_has_at_most_twelve_constants() -> None:

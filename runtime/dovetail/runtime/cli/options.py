@@ -20,7 +20,8 @@ from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.files import write_atomically
 from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_draft_model, resolve_pair
 from dovetail.runtime.pair.manifest import read_manifest
-from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, check_slowdown
+from dovetail.runtime.policy.choose import Scheduler
+from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
@@ -98,7 +99,7 @@ class EngineFlags:
             tree=self.tree(pair, fixed=self.fixed_tree or not speculate),
             ov_config=self.ov_config,
             exact=self.exact,
-            max_slowdown=MAX_SLOWDOWN if self.max_slowdown is None else self.max_slowdown,
+            max_slowdown=Scheduler.max_slowdown if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
             lookup_cache=self.lookup_cache,
             progress=announce,
@@ -208,7 +209,7 @@ def engine_options(command: Command) -> Command:
         device_options,
         click.option("--max-slowdown", metavar="SHARE", callback=_parse_share,
                      help="Time that drafts may lose against plain decoding in the long run, e.g. 2% or 0.02.  "
-                     f"[default: {MAX_SLOWDOWN:.0%}]"),
+                     f"[default: {Scheduler.max_slowdown:.0%}]"),
         click.option("--fixed-tree", is_flag=True, help="The same limits for every tree: the pair's, or those given.  "
                      "[default: each tree as it pays here]"),
         click.option("--width", type=int, help="Nodes verified in one pass, root included; 1 drafts nothing; "

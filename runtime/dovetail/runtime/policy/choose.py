@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import MAX_SLOWDOWN, PRIOR, START, Budget, Estimate, Experience
+from dovetail.runtime.policy.estimates import ABOVE, PRIOR, START, Budget, Estimate, Experience
 from dovetail.runtime.policy.pace import Pace
 from dovetail.runtime.policy.policy import Choice, Plan, Round
 from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
@@ -42,7 +42,7 @@ class Scheduler:
     costs: Costs
     calibration: Calibration | None = None  # None if the drafter has no calibration file
     plain_rows: int = 1  # rows that a plain pass computes anyway: a tree of so many nodes costs no more
-    max_slowdown: float = MAX_SLOWDOWN  # share of the time that drafts may lose in the long run
+    max_slowdown: float = 0.01  # share of the time that drafts may lose in the long run; the user sets it
     pace: Pace = field(init=False)
     _greedy: Experience = field(init=False)
     _sampled: Experience = field(init=False)
@@ -166,7 +166,7 @@ class Scheduler:
         predicted = 0.0
         if round.growth:
             for depth, taken in round.growth.taken.items():
-                known.children.setdefault(depth, Estimate(1.0, 0.0)).add(taken)
+                known.children.setdefault(depth, Estimate(1.0, ABOVE)).add(taken)
             predicted = self.costs.call_ms(context, plan.unread) + self._levels(round)
 
         self._regret = choice.regret

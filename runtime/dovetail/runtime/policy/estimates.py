@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from dovetail.runtime.errors import InputError
 
-MAX_SLOWDOWN = 0.01  # of the time: the user's --max-slowdown
 START = 3.0  # plain steps of the first budget: 2.3% of an answer of 128 tokens
 RESERVE = 10.0  # plain steps, the most that a budget holds: the replay
 HALF_LIFE = 40.0  # rounds after which an observation counts half: 20 and 50 are worse in tests or the replay
 SLOW_HALF_LIFE = 200.0  # rounds, for the price of a token and for repeats: the test of repeats that fail
+ABOVE = 0.25  # weight of the depth above, in observations: 0.5 fails a test, 0 never drafts a depth again
 PRIOR = 3.0  # weight of the drafter's own claim, in observations: the replay
 
 
@@ -29,8 +29,12 @@ class Estimate:
 
     @property
     def value(self) -> float:
+        return self.after(self.prior)
+
+    def after(self, prior: float) -> float:
+        """Return the mean with another prior."""
         weight = self.weight + self._seen
-        return (self.prior * self.weight + self._sum) / weight if weight else self.prior
+        return (prior * self.weight + self._sum) / weight if weight else prior
 
     def add(self, value: float, weight: float = 1.0) -> None:
         self._sum += value * weight
@@ -89,9 +93,16 @@ class Experience:
         return kind[depth].value if depth in kind else 1.0
 
     def share(self, depth: int) -> float:
-        """Return `children` at `depth`. A new depth has the share of the nearest depth above it."""
-        seen = (self.children[above].value for above in range(depth, -1, -1) if above in self.children)
-        return next(seen, 1.0)
+        """Return `children` at `depth`, which begins at the share of the depth above it and fades back to it.
+
+        A depth is observed only if it is drafted. Without the way back one bad draft would end the
+        drafts of this depth for good.
+        """
+        share = 1.0
+        for above in range(depth + 1):
+            if above in self.children:
+                share = self.children[above].after(share)
+        return share
 
     def fade(self, *, repeats: bool) -> None:
         """Fade the estimates after a round. repeats: the round had repeated text and no draft."""
