@@ -37,7 +37,7 @@ def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | No
         engine.reset()
         limits, scheduler = (engine.tree, engine.scheduler) if speculate else (None, None)
         if chain:
-            limits, scheduler = TreeLimits(width=chain, depth=chain, top_k=1, lookup=0), None
+            limits, scheduler = TreeLimits(width=chain + 1, depth=chain, top_k=1, lookup=0), None  # and the root
         request = Request(tuple(ids), count, stop_tokens=engine.stop_tokens, limits=limits, scheduler=scheduler)
         sequence, meter, tokens = engine._open_sequence(), Meter(), list[int]()
         for step in decode(sequence, request, meter):
