@@ -22,7 +22,7 @@ CONFIG = "config.json"
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 _LFS = b"version https://git-lfs"  # how a pointer begins, which a clone without Git LFS leaves in place of a file
 # What torch raises for a damaged pickle.
-# Kinds by safetensors' names. Whole numbers are tables of ids, which have one axis.
+# Kinds by safetensors' names. Whole numbers are tables of ids, which have at most one axis.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _IDS = {"I64", "I32", "I16", "U8", "BOOL"}
 _KINDS = {
@@ -170,7 +170,7 @@ def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
 
 def check_kind(name: str, kind: str, shape: Sequence[int], folder: Path) -> None:
     """Raise CheckpointError for numbers that are no weights and no ids. kind: by safetensors' name."""
-    if kind not in _FLOATS and not (kind in _IDS and len(shape) == 1):
+    if kind not in _FLOATS and not (kind in _IDS and len(shape) <= 1):
         raise CheckpointError(
             f"{name!r:.80} in {folder} is {kind}: give a drafter that is not quantised, with weights in float16, "
             "bfloat16 or float32"
