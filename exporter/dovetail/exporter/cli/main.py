@@ -20,7 +20,7 @@ COMMANDS = {
     "draft-model": "Export a small model once, to draft for others.",
     "pair": "Build a reference pair, from download to manifest.",
     "environment": "Make an environment with the transformers that an architecture needs.",
-    "check": "Check a pair: files, graphs, tokenizer and a short run.",
+    "check": "Check a pair, or compare a drafter with a target before an export.",
     "push": "Push a pair to the Hugging Face Hub, with a model card.",
     "pull": "Pull a pair from the Hugging Face Hub.",
 }
