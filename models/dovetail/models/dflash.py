@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dovetail.models.drafter import DraftBase, DraftShape
+from dovetail.models.drafter import DraftBase
 from dovetail.models.eagle3 import BlockSizes, EagleBlock
 from dovetail.models.fusion import TapMix
 from dovetail.models.layers import RMSNorm
@@ -84,16 +84,8 @@ class DFlash(DraftBase):
     def __init__(self, config: DFlashConfig, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
         sizes = config.layer
         size, eps = sizes.hidden_size, sizes.rms_norm_eps
-        shape = DraftShape(
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.draft_vocab_size,
-            hidden_size=size,
-            feature_size=size,
-            blocks=len(config.sights),
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=sizes.num_key_value_heads,
-            head_dim=sizes.head_dim,
-            max_context=config.max_position_embeddings,
+        shape = sizes.shape(
+            config.vocab_size, config.draft_vocab_size, len(config.sights), config.max_position_embeddings
         )
         super().__init__(shape, embed_tokens, head, d2t)
         self.config = config

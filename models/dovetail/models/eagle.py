@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dovetail.models.drafter import DraftModel, DraftShape
+from dovetail.models.drafter import DraftModel
 from dovetail.models.eagle3 import BlockSizes, EagleBlock
 from dovetail.models.fusion import ConcatFusion, DynamicGatingFusion
 from dovetail.models.layers import DraftLayer, RMSNorm
@@ -42,17 +42,7 @@ class EagleDrafter(DraftModel):
 
     def __init__(self, config: EagleConfig, embed_tokens: Tensor, head: Tensor):
         sizes = config.block
-        shape = DraftShape(
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.vocab_size,
-            hidden_size=sizes.hidden_size,
-            feature_size=sizes.hidden_size,
-            blocks=config.blocks,
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=sizes.num_key_value_heads,
-            head_dim=sizes.head_dim,
-            max_context=config.max_position_embeddings,
-        )
+        shape = sizes.shape(config.vocab_size, config.vocab_size, config.blocks, config.max_position_embeddings)
         super().__init__(shape, embed_tokens, head, torch.arange(config.vocab_size, device=head.device))
         self.config = config
         size, eps = sizes.hidden_size, sizes.rms_norm_eps

@@ -39,6 +39,20 @@ class BlockSizes:
     mlp_bias: bool = False
     qk_norm: bool = False
 
+    def shape(self, vocab_size: int, draft_vocab_size: int, blocks: int, max_context: int) -> DraftShape:
+        """The sizes of a drafter of such blocks, whose features are as wide as its blocks."""
+        return DraftShape(
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            hidden_size=self.hidden_size,
+            feature_size=self.hidden_size,
+            blocks=blocks,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_context=max_context,
+        )
+
 
 @dataclass(frozen=True)
 class Eagle3Config:
@@ -155,17 +169,7 @@ class Eagle3Drafter(DraftModel):
 
     def __init__(self, config: Eagle3Config, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
         sizes = config.block
-        shape = DraftShape(
-            vocab_size=config.vocab_size,
-            draft_vocab_size=config.draft_vocab_size,
-            hidden_size=sizes.hidden_size,
-            feature_size=sizes.hidden_size,
-            blocks=config.blocks,
-            num_attention_heads=sizes.num_attention_heads,
-            num_key_value_heads=sizes.num_key_value_heads,
-            head_dim=sizes.head_dim,
-            max_context=config.max_position_embeddings,
-        )
+        shape = sizes.shape(config.vocab_size, config.draft_vocab_size, config.blocks, config.max_position_embeddings)
         super().__init__(shape, embed_tokens, head, d2t)
         self.config = config
         first = WideBlock(sizes, norm_before_residual=config.norm_before_residual)

@@ -12,16 +12,14 @@ Each buffer is both an input and an output of the graph, so the caller can bind 
 from __future__ import annotations
 
 import copy
-from base64 import b64encode
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from dovetail.exporter.build.progress import quiet
-from dovetail.exporter.drafter.graph import BLOCKED, OPSET, over_buffer
+from dovetail.exporter.drafter.graph import BLOCKED, over_buffer, traced
 from dovetail.models.dflash import DFlash, Sight
-from dovetail.runtime.drafter.graph_io import DRAFT_IDS, NOISE
+from dovetail.runtime.drafter.graph_io import NOISE
 
 
 class BlockGraph(nn.Module):
@@ -99,19 +97,4 @@ def to_onnx(drafter: DFlash, dtype: torch.dtype, *, slots: int, top_k: int) -> i
         "features": (torch.zeros(n, shape.feature_size, dtype=dtype), {0: tokens}),
     }
     kv = [torch.zeros(rows, 2, shape.num_key_value_heads, shape.head_dim, dtype=dtype) for _ in range(shape.blocks)]
-    layers = [f"kv.{i}" for i in range(shape.blocks)]
-    with torch.no_grad(), quiet():  # the exporter prints progress, and warnings about its own internals
-        program = torch.onnx.export(
-            graph,
-            (*(value for value, _ in arguments.values()), kv),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*arguments, *layers],
-            output_names=["top_logprobs", "top_ids", *(f"{name}.out" for name in layers)],
-            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: all_rows}] * shape.blocks),
-            optimize=True,
-            verbose=False,
-        )
-    assert program is not None
-    program.model.metadata_props[DRAFT_IDS] = b64encode(drafter.d2t.numpy().astype("<i4").tobytes()).decode()
-    return program.model
+    return traced(graph, drafter, arguments, kv, all_rows, ("top_logprobs", "top_ids"))

@@ -12,11 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from dovetail.exporter.drafter.parity import Answer, Array, Parity, Tolerance, children_error
+from dovetail.exporter.drafter.parity import Answer, Array, Parity, Tolerance, children_error, open_graph
 from dovetail.models.dflash import DFlash
 from dovetail.runtime.drafter.graph_io import NOISE
 
@@ -64,11 +63,7 @@ class BlockRun:
     """Runs a file with ONNX Runtime on the CPU; the state is plain arrays. noise: [P, K]."""
 
     def __init__(self, file: Path, drafter: DFlash, slots: int, noise: NDArray[np.float32], context: int = 64):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        half = "float16" in next(port.type for port in self.session.get_inputs() if port.name == "features")
-        self.dtype = np.float16 if half else np.float32
+        self.session, self.dtype = open_graph(file, "features")
         self.slots, self.noise, sizes = slots, noise, drafter.shape
         shape = (slots + context, 2, sizes.num_key_value_heads, sizes.head_dim)
         self.kv: list[Array] = [np.zeros(shape, self.dtype) for _ in range(sizes.blocks)]

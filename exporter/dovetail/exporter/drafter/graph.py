@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import copy
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from dovetail.exporter.build.progress import quiet
-from dovetail.models.drafter import DraftModel
+from dovetail.models.drafter import DraftBase, DraftModel
 from dovetail.models.layers import DraftLayer
 from dovetail.runtime.drafter.graph_io import DRAFT_IDS, NOISE
 
@@ -149,7 +150,19 @@ def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: 
     }
     kv_shape = (rows, 2, shape.num_key_value_heads, shape.head_dim)
     kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(shape.blocks)]
-    layers = [f"kv.{i}" for i in range(shape.blocks)]
+    return traced(graph, drafter, arguments, kv, slots, ("top_logprobs", "top_ids", "bank_out"))
+
+
+def traced(
+    graph: nn.Module, drafter: DraftBase, arguments: Mapping[str, tuple[Tensor, dict[int, torch.export.Dim]]],
+    kv: list[Tensor], slots: torch.export.Dim, outputs: Sequence[str],
+) -> ir.Model:  # fmt: skip
+    """Trace a graph of a drafter, with the ids of its draft vocabulary in the metadata.
+
+    arguments: by name, an example of each input and its dynamic axes. kv: examples of the buffers,
+    whose first axis is `slots`; they follow the other inputs and outputs.
+    """
+    layers = [f"kv.{i}" for i in range(len(kv))]
     with torch.no_grad(), quiet():  # the exporter prints progress, and warnings about its own internals
         program = torch.onnx.export(
             graph,
@@ -157,8 +170,8 @@ def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: 
             dynamo=True,
             opset_version=OPSET,
             input_names=[*arguments, *layers],
-            output_names=["top_logprobs", "top_ids", "bank_out", *(f"{name}.out" for name in layers)],
-            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: slots}] * shape.blocks),
+            output_names=[*outputs, *(f"{name}.out" for name in layers)],
+            dynamic_shapes=(*(dims for _, dims in arguments.values()), [{0: slots}] * len(kv)),
             optimize=True,
             verbose=False,
         )

@@ -164,15 +164,20 @@ class Script:
         return Answer(logprobs.numpy(), np.empty((len(features), 0), np.int64), features.numpy())
 
 
+def open_graph(file: Path, port: str) -> tuple[ort.InferenceSession, type[np.floating]]:
+    """A session on the CPU, and the dtype of its activations, which the input `port` has."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    half = "float16" in next(each.type for each in session.get_inputs() if each.name == port)
+    return session, np.float16 if half else np.float32
+
+
 class GraphRun:
     """Runs a file with ONNX Runtime on the CPU; the state is plain arrays. noise: [1, K]."""
 
     def __init__(self, file: Path, drafter: DraftModel, tree_slots: int, noise: NDArray[np.float32], context: int = 64):
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        half = "float16" in next(i.type for i in self.session.get_inputs() if i.name == "bank")
-        self.dtype = np.float16 if half else np.float32
+        self.session, self.dtype = open_graph(file, "bank")
         sizes = drafter.shape
         self.tree_slots, self.noise, self.length = tree_slots, noise, 0
         self.bank: Array = np.zeros((tree_slots + 1, sizes.feature_size), self.dtype)
