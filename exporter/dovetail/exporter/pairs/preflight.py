@@ -126,7 +126,7 @@ def _target_files(location: str, *, tokenizer: bool) -> Iterator[TargetFiles]:
 
 def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
     """What the drafter needs of the target's shape. The first refusal of the format ends it."""
-    from dovetail.models.formats.eagle3 import target_sizes
+    from dovetail.models.formats.reading import target_sizes
 
     config = target.config
     try:

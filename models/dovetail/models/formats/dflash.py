@@ -14,19 +14,20 @@ import torch
 
 from dovetail.models.checkpoint import Stored, as_float, check_shapes, load_exactly
 from dovetail.models.dflash import DFlash, DFlashConfig, Sight
-from dovetail.models.formats.eagle3 import (
+from dovetail.models.formats.eagle3 import draft_ids, flat_parameters, names_of
+from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.reading import (
     ANOTHER,
     block_sizes,
-    draft_ids,
+    check_kind_of_block,
+    check_vocabulary,
     flag,
-    flat_parameters,
+    layer_config,
     layer_list,
-    names_of,
     outputs_of_inputs,
     target_sizes,
     whole,
 )
-from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
 from dovetail.models.formats.speculators import verifier_name
 from dovetail.models.rope import Rope
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
@@ -92,9 +93,7 @@ def _settle_z_lab(stored: Stored, target: Config) -> _Settled:
 
 def _settle_speculators(stored: Stored, target: Config) -> _Settled:
     """Read a config of speculators. Raises ValueError."""
-    config, layer = stored.config, stored.config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise ValueError(f"transformer_layer_config {layer!r:.60} is no object: {_AGAIN}")
+    config, layer = stored.config, layer_config(stored.config, _BLOCKS, "qwen3")
     layer = {"rms_norm_eps": 1e-6, **(_QWEN3 if layer.get("model_type", "qwen3") == "qwen3" else {}), **layer}
     ids = layer_list("aux_hidden_state_layer_ids", config.get("aux_hidden_state_layer_ids"))
     taps = outputs_of_inputs("aux_hidden_state_layer_ids", ids)
@@ -145,16 +144,14 @@ def _config(
     stored: Stored, layer: Config, settings: Config, taps: tuple[int, ...], sights: tuple[Sight, ...], target: Config
 ) -> DFlashConfig:
     """Settings from the config of the layers, `layer`, and of the block. Raises ValueError."""
-    if (kind := layer.get("model_type", "qwen3")) not in _BLOCKS:
-        raise ValueError(f"blocks of {kind!r:.40} are not supported: known are {', '.join(_BLOCKS)}")
+    check_kind_of_block(layer, _BLOCKS, "qwen3")
     names = names_of(stored)
     sizes = block_sizes(layer, {name: stored.shapes[given] for name, given in names.items()})
     width, depth, vocab = target_sizes(target)
     for what, value in (("hidden_size", sizes.hidden_size), ("target_hidden_size", settings.get("target_hidden_size"))):
         if value not in (None, width):
             raise ValueError(f"its {what} is {value!r:.40}, the target is {width} wide: {ANOTHER}")
-    if (given := whole(layer, "vocab_size", vocab)) != vocab:
-        raise ValueError(f"its vocabulary of {given} is not the target's of {vocab}: {ANOTHER}")
+    check_vocabulary(whole(layer, "vocab_size", vocab), target)
     if max(taps) >= depth:
         raise ValueError(f"it reads the output of layer {max(taps)} of a target that has {depth}: {ANOTHER}")
     if max(taps) == depth - 1:

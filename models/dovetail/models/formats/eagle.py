@@ -12,8 +12,17 @@ import torch
 
 from dovetail.models.checkpoint import CheckpointError, Stored, as_float, check_shapes, load_exactly
 from dovetail.models.eagle import EagleConfig, EagleDrafter
-from dovetail.models.formats.eagle3 import ANOTHER, block_sizes, context_of, flag, target_sizes, whole
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.reading import (
+    ANOTHER,
+    block_sizes,
+    check_vocabulary,
+    context_of,
+    flag,
+    layer_config,
+    target_sizes,
+    whole,
+)
 from dovetail.models.formats.speculators import verifier_name
 from dovetail.models.rope import Rope
 
@@ -82,19 +91,14 @@ def settle(stored: Stored, target: Config) -> Layout:
     if not _converted(config):
         blocks = whole(config, "num_hidden_layers", 1)
         return Layout(settings(config, shapes, target, blocks=blocks, bias=bias, norms=norms), names)
-    layer = config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise ValueError(f"transformer_layer_config {layer!r:.60} is no object: correct config.json")
-    if (kind := layer.get("model_type", "llama")) != "llama":
-        raise ValueError(f"blocks of {kind!r:.40} are not supported: only llama is")
+    layer = layer_config(config, ("llama",), "llama")
     return Layout(settings(layer, shapes, target, blocks=1, bias=bias, norms=norms), names)
 
 
 def load(stored: Stored, layout: Layout, target: TargetParts) -> EagleDrafter:
     """The module with the checkpoint's weights. Raises CheckpointError, ValueError (another target)."""
-    width, _, vocab = target_sizes(target.config)
-    if layout.config.vocab_size != vocab:
-        raise ValueError(f"its vocabulary of {layout.config.vocab_size} is not the target's of {vocab}: {ANOTHER}")
+    width = target_sizes(target.config)[0]
+    check_vocabulary(layout.config.vocab_size, target.config)
     if (size := layout.config.block.hidden_size) != width:
         raise ValueError(f"it reads a feature of width {size}, the target's is {width} wide: {ANOTHER}")
     check_layout(stored, layout)

@@ -29,21 +29,29 @@ from dovetail.models.checkpoint import (
     without_prefixes,
 )
 from dovetail.models.config import DEFAULT_FUSION, DrafterConfig
-from dovetail.models.eagle3 import BlockSizes, Eagle3Config, Eagle3Drafter
+from dovetail.models.eagle3 import Eagle3Config, Eagle3Drafter
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.reading import (
+    AGAIN,
+    ANOTHER,
+    FIRST,
+    block_sizes,
+    check_vocabulary,
+    context_of,
+    flag,
+    layer_list,
+    outputs_of_inputs,
+    target_sizes,
+    whole,
+)
 from dovetail.models.rope import Rope
 from dovetail.runtime.pair.files import write_atomically
-from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
 
 WEIGHTS = "model.safetensors"
 LEAST_DEPTH = 7  # of a target with three different layers 2, L / 2 and L - 3
-_AGAIN = "correct config.json"
-ANOTHER = "use the target that it was trained for"
 _PREFIXES = ("model.", "draft_model.")
-_FIRST = "layers.0."
 # Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
 _IGNORED = ("inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
-_MOST = {**LARGEST, "num_hidden_layers": LARGEST["blocks"]}
 _ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 
 
@@ -58,104 +66,17 @@ class Settled:
 def names_of(stored: Stored) -> dict[str, str]:
     """The checkpoint's name of each tensor, by its name in the module. Raises CheckpointError."""
     names = without_prefixes(stored.shapes, _PREFIXES, stored.folder)
-    renamed = {name.replace("midlayer.", _FIRST, 1) if name.startswith("midlayer.") else name: name for name in names}
+    renamed = {name.replace("midlayer.", FIRST, 1) if name.startswith("midlayer.") else name: name for name in names}
     return {name: names[short] for name, short in renamed.items() if not name.endswith(_IGNORED)}
-
-
-def block_sizes(config: Config, shapes: Shapes, first: str = _FIRST) -> BlockSizes:
-    """Sizes of a Llama or Qwen3 block. shapes: by the module's names. Raises ValueError.
-
-    Biases and norms of heads are there if the first layer's tensors have them.
-    """
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"hidden_act {act!r:.40} is not supported: Dovetail's drafters have silu")
-    sizes = {name: whole(config, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    groups = whole(config, "num_key_value_heads", sizes["num_attention_heads"])
-    head_dim = whole(config, "head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
-    if sizes["num_attention_heads"] % groups or head_dim % 2:
-        raise ValueError(f"{sizes['num_attention_heads']} heads of {head_dim} over {groups} are no layout: {_AGAIN}")
-    eps = config.get("rms_norm_eps", 1e-6)
-    check_number("rms_norm_eps", eps, ValueError, _AGAIN, most=1)
-    return BlockSizes(
-        **sizes,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        rms_norm_eps=float(eps),
-        qkv_bias=f"{first}self_attn.q_proj.bias" in shapes,
-        o_bias=f"{first}self_attn.o_proj.bias" in shapes,
-        mlp_bias=f"{first}mlp.down_proj.bias" in shapes,
-        qk_norm=f"{first}self_attn.q_norm.weight" in shapes,
-    )
-
-
-def whole(config: Config, name: str, default: int | None = None) -> int:
-    """A size in a config. Raises ValueError."""
-    value = config.get(name)
-    value = default if value is None else value
-    check_whole(name, value, ValueError, _AGAIN, most=_MOST.get(name, 2**24))
-    return int(value)  # type: ignore[arg-type]  # a number by now
-
-
-def flag(config: Config, name: str, default: bool = False) -> bool:
-    """A switch in a config. Raises ValueError."""
-    value = config.get(name, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} {value!r:.40} is neither true nor false: {_AGAIN}")
-    return value
-
-
-def layer_list(name: str, ids: object) -> tuple[int, ...]:
-    """Layer ids of a config. Raises ValueError."""
-    if not isinstance(ids, list) or not ids:
-        raise ValueError(f"{name} {ids!r:.60} is no list of layers: {_AGAIN}")
-    for layer in ids:
-        check_whole(name, layer, ValueError, _AGAIN, least=0, most=LARGEST["num_layers"])
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{name} {ids!r:.60} names a layer twice: {_AGAIN}")
-    return tuple(ids)
-
-
-def outputs_of_inputs(name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The blocks whose outputs are the inputs of layers `ids`. Raises ValueError for layer 0."""
-    if 0 in ids:
-        raise ValueError(f"{name} {list(ids)} reads the input of layer 0, the embedding, which Dovetail does not tap")
-    return tuple(layer - 1 for layer in ids)
 
 
 def eagle_layers(depth: int) -> tuple[int, ...]:
     """The blocks whose outputs EAGLE-3 reads if its config lists none, of `depth` layers. Raises ValueError."""
     if depth < 4:
         raise ValueError(
-            f"its config lists no layers, and EAGLE-3's own need a target of 4 layers, not {depth}: {_AGAIN}"
+            f"its config lists no layers, and EAGLE-3's own need a target of 4 layers, not {depth}: {AGAIN}"
         )
     return outputs_of_inputs("EAGLE-3's default", (2, depth // 2, depth - 3))
-
-
-def check_full_attention(config: Config, positions: int) -> None:
-    """Raise ValueError for a sliding window that is shorter than the drafter's context."""
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list):
-        raise ValueError(f"layer_types {kinds!r:.60} is no list: {_AGAIN}")
-    used = "sliding_attention" in kinds or config.get("use_sliding_window") is True
-    if used and isinstance(window, int) and window < positions:
-        raise ValueError(f"sliding_window {window} is not supported: use a drafter with full attention")
-
-
-def context_of(config: Config) -> int:
-    """The pairs that a drafter was made for. Raises ValueError for a sliding window that is shorter."""
-    positions = whole(config, "max_position_embeddings", 2048)
-    check_full_attention(config, positions)
-    return positions
-
-
-def target_sizes(target: Config) -> tuple[int, int, int]:
-    """Width, layers and vocabulary of the target. Raises ValueError if its config lacks one."""
-    names = ("hidden_size", "num_hidden_layers", "vocab_size")
-    if lacking := [name for name in names if not isinstance(target.get(name), int)]:
-        raise ValueError(f"the target's config.json has no {lacking[0]}: use another target")
-    width, depth, vocab = (int(target[name]) for name in names)
-    return width, depth, vocab
 
 
 def settle(stored: Stored, target: Config) -> Settled:
@@ -168,7 +89,7 @@ def settle(stored: Stored, target: Config) -> Settled:
     width, depth, vocab = target_sizes(target)
     nested = config.get("eagle_config") or {}
     if not isinstance(nested, dict):
-        raise ValueError(f"eagle_config {nested!r:.60} is no object: {_AGAIN}")
+        raise ValueError(f"eagle_config {nested!r:.60} is no object: {AGAIN}")
     choices = []
     if "target_layer_ids" in config:
         taps = layer_list("target_layer_ids", config["target_layer_ids"])
@@ -224,9 +145,8 @@ def _config(
 
 def check_target(config: Eagle3Config, target: Config) -> None:
     """Raise ValueError unless the target has the drafter's vocabulary, width and layers."""
-    width, depth, vocab = target_sizes(target)
-    if config.vocab_size != vocab:
-        raise ValueError(f"its vocabulary of {config.vocab_size} is not the target's of {vocab}: {ANOTHER}")
+    width, depth, _ = target_sizes(target)
+    check_vocabulary(config.vocab_size, target)
     if config.target_size != width:
         raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide: {ANOTHER}")
     if beyond := [tap for tap in config.taps if tap >= depth]:
@@ -326,7 +246,7 @@ def save_checkpoint(
     stored["d2t"] = ids - torch.arange(len(ids))
     stored["t2d"] = torch.zeros(drafter.shape.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
     if names is None:
-        names = {name: name.replace(_FIRST, "midlayer.") for name in stored}
+        names = {name: name.replace(FIRST, "midlayer.") for name in stored}
     names = {"lm_head.weight": "lm_head.weight", **names}  # a checkpoint may leave the head to the target
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
@@ -373,7 +293,7 @@ def needs_of(kind: str, settled: Settled, target: str | None) -> Needs:
 def _matches(config: Config, shapes: Shapes) -> bool:
     """A first layer over [embedding; feature], and none of speculators' markers."""
     names = {name.removeprefix("draft_model.").removeprefix("model.") for name in shapes}
-    first = any(name.startswith("midlayer.") or name == f"{_FIRST}hidden_norm.weight" for name in names)
+    first = any(name.startswith("midlayer.") or name == f"{FIRST}hidden_norm.weight" for name in names)
     return first and "fc.weight" in names and "speculators_model_type" not in config
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dovetail.models.checkpoint import Stored
 from dovetail.models.eagle import EagleDrafter
 from dovetail.models.formats.eagle import Layout, load, names_of, needs_of, settings
-from dovetail.models.formats.eagle3 import whole
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.reading import whole
 
 _FUSION = {
     "W_1": "fusion.w1.weight",

@@ -6,22 +6,18 @@ from typing import Any
 
 from dovetail.models.checkpoint import Stored
 from dovetail.models.eagle3 import Eagle3Config, Eagle3Drafter
-from dovetail.models.formats.eagle3 import (
-    Settled,
+from dovetail.models.formats.eagle3 import Settled, check_layout, eagle_layers, load, names_of, needs_of
+from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.reading import (
     block_sizes,
-    check_layout,
     context_of,
-    eagle_layers,
     flag,
+    layer_config,
     layer_list,
-    load,
-    names_of,
-    needs_of,
     outputs_of_inputs,
     target_sizes,
     whole,
 )
-from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
 from dovetail.models.rope import Rope
 
 _BLOCKS = ("llama", "qwen3")
@@ -32,13 +28,9 @@ def settle(stored: Stored, target: Config) -> Settled:
     """Read a config of speculators. Raises ValueError for a setting out of range or not supported."""
     config, names = stored.config, names_of(stored)
     shapes = {name: stored.shapes[given] for name, given in names.items()}
-    layer = config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise ValueError(f"transformer_layer_config {layer!r:.60} is no object: correct config.json")
-    if (kind := layer.get("model_type", "qwen3")) not in _BLOCKS:
-        raise ValueError(f"blocks of {kind!r:.40} are not supported: known are {', '.join(_BLOCKS)}")
+    layer = layer_config(config, _BLOCKS, "qwen3")
     _, depth, vocab = target_sizes(target)
-    sizes = block_sizes(_with_defaults(kind, layer), shapes)
+    sizes = block_sizes(_with_defaults(layer), shapes)
     choices = []
     if ids := config.get(_IDS):
         given = layer_list(_IDS, ids)
@@ -70,9 +62,10 @@ def settle(stored: Stored, target: Config) -> Settled:
     return Settled(settings, tuple(choices))
 
 
-def _with_defaults(kind: str, layer: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer config with the sizes that transformers leaves out of files when they are its defaults."""
-    return {"rms_norm_eps": 1e-6, **({"head_dim": 128} if kind == "qwen3" else {}), **layer}
+    qwen3 = layer.get("model_type", "qwen3") == "qwen3"
+    return {"rms_norm_eps": 1e-6, **({"head_dim": 128} if qwen3 else {}), **layer}
 
 
 def verifier_name(config: Config) -> str | None:
