@@ -81,6 +81,7 @@ class Constraints:
                 if matcher.is_error():
                     raise InputError(f"the grammar cannot be used ({_reason(matcher.get_error())}): change it")
                 found = Grammar(matcher, self._stops, self._tokenizer.vocab_size, self.digest)
+                found.check_retreat()
                 while len(self._compiled) >= _KEPT:
                     del self._compiled[next(iter(self._compiled))]
             self._compiled[source] = found
@@ -96,13 +97,20 @@ class Grammar:
     def begin(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy(), self._stops, self._size)
 
+    def check_retreat(self) -> None:
+        """Raise InputError if tokens cannot be taken back, as with max_tokens= in Lark."""
+        place = self.begin()
+        if first := [token for token in place.allowed().tolist() if token not in self._stops][:1]:
+            place.advance(first[0])
+            place.retreat(1)
+
 
 class GrammarMatcher:
     """A place in a grammar. Implements Matcher."""
 
     def __init__(self, matcher: LLMatcher, stops: frozenset[int], size: int) -> None:
         self._matcher, self._stops, self._size = matcher, stops, size
-        self._stopped = False  # by a stop token, which llguidance is not given: it cannot take every one back
+        self._stopped = False  # by a stop token, which ends an answer whatever the grammar says
 
     @property
     def complete(self) -> bool:
