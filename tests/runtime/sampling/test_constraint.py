@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -155,13 +155,6 @@ def test_a_tokenizer_that_llguidance_cannot_read_is_refused(changes: dict[str, A
 
 
 def test_without_llguidance_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "llguidance":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return found(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InputError, match=r"need llguidance .*\.\[grammar\]"):
         grammar_source(regex="a")
