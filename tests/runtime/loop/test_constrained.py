@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.batch import SequenceBatch
-from dovetail.runtime.loop.constrain import allowed_part, allowed_paths, forced_paths
+from dovetail.runtime.loop.constrain import constrained
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
@@ -32,7 +32,6 @@ from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, Scr
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
-from dovetail.runtime.tree.repeats import Repeat
 
 VOCAB, STOP = 7, 6
 LIMITS = TreeLimits(width=8, depth=4, top_k=3)
@@ -166,18 +165,31 @@ def test_the_scheduler_takes_forced_tokens_for_certain() -> None:
 def test_refused_nodes_leave_a_tree_with_all_below_them() -> None:
     # 0 -> 1 -> 2 -> 3 and 0 -> 1 -> 4, 0 -> 5 -> 2: the grammar refuses a 2 after 1 and a 5 at first.
     tree = DraftTree(np.array([0, 1, 2, 3, 4, 5, 2]), np.array([-1, 0, 1, 2, 1, 0, 5]), -np.arange(7, dtype=np.float32))
-    matcher = ScriptedConstraint(lambda text: [1, 2] if not text else [4] if text == (1,) else [2]).begin()
-    kept = allowed_part(tree, matcher)
+    matcher = ScriptedConstraint(lambda text: [1, 2] if not text else [4, 5] if text == (1,) else [2, 3]).begin()
+    kept = constrained(tree, matcher, 9)
     assert (kept.tokens.tolist(), kept.parents.tolist(), kept.logprobs.tolist()) == ([0, 1, 4], [-1, 0, 1], [0, -1, -4])
     assert matcher.text == ()
-    assert allowed_part(kept, matcher) is kept
+    assert constrained(tree, matcher, 2).tokens.tolist() == [0, 1]
 
 
-def test_repeated_text_is_cut_where_the_grammar_refuses_it() -> None:
-    matcher = ScriptedConstraint(lambda text: [1, 2] if len(text) < 2 else []).begin()
-    paths = [Repeat((2, 1, 1), (-1.0, -2.0, -3.0), (4, 0)), Repeat((3, 1), (-1.0, -2.0), (4, 1))]
-    assert allowed_paths(paths, matcher) == [Repeat((2, 1), (-1.0, -2.0), (4, 0))]
-    assert matcher.text == () and forced_paths(matcher, 9) == []
+def test_forced_tokens_join_below_any_node_and_are_certain_there() -> None:
+    # After 1 come 2 and 3 alone, then one of two. After 4 comes 5 alone, which ends the text.
+    def rule(text: tuple[int, ...]) -> list[int]:
+        return {(): [1, 4, 6], (1,): [2], (1, 2): [3], (4,): [5], (4, 5): []}.get(text, [0, 6])
+
+    tree = DraftTree(
+        np.array([0, 1, 2, 3, 6, 4, 6]), np.array([-1, 0, 1, 2, 3, 0, 1]),
+        np.array([0, -1, -1.5, -1.75, -2, -3, -4], np.float32),
+    )  # fmt: skip
+    matcher = ScriptedConstraint(rule).begin()
+    found = constrained(tree, matcher, 9)
+    assert found.tokens.tolist() == [0, 1, 2, 3, 6, 4, 5]
+    assert found.parents.tolist() == [-1, 0, 1, 2, 3, 0, 5]
+    assert found.logprobs.tolist() == [0, -1, -1, -1, -1.25, -3, -3]
+    assert constrained(tree, matcher, 4).tokens.tolist() == [0, 1, 2, 3]
+    endless = ScriptedConstraint(lambda text: [2]).begin()
+    assert constrained(DraftTree.root(7), endless, 6).tokens.tolist() == [7, 2, 2, 2, 2, 2]
+    assert matcher.text == endless.text == ()
 
 
 def test_a_complete_answer_within_the_room_ends_with_stop() -> None:

@@ -16,7 +16,7 @@ from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
-from dovetail.runtime.loop.constrain import allowed_part, allowed_paths, forced_paths
+from dovetail.runtime.loop.constrain import constrained
 from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.constraint import Constraint, Matcher
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
@@ -125,7 +125,6 @@ class Sequence:
         self.speculates = False  # whether the current answer is drafted
         self.repeats, self.earlier = RepeatIndex(), EarlierTexts(lookup_cache)
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
-        self._forced: list[Repeat] = []  # by the grammar, for the current tree
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
@@ -176,14 +175,11 @@ class Sequence:
     def draft(self, policy: Policy | None = None) -> Offer:
         """Return a tree below the known token: drafted, with repeated text, or that token alone."""
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
-        self._found, self._forced = [], []
+        self._found = []
         if limits.width == 1:
             return Offer(known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
-        if self.matcher:
-            self._found = allowed_paths(self._found, self.matcher)
-            self._forced = forced_paths(self.matcher, min(limits.width, self.room) - 1)
         if policy is None:
             return Offer(self._join(self._propose(limits, None), limits))
         context, most = len(self.tokens) - 1, limits.width
@@ -242,7 +238,7 @@ class Sequence:
 
     def rewind(self) -> None:
         """Bring both sessions back to `length`, without an uncommitted tree. Raises DeviceError."""
-        self._found, self._forced = [], []
+        self._found = []
         self.target.rewind(self.id, self.length)
         if (held := self.target.length(self.id)) != self.length:
             raise DeviceError(f"the target holds {held} tokens after a rewind to {self.length}: open the engine again")
@@ -291,16 +287,21 @@ class Sequence:
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        return allowed_part(tree, self.matcher) if self.matcher else tree
+        return tree
 
     def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        if not (paths := self._forced + self._found):
+        if self.matcher is None and not self._found:
             return tree
         if limits.top_k > 1:
-            return graft(tree, paths, limits.width)
+            if self.matcher is None:
+                return graft(tree, self._found, limits.width)
+            # Twice the width, because the grammar refuses some of the nodes.
+            return constrained(graft(tree, self._found, 2 * limits.width), self.matcher, limits.width)
         root = DraftTree.root(int(tree.tokens[0]))
-        chains = [graft(root, [path], limits.width) for path in paths]
-        return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
+        chains = [tree, *(graft(root, [found], limits.width) for found in self._found)]
+        if self.matcher:
+            chains = [constrained(chain, self.matcher, limits.width) for chain in chains]
+        return max(chains, key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
     def _cut(self, verdict: Verdict) -> Step:
         """Return the tokens of a round that count: those before a stop token, within the room."""

@@ -111,6 +111,7 @@ class GrammarMatcher:
     def __init__(self, matcher: LLMatcher, stops: frozenset[int], size: int) -> None:
         self._matcher, self._stops, self._size = matcher, stops, size
         self._stopped = False  # by a stop token, which ends an answer whatever the grammar says
+        self._forced: list[tuple[int, ...] | None] = [None]  # before each token and after the last; None is unknown
 
     @property
     def complete(self) -> bool:
@@ -128,22 +129,28 @@ class GrammarMatcher:
             return False
         if token in self._stops:
             self._stopped = token in self.allowed()
+            self._forced += [None] * self._stopped
             return self._stopped
         if (forced := self.forced()) and token != forced[0]:  # another spelling of the same text
             return False
-        taken = self._matcher.try_consume_tokens([token])
+        taken: int = self._matcher.try_consume_tokens([token])
         self._check()
-        return bool(taken)
+        self._forced += [None] * taken
+        return taken == 1
 
     def retreat(self, count: int) -> None:
-        if count and self._stopped:
-            self._stopped = False
-            count -= 1
-        self._matcher.rollback(count)
+        if not count:
+            return
+        del self._forced[-count:]
+        self._matcher.rollback(count - self._stopped)
+        self._stopped = False
         self._check()
 
     def forced(self) -> tuple[int, ...]:
-        return () if self.complete else tuple(self._matcher.compute_ff_tokens())
+        known = self._forced[-1]
+        if known is None:
+            known = self._forced[-1] = () if self.complete else tuple(self._matcher.compute_ff_tokens())
+        return known
 
     def _check(self) -> None:
         """Raise InputError if llguidance has given up, for example on a grammar that is too complex."""
