@@ -4,9 +4,11 @@
 
 20 schemas, each for several subjects, are answered greedily and at temperature 0.7 with a seed: by drafting and
 plainly, one right after the other, the first in turn, from empty caches.  Both answers follow the schema.  A third,
-plain answer without the schema tells what the grammar costs a token.  A finished answer is valid if json.loads reads
-it, a new matcher takes its tokens to an end, and, where jsonschema is installed, jsonschema accepts it.  Stopped, the
-same command goes on with the next answer.  Exits with 1 if an answer is not valid or a draft changed a token.
+plain beginning of an answer without the schema tells what the grammar costs a token.
+
+An answer is valid if it ends, json.loads reads it, a new matcher takes its tokens to an end and, where jsonschema is
+installed, jsonschema accepts it.  Stopped, the same command goes on with the next answer.  Exits with 1 if an answer
+is not valid or a draft changed a token.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import click
 
 from dovetail.runtime import Constraint, Engine, GenerationResult
 
-SEED, LONG = 7, 64  # tokens from which an answer counts as long
+SEED = 7
+LONG = 64  # tokens from which an answer counts as long
+FREE = 32  # tokens without the grammar, for the cost of a plain token
 SCHEMAS = Path(__file__).with_name("schemas.jsonl")
 SUBJECTS = ("the sea", "a mountain village", "a jazz club", "early computers", "a bakery")
 
@@ -67,7 +71,7 @@ def answer(
     modes = (True, False) if drafted_first else (False, True)
     results = {speculate: ask(speculate) for speculate in modes}
     drafted, plain = results[True], results[False]
-    free = ask(False, None, len(plain.token_ids))
+    free = ask(False, None, FREE)
     measured = drafted.metrics
     return {
         "schema": name,

@@ -200,6 +200,13 @@ def test_a_complete_answer_within_the_room_ends_with_stop() -> None:
         assert (len(tokens), found) == (min(count, 5), finish)
 
 
+def test_an_answer_that_is_complete_past_its_room_ends_with_length() -> None:
+    logits, forced = MarkovLogits(VOCAB), ScriptedConstraint(lambda text: [3] if len(text) < 9 else [])
+    request = Request((1,), 5, limits=TreeLimits(12, 4, 3), constraint=forced)
+    tokens, finish, metrics = run(ScriptedTarget(logits), None, request)
+    assert (tokens, finish, metrics.rounds) == ((3,) * 5, "length", 1)
+
+
 # --- llguidance, on a vocabulary of bytes and a few longer tokens
 
 PIECES = ("th", "tr", "true", '":', '",', "nu", "in", "it", "name", ': "', '{"', "  ")
