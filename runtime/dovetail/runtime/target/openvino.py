@@ -41,6 +41,7 @@ class _Text:
 
     blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
     length: int = 0  # committed tokens
+    shared: int = 0  # first blocks that other texts may have too: full, and never written to
     verified: _Paths | None = None  # paths of the verified tree, until `commit`
 
 
@@ -94,13 +95,34 @@ class OpenVINOTarget:
     def length(self, seq: SequenceId) -> int:
         return self._text(seq).length
 
+    def fork(self, seq: SequenceId, keep: int) -> SequenceId:
+        """See Target. Both texts have the same full blocks; the new text begins after them."""
+        source, new = self._text(seq), self.open()
+        shared = min(keep, source.length) // BLOCK
+        blocks = source.blocks[:shared].copy()
+        self.model.pool.share(blocks)
+        source.shared = max(source.shared, shared)
+        self._texts[new] = _Text(blocks, shared * BLOCK, shared)
+        return new
+
+    @property
+    def room(self) -> int:
+        """See Target."""
+        return BLOCK * max(self.model.pool.free - _SPARE_BLOCKS, 0)
+
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
     def verify(
-        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+        self,
+        offers: Mapping[SequenceId, DraftTree],
+        prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS,
+        *,
+        rows: int = 0,
     ) -> dict[SequenceId, TargetPass]:
-        rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
+        rows = max(rows, sum(map(len, offers.values())))
+        if prompts:
+            rows = prompt_rows(rows + sum(map(len, prompts.values())))
         return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
@@ -121,12 +143,25 @@ class OpenVINOTarget:
         text = self._text(seq)
         text.length = min(text.length, keep)
         text.verified = None
+        if text.shared > text.length // BLOCK:
+            self._unshare(seq, text)
         self.model.pool.keep(seq, text.blocks)
+
+    def _unshare(self, seq: SequenceId, text: _Text) -> None:
+        """Leave the shared blocks after the text's end. A block that the text ends in is copied."""
+        full, part = divmod(text.length, BLOCK)
+        left = text.blocks[full : text.shared]
+        text.blocks, text.shared = text.blocks[:full], full
+        if part:
+            self._hold(seq, full + 1)
+            self.model.copy_rows(int(left[0]), text.blocks[full:], part)
+        self.model.pool.release(left)
 
     def close(self, seq: SequenceId) -> None:
         if text := self._texts.get(seq):
-            text.length, text.blocks = 0, np.zeros(0, np.int32)
             self.rewind(seq, 0)
+            text.blocks = np.zeros(0, np.int32)
+            self.model.pool.keep(seq, text.blocks)
             del self._texts[seq]
 
     def pretend_length(self, seq: SequenceId, tokens: int) -> None:
