@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from dovetail.runtime.loop.rescore import Choice
     from dovetail.runtime.loop.sequence import Request, Sequence, Step
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
+    from dovetail.runtime.sampling.constraint import Constraint, Matcher
+    from dovetail.runtime.sampling.logprobs import TokenLogprobs
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
     from dovetail.runtime.target.session import Target, TargetPass
@@ -44,11 +46,12 @@ if TYPE_CHECKING:
     from dovetail.runtime.tree.limits import TreeLimits
 
 __all__ = [
-    "Candidates", "Choice", "Chunk", "ContextOverflow", "DeviceError", "DeviceReport", "DovetailError", "DraftTree",
-    "Drafter", "Engine", "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError",
-    "Level", "Manifest", "ManifestError", "MarkovLogits", "Meter", "MismatchError", "PairError", "Request", "Sampler",
-    "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence", "SourceError", "Step",
-    "Target", "TargetPass", "Tokenizer", "TrainError", "TreeLimits", "Verdict", "grow_tree", "read_manifest",
+    "Candidates", "Choice", "Chunk", "Constraint", "ContextOverflow", "DeviceError", "DeviceReport", "DovetailError",
+    "DraftTree", "Drafter", "Engine", "ExportError", "GenerationMetrics", "GenerationResult", "InputError",
+    "IntegrityError", "Level", "Manifest", "ManifestError", "MarkovLogits", "Matcher", "Meter", "MismatchError",
+    "PairError", "Request", "Sampler", "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer",
+    "Sequence", "SourceError", "Step", "Target", "TargetPass", "TokenLogprobs", "Tokenizer", "TrainError",
+    "TreeLimits", "Verdict", "grow_tree", "read_manifest",
 ]  # fmt: skip
 
 _HOMES = {  # of the names that are no errors
@@ -59,6 +62,8 @@ _HOMES = {  # of the names that are no errors
     "loop.rescore": ("Choice",),
     "loop.sequence": ("Request", "Sequence", "Step"),
     "pair.manifest": ("Manifest", "read_manifest"),
+    "sampling.constraint": ("Constraint", "Matcher"),
+    "sampling.logprobs": ("TokenLogprobs",),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
     "target.session": ("Target", "TargetPass"),

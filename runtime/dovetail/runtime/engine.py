@@ -18,12 +18,15 @@ from dovetail.runtime.loop.rescore import Choice, read_again
 from dovetail.runtime.loop.sequence import FinishReason, Request, Sequence, Step
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
+from dovetail.runtime.sampling.constraint import Constraint, Constraints, Grammar, grammar_source
+from dovetail.runtime.sampling.logprobs import TokenLogprobs
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.session import Target
 from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
+from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
 
@@ -36,6 +39,9 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...]
     seed: int | None
 
 
@@ -48,6 +54,7 @@ class Chunk:
     seed: int | None = None  # the one in use, None when greedy
     finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
     metrics: GenerationMetrics | None = None  # of the last chunk
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, if asked for
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class GenerationResult:
     finish_reason: FinishReason
     seed: int | None
     metrics: GenerationMetrics
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, if asked for
 
 
 class Engine:
@@ -92,6 +100,7 @@ class Engine:
         self.max_context = target.max_context
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)
         self._busy = Lock()
+        self._constraints: Constraints | None = None  # made when the first grammar comes
 
     @classmethod
     def from_pretrained(
@@ -163,13 +172,15 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
         tree: TreeLimits | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult:
         """Return the whole answer to `prompt`. Arguments: see `stream`."""
         chunks = list(
             self.stream(
                 prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-                parse_special=parse_special, tree=tree, **sampling,
+                parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
             )
         )  # fmt: skip
         last = chunks[-1]
@@ -180,6 +191,7 @@ class Engine:
             finish_reason=last.finish_reason,
             seed=last.seed,
             metrics=last.metrics,
+            logprobs=tuple(each for chunk in chunks for each in chunk.logprobs),
         )
 
     def stream(
@@ -193,6 +205,8 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
         tree: TreeLimits | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
         """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
@@ -202,24 +216,52 @@ class Engine:
         variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
         whether special tokens that messages or tools spell out act as such; False makes them text.
         stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
-        that all trees of this answer grow to. sampling: see SamplingParams.
+        that all trees of this answer grow to. constraint: the answer's grammar, from `constraint`;
+        the answer ends where nothing can follow. logprobs: report the target's log-probability of
+        each token, and this many of its best alternatives. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()
         if tree is not None and not isinstance(tree, TreeLimits):
             raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
-        stops = check_stop_strings(stop)
+        stops, params = check_stop_strings(stop), SamplingParams(**sampling).seeded()
+        for token in dict(params.logit_bias):
+            if not self.tokenizer.has_token(token):
+                raise InputError(f"token id {token} of logit_bias is none of the target's: give ids of its tokenizer")
         request = Request(
             prompt=tuple(encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)),
             max_new_tokens=max_new_tokens,
-            sampling=SamplingParams(**sampling).seeded(),
+            sampling=params,
             stop_tokens=self.stop_tokens,
             limits=(tree or self.tree) if speculate else None,
             scheduler=self.scheduler if speculate and tree is None else None,
+            constraint=self._checked(constraint),
+            logprobs=logprobs,
         )
         request.check_room(self.max_context)
         meter.lap("other")
         return self._run(sequence, request, StopFilter(stops), meter)
+
+    def constraint(
+        self,
+        *,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> Constraint:
+        """Return a grammar for answers of this engine, from one of the three; see `grammar_source`.
+
+        Each grammar is compiled once. Raises InputError for a grammar that cannot be used, and
+        without llguidance, which the extra `grammar` installs.
+        """
+        source = grammar_source(json_schema=json_schema, regex=regex, grammar=grammar)
+        if self._constraints is None:
+            if not isinstance(self.tokenizer, Tokenizer):
+                raise InputError("a grammar needs the tokenizer of a pair folder: open one with Engine.from_pretrained")
+            self._constraints = Constraints(
+                self.tokenizer.definition(), self.tokenizer.vocab_size, self.tokenizer.digest(), self.stop_tokens
+            )
+        return self._constraints.compile(source)
 
     def count_tokens(
         self,
@@ -255,8 +297,9 @@ class Engine:
             raise ContextOverflow(
                 f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
             )
+        sampler = Sampler(SamplingParams(**sampling), prompt_tokens=len(tokens))
         with self._running():
-            return read_again(sequence, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
+            return read_again(sequence, tokens, answer, sampler)
 
     def reset(self) -> None:
         """Forget all conversations: the next prompt is read from its first token."""
@@ -280,6 +323,15 @@ class Engine:
 
     def __exit__(self, *failure: object) -> None:
         self.close()
+
+    def _checked(self, constraint: Constraint | None) -> Constraint | None:
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise InputError(f"constraint {constraint!r:.60} is none: make one with engine.constraint(json_schema=...)")
+        if isinstance(constraint, Grammar):
+            own = self.tokenizer.digest() if isinstance(self.tokenizer, Tokenizer) else None
+            if constraint.digest != own:
+                raise InputError("this constraint is of another tokenizer: make one with this engine's `constraint`")
+        return constraint
 
     def _open_sequence(self) -> Sequence:
         if self._sequence is None:
@@ -324,4 +376,5 @@ def _chunk(step: Step, detokenizer: Detokenizer, stops: StopFilter, seed: int | 
         finish = "stop"
         meter.new_tokens -= len(step.tokens) - used
     meter.lap("other")
-    return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
+    metrics = meter.metrics() if finish else None
+    return Chunk("".join(pieces), step.tokens[:used], seed, finish, metrics, step.logprobs[:used])

@@ -33,7 +33,13 @@ class SharedDraws(Sampler):
         super().__init__(params)
         self._rng = rng
 
-    def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
+    def pick(
+        self,
+        logits: NDArray[np.float32],
+        position: int,
+        context: Sequence[int],
+        allowed: NDArray[np.int64] | None = None,
+    ) -> int:
         return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 

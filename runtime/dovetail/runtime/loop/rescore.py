@@ -40,7 +40,7 @@ def read_again(
         if not 0 <= token < len(logits):
             raise InputError(f"token id {token} is none of the target's {len(logits)}: give an answer of its own")
         chosen = sampler.pick(logits, len(seen), seen)
-        clear = sampler.params.greedy and sampler.params.repetition_penalty == 1
+        clear = sampler.params.greedy and not sampler.params.reshapes
         found.append(Choice(chosen, float(logits[chosen] - logits[token]) if clear else None))
         seen.append(token)
     return found
