@@ -13,6 +13,7 @@ is not valid or a draft changed a token.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -99,9 +100,7 @@ def valid(result: GenerationResult, schema: dict[str, Any], constraint: Constrai
     except ValueError:
         return False
     if importlib.util.find_spec("jsonschema"):
-        import jsonschema
-
-        return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
+        return bool(importlib.import_module("jsonschema").Draft202012Validator(schema).is_valid(value))
     return True
 
 

@@ -31,6 +31,7 @@ from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
 
 VOCAB, STOP = 7, 6
@@ -127,8 +128,8 @@ def test_a_batch_follows_the_grammar_of_each_request() -> None:
     ]
     found: dict[Request, tuple[int, ...]] = {}
     for advance in SequenceBatch(ScriptedTarget(logits), 3).run(requests):
-        assert advance.sequence.request
-        found[advance.sequence.request] = found.get(advance.sequence.request, ()) + advance.step.tokens
+        request = advance.ticket.request
+        found[request] = found.get(request, ()) + advance.step.tokens
     assert [found[request] for request in requests] == [autoregressive(logits, request)[0] for request in requests]
 
 
@@ -146,8 +147,8 @@ def test_the_scheduler_takes_forced_tokens_for_certain() -> None:
     class Recording(ScriptedPolicy):
         seen: list[DraftTree]
 
-        def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-            self.seen = [*getattr(self, "seen", []), repeats]
+        def plan(self, context: int, most: int, repeats: Forest, unread: int) -> Plan:
+            self.seen = [*getattr(self, "seen", []), *repeats.trees]
             return super().plan(context, most, repeats, unread)
 
     policy = Recording(draft=0.0, whole=True)

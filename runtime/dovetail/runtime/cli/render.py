@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from dovetail.runtime.engine import Chunk, Engine, GenerationResult
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.front import Chunk, GenerationResult
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.settings import AnswerSettings

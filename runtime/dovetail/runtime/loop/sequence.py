@@ -17,12 +17,12 @@ from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.loop.constrain import constrained
-from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
+from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.constraint import Constraint, Matcher
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import FloatArray, TokenArray, common_prefix
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix
 from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
@@ -81,19 +81,11 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Offer:
-    """The tree of a round, with the policy's records of it if there is a policy."""
+class Outlook:
+    """A text before its tree is drafted."""
 
-    tree: DraftTree
-    plan: Plan | None = None
-    choice: Choice | None = None
-    drafted: DraftTree | None = None  # the drafter's own tree, None without a draft
-    growth: Growth | None = None  # how that tree grew
-
-    def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
-        """Return the record for the policy. tokens: those that followed the root."""
-        assert self.plan and self.choice  # made by a policy
-        return Round(self.plan, self.choice, self.drafted, self.growth, tokens, draft_ms, verify_ms)
+    limits: TreeLimits  # of the tree; a width of 1 leaves no room for one
+    repeats: DraftTree  # the known token, with repeated text below it
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +104,15 @@ class Sequence:
     therefore leaves it right, and `rewind` brings both sessions back to it.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, *, lookup_cache: int = 0) -> None:
-        """lookup_cache: tokens of earlier texts that repeats may continue too."""
-        self.target, self.id = target, target.open()
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, *, lookup_cache: int = 0, id: SequenceId | None = None
+    ) -> None:
+        """lookup_cache: tokens of earlier texts that repeats may continue too. id: None opens a new one."""
+        self.target, self.id = target, target.open() if id is None else id
         self.window = window(drafter, self.id) if drafter else None
         self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
         self.length = 0  # tokens whose KV the target certainly holds
+        self.unread = 0  # tokens of the prompt that the target has not read
         self.room = 0  # tokens that the answer may still have
         self.request: Request | None = None
         self.sampler: Sampler | None = None  # of the current answer
@@ -125,6 +120,19 @@ class Sequence:
         self.speculates = False  # whether the current answer is drafted
         self.repeats, self.earlier = RepeatIndex(), EarlierTexts(lookup_cache)
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
+
+    def fork(self, keep: int) -> Sequence:
+        """Return a new sequence that begins as this one does, after at most `keep` tokens.
+
+        Its drafter may go on with the pairs that this window keeps.
+        """
+        drafter = self.window.drafter if self.window else None
+        new = Sequence(self.target, drafter, id=self.target.fork(self.id, min(keep, self.length)))
+        new.length = self.target.length(new.id)
+        new.tokens = self.tokens[: new.length]
+        if new.window and self.window:
+            new.window.follow(self.window, new.length)
+        return new
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
@@ -143,13 +151,15 @@ class Sequence:
         shared = common_prefix(self.tokens, prompt)
         if shared < len(self.tokens):  # the new text repeats what both share, so the rest is kept, and a run before it
             self.earlier.add(self.tokens[max(shared - max(SIZES), 0) :])
-        keep = max(min(shared - 1, self.length), 0)
+        if not shared == len(self.tokens) == self.length < len(prompt):  # a fork: no other token followed
+            shared -= 1
+        keep = max(min(shared, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
         if self.window:
             self.window.cut(keep)
-        self.tokens = list(prompt)
+        self.tokens, self.unread = list(prompt), len(prompt) - keep
         self.rewind()
         return keep
 
@@ -163,6 +173,29 @@ class Sequence:
                 return result
             self.tell(result.features)
 
+    def read(self, count: int, result: TargetPass) -> Step:
+        """Count `count` tokens as read by a pass. Return the first token if the prompt ends there."""
+        self.unread -= count
+        if not self.unread:
+            return self.first(result)
+        self.length += count
+        self.tell(result.features)
+        return Step(())
+
+    def drop(self) -> None:
+        """Give up all KV in the middle of an answer. The target reads the text again, the answer so far included."""
+        self.length, self.unread = 0, len(self.tokens)
+        if self.window:
+            self.window.cut(0)
+        self.rewind()
+
+    def park(self) -> None:
+        """Leave the answer, and keep its KV and last features for texts that begin as this one does."""
+        self.sampler = self.request = self.matcher = None
+        if self.window:
+            self.window.park()
+        self.rewind()
+
     def first(self, result: TargetPass) -> Step:
         """Return the first token of the answer. result: the pass that read the prompt's end."""
         self.length = len(self.tokens)
@@ -172,27 +205,17 @@ class Sequence:
             self.tell(result.features)
         return step
 
-    def draft(self, policy: Policy | None = None) -> Offer:
-        """Return a tree below the known token: drafted, with repeated text, or that token alone."""
+    def outlook(self, policy: Policy | None = None) -> Outlook:
+        """Return the limits of the next tree, and the tree of repeated text alone."""
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
         self._found = []
         if limits.width == 1:
-            return Offer(known)
+            return Outlook(limits, known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
-        if policy is None:
-            return Offer(self._join(self._propose(limits, None), limits))
-        context, most = len(self.tokens) - 1, limits.width
-        limits = _narrowed(limits, policy.widest(context, most))
-        repeats = self._join(known, limits)
-        plan = policy.plan(context, most, repeats, self.waiting)
-        if not plan.draft:
-            choice = policy.choose(plan, repeats)
-            return Offer(choice.tree, plan, choice)
-        growth = Growth(policy, plan)
-        drafted = self._propose(limits, growth)
-        choice = policy.choose(plan, self._join(drafted, limits))
-        return Offer(choice.tree, plan, choice, drafted, growth)
+        if policy:
+            limits = _narrowed(limits, policy.widest(len(self.tokens) - 1, limits.width))
+        return Outlook(limits, self.join(known, limits))
 
     def accept(self, tree: DraftTree, result: TargetPass) -> Found:
         """Choose the target's tokens along `tree`, and cut them to the answer's room."""
@@ -278,7 +301,8 @@ class Sequence:
             return asked
         return replace(asked, width=width, depth=depth, lookup=lookup)
 
-    def _propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+        """Return the drafter's tree, the known token alone without a drafter."""
         if self.window is None:
             return DraftTree.root(self.tokens[-1])
         tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
@@ -289,7 +313,8 @@ class Sequence:
             )
         return tree
 
-    def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+    def join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """Return `tree` with the repeated text of the last `outlook`, as the grammar allows and forces it."""
         if self.matcher is None and not self._found:
             return tree
         if limits.top_k > 1:
