@@ -208,6 +208,51 @@ def test_an_answer_that_is_complete_past_its_room_ends_with_length() -> None:
     assert (tokens, finish, metrics.rounds) == ((3,) * 5, "length", 1)
 
 
+def failing(at: tuple[int, ...]) -> Callable[[tuple[int, ...]], list[int]]:
+    """A grammar that allows 1 and 2, five times, and cannot be followed after the text `at`."""
+
+    def allowed(text: tuple[int, ...]) -> list[int]:
+        if text[: len(at)] == at:
+            raise InputError(f"the grammar fails after {text}")
+        return [1, 2] if len(text) < 5 else []
+
+    return allowed
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_grammar_that_fails_on_a_drafted_path_alone_changes_no_token(top_k: int) -> None:
+    logits = MarkovLogits(VOCAB, 8)
+    plain = Request((1, 2), 20, constraint=ScriptedConstraint(failing((5,))))
+    text = autoregressive(logits, plain)
+    for count in range(1, 5):  # the grammar fails where the text does not go
+        other = (*text[0][:count], 3 - text[0][count])
+        request = replace(plain, limits=TreeLimits(9, 4, top_k), constraint=ScriptedConstraint(failing(other)))
+        for drafter in DRAFTERS.values():
+            assert run(ScriptedTarget(logits), drafter(logits), request)[:2] == text
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("drafter", sorted(DRAFTERS))
+def test_a_grammar_that_fails_on_the_text_is_an_error_of_its_request_alone(drafter: str, count: int) -> None:
+    logits = MarkovLogits(VOCAB, 8)
+    good = Request((1, 2), 20, limits=LIMITS, constraint=ScriptedConstraint(failing((5,))))
+    text, _ = autoregressive(logits, good)
+    bad = replace(good, constraint=ScriptedConstraint(failing(text[:count])))
+    sequence = Sequence(ScriptedTarget(logits), DRAFTERS[drafter](logits))
+    with pytest.raises(InputError, match="the grammar fails after"):
+        list(decode(sequence, bad, Meter()))
+    assert tuple(chain.from_iterable(step.tokens for step in decode(sequence, good, Meter()))) == text
+
+    found, errors = dict[Request, tuple[int, ...]](), dict[Request, InputError]()
+    batch = SequenceBatch(ScriptedTarget(logits), 3, DRAFTERS[drafter](logits), ScriptedPolicy(1))
+    for advance in batch.run([replace(good, max_new_tokens=9, scheduler=ScriptedPolicy(1)), bad, good]):
+        request = advance.ticket.request
+        found[request] = found.get(request, ()) + advance.step.tokens
+        if advance.step.error:
+            errors[request] = advance.step.error
+    assert [*errors] == [bad] and all(tokens == text for request, tokens in found.items() if request is not bad)
+
+
 # --- llguidance, on a vocabulary of bytes and a few longer tokens
 
 PIECES = ("th", "tr", "true", '":', '",', "nu", "in", "it", "name", ': "', '{"', "  ")

@@ -78,6 +78,7 @@ class Step:
     finish: FinishReason | None = None
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if the request asks for them
+    error: InputError | None = None  # that ended the answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +225,11 @@ class Sequence:
 
     def _choose(self, tree: DraftTree, logits: FloatArray) -> Verdict:
         assert self.request and self.sampler
-        known = len(self.tokens)
-        return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, self.request.logprobs)
+        known, logprobs = len(self.tokens), self.request.logprobs
+        try:
+            return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, logprobs)
+        except InputError as error:  # of this request alone: other texts of the pass go on
+            return Verdict(np.zeros(1, np.int64), (), error=error)
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
         """Keep the nodes of `path`. tokens: those that follow its root."""
@@ -321,21 +325,33 @@ class Sequence:
             if self.matcher is None:
                 return graft(tree, self._found, limits.width)
             # Twice the width, because the grammar refuses some of the nodes.
-            return constrained(graft(tree, self._found, 2 * limits.width), self.matcher, limits.width)
+            return self._constrained(graft(tree, self._found, 2 * limits.width), limits.width)
         root = DraftTree.root(int(tree.tokens[0]))
         chains = [tree, *(graft(root, [found], limits.width) for found in self._found)]
-        if self.matcher:
-            chains = [constrained(chain, self.matcher, limits.width) for chain in chains]
+        chains = [self._constrained(chain, limits.width) for chain in chains] if self.matcher else chains
         return max(chains, key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
+
+    def _constrained(self, tree: DraftTree, width: int) -> DraftTree:
+        """Return `tree` as the grammar allows and forces it, the root alone if the grammar fails on a path."""
+        assert self.matcher and self.request and self.request.constraint
+        try:
+            return constrained(tree, self.matcher, width)
+        except InputError:  # the target may take another path
+            self.matcher = self.request.constraint.begin()
+            for token in self.tokens[len(self.request.prompt) :]:
+                self.matcher.advance(token)
+            return DraftTree.root(self.tokens[-1])
 
     def _cut(self, verdict: Verdict) -> Step:
         """Return the tokens of a round that count: those before a stop token, within the room."""
         assert self.request
+        if verdict.error:
+            return Step((), "stop", error=verdict.error)
         tokens, logprobs = verdict.tokens[: self.room], verdict.logprobs[: self.room]
         for index, token in enumerate(tokens):
             if token in self.request.stop_tokens:
                 return Step(tokens[:index], "stop", token, logprobs[:index])
-        if self.matcher and self.matcher.complete and len(tokens) == len(verdict.tokens):
+        if verdict.complete and len(tokens) == len(verdict.tokens):
             return Step(tokens, "stop", logprobs=logprobs)
         return Step(tokens, "length" if len(tokens) >= self.room else None, logprobs=logprobs)
 
