@@ -40,12 +40,17 @@ SUBJECTS = ("the sea", "a mountain village", "a jazz club", "early computers", "
 @click.option("--schemas", type=click.IntRange(1), help="The first so many.  [default: all]")
 @click.option("--subjects", type=click.IntRange(1), help="The first so many for each.  [default: all]")
 @click.option("-n", "--max-new-tokens", "count", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--compact", is_flag=True, help="JSON without blanks.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.pass_context
-def main(ctx: click.Context, pair: Path, schemas: int | None, subjects: int | None, count: int, out: Path) -> None:
+def main(
+    ctx: click.Context, pair: Path, schemas: int | None, subjects: int | None, count: int, compact: bool, out: Path
+) -> None:
     opener: Callable[[Path], Engine] = ctx.obj or Engine.from_pretrained  # obj: of tests
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     rows = [json.loads(line) for line in SCHEMAS.read_text().splitlines()][:schemas]
+    if compact:
+        rows = [{**row, "schema": {**row["schema"], "x-guidance": {"whitespace_flexible": False}}} for row in rows]
     with opener(pair) as engine, out.open("a") as file:
         asked = [*product(SUBJECTS[:subjects], rows, (0.0, 0.7))][len(done) :]
         for number, (subject, row, temperature) in enumerate(asked, len(done)):

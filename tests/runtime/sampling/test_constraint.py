@@ -97,6 +97,8 @@ def test_blanks_in_json_have_an_end(constraints: Constraints) -> None:
     assert place.advance(ids(bytes_of["["])[0])
     assert [place.advance(ids(bytes_of["line"])[0]) for _ in range(3)] == [True, True, False]
     assert [place.advance(ids(bytes_of["blank"])[0]) for _ in range(21)] == [True] * 20 + [False]
+    compact = matcher(constraints, json_schema={"type": "array", "x-guidance": {"whitespace_flexible": False}})
+    assert compact.advance(ids("[")[0]) and not compact.advance(ids(bytes_of["blank"])[0])
     free = matcher(constraints, json_schema={"type": "array", "x-guidance": {"whitespace_pattern": "[ ]*"}})
     assert free.advance(ids("[")[0]) and all(free.advance(ids(bytes_of["blank"])[0]) for _ in range(99))
 

@@ -195,8 +195,10 @@ def _schema_source(schema: str | Mapping[str, Any]) -> str:
         read = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(read, Mapping):
             raise ValueError('a schema is an object, e.g. {"type": "object"}')
-        text = json.dumps(dict(read))
-        return str(_llguidance().LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS}))
+        own = read.get("x-guidance")
+        chosen = isinstance(own, Mapping) and "whitespace_flexible" in own  # llguidance would prefer the pattern
+        options = {} if chosen else {"whitespace_pattern": _BLANKS}
+        return str(_llguidance().LLMatcher.grammar_from_json_schema(json.dumps(dict(read)), defaults=options))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"json_schema {schema!r:.60} is no JSON schema ({_reason(one_line(error))}): change it"
