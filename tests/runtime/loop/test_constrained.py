@@ -120,17 +120,29 @@ def test_a_draft_changes_no_token(
     assert (tokens, finish) == autoregressive(logits, request)
 
 
-def test_a_batch_follows_the_grammar_of_each_request() -> None:
-    logits = MarkovLogits(VOCAB, 4)
+@pytest.mark.parametrize("memory", [1 << 30, 220])
+@pytest.mark.parametrize("drafter", ["none", "noisy"])
+def test_a_batch_follows_the_grammar_of_each_request(
+    drafter: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, policy, dropped = MarkovLogits(VOCAB, 4), ScriptedPolicy(2), list[Sequence]()
+    drop = Sequence.drop
+    monkeypatch.setattr(Sequence, "drop", lambda text: (dropped.append(text), drop(text)))
     requests = [
-        Request((1, 2), 20, stop_tokens=frozenset({STOP}), constraint=ScriptedConstraint(rule(seed, 12), {STOP}))
-        for seed in range(6)
-    ]
+        Request(
+            (1, 2) * seed, 40, GREEDY if seed % 2 else HOT, frozenset({STOP}) if seed > 7 else frozenset(), LIMITS,
+            policy if seed % 3 else None, ScriptedConstraint(rule(seed, 35), {STOP} if seed > 7 else ()), logprobs=1,
+        )
+        for seed in range(1, 9)
+    ]  # fmt: skip
+    target = ScriptedTarget(logits, max_context=100, memory=memory)
     found: dict[Request, tuple[int, ...]] = {}
-    for advance in SequenceBatch(ScriptedTarget(logits), 3).run(requests):
-        request = advance.ticket.request
-        found[request] = found.get(request, ()) + advance.step.tokens
+    for advance in SequenceBatch(target, 5, DRAFTERS[drafter](logits), policy).run(requests):
+        request, step = advance.ticket.request, advance.step
+        found[request] = found.get(request, ()) + step.tokens
+        assert tuple(each.token_id for each in step.logprobs) == step.tokens
     assert [found[request] for request in requests] == [autoregressive(logits, request)[0] for request in requests]
+    assert bool(dropped) == (memory == 220)  # these texts lost their KV in the middle, and went on
 
 
 def test_forced_tokens_are_drafted_without_a_drafter_and_without_repeats() -> None:
