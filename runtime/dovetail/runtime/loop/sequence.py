@@ -309,7 +309,11 @@ class Sequence:
         """Return the drafter's tree, the known token alone without a drafter."""
         if self.window is None:
             return DraftTree.root(self.tokens[-1])
-        tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
+        return self.usable(self.window.propose(self.tokens, limits, judge, self.noise()), limits)
+
+    def usable(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """Return the part of the drafter's tree that the grammar allows. Raises DeviceError for a wrong tree."""
+        known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
