@@ -142,7 +142,8 @@ class SequenceBatch:
         committed = self._clock()
 
         draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
-        if self.policy and len(offers) == 1 and not reading:  # else the times tell of other work too
+        failed = any(one.step.error for one in found.values())
+        if self.policy and len(offers) == 1 and not reading and not failed:  # else the times tell of other work too
             offer, group = offers[0]
             if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, verify_ms):
                 self.policy.learn(outcome)
