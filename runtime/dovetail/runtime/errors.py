@@ -7,6 +7,7 @@ DovetailError
 │   ├── ManifestError   dovetail.json: missing, unknown key, another version
 │   ├── IntegrityError  a file that is missing, truncated or altered
 │   └── MismatchError   drafter and target do not belong together
+├── QueueFull           a server that has no room for another request now
 ├── SourceError         a checkpoint, GGUF, IR or Hub id that cannot be read
 ├── ExportError         a build stage that failed (parity, full disk, no tap point)
 ├── TrainError          a training run that cannot start or continue
@@ -45,6 +46,10 @@ class InputError(DovetailError):
 
 class ContextOverflow(InputError):
     """Prompt and answer do not fit the target's context."""
+
+
+class QueueFull(DovetailError):
+    """No further request can wait now."""
 
 
 class PairError(DovetailError):

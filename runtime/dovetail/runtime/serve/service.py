@@ -1,0 +1,172 @@
+"""What the routes share: the engine, its limits, and the answers to one HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from dovetail.runtime.async_engine import AsyncEngine
+from dovetail.runtime.engine import Chunk
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
+from dovetail.runtime.serve.openai import Choices, Sampling
+from dovetail.runtime.system.bounds import SEED_MOST, check_whole
+from dovetail.runtime.text.encoding import Prompt, encode_prompt
+from dovetail.runtime.tree.limits import TreeLimits
+
+# vLLM's: the fields of a model's generation_config.json that replace these defaults.
+DEFAULTS: Mapping[str, float] = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. None is no limit but the target's context. Raises InputError."""
+
+    body_bytes: int = 4 << 20
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    timeout_s: float | None = None  # from its arrival to the last token
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "prompt_tokens", "new_tokens"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, InputError, "give another limit", most=2**40)
+        if self.timeout_s is not None and not 0 < self.timeout_s < 1e9:
+            raise InputError(f"timeout {self.timeout_s} is out of range: give seconds above 0, or none")
+
+
+@dataclass
+class Service:
+    """One engine under a name, and the limits of its requests."""
+
+    engine: AsyncEngine
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
+    draining: bool = False  # nothing new is accepted
+
+    def check_model(self, asked: str | None) -> None:
+        if asked is not None and asked != self.name:
+            raise ApiError(
+                404, f"the model {asked!r:.100} is not served here: ask for {self.name!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    async def encode(
+        self, prompt: Prompt, *, raw: bool = False, options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the ids of a prompt, in a thread of its own. Raises InputError, ApiError."""
+        tokens = await asyncio.to_thread(encode_prompt, self.engine.tokenizer, prompt, raw, options, False)
+        most = self.limits.prompt_tokens
+        if most is not None and len(tokens) > most:
+            raise ApiError(
+                400, f"the prompt has {len(tokens)} tokens and may have {most}: shorten the prompt",
+                code="context_length_exceeded",
+            )  # fmt: skip
+        return tokens
+
+    async def answer(
+        self, prompts: Sequence[Sequence[int]], request: Sampling, *, most: int | None, most_name: str,
+        constraint: Any = None, logprobs: int | None = None,
+    ) -> Answers:  # fmt: skip
+        """Queue `n` answers to each prompt. most: tokens of each answer, as the field `most_name` says.
+
+        Raises QueueFull, ContextOverflow, InputError, ApiError. None of the answers runs then.
+        """
+        options = self._options(request, most, most_name)
+        n = (request.n or 1) if isinstance(request, Choices) else 1
+        answers = Answers(self.limits.timeout_s)
+        try:
+            for prompt in prompts:
+                for index in range(n):
+                    seed = None if request.seed is None else (request.seed + index) & SEED_MOST
+                    answers.streams.append(
+                        self.engine.stream(prompt, seed=seed, constraint=constraint, logprobs=logprobs, **options)
+                    )
+        except BaseException:
+            await answers.close()
+            raise
+        return answers
+
+    def _options(self, request: Sampling, most: int | None, most_name: str) -> dict[str, Any]:
+        """Return the keywords of AsyncEngine.stream that all answers to a request share."""
+        cap = self.limits.new_tokens
+        if most is not None and cap is not None and most > cap:
+            raise ApiError(400, f"{most_name} {most} is above this server's limit: ask for {cap} at most",
+                           param=most_name, code="invalid_value")  # fmt: skip
+        options: dict[str, Any] = {"max_new_tokens": most or cap or self.engine.max_context}
+        for name, default in self.defaults.items():
+            given = getattr(request, name)
+            options[name] = default if given is None else given
+        options["top_k"] = max(options["top_k"], 0)
+        for name in ("presence_penalty", "frequency_penalty", "speculate"):
+            if (given := getattr(request, name)) is not None:
+                options[name] = given
+        if request.tree is not None:
+            options["tree"] = TreeLimits(**request.tree.model_dump(exclude_none=True))
+        if isinstance(request, Choices):
+            options["stop"] = request.stop or ()
+            options["logit_bias"] = self._bias(request.logit_bias or {})
+        return options
+
+    def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
+        for token in given:
+            if not (token.isdecimal() and token.isascii() and len(token) < 11 and self.engine.tokenizer.has_token(int(token))):
+                raise ApiError(400, f"logit_bias names the token {token!r:.40}: give ids of the model's tokens",
+                               param="logit_bias", code="invalid_value")  # fmt: skip
+        return {int(token): bias for token, bias in given.items()}
+
+
+class Answers:
+    """The answers to one HTTP request: streams of the engine, merged as their chunks come.
+
+    `async with` frees whatever still runs at its end.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.streams: list[AsyncGenerator[Chunk, None]] = []
+        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self._next: dict[asyncio.Future[Chunk], int] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every answer. A second call does nothing."""
+        for task in self._next:
+            task.cancel()
+        await asyncio.gather(*self._next, return_exceptions=True)
+        for stream in self.streams:
+            await stream.aclose()
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """Yield every chunk with the number of its answer. Raises ApiError when the time is over."""
+        for index in range(len(self.streams)):
+            self._ask(index)
+        while self._next:
+            left = None if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait(self._next, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                raise ApiError(
+                    504, f"the answer took more than {self._timeout_s:g} seconds: ask for fewer tokens",
+                    code="timeout", headers=NEVER_AGAIN,
+                )  # fmt: skip
+            for task in sorted(done, key=self._next.__getitem__):
+                index, chunk = self._next.pop(task), task.result()
+                if not chunk.finish_reason:
+                    self._ask(index)
+                yield index, chunk
+
+    def _ask(self, index: int) -> None:
+        self._next[asyncio.ensure_future(anext(self.streams[index]))] = index
