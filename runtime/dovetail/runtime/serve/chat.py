@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,31 +15,32 @@ from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.conversation import ANY_OBJECT, Conversation, Reader, as_dicts
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import ChatRequest, JsonSchemaFormat, NamedTool, ObjectFormat
-from dovetail.runtime.serve.replies import EventStream, TokenTexts, event, new_id, unless_gone, usage
+from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
 from dovetail.runtime.text.tool_calls import Piece, collect
+from dovetail.runtime.text.tokenizer import Spelling
 
 _FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a piece, in a message
 
 
 async def chat(service: Service, request: Request, asked: ChatRequest) -> Response:
     """Answer. Raises ApiError and DovetailError before the first byte of a reply."""
+    service.check_model(asked.model)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     conversation = conversation_of(asked)
     talk = await service.talk(conversation)
+    readers = [conversation.reader(talk.style) for _ in range(asked.n or 1)]
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     answers = await service.answer(
         [talk.prompt], asked, most=most,
         most_name="max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens",
         constraint=talk.constraint, logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )  # fmt: skip
-    texts = service.token_texts if asked.logprobs else None
-    choices = [
-        ChatChoice(conversation.reader(talk.style), conversation.parallel, texts) for _ in answers.streams
-    ]
+    texts = service.spellings if asked.logprobs else None
+    choices = [ChatChoice(reader, conversation.parallel, texts) for reader in readers]
     writer = ChatWriter(service.name, choices)
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -70,7 +71,7 @@ class ChatChoice:
 
     reader: Reader
     parallel: bool
-    texts: TokenTexts | None
+    texts: Mapping[int, Spelling] | None
     pieces: list[Piece] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: str = ""
@@ -83,7 +84,7 @@ class ChatChoice:
             pieces += self.reader.flush()
         if not self.parallel:
             pieces = [piece for piece in pieces if piece.index == 0]
-        entries = self.texts.entries(chunk.logprobs) if self.texts else []
+        entries = tokens(chunk.logprobs, self.texts) if self.texts else []
         self.pieces += pieces
         self.logprobs += entries
         if chunk.finish_reason:
@@ -145,7 +146,11 @@ def _message(choice: ChatChoice) -> dict[str, Any]:
         {"id": new_id("call_"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in answer.calls
     ]
-    message: dict[str, Any] = {"role": "assistant", "content": answer.content or (None if calls else ""), "refusal": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer.content or (None if calls else ""),
+        "refusal": None,
+    }
     if calls:
         message["tool_calls"] = calls
     if answer.reasoning:

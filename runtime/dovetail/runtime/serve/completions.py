@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,21 +14,23 @@ from dovetail.runtime.engine import Chunk
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import CompletionRequest
-from dovetail.runtime.serve.replies import EventStream, TokenTexts, event, new_id, unless_gone, usage
+from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
+from dovetail.runtime.text.tokenizer import Spelling
 
 DEFAULT_TOKENS = 16  # OpenAI's and vLLM's max_tokens of this route
 
 
 async def complete(service: Service, request: Request, asked: CompletionRequest) -> Response:
     """Answer. Raises ApiError and DovetailError before the first byte of a reply."""
+    service.check_model(asked.model)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     prompts = [await service.encode(prompt, raw=True) for prompt in prompts_of(asked)]
     answers = await service.answer(
         prompts, asked, most=asked.max_tokens or DEFAULT_TOKENS, most_name="max_tokens", logprobs=asked.logprobs
     )
-    texts = None if asked.logprobs is None else service.token_texts
+    texts = None if asked.logprobs is None else service.spellings
     writer = CompletionWriter(service.name, [Choice(texts) for _ in answers.streams], asked.n or 1)
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -47,7 +49,7 @@ def prompts_of(asked: CompletionRequest) -> Sequence[str | Sequence[int]]:
 class Choice:
     """One answer as it grows. logprobs: as the API writes them, None if nobody asked."""
 
-    texts: TokenTexts | None
+    texts: Mapping[int, Spelling] | None
     text: str = ""
     entries: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
@@ -58,7 +60,7 @@ class Choice:
         """Take a chunk, and return the entries of its tokens."""
         self.text += chunk.text
         self.finish, self.metrics = chunk.finish_reason, chunk.metrics
-        entries = self.texts.entries(chunk.logprobs) if self.texts else []
+        entries = tokens(chunk.logprobs, self.texts) if self.texts else []
         for entry in entries:
             entry["offset"] = self._offset
             self._offset += len(entry["token"])

@@ -91,6 +91,8 @@ class Conversation:
         if self.callable and style.calls is None:
             raise ApiError(400, "the model's chat template writes no calls of tools that this server can read: "
                            "set tool_choice to required, or to a function", param="tools")  # fmt: skip
+        if self.schema is not None:  # the whole answer is JSON
+            return AnswerParser(AnswerStyle())
         return AnswerParser(style, [tool.name for tool in self.callable])
 
 

@@ -12,11 +12,12 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dovetail.runtime.engine import TokenLogprobs
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.failures import ApiError, body, failed
+from dovetail.runtime.sampling.logprobs import TokenLogprobs
 from dovetail.runtime.serve.service import Answers
+from dovetail.runtime.text.tokenizer import Spelling
 
 CLIENT_GONE = 499  # nginx's number; nobody reads it
 LEAST_LOGPROB = -9999.0  # OpenAI's mark of a token that is very unlikely
@@ -36,21 +37,23 @@ def event(data: Mapping[str, Any], kind: str | None = None) -> bytes:
 class EventStream(StreamingResponse):
     """Events of some answers, which are freed at the end, even if the stream never began.
 
-    An error in the middle becomes the last event.
+    An error in the middle becomes the last event. done: whether an event says that it was the last.
     """
 
-    def __init__(self, answers: Answers, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, answers: Answers, events: AsyncGenerator[bytes, None], *, done: bool = True) -> None:
         super().__init__(self._guarded(events), media_type="text/event-stream",
                          headers={"cache-control": "no-cache", "x-accel-buffering": "no"})  # fmt: skip
-        self._answers = answers
+        self._answers, self._done = answers, done
 
     async def _guarded(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         try:
             async for one in events:
                 yield one
         except (DovetailError, ApiError) as error:
-            yield event(body(failed(error)), "error")
-        yield DONE
+            told = body(failed(error))
+            yield event({"type": "error", **told["error"], **told}, "error")
+        if self._done:
+            yield DONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answers:
@@ -87,21 +90,12 @@ def usage(all_metrics: Sequence[GenerationMetrics], n: int = 1) -> dict[str, Any
     }
 
 
-class TokenTexts:
-    """The bytes and the text of single tokens."""
+def tokens(logprobs: Iterable[TokenLogprobs], spellings: Mapping[int, Spelling]) -> list[dict[str, Any]]:
+    """Return tokens and their alternatives as OpenAI writes them."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._spellings = tokenizer.spellings()
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        spelled = spellings[token].text if token in spellings else b""
+        text = spelled.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}
 
-    def entry(self, token: int, logprob: float) -> dict[str, Any]:
-        """Return one token as OpenAI writes it."""
-        spelled = self._spellings[token].text if token in self._spellings else b""
-        return {
-            "token": spelled.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled),
-        }  # fmt: skip
-
-    def entries(self, logprobs: Iterable[TokenLogprobs]) -> list[dict[str, Any]]:
-        return [
-            {**self.entry(each.token, each.logprob), "top_logprobs": [self.entry(*top) for top in each.top]}
-            for each in logprobs
-        ]
+    return [{**one(each.token_id, each.logprob), "top_logprobs": [one(*top) for top in each.top]} for each in logprobs]

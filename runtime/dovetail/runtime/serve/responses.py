@@ -16,16 +16,23 @@ from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import (
     FlatNamedTool, FlatSchemaFormat, InputCall, InputMessage, ObjectFormat, ResponseRequest,
 )  # fmt: skip
-from dovetail.runtime.serve.replies import EventStream, TokenTexts, event, new_id, unless_gone, usage
+from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
 from dovetail.runtime.text.tool_calls import Piece
+from dovetail.runtime.text.tokenizer import Spelling
 
 WITH_LOGPROBS = "message.output_text.logprobs"
-_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # where a part has its text
+_PARTS = {
+    "input_text": "text",
+    "output_text": "text",
+    "text": "text",
+    "refusal": "refusal",
+}  # where a part has its text
 
 
 async def respond(service: Service, request: Request, asked: ResponseRequest) -> Response:
     """Answer. Raises ApiError and DovetailError before the first byte of a reply."""
+    service.check_model(asked.model)
     if asked.stream_options is not None and asked.stream_options.include_usage is not None:
         raise ApiError(400, "include_usage has no meaning here: a response always has its usage",
                        param="stream_options.include_usage", code="unknown_parameter")  # fmt: skip
@@ -37,10 +44,10 @@ async def respond(service: Service, request: Request, asked: ResponseRequest) ->
         [talk.prompt], asked, most=asked.max_output_tokens, most_name="max_output_tokens",
         constraint=talk.constraint, logprobs=logprobs,
     )  # fmt: skip
-    texts = None if logprobs is None else service.token_texts
+    texts = None if logprobs is None else service.spellings
     writer = ResponseWriter(service.name, asked, reader, conversation.parallel, texts)
     if asked.stream:
-        return EventStream(answers, writer.events(answers))
+        return EventStream(answers, writer.events(answers), done=False)
     return await unless_gone(request, writer.whole(answers))
 
 
@@ -96,7 +103,7 @@ class ResponseWriter:
     """Writes one answer as items: messages, reasoning and calls, in their order."""
 
     def __init__(
-        self, model: str, asked: ResponseRequest, reader: Reader, parallel: bool, texts: TokenTexts | None
+        self, model: str, asked: ResponseRequest, reader: Reader, parallel: bool, texts: Mapping[int, Spelling] | None
     ) -> None:
         self._reader, self._parallel, self._texts = reader, parallel, texts
         self._items: list[dict[str, Any]] = []
@@ -126,7 +133,7 @@ class ResponseWriter:
         pieces = self._reader.add(chunk.text)
         if chunk.finish_reason:
             pieces += self._reader.flush()
-        entries = self._texts.entries(chunk.logprobs) if self._texts else []
+        entries = tokens(chunk.logprobs, self._texts) if self._texts else []
         for piece in pieces:
             if piece.kind != "broken" and (self._parallel or piece.index == 0):
                 yield from self._piece(piece, entries if piece.kind == "content" else [])

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
 from dovetail.runtime.async_engine import AsyncEngine
 from dovetail.runtime.engine import Chunk
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.sampling.constraint import Constraint
+from dovetail.runtime.serve.conversation import Conversation
 from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
 from dovetail.runtime.text.encoding import Prompt, encode_prompt
+from dovetail.runtime.text.tokenizer import Spelling, Tokenizer
+from dovetail.runtime.text.tool_calls import AnswerStyle
 from dovetail.runtime.tree.limits import TreeLimits
 
 # vLLM's: the fields of a model's generation_config.json that replace these defaults.
@@ -40,6 +45,15 @@ class Limits:
             raise InputError(f"timeout {self.timeout_s} is out of range: give seconds above 0, or none")
 
 
+@dataclass(frozen=True)
+class Talk:
+    """A conversation for the engine. prompt: token ids."""
+
+    prompt: Sequence[int]
+    style: AnswerStyle
+    constraint: Constraint | None
+
+
 @dataclass
 class Service:
     """One engine under a name, and the limits of its requests."""
@@ -50,6 +64,17 @@ class Service:
     defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
     draining: bool = False  # nothing new is accepted
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.engine.tokenizer
+        assert isinstance(tokenizer, Tokenizer)  # of a pair folder
+        return tokenizer
+
+    @cached_property
+    def spellings(self) -> Mapping[int, Spelling]:
+        """The bytes of each token id."""
+        return self.tokenizer.spellings()
+
     def check_model(self, asked: str | None) -> None:
         if asked is not None and asked != self.name:
             raise ApiError(
@@ -57,11 +82,9 @@ class Service:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    async def encode(
-        self, prompt: Prompt, *, raw: bool = False, options: Mapping[str, Any] | None = None
-    ) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = False, options: Mapping[str, Any] | None = None) -> list[int]:
         """Return the ids of a prompt, in a thread of its own. Raises InputError, ApiError."""
-        tokens = await asyncio.to_thread(encode_prompt, self.engine.tokenizer, prompt, raw, options, False)
+        tokens = await asyncio.to_thread(encode_prompt, self.tokenizer, prompt, raw, options, False)
         most = self.limits.prompt_tokens
         if most is not None and len(tokens) > most:
             raise ApiError(
@@ -70,9 +93,17 @@ class Service:
             )  # fmt: skip
         return tokens
 
+    async def talk(self, conversation: Conversation) -> Talk:
+        """Return what the engine needs for a conversation. Raises InputError, ApiError."""
+        options, schema = conversation.template_options(), conversation.constraint()
+        prompt = await self.encode(conversation.messages, options=options)
+        style = await asyncio.to_thread(self.tokenizer.answer_style, options)
+        constraint = schema and await asyncio.to_thread(self.engine.constraint, json_schema=schema)
+        return Talk(prompt, style, constraint)
+
     async def answer(
         self, prompts: Sequence[Sequence[int]], request: Sampling, *, most: int | None, most_name: str,
-        constraint: Any = None, logprobs: int | None = None,
+        constraint: Constraint | None = None, logprobs: int | None = None,
     ) -> Answers:  # fmt: skip
         """Queue `n` answers to each prompt. most: tokens of each answer, as the field `most_name` says.
 
@@ -116,7 +147,7 @@ class Service:
 
     def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
         for token in given:
-            if not (token.isdecimal() and token.isascii() and len(token) < 11 and self.engine.tokenizer.has_token(int(token))):
+            if not (token.isdecimal() and token.isascii() and len(token) < 11 and self.tokenizer.has_token(int(token))):
                 raise ApiError(400, f"logit_bias names the token {token!r:.40}: give ids of the model's tokens",
                                param="logit_bias", code="invalid_value")  # fmt: skip
         return {int(token): bias for token, bias in given.items()}
