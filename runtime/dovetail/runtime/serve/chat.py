@@ -33,11 +33,10 @@ async def chat(service: Service, request: Request, asked: ChatRequest) -> Respon
     conversation = conversation_of(asked)
     talk = await service.talk(conversation)
     readers = [conversation.reader(talk.style) for _ in range(asked.n or 1)]
-    most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    limit = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     answers = await service.answer(
-        [talk.prompt], asked, most=most,
-        most_name="max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens",
-        constraint=talk.constraint, logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        [talk.prompt], asked, most=service.room(getattr(asked, limit), limit), constraint=talk.constraint,
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )  # fmt: skip
     texts = service.spellings if asked.logprobs else None
     choices = [ChatChoice(reader, conversation.parallel, texts) for reader in readers]

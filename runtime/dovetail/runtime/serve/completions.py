@@ -27,9 +27,8 @@ async def complete(service: Service, request: Request, asked: CompletionRequest)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     prompts = [await service.encode(prompt, raw=True) for prompt in prompts_of(asked)]
-    answers = await service.answer(
-        prompts, asked, most=asked.max_tokens or DEFAULT_TOKENS, most_name="max_tokens", logprobs=asked.logprobs
-    )
+    most = service.room(asked.max_tokens, "max_tokens", DEFAULT_TOKENS)
+    answers = await service.answer(prompts, asked, most=most, logprobs=asked.logprobs)
     texts = None if asked.logprobs is None else service.spellings
     writer = CompletionWriter(service.name, [Choice(texts) for _ in answers.streams], asked.n or 1)
     if asked.stream:

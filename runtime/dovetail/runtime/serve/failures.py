@@ -72,7 +72,12 @@ def handle_failures(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> ApiError:
     """Name the first field that cannot be used. The value may be large or secret, and is left out."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    place, value = list[str](), error.body
+    for part in first["loc"][1:]:  # pydantic names the branches of a union too, which the body lacks
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside or (first["type"] == "missing" and part == first["loc"][-1]):
+            place.append(str(part))
+            value = value[part] if inside else None
     param = shown(".".join(place), 100) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"the field {param} is unknown: leave it out", param=param, code="unknown_parameter")

@@ -41,7 +41,7 @@ async def respond(service: Service, request: Request, asked: ResponseRequest) ->
     reader = conversation.reader(talk.style)
     logprobs = (asked.top_logprobs or 0) if WITH_LOGPROBS in (asked.include or ()) else asked.top_logprobs
     answers = await service.answer(
-        [talk.prompt], asked, most=asked.max_output_tokens, most_name="max_output_tokens",
+        [talk.prompt], asked, most=service.room(asked.max_output_tokens, "max_output_tokens"),
         constraint=talk.constraint, logprobs=logprobs,
     )  # fmt: skip
     texts = None if logprobs is None else service.spellings

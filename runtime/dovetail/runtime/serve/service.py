@@ -102,14 +102,14 @@ class Service:
         return Talk(prompt, style, constraint)
 
     async def answer(
-        self, prompts: Sequence[Sequence[int]], request: Sampling, *, most: int | None, most_name: str,
+        self, prompts: Sequence[Sequence[int]], request: Sampling, *, most: int,
         constraint: Constraint | None = None, logprobs: int | None = None,
     ) -> Answers:  # fmt: skip
-        """Queue `n` answers to each prompt. most: tokens of each answer, as the field `most_name` says.
+        """Queue `n` answers to each prompt. most: tokens of each answer.
 
         Raises QueueFull, ContextOverflow, InputError, ApiError. None of the answers runs then.
         """
-        options = self._options(request, most, most_name)
+        options = self._options(request, most)
         n = (request.n or 1) if isinstance(request, Choices) else 1
         answers = Answers(self.limits.timeout_s)
         try:
@@ -124,13 +124,19 @@ class Service:
             raise
         return answers
 
-    def _options(self, request: Sampling, most: int | None, most_name: str) -> dict[str, Any]:
+    def room(self, asked: int | None, name: str, default: int | None = None) -> int:
+        """Return the tokens that an answer may have. name: of the field that asks. Raises ApiError."""
+        most = self.limits.new_tokens or self.engine.max_context
+        if asked is None:
+            return min(default or most, most)
+        if self.limits.new_tokens and asked > most:
+            raise ApiError(400, f"{name} {asked} is above this server's limit: ask for {most} at most",
+                           param=name, code="invalid_value")  # fmt: skip
+        return asked
+
+    def _options(self, request: Sampling, most: int) -> dict[str, Any]:
         """Return the keywords of AsyncEngine.stream that all answers to a request share."""
-        cap = self.limits.new_tokens
-        if most is not None and cap is not None and most > cap:
-            raise ApiError(400, f"{most_name} {most} is above this server's limit: ask for {cap} at most",
-                           param=most_name, code="invalid_value")  # fmt: skip
-        options: dict[str, Any] = {"max_new_tokens": most or cap or self.engine.max_context}
+        options: dict[str, Any] = {"max_new_tokens": most}
         for name, default in self.defaults.items():
             given = getattr(request, name)
             options[name] = default if given is None else given
