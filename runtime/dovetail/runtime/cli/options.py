@@ -29,6 +29,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
 
 Record = TypeVar("Record")
+Opened = TypeVar("Opened")
 Command = Callable[..., Any]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -89,7 +90,10 @@ class EngineFlags:
         speculate: whether answers are drafted. Without drafts nothing is measured.
         """
         opener: Callable[..., Engine] = click.get_current_context().obj or Engine.from_pretrained  # obj: of tests
-        pair = resolve_pair(self.pair)
+        return self.open_with(opener, resolve_pair(self.pair), speculate=speculate)
+
+    def open_with(self, opener: Callable[..., Opened], pair: Path, *, speculate: bool = True, **more: Any) -> Opened:
+        """Return what `opener` makes of the pair. more: its further arguments."""
         return opener(
             pair,
             drafter_device=self.drafter_device,
@@ -103,6 +107,7 @@ class EngineFlags:
             draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
             lookup_cache=self.lookup_cache,
             progress=announce,
+            **more,
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
