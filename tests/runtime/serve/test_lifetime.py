@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from dovetail.runtime.serve.service import Limits
+
 SLOW = {"messages": [{"role": "user", "content": "slow say " + "a" * 1500}], "temperature": 0}
 SHORT = {"messages": [{"role": "user", "content": "slow say " + "a" * 100}], "temperature": 0}
 
@@ -87,3 +89,21 @@ def test_a_second_signal_ends_at_once(serve: Callable[..., Any]) -> None:
     assert not server.thread.is_alive()
     asking.join(5)
     assert isinstance(replies[0], httpx.HTTPError) or replies[0].status_code == 500
+
+
+def test_metrics_count_each_end(serve: Callable[..., Any]) -> None:
+    server = serve(slots=1, queue=1, limits=Limits(timeout_s=0.5))
+    hi = {"messages": [{"role": "user", "content": "say hi"}], "temperature": 0}
+    assert server.post("/v1/chat/completions", {**hi, "n": 2}).status_code == 200
+    assert server.post("/v1/chat/completions", {**hi, "max_tokens": 1}).status_code == 200
+    assert server.post("/v1/chat/completions", {**hi, "n": 3}).status_code == 429
+    assert server.post("/v1/chat/completions", SLOW).status_code == 504
+    with server.http() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=SLOW, timeout=0.2)
+    server.wait_idle()
+    with server.http() as client:
+        lines = client.get("/metrics").text.splitlines()
+    ends = {reason: f'dovetail:request_success_total{{finished_reason="{reason}",model_name="parrot"}} {count}'
+            for reason, count in (("stop", "2.0"), ("length", "1.0"), ("error", "1.0"), ("abort", "1.0"))}  # fmt: skip
+    assert set(ends.values()) <= set(lines)
+    assert 'dovetail:admission_rejections_total{model_name="parrot"} 1.0' in lines

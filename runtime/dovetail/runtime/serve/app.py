@@ -17,6 +17,7 @@ from dovetail.runtime.serve.body import BoundedRoute
 from dovetail.runtime.serve.chat import chat
 from dovetail.runtime.serve.completions import complete
 from dovetail.runtime.serve.failures import ApiError, handle_failures, reply
+from dovetail.runtime.serve.metrics import CONTENT_TYPE
 from dovetail.runtime.serve.openai import (
     ChatRequest, CompletionRequest, DetokenizeRequest, ResponseRequest, TokenizeRequest,
 )  # fmt: skip
@@ -24,7 +25,8 @@ from dovetail.runtime.serve.responses import respond
 from dovetail.runtime.serve.service import Service
 from dovetail.runtime.serve.tokens import detokenize, tokenize
 
-OPEN = frozenset({"/health"})  # paths that need no key, and that answer until the end
+WITHOUT_KEY = frozenset({"/health"})
+TO_THE_END = frozenset({"/health", "/metrics"})  # answer while the server shuts down
 
 
 def make_app(service: Service, *, api_key: str | None = None, cors: Sequence[str] = ()) -> FastAPI:
@@ -47,15 +49,15 @@ class Gate:
         self._secret = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN else None
+        refusal = self._refusal(scope["path"], Headers(scope=scope)) if scope["type"] == "http" else None
         await (reply(refusal) if refusal else self._app)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if self._secret is not None and not hmac.compare_digest(given, self._secret):
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        given = headers.get("authorization", "").encode("latin-1")
+        if self._secret is not None and path not in WITHOUT_KEY and not hmac.compare_digest(given, self._secret):
             return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
                             headers={"www-authenticate": "Bearer"})  # fmt: skip
-        if self._service.draining:
+        if self._service.draining and path not in TO_THE_END:
             return ApiError(503, "the server is shutting down: ask another", code="shutting_down",
                             headers={"retry-after": "5"})  # fmt: skip
         return None
@@ -69,6 +71,12 @@ async def health(request: Request) -> Response:
     """Return 200, or 503 while the server shuts down."""
     draining = _service(request).draining
     return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Return a scrape for Prometheus."""
+    return Response(_service(request).metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 @routes.get("/v1/models")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
 from dovetail.runtime.async_engine import AsyncEngine
 from dovetail.runtime.engine import Chunk
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import InputError, QueueFull
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.serve.conversation import Conversation
 from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
+from dovetail.runtime.serve.metrics import RequestMetrics, ServerMetrics
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
 from dovetail.runtime.text.encoding import Prompt, encode_prompt
@@ -63,6 +65,10 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
     draining: bool = False  # nothing new is accepted
+    metrics: ServerMetrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = ServerMetrics(self.name, self.engine.stats)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,9 +125,12 @@ class Service:
                     answers.streams.append(
                         self.engine.stream(prompt, seed=seed, constraint=constraint, logprobs=logprobs, **options)
                     )
-        except BaseException:
+        except BaseException as error:
             await answers.close()
+            if isinstance(error, QueueFull):
+                self.metrics.reject()
             raise
+        answers.record(self.metrics, most)
         return answers
 
     def room(self, asked: int | None, name: str, default: int | None = None) -> int:
@@ -170,6 +179,7 @@ class Answers:
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self._next: dict[asyncio.Future[Chunk], int] = {}
+        self._records, self._ended = list[RequestMetrics](), ExitStack()  # of each answer
 
     async def __aenter__(self) -> Self:
         return self
@@ -186,24 +196,31 @@ class Answers:
         await asyncio.gather(*self._next, return_exceptions=True)
         for stream in self.streams:
             await stream.aclose()
+        self._ended.close()
+
+    def record(self, metrics: ServerMetrics, most: int) -> None:
+        """Count these answers. most: tokens that each may have."""
+        self._records = [self._ended.enter_context(metrics.request(most)) for _ in self.streams]
 
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
         """Yield every chunk with the number of its answer. Raises ApiError when the time is over."""
-        for index in range(len(self.streams)):
-            self._ask(index)
-        while self._next:
-            left = None if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
-            done, _ = await asyncio.wait(self._next, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                raise ApiError(
-                    504, f"the answer took more than {self._timeout_s:g} seconds: ask for fewer tokens",
-                    code="timeout", headers=NEVER_AGAIN,
-                )  # fmt: skip
-            for task in sorted(done, key=self._next.__getitem__):
-                index, chunk = self._next.pop(task), task.result()
-                if not chunk.finish_reason:
-                    self._ask(index)
-                yield index, chunk
+        with self._ended:
+            for index in range(len(self.streams)):
+                self._ask(index)
+            while self._next:
+                left = None if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
+                done, _ = await asyncio.wait(self._next, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    raise ApiError(
+                        504, f"the answer took more than {self._timeout_s:g} seconds: ask for fewer tokens",
+                        code="timeout", headers=NEVER_AGAIN,
+                    )  # fmt: skip
+                for task in sorted(done, key=self._next.__getitem__):
+                    index, chunk = self._next.pop(task), task.result()
+                    if not chunk.finish_reason:
+                        self._ask(index)
+                    self._records[index].add(chunk)
+                    yield index, chunk
 
     def _ask(self, index: int) -> None:
         self._next[asyncio.ensure_future(anext(self.streams[index]))] = index
