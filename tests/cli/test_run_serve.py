@@ -122,14 +122,13 @@ def test_sigterm_finishes_what_runs(pair: Path) -> None:
 
 
 def test_a_second_sigterm_ends_at_once(pair: Path) -> None:
-    with served(pair) as (process, client):
-        with client.stream("POST", "/v1/chat/completions", json=SLOW) as reply:
-            lines = reply.iter_lines()  # a reader that is dropped closes the connection
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 130
+    with served(pair) as (process, client), client.stream("POST", "/v1/chat/completions", json=SLOW) as reply:
+        lines = reply.iter_lines()  # a reader that is dropped closes the connection
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 130
 
 
 def test_the_key_from_the_environment(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

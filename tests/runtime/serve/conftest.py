@@ -52,9 +52,7 @@ def make_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>")])
-    return Tokenizer(
-        backend.to_str().encode(), special_tokens={"eos_token": "<|im_end|>"}, chat_template=CHAT_TEMPLATE
-    )
+    return Tokenizer(backend.to_str().encode(), special_tokens={"eos_token": "<|im_end|>"}, chat_template=CHAT_TEMPLATE)
 
 
 class Parrot:
@@ -94,7 +92,9 @@ class Parrot:
 
     def _told(self, prefix: tuple[int, ...]) -> str:
         turns = self._decode(prefix).split("<|im_start|>")
-        users = [turn.removeprefix("user\n").removesuffix("<|im_end|>\n") for turn in turns if turn.startswith("user\n")]
+        users = [
+            turn.removeprefix("user\n").removesuffix("<|im_end|>\n") for turn in turns if turn.startswith("user\n")
+        ]
         return users[-1] if users else ""
 
 

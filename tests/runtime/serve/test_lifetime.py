@@ -23,11 +23,11 @@ def busy(server: Any) -> bool:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_leaving_a_stream_ends_its_answers(parrot: Any, n: int) -> None:
-    with parrot.http() as client:
-        with client.stream("POST", "/v1/chat/completions", json={**SLOW, "stream": True, "n": n}) as reply:
-            pieces = reply.iter_bytes()  # a reader that is dropped closes the connection
-            next(pieces)
-            assert busy(parrot)
+    body = {**SLOW, "stream": True, "n": n}
+    with parrot.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        pieces = reply.iter_bytes()  # a reader that is dropped closes the connection
+        next(pieces)
+        assert busy(parrot)
     parrot.wait_idle()
 
 

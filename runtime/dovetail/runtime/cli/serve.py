@@ -27,12 +27,12 @@ QUEUE_MOST = 2**16
 @click.option("--served-model-name", metavar="NAME", help="Name of the model for clients.  [default: the pair's name]")
 @click.option("--slots", type=int, default=8, show_default=True, help="Answers that share one pass at most.")
 @click.option("--queue", type=int, default=64, show_default=True, help="Answers that may wait; then clients get 429.")
-@click.option("--api-key", envvar=KEY_VARIABLE, metavar="KEY", help=f"Key that clients send; better in {KEY_VARIABLE}.  "
-              "[default: everybody may ask]")  # fmt: skip
+@click.option("--api-key", envvar=KEY_VARIABLE, metavar="KEY", help="Key that clients send; better in "
+              f"{KEY_VARIABLE}.  [default: everybody may ask]")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of this origin ask; '*' is any.  "
               "[default: none]")  # fmt: skip
-@click.option("--timeout", type=float, metavar="SECONDS", help="Time of a request, from its arrival to its last token.  "
-              "[default: no limit]")  # fmt: skip
+@click.option("--timeout", type=float, metavar="SECONDS", help="Time of a request, from its arrival to its last "
+              "token.  [default: no limit]")  # fmt: skip
 @click.option("-n", "--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: the context]")
 @click.option("--max-prompt-tokens", type=int, help="Tokens that a prompt may have.  [default: the context]")
 @click.option("--max-body-bytes", type=int, default=4 << 20, show_default=True, help="Size of a request's body.")
@@ -79,8 +79,9 @@ def serve(
     service = Service(engine, name, limits, defaults)
     server = Server(make_app(service, api_key=api_key, cors=cors), service)
     where, number = bound.getsockname()[:2]
-    click.echo(f"serving {name} at http://{f'[{where}]' if ':' in where else where}:{number}/v1; "
-               f"target {engine.target_device}, drafter {engine.drafter_device or 'none'}; Ctrl-C ends", err=True)  # fmt: skip
+    url = f"http://{f'[{where}]' if ':' in where else where}:{number}/v1"
+    devices = f"target {engine.target_device}, drafter {engine.drafter_device or 'none'}"
+    click.echo(f"serving {name} at {url}; {devices}; Ctrl-C ends", err=True)
     if not asyncio.run(server.run_engine(bound)):
         ctx.exit(INTERRUPTED)
 

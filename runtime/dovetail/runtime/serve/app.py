@@ -19,7 +19,11 @@ from dovetail.runtime.serve.completions import complete
 from dovetail.runtime.serve.failures import ApiError, handle_failures, reply
 from dovetail.runtime.serve.metrics import CONTENT_TYPE
 from dovetail.runtime.serve.openai import (
-    ChatRequest, CompletionRequest, DetokenizeRequest, ResponseRequest, TokenizeRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponseRequest,
+    TokenizeRequest,
 )  # fmt: skip
 from dovetail.runtime.serve.responses import respond
 from dovetail.runtime.serve.service import Service
@@ -81,37 +85,44 @@ async def metrics(request: Request) -> Response:
 
 @routes.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
+    """List the one model."""
     return {"object": "list", "data": [_model(request)]}
 
 
 @routes.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
+    """Describe the model."""
     _service(request).check_model(name)
     return _model(request)
 
 
 @routes.post("/v1/chat/completions")
 async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    """Answer a conversation."""
     return await chat(_service(request), request, asked)
 
 
 @routes.post("/v1/completions")
 async def completions(request: Request, asked: CompletionRequest) -> Response:
+    """Continue texts."""
     return await complete(_service(request), request, asked)
 
 
 @routes.post("/v1/responses")
 async def responses(request: Request, asked: ResponseRequest) -> Response:
+    """Answer a conversation, in the form of the newer API."""
     return await respond(_service(request), request, asked)
 
 
 @routes.post("/tokenize")
 async def to_tokens(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
+    """Return the token ids of a prompt."""
     return await tokenize(_service(request), asked)
 
 
 @routes.post("/detokenize")
 async def to_text(request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
+    """Return the text of token ids."""
     return await detokenize(_service(request), asked)
 
 

@@ -17,8 +17,8 @@ from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import ChatRequest, JsonSchemaFormat, NamedTool, ObjectFormat
 from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
-from dovetail.runtime.text.tool_calls import Piece, collect
 from dovetail.runtime.text.tokenizer import Spelling
+from dovetail.runtime.text.tool_calls import Piece, collect
 
 _FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a piece, in a message
 
@@ -48,6 +48,7 @@ async def chat(service: Service, request: Request, asked: ChatRequest) -> Respon
 
 
 def conversation_of(asked: ChatRequest) -> Conversation:
+    """Return what a request says, in the terms of both chat routes."""
     schema = None
     if isinstance(asked.response_format, ObjectFormat):
         schema = ANY_OBJECT

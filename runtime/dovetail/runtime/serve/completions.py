@@ -40,8 +40,8 @@ async def complete(service: Service, request: Request, asked: CompletionRequest)
 def prompts_of(asked: CompletionRequest) -> Sequence[str | Sequence[int]]:
     """Return the prompts, each a text or token ids."""
     if isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int):
-        return [asked.prompt]  # type: ignore[list-item]  # a text, or ids alone: pydantic has checked
-    return asked.prompt  # type: ignore[return-value]  # texts alone, or lists of ids
+        return [asked.prompt]
+    return asked.prompt
 
 
 @dataclass

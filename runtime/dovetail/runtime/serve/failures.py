@@ -49,6 +49,7 @@ def failed(error: Exception) -> ApiError:
 
 
 def body(error: ApiError) -> dict[str, Any]:
+    """Return an error as JSON."""
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status_code == 429 else kind
     code = error.code or _CODES.get(error.status_code)
@@ -56,6 +57,7 @@ def body(error: ApiError) -> dict[str, Any]:
 
 
 def reply(error: ApiError) -> JSONResponse:
+    """Return an error as a whole reply."""
     return JSONResponse(body(error), error.status_code, error.headers)
 
 

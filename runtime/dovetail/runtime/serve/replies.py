@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.loop.metrics import GenerationMetrics
-from dovetail.runtime.serve.failures import ApiError, body, failed
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
+from dovetail.runtime.serve.failures import ApiError, body, failed
 from dovetail.runtime.serve.service import Answers
 from dovetail.runtime.text.tokenizer import Spelling
 
@@ -25,6 +25,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def new_id(kind: str) -> str:
+    """Return a name that nothing else has. kind: its beginning."""
     return f"{kind}{secrets.token_hex(12)}"
 
 

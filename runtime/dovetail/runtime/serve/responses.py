@@ -14,12 +14,17 @@ from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.conversation import ANY_OBJECT, Conversation, Reader
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import (
-    FlatNamedTool, FlatSchemaFormat, InputCall, InputMessage, ObjectFormat, ResponseRequest,
+    FlatNamedTool,
+    FlatSchemaFormat,
+    InputCall,
+    InputMessage,
+    ObjectFormat,
+    ResponseRequest,
 )  # fmt: skip
 from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
-from dovetail.runtime.text.tool_calls import Piece
 from dovetail.runtime.text.tokenizer import Spelling
+from dovetail.runtime.text.tool_calls import Piece
 
 WITH_LOGPROBS = "message.output_text.logprobs"
 _PARTS = {
@@ -52,6 +57,7 @@ async def respond(service: Service, request: Request, asked: ResponseRequest) ->
 
 
 def conversation_of(asked: ResponseRequest) -> Conversation:
+    """Return what a request says, in the terms of both chat routes."""
     form = asked.text.format if asked.text else None
     schema = None
     if isinstance(form, ObjectFormat):
@@ -216,8 +222,6 @@ _PREFIXES = {"function_call": "fc_", "message": "msg_", "reasoning": "rs_"}
 def _response(model: str, asked: ResponseRequest) -> dict[str, Any]:
     """Return a response that has just begun."""
     choice = asked.tool_choice or ("auto" if asked.tools else "none")
-    if isinstance(choice, FlatNamedTool):
-        choice = choice.model_dump()
     form = asked.text.format if asked.text and asked.text.format else None
     return {
         "id": new_id("resp_"),
@@ -238,7 +242,7 @@ def _response(model: str, asked: ResponseRequest) -> dict[str, Any]:
         "store": False,
         "temperature": asked.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
-        "tool_choice": choice,
+        "tool_choice": choice.model_dump() if isinstance(choice, FlatNamedTool) else choice,
         "tools": [{"strict": None, **tool.model_dump()} for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": asked.top_p,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
@@ -104,7 +104,9 @@ class Service:
         options, schema = conversation.template_options(), conversation.constraint()
         prompt = await self.encode(conversation.messages, options=options)
         style = await asyncio.to_thread(self.tokenizer.answer_style, options)
-        constraint = schema and await asyncio.to_thread(self.engine.constraint, json_schema=schema)
+        constraint = None
+        if schema is not None:
+            constraint = await asyncio.to_thread(self.engine.constraint, json_schema=schema)
         return Talk(prompt, style, constraint)
 
     async def answer(
