@@ -33,7 +33,9 @@ ROUTES = {
     "/detokenize": DetokenizeRequest,
 }
 
-texts = st.text(max_size=20) | st.sampled_from(["", "say hi", "\0", "<|im_end|>", "\ud800", "\u202e", "a" * 3000, "noise"])
+plain = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+odd = st.sampled_from(["", "say hi", "\0", "<|im_end|>", "\u202e", "a" * 3000, "noise", "say <tool_call>{"])
+texts = plain | odd | st.text(max_size=20)
 numbers = st.integers(-5, 300) | st.integers() | st.floats() | st.sampled_from([2**63, -(2**63) - 1, 10**400, 1e308])
 anything = st.recursive(
     st.none() | st.booleans() | numbers | texts,
@@ -49,19 +51,30 @@ grammars = st.sampled_from([
 ])  # fmt: skip
 
 
+messages = st.fixed_dictionaries({"role": st.just("user"), "content": plain | odd})
+
+
 def drawn(schema: dict[str, Any], shared: dict[str, Any], depth: int = 0) -> st.SearchStrategy[Any]:
     """What a JSON schema of pydantic allows, and now and then anything."""
-    return st.one_of(*[fitting(schema, shared, depth)] * 9, anything)
+    good = fitting(schema, shared, depth)
+
+    @st.composite
+    def mostly(draw: st.DrawFn) -> Any:
+        return draw(anything if draw(st.integers(0, 39)) == 23 else good)
+
+    return mostly()
 
 
 def fitting(schema: dict[str, Any], shared: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
     if "$ref" in schema:
         return fitting(shared[schema["$ref"].rpartition("/")[2]], shared, depth + 1)
     if branches := schema.get("anyOf") or schema.get("oneOf"):
-        return st.one_of(*(fitting(branch, shared, depth + 1) for branch in branches))
+        return st.one_of(*(drawn(branch, shared, depth + 1) for branch in branches))
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum", [schema.get("const")]))
     match schema.get("type"):
+        case "object" if "role" in schema.get("properties", {}) and depth:
+            return messages | members(schema, shared, depth)
         case "object" if "properties" in schema:
             return members(schema, shared, depth)
         case "object":
@@ -79,7 +92,7 @@ def fitting(schema: dict[str, Any], shared: dict[str, Any], depth: int) -> st.Se
         case "null":
             return st.none()
         case "string":
-            return st.sampled_from(["f", "say {}", "say <tool_call>"]) if "pattern" in schema else texts
+            return st.sampled_from(["f", "g", "h i"]) if "pattern" in schema else plain | odd
     return anything
 
 
@@ -92,7 +105,9 @@ def members(schema: dict[str, Any], shared: dict[str, Any], depth: int) -> st.Se
     @st.composite
     def some(draw: st.DrawFn) -> dict[str, Any]:
         found = {name: draw(strategy) for name, strategy in required.items()}
-        for name in draw(st.lists(st.sampled_from(names), max_size=5)) if names else ():
+        if draw(st.integers(0, 5)):
+            found |= {"messages": [draw(messages)]} if "messages" in names else {}
+        for name in draw(st.lists(st.sampled_from(names), max_size=4)) if names else ():
             found[name] = draw(drawn(properties[name], shared, depth + 1))
         return found
 

@@ -92,6 +92,8 @@ class Service:
         """Return the ids of a prompt, in a thread of its own. Raises InputError, ApiError."""
         tokens = await asyncio.to_thread(encode_prompt, self.tokenizer, prompt, raw, options, False)
         most = self.limits.prompt_tokens
+        if not tokens:
+            raise ApiError(400, "the prompt is empty: give some text", param="prompt")
         if most is not None and len(tokens) > most:
             raise ApiError(
                 400, f"the prompt has {len(tokens)} tokens and may have {most}: shorten the prompt",
