@@ -124,6 +124,7 @@ def test_no_request_makes_the_server_fail(serve: Callable[..., Any], path: str) 
 
 def draw_requests(client: httpx.Client, path: str) -> None:
     document = ROUTES[path].model_json_schema()
+
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(drawn(document, document.get("$defs", {})))
     def ask(body: Any) -> None:

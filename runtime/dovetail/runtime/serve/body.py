@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -33,7 +34,7 @@ class BoundedRequest(Request):
     async def json(self) -> Any:
         """Return the value of the body. Raises ApiError."""
         try:
-            return parse_json(await self.body(), finite=True)
+            return await asyncio.to_thread(parse_json, await self.body(), finite=True)  # large ones take a second
         except ValueError as error:
             raise ApiError(400, f"the body is no JSON that can be used: {error}", code="invalid_json") from None
 

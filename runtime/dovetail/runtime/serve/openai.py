@@ -2,13 +2,16 @@
 
 Types are strict: "5" is no number. A field that no model names is refused, as OpenAI does, so that
 a misspelt field is no silent default. Fields of class Hints are taken and change nothing.
+
+Validation ends at the first bad item of a list: pydantic would otherwise collect millions of
+errors from a body of some MB, in minutes and GB.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from dovetail.runtime.system.bounds import SEED_MOST, TOKEN_MOST
 
@@ -17,12 +20,29 @@ TokenId = Annotated[int, Field(ge=0, le=TOKEN_MOST)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Count = Annotated[int, Field(ge=1, le=TOKEN_MOST)]
 Object = dict[str, Any]
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
+Filled = Annotated[list[Item], Field(fail_fast=True, min_length=1)]
+MOST_BIASES = 4096
 
 
 class Body(BaseModel):
     """A JSON object without unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            raise ValueError(f"at most {len(cls.model_fields)} fields are known, and {len(value)} are given")
+        if (
+            isinstance(value, dict)
+            and isinstance(biases := value.get("logit_bias"), dict)
+            and len(biases) > MOST_BIASES
+        ):
+            raise ValueError(f"logit_bias has {len(biases)} tokens, and may have {MOST_BIASES}")
+        return value
 
 
 class Hints(Body):
@@ -74,8 +94,8 @@ class Choices(Sampling):
     """What both older routes share."""
 
     n: int | None = Field(None, ge=1, le=128)
-    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=4096)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=64)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
 
 
@@ -178,13 +198,14 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Object] | None = None
+    content: str | Items[Object] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Filled[Message]
+MOST_TOOLS = 128
 
 
 class ChatRequest(Choices):
@@ -195,12 +216,12 @@ class ChatRequest(Choices):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: Choice | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[TextFormat | ObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
     chat_template_kwargs: Object | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     prediction: Object | None = Field(None, description="a hint, taken and not used")
     store: Literal[False] | None = None
 
@@ -210,9 +231,9 @@ class CompletionRequest(Choices):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        | Annotated[Filled[str], Field(max_length=128)]
+        | Filled[TokenId]
+        | Annotated[Filled[Filled[TokenId]], Field(max_length=128)]
     )
     max_tokens: Count | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -234,7 +255,7 @@ class InputMessage(BaseModel):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Object]
+    content: str | Items[Object]
 
 
 class InputCall(BaseModel):
@@ -255,21 +276,34 @@ class InputResult(BaseModel):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Object]
+    output: str | Items[Object]
+
+
+def _kind(item: Any) -> str | None:
+    """Return the type of an input; a message may leave it out."""
+    return item.get("type") or "message" if isinstance(item, dict) else getattr(item, "type", None)
+
+
+Input = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")],
+    Discriminator(_kind),
+]
 
 
 class ResponseRequest(Sampling):
     """The body of /v1/responses. The server keeps no response."""
 
-    input: str | Annotated[list[InputMessage | InputCall | InputResult], Field(min_length=1)]
+    input: str | Filled[Input]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: Choice | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[str] | None = None
+    include: Items[str] | None = None
     chat_template_kwargs: Object | None = None
     stream_options: StreamOptions | None = None
     store: Literal[False] | None = None
@@ -285,7 +319,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
@@ -296,4 +330,4 @@ class DetokenizeRequest(Body):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
