@@ -3,11 +3,11 @@
 DovetailError
 ├── InputError          a value given by the caller: prompt, flag, sampling parameter
 │   └── ContextOverflow prompt and answer do not fit the context
+├── QueueFull           an engine that takes no further request now
 ├── PairError           a pair folder that cannot be used
 │   ├── ManifestError   dovetail.json: missing, unknown key, another version
 │   ├── IntegrityError  a file that is missing, truncated or altered
 │   └── MismatchError   drafter and target do not belong together
-├── QueueFull           a server that has no room for another request now
 ├── SourceError         a checkpoint, GGUF, IR or Hub id that cannot be read
 ├── ExportError         a build stage that failed (parity, full disk, no tap point)
 ├── TrainError          a training run that cannot start or continue
@@ -49,7 +49,7 @@ class ContextOverflow(InputError):
 
 
 class QueueFull(DovetailError):
-    """No further request can wait now."""
+    """An engine takes no further request: too many wait, or the engine is shutting down."""
 
 
 class PairError(DovetailError):

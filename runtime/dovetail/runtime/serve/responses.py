@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from dovetail.runtime.engine import Chunk
+from dovetail.runtime.front import Chunk
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.conversation import ANY_OBJECT, Conversation, Reader
 from dovetail.runtime.serve.failures import ApiError
