@@ -36,8 +36,8 @@ def never(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--slots", "0"], "slots 0"),
-        (["--queue", "-1"], "queue -1"),
+        (["--slots", "0"], "'--slots': 0"),
+        (["--queue", "-1"], "'--queue': -1"),
         (["--timeout", "0"], "timeout 0"),
         (["--timeout", "nan"], "timeout nan"),
         (["--max-new-tokens", "0"], "new_tokens 0"),

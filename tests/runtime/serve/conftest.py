@@ -20,6 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from dovetail.runtime.async_engine import AsyncEngine
+from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.serve.app import make_app
 from dovetail.runtime.serve.server import Server, bind
 from dovetail.runtime.serve.service import Limits, Service
@@ -102,9 +103,7 @@ def make_engine(*, slots: int = 4, queue: int = 16, max_context: int = 4096) -> 
     tokenizer = make_tokenizer()
     logits = Parrot(tokenizer)
     target, drafter = ScriptedTarget(logits, max_context), ScriptedDrafter.copy_of(logits)
-    from dovetail.runtime.engine import Engine
-
-    return AsyncEngine(Engine(target, drafter, tokenizer), slots=slots, queue=queue)
+    return AsyncEngine(BatchEngine(target, drafter, tokenizer, slots=slots, queue=queue))
 
 
 @dataclass

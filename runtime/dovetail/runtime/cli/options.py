@@ -93,7 +93,8 @@ class EngineFlags:
         speculate: whether answers are drafted. Without drafts nothing is measured.
         """
         opener: Callable[..., Engine] = click.get_current_context().obj or Engine.from_pretrained  # obj: of tests
-        return self.open_with(opener, resolve_pair(self.pair), speculate=speculate)
+        pair = resolve_pair(self.pair)
+        return self.open_with(opener, pair, speculate=speculate, lookup_cache=self.lookup_cache)
 
     def open_with(self, opener: Callable[..., Opened], pair: Path, *, speculate: bool = True, **more: Any) -> Opened:
         """Return what `opener` makes of the pair. more: its further arguments."""
@@ -108,7 +109,6 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=Scheduler.max_slowdown if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
-            lookup_cache=self.lookup_cache,
             progress=announce,
             **more,
         )
@@ -220,13 +220,13 @@ def vram_options(command: Command) -> Command:
     """Flags of the drafter's GPU memory: vram in bytes, fit."""
     return _apply(
         command,
-        click.option("--vram", callback=_parse_size, metavar="SIZE",
+        click.option("--vram", callback=read_size, metavar="SIZE",
                      help="GPU memory that the drafter may take, e.g. 3GB.  [default: what the pair says]"),
         click.option("--fit", is_flag=True, help="Shorten the drafter's context on the GPU to fit --vram."),
     )  # fmt: skip
 
 
-def _parse_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
+def read_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
     return None if given is None else parse_size(given)
 
 

@@ -8,25 +8,44 @@ from pathlib import Path
 
 import click
 
-from dovetail.runtime.cli.options import EngineFlags, engine_options
+from dovetail.runtime.batch_engine import QUEUE, SLOTS
+from dovetail.runtime.cli.options import EngineFlags, engine_options, read_size
 from dovetail.runtime.errors import INTERRUPTED, InputError, IntegrityError, install_extra
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.sampling.params import SamplingParams
-from dovetail.runtime.system.bounds import check_whole
 from dovetail.runtime.system.files import read_object
 
+MOST = 4096  # slots, and waiting answers
 KEY_VARIABLE = "DOVETAIL_API_KEY"
-QUEUE_MOST = 2**16
 
 
 @click.command(short_help="Answer OpenAI's API on a port.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of them.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free port.")
 @click.option("--served-model-name", metavar="NAME", help="Name of the model for clients.  [default: the pair's name]")
-@click.option("--slots", type=int, default=8, show_default=True, help="Answers that share one pass at most.")
-@click.option("--queue", type=int, default=64, show_default=True, help="Answers that may wait; then clients get 429.")
+@click.option(
+    "--slots",
+    type=click.IntRange(1, MOST),
+    default=SLOTS,
+    show_default=True,
+    help="Answers that share one pass at most.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0, MOST),
+    default=QUEUE,
+    show_default=True,
+    help="Answers that may wait; then clients get 429.",
+)
+@click.option(
+    "--kv-cache",
+    callback=read_size,
+    metavar="SIZE",
+    help="Memory for the keys and values of all answers, "
+    "e.g. 4GB.  [default: whole contexts in all slots, at most a quarter of the memory]",
+)
 @click.option("--api-key", envvar=KEY_VARIABLE, metavar="KEY", help="Key that clients send; better in "
               f"{KEY_VARIABLE}.  [default: everybody may ask]")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of this origin ask; '*' is any.  "
@@ -45,6 +64,7 @@ def serve(
     served_model_name: str | None,
     slots: int,
     queue: int,
+    kv_cache: int | None,
     api_key: str | None,
     cors: tuple[str, ...],
     timeout: float | None,
@@ -65,8 +85,6 @@ def serve(
     from dovetail.runtime.serve.service import Limits, Service
 
     limits = Limits(max_body_bytes, max_prompt_tokens, max_new_tokens, timeout)
-    check_whole("slots", slots, InputError, "give another number", most=QUEUE_MOST)
-    check_whole("queue", queue, InputError, "give another number", least=0, most=QUEUE_MOST)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise InputError(
             "the API key cannot be sent in a header: give printable ASCII characters without blanks around"
@@ -75,7 +93,7 @@ def serve(
     name, defaults = served_model_name or read_manifest(pair).name, sampling_defaults(pair / TARGET)
     bound = bind(host, port)
     opener: Callable[..., AsyncEngine] = ctx.obj or AsyncEngine.from_pretrained  # obj: of tests
-    engine = engine_flags.open_with(opener, pair, slots=slots, queue=queue)
+    engine = engine_flags.open_with(opener, pair, slots=slots, queue=queue, kv_cache=kv_cache)
     service = Service(engine, name, limits, defaults)
     server = Server(make_app(service, api_key=api_key, cors=cors), service)
     where, number = bound.getsockname()[:2]

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from dovetail.runtime.async_engine import AsyncEngine
-from dovetail.runtime.front import Chunk
 from dovetail.runtime.errors import InputError, QueueFull
+from dovetail.runtime.front import Chunk
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.serve.conversation import Conversation
 from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
