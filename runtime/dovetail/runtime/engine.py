@@ -201,6 +201,7 @@ class Engine:
         raw=True, or if the target has no chat template, it is the text itself. template_options:
         variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
         whether special tokens that messages or tools spell out act as such; False makes them text.
+        With tools the text shows the special tokens that mark tool calls; see text/tool_calls.py.
         stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
         that all trees of this answer grow to. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
@@ -219,7 +220,8 @@ class Engine:
         )
         request.check_room(self.max_context)
         meter.lap("other")
-        return self._run(sequence, request, StopFilter(stops), meter)
+        detokenizer = self.tokenizer.detokenizer(calls=bool(template_options and template_options.get("tools")))
+        return self._run(sequence, request, detokenizer, StopFilter(stops), meter)
 
     def count_tokens(
         self,
@@ -296,11 +298,10 @@ class Engine:
             self._busy.release()
 
     def _run(
-        self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
+        self, sequence: Sequence, request: Request, detokenizer: Detokenizer, stops: StopFilter, meter: Meter
     ) -> Generator[Chunk, None, None]:
         with self._running():
             meter.resume()
-            detokenizer = self.tokenizer.detokenizer()
             with closing(decode(sequence, request, meter)) as steps:
                 for step in steps:
                     meter.resume()
