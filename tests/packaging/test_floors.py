@@ -20,7 +20,7 @@ FLOORS = {
         ("text", "testing"),
         ("settings", "load"),
         ("engine",),
-        ("bench", "doctor"),
+        ("serve", "bench", "doctor"),
         ("cli",),
     ),
     "models": (
