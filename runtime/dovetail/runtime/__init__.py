@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
     from dovetail.runtime.loop.rescore import Choice
     from dovetail.runtime.loop.sequence import Request, Sequence, Step
+    from dovetail.runtime.loop.trace import RoundTrace
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
@@ -46,9 +47,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Candidates", "Choice", "Chunk", "ContextOverflow", "DeviceError", "DeviceReport", "DovetailError", "DraftTree",
     "Drafter", "Engine", "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError",
-    "Level", "Manifest", "ManifestError", "MarkovLogits", "Meter", "MismatchError", "PairError", "Request", "Sampler",
-    "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence", "SourceError", "Step",
-    "Target", "TargetPass", "Tokenizer", "TrainError", "TreeLimits", "Verdict", "grow_tree", "read_manifest",
+    "Level", "Manifest", "ManifestError", "MarkovLogits", "Meter", "MismatchError", "PairError", "Request",
+    "RoundTrace", "Sampler", "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence",
+    "SourceError", "Step", "Target", "TargetPass", "Tokenizer", "TrainError", "TreeLimits", "Verdict", "grow_tree",
+    "read_manifest",
 ]  # fmt: skip
 
 _HOMES = {  # of the names that are no errors
@@ -58,6 +60,7 @@ _HOMES = {  # of the names that are no errors
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
     "loop.sequence": ("Request", "Sequence", "Step"),
+    "loop.trace": ("RoundTrace",),
     "pair.manifest": ("Manifest", "read_manifest"),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),

@@ -16,6 +16,7 @@ from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
 from dovetail.runtime.loop.sequence import FinishReason, Request, Sequence, Step
+from dovetail.runtime.loop.trace import RoundTrace
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.params import SamplingParams
@@ -48,6 +49,7 @@ class Chunk:
     seed: int | None = None  # the one in use, None when greedy
     finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
     metrics: GenerationMetrics | None = None  # of the last chunk
+    round: RoundTrace | None = None  # with trace=True; None for the first token
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
         tree: TreeLimits | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
         """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
@@ -203,7 +206,8 @@ class Engine:
         whether special tokens that messages or tools spell out act as such; False makes them text.
         With tools the text shows the special tokens that mark tool calls; see text/tool_calls.py.
         stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
-        that all trees of this answer grow to. sampling: see SamplingParams.
+        that all trees of this answer grow to. trace: chunks have a `round`: the tree, and what was
+        accepted of it. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()
@@ -217,6 +221,7 @@ class Engine:
             stop_tokens=self.stop_tokens,
             limits=(tree or self.tree) if speculate else None,
             scheduler=self.scheduler if speculate and tree is None else None,
+            trace=trace,
         )
         request.check_room(self.max_context)
         meter.lap("other")
@@ -325,4 +330,4 @@ def _chunk(step: Step, detokenizer: Detokenizer, stops: StopFilter, seed: int | 
         finish = "stop"
         meter.new_tokens -= len(step.tokens) - used
     meter.lap("other")
-    return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)
+    return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None, step.round)

@@ -16,6 +16,7 @@ from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
+from dovetail.runtime.loop.trace import RoundTrace, trace
 from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -42,6 +43,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()  # end the answer and are no part of it
     limits: TreeLimits | None = None  # None is plain decoding, one node per pass
     scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
+    trace: bool = False  # whether each Step of a round tells what the round did
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -68,6 +70,7 @@ class Step:
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
+    round: RoundTrace | None = None  # if the request asks for it; None for the prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,11 @@ class Found:
     verdict: Verdict
     step: Step  # the part that counts for the answer
     features: FloatArray  # [A + 1, D], a copy, of accepted nodes
+
+    def traced(self, tree: DraftTree, draft_ms: float, verify_ms: float) -> Step:
+        """Return the step with the record of its round."""
+        known = self.step.tokens if self.step.stop is None else (*self.step.tokens, self.step.stop)
+        return replace(self.step, round=trace(tree, self.verdict.path, known, draft_ms, verify_ms))
 
 
 class Sequence:
