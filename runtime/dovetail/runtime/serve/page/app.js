@@ -90,6 +90,17 @@ async function* events(reply) {
   }
 }
 
+/** Returns the conversation up to `turn`, without questions that got no answer. */
+function said(turn) {
+  const end = turns.indexOf(turn), messages = [];
+  for (let index = 0; index < end; index += 2) {
+    const question = { role: "user", content: turns[index].text }, reply = turns[index + 1].runs.at(-1)?.text;
+    if (index + 1 === end) messages.push(question);
+    else if (reply) messages.push(question, { role: "assistant", content: reply });
+  }
+  return messages;
+}
+
 function request(run, messages) {
   const { system, seed, ...sampling } = run.settings;
   const said = system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
@@ -143,9 +154,9 @@ async function answer(turn, run) {
   turn.runs.push(run);
   setBusy(true);
   watch(run);
+  show();
   say(run.speculate ? "Answering." : "Answering without drafts.");
-  const messages = turns.slice(0, turns.indexOf(turn)).map((each) =>
-    each.role === "user" ? { role: "user", content: each.text } : { role: "assistant", content: each.runs.at(-1).text });
+  const messages = said(turn);
   try {
     const reply = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: request(run, messages), signal: abort.signal });
     if (!reply.ok) throw new Error(await reason(reply));
@@ -225,6 +236,7 @@ function drawWork() {
   if (!shown) return;
   const { rounds } = shown, pick = at("pick");
   while (bars.rounds < rounds.length) bars.add(rounds[bars.rounds]);
+  at("strip").style.width = `${Math.min(rounds.length / 40, 1) * 100}%`;
   pick.disabled = !rounds.length;
   pick.max = Math.max(rounds.length, 1);
   if (at("follow").checked) pick.value = pick.max;
@@ -269,12 +281,17 @@ function drawDuel() {
   at("verdict").replaceChildren("Drafts make this server ", element("strong", {}, `${ratio.toFixed(2)}×`), " as fast, over the answers on this page.");
 }
 
+function redraw() {
+  drawn = null;
+  if (shown) drawRound();
+}
+
 /** Shows the rounds of a run from now on. */
 function watch(run) {
   shown = run;
   drawn = null;
   bars.clear();
-  at("tree").replaceChildren();
+  at("tree").replaceChildren(element("p", { class: "note" }, "The tree of each round appears here."));
   at("round").textContent = "No round yet";
   drawWork();
 }
@@ -291,7 +308,8 @@ function read(run, end) {
   }
   const rest = run.text.slice(spoken.length);
   const ready = end ? rest.length : Math.max(...[...rest.matchAll(/[.!?:]\s|\n|[。！？]/g)].map((found) => found.index + found[0].length), 0);
-  if (rest.slice(0, ready).trim()) at("spoken").append(element("p", {}, rest.slice(0, ready)));
+  const words = rest.slice(0, ready).replace(/\*\*|`+|^#+ /gm, ""); // marks are not read out
+  if (words.trim()) at("spoken").append(element("p", {}, words));
   spoken.length += ready;
   if (end && run.fault) at("spoken").append(element("p", {}, run.fault));
 }
@@ -299,9 +317,10 @@ function read(run, end) {
 // --- the conversation
 
 function setBusy(busy) {
-  at("stop").hidden = !busy;
-  at("send").disabled = busy;
-  if (!busy && document.activeElement === document.body) at("message").focus();
+  const [gone, here] = busy ? [at("send"), at("stop")] : [at("stop"), at("send")], focused = document.activeElement === gone;
+  gone.hidden = true;
+  here.hidden = false;
+  if (focused) here.focus();
 }
 
 function add(turn) {
@@ -320,14 +339,13 @@ function ask(text) {
     element("div", { class: "text" }), element("p", { class: "fault", hidden: "" }), element("div", { class: "runs" }));
   const turn = { role: "assistant", runs: [], node };
   add(turn);
-  show();
   answer(turn, newRun(at("speculate").checked, seed));
 }
 
 /** Writes an answer once more: the other way, or the same way after a fault. */
 function again(turn, run) {
   if (running) return;
-  at("message").focus();
+  focusMessage();
   if (run.fault) turn.runs.pop();
   const next = newRun(run.fault ? run.speculate : !run.speculate, run.seed);
   next.settings = run.fault ? { ...settings } : run.settings; // the same question, so that the figures compare
@@ -341,7 +359,13 @@ function fresh() {
   at("turns").replaceChildren();
   at("spoken").replaceChildren();
   at("welcome").hidden = false;
-  at("message").focus();
+  focusMessage();
+}
+
+/** Puts the focus into the message field, unless that would open a keyboard on the screen. */
+function focusMessage() {
+  if (matchMedia("(pointer: fine)").matches) at("message").focus();
+  else at("talk").focus();
 }
 
 function fit() {
@@ -365,7 +389,7 @@ at("message").addEventListener("keydown", (event) => {
     at("ask").requestSubmit();
   }
 });
-at("stop").addEventListener("click", () => { running?.abort.abort(); at("message").focus(); });
+at("stop").addEventListener("click", () => running?.abort.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !at("settings").open) running?.abort.abort();
 });
@@ -374,11 +398,13 @@ at("pick").addEventListener("input", () => {
   at("follow").checked = at("pick").value === at("pick").max;
   if (shown) drawRound();
 });
+addEventListener("resize", redraw);
 at("follow").addEventListener("change", drawWork);
 at("show-work").addEventListener("click", () => {
   const open = at("work").classList.toggle("open");
   at("show-work").setAttribute("aria-expanded", String(open));
+  redraw();
 });
-at("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", onclick: () => { at("message").focus(); ask(text); } }, text))));
+at("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", onclick: () => { focusMessage(); ask(text); } }, text))));
 findModel();
-at("message").focus();
+focusMessage();

@@ -1,7 +1,8 @@
 // Draws what a round did: the draft tree, and a bar for each round.
 
 const SPACE = "http://www.w3.org/2000/svg";
-const ROW = 34, GAP = 26, HIGH = 24, LETTER = 7.3, MARGIN = 18, LONGEST = 14;
+const ROW = 32, GAP = 20, HIGH = 24, LETTER = 7.25, MARGIN = 16, LONGEST = 14;
+const LEAST_SCALE = 0.85; // a wider tree scrolls
 
 export function shape(name, attributes = {}, ...content) {
   const node = document.createElementNS(SPACE, name);
@@ -16,14 +17,18 @@ export function visible(text) {
   return shown.length > LONGEST ? shown.slice(0, LONGEST - 1).join("") + "…" : shown.join("") || "∅";
 }
 
-/** Returns the place of each node: levels go right, and a node stands in the row of its first child. */
-export function layout(tokens, parents) {
+/** Returns the place of each node: levels go right, and a node stands in the row of its first child.
+ *
+ * `straight`: nodes that come before their siblings, so that they stand in one row.
+ */
+export function layout(tokens, parents, straight = new Set()) {
   const children = tokens.map(() => []), depth = tokens.map(() => 0);
   parents.forEach((parent, node) => {
     if (parent < 0) return;
     children[parent].push(node);
     depth[node] = depth[parent] + 1;
   });
+  for (const each of children) each.sort((one, other) => straight.has(other) - straight.has(one));
   const row = tokens.map(() => 0), waiting = [0];
   let rows = 0;
   while (waiting.length) { // depth first; the first child takes the row of its parent
@@ -31,7 +36,7 @@ export function layout(tokens, parents) {
     row[node] = children[parents[node]]?.[0] === node ? row[parents[node]] : rows++;
     waiting.push(...children[node].toReversed());
   }
-  const labels = tokens.map(visible), widths = labels.map((label) => Math.round([...label].length * LETTER) + 18);
+  const labels = tokens.map(visible), widths = labels.map((label) => Math.round([...label].length * LETTER) + 14);
   const columns = [];
   depth.forEach((level, node) => { columns[level] = Math.max(columns[level] ?? 0, widths[node]); });
   const left = [MARGIN];
@@ -47,10 +52,11 @@ export function drawTree(place, round) {
   const { tokens, parents, accepted, next } = round.tree;
   const all = next === null ? tokens : [...tokens, next];
   const tip = accepted.at(-1) ?? 0;
-  const picture = layout(all, next === null ? parents : [...parents, tip]);
+  const picture = layout(all, next === null ? parents : [...parents, tip], new Set([...accepted, tokens.length]));
   const kept = new Set(accepted), kind = (node) =>
     node === 0 ? "known" : node === tokens.length ? "next" : kept.has(node) ? "kept" : "left";
-  const svg = shape("svg", { width: picture.width, height: picture.height, role: "img", "aria-label": told(round) });
+  const room = place.clientWidth || picture.width, scale = Math.max(LEAST_SCALE, Math.min(1, (room - 2) / picture.width));
+  const svg = shape("svg", { width: picture.width * scale, height: picture.height * scale, viewBox: `0 0 ${picture.width} ${picture.height}`, role: "img", "aria-label": told(round) });
   const order = all.map((_, node) => node).sort((a, b) => (kind(a) === "left" ? 0 : 1) - (kind(b) === "left" ? 0 : 1));
   for (const node of order) {
     const parent = node === tokens.length ? tip : parents[node];
@@ -68,6 +74,7 @@ export function drawTree(place, round) {
     svg.append(group);
   }
   place.replaceChildren(svg);
+  place.scrollLeft = (picture.nodes[tip].x + picture.nodes[tip].width) * scale - room * 0.75; // the path's end is in view
 }
 
 /** Returns a round in words. */
@@ -107,7 +114,7 @@ export class Bars {
   }
 
   #scale() {
-    this.svg.setAttribute("viewBox", `-1 ${-this.#most} ${Math.max(this.rounds, 32) * 8} ${this.#most}`);
+    this.svg.setAttribute("viewBox", `-1 ${-this.#most} ${Math.max(this.rounds, 1) * 8} ${this.#most}`);
     this.mark.setAttribute("y", -this.#most);
     this.mark.setAttribute("height", this.#most);
   }
