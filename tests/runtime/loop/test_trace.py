@@ -17,6 +17,7 @@ from dovetail.runtime import (
     ScriptedTokenizer,
     TreeLimits,
 )
+from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence, Step
@@ -62,6 +63,24 @@ def test_a_trace_tells_the_tokens_of_its_round(
         assert given_tokens == written(step)
         assert one.draft_ms >= 0 and one.verify_ms >= 0
         known = step.tokens[-1:]
+
+
+def test_texts_of_a_batch_are_traced_one_by_one() -> None:
+    logits = MarkovLogits(VOCAB, 1)
+    batch = SequenceBatch(ScriptedTarget(logits), 3, ScriptedDrafter.copy_of(logits, noise=1.0))
+    limits = TreeLimits(width=8, depth=4, top_k=3, lookup=4)
+    asked = [batch.add(Request((1, 2, 3), 20, limits=limits, trace=number != 1)) for number in range(3)]
+    traces: dict[Ticket, list[Step]] = {ticket: [] for ticket in asked}
+    while batch.running or batch.waiting:
+        for advance in batch.step():
+            traces[advance.ticket].append(advance.step)
+    assert all(step.round is None for step in traces[asked[1]])
+    for ticket in (asked[0], asked[2]):
+        rounds = [step for step in traces[ticket] if step.round]
+        assert sum(len(step.tokens) for step in rounds) == 19
+        for step in rounds:
+            assert step.round
+            assert len(step.round.accepted) + (step.round.next is not None) == len(step.tokens)
 
 
 def test_a_plain_round_is_its_root_and_the_next_token() -> None:

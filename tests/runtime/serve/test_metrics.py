@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dovetail.runtime.engine import Chunk
+from dovetail.runtime.front import Chunk
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.serve.metrics import ServerMetrics
 
@@ -26,8 +26,7 @@ class Totals:
     running: int = 2
     waiting: int = 3
     slots: int = 8
-    kv_blocks_used: int = 30
-    kv_blocks: int = 120
+    kv_used: float = 0.25
     rounds: int = 10
     drafted: int = 60
     accepted: int = 25
@@ -77,7 +76,7 @@ def test_a_scrape_asks_the_engine() -> None:
         ("dovetail:spec_decode_num_accepted_tokens_per_pos_total", "2"): 8,
     }
     assert expected.items() <= setup.samples().items()
-    setup.totals = replace(setup.totals, running=0, kv_blocks=0, accepted_per_position=())
+    setup.totals = replace(setup.totals, running=0, accepted_per_position=())
     assert setup.samples()["dovetail:num_requests_running",] == 0
 
 
@@ -94,7 +93,7 @@ def test_a_request_is_counted_as_it_goes_and_measured_at_its_end() -> None:
             "prompt_tokens": 7,
             "cached_tokens": 4,
             "new_tokens": 4,
-            "time_to_first_token_ms": 500.0,
+            "queue_ms": 1500.0,
             "prefill_ms": 400.0,
         }
         request.add(chunk(0, "stop", **figures))

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from dovetail.runtime.engine import Chunk
+from dovetail.runtime.front import Chunk
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -42,9 +42,7 @@ class Stats(Protocol):
     @property
     def slots(self) -> int: ...
     @property
-    def kv_blocks_used(self) -> int: ...
-    @property
-    def kv_blocks(self) -> int: ...
+    def kv_used(self) -> float: ...
     @property
     def rounds(self) -> int: ...
     @property
@@ -137,7 +135,7 @@ class RequestMetrics:
         server.cache_queries.inc(metrics.prompt_tokens)
         server.cache_hits.inc(metrics.cached_tokens)
         server.whole.observe(now - self._begin)
-        server.queued.observe(max(self._to_first - metrics.time_to_first_token_ms / 1e3, 0.0))
+        server.queued.observe(metrics.queue_ms / 1e3)
         server.prefill.observe(metrics.prefill_ms / 1e3)
         server.decode.observe(now - self._begin - self._to_first)
         server.prompt_size.observe(metrics.prompt_tokens)
@@ -168,8 +166,7 @@ class _EngineCollector(Collector):
         yield self._gauge("num_requests_running", "Requests that are being answered.", stats.running)
         yield self._gauge("num_requests_waiting", "Requests that wait for a slot.", stats.waiting)
         yield self._gauge("slots", "Requests that can be answered at once.", stats.slots)
-        usage = stats.kv_blocks_used / max(stats.kv_blocks, 1)
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", usage)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", stats.kv_used)
         yield self._counter("spec_decode_num_drafts", "Rounds.", stats.rounds)
         yield self._counter("spec_decode_num_draft_tokens", "Nodes of draft trees below the root.", stats.drafted)
         yield self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.", stats.accepted)
