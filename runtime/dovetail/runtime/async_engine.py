@@ -122,6 +122,7 @@ class AsyncEngine:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """Return the answer to `prompt`, chunk by chunk. Arguments: see Engine.stream.
@@ -132,7 +133,7 @@ class AsyncEngine:
         """
         ask = self._engine.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
         )  # fmt: skip
         with self._changed:
             if self._closing or self._draining:

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's routes over one AsyncEngine."""
+"""The HTTP server: OpenAI's API, metrics and a page."""
