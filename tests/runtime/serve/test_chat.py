@@ -296,6 +296,17 @@ def test_thinking_is_apart_from_the_answer(client: openai.OpenAI) -> None:
     assert (thought, text_of(chunks)) == ("Hm.", "Yes.")
 
 
+def test_rounds_are_shown_if_asked(client: openai.OpenAI) -> None:
+    chunks = stream(client, extra_body={"stream_options": {"include_rounds": True}})
+    own = [found for chunk in chunks if (found := (chunk.model_extra or {}).get("dovetail"))]
+    assert sum(each["tokens"] for each in own) == len("Good morning.")
+    trees = [each["tree"] for each in own if "tree" in each]
+    assert any(tree["accepted"] for tree in trees)
+    for tree in trees:
+        assert len(tree["tokens"]) == len(tree["parents"]) > max(tree["accepted"], default=0)
+    assert own[-1]["metrics"]["new_tokens"] == len("Good morning.")
+
+
 async def answers_of(client: openai.AsyncOpenAI) -> list[str | None]:
     import asyncio
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from dovetail.runtime.serve.openai import (
     ChatRequest,
@@ -25,7 +26,7 @@ from dovetail.runtime.serve.openai import (
 from dovetail.runtime.serve.service import Limits
 
 EXAMPLES = int(os.environ.get("DOVETAIL_FUZZ", "60"))
-ROUTES = {
+ROUTES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
@@ -42,6 +43,8 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=8,
 )
+# Names that templates and Python know.
+names = st.sampled_from(["self", "messages", "tools", "add_generation_prompt", "enable_thinking", "bos_token", "loop"])
 # Grammars are hostile inputs too.
 grammars = st.sampled_from([
     {}, {"type": "object"}, {"type": "odd"}, {"$ref": "#/nowhere"}, {"$ref": "http://127.0.0.1/x"}, {"enum": []},
@@ -80,7 +83,7 @@ def fitting(schema: dict[str, Any], shared: dict[str, Any], depth: int) -> st.Se
         case "object":
             values = schema.get("additionalProperties")
             inner = drawn(values, shared, depth + 1) if isinstance(values, dict) else anything
-            return grammars | st.dictionaries(texts | st.integers(0, 300).map(str), inner, max_size=3)
+            return grammars | st.dictionaries(names | texts | st.integers(0, 300).map(str), inner, max_size=3)
         case "array":
             return st.lists(drawn(schema.get("items", {}), shared, depth + 1), min_size=1, max_size=3)
         case "integer":

@@ -60,7 +60,8 @@ def chat(server: Any, **fields: Any) -> Any:
          "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, None),
         ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"chat_template_kwargs": {"messages": []}}, None),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
         ({"store": True}, "store"),
     ],
 )  # fmt: skip
@@ -84,7 +85,13 @@ def test_an_unknown_model(parrot: Any) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/nothing", 404), ("GET", "/", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/health", 405)],
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/page/none", 404),
+        ("POST", "/", 405),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/health", 405),
+    ],
 )
 def test_an_unknown_path_or_method(parrot: Any, method: str, path: str, status: int) -> None:
     with parrot.http() as client:
@@ -181,6 +188,7 @@ def test_a_key(serve: Callable[..., Any]) -> None:
         with server.http() as client:
             assert client.get(path).status_code == 401
             assert client.get("/health").status_code == 200
+            assert "<title>" in client.get("/").text
     with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"

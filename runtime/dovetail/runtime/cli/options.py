@@ -227,6 +227,7 @@ def vram_options(command: Command) -> Command:
 
 
 def read_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
+    """Return the bytes of a size such as 3GB. Raises InputError."""
     return None if given is None else parse_size(given)
 
 

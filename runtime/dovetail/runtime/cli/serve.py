@@ -50,8 +50,8 @@ KEY_VARIABLE = "DOVETAIL_API_KEY"
               f"{KEY_VARIABLE}.  [default: everybody may ask]")  # fmt: skip
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of this origin ask; '*' is any.  "
               "[default: none]")  # fmt: skip
-@click.option("--timeout", type=float, metavar="SECONDS", help="Time of a request, from its arrival to its last "
-              "token.  [default: no limit]")  # fmt: skip
+@click.option("--timeout", type=float, metavar="SECONDS", help="Time of a request, its wait in the queue "
+              "included.  [default: no limit]")  # fmt: skip
 @click.option("-n", "--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: the context]")
 @click.option("--max-prompt-tokens", type=int, help="Tokens that a prompt may have.  [default: the context]")
 @click.option("--max-body-bytes", type=int, default=4 << 20, show_default=True, help="Size of a request's body.")

@@ -25,11 +25,13 @@ from dovetail.runtime.serve.openai import (
     ResponseRequest,
     TokenizeRequest,
 )  # fmt: skip
+from dovetail.runtime.serve.page import HEADERS, page_files
 from dovetail.runtime.serve.responses import respond
 from dovetail.runtime.serve.service import Service
 from dovetail.runtime.serve.tokens import detokenize, tokenize
 
-WITHOUT_KEY = frozenset({"/health"})
+PAGE = page_files()
+WITHOUT_KEY = frozenset({"/health", *PAGE})  # the page asks its user for the key
 TO_THE_END = frozenset({"/health", "/metrics"})  # answer while the server shuts down
 
 
@@ -75,6 +77,16 @@ async def health(request: Request) -> Response:
     """Return 200, or 503 while the server shuts down."""
     draining = _service(request).draining
     return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+
+@routes.get("/", include_in_schema=False)
+@routes.get("/page/{name}", include_in_schema=False)
+async def page(request: Request) -> Response:
+    """Return a file of the page."""
+    file = PAGE.get(request.url.path)
+    if file is None:
+        raise ApiError(404, "the page has no such file")
+    return Response(file.content, media_type=file.media_type, headers=HEADERS)
 
 
 @routes.get("/metrics")

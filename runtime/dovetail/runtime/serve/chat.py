@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Request, Response
@@ -15,7 +15,7 @@ from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.serve.conversation import ANY_OBJECT, Conversation, Reader, as_dicts
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import ChatRequest, JsonSchemaFormat, NamedTool, ObjectFormat
-from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
+from dovetail.runtime.serve.replies import EventStream, event, new_id, round_of, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
 from dovetail.runtime.text.tokenizer import Spelling
 from dovetail.runtime.text.tool_calls import Piece, collect
@@ -34,13 +34,16 @@ async def chat(service: Service, request: Request, asked: ChatRequest) -> Respon
     talk = await service.talk(conversation)
     readers = [conversation.reader(talk.style) for _ in range(asked.n or 1)]
     limit = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-    answers = await service.answer(
-        [talk.prompt], asked, most=service.room(getattr(asked, limit), limit), constraint=talk.constraint,
+    with_rounds = bool(asked.stream_options and asked.stream_options.include_rounds)
+    ask = await service.ask(
+        conversation.messages, asked, most=service.room(getattr(asked, limit), limit), constraint=talk.constraint,
+        template_options=conversation.template_options(), trace=with_rounds,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )  # fmt: skip
+    answers = await service.answer([ask], asked.n or 1)
     texts = service.spellings if asked.logprobs else None
     choices = [ChatChoice(reader, conversation.parallel, texts) for reader in readers]
-    writer = ChatWriter(service.name, choices)
+    writer = ChatWriter(service.name, choices, service.spellings if with_rounds else None)
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return EventStream(answers, writer.events(answers, with_usage))
@@ -94,11 +97,11 @@ class ChatChoice:
 
 
 class ChatWriter:
-    """Writes the answers to one request, whole or as they grow."""
+    """Writes the answers to one request, whole or as they grow. rounds: texts of tokens, if rounds are shown."""
 
-    def __init__(self, model: str, choices: Sequence[ChatChoice]) -> None:
+    def __init__(self, model: str, choices: Sequence[ChatChoice], rounds: Mapping[int, Spelling] | None = None) -> None:
         self._head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": model}
-        self._choices = choices
+        self._choices, self._rounds = choices, rounds
 
     async def whole(self, answers: Answers) -> Response:
         async with answers:
@@ -119,22 +122,33 @@ class ChatWriter:
         async for index, chunk in answers.chunks():
             choice = self._choices[index]
             pieces, entries = choice.add(chunk)
-            deltas = list(_deltas(pieces)) or [{"content": ""}] * bool(entries)
-            for number, delta in enumerate(deltas):
-                yield self._event(index, delta, logprobs=entries if number == 0 else [])
+            own = round_of(chunk, self._rounds) if self._rounds is not None else None
+            deltas = list(_deltas(pieces)) or [{"content": ""}] * bool(entries or own)
+            for delta in deltas:
+                yield self._event(index, delta, logprobs=entries, own=own)
+                entries, own = [], None  # the first event of a chunk has them
             if chunk.finish_reason:
-                yield self._event(index, {}, finish=choice.finish)
+                assert chunk.metrics
+                ended = {"tokens": 0, "metrics": asdict(chunk.metrics)} if self._rounds is not None else None
+                yield self._event(index, {}, finish=choice.finish, own=ended)
         if with_usage:
             yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
 
     def _event(
-        self, index: int, delta: dict[str, Any], *, finish: str | None = None, logprobs: Sequence[Any] = ()
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        finish: str | None = None,
+        logprobs: Sequence[Any] = (),
+        own: dict[str, Any] | None = None,
     ) -> bytes:
         choice = {
             "index": index, "delta": delta, "finish_reason": finish,
             "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
         }  # fmt: skip
-        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+        rounds = {"dovetail": own} if own else {}
+        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice], **rounds})
 
     def _usage(self) -> dict[str, Any]:
         return usage([choice.metrics for choice in self._choices if choice.metrics], len(self._choices))

@@ -26,9 +26,11 @@ async def complete(service: Service, request: Request, asked: CompletionRequest)
     service.check_model(asked.model)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-    prompts = [await service.encode(prompt, raw=True) for prompt in prompts_of(asked)]
     most = service.room(asked.max_tokens, "max_tokens", DEFAULT_TOKENS)
-    answers = await service.answer(prompts, asked, most=most, logprobs=asked.logprobs)
+    asks = [
+        await service.ask(prompt, asked, most=most, raw=True, logprobs=asked.logprobs) for prompt in prompts_of(asked)
+    ]
+    answers = await service.answer(asks, asked.n or 1)
     texts = None if asked.logprobs is None else service.spellings
     writer = CompletionWriter(service.name, [Choice(texts) for _ in answers.streams], asked.n or 1)
     if asked.stream:

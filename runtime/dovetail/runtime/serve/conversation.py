@@ -11,6 +11,7 @@ from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import Choice, Function, Message, NamedFunction
 from dovetail.runtime.text.tool_calls import AnswerParser, AnswerStyle, Piece
 
+TAKEN = frozenset({"add_generation_prompt", "messages", "parse_special", "self", "tools"})  # no template options
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -33,6 +34,9 @@ class Conversation:
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if taken := TAKEN & self.template.keys():
+            raise ApiError(400, f"chat_template_kwargs cannot set {min(taken)!r}: leave it out",
+                           param="chat_template_kwargs")  # fmt: skip
         names = [tool.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise ApiError(400, "two tools have the same name: rename one of them", param="tools")

@@ -90,6 +90,12 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class ChatStreamOptions(StreamOptions):
+    """Of a stream of messages."""
+
+    include_rounds: bool | None = Field(None, description="each chunk has the tree of its round, in `dovetail`")
+
+
 class Choices(Sampling):
     """What both older routes share."""
 
@@ -212,6 +218,7 @@ class ChatRequest(Choices):
     """The body of /v1/chat/completions."""
 
     messages: Messages
+    stream_options: ChatStreamOptions | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dovetail.runtime.errors import DovetailError
+from dovetail.runtime.front import Chunk
 from dovetail.runtime.loop.metrics import GenerationMetrics
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
 from dovetail.runtime.serve.failures import ApiError, body, failed
@@ -91,12 +92,26 @@ def usage(all_metrics: Sequence[GenerationMetrics], n: int = 1) -> dict[str, Any
     }
 
 
+def round_of(chunk: Chunk, spellings: Mapping[int, Spelling]) -> dict[str, Any]:
+    """Return what a round did: how many tokens came, its tree, and its times."""
+    found: dict[str, Any] = {"tokens": len(chunk.token_ids)}
+    if done := chunk.round:
+        texts = [_text(token, spellings) for token in done.tokens]
+        following = None if done.next is None else _text(done.next, spellings)
+        found["tree"] = {"tokens": texts, "parents": done.parents, "accepted": done.accepted, "next": following}
+        found |= {"draft_ms": done.draft_ms, "verify_ms": done.verify_ms}
+    return found
+
+
 def tokens(logprobs: Iterable[TokenLogprobs], spellings: Mapping[int, Spelling]) -> list[dict[str, Any]]:
     """Return tokens and their alternatives as OpenAI writes them."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         spelled = spellings[token].text if token in spellings else b""
-        text = spelled.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}
+        return {"token": _text(token, spellings), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}
 
     return [{**one(each.token_id, each.logprob), "top_logprobs": [one(*top) for top in each.top]} for each in logprobs]
+
+
+def _text(token: int, spellings: Mapping[int, Spelling]) -> str:
+    return spellings[token].text.decode(errors="replace") if token in spellings else ""

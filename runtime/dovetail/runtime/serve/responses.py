@@ -45,10 +45,11 @@ async def respond(service: Service, request: Request, asked: ResponseRequest) ->
     talk = await service.talk(conversation)
     reader = conversation.reader(talk.style)
     logprobs = (asked.top_logprobs or 0) if WITH_LOGPROBS in (asked.include or ()) else asked.top_logprobs
-    answers = await service.answer(
-        [talk.prompt], asked, most=service.room(asked.max_output_tokens, "max_output_tokens"),
-        constraint=talk.constraint, logprobs=logprobs,
+    ask = await service.ask(
+        conversation.messages, asked, most=service.room(asked.max_output_tokens, "max_output_tokens"),
+        constraint=talk.constraint, template_options=conversation.template_options(), logprobs=logprobs,
     )  # fmt: skip
+    answers = await service.answer([ask])
     texts = None if logprobs is None else service.spellings
     writer = ResponseWriter(service.name, asked, reader, conversation.parallel, texts)
     if asked.stream:

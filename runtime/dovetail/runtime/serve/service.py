@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
-from dovetail.runtime.async_engine import AsyncEngine
+from dovetail.runtime.async_engine import AnswerStream, AsyncEngine
 from dovetail.runtime.errors import InputError, QueueFull
-from dovetail.runtime.front import Chunk
+from dovetail.runtime.front import Ask, Chunk
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.serve.conversation import Conversation
 from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
 from dovetail.runtime.serve.metrics import RequestMetrics, ServerMetrics
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
-from dovetail.runtime.text.encoding import Prompt, encode_prompt
+from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.tokenizer import Spelling, Tokenizer
 from dovetail.runtime.text.tool_calls import AnswerStyle
 from dovetail.runtime.tree.limits import TreeLimits
@@ -37,7 +37,7 @@ class Limits:
     body_bytes: int = 4 << 20
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    timeout_s: float | None = None  # from its arrival to the last token
+    timeout_s: float | None = None  # its wait in the queue included
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "prompt_tokens", "new_tokens"):
@@ -49,9 +49,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation for the engine. prompt: token ids."""
+    """How a conversation is answered."""
 
-    prompt: Sequence[int]
     style: AnswerStyle
     constraint: Constraint | None
 
@@ -88,53 +87,40 @@ class Service:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
-    async def encode(self, prompt: Prompt, *, raw: bool = False, options: Mapping[str, Any] | None = None) -> list[int]:
-        """Return the ids of a prompt, in a thread of its own. Raises InputError, ApiError."""
-        tokens = await asyncio.to_thread(encode_prompt, self.tokenizer, prompt, raw, options, False)
-        most = self.limits.prompt_tokens
-        if not tokens:
-            raise ApiError(400, "the prompt is empty: give some text", param="prompt")
-        if most is not None and len(tokens) > most:
-            raise ApiError(
-                400, f"the prompt has {len(tokens)} tokens and may have {most}: shorten the prompt",
-                code="context_length_exceeded",
-            )  # fmt: skip
-        return tokens
-
     async def talk(self, conversation: Conversation) -> Talk:
-        """Return what the engine needs for a conversation. Raises InputError, ApiError."""
+        """Return how a conversation is answered. Raises InputError, ApiError."""
         options, schema = conversation.template_options(), conversation.constraint()
-        prompt = await self.encode(conversation.messages, options=options)
         style = await asyncio.to_thread(self.tokenizer.answer_style, options)
         constraint = None
         if schema is not None:
             constraint = await asyncio.to_thread(self.engine.constraint, json_schema=schema)
-        return Talk(prompt, style, constraint)
+        return Talk(style, constraint)
 
-    async def answer(
-        self, prompts: Sequence[Sequence[int]], request: Sampling, *, most: int,
-        constraint: Constraint | None = None, logprobs: int | None = None,
-    ) -> Answers:  # fmt: skip
-        """Queue `n` answers to each prompt. most: tokens of each answer.
+    async def ask(self, prompt: Prompt, request: Sampling, *, most: int, **options: Any) -> Ask:
+        """Return a checked request for the engine, encoded in a thread. most: tokens of the answer.
 
-        Raises QueueFull, ContextOverflow, InputError, ApiError. None of the answers runs then.
+        options: further keywords of AsyncEngine.stream. Raises InputError, ApiError.
         """
-        options = self._options(request, most)
-        n = (request.n or 1) if isinstance(request, Choices) else 1
+        ask = await asyncio.to_thread(self.engine.ask, prompt, most, **self._options(request), **options)
+        count, limit = len(ask.request.prompt), self.limits.prompt_tokens
+        if limit is not None and count > limit:
+            raise ApiError(
+                400, f"the prompt has {count} tokens and may have {limit}: shorten the prompt",
+                code="context_length_exceeded",
+            )  # fmt: skip
+        return ask
+
+    async def answer(self, asks: Sequence[Ask], n: int = 1) -> Answers:
+        """Queue `n` answers to each prompt. None of them runs if not all find room: raises QueueFull."""
         answers = Answers(self.limits.timeout_s)
         try:
-            for prompt in prompts:
-                for index in range(n):
-                    seed = None if request.seed is None else (request.seed + index) & SEED_MOST
-                    answers.streams.append(
-                        self.engine.stream(prompt, seed=seed, constraint=constraint, logprobs=logprobs, **options)
-                    )
-        except BaseException as error:
+            for ask in asks:
+                answers.streams += [self.engine.submit(_with_seed(ask, index)) for index in range(n)]
+        except QueueFull:
             await answers.close()
-            if isinstance(error, QueueFull):
-                self.metrics.reject()
+            self.metrics.reject()
             raise
-        answers.record(self.metrics, most)
+        answers.record(self.metrics, asks[0].request.max_new_tokens)
         return answers
 
     def room(self, asked: int | None, name: str, default: int | None = None) -> int:
@@ -147,9 +133,11 @@ class Service:
                            param=name, code="invalid_value")  # fmt: skip
         return asked
 
-    def _options(self, request: Sampling, most: int) -> dict[str, Any]:
-        """Return the keywords of AsyncEngine.stream that all answers to a request share."""
-        options: dict[str, Any] = {"max_new_tokens": most}
+    def _options(self, request: Sampling) -> dict[str, Any]:
+        """Return the keywords of AsyncEngine.stream that every route has."""
+        options: dict[str, Any] = {}
+        if request.seed is not None:
+            options["seed"] = request.seed & SEED_MOST
         for name, default in self.defaults.items():
             given = getattr(request, name)
             options[name] = default if given is None else given
@@ -172,6 +160,15 @@ class Service:
         return {int(token): bias for token, bias in given.items()}
 
 
+def _with_seed(ask: Ask, index: int) -> Ask:
+    """Return the same request for another answer: greedy ones are equal, others have the next seeds."""
+    sampling = ask.request.sampling
+    if not index or sampling.seed is None:
+        return ask
+    seeded = replace(sampling, seed=(sampling.seed + index) & SEED_MOST)
+    return replace(ask, request=replace(ask.request, sampling=seeded))
+
+
 class Answers:
     """The answers to one HTTP request: streams of the engine, merged as their chunks come.
 
@@ -179,7 +176,7 @@ class Answers:
     """
 
     def __init__(self, timeout_s: float | None) -> None:
-        self.streams: list[AsyncGenerator[Chunk, None]] = []
+        self.streams: list[AnswerStream] = []
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self._next: dict[asyncio.Future[Chunk], int] = {}

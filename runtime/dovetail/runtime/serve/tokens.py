@@ -9,6 +9,7 @@ from dovetail.runtime.serve.conversation import Conversation, as_dicts
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import DetokenizeRequest, TokenizeRequest
 from dovetail.runtime.serve.service import Service
+from dovetail.runtime.text.encoding import encode_prompt
 
 
 async def tokenize(service: Service, asked: TokenizeRequest) -> dict[str, Any]:
@@ -24,9 +25,12 @@ async def tokenize(service: Service, asked: TokenizeRequest) -> dict[str, Any]:
         conversation = Conversation(
             messages=as_dicts(asked.messages or ()),
             tools=[tool.function for tool in asked.tools or ()],
-            template={**(asked.chat_template_kwargs or {}), "add_generation_prompt": asked.add_generation_prompt},
+            template=asked.chat_template_kwargs or {},
         )
-        ids = await service.encode(conversation.messages, options=conversation.template_options())
+        options = {**conversation.template_options(), "add_generation_prompt": asked.add_generation_prompt}
+        ids = await asyncio.to_thread(
+            encode_prompt, service.tokenizer, conversation.messages, False, options, parse_special=False
+        )
     strings = None
     if asked.return_token_strs:
         strings = [service.spellings[token].text.decode(errors="replace") for token in ids]
