@@ -36,7 +36,6 @@ from dovetail.runtime.errors import ExportError, SourceError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.layout import DATA_SUFFIX
 from dovetail.runtime.pair.manifest import (
-    DrafterFacts,
     Manifest,
     TargetFacts,
     file_entry,
@@ -273,12 +272,11 @@ def test_block_quantisation_is_within_half_a_step(columns: int) -> None:
 def test_a_failed_check_leaves_nothing_behind(
     pair: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def copy(drafter: object, folder: Path, facts: DrafterFacts, _: object) -> DrafterFacts:
-        for file in (pair / "drafter").glob("*.onnx*"):
+    def copy(drafter: object, device: str, folder: Path, *_: object) -> None:
+        for file in (pair / "drafter").glob(f"{FILES[device]}*"):
             shutil.copyfile(file, folder / file.name)
-        return facts
 
-    monkeypatch.setattr(exporting, "_write_files", copy)
+    monkeypatch.setattr(exporting, "_write", copy)
     other = write_checkpoint(tmp_path / "other", seed=3)  # the files are another drafter's: parity must fail
     with pytest.raises(ExportError, match="differs from torch") as caught:
         export_drafter(other, pair / "target", tmp_path / "out" / "drafter")
