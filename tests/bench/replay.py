@@ -273,7 +273,7 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
 class ReplayTarget:
     """Target that goes on with the recorded answer, in one sequence."""
 
-    device, max_context = "record", 1 << 20
+    device, max_context, room = "record", 1 << 20, 1 << 20
 
     def __init__(self, each: Record, clock: Clock) -> None:
         self.text, self.clock = (*each.prompt, *each.answer, 0), clock
@@ -283,6 +283,9 @@ class ReplayTarget:
     def open(self) -> int:
         return 1
 
+    def fork(self, seq: int, keep: int) -> int:
+        raise NotImplementedError("a record is one text")
+
     def length(self, seq: int) -> int:
         return self.held
 
@@ -290,10 +293,12 @@ class ReplayTarget:
         self.held += len(tokens)
         return TargetPass(self._logits([self.text[self.held]]), np.zeros((len(tokens), 1), np.float32))
 
-    def verify(self, offers: Mapping[int, DraftTree], prompts: object = NO_PROMPTS) -> dict[int, TargetPass]:
+    def verify(
+        self, offers: Mapping[int, DraftTree], prompts: object = NO_PROMPTS, *, rows: int = 0
+    ) -> dict[int, TargetPass]:
         ((seq, tree),) = offers.items()
         nodes = len(tree)
-        self.clock.verify(self.held, nodes, tree.path_counts[-1])
+        self.clock.verify(self.held, max(rows, nodes), tree.path_counts[-1])
         self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []

@@ -154,13 +154,15 @@ def test_the_end_of_a_file_is_no_interrupt(invoke, pair, monkeypatch: pytest.Mon
 
 def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
     flags = "-n 7 --temp 0.5 --top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 -s 4 --stop AB --stop CD"
+    flags += " --presence-penalty 0.5 --frequency-penalty -0.25 --logit-bias 7=-100 --logit-bias 3=1.5"
     template = ["--chat-template-kwargs", '{"enable_thinking": false}', "--parse-special"]
     assert ask(invoke, pair, opener, "Hello", *flags.split(), *template, "--no-speculate").exit_code == 0
     assert opener.engine.asked == [
         ("Hello", {
             "max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1,
             "repetition_penalty": 1.2, "seed": 4, "stop": ("AB", "CD"), "raw": False, "speculate": False,
-            "template_options": {"enable_thinking": False}, "parse_special": True,
+            "template_options": {"enable_thinking": False}, "parse_special": True, "presence_penalty": 0.5,
+            "frequency_penalty": -0.25, "logit_bias": ((7, -100.0), (3, 1.5)), "constraint": None,
         })
     ]  # fmt: skip
 

@@ -18,9 +18,10 @@ FLOORS = {
         ("target", "drafter", "policy"),
         ("loop", "tune"),
         ("text", "testing"),
-        ("settings", "load"),
-        ("engine",),
-        ("bench", "doctor"),
+        ("settings", "load", "front"),
+        ("engine", "batch_engine"),
+        ("async_engine",),
+        ("bench", "doctor", "serve"),
         ("cli",),
     ),
     "models": (

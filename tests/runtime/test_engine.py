@@ -248,7 +248,7 @@ def test_ctrl_c_within_a_pass_leaves_the_engine_usable() -> None:
     class Pressed(ScriptedTarget):
         presses = 3
 
-        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+        def verify(self, *offers: Any, rows: int = 0) -> dict[int, TargetPass]:
             result = super().verify(*offers)
             self.presses -= 1
             if self.presses == 0:

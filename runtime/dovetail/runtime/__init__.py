@@ -14,8 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dovetail.runtime.async_engine import AsyncEngine
+    from dovetail.runtime.batch_engine import BatchEngine, EngineStats
     from dovetail.runtime.drafter.session import DeviceReport, Drafter
-    from dovetail.runtime.engine import Chunk, Engine, GenerationResult
+    from dovetail.runtime.engine import Engine
     from dovetail.runtime.errors import (
         ContextOverflow,
         DeviceError,
@@ -26,14 +28,18 @@ if TYPE_CHECKING:
         ManifestError,
         MismatchError,
         PairError,
+        QueueFull,
         SourceError,
         TrainError,
     )
+    from dovetail.runtime.front import Chunk, GenerationResult
     from dovetail.runtime.loop.accept import Verdict
     from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
     from dovetail.runtime.loop.rescore import Choice
     from dovetail.runtime.loop.sequence import Request, Sequence, Step
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
+    from dovetail.runtime.sampling.constraint import Constraint, Matcher
+    from dovetail.runtime.sampling.logprobs import TokenLogprobs
     from dovetail.runtime.sampling.params import SamplingParams
     from dovetail.runtime.sampling.sampler import Sampler
     from dovetail.runtime.target.session import Target, TargetPass
@@ -44,21 +50,28 @@ if TYPE_CHECKING:
     from dovetail.runtime.tree.limits import TreeLimits
 
 __all__ = [
-    "Candidates", "Choice", "Chunk", "ContextOverflow", "DeviceError", "DeviceReport", "DovetailError", "DraftTree",
-    "Drafter", "Engine", "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError",
-    "Level", "Manifest", "ManifestError", "MarkovLogits", "Meter", "MismatchError", "PairError", "Request", "Sampler",
-    "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence", "SourceError", "Step",
-    "Target", "TargetPass", "Tokenizer", "TrainError", "TreeLimits", "Verdict", "grow_tree", "read_manifest",
+    "AsyncEngine", "BatchEngine", "Candidates", "Choice", "Chunk", "Constraint", "ContextOverflow",
+    "DeviceError", "DeviceReport", "DovetailError", "DraftTree", "Drafter", "Engine", "EngineStats",
+    "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError", "Level", "Manifest",
+    "ManifestError", "MarkovLogits", "Matcher", "Meter", "MismatchError", "PairError", "QueueFull", "Request",
+    "Sampler", "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence",
+    "SourceError", "Step", "Target", "TargetPass", "TokenLogprobs", "Tokenizer", "TrainError", "TreeLimits",
+    "Verdict", "grow_tree", "read_manifest",
 ]  # fmt: skip
 
 _HOMES = {  # of the names that are no errors
     "drafter.session": ("DeviceReport", "Drafter"),
-    "engine": ("Chunk", "Engine", "GenerationResult"),
+    "async_engine": ("AsyncEngine",),
+    "batch_engine": ("BatchEngine", "EngineStats"),
+    "engine": ("Engine",),
+    "front": ("Chunk", "GenerationResult"),
     "loop.accept": ("Verdict",),
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
     "loop.sequence": ("Request", "Sequence", "Step"),
     "pair.manifest": ("Manifest", "read_manifest"),
+    "sampling.constraint": ("Constraint", "Matcher"),
+    "sampling.logprobs": ("TokenLogprobs",),
     "sampling.params": ("SamplingParams",),
     "sampling.sampler": ("Sampler",),
     "target.session": ("Target", "TargetPass"),

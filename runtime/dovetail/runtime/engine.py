@@ -5,60 +5,27 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, InputError
+from dovetail.runtime.front import Answer, Ask, Chunk, Front, GenerationResult, SamplingOptions
 from dovetail.runtime.loop.generate import decode
-from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
+from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
-from dovetail.runtime.loop.sequence import FinishReason, Request, Sequence, Step
+from dovetail.runtime.loop.sequence import Sequence
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
+from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.session import Target
-from dovetail.runtime.text.encoding import Detokenizer, Prompt, TextTokenizer, encode_prompt
-from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
+from dovetail.runtime.text.encoding import Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Fields of SamplingParams, where their defaults are."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a streamed answer: one round's tokens, and the text that is certain by now."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    seed: int | None = None  # the one in use, None when greedy
-    finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
-    metrics: GenerationMetrics | None = None  # of the last chunk
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A whole answer. text: without the stop string. token_ids: without the stop token."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    seed: int | None
-    metrics: GenerationMetrics
 
 
 class Engine:
@@ -83,13 +50,10 @@ class Engine:
         stop_tokens: default the tokenizer's end-of-sequence ids. lookup_cache: see from_pretrained.
         """
         check_lookup_cache(lookup_cache)
-        self.tokenizer = tokenizer
-        self.tree = tree or (BOUNDS if scheduler else TreeLimits())
-        self.scheduler = scheduler
-        self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
+        limits = tree or (BOUNDS if scheduler else TreeLimits())
+        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens)
         self.target_device = target.device
         self._drafter = drafter
-        self.max_context = target.max_context
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)
         self._busy = Lock()
 
@@ -143,6 +107,33 @@ class Engine:
         return cls(**vars(parts), lookup_cache=lookup_cache)
 
     @property
+    def tokenizer(self) -> TextTokenizer:
+        return self._front.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a prompt and its answer."""
+        return self._front.max_context
+
+    @property
+    def tree(self) -> TreeLimits:
+        """Default limits of trees."""
+        return self._front.tree
+
+    @tree.setter
+    def tree(self, limits: TreeLimits) -> None:
+        self._front.tree = limits
+
+    @property
+    def scheduler(self) -> Policy | None:
+        """Shapes the trees within their limits, if there is one."""
+        return self._front.scheduler
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return self._front.stop_tokens
+
+    @property
     def drafter_device(self) -> str | None:
         """Where the drafter runs now."""
         return self._drafter.device if self._drafter else None
@@ -163,24 +154,16 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
         tree: TreeLimits | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult:
         """Return the whole answer to `prompt`. Arguments: see `stream`."""
-        chunks = list(
-            self.stream(
-                prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-                parse_special=parse_special, tree=tree, **sampling,
-            )
+        chunks = self.stream(
+            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
         )  # fmt: skip
-        last = chunks[-1]
-        assert last.finish_reason and last.metrics  # a stream that ran to its end
-        return GenerationResult(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=last.finish_reason,
-            seed=last.seed,
-            metrics=last.metrics,
-        )
+        return GenerationResult.of(list(chunks))
 
     def stream(
         self,
@@ -193,6 +176,8 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         parse_special: bool = False,
         tree: TreeLimits | None = None,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
         """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
@@ -202,24 +187,32 @@ class Engine:
         variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
         whether special tokens that messages or tools spell out act as such; False makes them text.
         stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
-        that all trees of this answer grow to. sampling: see SamplingParams.
+        that all trees of this answer grow to. constraint: the answer's grammar, from `constraint`;
+        the answer ends where nothing can follow. logprobs: report the target's log-probability of
+        each token, and this many of its best alternatives. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()
-        if tree is not None and not isinstance(tree, TreeLimits):
-            raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
-        stops = check_stop_strings(stop)
-        request = Request(
-            prompt=tuple(encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)),
-            max_new_tokens=max_new_tokens,
-            sampling=SamplingParams(**sampling).seeded(),
-            stop_tokens=self.stop_tokens,
-            limits=(tree or self.tree) if speculate else None,
-            scheduler=self.scheduler if speculate and tree is None else None,
-        )
-        request.check_room(self.max_context)
+        ask = self._front.ask(
+            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
+        )  # fmt: skip
         meter.lap("other")
-        return self._run(sequence, request, StopFilter(stops), meter)
+        return self._run(sequence, ask, meter)
+
+    def constraint(
+        self,
+        *,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> Constraint:
+        """Return a grammar for answers of this engine, from one of the three; see `grammar_source`.
+
+        Each grammar is compiled once. Raises InputError for a grammar that cannot be used, and
+        without llguidance, which the extra `grammar` installs.
+        """
+        return self._front.constraint(json_schema=json_schema, regex=regex, grammar=grammar)
 
     def count_tokens(
         self,
@@ -230,9 +223,7 @@ class Engine:
         parse_special: bool = False,
     ) -> int:
         """Return the number of tokens of `prompt`, template included. Raises as `stream` does."""
-        tokens = encode_prompt(self.tokenizer, prompt, raw, template_options, parse_special)
-        Request(tuple(tokens), max_new_tokens=1).check_room(self.max_context)
-        return len(tokens)
+        return self._front.count_tokens(prompt, raw, template_options, parse_special)
 
     def choices(
         self,
@@ -255,8 +246,9 @@ class Engine:
             raise ContextOverflow(
                 f"prompt and answer have {count} tokens, the context {self.max_context}: cut the answer"
             )
+        sampler = Sampler(SamplingParams(**sampling), prompt_tokens=len(tokens))
         with self._running():
-            return read_again(sequence, tokens, answer, Sampler(SamplingParams(**sampling).seeded()))
+            return read_again(sequence, tokens, answer, sampler)
 
     def reset(self) -> None:
         """Forget all conversations: the next prompt is read from its first token."""
@@ -295,33 +287,14 @@ class Engine:
         finally:
             self._busy.release()
 
-    def _run(
-        self, sequence: Sequence, request: Request, stops: StopFilter, meter: Meter
-    ) -> Generator[Chunk, None, None]:
+    def _run(self, sequence: Sequence, ask: Ask, meter: Meter) -> Generator[Chunk, None, None]:
         with self._running():
             meter.resume()
-            detokenizer = self.tokenizer.detokenizer()
-            with closing(decode(sequence, request, meter)) as steps:
+            answer = Answer(ask, self.tokenizer, meter)
+            with closing(decode(sequence, ask.request, meter)) as steps:
                 for step in steps:
                     meter.resume()
-                    chunk = _chunk(step, detokenizer, stops, request.sampling.seed, meter)
+                    chunk = answer.chunk(step)
                     yield chunk
                     if chunk.finish_reason:
                         return
-
-
-def _chunk(step: Step, detokenizer: Detokenizer, stops: StopFilter, seed: int | None, meter: Meter) -> Chunk:
-    """Return the chunk of a step, up to the first stop string."""
-    pieces, used, finish = list[str](), 0, step.finish
-    for token in step.tokens:
-        pieces.append(stops.add(detokenizer.add(token)))
-        used += 1
-        if stops.stopped:
-            break
-    if finish and not stops.stopped:
-        pieces += [stops.add(detokenizer.flush()), stops.flush()]
-    if stops.stopped:
-        finish = "stop"
-        meter.new_tokens -= len(step.tokens) - used
-    meter.lap("other")
-    return Chunk("".join(pieces), step.tokens[:used], seed, finish, meter.metrics() if finish else None)

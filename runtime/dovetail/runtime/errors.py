@@ -3,6 +3,7 @@
 DovetailError
 ├── InputError          a value given by the caller: prompt, flag, sampling parameter
 │   └── ContextOverflow prompt and answer do not fit the context
+├── QueueFull           an engine that takes no further request now
 ├── PairError           a pair folder that cannot be used
 │   ├── ManifestError   dovetail.json: missing, unknown key, another version
 │   ├── IntegrityError  a file that is missing, truncated or altered
@@ -45,6 +46,10 @@ class InputError(DovetailError):
 
 class ContextOverflow(InputError):
     """Prompt and answer do not fit the target's context."""
+
+
+class QueueFull(DovetailError):
+    """An engine takes no further request: too many wait, or the engine is shutting down."""
 
 
 class PairError(DovetailError):

@@ -21,6 +21,7 @@ from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import check_slowdown
+from dovetail.runtime.system import machine
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -46,12 +47,16 @@ class LoadOptions:
     exact: bool
     max_slowdown: float
     draft_model: str | Path | None = None
+    slots: int = 1  # texts at a time
+    kv_cache: int | None = None  # bytes for the KV of all texts; None chooses, and one text has no limit
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
             raise InputError(f"drafter device {self.drafter_device!r} is unknown: give auto, cpu or cuda")
         if self.threads is not None:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
+        if self.kv_cache is not None:
+            check_whole("kv_cache", self.kv_cache, InputError, "give bytes, or e.g. 4GB", most=2**50)
         check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_draft_model(self.draft_model, self.drafter_device, self.vram)
@@ -86,7 +91,10 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         own, model = open_draft_model(Path(options.draft_model), tokenizer, manifest, options.threads)
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
     read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
-    target = OpenVINOTarget.load(pair, read, threads=options.threads, ov_config=properties, exact=options.exact)
+    target = OpenVINOTarget.load(
+        pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
+        sequences=options.slots, kv_cache=kv_cache(manifest, options),
+    )  # fmt: skip
     tree = options.tree or manifest.tree
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
@@ -109,6 +117,13 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
     second = open_cpu if drafter.file_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
+
+
+def kv_cache(manifest: Manifest, options: LoadOptions) -> int | None:
+    """Return the bytes for the KV of many texts, None for a single text, which takes what it needs."""
+    if options.slots == 1 and options.kv_cache is None:
+        return None
+    return options.kv_cache or machine.ram_mb()[0] * 2**20 // 4
 
 
 def open_draft_model(

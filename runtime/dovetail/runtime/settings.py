@@ -27,6 +27,9 @@ class AnswerSettings:
     raw: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
     parse_special: bool = False
+    presence_penalty: float = SamplingParams.presence_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = SamplingParams.logit_bias
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

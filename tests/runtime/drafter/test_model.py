@@ -120,7 +120,7 @@ class Watched(ScriptedTarget):
         super().__init__(MarkovLogits(VOCABULARY))
         self.trees: list[DraftTree] = []
 
-    def verify(self, offers: Mapping[int, DraftTree], *prompts: Any) -> dict[int, TargetPass]:
+    def verify(self, offers: Mapping[int, DraftTree], *prompts: Any, rows: int = 0) -> dict[int, TargetPass]:
         self.trees += offers.values()
         return super().verify(offers, *prompts)
 

@@ -11,7 +11,7 @@ import pytest
 
 from dovetail.runtime.errors import ContextOverflow
 from dovetail.runtime.loop import batch as batch_module
-from dovetail.runtime.loop.batch import SequenceBatch
+from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
@@ -47,20 +47,17 @@ def test_each_text_is_what_it_is_alone(slots: int, budget: int, monkeypatch: pyt
     """ScriptedTarget spoils what a pass gave with its next call, and refuses a misuse of any sequence."""
     monkeypatch.setattr(batch_module, "PROMPT_TOKENS", budget)
     target, asked = ScriptedTarget(LOGITS), requests(30)
-    answers, rows = dict[int, list[int]](), dict[int, list[np.ndarray]]()
-    order = dict[int, Request]()
-    for advance in SequenceBatch(target, slots).run(asked):
-        seq, step, request = advance.sequence.id, advance.step, advance.sequence.request
-        assert request is not None
-        order[seq] = request
-        answers.setdefault(seq, []).extend([*step.tokens, *([] if step.stop is None else [step.stop])])
-        rows.setdefault(seq, []).append(advance.features)
+    answers, rows = dict[Ticket, list[int]](), dict[Ticket, list[np.ndarray]]()
+    for advance in SequenceBatch(target, slots, prompt_tokens=min(budget, 64)).run(asked):
+        ticket, step = advance.ticket, advance.step
+        answers.setdefault(ticket, []).extend([*step.tokens, *([] if step.stop is None else [step.stop])])
+        rows.setdefault(ticket, []).append(advance.features)
         if step.finish:
-            assert tuple(answers[seq]) == alone(order[seq])
-            features = np.concatenate(rows[seq])  # of every token but the last, which no pass ran
-            text = [*order[seq].prompt, *answers[seq]]
+            assert tuple(answers[ticket]) == alone(ticket.request)
+            features = np.concatenate(rows[ticket])  # of every token but the last, which no pass ran
+            text = [*ticket.request.prompt, *answers[ticket]]
             assert features[:, 0].tolist() == [*range(len(text) - 1)] and features[:, 1].tolist() == text[:-1]
-    assert [order[seq] for seq in sorted(order)] == asked
+    assert {id(ticket.request) for ticket in answers} == {*map(id, asked)}
     assert not target.texts and len(answers) == 30
 
 
@@ -84,7 +81,7 @@ def test_a_batch_that_is_abandoned_or_interrupted_leaves_nothing_open(taken: int
     class Pressed(ScriptedTarget):
         left = taken
 
-        def verify(self, *offers: Any) -> dict[int, Any]:
+        def verify(self, *offers: Any, rows: int = 0) -> dict[int, Any]:
             result = super().verify(*offers)
             self.left -= 1
             if self.left == 0:

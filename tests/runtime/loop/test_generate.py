@@ -381,7 +381,7 @@ def test_an_interrupt_within_the_clean_up_is_made_good_by_the_next_request() -> 
     assert isinstance(target, ScriptedTarget)
 
     class Torn(ScriptedTarget):
-        def verify(self, *offers: Any) -> dict[int, TargetPass]:
+        def verify(self, *offers: Any, rows: int = 0) -> dict[int, TargetPass]:
             super().verify(*offers)
             raise KeyboardInterrupt
 

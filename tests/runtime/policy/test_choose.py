@@ -27,6 +27,7 @@ from dovetail.runtime.target.session import TargetPass
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
+from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import Repeat
@@ -79,9 +80,9 @@ class TimedTarget(ScriptedTarget):
         super().__init__(logits)
         self.clock = clock
 
-    def verify(self, offers: abc.Mapping[int, DraftTree], *prompts: Any) -> dict[int, TargetPass]:
+    def verify(self, offers: abc.Mapping[int, DraftTree], *prompts: Any, rows: int = 0) -> dict[int, TargetPass]:
         (tree,) = offers.values()
-        self.clock.verify(len(tree))
+        self.clock.verify(max(len(tree), rows))
         return super().verify(offers, *prompts)
 
 
@@ -195,8 +196,9 @@ def everything() -> ScriptedPolicy:
 
 def undrafted(scheduler: Scheduler, proposed: DraftTree) -> tuple[Plan, Choice]:
     """A round without the drafter, after 100 tokens."""
-    plan = replace(scheduler.plan(100, 32, proposed, 1), draft=False)
-    return plan, scheduler.choose(plan, proposed)
+    forest = Forest((proposed,))
+    plan = replace(scheduler.plan(100, 32, forest, 1), draft=False)
+    return plan, scheduler.choose(plan, forest)
 
 
 def test_the_text_is_that_of_plain_decoding() -> None:
@@ -215,10 +217,11 @@ def test_what_is_verified_is_what_is_worth_most() -> None:
             logprobs[node] = logprobs[parents[node]] + np.log(rng.random() ** 2)
         tree = DraftTree(rng.integers(0, 9, 20), parents, logprobs)
         scheduler = Scheduler(costs(node_ms=float(rng.choice([0.1, 1.0, 5.0]))))
-        found = scheduler.choose(Plan(0, 1, WIDTHS, draft=True), tree).tree
+        choice = scheduler.choose(Plan(0, 1, WIDTHS, draft=True), Forest((tree,)))
+        (found,) = choice.forest.trees
         best = np.cumsum(np.sort(np.exp(logprobs.astype(float)))[::-1])
         worth = {n: 20 * best[min(n, 20) - 1] - scheduler.costs.target.at(0, n) for n in WIDTHS}
-        assert len(found) == max(worth, key=worth.__getitem__)
+        assert choice.width == max(worth, key=worth.__getitem__) and len(found) == min(choice.width, 20)
         assert found.expected_length == pytest.approx(best[min(len(found), 20) - 1], rel=1e-5)
 
 
@@ -247,7 +250,7 @@ def test_where_there_is_no_room_for_a_tree_nothing_is_drafted() -> None:
         (Scheduler(dear), least - 1, 1), (Scheduler(dear), least, least), (Scheduler(costs()), 5, 4),
     ):  # fmt: skip
         assert scheduler.widest(100, most) == widest
-        assert scheduler.plan(100, most, DraftTree.root(1), 1).draft == (widest > 1)
+        assert scheduler.plan(100, most, Forest((DraftTree.root(1),)), 1).draft == (widest > 1)
 
 
 def test_where_nodes_are_free_it_verifies_all_and_where_they_are_dear_none() -> None:
@@ -345,9 +348,9 @@ def test_repeats_are_left_while_they_do_not_come_true_and_found_out_when_they_do
 
     def run(proposed: DraftTree, tokens: list[int]) -> int:
         plan, choice = undrafted(scheduler, proposed)
-        width = len(choice.tree)
+        width = choice.width
         came = tokens if width > 1 else tokens[:1]
-        scheduler.learn(Round(plan, choice, None, None, came, 0.0, true.target.at(100, width)))
+        scheduler.learn(Round(plan, choice, [None], [came], 0.0, true.target.at(100, width)))
         return width
 
     def widths_of(rounds: int, tokens: list[int]) -> list[int]:
@@ -438,9 +441,9 @@ def repeats_alone(
         going_on = here and rng.random() < first
         found = 1 + going_on * min(int(rng.geometric(1 - later)), 10)
         plan, choice = undrafted(scheduler, REPEAT if here else DraftTree.root(1))
-        begin, came = clock.now, list(range(2, 2 + found))[: len(choice.tree)]
-        clock.verify(len(choice.tree))
-        scheduler.learn(Round(plan, choice, None, None, came, 0.0, (clock.now - begin) * 1e3))
+        begin, came = clock.now, list(range(2, 2 + found))[: choice.width]
+        clock.verify(choice.width)
+        scheduler.learn(Round(plan, choice, [None], [came], 0.0, (clock.now - begin) * 1e3))
         tokens += len(came)
     return (tokens * 10.0 + 7.0) / 1e3 / clock.now, scheduler
 

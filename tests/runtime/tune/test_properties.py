@@ -50,7 +50,7 @@ def open_with(tiny_pair: Path) -> Callable[..., OpenVINOTarget]:
 class Altered(OpenVINOTarget):
     """A target whose best token is another one after every fourth token of a chain."""
 
-    def verify(self, *offers: Any):
+    def verify(self, *offers: Any, rows: int = 0):
         ((seq, result),) = super().verify(*offers).items()
         logits = np.array(result.logits)
         logits[::4] *= -1
@@ -60,7 +60,7 @@ class Altered(OpenVINOTarget):
 class Failing(OpenVINOTarget):
     """A target that compiles and then cannot run."""
 
-    def verify(self, *offers: Any):
+    def verify(self, *offers: Any, rows: int = 0):
         raise DeviceError("the target failed\non the CPU")
 
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from dovetail.exporter.train.corpus import TrainingText
 from dovetail.exporter.train.features import to_float16
 from dovetail.runtime.errors import TrainError
-from dovetail.runtime.loop.batch import SequenceBatch
+from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, PagedModel
 from dovetail.runtime.text.tokenizer import Tokenizer
 
+PASS_TOKENS = 512  # prompt tokens of a pass
 KV_BYTES = 3e9  # memory for keys and values, which limits the sequences of a batch
 PROMPT_TOKENS = 200  # longest prompt that the target writes itself
 
@@ -33,7 +33,13 @@ class SharedDraws(Sampler):
         super().__init__(params)
         self._rng = rng
 
-    def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
+    def pick(
+        self,
+        logits: NDArray[np.float32],
+        position: int,
+        context: Sequence[int],
+        allowed: NDArray[np.int64] | None = None,
+    ) -> int:
         return draw(logits, self.params.temperature, self._rng) if self.params.temperature else int(logits.argmax())
 
 
@@ -46,7 +52,8 @@ class BatchWriter:
     def __init__(self, model: PagedModel, stop: Iterable[int], *, slots: int = 128, max_length: int = 768):
         self.model, self.stop, self.max_length = model, frozenset(stop), max_length
         slots = max(2, min(slots, int(KV_BYTES / (model.block_bytes * -(-max_length // BLOCK)))))
-        self._batch = SequenceBatch(OpenVINOTarget(model, max_length, exact=False, sequences=slots), slots)
+        target = OpenVINOTarget(model, max_length, exact=False, sequences=slots)
+        self._batch = SequenceBatch(target, slots, prompt_tokens=PASS_TOKENS)
 
     def write(
         self, requests: Iterable[Request], rng: np.random.Generator, keep_features: bool = False
@@ -56,16 +63,17 @@ class BatchWriter:
         keep_features: return the target's features with each, which every pass computes.
         """
         fitting = (replace(each, stop_tokens=self.stop) for each in requests if len(each.prompt) < self.max_length)
-        features: dict[SequenceId, list[NDArray[np.float16]]] = defaultdict(list)
+        written: dict[Ticket, list[int]] = defaultdict(list)
+        features: dict[Ticket, list[NDArray[np.float16]]] = defaultdict(list)
         for advance in self._batch.run(fitting, lambda request: SharedDraws(request.sampling, rng)):
-            sequence, step = advance.sequence, advance.step
+            ticket, step = advance.ticket, advance.step
+            written[ticket] += step.tokens
             if keep_features:
-                features[sequence.id].append(to_float16(advance.features))
+                features[ticket].append(to_float16(advance.features))
             if step.finish:
-                assert sequence.request
-                tokens = (*sequence.tokens, *([] if step.stop is None else [step.stop]))
-                kept = np.concatenate(features.pop(sequence.id)) if keep_features else None
-                yield TrainingText(tokens, len(sequence.request.prompt), kept)
+                tokens = (*ticket.request.prompt, *written.pop(ticket), *([] if step.stop is None else [step.stop]))
+                kept = np.concatenate(features.pop(ticket)) if keep_features else None
+                yield TrainingText(tokens, len(ticket.request.prompt), kept)
 
 
 def draw(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:

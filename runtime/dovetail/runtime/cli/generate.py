@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from dovetail.runtime.cli.options import EngineFlags, engine_options, sampling_options, template_options
+from dovetail.runtime.cli.options import (
+    EngineFlags,
+    GrammarFlags,
+    engine_options,
+    grammar_options,
+    sampling_options,
+    template_options,
+)
 from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answer
 from dovetail.runtime.errors import INTERRUPTED, InputError
 from dovetail.runtime.settings import AnswerSettings
@@ -23,6 +30,7 @@ from dovetail.runtime.text.prompts import decoded, read_text
 @click.option("--raw", is_flag=True, help="Use the prompt unchanged, without the chat template.")
 @click.option("--token-ids", "as_ids", is_flag=True, help="Read the prompt as a JSON list of token ids.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@grammar_options
 @template_options
 @sampling_options()
 @engine_options
@@ -35,6 +43,7 @@ def generate(
     as_ids: bool,
     as_json: bool,
     engine_flags: EngineFlags,
+    grammar_flags: GrammarFlags,
     request: AnswerSettings,
 ) -> None:
     """Answer PROMPT. Without PROMPT, or with -, the prompt comes from standard input.
@@ -50,12 +59,13 @@ def generate(
     if system is not None:
         asked = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     engine = engine_flags.open(speculate=request.speculate)
+    constraint = grammar_flags.constraint(engine)
     if as_json:
-        result = engine.generate(asked, **request.keywords())
+        result = engine.generate(asked, constraint=constraint, **request.keywords())
         report = result_json(result, engine, request.speculate)
         click.echo(json.dumps(report, ensure_ascii=not speaks_unicode()))
         return
-    answer = stream_answer(engine, asked, request)
+    answer = stream_answer(engine, asked, request, constraint)
     click.echo(answer.statistics(), err=True)
     if answer.interrupted:
         ctx.exit(INTERRUPTED)

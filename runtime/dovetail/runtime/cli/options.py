@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +23,11 @@ from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_draft_model, resol
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.policy.choose import Scheduler
 from dovetail.runtime.policy.estimates import check_slowdown
+from dovetail.runtime.sampling.constraint import Constraint, grammar_source
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.text.prompts import read_text
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
 
@@ -111,6 +114,35 @@ class EngineFlags:
         return replace(read_manifest(pair).tree, **given) if given or fixed else None
 
 
+@dataclass(frozen=True)
+class GrammarFlags:
+    """The grammar of an answer, read and checked before a pair is built or loaded."""
+
+    json_schema: str | None
+    json_schema_file: Path | None
+    grammar_file: Path | None
+    regex: str | None
+
+    def __post_init__(self) -> None:
+        given = [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} give two grammars of one answer: leave out one of them")
+        if given:
+            grammar_source(**self.texts)
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """Return the arguments of `Engine.constraint`, none without a grammar."""
+        texts = {"json_schema": self.json_schema, "regex": self.regex}
+        for name, file in (("json_schema", self.json_schema_file), ("grammar", self.grammar_file)):
+            if file is not None:
+                texts[name] = read_text(file, "a text file")
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def constraint(self, engine: Engine) -> Constraint | None:
+        return engine.constraint(**self.texts) if self.texts else None
+
+
 def template_options(command: Command) -> Command:
     """Flags of AnswerSettings about the chat template. `sampling_options` makes the record."""
     return _apply(
@@ -119,6 +151,19 @@ def template_options(command: Command) -> Command:
                      help="Options of the chat template: '{\"enable_thinking\": false}'."),
         click.option("--parse-special", is_flag=True,
                      help="Let special tokens that messages spell out act as such.  [default: they are text]"),
+    )  # fmt: skip
+
+
+def grammar_options(command: Command) -> Command:
+    """Flags of GrammarFlags, which the command gets as `grammar_flags`."""
+    return _apply(
+        _bundled(command, GrammarFlags, "grammar_flags"),
+        click.option("-j", "--json-schema", metavar="SCHEMA",
+                     help="JSON schema of the answer; '{\"type\": \"object\"}' is any JSON object."),
+        click.option("-jf", "--json-schema-file", type=click.Path(path_type=Path), help="File with a JSON schema."),
+        click.option("--grammar-file", type=click.Path(path_type=Path),
+                     help="File with a grammar of the answer, in llguidance's variant of Lark."),
+        click.option("--regex", metavar="REGEX", help="Regular expression of the whole answer."),
     )  # fmt: skip
 
 
@@ -187,6 +232,19 @@ def _parse_properties(_context: click.Context, _option: click.Parameter, given: 
     return dict(one.split("=", 1) for one in given)
 
 
+def _parse_bias(
+    _context: click.Context, _option: click.Parameter, given: Sequence[str]
+) -> tuple[tuple[int, float], ...]:
+    found = dict[int, float]()
+    for one in given:
+        token, _, value = one.partition("=")
+        try:
+            found[int(token)] = float(value)
+        except ValueError:
+            raise InputError(f"--logit-bias {one!r:.60} is no token id with a value: give e.g. 42=-100") from None
+    return tuple(found.items())
+
+
 def _parse_share(_context: click.Context, _option: click.Parameter, given: str | None) -> float | None:
     if given is None:
         return None
@@ -235,6 +293,12 @@ def sampling_options(*, max_new_tokens: int = 256, speculate: bool = True) -> Ca
         click.option("--min-p", type=float, default=SAMPLING.min_p, show_default=True, help="0 is off."),
         click.option("--repetition-penalty", "--repeat-penalty", type=float, default=SAMPLING.repetition_penalty,
                      show_default=True, help="1 is off."),
+        click.option("--presence-penalty", type=float, default=SAMPLING.presence_penalty, show_default=True,
+                     help="Lowers the logits of tokens that the answer has, from -2 to 2; 0 is off."),
+        click.option("--frequency-penalty", type=float, default=SAMPLING.frequency_penalty, show_default=True,
+                     help="Lowers them as often as the answer has the token, from -2 to 2; 0 is off."),
+        click.option("--logit-bias", multiple=True, metavar="ID=VALUE", callback=_parse_bias,
+                     help="Added to the logit of a token id, from -100 to 100; repeatable."),
         click.option("-s", "--seed", type=int, help="Same seed, same text.  [default: random]"),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
     ]  # fmt: skip

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
-from dovetail.runtime.engine import Chunk, Engine, GenerationResult
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.front import Chunk, GenerationResult
 from dovetail.runtime.loop.metrics import GenerationMetrics
+from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.text.encoding import Prompt
 
@@ -64,14 +66,16 @@ def speaks_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-").startswith("utf")
 
 
-def stream_answer(engine: Engine, prompt: Prompt, request: AnswerSettings) -> Answer:
+def stream_answer(
+    engine: Engine, prompt: Prompt, request: AnswerSettings, constraint: Constraint | None = None
+) -> Answer:
     """Write the answer to stdout as it arrives. After Ctrl-C the engine remains usable.
 
     Raises the errors of `Engine.stream`.
     """
     answer = Answer(engine.target_device, _drafter(engine, request))
     try:
-        with closing(engine.stream(prompt, **request.keywords())) as chunks:
+        with closing(engine.stream(prompt, constraint=constraint, **request.keywords())) as chunks:
             for chunk in chunks:
                 answer.add(chunk)
                 if chunk.text:

@@ -98,6 +98,19 @@ class Window:
             features = kept.last(kept.end - kept.begin)
             self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
 
+    def follow(self, other: Window | TokenWindow, pairs: int) -> None:
+        """Begin a text with the first `pairs` pairs of another text. The drafter may read those that it keeps."""
+        assert isinstance(other, Window)
+        kept = other._kept
+        self._kept = _Kept(pairs)
+        if kept.begin < pairs <= kept.end:
+            features = kept.last(kept.end - kept.begin)
+            self._kept = _Kept(kept.begin, (features[: pairs - kept.begin],))
+
+    def park(self) -> None:
+        """Free what the drafter holds; the window keeps its pairs. `rewind` follows."""
+        self.length = 0
+
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the waiting pairs. tokens: the whole text. noise: see Drafter."""
         while self.waiting:
@@ -165,6 +178,14 @@ class TokenWindow:
         self.length, self._known = max(min(self.length, keep - self.start), 0), keep
         if not self.length:
             self.start = 0
+
+    def follow(self, other: Window | TokenWindow, pairs: int) -> None:
+        """Begin a text with the first `pairs` pairs of another text."""
+        self._known = pairs
+
+    def park(self) -> None:
+        """Free what the drafter holds. `rewind` follows."""
+        self.length = self.start = 0
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the text up to the known pairs. tokens: the whole text."""

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.sampling.constraint import Matcher
+from dovetail.runtime.sampling.logprobs import TokenLogprobs, token_logprobs
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.tree.draft_tree import DraftTree
 
@@ -25,6 +28,7 @@ class Verdict:
 
     path: NDArray[np.int64]  # [A + 1] accepted nodes, root first
     tokens: tuple[int, ...]  # of the A accepted nodes, then the target's next, which no child of the last node has
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, if asked for
 
     @property
     def accepted(self) -> int:
@@ -33,20 +37,32 @@ class Verdict:
 
 
 def accept(
-    tree: DraftTree, logits: NDArray[np.float32], sampler: Sampler, position: int, context: Sequence[int]
+    tree: DraftTree,
+    logits: NDArray[np.float32],
+    sampler: Sampler,
+    position: int,
+    context: Sequence[int],
+    matcher: Matcher | None = None,
+    logprobs: int | None = None,
 ) -> Verdict:
     """Return the longest path that the target itself would have produced.
 
     logits: [N, V] float32, row i belongs to node i; only visited rows are read. position: absolute,
-    of the first token to choose. context: every token id before it, the root's included.
+    of the first token to choose. context: every token id before it, the root's included. matcher:
+    follows the grammar along the tokens; the path ends where the text is complete. logprobs: how
+    many alternatives to report with each token, None for no report.
     """
-    path, tokens, seen = [0], list[int](), list(context)
+    path, tokens, seen, found = [0], list[int](), list(context), list[TokenLogprobs]()
     while True:
-        node = path[-1]
-        token = sampler.pick(logits[node], position + len(tokens), seen)
+        row = logits[path[-1]]
+        token = sampler.pick(row, position + len(tokens), seen, matcher.allowed() if matcher else None)
         tokens.append(token)
         seen.append(token)
-        child = tree.child(node, token)
-        if child is None:
-            return Verdict(np.array(path, np.int64), tuple(tokens))
+        if logprobs is not None:
+            found.append(token_logprobs(row, token, logprobs))
+        if matcher and not matcher.advance(token):
+            raise InputError(f"the grammar allows token id {token} and then refuses it: simplify the grammar")
+        child = tree.child(path[-1], token)
+        if child is None or (matcher and matcher.complete):
+            return Verdict(np.array(path, np.int64), tuple(tokens), tuple(found))
         path.append(child)

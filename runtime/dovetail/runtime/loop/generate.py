@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from dovetail.runtime.loop.metrics import Meter
+from dovetail.runtime.loop.round import draft
 from dovetail.runtime.loop.sequence import Request, Sequence, Step
 
 
@@ -32,24 +33,25 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
         moved = sequence.bus_bytes
         while step.finish is None:
             meter.resume()
-            offer = sequence.draft(policy)
+            offer = draft([sequence], policy)
+            (tree,) = offer.trees
             draft_ms = meter.lap("draft")
 
-            result = sequence.target.verify({sequence.id: offer.tree})[sequence.id]
+            result = sequence.target.verify({sequence.id: tree}, rows=offer.rows)[sequence.id]
             verify_ms = meter.lap("verify")
 
-            found = sequence.accept(offer.tree, result)
+            found = sequence.accept(tree, result)
             step = found.step
             meter.lap("other")
 
             sequence.commit(found.verdict.path[: len(step.tokens) + 1], step.tokens)
             verify_ms += meter.lap("verify")
 
-            if policy and offer.plan:
-                policy.learn(offer.outcome(found.verdict.tokens, draft_ms, verify_ms))
+            if policy and (outcome := offer.outcome([found.verdict.tokens], draft_ms, verify_ms)):
+                policy.learn(outcome)
             sequence.tell(found.features[: len(step.tokens)])  # one for each known next token
             meter.lap("other")
-            meter.add_round(len(offer.tree) - 1, min(found.verdict.accepted, len(step.tokens)))
+            meter.add_round(len(tree) - 1, min(found.verdict.accepted, len(step.tokens)))
             meter.bus_bytes = sequence.bus_bytes - moved
             meter.new_tokens += len(step.tokens)
             yield step

@@ -32,6 +32,7 @@ class GenerationMetrics:
     decode_ms: float
     tokens_per_second: float  # tokens after the first, over decode_ms; 0 without such tokens
     bus_bytes: int = 0  # moved between host and drafter's device in all rounds, both ways; 0 on the CPU
+    queue_ms: float = 0.0  # from the request to its first pass, in no other time; 0 for an answer that runs alone
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Meter:
     spent_ms: dict[Phase, float] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "other": 0})
     first_token_ms: float = 0.0
     bus_bytes: int = 0
+    queue_ms: float = 0.0
     clock: Callable[[], float] = perf_counter  # seconds
     _mark: float = field(init=False)
 
@@ -64,6 +66,10 @@ class Meter:
         self.spent_ms[phase] += took
         self._mark = now
         return took
+
+    def add(self, phase: Phase, ms: float) -> None:
+        """Add the time of work that several texts share."""
+        self.spent_ms[phase] += ms
 
     def first_token(self) -> None:
         self.first_token_ms = sum(self.spent_ms.values())
@@ -96,4 +102,5 @@ class Meter:
             decode_ms=decode_ms,
             tokens_per_second=later / decode_ms * 1e3 if later > 0 and decode_ms > 0 else 0.0,
             bus_bytes=self.bus_bytes,
+            queue_ms=self.queue_ms,
         )

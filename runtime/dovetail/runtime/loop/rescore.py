@@ -13,7 +13,6 @@ import numpy as np
 
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.sequence import Sequence
-from dovetail.runtime.policy.choose import filled
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -41,7 +40,7 @@ def read_again(
         if not 0 <= token < len(logits):
             raise InputError(f"token id {token} is none of the target's {len(logits)}: give an answer of its own")
         chosen = sampler.pick(logits, len(seen), seen)
-        clear = sampler.params.greedy and sampler.params.repetition_penalty == 1
+        clear = sampler.params.greedy and not sampler.params.reshapes
         found.append(Choice(chosen, float(logits[chosen] - logits[token]) if clear else None))
         seen.append(token)
     return found
@@ -55,9 +54,8 @@ def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[
         yield from sequence.prefill().logits[-1:][: len(answer)]
         for begin in range(0, len(answer) - 1, _CHAIN):
             tokens = np.array(answer[begin : min(begin + _CHAIN, len(answer) - 1)], np.int64)
-            width = min(_CHAIN, sequence.target.max_context - sequence.length)
-            passes = sequence.target.verify({sequence.id: filled(DraftTree.chain(tokens), width)})
-            yield from passes[sequence.id].logits[: len(tokens)]
+            passes = sequence.target.verify({sequence.id: DraftTree.chain(tokens)}, rows=_CHAIN)
+            yield from passes[sequence.id].logits
             sequence.commit(np.arange(len(tokens)), tokens.tolist())
     finally:
         sequence.rewind()

@@ -16,10 +16,14 @@ from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
-from dovetail.runtime.policy.policy import Choice, Growth, Plan, Policy, Round
+from dovetail.runtime.loop.constrain import allowed_part, allowed_paths, forced_paths
+from dovetail.runtime.policy.policy import Policy
+from dovetail.runtime.sampling.constraint import Constraint, Matcher
+from dovetail.runtime.sampling.logprobs import TokenLogprobs
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import FloatArray, TokenArray, common_prefix
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix
+from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 from dovetail.runtime.target.session import Target, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.growth import Judge
@@ -42,6 +46,8 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()  # end the answer and are no part of it
     limits: TreeLimits | None = None  # None is plain decoding, one node per pass
     scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
+    constraint: Constraint | None = None  # the grammar of the answer
+    logprobs: int | None = None  # alternatives to report with each token; 0 reports the chosen token alone
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -49,6 +55,9 @@ class Request:
         count = self.max_new_tokens
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise InputError(f"max_new_tokens {count!r} is out of range: give a whole number, 1 or more")
+        if self.logprobs is not None:
+            remedy = "give how many alternatives to report, 0 for none"
+            check_whole("logprobs", self.logprobs, InputError, remedy, least=0, most=TOKEN_MOST)
 
     def check_room(self, max_context: int) -> int:
         """Return how many tokens the answer may have. Raises ContextOverflow for none."""
@@ -68,22 +77,15 @@ class Step:
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if the request asks for them
 
 
 @dataclass(frozen=True, eq=False)
-class Offer:
-    """The tree of a round, with the policy's records of it if there is a policy."""
+class Outlook:
+    """A text before its tree is drafted."""
 
-    tree: DraftTree
-    plan: Plan | None = None
-    choice: Choice | None = None
-    drafted: DraftTree | None = None  # the drafter's own tree, None without a draft
-    growth: Growth | None = None  # how that tree grew
-
-    def outcome(self, tokens: abc.Sequence[int], draft_ms: float, verify_ms: float) -> Round:
-        """Return the record for the policy. tokens: those that followed the root."""
-        assert self.plan and self.choice  # made by a policy
-        return Round(self.plan, self.choice, self.drafted, self.growth, tokens, draft_ms, verify_ms)
+    limits: TreeLimits  # of the tree; a width of 1 leaves no room for one
+    repeats: DraftTree  # the known token, with repeated text below it
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,23 +104,43 @@ class Sequence:
     therefore leaves it right, and `rewind` brings both sessions back to it.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None = None, *, lookup_cache: int = 0) -> None:
-        """lookup_cache: tokens of earlier texts that repeats may continue too."""
-        self.target, self.id = target, target.open()
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, *, lookup_cache: int = 0, id: SequenceId | None = None
+    ) -> None:
+        """lookup_cache: tokens of earlier texts that repeats may continue too. id: None opens a new one."""
+        self.target, self.id = target, target.open() if id is None else id
         self.window = window(drafter, self.id) if drafter else None
         self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
         self.length = 0  # tokens whose KV the target certainly holds
+        self.unread = 0  # tokens of the prompt that the target has not read
         self.room = 0  # tokens that the answer may still have
         self.request: Request | None = None
         self.sampler: Sampler | None = None  # of the current answer
+        self.matcher: Matcher | None = None  # of the current answer, if it has a grammar; stands after `tokens`
         self.speculates = False  # whether the current answer is drafted
         self.repeats, self.earlier = RepeatIndex(), EarlierTexts(lookup_cache)
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
+        self._forced: list[Repeat] = []  # by the grammar, for the current tree
+
+    def fork(self, keep: int) -> Sequence:
+        """Return a new sequence that begins as this one does, after at most `keep` tokens.
+
+        Its drafter may go on with the pairs that this window keeps.
+        """
+        drafter = self.window.drafter if self.window else None
+        new = Sequence(self.target, drafter, id=self.target.fork(self.id, min(keep, self.length)))
+        new.length = self.target.length(new.id)
+        new.tokens = self.tokens[: new.length]
+        if new.window and self.window:
+            new.window.follow(self.window, new.length)
+        return new
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
         self.room = request.check_room(self.target.max_context)
-        self.request, self.sampler = request, sampler or Sampler(request.sampling)
+        self.request = request
+        self.sampler = sampler or Sampler(request.sampling, prompt_tokens=len(request.prompt))
+        self.matcher = request.constraint.begin() if request.constraint else None
         self.speculates = self._limits(len(request.prompt) + 1, self.room - 1).width > 1
         return self._reuse(request.prompt)
 
@@ -130,13 +152,15 @@ class Sequence:
         shared = common_prefix(self.tokens, prompt)
         if shared < len(self.tokens):  # the new text repeats what both share, so the rest is kept, and a run before it
             self.earlier.add(self.tokens[max(shared - max(SIZES), 0) :])
-        keep = max(min(shared - 1, self.length), 0)
+        if not shared == len(self.tokens) == self.length < len(prompt):  # a fork: no other token followed
+            shared -= 1
+        keep = max(min(shared, self.length), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
         if self.window:
             self.window.cut(keep)
-        self.tokens = list(prompt)
+        self.tokens, self.unread = list(prompt), len(prompt) - keep
         self.rewind()
         return keep
 
@@ -150,43 +174,62 @@ class Sequence:
                 return result
             self.tell(result.features)
 
+    def read(self, count: int, result: TargetPass) -> Step:
+        """Count `count` tokens as read by a pass. Return the first token if the prompt ends there."""
+        self.unread -= count
+        if not self.unread:
+            return self.first(result)
+        self.length += count
+        self.tell(result.features)
+        return Step(())
+
+    def drop(self) -> None:
+        """Give up all KV in the middle of an answer. The target reads the text again, the answer so far included."""
+        self.length, self.unread = 0, len(self.tokens)
+        if self.window:
+            self.window.cut(0)
+        self.rewind()
+
+    def park(self) -> None:
+        """Leave the answer, and keep its KV and last features for texts that begin as this one does."""
+        self.sampler = self.request = self.matcher = None
+        if self.window:
+            self.window.park()
+        self.rewind()
+
     def first(self, result: TargetPass) -> Step:
         """Return the first token of the answer. result: the pass that read the prompt's end."""
-        assert self.sampler
         self.length = len(self.tokens)
-        step = self._cut((self.sampler.pick(result.logits[-1], len(self.tokens), self.tokens),))
+        step = self._cut(self._choose(DraftTree.root(self.tokens[-1]), result.logits[-1:]))
         self._append(step.tokens)
         if step.tokens:
             self.tell(result.features)
         return step
 
-    def draft(self, policy: Policy | None = None) -> Offer:
-        """Return a tree below the known token: drafted, with repeated text, or that token alone."""
+    def outlook(self, policy: Policy | None = None) -> Outlook:
+        """Return the limits of the next tree, and the tree of repeated text alone."""
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
-        self._found = []
+        self._found, self._forced = [], []
         if limits.width == 1:
-            return Offer(known)
+            return Outlook(limits, known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
-        if policy is None:
-            return Offer(self._join(self._propose(limits, None), limits))
-        context, most = len(self.tokens) - 1, limits.width
-        limits = _narrowed(limits, policy.widest(context, most))
-        repeats = self._join(known, limits)
-        plan = policy.plan(context, most, repeats, self.waiting)
-        if not plan.draft:
-            choice = policy.choose(plan, repeats)
-            return Offer(choice.tree, plan, choice)
-        growth = Growth(policy, plan)
-        drafted = self._propose(limits, growth)
-        choice = policy.choose(plan, self._join(drafted, limits))
-        return Offer(choice.tree, plan, choice, drafted, growth)
+        if self.matcher:
+            self._found = allowed_paths(self._found, self.matcher)
+            self._forced = forced_paths(self.matcher, min(limits.width, self.room) - 1)
+        if policy:
+            limits = _narrowed(limits, policy.widest(len(self.tokens) - 1, limits.width))
+        return Outlook(limits, self.join(known, limits))
 
     def accept(self, tree: DraftTree, result: TargetPass) -> Found:
         """Choose the target's tokens along `tree`, and cut them to the answer's room."""
-        assert self.sampler
-        verdict = accept(tree, result.logits, self.sampler, len(self.tokens), self.tokens)
-        return Found(verdict, self._cut(verdict.tokens), result.features[verdict.path])
+        verdict = self._choose(tree, result.logits)
+        return Found(verdict, self._cut(verdict), result.features[verdict.path])
+
+    def _choose(self, tree: DraftTree, logits: FloatArray) -> Verdict:
+        assert self.request and self.sampler
+        known = len(self.tokens)
+        return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, self.request.logprobs)
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
         """Keep the nodes of `path`. tokens: those that follow its root."""
@@ -222,7 +265,7 @@ class Sequence:
 
     def rewind(self) -> None:
         """Bring both sessions back to `length`, without an uncommitted tree. Raises DeviceError."""
-        self._found = []
+        self._found, self._forced = [], []
         self.target.rewind(self.id, self.length)
         if (held := self.target.length(self.id)) != self.length:
             raise DeviceError(f"the target holds {held} tokens after a rewind to {self.length}: open the engine again")
@@ -231,7 +274,7 @@ class Sequence:
 
     def end(self) -> None:
         """Leave the current answer, finished or not."""
-        self.sampler = None  # frees its noise too
+        self.sampler, self.matcher = None, None  # frees their noise and masks too
         self.rewind()
 
     def forget(self) -> None:
@@ -252,7 +295,7 @@ class Sequence:
     def _limits(self, known: int, room: int) -> TreeLimits:
         """Return the limits of a tree after `known` tokens: the request's, cut to the `room`."""
         asked = self.request.limits if self.request else None
-        if asked is None or not (self.window or asked.lookup):
+        if asked is None or not (self.window or asked.lookup or self.matcher):
             return _PLAIN
         depth, lookup = min(asked.depth, room - 1), min(asked.lookup, room - 1)  # a path of d nodes gives d + 1 tokens
         width = min(asked.width, self.target.max_context - known + 1)  # the root is known, not yet committed
@@ -262,7 +305,8 @@ class Sequence:
             return asked
         return replace(asked, width=width, depth=depth, lookup=lookup)
 
-    def _propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+    def propose(self, limits: TreeLimits, judge: Judge | None) -> DraftTree:
+        """Return the drafter's tree, the known token alone without a drafter."""
         if self.window is None:
             return DraftTree.root(self.tokens[-1])
         tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
@@ -271,24 +315,28 @@ class Sequence:
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        return tree
+        return allowed_part(tree, self.matcher) if self.matcher else tree
 
-    def _join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        if not self._found:
+    def join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """Return `tree` with the forced and repeated text of the last `outlook`."""
+        if not (paths := self._forced + self._found):
             return tree
         if limits.top_k > 1:
-            return graft(tree, self._found, limits.width)
+            return graft(tree, paths, limits.width)
         root = DraftTree.root(int(tree.tokens[0]))
-        chains = [graft(root, [found], limits.width) for found in self._found]
+        chains = [graft(root, [path], limits.width) for path in paths]
         return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
-    def _cut(self, tokens: tuple[int, ...]) -> Step:
+    def _cut(self, verdict: Verdict) -> Step:
         """Return the tokens of a round that count: those before a stop token, within the room."""
         assert self.request
-        for index, token in enumerate(tokens[: self.room]):
+        tokens, logprobs = verdict.tokens[: self.room], verdict.logprobs[: self.room]
+        for index, token in enumerate(tokens):
             if token in self.request.stop_tokens:
-                return Step(tokens[:index], "stop", token)
-        return Step(tokens[: self.room], "length" if len(tokens) >= self.room else None)
+                return Step(tokens[:index], "stop", token, logprobs[:index])
+        if self.matcher and self.matcher.complete and len(tokens) == len(verdict.tokens):
+            return Step(tokens, "stop", logprobs=logprobs)
+        return Step(tokens, "length" if len(tokens) >= self.room else None, logprobs=logprobs)
 
     def _append(self, tokens: abc.Sequence[int]) -> None:
         self.tokens += tokens

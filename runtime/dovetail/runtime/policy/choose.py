@@ -3,7 +3,8 @@
 A round is worth (expected tokens) x (price of a token) - (its time). The price is the time that a
 token has lately taken, at most a plain step. The scheduler takes the choice that is worth most, or
 decodes plainly if no other choice is worth more. Source: Dinkelbach's rule for a ratio of sums. The
-ratio of a single round, tokens per millisecond, would undervalue long trees.
+ratio of a single round, tokens per millisecond, would undervalue long trees. With several texts in
+a round the unit is one token for each text, so that plain decoding still gives one.
 
 A budget bounds what drafts may lose (estimates.py). Probabilities are the drafter's, calibrated by
 its training and corrected by how often its tokens were right here.
@@ -23,7 +24,8 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import ABOVE, PRIOR, START, Budget, Estimate, Experience
 from dovetail.runtime.policy.pace import Pace
 from dovetail.runtime.policy.policy import Choice, Plan, Round
-from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
+from dovetail.runtime.tree.draft_tree import DraftTree, without_branches
+from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
 
 # Where a value comes from "the replay", tests/bench/replay.py chose it: the best mean over both
@@ -41,42 +43,55 @@ class Scheduler:
 
     costs: Costs
     calibration: Calibration | None = None  # None if the drafter has no calibration file
-    plain_rows: int = 1  # rows that a plain pass computes anyway: a tree of so many nodes costs no more
+    plain_rows: int = 1  # rows that a plain pass of one text computes anyway: so many nodes cost no more
     max_slowdown: float = 0.01  # share of the time that drafts may lose in the long run; the user sets it
     pace: Pace = field(init=False)
-    _greedy: Experience = field(init=False)
-    _sampled: Experience = field(init=False)
-    _known: Experience = field(init=False)  # the one of the current answer
-    _width: int = 0  # of the last verified tree, 0 after another kind of pass
+    _experiences: dict[tuple[bool, int], Experience] = field(default_factory=dict)  # by sampled and number of texts
+    _known: Experience = field(init=False)  # of the current rounds
+    _texts: int = 1
+    _width: int = 0  # of the last round, 0 after another kind of pass
     _regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms lost by keeping the last width
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.costs)
-        self._greedy, self._sampled = (Experience(Budget(self.max_slowdown)) for _ in range(2))
-        self._known = self._greedy
+        self.start(sampled=False)
 
-    def start(self, sampled: bool) -> None:
-        self._width, self._regret = 0, {}  # the last pass verified no tree
-        self._known = self._sampled if sampled else self._greedy
+    def start(self, sampled: bool, texts: int = 1) -> None:
+        """See Policy. Rounds of 2 and 3, of 4 to 7 texts and so on share what is learned of them."""
+        self._width, self._regret, self._texts = 0, {}, texts  # the last pass verified no tree
+        key = sampled, texts.bit_length()
+        if key not in self._experiences:
+            self._experiences[key] = Experience(Budget(self.max_slowdown))
+        self._known = self._experiences[key]
 
     # --- before the draft
 
     def widest(self, context: int, most: int) -> int:
-        return self._widths(context, most)[-1]
+        return min(self._widths(context, most, self._texts)[-1], most, BOUNDS.width)
 
-    def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-        plan = Plan(context, unread, self._widths(context, most))
+    def plan(self, context: int, most: int, repeats: Forest, unread: int) -> Plan:
+        texts = len(repeats.trees)
+        plan = Plan(context, unread, self._widths(context, most, texts), texts=texts)
         if len(plan.widths) == 1 or self.costs.draft is None:  # no room for a tree, or no drafter
             return plan
         known, pace = self._known, self.pace
-        plain = pace.target_ms(context, 1)
+        plain = self._plain_ms(plan)
         otherwise = max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
         gain = known.price_of_token * known.tokens.value - known.steps.value - otherwise / plain
         at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -START
         return replace(plan, draft=gain >= -OPTIMISM and known.budget.covers(at_risk))
 
-    def _widths(self, context: int, most: int) -> tuple[int, ...]:
-        return tuple(width for width in widths(self.costs, context) if width <= most)
+    def _widths(self, context: int, most: int, texts: int) -> tuple[int, ...]:
+        """Return the widths of a pass over so many texts, of which twice the most nodes are enough for several."""
+        every = widths(self.costs, context)
+        if texts > 1:
+            every = (*WIDTHS, *(2 * width for width in WIDTHS[-2:]))
+        return (texts, *(width for width in every if texts < width <= most))
+
+    def _plain_ms(self, plan: Plan) -> float:
+        """Return the ms of a round that decodes every text plainly."""
+        pace = self.pace
+        return pace.target_ms(plan.context, plan.texts) + (plan.texts - 1) * pace.path_ms(plan.context)
 
     # --- while the drafter's tree grows
 
@@ -92,21 +107,20 @@ class Scheduler:
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         context, pace, known = plan.context, self.pace, self._known
         gain = self._price(plan) * sum(map(exp, frontier)) * known.share(depth) * known.trees[True].value
-        node = (pace.target_ms(context, plan.widths[-1]) - pace.target_ms(context, 1)) / (plan.widths[-1] - 1)
+        least, most = plan.widths[0], plan.widths[-1]
+        node = (pace.target_ms(context, most) - pace.target_ms(context, least)) / (most - least)
         return gain > pace.draft_ms(context, len(frontier)) + node
 
     # --- before the target verifies
 
-    def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """Return the part of `tree` that is worth most to verify, filled up to a width."""
+    def choose(self, plan: Plan, forest: Forest) -> Choice:
+        """Return the part of `forest` that is worth most to verify, and its width."""
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
-        offered = tree = without_branches(tree, least)
-        worth = self._worth(plan, tree) if plan.draft or len(tree) > 1 else {1: 0.0}  # nothing to verify: plain
+        offered = forest.map(lambda tree: without_branches(tree, least))
+        some = plan.draft or len(offered) > plan.texts
+        worth = self._worth(plan, offered) if some else {plan.texts: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
-        kept = min(max(width, self.plain_rows), len(tree))
-        if kept < len(tree):
-            tree = best_tree(tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist(), kept - 1)
-        return Choice(filled(tree, width), offered, width, worth, regret)
+        return Choice(offered.best(max(width, self.plain_rows)), offered, width, worth, regret)
 
     def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
         """Return the width to verify, and each width's regret if the width stays.
@@ -115,7 +129,7 @@ class Scheduler:
         cost of the change (ski rental).
         """
         if not plan.draft:  # `plan` has checked the budget for drafts
-            worth = {width: ms for width, ms in worth.items() if width == 1 or self._affordable(plan, width)}
+            worth = {width: ms for width, ms in worth.items() if width == plan.texts or self._affordable(plan, width)}
         change = {width: self._change(width) for width in worth}
         width = max(worth, key=lambda width: worth[width] - change[width])
         if width != self._width:
@@ -126,26 +140,26 @@ class Scheduler:
 
     def _affordable(self, plan: Plan, width: int) -> bool:
         """Return whether the budget covers a tree without a right node and two changes of width."""
-        plain = self.pace.target_ms(plan.context, 1)
-        loss = self.pace.target_ms(plan.context, width) - plain + self._change(width)
-        return self._known.budget.covers(loss / plain)
+        pace = self.pace
+        loss = pace.target_ms(plan.context, width) - pace.target_ms(plan.context, plan.texts) + self._change(width)
+        return self._known.budget.covers(loss / self._plain_ms(plan))
 
     def _price(self, plan: Plan) -> float:
         """Return the milliseconds that a token is worth."""
-        return self._known.price_of_token * self.pace.target_ms(plan.context, 1)
+        return self._known.price_of_token * self._plain_ms(plan) / plan.texts
 
-    def _worth(self, plan: Plan, tree: DraftTree) -> dict[int, float]:
-        """Return width -> worth (ms) of a pass over the best part of `tree`, before changes."""
-        expected = tree.expected_lengths
+    def _worth(self, plan: Plan, forest: Forest) -> dict[int, float]:
+        """Return width -> worth (ms) of a pass over the best part of `forest`, before changes."""
+        expected, texts = forest.expected_lengths, plan.texts
         price, factor = self._price(plan), self._known.trees[plan.draft].value
         out = {}
         for width in plan.widths:
-            tokens = 1.0 + (expected[min(width, len(tree)) - 1] - 1.0) * factor
-            out[width] = price * tokens - self.pace.verify_ms(plan.context, tree, width)
-            if width >= len(tree):
+            tokens = texts + (expected[min(width, len(forest)) - 1] - texts) * factor
+            out[width] = price * tokens - self.pace.verify_ms(plan.context, forest, width)
+            if width >= len(forest):
                 break
-        if self._width in plan.widths and self._width not in out:  # wider than the tree
-            out[self._width] = price * tokens - self.pace.verify_ms(plan.context, tree, self._width)
+        if self._width in plan.widths and self._width not in out:  # wider than the trees
+            out[self._width] = price * tokens - self.pace.verify_ms(plan.context, forest, self._width)
         return out
 
     def _change(self, width: int) -> float:
@@ -153,53 +167,60 @@ class Scheduler:
 
         A change to or from plain decoding counts twice, for the way back, which is usually near.
         """
-        return (1 + (1 in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
+        return (1 + (self._texts in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 
     # --- after the round
 
     def learn(self, round: Round) -> None:
         known, pace, plan, choice = self._known, self.pace, round.plan, round.choice
-        context, drafted, tokens = plan.context, round.drafted is not None, len(round.tokens)
-        offered = choice.offered or choice.tree
-        missed = self._missed(round, offered) if drafted and choice.width == 1 < len(offered) else None
-        known.fade(repeats=not drafted and len(offered) > 1)
+        context, texts, forest = plan.context, plan.texts, choice.forest
+        drafts = [draft for draft in round.drafts if draft]
+        tokens = sum(map(len, round.tokens)) / texts
+        offered = choice.offered or forest
+        missed = self._missed(round, offered) if drafts and choice.width == texts < len(offered) else None
+        known.fade(repeats=not drafts and len(offered) > texts)
         predicted = 0.0
-        if round.growth:
-            for depth, taken in round.growth.taken.items():
+        for draft in drafts:
+            for depth, taken in draft.growth.taken.items():
                 known.children.setdefault(depth, Estimate(1.0, ABOVE)).add(taken)
+        if drafts:
             predicted = self.costs.call_ms(context, plan.unread) + self._levels(round)
 
         self._regret = choice.regret
-        nodes = len(choice.tree) if len(choice.tree) > self.plain_rows else 1
+        rows = max(choice.width, len(forest))
+        nodes = rows if rows > self.plain_rows else texts
         changed, self._width = self._width != nodes, nodes
-        extra_ms = (choice.tree.path_counts[-1] - 1) * self.costs.path.at(context, 1) + changed * self.costs.switch_ms
+        extra_ms = (forest.path_counts[-1] - 1) * self.costs.path.at(context, 1) + changed * self.costs.switch_ms
         verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 
-        plain = pace.target_ms(context, 1)
+        plain = self._plain_ms(plan)
         took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain
         known.price.add(took / tokens, tokens)
-        known.budget.add(took, tokens - took if drafted or nodes > 1 else -change)
-        if nodes > 1 and (expected := choice.tree.expected_length - 1.0) > 0:
-            known.trees[drafted].add((tokens - 1.0) / expected, expected)
-        if round.drafted is not None:
-            self._learn_draft(round.drafted, round.tokens)
+        known.budget.add(took, tokens - took if drafts or nodes > texts else -change)
+        if nodes > texts and (expected := forest.expected_length - texts) > 0:
+            known.trees[bool(drafts)].add((tokens - 1.0) * texts / expected, expected)
+        for drafted, found in zip(round.drafts, round.tokens, strict=True):
+            if drafted:
+                self._learn_draft(drafted.tree, found)
+        if drafts:
             backlog = pace.backlog_ms(context, plan.unread) / plain
             gave, steps = missed or (tokens, took - backlog)
             known.tokens.add(gave)
             known.steps.add(steps)
 
     def _levels(self, round: Round) -> float:
-        """Return the ms that the levels of the round's tree take by the cost table."""
-        return sum(self.costs.call_ms(round.plan.context, rows) for rows in round.growth.rows) if round.growth else 0.0
+        """Return the ms that the levels of the round's trees take by the cost table."""
+        levels = (rows for draft in round.drafts if draft for rows in draft.growth.rows)
+        return sum(self.costs.call_ms(round.plan.context, rows) for rows in levels)
 
-    def _missed(self, round: Round, offered: DraftTree) -> tuple[float, float]:
-        """Return the tokens and plain steps to expect of the round, had its draft been verified."""
-        context, worth, pace = round.plan.context, round.choice.worth, self.pace
-        best = max((width for width in worth if width > 1), key=worth.__getitem__)
-        verify = pace.verify_ms(context, offered, best)
-        took = verify + pace.draft_ms(context, 1) + pace.draft_pace * self._levels(round)
-        return (worth[best] + verify) / self._price(round.plan), took / pace.target_ms(context, 1)
+    def _missed(self, round: Round, offered: Forest) -> tuple[float, float]:
+        """Return tokens of a text and plain steps to expect of the round, had its drafts been verified."""
+        plan, worth, pace = round.plan, round.choice.worth, self.pace
+        best = max((width for width in worth if width > plan.texts), key=worth.__getitem__)
+        verify = pace.verify_ms(plan.context, offered, best)
+        took = verify + pace.draft_ms(plan.context, 1) + pace.draft_pace * self._levels(round)
+        return (worth[best] + verify) / self._price(plan) / plan.texts, took / self._plain_ms(plan)
 
     def _learn_draft(self, tree: DraftTree, tokens: Sequence[int]) -> None:
         """Compare the drafter's own tree with the tokens that followed its root."""
@@ -227,15 +248,3 @@ class Scheduler:
 def widths(costs: Costs, context: int) -> tuple[int, ...]:
     """Return the numbers of nodes that trees may have at these `costs`, after `context` tokens."""
     return WIDTHS if costs.switch_ms <= DEAR * costs.target.at(context, 1) else FEW_WIDTHS
-
-
-def filled(tree: DraftTree, width: int) -> DraftTree:
-    """Return `tree`, filled up to `width` nodes by a chain of the root's token below the last."""
-    count = width - len(tree)
-    if count <= 0:
-        return tree
-    return DraftTree(
-        np.concatenate([tree.tokens, np.full(count, tree.tokens[0])]),
-        np.concatenate([tree.parents, np.arange(len(tree) - 1, width - 1)]),
-        np.concatenate([tree.logprobs, np.full(count, -np.inf, np.float32)]),
-    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import PRIOR, Estimate
-from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.forest import Forest
 
 OUTLIER = 3.0  # a longer time counts as this multiple of the expected time: tests of machines that stall
 
@@ -29,9 +29,9 @@ class Pace:
         """Return the ms that each further path of a tree adds to a pass."""
         return self.costs.path.at(context, 1) * self._target.value
 
-    def verify_ms(self, context: int, tree: DraftTree, width: int) -> float:
-        """Return the ms of a pass of `width` nodes that verifies the best part of `tree`."""
-        paths = tree.path_counts[min(width, len(tree)) - 1] - 1
+    def verify_ms(self, context: int, forest: Forest, width: int) -> float:
+        """Return the ms of a pass of `width` nodes that verifies the best part of `forest`."""
+        paths = forest.path_counts[min(width, len(forest)) - 1] - 1
         return self.target_ms(context, width) + paths * self.path_ms(context)
 
     @property

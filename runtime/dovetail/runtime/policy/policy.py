@@ -1,7 +1,8 @@
 """The policy's protocol, and the records of a round: a plan, a choice, and the outcome of both.
 
-The loop calls `plan` before the draft, `choose` before verification and `learn` at the end. Only
-`start` and `learn` change a policy.
+A round is one pass of the target over the trees of one or more texts. The loop calls `plan` before
+the drafts, `choose` before verification and `learn` at the end. Only `start` and `learn` change a
+policy.
 """
 
 from __future__ import annotations
@@ -15,38 +16,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.forest import Forest
 
 
 @dataclass(frozen=True)
 class Plan:
     """Whether a round drafts, and the widths to choose from."""
 
-    context: int  # tokens committed before the round
-    unread: int  # context pairs that the drafter has not read
-    widths: tuple[int, ...]  # numbers of nodes, ascending, that the tree may have
+    context: int  # tokens committed before the round, the mean over its texts
+    unread: int  # context pairs of all texts that the drafter has not read
+    widths: tuple[int, ...]  # numbers of nodes, ascending, that the pass may have; the first decodes plainly
     draft: bool = False  # whether to call the drafter
+    texts: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The tree that the target verifies."""
+    """The trees that the target verifies."""
 
-    tree: DraftTree
-    offered: DraftTree | None = None  # the tree that it was chosen from
-    width: int = 0  # chosen number of nodes, 1 for plain decoding
+    forest: Forest
+    offered: Forest | None = None  # the trees that they were chosen from
+    width: int = 0  # rows that the pass computes at least, one for each text in plain decoding
     worth: Mapping[int, float] = field(default_factory=dict)  # width -> ms that verifying that many nodes is worth
     regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms lost so far by keeping the last width
 
 
 @dataclass(frozen=True, eq=False)
+class Draft:
+    """The drafter's own tree for a text, and how the tree grew."""
+
+    tree: DraftTree
+    growth: Growth
+
+
+@dataclass(frozen=True, eq=False)
 class Round:
-    """The outcome of a plan and a choice."""
+    """The outcome of a plan and a choice. Drafts and tokens are in the order of the texts."""
 
     plan: Plan
     choice: Choice
-    drafted: DraftTree | None  # the drafter's own tree, None without a draft
-    growth: Growth | None  # how that tree grew
-    tokens: Sequence[int]  # those that followed the root
+    drafts: Sequence[Draft | None]  # None for a text that the drafter was not asked about
+    tokens: Sequence[Sequence[int]]  # those that followed the root
     draft_ms: float
     verify_ms: float
 
@@ -54,14 +64,14 @@ class Round:
 class Policy(Protocol):
     """Decides for one engine how much to draft and verify, and learns across conversations."""
 
-    def start(self, sampled: bool) -> None:
-        """Begin an answer, sampled or greedy."""
+    def start(self, sampled: bool, texts: int = 1) -> None:
+        """Turn to rounds of so many texts. sampled: whether any of their answers is sampled."""
 
     def widest(self, context: int, most: int) -> int:
-        """Return the nodes of the largest useful tree after `context` tokens, at most `most`."""
+        """Return the nodes of the largest useful tree of a text, at most `most`."""
 
-    def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-        """Plan a round of at most `most` nodes. repeats: the tree of repeated text alone."""
+    def plan(self, context: int, most: int, repeats: Forest, unread: int) -> Plan:
+        """Plan a round of at most `most` nodes. repeats: the trees of repeated text alone."""
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Judge.believe."""
@@ -69,8 +79,8 @@ class Policy(Protocol):
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         """See Judge.pays."""
 
-    def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        """Return the part of `tree` to verify. Nodes that only fill a width may follow it."""
+    def choose(self, plan: Plan, forest: Forest) -> Choice:
+        """Return the part of `forest` to verify, and the rows of the pass."""
 
     def learn(self, round: Round) -> None:
         """Learn from a round that has ended."""

@@ -1,12 +1,19 @@
 """Choose a token from the target's logits: processors, and noise keyed by position.
 
-Axes: V target vocabulary, S tokens that pass the processors. Processors and their order are those
-of transformers' generate. The sampler draws by the Gumbel-max trick: it takes the token with the
-best sum of logit and temperature x noise. A token's noise depends on the seed and the absolute
-position alone. A seed therefore draws the same tokens one by one or along the path of a tree. The
-drafter adds part of the same noise to its own logits, so that its proposals agree with the target's
-samples more often. Source of the shared noise: Daliri, Musco and Suresh, Coupling without
-Communication and Drafter-Invariant Speculative Decoding (arXiv 2408.07978).
+Axes: V target vocabulary, A tokens that a grammar allows, S tokens that pass the processors.
+
+The processors, in order: logit bias, repetition penalty, frequency penalty, presence penalty, the
+grammar, temperature, top-k, top-p, min-p. transformers' generate has the same order, without the
+frequency and presence penalties: sequence bias, repetition penalty, allowed tokens, the warpers.
+vLLM adds the logit bias first too. Its `apply_penalties` applies repetition, frequency and presence
+in this order, the last two over the tokens of the answer alone.
+
+The sampler draws by the Gumbel-max trick: it takes the token with the best sum of logit and
+temperature x noise. A token's noise depends on the seed and the absolute position alone. A seed
+therefore draws the same tokens one by one or along the path of a tree. The drafter adds part of the
+same noise to its own logits, so that its proposals agree with the target's samples more often.
+Source of the shared noise: Daliri, Musco and Suresh, Coupling without Communication and
+Drafter-Invariant Speculative Decoding (arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.sampling.noise import Noise, gumbel_noise
 from dovetail.runtime.sampling.params import SamplingParams
 
@@ -33,32 +40,49 @@ class Sampler:
     """Chooses tokens for one generation, and computes only the rows that a caller passes.
 
     noise: returns a position's noise for the whole vocabulary; by default keyed by params.seed.
+    prompt_tokens: of each context, those before the answer. Presence and frequency leave them out.
     """
 
-    def __init__(self, params: SamplingParams, noise: Noise | None = None) -> None:
-        self.params = params.seeded()
+    def __init__(self, params: SamplingParams, noise: Noise | None = None, *, prompt_tokens: int = 0) -> None:
+        self.params, self.prompt_tokens = params.seeded(), prompt_tokens
+        self._reshapes, bias = params.reshapes, dict(params.logit_bias)
+        self._biased, self._bias = np.array([*bias], np.int64), np.array([*bias.values()], np.float64)
         self._new_noise = noise or gumbel_noise(self.params.seed or 0)
         self._size = 0  # V, 0 until the first sampled token
         self._noise: dict[int, NDArray[np.float32]] = {}  # position -> noise, the newest last
         # Buffers for the whole vocabulary: allocating a megabyte takes longer than filling it.
         self._ids, self._scores = np.empty(0, np.int64), np.empty(0, np.float64)
 
-    def pick(self, logits: NDArray[np.float32], position: int, context: Sequence[int]) -> int:
+    def pick(
+        self,
+        logits: NDArray[np.float32],
+        position: int,
+        context: Sequence[int],
+        allowed: NDArray[np.int64] | None = None,
+    ) -> int:
         """Return the token at absolute `position`.
 
         logits: [V] float32, given `context`. context: every token id before the position, path
-        included. Raises DeviceError if the logits are not finite.
+        included. allowed: [A], the tokens to choose from, ascending; None for all. Raises DeviceError
+        if the logits are not finite, and InputError if no token is allowed.
         """
-        scores, params = self._penalised(logits, context), self.params
+        scores, params = self._processed(logits, context), self.params
+        if allowed is not None:
+            allowed = allowed[: allowed.searchsorted(len(logits))]
+            if not len(allowed):
+                raise InputError("the grammar allows none of the target's tokens here: change the grammar")
+            scores = scores[allowed]
         if params.greedy:
-            token = int(scores.argmax())
-            _check_finite(float(scores[token]))
-            return token
+            best = int(scores.argmax())
+            _check_finite(float(scores[best]))
+            return best if allowed is None else int(allowed[best])
         self._size = len(logits)
         if not params.top_k and params.top_p == 1 and params.min_p == 0:
-            return self.draw(scores, None, position)
-        ids, _ = self._support(scores)
-        return int(ids[self.draw(scores[ids], ids, position)])
+            drawn = self.draw(scores, allowed, position)
+            return drawn if allowed is None else int(allowed[drawn])
+        kept, _ = self._support(scores)
+        ids = kept if allowed is None else allowed[kept]
+        return int(ids[self.draw(scores[kept], ids, position)])
 
     def distribution(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.float64]:
         """Return [V] float64, the probability that each token is chosen; one-hot when greedy."""
@@ -66,7 +90,7 @@ class Sampler:
         if self.params.greedy:
             probs[self.pick(logits, 0, context)] = 1.0
         else:
-            ids, kept = self._support(self._penalised(logits, context))
+            ids, kept = self._support(self._processed(logits, context))
             probs[ids] = kept
         return probs
 
@@ -106,9 +130,9 @@ class Sampler:
         return noise
 
     def _support(self, given: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the tokens that may be chosen, ascending [S], and their probabilities [S].
+        """Return the indices that may be chosen, ascending [S], and their probabilities [S].
 
-        given: [V], penalised logits. Both results are valid until the next call.
+        given: [V] or [A], processed logits. Both results are valid until the next call.
         """
         params = self.params
         if len(self._ids) != len(given):
@@ -133,16 +157,29 @@ class Sampler:
             ids, probs = ids[kept], probs[kept]
         return ids, probs if len(probs) == len(given) else probs / probs.sum()
 
-    def _penalised(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
-        """Divide the scores of tokens in the context by the penalty; multiply negative scores."""
-        penalty = self.params.repetition_penalty
-        if penalty == 1:
+    def _processed(self, logits: NDArray[np.float32], context: Sequence[int]) -> NDArray[np.floating[Any]]:
+        """Return [V], the logits with bias and penalties. `logits` stays as it is.
+
+        Repetition divides positive scores of all tokens in the context and multiplies negative ones.
+        """
+        if not self._reshapes:
             return logits
-        seen = np.fromiter(context, np.int64, len(context))
-        penalised = logits.astype(np.float64)
-        scores = penalised[seen]
-        penalised[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
-        return penalised
+        params, scores = self.params, logits.astype(np.float64)
+        if len(self._biased):
+            if self._biased[-1] >= len(scores):
+                raise InputError(
+                    f"logit_bias has token id {self._biased[-1]}, the target {len(scores)} tokens: give its ids"
+                )
+            scores[self._biased] += self._bias
+        if params.repetition_penalty != 1:
+            seen = np.fromiter(context, np.int64, len(context))
+            found = scores[seen]
+            scores[seen] = np.where(found < 0, found * params.repetition_penalty, found / params.repetition_penalty)
+        if params.frequency_penalty or params.presence_penalty:
+            said = np.array(context[self.prompt_tokens :], np.int64)
+            ids, counts = np.unique(said, return_counts=True)
+            scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
+        return scores
 
 
 def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:

@@ -13,19 +13,25 @@ from numpy.typing import NDArray
 
 BlockIds = NDArray[np.int32]
 
-_FREE = 0
+_FREE, _SHARED = 0, -1
 _MAP_NORESERVE = 0x4000  # Linux's value; Python has the name from 3.13 on
 
 
 class BlockPool:
     """The owner of each KV block of a model: `owners[b]` is a number, or 0 if block b is free.
 
-    An interrupted `take` leaves blocks without a use. The owner's next `keep` frees them.
+    Several owners may share a block, which then nobody writes to. An interrupted `take` leaves
+    blocks without a use. The owner's next `keep` frees them.
     """
 
     def __init__(self) -> None:
         self.owners = np.zeros(0, np.int32)
+        self._sharers = np.zeros(0, np.int32)  # of a shared block
         self._count = 0
+
+    @property
+    def free(self) -> int:
+        return int(np.count_nonzero(self.owners == _FREE))
 
     def new_owner(self) -> int:
         self._count += 1
@@ -33,7 +39,8 @@ class BlockPool:
 
     def grow(self, blocks: int) -> None:
         """Grow the pool to `blocks` blocks in all."""
-        self.owners = np.concatenate([self.owners, np.zeros(blocks - len(self.owners), np.int32)])
+        new = np.zeros(blocks - len(self.owners), np.int32)
+        self.owners, self._sharers = np.concatenate([self.owners, new]), np.concatenate([self._sharers, new])
 
     def take(self, owner: int, count: int) -> BlockIds:
         """Give the owner the first `count` free blocks, which must exist, and return them."""
@@ -47,6 +54,18 @@ class BlockPool:
         dropped = self.owners == owner
         dropped[blocks] = False
         self.owners[dropped] = _FREE
+
+    def share(self, blocks: BlockIds) -> None:
+        """Let one more owner have `blocks`."""
+        owned = blocks[self.owners[blocks] != _SHARED]
+        self._sharers[owned] = 1
+        self.owners[owned] = _SHARED
+        self._sharers[blocks] += 1
+
+    def release(self, blocks: BlockIds) -> None:
+        """Let one owner less have the shared `blocks`; the last owner frees them."""
+        self._sharers[blocks] -= 1
+        self.owners[blocks[self._sharers[blocks] == 0]] = _FREE
 
 
 def untouched_zeros(shape: Sequence[int]) -> NDArray[np.uint16]:

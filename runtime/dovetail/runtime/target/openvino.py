@@ -33,6 +33,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 _SMALL_PROMPTS = (2, 4, 8)
 _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
+_SHARED_SPARE_BLOCKS = 192  # for the trees of many texts, and the block that each of them ends in
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _Text:
 
     blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
     length: int = 0  # committed tokens
+    shared: int = 0  # first blocks that other texts may have too: full, and never written to
     verified: _Paths | None = None  # paths of the verified tree, until `commit`
 
 
@@ -50,16 +52,37 @@ class OpenVINOTarget:
     exact: compute no row alone, so that equal tokens give equal bits in every pass. Without `exact`
     a tree of one node runs through OpenVINO's kernel for single rows, which is quicker and adds in
     another order. sequences: how many whole texts get memory at once; more texts can be opened.
+    kv_cache: bytes for the KV of all texts, which then never grows; None for no limit.
     """
 
     device = "CPU"
 
-    def __init__(self, model: PagedModel, max_context: int, *, exact: bool = True, sequences: int = 1):
+    def __init__(
+        self,
+        model: PagedModel,
+        max_context: int,
+        *,
+        exact: bool = True,
+        sequences: int = 1,
+        kv_cache: int | None = None,
+    ):
+        """Raises DeviceError, InputError for a kv_cache that is too small for one context."""
         self.model = model
         self.max_context = max_context
         self.exact = exact
         self._texts: dict[SequenceId, _Text] = {}
-        self._reserve(sequences)
+        self._limited = kv_cache is not None
+        if kv_cache is None:
+            self._reserve(sequences)
+            return
+        least = _blocks_for(max_context) + _SHARED_SPARE_BLOCKS
+        blocks = min(kv_cache // model.block_bytes, sequences * _blocks_for(max_context) + _SHARED_SPARE_BLOCKS)
+        if blocks < least:
+            raise InputError(
+                f"kv_cache of {kv_cache} bytes is too small for a context of {max_context} tokens: give "
+                f"{least * model.block_bytes} bytes or more, or export the target with a smaller --max-context"
+            )
+        model.reserve(blocks)
 
     @classmethod
     def load(
@@ -70,6 +93,8 @@ class OpenVINOTarget:
         threads: int | None = None,
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
+        sequences: int = 1,
+        kv_cache: int | None = None,
     ) -> OpenVINOTarget:
         """Load the target of a pair, with the features that its drafter reads mixed in.
 
@@ -83,7 +108,7 @@ class OpenVINOTarget:
         mix = facts.files.get("features") if facts else None
         features = FeatureMix.load(pair / mix, facts) if facts and mix else None
         model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)
-        return cls(model, manifest.target.max_context, exact=exact)
+        return cls(model, manifest.target.max_context, exact=exact, sequences=sequences, kv_cache=kv_cache)
 
     def open(self) -> SequenceId:
         seq = self.model.pool.new_owner()  # the number of the sequence and of its blocks
@@ -94,13 +119,34 @@ class OpenVINOTarget:
     def length(self, seq: SequenceId) -> int:
         return self._text(seq).length
 
+    def fork(self, seq: SequenceId, keep: int) -> SequenceId:
+        """See Target. Both texts have the same full blocks; the new text begins after them."""
+        source, new = self._text(seq), self.open()
+        shared = min(keep, source.length) // BLOCK
+        blocks = source.blocks[:shared].copy()
+        self.model.pool.share(blocks)
+        source.shared = max(source.shared, shared)
+        self._texts[new] = _Text(blocks, shared * BLOCK, shared)
+        return new
+
+    @property
+    def room(self) -> int:
+        """See Target."""
+        return BLOCK * max(self.model.pool.free - _SHARED_SPARE_BLOCKS, 0)
+
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
         return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
     def verify(
-        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+        self,
+        offers: Mapping[SequenceId, DraftTree],
+        prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS,
+        *,
+        rows: int = 0,
     ) -> dict[SequenceId, TargetPass]:
-        rows = sum(map(len, offers.values())) + sum(map(len, prompts.values()))
+        rows = max(rows, sum(map(len, offers.values())))
+        if prompts:
+            rows = prompt_rows(rows + sum(map(len, prompts.values())))
         return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
@@ -121,12 +167,25 @@ class OpenVINOTarget:
         text = self._text(seq)
         text.length = min(text.length, keep)
         text.verified = None
+        if text.shared > text.length // BLOCK:
+            self._unshare(seq, text)
         self.model.pool.keep(seq, text.blocks)
+
+    def _unshare(self, seq: SequenceId, text: _Text) -> None:
+        """Leave the shared blocks after the text's end. A block that the text ends in is copied."""
+        full, part = divmod(text.length, BLOCK)
+        left = text.blocks[full : text.shared]
+        text.blocks, text.shared = text.blocks[:full], full
+        if part:
+            self._hold(seq, full + 1)
+            self.model.copy_rows(int(left[0]), text.blocks[full:], part)
+        self.model.pool.release(left)
 
     def close(self, seq: SequenceId) -> None:
         if text := self._texts.get(seq):
-            text.length, text.blocks = 0, np.zeros(0, np.int32)
             self.rewind(seq, 0)
+            text.blocks = np.zeros(0, np.int32)
+            self.model.pool.keep(seq, text.blocks)
             del self._texts[seq]
 
     def pretend_length(self, seq: SequenceId, tokens: int) -> None:
@@ -151,6 +210,8 @@ class OpenVINOTarget:
 
     def _reserve(self, sequences: int) -> None:
         """Reserve blocks for `sequences` whole contexts, and for the trees of one sequence."""
+        if self._limited:
+            return
         self.model.reserve(sequences * _blocks_for(self.max_context) + _SPARE_BLOCKS)
 
     def _text(self, seq: SequenceId) -> _Text:
@@ -209,6 +270,11 @@ class OpenVINOTarget:
         if (missing := blocks - len(text.blocks)) > 0:
             pool = self.model.pool
             pool.keep(seq, text.blocks)
+            if self._limited and missing > pool.free:
+                raise DeviceError(
+                    f"the memory for KV is full: {missing} blocks of {self.model.block_bytes} bytes are needed and "
+                    f"{pool.free} free: give the engine a larger kv_cache"
+                )
             self.model.reserve(int(np.count_nonzero(pool.owners)) + missing)
             text.blocks = np.concatenate([text.blocks, pool.take(seq, missing)])
 

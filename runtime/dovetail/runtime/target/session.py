@@ -44,6 +44,13 @@ class Target(Protocol):
     def open(self) -> SequenceId:
         """Return the number of a new, empty sequence."""
 
+    def fork(self, seq: SequenceId, keep: int) -> SequenceId:
+        """Return the number of a new sequence that begins as another does, after at most `keep` tokens."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that all sequences together may still take, if each stays below `max_context`."""
+
     def length(self, seq: SequenceId) -> int:
         """Return how many tokens of the sequence are committed to the KV cache."""
 
@@ -51,11 +58,16 @@ class Target(Protocol):
         """Append and commit one chunk of prompt tokens. Return logits of the last token only."""
 
     def verify(
-        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+        self,
+        offers: Mapping[SequenceId, DraftTree],
+        prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS,
+        *,
+        rows: int = 0,
     ) -> Mapping[SequenceId, TargetPass]:
         """Run all trees in one pass. A node attends to its sequence's tokens and its ancestors.
 
-        prompts: prompt tokens of other sequences, as in `prefill`; they share the pass.
+        prompts: prompt tokens of other sequences, as in `prefill`; they share the pass. rows: that
+        the pass computes at least, because passes of few sizes are quicker.
         """
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:

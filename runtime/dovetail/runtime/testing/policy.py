@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.policy.policy import Choice, Plan, Round
-from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
+from dovetail.runtime.tree.forest import Forest
 
 
 class ScriptedPolicy:
@@ -23,14 +23,15 @@ class ScriptedPolicy:
         self.draft, self.expand, self.whole = draft, expand, whole
         self.rounds: list[Round] = []
 
-    def start(self, sampled: bool) -> None:
+    def start(self, sampled: bool, texts: int = 1) -> None:
         """See Policy."""
 
     def widest(self, context: int, most: int) -> int:
         return most
 
-    def plan(self, context: int, most: int, repeats: DraftTree, unread: int) -> Plan:
-        return Plan(context, unread, (1, most), draft=bool(self.rng.random() < self.draft))
+    def plan(self, context: int, most: int, repeats: Forest, unread: int) -> Plan:
+        texts = len(repeats.trees)
+        return Plan(context, unread, (texts, most), draft=bool(self.rng.random() < self.draft), texts=texts)
 
     def believe(self, plan: Plan, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
         return logprobs
@@ -38,11 +39,8 @@ class ScriptedPolicy:
     def worth_expanding(self, plan: Plan, depth: int, frontier: Sequence[float]) -> bool:
         return bool(self.rng.random() < self.expand)
 
-    def choose(self, plan: Plan, tree: DraftTree) -> Choice:
-        if self.whole:
-            return Choice(tree)
-        parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist())
-        return Choice(best_tree(*parts, int(self.rng.integers(0, len(tree)))))
+    def choose(self, plan: Plan, forest: Forest) -> Choice:
+        return Choice(forest if self.whole else forest.best(1 + int(self.rng.integers(0, len(forest)))))
 
     def learn(self, round: Round) -> None:
         self.rounds.append(round)

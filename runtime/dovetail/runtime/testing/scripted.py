@@ -58,8 +58,9 @@ class ScriptedTarget:
 
     device = "scripted"
 
-    def __init__(self, logits_of: LogitsOf, max_context: int = 4096) -> None:
-        self.logits_of, self.max_context = logits_of, max_context
+    def __init__(self, logits_of: LogitsOf, max_context: int = 4096, memory: int = 1 << 30) -> None:
+        """memory: tokens of all sequences."""
+        self.logits_of, self.max_context, self._memory = logits_of, max_context, memory
         self.texts: dict[SequenceId, list[int]] = {}  # tokens of each sequence
         self.calls: list[tuple[str, int]] = []  # e.g. ("prefill", 12) tokens, ("commit", 3) nodes
         self._opened = 0
@@ -71,6 +72,15 @@ class ScriptedTarget:
         self.texts[self._opened] = []
         return self._opened
 
+    def fork(self, seq: SequenceId, keep: int) -> SequenceId:
+        new = self.open()
+        self.texts[new] = self.texts[seq][:keep]
+        return new
+
+    @property
+    def room(self) -> int:
+        return self._memory - sum(map(len, self.texts.values()))
+
     def length(self, seq: SequenceId) -> int:
         return len(self.texts[seq])
 
@@ -79,7 +89,11 @@ class ScriptedTarget:
         return self._prompt(seq, tokens)
 
     def verify(
-        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS
+        self,
+        offers: Mapping[SequenceId, DraftTree],
+        prompts: Mapping[SequenceId, TokenArray] = NO_PROMPTS,
+        *,
+        rows: int = 0,
     ) -> dict[SequenceId, TargetPass]:
         self._begin("verify", sum(map(len, offers.values())) + sum(map(len, prompts.values())))
         _require(not offers.keys() & prompts.keys(), "a tree and a prompt of one sequence in one pass")
@@ -111,6 +125,7 @@ class ScriptedTarget:
         _require(len(tokens) > 0, "prefill of no tokens")
         _require(seq not in self._trees, "prefill with a verified tree that was neither committed nor rewound")
         _require(len(text) + len(tokens) <= self.max_context, "prefill past the context")
+        _require(len(tokens) <= self.room, "prefill past the memory")
         start = len(text)
         text += tokens.tolist()
         prefixes = [tuple(text[: start + i + 1]) for i in range(len(tokens))]

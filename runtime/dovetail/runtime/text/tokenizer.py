@@ -130,6 +130,10 @@ class Tokenizer:
         """Return the SHA-256 of tokenizer.json, hexadecimal. Equal digests mean equal token ids."""
         return self._digest
 
+    def definition(self) -> str:
+        """Return the JSON text of a tokenizer.json, without padding and truncation."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return token ids of `text`, special tokens recognised. Raises InputError.
 

@@ -143,13 +143,17 @@ def without_branches(tree: DraftTree, least: float) -> DraftTree:
     while pending:
         kept.append(node := pending.pop())
         pending += children[node]
+    return part(tree, sorted(kept))
+
+
+def part(tree: DraftTree, kept: list[int]) -> DraftTree:
+    """Return the nodes `kept` of `tree`, ascending. The root and each node's parent are among them."""
     if len(kept) == len(tree):
         return tree
-    kept.sort()
     place = {node: index for index, node in enumerate(kept)}
     return best_tree(
         tree.tokens[kept].tolist(),
-        [place.get(parents[node], -1) for node in kept],
+        [place.get(int(parent), -1) for parent in tree.parents[kept]],
         tree.logprobs[kept].tolist(),
         len(kept) - 1,
     )

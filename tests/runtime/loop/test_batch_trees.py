@@ -1,0 +1,254 @@
+"""Texts with trees in one pass: each is what it is alone, with shared prefixes, little memory, cancelled requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.loop.batch import PROMPT_TOKENS, SHARED_TOKENS, SequenceBatch, Ticket
+from dovetail.runtime.loop.sequence import Request
+from dovetail.runtime.policy.choose import BOUNDS, Scheduler
+from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.policy.policy import Policy
+from dovetail.runtime.sampling.params import SamplingParams
+from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.target.session import NO_PROMPTS
+from dovetail.runtime.testing.policy import ScriptedPolicy
+from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
+from dovetail.runtime.tree.limits import TreeLimits
+
+VOCAB = 9
+LOGITS = MarkovLogits(VOCAB, sharpness=3.0)
+STOP = frozenset({8})
+SYSTEM = tuple(int(token) for token in np.random.default_rng(5).integers(0, VOCAB - 1, 300))
+LIMITS = TreeLimits(width=12, depth=4, top_k=3, lookup=6)
+
+
+def costs(plain_ms: float = 20.0, node_ms: float = 0.5, call_ms: float = 1.5) -> Costs:
+    target = Curve((0, 4096), (1, 64), ((plain_ms, plain_ms + 63 * node_ms),) * 2)
+    draft = Curve((0, 4096), (1, 128), ((call_ms, call_ms + 12.0),) * 2)
+    return Costs(target, draft, Curve((0,), (1,), ((0.01,),)), 0.0)
+
+
+def requests(count: int, policy: Policy | None, seed: int = 0) -> list[Request]:
+    """Half begin with a part of one long text, half are sampled; some are plain, some have trees of fixed limits."""
+    rng, made = np.random.default_rng(seed), list[Request]()
+    for index in range(count):
+        begin = SYSTEM[: int(rng.integers(0, 300))] if rng.random() < 0.5 else ()
+        prompt = (*begin, *(int(token) for token in rng.integers(0, VOCAB - 1, rng.integers(1, 40))))
+        sampling = SamplingParams(temperature=float(index % 2), seed=index)
+        limits, scheduler = [(None, None), (LIMITS, None), (LIMITS, policy), (LIMITS, policy)][int(rng.integers(4))]
+        made.append(Request(prompt, int(rng.integers(1, 60)), sampling, STOP, limits, scheduler))
+    return made
+
+
+def alone(request: Request) -> tuple[int, ...]:
+    """The answer, one token after the other, without sessions; the stop token included."""
+    sampler, text = Sampler(request.sampling), request.prompt
+    while len(text) < len(request.prompt) + request.max_new_tokens:
+        text += (sampler.pick(LOGITS(text), len(text), text),)
+        if text[-1] in request.stop_tokens:
+            break
+    return text[len(request.prompt) :]
+
+
+def policies() -> dict[str, Policy | None]:
+    return {"none": None, "chance": ScriptedPolicy(3), "costs": Scheduler(costs(), plain_rows=2)}
+
+
+def drafters(kind: str) -> ScriptedDrafter | None:
+    if kind == "none":
+        return None
+    if kind == "small":
+        return ScriptedDrafter(ScriptedDrafter.copy_of(LOGITS, 1.0)._propose, capacity=48)
+    return ScriptedDrafter.copy_of(LOGITS, 0.5) if kind == "good" else ScriptedDrafter.hostile_to(LOGITS)
+
+
+@pytest.mark.parametrize("policy", policies())
+@pytest.mark.parametrize("drafter", ["good", "small", "hostile", "none"])
+@pytest.mark.parametrize("memory", [1 << 30, 700])
+@pytest.mark.parametrize("share", [True, False])
+def test_each_text_is_what_it_is_alone(policy: str, drafter: str, memory: int, share: bool) -> None:
+    chosen, target = policies()[policy], ScriptedTarget(LOGITS, max_context=400, memory=memory)
+    batch = SequenceBatch(target, 5, drafters(drafter), chosen, share_prefixes=share)
+    tickets = [batch.add(request) for request in requests(40, chosen)]
+    answers: dict[Ticket, list[int]] = {ticket: [] for ticket in tickets}
+    ended = set[Ticket]()
+    while len(ended) < 40:
+        for advance in batch.step():
+            ticket, step = advance.ticket, advance.step
+            assert ticket not in ended
+            answers[ticket] += [*step.tokens, *([] if step.stop is None else [step.stop])]
+            if step.finish:
+                ended.add(ticket)
+    for ticket in tickets:
+        assert tuple(answers[ticket]) == alone(ticket.request)
+        metrics = ticket.meter.metrics()
+        assert metrics.new_tokens == len([token for token in answers[ticket] if token not in STOP])
+        assert metrics.prompt_tokens == len(ticket.request.prompt) > metrics.cached_tokens
+    assert batch.step() == []
+    batch.clear()
+    assert not target.texts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_that_leave_change_no_other_text_and_free_their_kv(seed: int) -> None:
+    rng, target = np.random.default_rng(seed), ScriptedTarget(LOGITS, max_context=400)
+    policy = Scheduler(costs(), plain_rows=2)
+    batch = SequenceBatch(target, 4, drafters("good"), policy)
+    coming = requests(40, policy, seed)
+    answers, left, ended = dict[Ticket, list[int]](), set[Ticket](), set[Ticket]()
+    while coming or batch.running or batch.waiting:
+        if coming and rng.random() < 0.5:
+            answers[batch.add(coming.pop())] = []
+        if answers and rng.random() < 0.1:
+            ticket = [*answers][int(rng.integers(len(answers)))]
+            batch.cancel(ticket)
+            left.add(ticket)
+            assert ticket.sequence is None
+        for advance in batch.step():
+            assert advance.ticket not in left
+            answers[advance.ticket] += [
+                *advance.step.tokens,
+                *([] if advance.step.stop is None else [advance.step.stop]),
+            ]
+            if advance.step.finish:
+                ended.add(advance.ticket)
+        assert len(target.texts) == len(batch.running) + sum(ticket.sequence is not None for ticket in batch.waiting)
+    assert len(ended | left) == 40 and len(left) > 2
+    for ticket in ended:
+        assert tuple(answers[ticket]) == alone(ticket.request)
+    assert not target.texts
+
+
+def test_a_prefix_that_many_share_is_read_once() -> None:
+    target = ScriptedTarget(LOGITS)
+    batch = SequenceBatch(target, 8, share_prefixes=True)
+    asked = [Request((*SYSTEM, index), 5) for index in range(7)]
+    list(batch.run(asked))
+    read = sum(count for call, count in target.calls if call == "verify")
+    assert read < len(SYSTEM) + 7 * 64 + 7 * 6
+    without = ScriptedTarget(LOGITS)
+    list(SequenceBatch(without, 8).run(asked))
+    assert sum(count for call, count in without.calls if call == "verify") > 7 * len(SYSTEM)
+
+
+def test_the_next_turn_of_a_conversation_reads_its_new_words_alone() -> None:
+    target = ScriptedTarget(LOGITS)
+    batch = SequenceBatch(target, 2, drafters("good"), share_prefixes=True)
+    first = Request(SYSTEM[:200], 40, limits=LIMITS)
+    ticket = batch.add(first)
+    text = [*first.prompt, *(token for advance in _all(batch) for token in advance.step.tokens)]
+    second = batch.add(replace(first, prompt=(*text, 1, 2, 3)))
+    _all(batch)
+    assert second.meter.cached_tokens >= len(text) - 1 and ticket.meter.cached_tokens == 0
+    assert len(batch.prefixes.kept) == 1  # the longer text takes the place of its prefix
+
+
+def test_prompts_are_read_in_parts_so_that_no_answer_waits_long() -> None:
+    target = ScriptedTarget(LOGITS)
+    batch = SequenceBatch(target, 4)
+    writing = batch.add(Request((1, 2), 60))
+    batch.step()
+    long = batch.add(Request(SYSTEM * 4, 1))
+    short = batch.add(Request(SYSTEM[:20], 1))
+    seen = list[set[Ticket]]()
+    while batch.running:
+        seen.append({advance.ticket for advance in batch.step() if advance.step.tokens})
+        assert target.calls[-1][0] != "prefill"
+    sizes = [count for call, count in target.calls if call == "verify"]
+    assert max(sizes) <= SHARED_TOKENS + 1 < PROMPT_TOKENS
+    first = next(index for index, tickets in enumerate(seen) if short in tickets)
+    last = next(index for index, tickets in enumerate(seen) if long in tickets)
+    assert first == 0 and last > 10  # the short prompt does not wait for the long one
+    assert all(writing in tickets for tickets in seen[:last])  # a token in every round
+
+
+def test_the_oldest_texts_keep_their_memory() -> None:
+    target = ScriptedTarget(LOGITS, max_context=400, memory=600)
+    batch = SequenceBatch(target, 4)
+    tickets = [batch.add(Request(SYSTEM[: 100 + index], 200, stop_tokens=frozenset())) for index in range(4)]
+    ended = [advance.ticket for advance in _all(batch) if advance.step.finish]
+    assert ended[0] is tickets[0] and {*ended} == {*tickets}
+
+
+def test_a_text_that_exceeds_the_memory_alone_is_an_error() -> None:
+    target = ScriptedTarget(LOGITS, max_context=400, memory=100)
+    batch = SequenceBatch(target, 2)
+    batch.add(Request(SYSTEM[:200], 5))
+    with pytest.raises(DeviceError):
+        _all(batch)
+    batch.clear()
+    assert not target.texts
+
+
+GAINS = {("copy", 0.1): (2.5, 2.0, 1.5, 1.15), ("copy", 30.0): (0.97,) * 4, ("hostile", 0.5): (0.97,) * 4}
+
+
+@pytest.mark.parametrize("texts", [1, 2, 4, 8])
+@pytest.mark.parametrize(("kind", "node_ms"), GAINS)
+def test_drafts_of_many_texts_pay_where_rows_are_cheap(texts: int, kind: str, node_ms: float) -> None:
+    """How many times as fast as plain decoding, where passes and calls take what the table says."""
+    table, seconds = costs(node_ms=node_ms), []
+    for limits in (replace(BOUNDS, lookup=0), None):
+        now = [0.0]
+        target = Timed(MarkovLogits(VOCAB, sharpness=40.0), table, now)
+        new_drafter = TimedDrafter.copy_of if kind == "copy" else TimedDrafter.hostile_to
+        drafter = new_drafter(target.logits_of)
+        assert isinstance(drafter, TimedDrafter)
+        drafter.table, drafter.now = table, now
+        policy = Scheduler(table)
+        batch = SequenceBatch(target, texts, drafter, policy, clock=partial(now.__getitem__, 0))
+        for index in range(texts):
+            batch.add(Request((1, index), 400, limits=limits, scheduler=policy))
+        _all(batch)
+        seconds.append(now[0])
+    assert seconds[1] / seconds[0] > GAINS[kind, node_ms][texts.bit_length() - 1]
+
+
+class Timed(ScriptedTarget):
+    def __init__(self, logits: Any, table: Costs, now: list[float]) -> None:
+        super().__init__(logits)
+        self.table, self.now = table, now
+
+    def verify(self, offers: Any, prompts: Any = NO_PROMPTS, *, rows: int = 0) -> Any:
+        count = max(rows, sum(map(len, offers.values()))) + sum(map(len, prompts.values()))
+        paths = sum(tree.path_counts[-1] for tree in offers.values())
+        self.now[0] += (self.table.target.at(0, count) + max(paths - 1, 0) * self.table.path.at(0, 1)) / 1e3
+        return super().verify(offers, prompts, rows=rows)
+
+
+class TimedDrafter(ScriptedDrafter):
+    table: Costs
+    now: list[float]
+
+    def extend(self, seq: int, tokens: Any, *rest: Any) -> None:
+        self.now[0] += self.table.call_ms(0, len(tokens)) / 1e3
+        super().extend(seq, tokens, *rest)
+
+    def propose(self, seq: int, limits: TreeLimits, judge: Any = None, noise: Any = None) -> Any:
+        outer = self
+
+        class Counted:
+            def believe(self, depth: int, logprobs: Any) -> Any:
+                return judge.believe(depth, logprobs)
+
+            def pays(self, depth: int, frontier: Any) -> bool:
+                if not judge.pays(depth, frontier):
+                    return False
+                outer.now[0] += outer.table.call_ms(0, len(frontier)) / 1e3
+                return True
+
+        return super().propose(seq, limits, Counted(), noise)
+
+
+def _all(batch: SequenceBatch) -> list[Any]:
+    advances = []
+    while batch.running or batch.waiting:
+        advances += batch.step()
+    return advances
