@@ -6,6 +6,8 @@ One tiny pair is built through the command line; the tests look at what it wrote
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +291,31 @@ def test_a_failed_check_leaves_nothing_behind(
     )
     assert facts == replace(facts, files={d: f"drafter/{n}" for d, n in FILES.items()})
     assert any("first child" in line for line in said)
+
+
+def test_an_interrupt_while_torch_is_loaded_ends_the_export_at_once() -> None:
+    """torch's export asks for torch._dynamo in an except clause, which loads all of it after an interrupt."""
+    code = """
+import importlib.abc, sys, torch
+from dovetail.exporter.drafter import graph
+from dovetail.models.drafter import Drafter
+from dovetail.models.config import DrafterConfig
+class Interrupting(importlib.abc.MetaPathFinder):
+    asked = 0
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._dynamo.symbolic_convert":
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+sys.meta_path.insert(0, finder := Interrupting())
+drafter = Drafter(DrafterConfig(9, 9, 8, 8, 8, 2, 2, 4, 64), torch.zeros(9, 8), torch.zeros(9, 8), torch.arange(9))
+try:
+    graph.to_onnx(drafter, torch.float32, tree_slots=64, top_k=10)
+except KeyboardInterrupt:
+    print(finder.asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_unusable_checkpoints_are_source_errors(pair: Path, checkpoint: Path, tmp_path: Path) -> None:
