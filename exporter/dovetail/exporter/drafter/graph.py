@@ -13,6 +13,7 @@ graph, so the caller can bind it in place.
 from __future__ import annotations
 
 import copy
+import importlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
@@ -165,6 +166,8 @@ def traced(
     arguments: by name, an example of each input and its dynamic axes. kv: examples of the buffers,
     whose first axis is `slots`; they follow the other inputs and outputs.
     """
+    # torch.onnx imports this module late, and after an interrupt of the import imports it again: for seconds.
+    importlib.import_module("torch._dynamo")
     layers = [f"kv.{i}" for i in range(len(kv))]
     with torch.no_grad(), quiet():  # the exporter prints progress, and warnings about its own internals
         program = torch.onnx.export(
