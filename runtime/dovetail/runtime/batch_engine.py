@@ -156,6 +156,7 @@ class BatchEngine:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Ask:
         """Return a checked request for `submit`; any thread may call this. Arguments: see Engine.stream.
@@ -164,7 +165,7 @@ class BatchEngine:
         """
         return self._front.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
         )  # fmt: skip
 
     def constraint(

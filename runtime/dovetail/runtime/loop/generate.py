@@ -56,6 +56,6 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
             meter.add_round(len(tree) - 1, min(found.verdict.accepted, len(step.tokens)))
             meter.bus_bytes = sequence.bus_bytes - moved
             meter.new_tokens += len(step.tokens)
-            yield step
+            yield found.traced(tree, draft_ms, verify_ms) if request.trace else step
     finally:
         sequence.end()

@@ -17,6 +17,7 @@ from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.loop.constrain import constrained
+from dovetail.runtime.loop.trace import RoundTrace, trace
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.constraint import Constraint, Matcher
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
@@ -48,6 +49,7 @@ class Request:
     scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
     constraint: Constraint | None = None  # the grammar of the answer
     logprobs: int | None = None  # alternatives to report with each token; 0 reports the chosen token alone
+    trace: bool = False  # whether each Step of a round tells what the round did
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -79,6 +81,7 @@ class Step:
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if the request asks for them
     error: InputError | None = None  # that ended the answer
+    round: RoundTrace | None = None  # if the request asks for it; None for the prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,11 @@ class Found:
     verdict: Verdict
     step: Step  # the part that counts for the answer
     features: FloatArray  # [A + 1, D], a copy, of accepted nodes
+
+    def traced(self, tree: DraftTree, draft_ms: float, verify_ms: float) -> Step:
+        """Return the step with the record of its round."""
+        known = self.step.tokens if self.step.stop is None else (*self.step.tokens, self.step.stop)
+        return replace(self.step, round=trace(tree, self.verdict.path, known, draft_ms, verify_ms))
 
 
 class Sequence:
@@ -309,7 +317,11 @@ class Sequence:
         """Return the drafter's tree, the known token alone without a drafter."""
         if self.window is None:
             return DraftTree.root(self.tokens[-1])
-        tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
+        return self.usable(self.window.propose(self.tokens, limits, judge, self.noise()), limits)
+
+    def usable(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """Return the part of the drafter's tree that the grammar allows. Raises DeviceError for a wrong tree."""
+        known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
