@@ -123,6 +123,7 @@ class AsyncEngine:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         trace: bool = False,
+        call_marks: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """Return the answer to `prompt`, chunk by chunk. Arguments: see Engine.stream.
@@ -133,7 +134,8 @@ class AsyncEngine:
         """
         ask = self._engine.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace,
+            call_marks=call_marks, **sampling,
         )  # fmt: skip
         with self._changed:
             if self._closing or self._draining:
