@@ -361,7 +361,9 @@ def test_engines_show_the_marks_where_a_request_has_tools(options: dict[str, Any
     begin = len(own.encode_chat([{"role": "user", "content": "Rain?"}], **options.get("template_options", {})))
 
     def logits(prefix: tuple[int, ...]) -> Any:
-        return np.eye(own.vocab_size, dtype=np.float32)[said_ids[len(prefix) - begin]] * 10
+        return (
+            np.eye(own.vocab_size, dtype=np.float32)[said_ids[min(max(len(prefix) - begin, 0), len(said_ids) - 1)]] * 10
+        )
 
     engine = Engine(ScriptedTarget(logits), None, own, stop_tokens=own.encode("<|eot_id|>"))
     text = "".join(chunk.text for chunk in engine.stream([{"role": "user", "content": "Rain?"}], **options))
