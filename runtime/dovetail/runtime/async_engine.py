@@ -123,7 +123,6 @@ class AsyncEngine:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         trace: bool = False,
-        call_marks: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """Return the answer to `prompt`, chunk by chunk. Arguments: see Engine.stream.
@@ -132,11 +131,20 @@ class AsyncEngine:
         cancelling the task that waits for it, frees the request within a round. Raises InputError,
         ContextOverflow, QueueFull from the call itself, DeviceError from the iteration.
         """
-        ask = self._engine.ask(
+        return self.submit(self._engine.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace,
-            call_marks=call_marks, **sampling,
-        )  # fmt: skip
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
+        ))  # fmt: skip
+
+    def ask(self, prompt: Prompt, max_new_tokens: int = 256, **options: Any) -> Ask:
+        """Return a checked request for `submit`, where encoding a long prompt must not hold the loop up.
+
+        Arguments and errors: see `stream`.
+        """
+        return self._engine.ask(prompt, max_new_tokens, **options)
+
+    def submit(self, ask: Ask) -> AnswerStream:
+        """Queue a request in a running event loop, and return its chunks. Raises QueueFull."""
         with self._changed:
             if self._closing or self._draining:
                 raise QueueFull("the engine is shutting down: ask another")

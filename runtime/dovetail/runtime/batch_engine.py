@@ -157,7 +157,6 @@ class BatchEngine:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         trace: bool = False,
-        call_marks: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Ask:
         """Return a checked request for `submit`; any thread may call this. Arguments: see Engine.stream.
@@ -166,8 +165,7 @@ class BatchEngine:
         """
         return self._front.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace,
-            call_marks=call_marks, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
         )  # fmt: skip
 
     def constraint(

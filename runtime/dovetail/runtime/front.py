@@ -116,7 +116,6 @@ class Front:
         constraint: Constraint | None = None,
         logprobs: int | None = None,
         trace: bool = False,
-        call_marks: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Ask:
         """Return the request. Raises InputError, ContextOverflow."""
@@ -138,7 +137,7 @@ class Front:
             trace=trace,
         )
         request.check_room(self.max_context)
-        return Ask(request, stops, call_marks or bool(template_options and template_options.get("tools")))
+        return Ask(request, stops, bool(template_options and template_options.get("tools")))
 
     def count_tokens(
         self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool

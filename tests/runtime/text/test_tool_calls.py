@@ -350,7 +350,6 @@ def test_marks_of_calls_are_shown_where_calls_are_expected(template: str, answer
     ("options", "shown"),
     [
         ({"template_options": {"tools": TOOLS}}, True),
-        ({"call_marks": True}, True),
         ({}, False),
         ({"template_options": {"tools": []}}, False),
     ],
