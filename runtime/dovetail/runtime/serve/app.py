@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dovetail.runtime.serve.body import BoundedRoute
 from dovetail.runtime.serve.chat import chat
 from dovetail.runtime.serve.completions import complete
+from dovetail.runtime.serve.conversation import Conversation, as_dicts
 from dovetail.runtime.serve.failures import ApiError, handle_failures, reply
 from dovetail.runtime.serve.metrics import CONTENT_TYPE
 from dovetail.runtime.serve.openai import (
@@ -28,7 +30,7 @@ from dovetail.runtime.serve.openai import (
 from dovetail.runtime.serve.page import HEADERS, page_files
 from dovetail.runtime.serve.responses import respond
 from dovetail.runtime.serve.service import Service
-from dovetail.runtime.serve.tokens import detokenize, tokenize
+from dovetail.runtime.text.encoding import encode_prompt
 
 PAGE = page_files()
 WITHOUT_KEY = frozenset({"/health", *PAGE})  # the page asks its user for the key
@@ -127,15 +129,42 @@ async def responses(request: Request, asked: ResponseRequest) -> Response:
 
 
 @routes.post("/tokenize")
-async def to_tokens(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
-    """Return the token ids of a prompt."""
-    return await tokenize(_service(request), asked)
+async def tokenize(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
+    """Return the ids of a prompt or of messages, which have no additions but the template's."""
+    service = _service(request)
+    service.check_model(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise ApiError(400, "give either prompt or messages", param="prompt")
+    if asked.prompt is not None:
+        ids = await asyncio.to_thread(
+            service.tokenizer.encode, asked.prompt, add_special_tokens=asked.add_special_tokens
+        )
+    else:
+        conversation = Conversation(
+            messages=as_dicts(asked.messages or ()),
+            tools=[tool.function for tool in asked.tools or ()],
+            template=asked.chat_template_kwargs or {},
+        )
+        options = {**conversation.template_options(), "add_generation_prompt": asked.add_generation_prompt}
+        ids = await asyncio.to_thread(
+            encode_prompt, service.tokenizer, conversation.messages, False, options, parse_special=False
+        )
+    strings = None
+    if asked.return_token_strs:
+        strings = [service.spellings[token].text.decode(errors="replace") for token in ids]
+    return {"count": len(ids), "max_model_len": service.engine.max_context, "tokens": ids, "token_strs": strings}
 
 
 @routes.post("/detokenize")
-async def to_text(request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
-    """Return the text of token ids."""
-    return await detokenize(_service(request), asked)
+async def detokenize(request: Request, asked: DetokenizeRequest) -> dict[str, Any]:
+    """Return the text of token ids, special tokens included."""
+    service = _service(request)
+    service.check_model(asked.model)
+    for token in asked.tokens:
+        if not service.tokenizer.has_token(token):
+            raise ApiError(400, f"tokens has {token}, which is none of the model's", param="tokens")
+    text = await asyncio.to_thread(service.tokenizer.decode, asked.tokens, skip_special_tokens=False)
+    return {"prompt": text}
 
 
 def _service(request: Request) -> Service:
