@@ -137,7 +137,7 @@ class Front:
             trace=trace,
         )
         request.check_room(self.max_context)
-        return Ask(request, stops, bool(template_options and template_options.get("tools")))
+        return Ask(request, stops, calls=bool(template_options and template_options.get("tools")))
 
     def count_tokens(
         self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
