@@ -1,5 +1,5 @@
 # make run     set up, then stream an answer from SmolLM2 (PROMPT="..." asks something else)
-# make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them)
+# make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them, WORKERS=0 runs one by one)
 # make benchmark PROMPTS=FOLDER OUT=FOLDER   measure the README's table anew (PAIR="ONE TWO", BENCH_ARGS="--limit 10")
 # make options   write docs/reference/options.md anew, from the commands
 # make site      the documents as a web site in build/site
@@ -14,6 +14,8 @@ READY  := $(VENV)/.ready
 
 export PROMPT ?= Write a Python function that returns the mean of a list of numbers, and explain it.
 PYTEST_ARGS ?=
+# Processes that run tests side by side.
+WORKERS ?= 2
 PAIR ?= smollm2-135m
 PROMPTS ?=
 OUT ?=
@@ -31,7 +33,7 @@ run: $(READY)
 	@$(BIN)/dovetail-run "$$PROMPT"
 
 test: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

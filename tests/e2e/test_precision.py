@@ -24,7 +24,7 @@ from dovetail.runtime.drafter.session import DeviceReport
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
-from dovetail.runtime.pair.known import DEFAULT_PAIR, resolve_pair
+from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system.arrays import TokenArray
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -65,8 +65,9 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def test_float16_keeps_children_and_acceptance_length(HostDevice: Callable[[], Any], tmp_path: Path) -> None:
-    pair = resolve_pair(None)
+def test_float16_keeps_children_and_acceptance_length(
+    pair: Path, HostDevice: Callable[[], Any], tmp_path: Path
+) -> None:
     manifest = read_manifest(pair)
     assert manifest.drafter is not None
     tokens, features = text_of(pair)

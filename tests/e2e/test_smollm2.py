@@ -48,14 +48,6 @@ def flags(**changes: object) -> AnswerSettings:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Path:
-    """The reference pair, built as a user builds it; a cache that was built before is used again."""
-    from dovetail.runtime.pair.known import resolve_pair
-
-    return resolve_pair(None)
-
-
-@pytest.fixture(scope="module")
 def engine(pair: Path) -> Iterator[Engine]:
     """With fixed trees: the same text every time."""
     with Engine.from_pretrained(pair, drafter_device="cpu", tree=TreeLimits()) as engine:

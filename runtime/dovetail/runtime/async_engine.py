@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 from weakref import ref
 
 from dovetail.runtime.batch_engine import BatchEngine, EngineStats, Job
-from dovetail.runtime.errors import DeviceError, DovetailError, QueueFull
+from dovetail.runtime.errors import DeviceError, DovetailError, InputError, QueueFull
 from dovetail.runtime.front import Ask, Chunk, GenerationResult, SamplingOptions
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.text.encoding import Prompt, TextTokenizer
@@ -276,7 +276,8 @@ class AsyncEngine:
             self._end_all(error)
             return
         for job, chunk in chunks:
-            found = self._streams.pop(job) if chunk.finish_reason else self._streams[job]
+            ended = isinstance(chunk, InputError) or chunk.finish_reason
+            found = self._streams.pop(job) if ended else self._streams[job]
             if stream := found():
                 stream.put(chunk)
 

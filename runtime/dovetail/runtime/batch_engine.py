@@ -203,8 +203,8 @@ class BatchEngine:
             self._batch.cancel(job.ticket)
             self._requests += 1
 
-    def step(self) -> list[tuple[Job, Chunk]]:
-        """Run a pass for all requests. Return the chunks that came of it.
+    def step(self) -> list[tuple[Job, Chunk | InputError]]:
+        """Run a pass for all requests. Return the chunks that came of it, and errors that ended answers.
 
         After a DeviceError every request is dropped, and the engine takes new ones.
         """
@@ -214,12 +214,16 @@ class BatchEngine:
             self._batch.clear()
             self._jobs.clear()
             raise
-        chunks = list[tuple[Job, Chunk]]()
+        chunks = list[tuple[Job, Chunk | InputError]]()
         for advance in advances:
             if not (advance.step.tokens or advance.step.finish):
                 continue
             job = self._jobs[advance.ticket]
             job.ticket.meter.resume()
+            if error := advance.step.error:
+                self.cancel(job)
+                chunks.append((job, error))
+                continue
             chunk = job.answer.chunk(advance.step)
             chunks.append((job, chunk))
             if chunk.finish_reason:

@@ -6,6 +6,8 @@ One tiny pair is built through the command line; the tests look at what it wrote
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +38,6 @@ from dovetail.runtime.errors import ExportError, SourceError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.layout import DATA_SUFFIX
 from dovetail.runtime.pair.manifest import (
-    DrafterFacts,
     Manifest,
     TargetFacts,
     file_entry,
@@ -273,12 +274,11 @@ def test_block_quantisation_is_within_half_a_step(columns: int) -> None:
 def test_a_failed_check_leaves_nothing_behind(
     pair: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def copy(drafter: object, folder: Path, facts: DrafterFacts, _: object) -> DrafterFacts:
-        for file in (pair / "drafter").glob("*.onnx*"):
+    def copy(drafter: object, device: str, folder: Path, *_: object) -> None:
+        for file in (pair / "drafter").glob(f"{FILES[device]}*"):
             shutil.copyfile(file, folder / file.name)
-        return facts
 
-    monkeypatch.setattr(exporting, "_write_files", copy)
+    monkeypatch.setattr(exporting, "_write", copy)
     other = write_checkpoint(tmp_path / "other", seed=3)  # the files are another drafter's: parity must fail
     with pytest.raises(ExportError, match="differs from torch") as caught:
         export_drafter(other, pair / "target", tmp_path / "out" / "drafter")
@@ -291,6 +291,31 @@ def test_a_failed_check_leaves_nothing_behind(
     )
     assert facts == replace(facts, files={d: f"drafter/{n}" for d, n in FILES.items()})
     assert any("first child" in line for line in said)
+
+
+def test_an_interrupt_while_torch_is_loaded_ends_the_export_at_once() -> None:
+    """torch's export asks for torch._dynamo in an except clause, which loads all of it after an interrupt."""
+    code = """
+import importlib.abc, sys, torch
+from dovetail.exporter.drafter import graph
+from dovetail.models.drafter import Drafter
+from dovetail.models.config import DrafterConfig
+class Interrupting(importlib.abc.MetaPathFinder):
+    asked = 0
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._dynamo.symbolic_convert":
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+sys.meta_path.insert(0, finder := Interrupting())
+drafter = Drafter(DrafterConfig(9, 9, 8, 8, 8, 2, 2, 4, 64), torch.zeros(9, 8), torch.zeros(9, 8), torch.arange(9))
+try:
+    graph.to_onnx(drafter, torch.float32, tree_slots=64, top_k=10)
+except KeyboardInterrupt:
+    print(finder.asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_unusable_checkpoints_are_source_errors(pair: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ def export_drafter(
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out_dir) as temporary:
             scratch = Path(temporary)
-            facts = _write_files(drafter, scratch, facts, progress)
+            facts = _write_cuda(drafter, scratch, facts, progress)
             if vram:
                 drafter, facts = _fitted(drafter, scratch, replace(facts, vram=vram), fit, keep, progress)
+            _write(drafter, "cpu", scratch, facts, progress)
             if mix := drafter.mix:
                 weights = mix.folded().detach().cpu().numpy()
                 FeatureMix(mix.layers, weights, mix.eps, mix.tap_norm, mix.adds_last).save(scratch / FEATURE_MIX)
@@ -153,14 +154,18 @@ def _to_onnx(drafter: DraftBase, dtype: torch.dtype, facts: DrafterFacts) -> ir.
     return graph.to_onnx(drafter, dtype, tree_slots=facts.tree_slots, top_k=facts.top_k)
 
 
-def _write_files(drafter: DraftBase, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
-    """Write both graphs; return the facts with the workspace of the CUDA graph."""
-    for device, dtype in (("cuda", torch.float16), ("cpu", torch.float32)):
-        progress(f"exporting {FILES[device]}")
-        model = _to_onnx(drafter, dtype, facts)
-        if device == "cpu":
-            quantize(model)
-        save(model, folder / FILES[device])
+def _write(drafter: DraftBase, device: str, folder: Path, facts: DrafterFacts, progress: Progress) -> None:
+    """Write the graph of a device."""
+    progress(f"exporting {FILES[device]}")
+    model = _to_onnx(drafter, torch.float16 if device == "cuda" else torch.float32, facts)
+    if device == "cpu":
+        quantize(model)
+    save(model, folder / FILES[device])
+
+
+def _write_cuda(drafter: DraftBase, folder: Path, facts: DrafterFacts, progress: Progress) -> DrafterFacts:
+    """Write CUDA's graph; return the facts with its workspace."""
+    _write(drafter, "cuda", folder, facts, progress)
     return replace(facts, workspace=workspace(folder / FILES["cuda"], facts.tree_slots))
 
 
@@ -180,7 +185,7 @@ def _fitted(
         size = drafter.shape.draft_vocab_size
         progress(f"keeping {size} of {facts.draft_vocab_size} draft tokens, to fit the limit of VRAM")
         facts = replace(facts, draft_vocab_size=size, top_k=min(facts.top_k, size))
-        facts = _write_files(drafter, folder, facts, progress)
+        facts = _write_cuda(drafter, folder, facts, progress)
 
 
 def _weights(folder: Path) -> int:

@@ -143,7 +143,8 @@ class SequenceBatch:
             steps.append((ticket, text, step, one.features[: len(step.tokens) + 1]))
         committed = self._clock()
 
-        if self.policy and len(offers) == 1 and not reading:  # else the times tell of other work too
+        failed = any(one.step.error for one in found.values())
+        if self.policy and len(offers) == 1 and not reading and not failed:  # else the times tell of other work too
             offer, group = offers[0]
             if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, verify_ms):
                 self.policy.learn(outcome)

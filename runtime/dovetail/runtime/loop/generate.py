@@ -17,7 +17,8 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
     policy, meter.prompt_tokens = request.scheduler, len(request.prompt)
     try:
         meter.cached_tokens = sequence.begin(request)
-        step = sequence.first(sequence.prefill())
+        if (step := sequence.first(sequence.prefill())).error:
+            raise step.error
         meter.new_tokens = len(step.tokens)
         if policy and sequence.speculates and step.finish is None:
             policy.start(sampled=not request.sampling.greedy)
@@ -41,7 +42,8 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
             verify_ms = meter.lap("verify")
 
             found = sequence.accept(tree, result)
-            step = found.step
+            if (step := found.step).error:
+                raise step.error
             meter.lap("other")
 
             sequence.commit(found.verdict.path[: len(step.tokens) + 1], step.tokens)
