@@ -127,7 +127,7 @@ def test_a_batch_follows_the_grammar_of_each_request(
 ) -> None:
     logits, policy, dropped = MarkovLogits(VOCAB, 4), ScriptedPolicy(2), list[Sequence]()
     drop = Sequence.drop
-    monkeypatch.setattr(Sequence, "drop", lambda text: (dropped.append(text), drop(text)))
+    monkeypatch.setattr(Sequence, "drop", lambda text: [dropped.append(text), drop(text)])  # type: ignore[func-returns-value]
     requests = [
         Request(
             (1, 2) * seed, 40, GREEDY if seed % 2 else HOT, frozenset({STOP}) if seed > 7 else frozenset(), LIMITS,
