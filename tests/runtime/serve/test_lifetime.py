@@ -70,6 +70,22 @@ def test_a_server_that_drains(serve: Callable[..., Any]) -> None:
     assert not server.thread.is_alive()
 
 
+def test_a_request_that_is_read_while_the_server_drains(serve: Callable[..., Any]) -> None:
+    server = serve()
+    service = server.service
+    kept = service.engine.ask
+
+    def late(*prompt: Any, **options: Any) -> Any:
+        found = kept(*prompt, **options)
+        server.server.handle_exit(15, None)
+        server.until(lambda: service.engine._draining)
+        return found
+
+    service.engine.ask = late
+    refused = server.post("/v1/chat/completions", SHORT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+
+
 def test_a_second_signal_ends_at_once(serve: Callable[..., Any]) -> None:
     server = serve()
     replies = list[Any]()

@@ -18,7 +18,7 @@ from dovetail.runtime.serve.body import BoundedRoute
 from dovetail.runtime.serve.chat import chat
 from dovetail.runtime.serve.completions import complete
 from dovetail.runtime.serve.conversation import Conversation, as_dicts
-from dovetail.runtime.serve.failures import ApiError, handle_failures, reply
+from dovetail.runtime.serve.failures import ApiError, handle_failures, reply, shutting_down
 from dovetail.runtime.serve.metrics import CONTENT_TYPE
 from dovetail.runtime.serve.openai import (
     ChatRequest,
@@ -66,8 +66,7 @@ class Gate:
             return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
                             headers={"www-authenticate": "Bearer"})  # fmt: skip
         if self._service.ending and path not in TO_THE_END:
-            return ApiError(503, "the server is shutting down: ask another", code="shutting_down",
-                            headers={"retry-after": "5"})  # fmt: skip
+            return shutting_down()
         return None
 
 

@@ -15,7 +15,7 @@ from dovetail.runtime.errors import InputError, QueueFull
 from dovetail.runtime.front import Ask, Chunk
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.serve.conversation import Conversation
-from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
+from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError, shutting_down
 from dovetail.runtime.serve.metrics import RequestMetrics, ServerMetrics
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
@@ -116,13 +116,19 @@ class Service:
         return ask
 
     async def answer(self, asks: Sequence[Ask], n: int = 1) -> Answers:
-        """Queue `n` answers to each prompt. None of them runs if not all find room: raises QueueFull."""
+        """Queue `n` answers to each prompt. None of them runs if not all find room.
+
+        Raises QueueFull, and ApiError if the server has begun to shut down meanwhile.
+        """
         answers = Answers(self.limits.timeout_s)
         try:
             for ask in asks:
-                answers.streams += [self.engine.submit(_with_seed(ask, index)) for index in range(n)]
+                for index in range(n):
+                    answers.streams.append(self.engine.submit(_with_seed(ask, index)))
         except QueueFull:
             await answers.close()
+            if self.ending:
+                raise shutting_down() from None
             self.metrics.reject()
             raise
         answers.record(self.metrics, asks[0].request.max_new_tokens)
