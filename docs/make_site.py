@@ -14,11 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "build" / "pages"
 FOLDERS = ("docs", "models", "tests/bench")  # beside the pages at the top
-KINDS = ("*.md", "*.svg")
+KINDS = ("*.md", "*.svg", "grafana.json")
 
 
 def sources() -> list[Path]:
-    """Every page and picture, and the licence."""
+    """Every page, picture and dashboard, and the licence."""
     found = [*ROOT.glob("*.md"), ROOT / "LICENSE"]
     return found + [file for folder in FOLDERS for kind in KINDS for file in (ROOT / folder).rglob(kind)]
 

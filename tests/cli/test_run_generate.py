@@ -404,3 +404,57 @@ def test_without_speculation_no_machine_is_measured(invoke, pair, opener) -> Non
     """Limits of the pair are asked for, so that nothing is scheduled."""
     ask(invoke, pair, opener, "Hello", "-n", "2", "--no-speculate")
     assert opener.calls[-1][1]["tree"] == read_manifest(pair).tree
+
+
+SCHEMA = (
+    '{"type": "object", "properties": {"th": {"type": "boolean"}}, "required": ["th"], "additionalProperties": false}'
+)
+
+
+@pytest.mark.parametrize("flag", ["-j", "-jf", "--grammar-file", "--regex"])
+def test_an_answer_follows_a_grammar(invoke, tiny_full_pair: Path, tmp_path: Path, flag: str) -> None:
+    given = {
+        "-j": SCHEMA,
+        "-jf": SCHEMA,
+        "--grammar-file": 'start: "{" "th" ": " ("true" | "false") "}"\n',
+        "--regex": r"\{th: true\}",
+    }
+    value = given[flag]
+    if flag in ("-jf", "--grammar-file"):
+        file = tmp_path / "grammar.txt"
+        file.write_text(value)
+        value = str(file)
+    flags = ("--pair", str(tiny_full_pair), "--fixed-tree", "--raw", "-n", "40", flag, value)
+    result = invoke("generate", "the quick", *flags)
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(r'\{\s*"?th"?\s*:\s*(true|false)\s*\}\n', result.stdout)
+    answer = json.loads(invoke("generate", "the quick", *flags, "--json").stdout)
+    assert answer["text"] + "\n" == result.stdout and answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (("-j", "{"), "json_schema '{' is no JSON schema"),
+    (("--json-schema", '{"type": "objekt"}'), "Invalid type: objekt"),
+    (("--regex", "(a"), "unclosed group"),
+    (("-jf", "missing.json"), "missing.json cannot be read"),
+    (("--regex", "a", "-j", "{}"), "--json-schema and --regex give two grammars"),
+    (("--logit-bias", "a=1"), "--logit-bias 'a=1' is no token id with a value: give e.g. 42=-100"),
+    (("--logit-bias", "7"), "is no token id with a value"),
+    (("--logit-bias", "7=101"), "logit_bias of token 7 101.0 is out of range"),
+    (("--presence-penalty", "3"), "presence_penalty 3.0 is out of range: give -2 to 2"),
+])  # fmt: skip
+def test_a_bad_grammar_is_refused_before_the_model_loads(
+    invoke, pair: Path, opener, flags: tuple[str, ...], reason: str
+) -> None:
+    result = ask(invoke, pair, opener, "Hello", *flags)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and reason in result.stderr
+    assert opener.calls == []
+
+
+def test_without_llguidance_a_grammar_is_refused_before_the_model_loads(
+    invoke, pair: Path, opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    result = ask(invoke, pair, opener, "Hello", "--regex", "a")
+    assert result.exit_code == 2 and ".[grammar]" in result.stderr and opener.calls == []
+    assert ask(invoke, pair, opener, "Hello", "-n", "3").exit_code == 0

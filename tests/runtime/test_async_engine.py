@@ -15,6 +15,8 @@ from dovetail.runtime.async_engine import AsyncEngine
 from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, QueueFull
+from dovetail.runtime.front import GenerationResult
+from dovetail.runtime.testing.constraint import ScriptedConstraint
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -208,3 +210,23 @@ def test_requests_from_many_threads_and_loops() -> None:
 def test_sizes_out_of_range_are_refused(slots: int, queue: int) -> None:
     with pytest.raises(InputError, match=r"(slots|queue) "):
         batch_engine(slots=slots, queue=queue)
+
+
+def test_a_grammar_that_fails_ends_its_own_answer_alone() -> None:
+    def rule(text: tuple[int, ...]) -> list[int]:
+        if len(text) == 4:
+            raise InputError("the grammar fails on this text (too many items): simplify it")
+        return [0, 1]
+
+    async def work() -> None:
+        async with AsyncEngine(batch_engine()) as engine:
+            asked = [engine.generate("abc", 30, raw=True), engine.generate("ab", 9, raw=True, temperature=1.0, seed=1)]
+            failing = engine.generate("abc", 30, raw=True, constraint=ScriptedConstraint(rule))
+            one, error, other = await asyncio.gather(asked[0], failing, asked[1], return_exceptions=True)
+            assert isinstance(error, InputError) and "too many items" in str(error)
+            assert isinstance(one, GenerationResult) and isinstance(other, GenerationResult)
+            assert one.text == alone("abc", {"max_new_tokens": 30})[0]
+            assert other.text == alone("ab", {"max_new_tokens": 9, "temperature": 1.0, "seed": 1})[0]
+            assert engine.stats().requests == 3 and not engine.stats().running
+
+    run(work())

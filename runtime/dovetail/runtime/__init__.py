@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
     from dovetail.runtime.loop.rescore import Choice
     from dovetail.runtime.loop.sequence import Request, Sequence, Step
+    from dovetail.runtime.loop.trace import RoundTrace
     from dovetail.runtime.pair.manifest import Manifest, read_manifest
     from dovetail.runtime.sampling.constraint import Constraint, Matcher
     from dovetail.runtime.sampling.logprobs import TokenLogprobs
@@ -54,8 +55,8 @@ __all__ = [
     "DeviceError", "DeviceReport", "DovetailError", "DraftTree", "Drafter", "Engine", "EngineStats",
     "ExportError", "GenerationMetrics", "GenerationResult", "InputError", "IntegrityError", "Level", "Manifest",
     "ManifestError", "MarkovLogits", "Matcher", "Meter", "MismatchError", "PairError", "QueueFull", "Request",
-    "Sampler", "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer", "Sequence",
-    "SourceError", "Step", "Target", "TargetPass", "TokenLogprobs", "Tokenizer", "TrainError", "TreeLimits",
+    "RoundTrace", "Sampler", "SamplingParams", "ScriptedDrafter", "ScriptedTarget", "ScriptedTokenizer",
+    "Sequence", "SourceError", "Step", "Target", "TargetPass", "TokenLogprobs", "Tokenizer", "TrainError", "TreeLimits",
     "Verdict", "grow_tree", "read_manifest",
 ]  # fmt: skip
 
@@ -69,6 +70,7 @@ _HOMES = {  # of the names that are no errors
     "loop.metrics": ("GenerationMetrics", "Meter"),
     "loop.rescore": ("Choice",),
     "loop.sequence": ("Request", "Sequence", "Step"),
+    "loop.trace": ("RoundTrace",),
     "pair.manifest": ("Manifest", "read_manifest"),
     "sampling.constraint": ("Constraint", "Matcher"),
     "sampling.logprobs": ("TokenLogprobs",),

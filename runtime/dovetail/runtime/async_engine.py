@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 from weakref import ref
 
 from dovetail.runtime.batch_engine import BatchEngine, EngineStats, Job
-from dovetail.runtime.errors import DeviceError, DovetailError, QueueFull
+from dovetail.runtime.errors import DeviceError, DovetailError, InputError, QueueFull
 from dovetail.runtime.front import Ask, Chunk, GenerationResult, SamplingOptions
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.text.encoding import Prompt, TextTokenizer
@@ -122,6 +122,7 @@ class AsyncEngine:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """Return the answer to `prompt`, chunk by chunk. Arguments: see Engine.stream.
@@ -130,10 +131,20 @@ class AsyncEngine:
         cancelling the task that waits for it, frees the request within a round. Raises InputError,
         ContextOverflow, QueueFull from the call itself, DeviceError from the iteration.
         """
-        ask = self._engine.ask(
+        return self.submit(self._engine.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
-        )  # fmt: skip
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
+        ))  # fmt: skip
+
+    def ask(self, prompt: Prompt, max_new_tokens: int = 256, **options: Any) -> Ask:
+        """Return a checked request for `submit`, where encoding a long prompt must not hold the loop up.
+
+        Arguments and errors: see `stream`.
+        """
+        return self._engine.ask(prompt, max_new_tokens, **options)
+
+    def submit(self, ask: Ask) -> AnswerStream:
+        """Queue a request in a running event loop, and return its chunks. Raises QueueFull."""
         with self._changed:
             if self._closing or self._draining:
                 raise QueueFull("the engine is shutting down: ask another")
@@ -258,7 +269,8 @@ class AsyncEngine:
             self._end_all(error)
             return
         for job, chunk in chunks:
-            found = self._streams.pop(job) if chunk.finish_reason else self._streams[job]
+            ended = isinstance(chunk, InputError) or chunk.finish_reason
+            found = self._streams.pop(job) if ended else self._streams[job]
             if stream := found():
                 stream.put(chunk)
 

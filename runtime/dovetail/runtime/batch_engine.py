@@ -156,6 +156,7 @@ class BatchEngine:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Ask:
         """Return a checked request for `submit`; any thread may call this. Arguments: see Engine.stream.
@@ -164,7 +165,7 @@ class BatchEngine:
         """
         return self._front.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
         )  # fmt: skip
 
     def constraint(
@@ -202,8 +203,8 @@ class BatchEngine:
             self._batch.cancel(job.ticket)
             self._requests += 1
 
-    def step(self) -> list[tuple[Job, Chunk]]:
-        """Run a pass for all requests. Return the chunks that came of it.
+    def step(self) -> list[tuple[Job, Chunk | InputError]]:
+        """Run a pass for all requests. Return the chunks that came of it, and errors that ended answers.
 
         After a DeviceError every request is dropped, and the engine takes new ones.
         """
@@ -213,12 +214,16 @@ class BatchEngine:
             self._batch.clear()
             self._jobs.clear()
             raise
-        chunks = list[tuple[Job, Chunk]]()
+        chunks = list[tuple[Job, Chunk | InputError]]()
         for advance in advances:
             if not (advance.step.tokens or advance.step.finish):
                 continue
             job = self._jobs[advance.ticket]
             job.ticket.meter.resume()
+            if error := advance.step.error:
+                self.cancel(job)
+                chunks.append((job, error))
+                continue
             chunk = job.answer.chunk(advance.step)
             chunks.append((job, chunk))
             if chunk.finish_reason:

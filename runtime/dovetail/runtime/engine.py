@@ -178,6 +178,7 @@ class Engine:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[Chunk, None, None]:
         """Return the answer to `prompt`, chunk by chunk. Close the generator to end it early.
@@ -186,16 +187,18 @@ class Engine:
         raw=True, or if the target has no chat template, it is the text itself. template_options:
         variables of the chat template, {"tools": [...], "enable_thinking": False}. parse_special:
         whether special tokens that messages or tools spell out act as such; False makes them text.
+        With tools the text shows the special tokens that mark tool calls; see text/tool_calls.py.
         stop: strings that end the answer. speculate: False decodes without drafts. tree: limits
         that all trees of this answer grow to. constraint: the answer's grammar, from `constraint`;
         the answer ends where nothing can follow. logprobs: report the target's log-probability of
-        each token, and this many of its best alternatives. sampling: see SamplingParams.
+        each token, and this many of its best alternatives. trace: chunks have a `round`: the tree,
+        and what was accepted of it. sampling: see SamplingParams.
         Raises InputError at once for an unusable value, ContextOverflow for a prompt without room.
         """
         sequence, meter = self._open_sequence(), Meter()
         ask = self._front.ask(
             prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
+            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
         )  # fmt: skip
         meter.lap("other")
         return self._run(sequence, ask, meter)

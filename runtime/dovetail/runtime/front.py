@@ -14,6 +14,7 @@ from typing import Any, TypedDict, Unpack
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.sequence import FinishReason, Request, Step
+from dovetail.runtime.loop.trace import RoundTrace
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.constraint import Constraint, Constraints, Grammar, grammar_source
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
@@ -48,6 +49,7 @@ class Chunk:
     finish_reason: FinishReason | None = None  # of the last chunk: "length" is no room for more
     metrics: GenerationMetrics | None = None  # of the last chunk
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, if asked for
+    round: RoundTrace | None = None  # with trace=True; None for the first token
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Ask:
 
     request: Request
     stops: tuple[str, ...]
+    calls: bool = False  # whether the text shows the special tokens that mark tool calls
 
 
 class Front:
@@ -112,6 +115,7 @@ class Front:
         tree: TreeLimits | None = None,
         constraint: Constraint | None = None,
         logprobs: int | None = None,
+        trace: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Ask:
         """Return the request. Raises InputError, ContextOverflow."""
@@ -130,9 +134,10 @@ class Front:
             scheduler=self.scheduler if speculate and tree is None else None,
             constraint=self._checked(constraint),
             logprobs=logprobs,
+            trace=trace,
         )
         request.check_room(self.max_context)
-        return Ask(request, stops)
+        return Ask(request, stops, calls=bool(template_options and template_options.get("tools")))
 
     def count_tokens(
         self, prompt: Prompt, raw: bool, template_options: Mapping[str, Any] | None, parse_special: bool
@@ -178,7 +183,7 @@ class Answer:
 
     def __init__(self, ask: Ask, tokenizer: TextTokenizer, meter: Meter) -> None:
         self._seed, self._meter = ask.request.sampling.seed, meter
-        self._stops, self._detokenizer = StopFilter(ask.stops), tokenizer.detokenizer()
+        self._stops, self._detokenizer = StopFilter(ask.stops), tokenizer.detokenizer(calls=ask.calls)
 
     def chunk(self, step: Step) -> Chunk:
         """Return the chunk of a step, up to the first stop string. The last chunk has a finish_reason."""
@@ -195,4 +200,4 @@ class Answer:
             meter.new_tokens -= len(step.tokens) - used
         meter.lap("other")
         metrics = meter.metrics() if finish else None
-        return Chunk("".join(pieces), step.tokens[:used], self._seed, finish, metrics, step.logprobs[:used])
+        return Chunk("".join(pieces), step.tokens[:used], self._seed, finish, metrics, step.logprobs[:used], step.round)

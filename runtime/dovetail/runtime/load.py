@@ -107,9 +107,10 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         return Parts(target, model, tokenizer, BOUNDS, schedule(measure(model, draft_model=own)), stop_tokens)
     kind = session_of(facts)
     drafter = kind.open(
-        pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit
-    )
-    open_cpu = partial(kind.open_cpu, pair, facts, threads=options.threads)
+        pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit,
+        texts=options.slots,
+    )  # fmt: skip
+    open_cpu = partial(kind.open_cpu, pair, facts, threads=options.threads, texts=options.slots)
     scheduler = None
     if options.tree is None:
         drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)

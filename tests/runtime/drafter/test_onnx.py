@@ -25,6 +25,7 @@ from dovetail.models.drafter import Drafter
 from dovetail.runtime.drafter.cpu import PREFIX_STEP, CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.session import Ask
 from dovetail.runtime.drafter.session import Drafter as DrafterSeam
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, TargetFacts
@@ -57,8 +58,8 @@ class Tiny:
         target = TargetFacts("llama", 32, 32, c.vocab_size, 2, MAX_CONTEXT, "int8", ("tap",), (1,), "t")
         return Manifest("tiny", target, replace(drafter, **facts), {})
 
-    def open(self, file: str = "f32.onnx") -> OnnxDrafter:
-        return OnnxDrafter.open(self.pair, self.manifest(file), device="cpu", threads=1)
+    def open(self, file: str = "f32.onnx", texts: int = 1) -> OnnxDrafter:
+        return OnnxDrafter.open(self.pair, self.manifest(file), device="cpu", threads=1, texts=texts)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +88,19 @@ def without_noise(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def answering_every_row(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without its input `queries`: 0, 1, 2 .. in its place."""
+    """The graph without its inputs `queries` and `context_begin`: 0, 1, 2 .. and 0 in their place."""
     constants = {"first": np.array(0), "step": np.array(1), "axis": np.array([0])}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
     nodes = [
         onnx.helper.make_node("Shape", ["input_ids"], ["shape"]),
         onnx.helper.make_node("Squeeze", ["shape", "axis"], ["end"]),
         onnx.helper.make_node("Range", ["first", "end", "step"], ["queries"]),
+        onnx.helper.make_node("Sub", ["context_end", "context_end"], ["context_begin"]),
     ]
     for node in reversed(nodes):
         model.graph.node.insert(0, node)
-    model.graph.input.remove(next(given for given in model.graph.input if given.name == "queries"))
+    for name in ("queries", "context_begin"):
+        model.graph.input.remove(next(given for given in model.graph.input if given.name == name))
     return model
 
 
@@ -338,7 +341,7 @@ def test_a_second_sequence_is_refused_until_the_first_is_let_go(tiny: Tiny, stre
     session, fresh = tiny.open(), tiny.open()
     session.extend(SEQ, tokens[:5], features[:5])
     before = session.propose(SEQ, LIMITS)
-    with pytest.raises(InputError, match="one sequence and holds number 1: rewind that to 0 first") as told:
+    with pytest.raises(InputError, match="room for 1 sequence and holds number 1: rewind one to 0 first") as told:
         session.extend(2, tokens[:3], features[:3])
     assert "number 2 without a drafter" in str(told.value)
     with pytest.raises(InputError, match="nothing to draft from"):
@@ -351,6 +354,71 @@ def test_a_second_sequence_is_refused_until_the_first_is_let_go(tiny: Tiny, stre
         one.extend(2, tokens[9:40], features[9:40])
     assert (session.length(SEQ), session.length(2)) == (0, 31)
     assert_same_tree(session.propose(2, LIMITS), fresh.propose(2, LIMITS))
+
+
+@pytest.mark.parametrize("texts", [2, 4])
+def test_texts_that_share_calls_are_drafted_as_alone(tiny: Tiny, stream, texts: int) -> None:
+    """Long and short parts, texts that are rewound, leave and begin again, and start over in a full context."""
+    tokens, features = stream
+    rng, shared = np.random.default_rng(texts), tiny.open(texts=texts)
+    alone, held = dict[int, OnnxDrafter](), dict[int, int]()
+    limits = TreeLimits(width=7, depth=2, top_k=2)  # within each text's share of the slots
+    for turn in range(40):
+        for seq in range(1, texts + 1):
+            if held.get(seq) and rng.random() < 0.2:
+                keep = int(rng.integers(0, held[seq]))
+                shared.rewind(seq, keep)
+                alone[seq].rewind(seq, keep)
+                held[seq] = keep
+        asked = [seq for seq in range(1, texts + 1) if rng.random() < 0.8 or turn == 0]
+        pairs = {}
+        for seq in asked:
+            count = int(rng.choice([1, 2, 5, 16, 150]))
+            if held.get(seq, 0) + count > shared.capacity:
+                continue
+            begin = int(rng.integers(0, 400 - count))
+            pairs[seq] = tokens[begin : begin + count], features[begin : begin + count]
+            alone.setdefault(seq, tiny.open()).extend(seq, *pairs[seq])
+            held[seq] = held.get(seq, 0) + count
+        shared.extend_all(pairs)
+        if not pairs:
+            continue
+        trees = shared.propose_all({seq: Ask(limits, None) for seq in pairs})
+        assert {*trees} == {*pairs}
+        for seq, tree in trees.items():
+            assert shared.length(seq) == held[seq]
+            assert_same_tree(tree, alone[seq].propose(seq, limits))
+            assert_same_tree(shared.propose(seq, limits), tree)
+
+
+def test_trees_of_many_texts_share_the_slots(tiny: Tiny, stream) -> None:
+    """More nodes are wanted than there are slots: trees are smaller, and their probabilities those of alone."""
+    tokens, features = stream
+    shared, alone = tiny.open(texts=4), tiny.open()
+    limits = TreeLimits(width=16, depth=6, top_k=4)
+    shared.extend_all({seq: (tokens[seq : seq + 9], features[seq : seq + 9]) for seq in range(1, 5)})
+    trees = shared.propose_all({seq: Ask(limits, None) for seq in range(1, 5)})
+    for seq, tree in trees.items():
+        alone.rewind(SEQ, 0)
+        alone.extend(SEQ, tokens[seq : seq + 9], features[seq : seq + 9])
+        full = alone.propose(SEQ, limits)
+        known = {tuple(path_to(full, node)): full.logprobs[node] for node in range(len(full))}
+        same = [node for node in range(len(tree)) if tuple(path_to(tree, node)) in known]
+        assert len(same) > 4
+        for node in same:
+            assert tree.logprobs[node] == pytest.approx(known[tuple(path_to(tree, node))], abs=1e-4)
+
+
+def test_an_older_graph_holds_one_text(tiny: Tiny, stream) -> None:
+    tokens, features = stream
+    with pytest.raises(DeviceError, match="holds one text at a time, not 2: export the drafter again"):
+        tiny.open("older.onnx", texts=2)
+    with pytest.raises(DeviceError, match="16 tree slots"):
+        tiny.open(texts=16)
+    old, new = tiny.open("older.onnx"), tiny.open()
+    for one in (old, new):
+        one.extend(SEQ, tokens[:30], features[:30])
+    assert_same_tree(old.propose(SEQ, LIMITS), new.propose(SEQ, LIMITS))
 
 
 def test_unusable_files_and_devices(tiny: Tiny) -> None:
@@ -454,8 +522,9 @@ def test_a_failure_in_a_run_is_one_typed_line(
 ) -> None:
     session = tiny.open()
     session.extend(SEQ, stream[0][:5], stream[1][:5])
-    monkeypatch.setattr(session, "_length", 10**6)  # rows far outside the buffer
+    text = session._texts[SEQ]
+    text.length = 10**6  # rows far outside the buffer
     with pytest.raises(DeviceError, match="the drafter failed") as caught:
-        session._extend(stream[0][:1], stream[1][:1], None)
+        session._extend([(text, stream[0][:1], stream[1][:1])])
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.sampling.noise import gumbel_noise
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
+from dovetail.runtime.testing.constraint import ScriptedConstraint
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 CONTEXT: tuple[int, ...] = (0, 0)  # what came before, then the root: the other tokens are not penalised yet
@@ -31,7 +33,10 @@ SETTINGS = {
     "min-p": SamplingParams(temperature=1.0, min_p=0.4, seed=0),
     "penalty": SamplingParams(temperature=1.0, repetition_penalty=1.8, seed=0),
     "all": SamplingParams(temperature=0.8, top_k=4, top_p=0.9, min_p=0.1, repetition_penalty=1.3, seed=0),
+    "answer": SamplingParams(temperature=1.0, presence_penalty=0.7, frequency_penalty=0.9, seed=0),
+    "bias": SamplingParams(temperature=0.8, logit_bias={0: -2.0, 2: 1.0}, repetition_penalty=1.3, seed=0),
     "greedy": SamplingParams(repetition_penalty=1.8),
+    "greedy answer": SamplingParams(presence_penalty=-0.5, frequency_penalty=1.5, logit_bias={1: 0.5}),
 }
 Acceptor = Callable[[DraftTree, NDArray[np.float32], Sampler, int, Sequence[int]], Verdict]
 
@@ -42,12 +47,21 @@ def logits_of(vocab: int, context: tuple[int, ...]) -> NDArray[np.float32]:
     return np.random.default_rng([vocab, *context]).normal(0, 1.5, vocab).astype(np.float32)
 
 
+def processed(params: SamplingParams, vocab: int, context: tuple[int, ...]) -> list[float]:
+    """The target's logits after `context` with bias and penalties, naively and independent of Sampler."""
+    bias, answer = dict(params.logit_bias), context[len(CONTEXT) :]
+    scores = [float(score) + bias.get(token, 0.0) for token, score in enumerate(logits_of(vocab, context))]
+    for token in set(context):
+        scores[token] *= params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
+    for token in set(answer):
+        scores[token] -= params.frequency_penalty * answer.count(token) + params.presence_penalty
+    return scores
+
+
 @cache
 def own_distribution(params: SamplingParams, vocab: int, context: tuple[int, ...]) -> list[float]:
     """The target's processed distribution after `context`, naively and independent of Sampler."""
-    scores = [float(score) for score in logits_of(vocab, context)]
-    for token in set(context):
-        scores[token] *= params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
+    scores = processed(params, vocab, context)
     ranked = sorted(range(vocab), key=lambda token: -scores[token])
     if params.temperature == 0:
         return [float(token == ranked[0]) for token in range(vocab)]
@@ -67,7 +81,7 @@ class Enumerated(Sampler):
     """Follows a script of outcomes in place of noise; the outcomes' probabilities multiply up in `weight`."""
 
     def __init__(self, params: SamplingParams, script: tuple[int, ...]) -> None:
-        super().__init__(params)
+        super().__init__(params, prompt_tokens=len(CONTEXT))
         self.script, self.taken, self.options = script, list[int](), list[list[int]]()
         self.positions = list[int]()
         self.weight = 1.0
@@ -216,7 +230,7 @@ def test_enumeration_finds_reused_noise() -> None:
 def test_same_noise_gives_the_same_text_for_every_tree(name: str) -> None:
     for tree, vocab in itertools.islice(trees(), 0, None, 3):
         for seed in range(3):
-            sampler = Sampler(SETTINGS[name], noise=gumbel_noise(seed))
+            sampler = Sampler(SETTINGS[name], noise=gumbel_noise(seed), prompt_tokens=len(CONTEXT))
             paths = [CONTEXT]
             for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
                 paths.append((*paths[parent], token))
@@ -229,6 +243,42 @@ def test_same_noise_gives_the_same_text_for_every_tree(name: str) -> None:
             assert verdict.accepted == len(verdict.path) - 1
             assert tree.tokens[verdict.path[1:]].tolist() == list(verdict.tokens[:-1])
             assert tree.child(int(verdict.path[-1]), verdict.tokens[-1]) is None
+
+
+@pytest.mark.parametrize("name", ["plain", "all", "answer", "greedy"])
+def test_under_a_grammar_the_distribution_is_the_targets_own_among_allowed_tokens(name: str) -> None:
+    def rule(text: tuple[int, ...]) -> list[int]:
+        return [] if len(text) == 3 else [0, 2] if sum(text) % 2 else [0, 1]
+
+    params, vocab = replace(SETTINGS[name], top_k=0, top_p=1.0, min_p=0.0), 3  # these follow the grammar
+    for tree, _ in itertools.islice(trees(), 0, None, 7):
+        if tree.tokens.max() >= vocab:
+            continue
+        paths = [CONTEXT]
+        for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
+            paths.append((*paths[parent], token))
+        logits = np.stack([logits_of(vocab, path) for path in paths])
+        emitted: dict[tuple[int, ...], float] = {}
+        scripts: list[tuple[int, ...]] = [()]
+        while scripts:
+            script = scripts.pop()
+            sampler, matcher = Enumerated(params, script), ScriptedConstraint(rule).begin()
+            verdict = accept(tree, logits, sampler, len(CONTEXT), CONTEXT, matcher)
+            assert matcher.text == verdict.tokens and len(verdict.tokens) <= 3
+            emitted[verdict.tokens] = emitted.get(verdict.tokens, 0.0) + sampler.weight
+            for turn in range(len(script), len(sampler.taken)):
+                scripts += [(*sampler.taken[:turn], other) for other in sampler.options[turn][1:]]
+        for tokens, probability in emitted.items():
+            expected = 1.0
+            for index, token in enumerate(tokens):
+                own = own_distribution(params, vocab, CONTEXT + tokens[:index])
+                allowed = rule(tokens[:index])
+                if params.greedy:
+                    scores = {each: processed(params, vocab, CONTEXT + tokens[:index])[each] for each in allowed}
+                    expected *= token == max(scores, key=scores.__getitem__)
+                else:
+                    expected *= own[token] * (token in allowed) / sum(own[each] for each in allowed)
+            assert probability == pytest.approx(expected, abs=1e-12)
 
 
 def test_rows_that_are_not_visited_are_not_read() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.batch import SequenceBatch
-from dovetail.runtime.loop.constrain import allowed_part, allowed_paths, forced_paths
+from dovetail.runtime.loop.constrain import constrained
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
@@ -33,7 +33,6 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
-from dovetail.runtime.tree.repeats import Repeat
 
 VOCAB, STOP = 7, 6
 LIMITS = TreeLimits(width=8, depth=4, top_k=3)
@@ -121,17 +120,29 @@ def test_a_draft_changes_no_token(
     assert (tokens, finish) == autoregressive(logits, request)
 
 
-def test_a_batch_follows_the_grammar_of_each_request() -> None:
-    logits = MarkovLogits(VOCAB, 4)
+@pytest.mark.parametrize("memory", [1 << 30, 220])
+@pytest.mark.parametrize("drafter", ["none", "noisy"])
+def test_a_batch_follows_the_grammar_of_each_request(
+    drafter: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, policy, dropped = MarkovLogits(VOCAB, 4), ScriptedPolicy(2), list[Sequence]()
+    drop = Sequence.drop
+    monkeypatch.setattr(Sequence, "drop", lambda text: [dropped.append(text), drop(text)])  # type: ignore[func-returns-value]
     requests = [
-        Request((1, 2), 20, stop_tokens=frozenset({STOP}), constraint=ScriptedConstraint(rule(seed, 12), {STOP}))
-        for seed in range(6)
-    ]
+        Request(
+            (1, 2) * seed, 40, GREEDY if seed % 2 else HOT, frozenset({STOP}) if seed > 7 else frozenset(), LIMITS,
+            policy if seed % 3 else None, ScriptedConstraint(rule(seed, 35), {STOP} if seed > 7 else ()), logprobs=1,
+        )
+        for seed in range(1, 9)
+    ]  # fmt: skip
+    target = ScriptedTarget(logits, max_context=100, memory=memory)
     found: dict[Request, tuple[int, ...]] = {}
-    for advance in SequenceBatch(ScriptedTarget(logits), 3).run(requests):
-        request = advance.ticket.request
-        found[request] = found.get(request, ()) + advance.step.tokens
+    for advance in SequenceBatch(target, 5, DRAFTERS[drafter](logits), policy).run(requests):
+        request, step = advance.ticket.request, advance.step
+        found[request] = found.get(request, ()) + step.tokens
+        assert tuple(each.token_id for each in step.logprobs) == step.tokens
     assert [found[request] for request in requests] == [autoregressive(logits, request)[0] for request in requests]
+    assert bool(dropped) == (memory == 220)  # these texts lost their KV in the middle, and went on
 
 
 def test_forced_tokens_are_drafted_without_a_drafter_and_without_repeats() -> None:
@@ -167,18 +178,31 @@ def test_the_scheduler_takes_forced_tokens_for_certain() -> None:
 def test_refused_nodes_leave_a_tree_with_all_below_them() -> None:
     # 0 -> 1 -> 2 -> 3 and 0 -> 1 -> 4, 0 -> 5 -> 2: the grammar refuses a 2 after 1 and a 5 at first.
     tree = DraftTree(np.array([0, 1, 2, 3, 4, 5, 2]), np.array([-1, 0, 1, 2, 1, 0, 5]), -np.arange(7, dtype=np.float32))
-    matcher = ScriptedConstraint(lambda text: [1, 2] if not text else [4] if text == (1,) else [2]).begin()
-    kept = allowed_part(tree, matcher)
+    matcher = ScriptedConstraint(lambda text: [1, 2] if not text else [4, 5] if text == (1,) else [2, 3]).begin()
+    kept = constrained(tree, matcher, 9)
     assert (kept.tokens.tolist(), kept.parents.tolist(), kept.logprobs.tolist()) == ([0, 1, 4], [-1, 0, 1], [0, -1, -4])
     assert matcher.text == ()
-    assert allowed_part(kept, matcher) is kept
+    assert constrained(tree, matcher, 2).tokens.tolist() == [0, 1]
 
 
-def test_repeated_text_is_cut_where_the_grammar_refuses_it() -> None:
-    matcher = ScriptedConstraint(lambda text: [1, 2] if len(text) < 2 else []).begin()
-    paths = [Repeat((2, 1, 1), (-1.0, -2.0, -3.0), (4, 0)), Repeat((3, 1), (-1.0, -2.0), (4, 1))]
-    assert allowed_paths(paths, matcher) == [Repeat((2, 1), (-1.0, -2.0), (4, 0))]
-    assert matcher.text == () and forced_paths(matcher, 9) == []
+def test_forced_tokens_join_below_any_node_and_are_certain_there() -> None:
+    # After 1 come 2 and 3 alone, then one of two. After 4 comes 5 alone, which ends the text.
+    def rule(text: tuple[int, ...]) -> list[int]:
+        return {(): [1, 4, 6], (1,): [2], (1, 2): [3], (4,): [5], (4, 5): []}.get(text, [0, 6])
+
+    tree = DraftTree(
+        np.array([0, 1, 2, 3, 6, 4, 6]), np.array([-1, 0, 1, 2, 3, 0, 1]),
+        np.array([0, -1, -1.5, -1.75, -2, -3, -4], np.float32),
+    )  # fmt: skip
+    matcher = ScriptedConstraint(rule).begin()
+    found = constrained(tree, matcher, 9)
+    assert found.tokens.tolist() == [0, 1, 2, 3, 6, 4, 5]
+    assert found.parents.tolist() == [-1, 0, 1, 2, 3, 0, 5]
+    assert found.logprobs.tolist() == [0, -1, -1, -1, -1.25, -3, -3]
+    assert constrained(tree, matcher, 4).tokens.tolist() == [0, 1, 2, 3]
+    endless = ScriptedConstraint(lambda text: [2]).begin()
+    assert constrained(DraftTree.root(7), endless, 6).tokens.tolist() == [7, 2, 2, 2, 2, 2]
+    assert matcher.text == endless.text == ()
 
 
 def test_a_complete_answer_within_the_room_ends_with_stop() -> None:
@@ -187,6 +211,58 @@ def test_a_complete_answer_within_the_room_ends_with_stop() -> None:
         request = Request((1,), count, limits=LIMITS, constraint=ScriptedConstraint(rule(1, 5)))
         tokens, found, _ = run(ScriptedTarget(logits), ScriptedDrafter.copy_of(logits), request)
         assert (len(tokens), found) == (min(count, 5), finish)
+
+
+def test_an_answer_that_is_complete_past_its_room_ends_with_length() -> None:
+    logits, forced = MarkovLogits(VOCAB), ScriptedConstraint(lambda text: [3] if len(text) < 9 else [])
+    request = Request((1,), 5, limits=TreeLimits(12, 4, 3), constraint=forced)
+    tokens, finish, metrics = run(ScriptedTarget(logits), None, request)
+    assert (tokens, finish, metrics.rounds) == ((3,) * 5, "length", 1)
+
+
+def failing(at: tuple[int, ...]) -> Callable[[tuple[int, ...]], list[int]]:
+    """A grammar that allows 1 and 2, five times, and cannot be followed after the text `at`."""
+
+    def allowed(text: tuple[int, ...]) -> list[int]:
+        if text[: len(at)] == at:
+            raise InputError(f"the grammar fails after {text}")
+        return [1, 2] if len(text) < 5 else []
+
+    return allowed
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_grammar_that_fails_on_a_drafted_path_alone_changes_no_token(top_k: int) -> None:
+    logits = MarkovLogits(VOCAB, 8)
+    plain = Request((1, 2), 20, constraint=ScriptedConstraint(failing((5,))))
+    text = autoregressive(logits, plain)
+    for count in range(1, 5):  # the grammar fails where the text does not go
+        other = (*text[0][:count], 3 - text[0][count])
+        request = replace(plain, limits=TreeLimits(9, 4, top_k), constraint=ScriptedConstraint(failing(other)))
+        for drafter in DRAFTERS.values():
+            assert run(ScriptedTarget(logits), drafter(logits), request)[:2] == text
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("drafter", sorted(DRAFTERS))
+def test_a_grammar_that_fails_on_the_text_is_an_error_of_its_request_alone(drafter: str, count: int) -> None:
+    logits = MarkovLogits(VOCAB, 8)
+    good = Request((1, 2), 20, limits=LIMITS, constraint=ScriptedConstraint(failing((5,))))
+    text, _ = autoregressive(logits, good)
+    bad = replace(good, constraint=ScriptedConstraint(failing(text[:count])))
+    sequence = Sequence(ScriptedTarget(logits), DRAFTERS[drafter](logits))
+    with pytest.raises(InputError, match="the grammar fails after"):
+        list(decode(sequence, bad, Meter()))
+    assert tuple(chain.from_iterable(step.tokens for step in decode(sequence, good, Meter()))) == text
+
+    found, errors = dict[Request, tuple[int, ...]](), dict[Request, InputError]()
+    batch = SequenceBatch(ScriptedTarget(logits), 3, DRAFTERS[drafter](logits), ScriptedPolicy(1))
+    for advance in batch.run([replace(good, max_new_tokens=9, scheduler=ScriptedPolicy(1)), bad, good]):
+        request = advance.ticket.request
+        found[request] = found.get(request, ()) + advance.step.tokens
+        if advance.step.error:
+            errors[request] = advance.step.error
+    assert [*errors] == [bad] and all(tokens == text for request, tokens in found.items() if request is not bad)
 
 
 # --- llguidance, on a vocabulary of bytes and a few longer tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -108,6 +109,54 @@ def test_penalty_counts_a_repeated_token_once_and_leaves_the_logits_alone() -> N
     assert (logits == before).all()
 
 
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = np.array([2.0, -1.0, 1.5, 0.25], np.float32)
+    params = SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25, seed=0)
+    sampler = Sampler(params, prompt_tokens=2)
+    expected = np.exp([2.0, -1.0 - 0.5 - 0.5, 1.5 - 0.25 - 0.5, 0.25])  # vLLM: logits - frequency * count - presence
+    assert sampler.distribution(logits, [0, 0, 1, 2, 1]) == pytest.approx(expected / expected.sum(), abs=1e-15)
+    assert sampler.distribution(logits, [0, 3]) == pytest.approx(np.exp(logits) / np.exp(logits).sum(), abs=1e-7)
+    assert Sampler(SamplingParams(frequency_penalty=1.0), prompt_tokens=1).pick(logits, 4, [2, 0, 0, 0]) == 2
+
+
+def test_a_bias_comes_before_the_penalties() -> None:
+    logits = np.array([2.0, -1.0, 1.5], np.float32)
+    params = SamplingParams(temperature=1.0, logit_bias={1: 3.0, 0: -100}, repetition_penalty=2.0, seed=0)
+    expected = np.exp([-98.0 * 2.0, 2.0 / 2.0, 1.5])
+    assert Sampler(params).distribution(logits, [0, 1]) == pytest.approx(expected / expected.sum(), abs=1e-15)
+    assert Sampler(SamplingParams(logit_bias={1: 100})).pick(logits, 0, []) == 1
+    assert logits.tolist() == [2.0, -1.0, 1.5]
+    with pytest.raises(InputError, match="token id 3, the target 3 tokens"):
+        Sampler(SamplingParams(logit_bias={3: 1.0})).pick(logits, 0, [])
+
+
+def test_a_bias_is_kept_in_a_form_that_hashes() -> None:
+    given = {7: -100, 3: 1.5}
+    params = SamplingParams(logit_bias=given)
+    given[9] = 4.0
+    assert params.logit_bias == ((3, 1.5), (7, -100))
+    assert params == SamplingParams(logit_bias=params.logit_bias) and len({params, SamplingParams()}) == 2
+    assert dataclasses.replace(params, top_k=3).logit_bias == params.logit_bias
+    assert SamplingParams(**dataclasses.asdict(params)) == params
+    assert params.reshapes and not SamplingParams(temperature=1.0, top_k=4).reshapes
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(temperature=0.9, seed=5),
+    SamplingParams(temperature=0.9, top_k=7, top_p=0.8, min_p=0.02, presence_penalty=0.3, seed=5),
+])  # fmt: skip
+def test_allowed_tokens_alone_are_chosen_as_if_the_others_had_no_logit(params: SamplingParams) -> None:
+    rng = np.random.default_rng(0)
+    for position in range(60):
+        logits, context = random_logits(position), rng.integers(0, 50, 9).tolist()
+        allowed = np.sort(rng.choice(50, int(rng.integers(1, 50)), replace=False))
+        masked = np.full_like(logits, -np.inf)
+        masked[allowed] = logits[allowed]
+        sampler = Sampler(params, prompt_tokens=4)
+        assert sampler.pick(logits, position, context, allowed) == sampler.pick(masked, position, context)
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
 def test_nucleus_is_the_fewest_best_tokens_on_a_large_vocabulary(top_p: float) -> None:
     for seed, scale in ((0, 0.1), (1, 2.0), (2, 8.0)):
@@ -128,9 +177,13 @@ def test_of_tied_tokens_the_nucleus_takes_the_first() -> None:
 def test_processors_agree_with_transformers() -> None:
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers.generation.logits_process")
-    params = SamplingParams(temperature=0.7, top_k=20, top_p=0.85, min_p=0.05, repetition_penalty=1.4, seed=0)
+    params = SamplingParams(
+        temperature=0.7, top_k=20, top_p=0.85, min_p=0.05, repetition_penalty=1.4, logit_bias={3: 2.0, 8: -1.5}, seed=0
+    )
     chain = [
+        process.SequenceBiasLogitsProcessor([[[token], value] for token, value in dict(params.logit_bias).items()]),
         process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+        process.PrefixConstrainedLogitsProcessor(lambda batch, ids: list(range(0, 50, 2)), 1),
         process.TemperatureLogitsWarper(params.temperature),
         process.TopKLogitsWarper(params.top_k),
         process.TopPLogitsWarper(params.top_p),
@@ -143,7 +196,8 @@ def test_processors_agree_with_transformers() -> None:
         for processor in chain:
             scores = processor(torch.from_numpy(context)[None], scores)
         expected = scores.softmax(-1)[0].numpy()
-        assert np.abs(Sampler(params).distribution(logits, context.tolist()) - expected).max() < 1e-9
+        masked = np.where(np.arange(50) % 2, np.float32(-np.inf), logits)  # the order of mask and penalties is free
+        assert np.abs(Sampler(params).distribution(masked, context.tolist()) - expected).max() < 1e-7
 
 
 def test_a_seed_is_drawn_when_sampling_needs_one() -> None:
@@ -168,8 +222,19 @@ BAD: dict[str, tuple[Any, ...]] = {
     "top_p": (0, 0.0, -0.1, 1.01, math.nan, "1"),
     "min_p": (-0.1, 1.1, math.nan, None),
     "repetition_penalty": (0, -1.0, math.nan, math.inf),
+    "presence_penalty": (2.1, -2.1, math.nan, "1", None, True),
+    "frequency_penalty": (2.1, -2.1, math.inf, "1", None),
     "seed": (-1, 2**63, 1.5, "x", True),
 }
+
+
+@pytest.mark.parametrize("bias", [
+    None, 3, "x", [1, 2], {"1": 2.0}, {-1: 2.0}, {2**31: 1.0}, {True: 1.0}, {1.0: 1.0}, {1: 100.5}, {1: math.nan},
+    {1: "2"}, {1: None}, ((1, 2, 3),), (1,),
+])  # fmt: skip
+def test_a_bad_bias_is_refused(bias: Any) -> None:
+    with pytest.raises(InputError, match=r"logit_bias.*: give [^\n]*$"):
+        SamplingParams(logit_bias=bias)
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])

@@ -51,7 +51,7 @@ class Sessions:
 
     def empty(self) -> bool:
         """Whether nothing is held of any text."""
-        return not self.target._texts and not self.target.model.pool.owners.any() and not self.drafter._length
+        return not self.target._texts and not self.target.model.pool.owners.any() and not self.drafter._texts
 
 
 @pytest.fixture(autouse=True)

@@ -39,8 +39,9 @@ class BlockGraph(nn.Module):
     def forward(
         self,
         token: Tensor,  # [1] int64, the last known token, target vocabulary
-        context_end: Tensor,  # [1] int64: context rows that the block attends to, new ones included
-        kv_slots: Tensor,  # [n] int64: buffer rows written, T + position
+        context_begin: Tensor,  # [1] int64: first context row that the block attends to
+        context_end: Tensor,  # [1] int64: the row after the last one attended to, new rows included
+        kv_slots: Tensor,  # [n] int64: buffer rows written, T + context_begin + position
         noise: Tensor,  # [P, K] float32, added to the logits: a sampling target adds the same noise to its logits
         features: Tensor,  # [n, D], mixed, of the target, for new context rows
         kv: list[Tensor],  # per layer [T + S, 2, g, d]; 0 = key after RoPE, 1 = value
@@ -53,12 +54,12 @@ class BlockGraph(nn.Module):
         own = torch.arange(drafter.config.block_size)
         x = torch.cat([nn.functional.embedding(token, drafter.embed_tokens), self.masks])  # [B, H]
         context, slots = drafter.hidden_norm(features), torch.cat([own, kv_slots])
-        positions = torch.cat([context_end + own, kv_slots - self.slots])
+        positions = torch.cat([context_end - context_begin + own, kv_slots - self.slots - context_begin])
         cos, sin = (table.to(x.dtype) for table in drafter.config.rope(positions))
         masks, written = dict[Sight, Tensor](), []
         for layer, buffer in zip(drafter.blocks(), kv, strict=True):
             if layer.sight not in masks:
-                masks[layer.sight] = self._mask(layer.sight, context_end, buffer)
+                masks[layer.sight] = self._mask(layer.sight, context_begin, context_end, buffer)
             rows = layer.input_layernorm(x)
             q = layer.queries(rows, cos[: len(own)], sin[: len(own)])  # [B, h, d]
             k, v = layer.keys_and_values(torch.cat([rows, context]), cos, sin)  # [B + n, g, d]
@@ -68,7 +69,7 @@ class BlockGraph(nn.Module):
         logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
         return logprobs, nn.functional.embedding(rows, self.target_ids).squeeze(-1), *written
 
-    def _mask(self, sight: Sight, context_end: Tensor, kv: Tensor) -> Tensor:
+    def _mask(self, sight: Sight, context_begin: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
         """Additive mask [h/g * B, T + S] of one kind of layer."""
         shape, block, dtype = self.drafter.shape, self.drafter.config.block_size, kv.dtype
         free, blocked = torch.zeros((), dtype=dtype), torch.tensor(BLOCKED, dtype=dtype)
@@ -76,7 +77,7 @@ class BlockGraph(nn.Module):
         seen = torch.ones(block, block, dtype=torch.bool)
         own[:, :block] = torch.where(seen.tril() if sight.causal else seen, free, blocked)
         rows = torch.arange(kv.shape[0] - self.slots)
-        read = (rows < context_end).expand(block, -1)
+        read = ((rows >= context_begin) & (rows < context_end)).expand(block, -1)
         if sight.reach is not None:
             read = read & (rows >= context_end - torch.tensor(sight.reach).unsqueeze(1))
         mask = torch.cat([own, torch.where(read, free, blocked)], dim=1)
@@ -91,6 +92,7 @@ def to_onnx(drafter: DFlash, dtype: torch.dtype, *, slots: int, top_k: int) -> i
     n, rows = 3, slots + 5  # any sizes that differ from all other sizes of the graph
     arguments: dict[str, tuple[Tensor, dict[int, torch.export.Dim]]] = {
         "token": (torch.zeros(1, dtype=torch.int64), {}),
+        "context_begin": (torch.zeros(1, dtype=torch.int64), {}),
         "context_end": (torch.ones(1, dtype=torch.int64), {}),
         "kv_slots": (torch.arange(n), {0: tokens}),
         NOISE: (torch.zeros(count, shape.draft_vocab_size), {}),

@@ -72,8 +72,9 @@ class BlockRun:
         """Read `features` [n, D] after the first `kept` context rows, and draft after `token`."""
         end = kept + len(features)
         inputs = {
-            "token": np.array([token]), "context_end": np.array([end]), NOISE: self.noise,
-            "kv_slots": self.slots + np.arange(kept, end), "features": features.astype(self.dtype),
+            "token": np.array([token]), "context_begin": np.array([0]), "context_end": np.array([end]),
+            NOISE: self.noise, "kv_slots": self.slots + np.arange(kept, end),
+            "features": features.astype(self.dtype),
         }  # fmt: skip
         state = {f"kv.{layer}": buffer for layer, buffer in enumerate(self.kv)}
         logprobs, ids, *self.kv = self.session.run(None, {**inputs, **state})

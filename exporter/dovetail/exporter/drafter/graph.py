@@ -53,7 +53,8 @@ class DrafterGraph(nn.Module):
         feature_rows: Tensor,  # [n] int64: row of concat(bank, features)
         kv_slots: Tensor,  # [n] int64: buffer rows written
         bank_slots: Tensor,  # [n] int64: bank rows written
-        context_end: Tensor,  # [n] int64: context pairs attended to
+        context_begin: Tensor,  # [n] int64: first context pair attended to; texts have pairs of their own
+        context_end: Tensor,  # [n] int64: the pair after the last one attended to
         tree_mask: Tensor,  # [n, T] additive, over tree rows
         noise: Tensor,  # [1, K] float32, added to the logits: a sampling target adds the same noise to its logits
         queries: Tensor,  # [m] int64, rows of n: only these rows get children, and the bank takes only their features
@@ -71,20 +72,21 @@ class DrafterGraph(nn.Module):
         written, layers = [], drafter.blocks()
         for layer, buffer in zip(layers, kv, strict=True):
             rows = queries if layer is layers[-1] else None  # later layers need keys and values of all rows
-            seen, end = _taken(rows, tree_mask, context_end)
-            mask = self._mask(seen, end, buffer)
+            seen, begin, end = _taken(rows, tree_mask, context_begin, context_end)
+            mask = self._mask(seen, begin, end, buffer)
             x, buffer = attend(layer, x, cos, sin, mask, buffer, kv_slots, rows)
             written.append(buffer)
         logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
         ids = nn.functional.embedding(rows, self.target_ids).squeeze(-1)
         return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
 
-    def _mask(self, tree_mask: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
-        """Additive mask [h/g * rows, T + S]: a row attends to pairs below its context_end."""
+    def _mask(self, tree_mask: Tensor, context_begin: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
+        """Additive mask [h/g * rows, T + S]: a row attends to pairs from its context_begin to its context_end."""
         shape, dtype = self.drafter.shape, tree_mask.dtype
         pairs = torch.arange(kv.shape[0] - self.tree_slots)
         blocked = torch.tensor(BLOCKED, dtype=dtype)
-        context = torch.where(pairs < context_end.unsqueeze(1), torch.zeros((), dtype=dtype), blocked)
+        seen = (pairs >= context_begin.unsqueeze(1)) & (pairs < context_end.unsqueeze(1))
+        context = torch.where(seen, torch.zeros((), dtype=dtype), blocked)
         mask = torch.cat([tree_mask, context], dim=1)
         return torch.cat([mask] * (shape.num_attention_heads // shape.num_key_value_heads))
 
@@ -143,6 +145,7 @@ def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: 
         "feature_rows": (index(), per_token),
         "kv_slots": (index(), per_token),
         "bank_slots": (index(), per_token),
+        "context_begin": (index(), per_token),
         "context_end": (index(), per_token),
         "tree_mask": (torch.zeros(n, tree_slots, dtype=dtype), per_token),
         NOISE: (torch.zeros(1, shape.draft_vocab_size), {}),

@@ -191,8 +191,9 @@ class GraphRun:
         self.length += n
         answer = self._run(
             input_ids=tokens, position_ids=positions, features=features, feature_rows=slots + 1 + np.arange(n),
-            kv_slots=slots + positions, bank_slots=1 + np.arange(n), context_end=positions + 1,
-            tree_mask=np.full((n, slots), BLOCKED), queries=np.arange(n - 1 if last else 0, n),
+            kv_slots=slots + positions, bank_slots=1 + np.arange(n), context_begin=np.zeros(n, np.int64),
+            context_end=positions + 1, tree_mask=np.full((n, slots), BLOCKED),
+            queries=np.arange(n - 1 if last else 0, n),
         )  # fmt: skip
         self.bank[0] = self.bank[n]  # the last pair's output is the root's feature
         return answer
@@ -208,7 +209,8 @@ class GraphRun:
         return self._run(
             input_ids=tokens, position_ids=np.full(n, self.length - 1 + depth),
             features=np.zeros((n, self.bank.shape[1])), feature_rows=np.array(parents), kv_slots=nodes,
-            bank_slots=nodes, context_end=np.full(n, self.length), tree_mask=mask, queries=np.arange(n),
+            bank_slots=nodes, context_begin=np.zeros(n, np.int64),
+            context_end=np.full(n, self.length), tree_mask=mask, queries=np.arange(n),
         )  # fmt: skip
 
     def _run(self, **inputs: Array) -> Answer:

@@ -173,20 +173,18 @@ def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Ac
     given = {port.name for port in session.get_inputs()}
     noise = {NOISE: np.zeros(*noise_spec(facts))} if NOISE in given else {}
     state = {name: np.zeros(shape, kind) for name, shape in state_shapes(facts, 4).items()}
+    rows = {"features": features, "kv_slots": slots + np.arange(2)}
     if facts.positions:
-        block = {"token": np.array([1]), "context_end": np.array([2]), "kv_slots": slots + np.arange(2)}
-        return {**block, "features": features, **noise, **state}
-    queries = {"queries": np.arange(2)} if "queries" in given else {}  # older graphs return children of all rows
-    return {
-        "input_ids": np.array([0, 1]),
-        "position_ids": np.array([0, 1]),
-        "features": features,
-        "feature_rows": slots + 1 + np.arange(2),
-        "kv_slots": slots + np.arange(2),
-        "bank_slots": np.array([slots, 0]),
-        "context_end": np.array([1, 2]),
-        "tree_mask": np.full((2, slots), -1e4, kind),
-        **queries,
-        **noise,
-        **state,
-    }
+        rows |= {"token": np.array([1]), "context_begin": np.array([0]), "context_end": np.array([2])}
+    else:
+        rows |= {
+            "input_ids": np.array([0, 1]),
+            "position_ids": np.array([0, 1]),
+            "feature_rows": slots + 1 + np.arange(2),
+            "bank_slots": np.array([slots, 0]),
+            "context_begin": np.array([0, 0]),
+            "context_end": np.array([1, 2]),
+            "queries": np.arange(2),
+            "tree_mask": np.full((2, slots), -1e4, kind),
+        }
+    return {name: rows[name] for name in rows if name in given} | noise | state  # graphs of older pairs have fewer

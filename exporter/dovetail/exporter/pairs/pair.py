@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 DRAFTER_PACKAGES = ("torch", "onnx", "onnxscript")
-DRAFTER_LAYOUT = 5  # version of the drafter's files; another number builds the files again
+DRAFTER_LAYOUT = 6  # version of the drafter's files; another number builds the files again
 
 
 def default_folder(name: str) -> Path:

@@ -25,7 +25,7 @@ from dovetail.runtime.system.telemetry import decline_telemetry
 OWN_FLAGS = ("--help", "-h", "--version")
 CUT_OFF = "a file ends too early: copy or build it again"
 WORD = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # the form of a command's name
-COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "tune")  # each in the module of the same name
+COMMANDS = ("bench", "chat", "doctor", "generate", "inspect", "serve", "tune")  # each in the module of the same name
 
 
 class DefaultGroup(click.Group):
@@ -111,6 +111,7 @@ def cli() -> None:
       dovetail-run "Why is the sky blue?"     answer one prompt (the command `generate`)
       cat notes.txt | dovetail-run            read the prompt from standard input
       dovetail-run chat                       chat
+      dovetail-run serve                      answer OpenAI's API on a port
 
     The first use without --pair builds the SmolLM2-135M pair in your cache.
     """

@@ -32,6 +32,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
 
 Record = TypeVar("Record")
+Opened = TypeVar("Opened")
 Command = Callable[..., Any]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -93,6 +94,10 @@ class EngineFlags:
         """
         opener: Callable[..., Engine] = click.get_current_context().obj or Engine.from_pretrained  # obj: of tests
         pair = resolve_pair(self.pair)
+        return self.open_with(opener, pair, speculate=speculate, lookup_cache=self.lookup_cache)
+
+    def open_with(self, opener: Callable[..., Opened], pair: Path, *, speculate: bool = True, **more: Any) -> Opened:
+        """Return what `opener` makes of the pair. more: its further arguments."""
         return opener(
             pair,
             drafter_device=self.drafter_device,
@@ -104,8 +109,8 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=Scheduler.max_slowdown if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
-            lookup_cache=self.lookup_cache,
             progress=announce,
+            **more,
         )
 
     def tree(self, pair: Path, *, fixed: bool) -> TreeLimits | None:
@@ -215,13 +220,14 @@ def vram_options(command: Command) -> Command:
     """Flags of the drafter's GPU memory: vram in bytes, fit."""
     return _apply(
         command,
-        click.option("--vram", callback=_parse_size, metavar="SIZE",
+        click.option("--vram", callback=read_size, metavar="SIZE",
                      help="GPU memory that the drafter may take, e.g. 3GB.  [default: what the pair says]"),
         click.option("--fit", is_flag=True, help="Shorten the drafter's context on the GPU to fit --vram."),
     )  # fmt: skip
 
 
-def _parse_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
+def read_size(_context: click.Context, _option: click.Parameter, given: str | None) -> int | None:
+    """Return the bytes of a size such as 3GB. Raises InputError."""
     return None if given is None else parse_size(given)
 
 

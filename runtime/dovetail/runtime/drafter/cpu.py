@@ -42,7 +42,8 @@ class CpuRunner:
     file_key = "cpu"
     bus_bytes = 0
 
-    def __init__(self, file: Path, facts: DrafterFacts, threads: int):
+    def __init__(self, file: Path, facts: DrafterFacts, threads: int, pairs: int | None = None):
+        """pairs: of all texts; None for one text of the longest context. Raises DeviceError."""
         import onnxruntime as ort
 
         options = session_options(ort)
@@ -56,22 +57,23 @@ class CpuRunner:
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU])
         check_ports(self._session, file, facts, np.float32)
-        self.max_context, self._slots, self._facts = facts.max_context, facts.tree_slots, facts
+        self.max_context, self._slots, self._facts = pairs or facts.max_context, facts.tree_slots, facts
         specs = row_specs(facts, CHUNK, np.float32)
         self._arrays: dict[str, Array] = {name: np.zeros(*spec) for name, spec in specs.items()}
         self._rows = rows_of(facts, self._arrays)
         # Linux reserves pages for the whole context and provides them as the context grows.
-        shapes = state_shapes(facts, facts.max_context)
+        shapes = state_shapes(facts, self.max_context)
         try:
             self._bank = np.zeros(shapes.pop(STATE, 0), np.float32)  # empty for a block graph
             self._kv = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         except MemoryError:
             raise DeviceError(
-                f"the drafter's context of {facts.max_context} tokens does not fit into memory: free memory, or "
+                f"the drafter's context of {self.max_context} tokens does not fit into memory: free memory, or "
                 "generate without speculation"
             ) from None
         given = {port.name for port in self._session.get_inputs()}
-        # An older pair's graph has no queries and answers for every row.
+        # An older pair's graph without queries answers for every row.
+        self.many_texts = "context_begin" in given
         self._inputs = [name for name in input_specs(facts, 0, np.float32) if name in given]
         self.draft_ids = read_draft_ids(self._session, file, facts)
         self._noise = np.zeros(*noise_spec(facts))
@@ -81,13 +83,15 @@ class CpuRunner:
     def rows(self, n: int) -> Any:
         return self._rows
 
-    def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
+    def run(
+        self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
+    ) -> Candidates:
         if noise is not None or self._noisy:
             self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
             self._noise[:] = 0 if noise is None else noise
             self._noisy = noise is not None
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
-        answers = self._facts.positions or (1 if upload_features and "queries" in self._inputs else n)
+        answers = self._facts.positions or (answers if answers and "queries" in self._inputs else n)
         bound, binding = self._lanes.get((n, answers), (0, None))
         if bound != kv_rows:
             binding = self._bind(n, answers, kv_rows, binding)

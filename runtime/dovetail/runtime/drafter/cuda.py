@@ -137,6 +137,7 @@ class CudaRunner:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
             check_ports(self._session, file, facts, np.float16)
             self.draft_ids = read_draft_ids(self._session, file, facts)
+            self.many_texts = "context_begin" in {port.name for port in self._session.get_inputs()}
             self._noise = None if self.draft_ids is None else Block.allocate(device, {NOISE: noise_spec(facts)})
             self._noisy = False
             shapes = state_shapes(facts, plan.context)
@@ -152,7 +153,15 @@ class CudaRunner:
     def rows(self, n: int) -> Any:
         return self._graphs[_bucket(n)].rows
 
-    def run(self, n: int, context: int, noise: NDArray[np.float32] | None, *, upload_features: bool) -> Candidates:
+    def run(
+        self,
+        n: int,
+        context: int,
+        noise: NDArray[np.float32] | None,
+        *,
+        upload_features: bool,
+        answers: int | None = None,
+    ) -> Candidates:
         """The mask limits each row, so `context` needs no binding. Not after `close`."""
         graph, device = self._graphs[_bucket(n)], self._device
         graph.rows.pad(n, self._slots)
@@ -168,8 +177,8 @@ class CudaRunner:
         device.download(graph.outputs.host, graph.outputs.address)
         device.wait()
         self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
-        answers = self._facts.positions or n
-        return Candidates(graph.rows.top_logprobs[:answers], graph.rows.top_ids[:answers])
+        found = self._facts.positions or n
+        return Candidates(graph.rows.top_logprobs[:found], graph.rows.top_ids[:found])
 
     def touch(self, context: int) -> None:
         """Do nothing: device memory exists from the start."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, Moved
+from dovetail.runtime.drafter.session import Ask, DeviceReport, DraftNoise, Moved
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -50,6 +50,13 @@ class FailoverDrafter:
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
         return self._or_move(partial(self._drafter.propose, seq, limits, judge, noise))
+
+    def extend_all(self, pairs: Mapping[SequenceId, tuple[TokenArray, FloatArray]]) -> None:
+        """See DraftsTogether. Raises as `extend` does."""
+        self._or_move(partial(self._drafter.extend_all, pairs))
+
+    def propose_all(self, asks: Mapping[SequenceId, Ask]) -> dict[SequenceId, DraftTree]:
+        return self._or_move(partial(self._drafter.propose_all, asks))
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         self._drafter.rewind(seq, keep)

@@ -27,7 +27,10 @@ CHUNK = 128  # the most rows of a call
 BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
 Array = NDArray[Any]
-INDEXES = ("input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_end", "queries")
+INDEXES = (
+    "input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_begin", "context_end", "queries",
+)  # fmt: skip
+LATER = ("context_begin", "queries")  # inputs that graphs of older pairs do not have
 OUTPUTS = ("top_logprobs", "top_ids")
 NOISE = "noise"  # float32, added to the logits: [1, V] for every row, or [P, V]; graphs of older pairs have none
 DRAFT_IDS = "draft_ids"  # key of the graph's metadata: V target ids, little-endian int32 in base64
@@ -46,6 +49,7 @@ class Rows:
     feature_rows: NDArray[np.int64]
     kv_slots: NDArray[np.int64]
     bank_slots: NDArray[np.int64]
+    context_begin: NDArray[np.int64]
     context_end: NDArray[np.int64]
     queries: NDArray[np.int64]  # 0, 1, 2 ..; a call takes the rows whose children are wanted
     tree_mask: Array  # [rows, T] additive
@@ -59,7 +63,7 @@ class Rows:
     def pad(self, n: int, slots: int) -> None:
         """Make the rows from `n` on harmless: they attend to nothing and write to bank row `slots`, T."""
         self.input_ids[n:] = self.position_ids[n:] = self.feature_rows[n:] = 0
-        self.kv_slots[n:] = self.context_end[n:] = 0
+        self.kv_slots[n:] = self.context_begin[n:] = self.context_end[n:] = 0
         self.bank_slots[n:] = slots
         self.tree_mask[n:] = BLOCKED
 
@@ -69,7 +73,8 @@ class BlockRows:
     """Inputs and outputs of a block graph's call. Names are the graph's."""
 
     token: NDArray[np.int64]  # [1], the last known token
-    context_end: NDArray[np.int64]  # [1], pairs that the block attends to, new ones included
+    context_begin: NDArray[np.int64]  # [1], first pair that the block attends to
+    context_end: NDArray[np.int64]  # [1], the pair after the last one, new pairs included
     kv_slots: NDArray[np.int64]  # [rows]
     features: Array  # [rows, D], of new context
     top_logprobs: NDArray[np.float32]  # [P, K]
@@ -87,7 +92,8 @@ def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> 
     """Return shape and dtype of every array of a call: inputs first, features the last input."""
     specs: dict[str, Spec]
     if facts.positions:
-        specs = {"token": ((1,), np.int64), "context_end": ((1,), np.int64), "kv_slots": ((rows,), np.int64)}
+        specs = {name: ((1,), np.int64) for name in ("token", "context_begin", "context_end")}
+        specs["kv_slots"] = ((rows,), np.int64)
     else:
         specs = {name: ((rows,), np.int64) for name in INDEXES}
         specs["tree_mask"] = ((rows, facts.tree_slots), dtype)
@@ -136,17 +142,20 @@ class Runner(Protocol):
     file_key: str  # of the graph in DrafterFacts.files
     max_context: int  # pairs that it holds
     bus_bytes: int  # moved between host and device so far, both ways; 0 on the CPU
+    many_texts: bool  # whether rows may attend to the pairs of different texts
     draft_ids: NDArray[np.int32] | None  # [V] target ids of the draft vocabulary, None if the graph takes no noise
 
     def rows(self, n: int) -> Any:
         """Return the Rows or BlockRows for the inputs of a call of n rows. They may have more rows."""
 
-    def run(self, n: int, context: int, noise: Array | None, *, upload_features: bool) -> Candidates:
-        """Run the first n of `rows(n)` against `context` pairs. Valid until the next run.
+    def run(
+        self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
+    ) -> Candidates:
+        """Run the first n of `rows(n)` against the first `context` pairs. Valid until the next run.
 
         noise: [V] or [P, V] float32, None for none. upload_features: whether the graph reads the
-        features too. The caller of a tree graph then wants the last row's children alone, and the
-        result may hold no others.
+        features too. answers: a tree graph's last rows whose children are wanted, None for all; the
+        result then ends with them.
         """
 
     def touch(self, context: int) -> None:
@@ -159,7 +168,7 @@ class Runner(Protocol):
 def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:
     """Check names, dtypes and fixed sizes of a graph's inputs and outputs. Raises DeviceError.
 
-    dtype: of the graph's activations. Graphs of older pairs have no `queries` and no `noise`.
+    dtype: of the graph's activations. Graphs of older pairs lack the inputs LATER and `noise`.
     """
     rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: any number
     inputs = {**input_specs(facts, 0, dtype), NOISE: noise_spec(facts)}
@@ -170,7 +179,7 @@ def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.fl
         given, returned = session.get_inputs(), session.get_outputs()
     except ValueError as error:  # a name that is not UTF-8
         raise DeviceError(f"{file} has inputs without readable names ({error}): export the drafter again") from None
-    lacking = {*inputs} - {port.name for port in given} - {"queries", NOISE}
+    lacking = {*inputs} - {port.name for port in given} - {*LATER, NOISE}
     lacking |= {*outputs} - {port.name for port in returned}
     odd = {port.name for port in given} - {*inputs}
     if lacking or odd:

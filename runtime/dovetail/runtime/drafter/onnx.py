@@ -1,31 +1,34 @@
 """The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py).
 
-Axes: T tree slots, V draft vocabulary. KV row i < T belongs to tree node i, row T + j to pair j.
-Bank row 0 is the root's feature, row i tree node i's. Row T takes features that no call reads.
+Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
+T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
+of text i, and the others belong to tree nodes. Row T takes features that no call reads.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, check_keep
+from dovetail.runtime.drafter.session import KEPT, Ask, DeviceReport, DraftNoise, check_keep
 from dovetail.runtime.drafter.vram import check_limit, plan_pair
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.system.machine import usable_cores
 from dovetail.runtime.tree.draft_tree import DraftTree
-from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
+from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_together, levels
 from dovetail.runtime.tree.limits import TreeLimits
 
 # A call of at most LEVEL rows is timed as a tree's level, which returns children for every row. A
@@ -36,17 +39,48 @@ LEVEL = 16
 log = logging.getLogger(__name__)
 
 
-class OnnxDrafter:
-    """A drafter with the KV of one sequence; implements Drafter."""
+class _Place(NamedTuple):
+    """Where the rows of a tree are."""
 
-    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str):
-        self.device, self.capacity = device, runner.max_context
+    nodes: NDArray[np.int64]  # row of the tree's i-th expanded node, the root's first
+    begin: int  # of the text's pairs
+    length: int  # pairs of the text
+
+
+@dataclass
+class _Text:
+    """What the drafter holds of one text."""
+
+    number: int  # of its part of the pairs, and of its root's bank row
+    length: int = 0  # pairs
+    root: tuple[int, Candidates] | None = None  # last known token and its children
+
+
+_Part = tuple[_Text, TokenArray, FloatArray]  # a text, and pairs to append
+
+
+class OnnxDrafter:
+    """A drafter with the KV of one text or several; implements Drafter and DraftsTogether."""
+
+    def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str, texts: int = 1):
+        """texts: at a time. Raises DeviceError if the graph or its context has no room for them."""
+        if texts > 1 and not runner.many_texts:
+            raise DeviceError(
+                f"the drafter's graph holds one text at a time, not {texts}: export the drafter again with "
+                "dovetail-export drafter, or give 1 slot"
+            )
+        if texts >= facts.tree_slots:
+            raise DeviceError(f"the drafter's graph has {facts.tree_slots} tree slots: give fewer slots than that")
+        if (capacity := runner.max_context // texts) < min(KEPT, runner.max_context):
+            raise DeviceError(
+                f"the drafter's context of {runner.max_context} pairs is too short for {texts} texts of {KEPT}: give "
+                f"{runner.max_context // KEPT} slots or fewer"
+            )
+        self.device, self.capacity = device, capacity
         self.file_key = runner.file_key  # of its graph in DrafterFacts.files
         self.top_k = facts.top_k  # children that it offers
-        self._facts, self._runner, self._note = facts, runner, note
-        self._seq: SequenceId | None = None  # of the pairs that it holds
-        self._length = 0
-        self._root: tuple[int, Candidates] | None = None  # last known token and its children
+        self._facts, self._runner, self._note, self._count = facts, runner, note, texts
+        self._texts: dict[SequenceId, _Text] = {}
 
     @classmethod
     def open(
@@ -58,6 +92,7 @@ class OnnxDrafter:
         threads: int | None = None,
         vram: int | None = None,
         fit: bool = False,
+        texts: int = 1,
     ) -> OnnxDrafter:
         """Load a drafter; see Engine.from_pretrained. threads: default one per usable core.
 
@@ -71,20 +106,26 @@ class OnnxDrafter:
         note = "asked for"
         if device != "cpu":
             try:
-                return cls.open_cuda(pair, manifest, vram=vram, fit=fit)
+                return cls.open_cuda(pair, manifest, vram=vram, fit=fit, texts=texts)
             except DeviceError as error:
                 if device == "cuda":
                     raise DeviceError(f"the drafter cannot run on CUDA: {error}") from error
                 note = f"no CUDA: {error}"
                 if vram is not None or driver_cuda() is not None:  # somebody counts on a GPU
                     log.warning("the drafter runs on the CPU: %s", error)
-        return cls.open_cpu(pair, facts, note, threads=threads)
+        return cls.open_cpu(pair, facts, note, threads=threads, texts=texts)
 
     @classmethod
-    def open_cpu(cls, pair: Path, facts: DrafterFacts, note: str, *, threads: int | None) -> OnnxDrafter:
-        """Return the INT8 drafter. note: why the drafter runs on the CPU. Raises DeviceError."""
-        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores())
-        return cls(facts, runner, device="CPU (int8)", note=note)
+    def open_cpu(
+        cls, pair: Path, facts: DrafterFacts, note: str, *, threads: int | None, texts: int = 1
+    ) -> OnnxDrafter:
+        """Return the INT8 drafter. note: why the drafter runs on the CPU. Raises DeviceError.
+
+        Every call attends to the pairs of all texts. Several texts therefore get few pairs each.
+        """
+        pairs = None if texts == 1 else texts * min(2 * KEPT, facts.max_context)
+        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores(), pairs)
+        return cls(facts, runner, device="CPU (int8)", note=note, texts=texts)
 
     @classmethod
     def open_cuda(
@@ -94,6 +135,7 @@ class OnnxDrafter:
         *,
         vram: int | None = None,
         fit: bool = False,
+        texts: int = 1,
         new_device: Callable[[], Device] | None = None,
     ) -> OnnxDrafter:
         """Return the float16 drafter. new_device: in place of CUDA's. Raises DeviceError."""
@@ -103,15 +145,10 @@ class OnnxDrafter:
         plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
         device = (new_device or CudaDevice)()
         runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
-        return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found")
+        return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
 
     def length(self, seq: SequenceId) -> int:
-        return self._held if seq == self._seq else 0
-
-    @property
-    def _held(self) -> int:
-        """Pairs of the sequence `_seq`."""
-        return self._length
+        return self._texts[seq].length if seq in self._texts else 0
 
     @property
     def report(self) -> DeviceReport:
@@ -121,38 +158,53 @@ class OnnxDrafter:
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
     ) -> None:
         """See Drafter. Raises ContextOverflow, InputError (shapes, ids), DeviceError."""
-        self._check_room(seq)
-        self._check(tokens, features)
-        self._seq, self._root = seq, None
+        text = self._text(seq)
+        self._check(text.length, tokens, features)
+        text.root = None
         for start in range(0, len(tokens), CHUNK):
             chunk = slice(start, min(start + CHUNK, len(tokens)))
-            found = self._extend(tokens[chunk], features[chunk], noise)
-            self._length += len(tokens[chunk])
-        if len(tokens):
-            last = Candidates(found.logprobs[-1:].copy(), found.ids[-1:].copy())
-            self._root = int(tokens[-1]), last
+            self._extend([(text, tokens[chunk], features[chunk])], noise)
+
+    def extend_all(self, pairs: Mapping[SequenceId, tuple[TokenArray, FloatArray]]) -> None:
+        """See DraftsTogether. Short parts of several texts share a call. Raises as `extend` does."""
+        group, rows = list[_Part](), 0
+        for seq, (tokens, features) in pairs.items():
+            if len(tokens) > LEVEL:
+                self.extend(seq, tokens, features)
+                continue
+            text = self._text(seq)
+            self._check(text.length, tokens, features)
+            text.root = None
+            if rows + len(tokens) > CHUNK:
+                self._extend(group)
+                group, rows = [], 0
+            group.append((text, tokens, features))
+            rows += len(tokens)
+        if group:
+            self._extend(group)
 
     def propose(
         self, seq: SequenceId, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
-        if self._root is None or seq != self._seq:
-            raise InputError("nothing to draft from: extend the drafter with the last known token first")
-        self._check_top_k(limits)
-        token, first = self._root
-        expand = partial(self._expand, noise=noise)
-        return grow_tree(token, first, expand, limits, slots=self._facts.tree_slots, judge=judge)
+        return self._grow({seq: Ask(limits, judge)}, noise)[seq]
+
+    def propose_all(self, asks: Mapping[SequenceId, Ask]) -> dict[SequenceId, DraftTree]:
+        """See DraftsTogether. The trees share the slots, and a call runs a level of each tree."""
+        return self._grow(asks)
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         """See Drafter. A draft then needs a new `extend`. Raises InputError."""
         check_keep(keep, held := self.length(seq))
-        if keep < held:
-            self._length, self._root = keep, None
+        if not keep:
+            self._texts.pop(seq, None)
+        elif keep < held:
+            self._texts[seq].length, self._texts[seq].root = keep, None
 
     def pretend_length(self, seq: SequenceId, pairs: int) -> None:
         """Act as if extended by `pairs` pairs, for timing only: KV content is arbitrary."""
-        self._check_room(seq)
-        self._runner.touch(pairs)
-        self._seq, self._length, self._root = seq, pairs, None
+        text = self._text(seq)
+        self._runner.touch(self._pair(text, pairs))
+        text.length, text.root = pairs, None
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
         """Return the ms of a call: a level of `rows` nodes up to LEVEL, else `rows` new pairs."""
@@ -161,64 +213,122 @@ class OnnxDrafter:
             begin = clock()
             self.extend(seq, tokens, features)
         else:
-            nodes = np.minimum(np.arange(1, rows + 1), self._facts.tree_slots - 1)  # all below the root
+            nodes = np.minimum(np.arange(1, rows + 1), self._facts.tree_slots - self._count)  # all below the root
             attend = nodes[:, None] == np.arange(self._facts.tree_slots)
+            level, place = Level(1, nodes, np.zeros_like(nodes), np.zeros_like(nodes), attend), self._place(seq, 0)
             begin = clock()
-            self._expand(Level(1, nodes, np.zeros_like(nodes), np.zeros_like(nodes), attend))
+            self._expand([(place, level)])
         return (clock() - begin) * 1e3
 
     def close(self) -> None:
         self._runner.close()
 
-    def _check_room(self, seq: SequenceId) -> None:
-        if self._held and seq != self._seq:
+    def _text(self, seq: SequenceId) -> _Text:
+        """Return the record of a text, which gets the first free part of the pairs."""
+        if seq not in self._texts:
+            self._texts[seq] = _Text(self._free_part(self._texts, seq))
+        return self._texts[seq]
+
+    def _free_part(self, texts: Mapping[SequenceId, Any], seq: SequenceId) -> int:
+        taken = {text.number for text in texts.values()}
+        free = [number for number in range(self._count) if number not in taken]
+        if not free:
+            held = ", ".join(map(str, texts))
             raise InputError(
-                f"this drafter has room for one sequence and holds number {self._seq}: rewind that to 0 first, or "
-                f"decode number {seq} without a drafter"
+                f"this drafter has room for {self._count} sequence{'s' if self._count > 1 else ''} and holds number "
+                f"{held}: rewind one to 0 first, or decode number {seq} without a drafter"
             )
+        return free[0]
+
+    def _pair(self, text: _Text, index: int) -> int:
+        """Return the number of a text's pair among the pairs of all texts."""
+        return text.number * self.capacity + index
 
     def _check_top_k(self, limits: TreeLimits) -> None:
         if limits.top_k > self._facts.top_k:
             raise InputError(f"tree top_k {limits.top_k} exceeds the drafter's {self._facts.top_k}: lower it")
 
-    def _extend(self, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None) -> Candidates:
-        """Read one chunk of at most CHUNK pairs."""
-        n, start, slots = len(tokens), self._length, self._facts.tree_slots
+    def _extend(self, parts: Sequence[_Part], noise: DraftNoise | None = None) -> None:
+        """Read pairs of several texts in one call of at most CHUNK rows. The last row of each text comes last."""
+        slots, count = self._facts.tree_slots, len(parts)
+        places = np.cumsum([0, *(len(tokens) - 1 for _, tokens, _ in parts)])
+        n, ends = int(places[-1]) + count, int(places[-1])
         rows = self._runner.rows(n)
-        positions = np.arange(start, start + n)
-        rows.input_ids[:n] = tokens
-        rows.position_ids[:n] = positions
-        rows.features[:n] = features
         rows.feature_rows[:n] = np.arange(slots + 1, slots + 1 + n)
-        rows.kv_slots[:n] = positions + slots
         rows.bank_slots[:n] = slots
-        rows.bank_slots[n - 1] = 0
-        rows.context_end[:n] = positions + 1
         rows.tree_mask[:n] = BLOCKED
-        return self._run(n, start + n, self._noise(1, noise), upload_features=True)
+        highest = 0
+        for index, (text, tokens, features) in enumerate(parts):
+            at = np.append(np.arange(places[index], places[index + 1]), ends + index)
+            positions, begin = text.length + np.arange(len(tokens)), self._pair(text, 0)
+            rows.input_ids[at] = tokens
+            rows.position_ids[at] = positions
+            rows.features[at] = features
+            rows.kv_slots[at] = slots + begin + positions
+            rows.context_begin[at] = begin
+            rows.context_end[at] = begin + positions + 1
+            rows.bank_slots[ends + index] = text.number
+            highest = max(highest, begin + text.length + len(tokens))
+        found = self._run(n, highest, self._noise(1, noise), upload_features=True, answers=count)
+        for index, (text, tokens, _) in enumerate(parts):
+            row = slice(len(found.ids) - count + index, len(found.ids) - count + index + 1)
+            text.length += len(tokens)
+            text.root = int(tokens[-1]), Candidates(found.logprobs[row].copy(), found.ids[row].copy())
 
-    def _expand(self, level: Level, noise: DraftNoise | None = None) -> Candidates:
-        """Run one level of the tree: features of the parents come from the bank."""
-        n, length = len(level.rows), self._length
-        rows = self._runner.rows(n)
-        rows.input_ids[:n] = level.tokens
-        rows.position_ids[:n] = length - 1 + level.depth
-        rows.feature_rows[:n] = level.parent_rows
-        rows.kv_slots[:n] = level.rows
-        rows.bank_slots[:n] = level.rows
-        rows.context_end[:n] = length
-        mask = rows.tree_mask[:n]
-        mask[...] = BLOCKED
-        mask[level.attend] = 0
-        return self._run(n, length, self._noise(level.depth + 1, noise), upload_features=False)
+    def _grow(self, asks: Mapping[SequenceId, Ask], noise: DraftNoise | None = None) -> dict[SequenceId, DraftTree]:
+        """Grow a tree for each text. Each tree has an equal share of the slots behind the roots' rows."""
+        share, growing, places = (self._facts.tree_slots - self._count) // len(asks), [], []
+        for index, (seq, (limits, judge)) in enumerate(asks.items()):
+            text = self._texts.get(seq)
+            if text is None or text.root is None:
+                raise InputError("nothing to draft from: extend the drafter with the last known token first")
+            self._check_top_k(limits)
+            growing.append(levels(*text.root, limits, slots=1 + share, judge=judge))
+            places.append(self._place(seq, index * share))
+
+        def expand(wanted: Mapping[int, Level]) -> dict[int, Candidates]:
+            found = self._expand([(places[index], level) for index, level in wanted.items()], noise)
+            ends = np.cumsum([0, *(len(level.rows) for level in wanted.values())])
+            parts = zip(wanted, ends, ends[1:], strict=False)
+            return {index: Candidates(found.logprobs[i:j], found.ids[i:j]) for index, i, j in parts}
+
+        return dict(zip(asks, grow_together(growing, expand), strict=True))
+
+    def _place(self, seq: SequenceId, before: int) -> _Place:
+        """Return where a tree's rows are. before: slots of the trees before it."""
+        text = self._text(seq)
+        nodes = np.arange(self._facts.tree_slots) + self._count - 1 + before
+        nodes[0] = text.number
+        return _Place(nodes, self._pair(text, 0), text.length)
+
+    def _expand(self, wanted: Sequence[tuple[_Place, Level]], noise: DraftNoise | None = None) -> Candidates:
+        """Run one level of each tree: features of the parents come from the bank."""
+        n = sum(len(level.rows) for _, level in wanted)
+        rows, at, highest = self._runner.rows(n), 0, 0
+        rows.tree_mask[:n] = BLOCKED
+        for place, level in wanted:
+            part = slice(at, at + len(level.rows))
+            rows.input_ids[part] = level.tokens
+            rows.position_ids[part] = place.length - 1 + level.depth
+            rows.feature_rows[part] = place.nodes[level.parent_rows]
+            rows.kv_slots[part] = rows.bank_slots[part] = place.nodes[level.rows]
+            rows.context_begin[part] = place.begin
+            rows.context_end[part] = place.begin + place.length
+            row, node = np.nonzero(level.attend)
+            rows.tree_mask[at + row, place.nodes[node]] = 0
+            at, highest = part.stop, max(highest, place.begin + place.length)
+        (depth, *_) = (level.depth for _, level in wanted)  # with noise there is one tree
+        return self._run(n, highest, self._noise(depth + 1, noise), upload_features=False)
 
     def _noise(self, depth: int, noise: DraftNoise | None) -> FloatArray | None:
         """Return [V] for children at `depth`; None without sampling, or if the graph takes none."""
         ids = self._runner.draft_ids
         return None if noise is None or ids is None else noise(depth, ids)
 
-    def _run(self, n: int, context: int, noise: FloatArray | None, *, upload_features: bool) -> Candidates:
-        found = self._runner.run(n, context, noise, upload_features=upload_features)
+    def _run(
+        self, n: int, context: int, noise: FloatArray | None, *, upload_features: bool, answers: int | None = None
+    ) -> Candidates:
+        found = self._runner.run(n, context, noise, upload_features=upload_features, answers=answers)
         if not np.isfinite(found.logprobs).all():
             raise DeviceError(
                 f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "
@@ -226,15 +336,15 @@ class OnnxDrafter:
             )
         return found
 
-    def _check(self, tokens: TokenArray, features: FloatArray) -> None:
+    def _check(self, held: int, tokens: TokenArray, features: FloatArray) -> None:
         facts = self._facts
         if features.shape != (len(tokens), facts.feature_size):
             raise InputError(
                 f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
             )
-        if self._held + len(tokens) > self.capacity:
+        if held + len(tokens) > self.capacity:
             raise ContextOverflow(
-                f"{self._held + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
+                f"{held + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
                 "the prompt or generate without speculation"
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:

@@ -5,9 +5,9 @@ Axes: T new tokens, K candidates, D feature size. Positions: see target/session.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
+
+KEPT = 256  # pairs of a text that are kept for a drafter: as many as it is trained on at once
 
 # For sampled tokens: (depth, ids [K]) -> [K] float32 to add to a drafter's logits of tokens `ids`,
 # `depth` levels below the last known token (see Sampler.ahead).
@@ -80,6 +82,24 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """Free the device's memory. No further call is possible."""
+
+
+class Ask(NamedTuple):
+    """What to draft for one text; see Drafter.propose."""
+
+    limits: TreeLimits
+    judge: Judge | None
+
+
+@runtime_checkable
+class DraftsTogether(Protocol):
+    """A Drafter whose calls can run rows of many texts, without noise."""
+
+    def extend_all(self, pairs: Mapping[SequenceId, tuple[TokenArray, FloatArray]]) -> None:
+        """Append pairs of each text, as `extend` does."""
+
+    def propose_all(self, asks: Mapping[SequenceId, Ask]) -> dict[SequenceId, DraftTree]:
+        """Return a tree for each text, as `propose` does."""
 
 
 def check_keep(keep: int, held: int) -> None:

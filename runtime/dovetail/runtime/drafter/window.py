@@ -14,14 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dovetail.runtime.drafter.session import Drafter, DraftNoise, Moved, ReadsTokens
+from dovetail.runtime.drafter.session import KEPT, Ask, Drafter, DraftNoise, DraftsTogether, Moved, ReadsTokens
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.system.arrays import FloatArray, SequenceId
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
-
-KEPT = 256  # pairs: as many as a drafter is trained on at once
 
 
 class _Kept(NamedTuple):
@@ -60,7 +58,7 @@ class Window:
     """
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
-        self.drafter, self._seq = drafter, seq
+        self.drafter, self.seq = drafter, seq
         self.start = self.length = 0
         self._kept = _Kept()
 
@@ -126,28 +124,36 @@ class Window:
         while True:
             self.flush(tokens, noise)
             try:
-                return self.drafter.propose(self._seq, limits, judge, noise)
+                return self.drafter.propose(self.seq, limits, judge, noise)
             except Moved:
                 self.length = 0
 
     def rewind(self) -> None:
         """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        if self.drafter.length(self._seq) < self.length:  # an interrupt came after a move to another device
+        if self.drafter.length(self.seq) < self.length:  # an interrupt came after a move to another device
             self.length = 0
-        self.drafter.rewind(self._seq, self.length)
-        _check_held(self.drafter.length(self._seq), self.length)
+        self.drafter.rewind(self.seq, self.length)
+        _check_held(self.drafter.length(self.seq), self.length)
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Append the waiting pairs, or start over with the last pairs."""
+        self.drafter.extend(self.seq, *self.due(tokens), noise)
+        self.done()
+
+    def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
+        """Return the pairs that the drafter shall read, for its `extend`; `done` follows."""
         kept, count, capacity = self._kept, self.waiting, self.drafter.capacity
         if not self.length or kept.begin > self._read_to or self.length + count > capacity:
             self.length = 0
-            self.drafter.rewind(self._seq, 0)
+            self.drafter.rewind(self.seq, 0)
             count = min(max(min(KEPT, capacity // 2), min(count, capacity)), kept.end - kept.begin)
             self.start = kept.end - count
         after = tokens[kept.end - count + 1 : kept.end + 1]
-        self.drafter.extend(self._seq, np.array(after, np.int64), kept.last(count), noise)
-        self.length = kept.end - self.start
+        return np.array(after, np.int64), kept.last(count)
+
+    def done(self) -> None:
+        """Count the pairs of `due` as read."""
+        self.length = self._kept.end - self.start
 
 
 class TokenWindow:
@@ -157,7 +163,7 @@ class TokenWindow:
     """
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
-        self.drafter, self._seq = drafter, seq
+        self.drafter, self.seq = drafter, seq
         self.start = self.length = self._known = 0
 
     @property
@@ -189,15 +195,22 @@ class TokenWindow:
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the text up to the known pairs. tokens: the whole text."""
-        if not self.waiting:
-            return
+        if self.waiting:
+            self.drafter.extend(self.seq, *self.due(tokens), noise)
+            self.done()
+
+    def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
+        """Return the tokens that the drafter shall read, for its `extend`; `done` follows."""
         if self.length + self.waiting > self.drafter.capacity:
             self.length = 0
-            self.drafter.rewind(self._seq, 0)
+            self.drafter.rewind(self.seq, 0)
             self.start = max(self._known - self.drafter.capacity // 2, 0)
         begin = self.start + self.length + bool(self.length)
         new = np.array(tokens[begin : self._known + 1], np.int64)
-        self.drafter.extend(self._seq, new, np.zeros((len(new), 0), np.float32), noise)
+        return new, np.zeros((len(new), 0), np.float32)
+
+    def done(self) -> None:
+        """Count the tokens of `due` as read."""
         self.length = self._known - self.start
 
     def propose(
@@ -205,17 +218,44 @@ class TokenWindow:
     ) -> DraftTree:
         """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
         self.flush(tokens, noise)
-        return self.drafter.propose(self._seq, limits, judge, noise)
+        return self.drafter.propose(self.seq, limits, judge, noise)
 
     def rewind(self) -> None:
         """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        self.drafter.rewind(self._seq, min(self.length, self.drafter.length(self._seq)))
-        _check_held(self.drafter.length(self._seq), self.length)
+        self.drafter.rewind(self.seq, min(self.length, self.drafter.length(self.seq)))
+        _check_held(self.drafter.length(self.seq), self.length)
 
 
 def window(drafter: Drafter, seq: SequenceId) -> Window | TokenWindow:
     """Return the window of one text for a drafter."""
     return TokenWindow(drafter, seq) if isinstance(drafter, ReadsTokens) else Window(drafter, seq)
+
+
+class Drafting(NamedTuple):
+    """A text for `propose_together`."""
+
+    window: Window | TokenWindow
+    tokens: Sequence[int]  # of the whole text
+    ask: Ask
+
+
+def propose_together(texts: Sequence[Drafting]) -> list[DraftTree]:
+    """Return a tree below the last token of each text. Calls of their drafter run rows of all texts."""
+    if not texts:
+        return []
+    drafter = texts[0].window.drafter
+    assert isinstance(drafter, DraftsTogether)
+    while True:
+        try:
+            waiting = [text for text in texts if text.window.waiting]
+            drafter.extend_all({text.window.seq: text.window.due(text.tokens) for text in waiting})
+            for text in waiting:
+                text.window.done()
+            trees = drafter.propose_all({text.window.seq: text.ask for text in texts})
+            return [trees[text.window.seq] for text in texts]
+        except Moved:
+            for text in texts:
+                text.window.length = 0
 
 
 def _check_held(held: int, length: int) -> None:

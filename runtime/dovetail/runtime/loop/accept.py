@@ -29,6 +29,8 @@ class Verdict:
     path: NDArray[np.int64]  # [A + 1] accepted nodes, root first
     tokens: tuple[int, ...]  # of the A accepted nodes, then the target's next, which no child of the last node has
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, if asked for
+    complete: bool = False  # whether the grammar lets no token follow
+    error: InputError | None = None  # why no token can be chosen
 
     @property
     def accepted(self) -> int:
@@ -62,7 +64,7 @@ def accept(
             found.append(token_logprobs(row, token, logprobs))
         if matcher and not matcher.advance(token):
             raise InputError(f"the grammar allows token id {token} and then refuses it: simplify the grammar")
-        child = tree.child(path[-1], token)
-        if child is None or (matcher and matcher.complete):
-            return Verdict(np.array(path, np.int64), tuple(tokens), tuple(found))
+        child, complete = tree.child(path[-1], token), matcher is not None and matcher.complete
+        if child is None or complete:
+            return Verdict(np.array(path, np.int64), tuple(tokens), tuple(found), complete)
         path.append(child)

@@ -132,17 +132,19 @@ class SequenceBatch:
         }
         passes = self.target.verify(trees, prompts, rows=sum(offer.rows or len(offer.trees) for offer, _ in offers))
         verified = self._clock()
+        draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
 
         found = {text.id: text.accept(trees[text.id], passes[text.id]) for _, text in writing}
         steps = [(ticket, text, *_read(text, count, passes[text.id])) for ticket, text, count in reading]
         for ticket, text in writing:
             one = found[text.id]
             text.commit(one.verdict.path[: len(one.step.tokens) + 1], one.step.tokens)
-            steps.append((ticket, text, one.step, one.features[: len(one.step.tokens) + 1]))
+            step = one.traced(trees[text.id], draft_ms, verify_ms) if ticket.request.trace else one.step
+            steps.append((ticket, text, step, one.features[: len(step.tokens) + 1]))
         committed = self._clock()
 
-        draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
-        if self.policy and len(offers) == 1 and not reading:  # else the times tell of other work too
+        failed = any(one.step.error for one in found.values())
+        if self.policy and len(offers) == 1 and not reading and not failed:  # else the times tell of other work too
             offer, group = offers[0]
             if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, verify_ms):
                 self.policy.learn(outcome)

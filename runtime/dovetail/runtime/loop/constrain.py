@@ -1,53 +1,46 @@
-"""Drafts under a grammar: refused tokens leave a draft, forced tokens join it.
-
-The matcher stands at the root of a tree. It returns there after every function.
-"""
+"""Drafts under a grammar."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dovetail.runtime.sampling.constraint import Matcher
-from dovetail.runtime.tree.draft_tree import DraftTree, part
-from dovetail.runtime.tree.repeats import Repeat
-
-_FORCED = (0, 0)  # a kind of path that nobody counts
+from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
 
 
-def allowed_part(tree: DraftTree, matcher: Matcher) -> DraftTree:
-    """Return `tree` without the nodes that the grammar refuses, and without nodes below these."""
-    tokens: list[int] = tree.tokens.tolist()
+def constrained(tree: DraftTree, matcher: Matcher, width: int) -> DraftTree:
+    """Return the best `width` nodes of `tree` without tokens that the grammar refuses, and with those that it forces.
+
+    A forced token is as probable as the node above it. Forced tokens join the tree below any node.
+    matcher: stands at the root, and returns there.
+    """
+    tokens, own = tree.tokens.tolist(), tree.logprobs.tolist()
     children: list[list[int]] = [[] for _ in tokens]
     for node, parent in enumerate(tree.parents[1:].tolist(), 1):
         children[parent].append(node)
-    kept, path = [0], [0]
-    pending = [iter(children[0])]  # children to visit of each node on the path
+    kept, parents, logprobs = [0], [-1], [0.0]  # nodes of `tree` and new ones, parents first
+
+    def candidates(place: int) -> list[tuple[int, float]]:
+        """Return nodes that may follow the kept node at `place`, with their log-probabilities."""
+        node, forced = kept[place], matcher.forced()
+        if not forced:
+            return [(child, logprobs[place] + own[child] - own[node]) for child in children[node]]
+        found = [child for child in children[node] if tokens[child] == forced[0]][:1]
+        if not found and len(tokens) < len(tree) + width:
+            found = [len(tokens)]
+            tokens.append(forced[0])
+            own.append(0.0)
+            children.append([])
+        return [(child, logprobs[place]) for child in found]
+
+    path = [(0, iter(candidates(0)))]
     while path:
-        node = next(pending[-1], 0)
-        if not node:
+        place, pending = path[-1]
+        child, logprob = next(pending, (0, 0.0))
+        if not child:
             path.pop()
-            pending.pop()
-            if path:
-                matcher.retreat(1)
-        elif matcher.advance(tokens[node]):
-            kept.append(node)
-            path.append(node)
-            pending.append(iter(children[node]))
-    return part(tree, sorted(kept))
-
-
-def allowed_paths(paths: list[Repeat], matcher: Matcher) -> list[Repeat]:
-    """Return `paths` up to the first token that the grammar refuses."""
-    kept = list[Repeat]()
-    for path in paths:
-        count = next((index for index, token in enumerate(path.tokens) if not matcher.advance(token)), len(path.tokens))
-        matcher.retreat(count)
-        if count:
-            kept.append(replace(path, tokens=path.tokens[:count], logprobs=path.logprobs[:count]))
-    return kept
-
-
-def forced_paths(matcher: Matcher, most: int) -> list[Repeat]:
-    """Return the tokens that must come next, at most `most`, as a path with probability 1."""
-    tokens = matcher.forced()[: max(most, 0)]
-    return [Repeat(tokens, (0.0,) * len(tokens), _FORCED)] if tokens else []
+            matcher.retreat(min(len(path), 1))
+        elif matcher.advance(tokens[child]):
+            kept.append(child)
+            parents.append(place)
+            logprobs.append(logprob)
+            path.append((len(kept) - 1, iter(candidates(len(kept) - 1))))
+    return best_tree([tokens[node] for node in kept], parents, logprobs, width - 1)

@@ -17,7 +17,8 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
     policy, meter.prompt_tokens = request.scheduler, len(request.prompt)
     try:
         meter.cached_tokens = sequence.begin(request)
-        step = sequence.first(sequence.prefill())
+        if (step := sequence.first(sequence.prefill())).error:
+            raise step.error
         meter.new_tokens = len(step.tokens)
         if policy and sequence.speculates and step.finish is None:
             policy.start(sampled=not request.sampling.greedy)
@@ -41,7 +42,8 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
             verify_ms = meter.lap("verify")
 
             found = sequence.accept(tree, result)
-            step = found.step
+            if (step := found.step).error:
+                raise step.error
             meter.lap("other")
 
             sequence.commit(found.verdict.path[: len(step.tokens) + 1], step.tokens)
@@ -54,6 +56,6 @@ def decode(sequence: Sequence, request: Request, meter: Meter) -> Generator[Step
             meter.add_round(len(tree) - 1, min(found.verdict.accepted, len(step.tokens)))
             meter.bus_bytes = sequence.bus_bytes - moved
             meter.new_tokens += len(step.tokens)
-            yield step
+            yield found.traced(tree, draft_ms, verify_ms) if request.trace else step
     finally:
         sequence.end()

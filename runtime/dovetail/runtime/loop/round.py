@@ -5,9 +5,12 @@ Axes: t texts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dovetail.runtime.drafter.session import Ask, DraftsTogether
+from dovetail.runtime.drafter.window import Drafting, propose_together
 from dovetail.runtime.loop.sequence import Outlook, Sequence
 from dovetail.runtime.policy.policy import Choice, Draft, Growth, Plan, Policy, Round
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -38,32 +41,46 @@ def draft(texts: Many[Sequence], policy: Policy | None = None) -> Offer:
     """
     outlooks = [text.outlook(policy) for text in texts]
     if policy is None:
-        return Offer(tuple(_grown(text, outlook) for text, outlook in zip(texts, outlooks, strict=True)))
+        return Offer(tuple(_joined(texts, outlooks, _drafted(texts, outlooks, [None] * len(texts)))))
     most = sum(outlook.limits.width for outlook in outlooks)
     if most == len(texts):
         return Offer(tuple(outlook.repeats for outlook in outlooks))
     context = sum(len(text.tokens) - 1 for text in texts) // len(texts)
     repeats = Forest(tuple(outlook.repeats for outlook in outlooks))
     plan = policy.plan(context, most, repeats, sum(text.waiting for text in texts))
-    drafts = tuple(
-        _draft(text, outlook, policy, plan) if plan.draft and outlook.limits.width > 1 else None
-        for text, outlook in zip(texts, outlooks, strict=True)
-    )
-    joined = (
-        text.join(drafted.tree, outlook.limits) if drafted else outlook.repeats
-        for text, outlook, drafted in zip(texts, outlooks, drafts, strict=True)
-    )
-    choice = policy.choose(plan, Forest(tuple(joined)))
+    if not plan.draft:
+        choice = policy.choose(plan, repeats)
+        return Offer(choice.forest.trees, choice.width, plan, choice, (None,) * len(texts))
+    plan = replace(plan, together=sum(map(_can_share, texts)))
+    growths = [Growth(policy, plan) for _ in texts]
+    trees = _drafted(texts, outlooks, growths)
+    drafts = tuple(Draft(tree, growth) if tree else None for tree, growth in zip(trees, growths, strict=True))
+    choice = policy.choose(plan, Forest(tuple(_joined(texts, outlooks, trees))))
     return Offer(choice.forest.trees, choice.width, plan, choice, drafts)
 
 
-def _grown(text: Sequence, outlook: Outlook) -> DraftTree:
-    """Return a tree that grows to its limits."""
-    if outlook.limits.width == 1:
-        return outlook.repeats
-    return text.join(text.propose(outlook.limits, None), outlook.limits)
+def _can_share(text: Sequence) -> bool:
+    """Whether the drafter's calls for a text may run rows of other texts too: noise is one text's alone."""
+    return text.window is not None and text.noise() is None and isinstance(text.window.drafter, DraftsTogether)
 
 
-def _draft(text: Sequence, outlook: Outlook, policy: Policy, plan: Plan) -> Draft:
-    growth = Growth(policy, plan)
-    return Draft(text.propose(outlook.limits, growth), growth)
+def _drafted(texts: Many[Sequence], outlooks: Many[Outlook], judges: Many[Growth | None]) -> list[DraftTree | None]:
+    """Return the drafter's tree for each text that has room for one."""
+    trees: list[DraftTree | None] = [None] * len(texts)
+    together = dict[int, Drafting]()
+    for index, (text, outlook, judge) in enumerate(zip(texts, outlooks, judges, strict=True)):
+        if outlook.limits.width == 1:
+            continue
+        if text.window and _can_share(text):
+            together[index] = Drafting(text.window, text.tokens, Ask(outlook.limits, judge))
+        else:
+            trees[index] = text.propose(outlook.limits, judge)
+    for index, tree in zip(together, propose_together([*together.values()]), strict=True):
+        trees[index] = texts[index].usable(tree, outlooks[index].limits)
+    return trees
+
+
+def _joined(texts: Many[Sequence], outlooks: Many[Outlook], trees: Many[DraftTree | None]) -> Iterator[DraftTree]:
+    """Yield the trees with repeated text."""
+    for text, outlook, tree in zip(texts, outlooks, trees, strict=True):
+        yield text.join(tree, outlook.limits) if tree else outlook.repeats

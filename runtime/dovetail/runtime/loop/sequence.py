@@ -16,7 +16,8 @@ from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import window
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
-from dovetail.runtime.loop.constrain import allowed_part, allowed_paths, forced_paths
+from dovetail.runtime.loop.constrain import constrained
+from dovetail.runtime.loop.trace import RoundTrace, trace
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.constraint import Constraint, Matcher
 from dovetail.runtime.sampling.logprobs import TokenLogprobs
@@ -48,6 +49,7 @@ class Request:
     scheduler: Policy | None = None  # shapes each tree within the limits; None lets trees grow up to them
     constraint: Constraint | None = None  # the grammar of the answer
     logprobs: int | None = None  # alternatives to report with each token; 0 reports the chosen token alone
+    trace: bool = False  # whether each Step of a round tells what the round did
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -78,6 +80,8 @@ class Step:
     finish: FinishReason | None = None
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if the request asks for them
+    error: InputError | None = None  # that ended the answer
+    round: RoundTrace | None = None  # if the request asks for it; None for the prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,11 @@ class Found:
     verdict: Verdict
     step: Step  # the part that counts for the answer
     features: FloatArray  # [A + 1, D], a copy, of accepted nodes
+
+    def traced(self, tree: DraftTree, draft_ms: float, verify_ms: float) -> Step:
+        """Return the step with the record of its round."""
+        known = self.step.tokens if self.step.stop is None else (*self.step.tokens, self.step.stop)
+        return replace(self.step, round=trace(tree, self.verdict.path, known, draft_ms, verify_ms))
 
 
 class Sequence:
@@ -120,7 +129,6 @@ class Sequence:
         self.speculates = False  # whether the current answer is drafted
         self.repeats, self.earlier = RepeatIndex(), EarlierTexts(lookup_cache)
         self._found: list[Repeat] = []  # for the current tree, repeats too unlikely for it included
-        self._forced: list[Repeat] = []  # by the grammar, for the current tree
 
     def fork(self, keep: int) -> Sequence:
         """Return a new sequence that begins as this one does, after at most `keep` tokens.
@@ -209,14 +217,11 @@ class Sequence:
     def outlook(self, policy: Policy | None = None) -> Outlook:
         """Return the limits of the next tree, and the tree of repeated text alone."""
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
-        self._found, self._forced = [], []
+        self._found = []
         if limits.width == 1:
             return Outlook(limits, known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
-        if self.matcher:
-            self._found = allowed_paths(self._found, self.matcher)
-            self._forced = forced_paths(self.matcher, min(limits.width, self.room) - 1)
         if policy:
             limits = _narrowed(limits, policy.widest(len(self.tokens) - 1, limits.width))
         return Outlook(limits, self.join(known, limits))
@@ -228,8 +233,11 @@ class Sequence:
 
     def _choose(self, tree: DraftTree, logits: FloatArray) -> Verdict:
         assert self.request and self.sampler
-        known = len(self.tokens)
-        return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, self.request.logprobs)
+        known, logprobs = len(self.tokens), self.request.logprobs
+        try:
+            return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, logprobs)
+        except InputError as error:  # of this request alone: other texts of the pass go on
+            return Verdict(np.zeros(1, np.int64), (), error=error)
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:
         """Keep the nodes of `path`. tokens: those that follow its root."""
@@ -265,7 +273,7 @@ class Sequence:
 
     def rewind(self) -> None:
         """Bring both sessions back to `length`, without an uncommitted tree. Raises DeviceError."""
-        self._found, self._forced = [], []
+        self._found = []
         self.target.rewind(self.id, self.length)
         if (held := self.target.length(self.id)) != self.length:
             raise DeviceError(f"the target holds {held} tokens after a rewind to {self.length}: open the engine again")
@@ -309,32 +317,53 @@ class Sequence:
         """Return the drafter's tree, the known token alone without a drafter."""
         if self.window is None:
             return DraftTree.root(self.tokens[-1])
-        tree, known = self.window.propose(self.tokens, limits, judge, self.noise()), self.tokens[-1]
+        return self.usable(self.window.propose(self.tokens, limits, judge, self.noise()), limits)
+
+    def usable(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
+        """Return the part of the drafter's tree that the grammar allows. Raises DeviceError for a wrong tree."""
+        known = self.tokens[-1]
         if tree.tokens[0] != known or len(tree) > limits.width:
             raise DeviceError(
                 f"the drafter's tree has root {tree.tokens[0]} and {len(tree)} nodes, not root {known} and at most "
                 f"{limits.width}: its session is out of step, open the engine again"
             )
-        return allowed_part(tree, self.matcher) if self.matcher else tree
+        return tree
 
     def join(self, tree: DraftTree, limits: TreeLimits) -> DraftTree:
-        """Return `tree` with the forced and repeated text of the last `outlook`."""
-        if not (paths := self._forced + self._found):
+        """Return `tree` with the repeated text of the last `outlook`, as the grammar allows and forces it."""
+        if self.matcher is None and not self._found:
             return tree
         if limits.top_k > 1:
-            return graft(tree, paths, limits.width)
+            if self.matcher is None:
+                return graft(tree, self._found, limits.width)
+            # Twice the width, because the grammar refuses some of the nodes.
+            return self._constrained(graft(tree, self._found, 2 * limits.width), limits.width)
         root = DraftTree.root(int(tree.tokens[0]))
-        chains = [graft(root, [path], limits.width) for path in paths]
-        return max([tree, *chains], key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
+        chains = [tree, *(graft(root, [found], limits.width) for found in self._found)]
+        chains = [self._constrained(chain, limits.width) for chain in chains] if self.matcher else chains
+        return max(chains, key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
+
+    def _constrained(self, tree: DraftTree, width: int) -> DraftTree:
+        """Return `tree` as the grammar allows and forces it, the root alone if the grammar fails on a path."""
+        assert self.matcher and self.request and self.request.constraint
+        try:
+            return constrained(tree, self.matcher, width)
+        except InputError:  # the target may take another path
+            self.matcher = self.request.constraint.begin()
+            for token in self.tokens[len(self.request.prompt) :]:
+                self.matcher.advance(token)
+            return DraftTree.root(self.tokens[-1])
 
     def _cut(self, verdict: Verdict) -> Step:
         """Return the tokens of a round that count: those before a stop token, within the room."""
         assert self.request
+        if verdict.error:
+            return Step((), "stop", error=verdict.error)
         tokens, logprobs = verdict.tokens[: self.room], verdict.logprobs[: self.room]
         for index, token in enumerate(tokens):
             if token in self.request.stop_tokens:
                 return Step(tokens[:index], "stop", token, logprobs[:index])
-        if self.matcher and self.matcher.complete and len(tokens) == len(verdict.tokens):
+        if verdict.complete and len(tokens) == len(verdict.tokens):
             return Step(tokens, "stop", logprobs=logprobs)
         return Step(tokens, "length" if len(tokens) >= self.room else None, logprobs=logprobs)
 

@@ -12,8 +12,9 @@ its training and corrected by how often its tokens were right here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 from math import exp, log
 
 import numpy as np
@@ -109,7 +110,8 @@ class Scheduler:
         gain = self._price(plan) * sum(map(exp, frontier)) * known.share(depth) * known.trees[True].value
         least, most = plan.widths[0], plan.widths[-1]
         node = (pace.target_ms(context, most) - pace.target_ms(context, least)) / (most - least)
-        return gain > pace.draft_ms(context, len(frontier)) + node
+        shared = max(plan.together, 1)
+        return gain > pace.draft_ms(context, len(frontier) * shared) / shared + node
 
     # --- before the target verifies
 
@@ -211,8 +213,11 @@ class Scheduler:
 
     def _levels(self, round: Round) -> float:
         """Return the ms that the levels of the round's trees take by the cost table."""
-        levels = (rows for draft in round.drafts if draft for rows in draft.growth.rows)
-        return sum(self.costs.call_ms(round.plan.context, rows) for rows in levels)
+        levels = [draft.growth.rows for draft in round.drafts if draft]
+        calls: Iterable[int] = chain.from_iterable(levels)
+        if round.plan.together > 1:
+            calls = map(sum, zip_longest(*levels, fillvalue=0))
+        return sum(self.costs.call_ms(round.plan.context, rows) for rows in calls)
 
     def _missed(self, round: Round, offered: Forest) -> tuple[float, float]:
         """Return tokens of a text and plain steps to expect of the round, had its drafts been verified."""

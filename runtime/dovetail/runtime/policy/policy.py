@@ -28,6 +28,7 @@ class Plan:
     widths: tuple[int, ...]  # numbers of nodes, ascending, that the pass may have; the first decodes plainly
     draft: bool = False  # whether to call the drafter
     texts: int = 1
+    together: int = 0  # texts whose drafts share the drafter's calls
 
 
 @dataclass(frozen=True, eq=False)

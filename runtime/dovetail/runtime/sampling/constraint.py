@@ -81,6 +81,7 @@ class Constraints:
                 if matcher.is_error():
                     raise InputError(f"the grammar cannot be used ({_reason(matcher.get_error())}): change it")
                 found = Grammar(matcher, self._stops, self._tokenizer.vocab_size, self.digest)
+                found.check_retreat()
                 while len(self._compiled) >= _KEPT:
                     del self._compiled[next(iter(self._compiled))]
             self._compiled[source] = found
@@ -96,13 +97,21 @@ class Grammar:
     def begin(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy(), self._stops, self._size)
 
+    def check_retreat(self) -> None:
+        """Raise InputError if tokens cannot be taken back, as with max_tokens= in Lark."""
+        place = self.begin()
+        if first := [token for token in place.allowed().tolist() if token not in self._stops][:1]:
+            place.advance(first[0])
+            place.retreat(1)
+
 
 class GrammarMatcher:
     """A place in a grammar. Implements Matcher."""
 
     def __init__(self, matcher: LLMatcher, stops: frozenset[int], size: int) -> None:
         self._matcher, self._stops, self._size = matcher, stops, size
-        self._stopped = False  # by a stop token, which llguidance is not given: it cannot take every one back
+        self._stopped = False  # by a stop token, which ends an answer whatever the grammar says
+        self._forced: list[tuple[int, ...] | None] = [None]  # before each token and after the last; None is unknown
 
     @property
     def complete(self) -> bool:
@@ -120,22 +129,28 @@ class GrammarMatcher:
             return False
         if token in self._stops:
             self._stopped = token in self.allowed()
+            self._forced += [None] * self._stopped
             return self._stopped
         if (forced := self.forced()) and token != forced[0]:  # another spelling of the same text
             return False
-        taken = self._matcher.try_consume_tokens([token])
+        taken: int = self._matcher.try_consume_tokens([token])
         self._check()
-        return bool(taken)
+        self._forced += [None] * taken
+        return taken == 1
 
     def retreat(self, count: int) -> None:
-        if count and self._stopped:
-            self._stopped = False
-            count -= 1
-        self._matcher.rollback(count)
+        if not count:
+            return
+        del self._forced[-count:]
+        self._matcher.rollback(count - self._stopped)
+        self._stopped = False
         self._check()
 
     def forced(self) -> tuple[int, ...]:
-        return () if self.complete else tuple(self._matcher.compute_ff_tokens())
+        known = self._forced[-1]
+        if known is None:
+            known = self._forced[-1] = () if self.complete else tuple(self._matcher.compute_ff_tokens())
+        return known
 
     def _check(self) -> None:
         """Raise InputError if llguidance has given up, for example on a grammar that is too complex."""
@@ -180,8 +195,10 @@ def _schema_source(schema: str | Mapping[str, Any]) -> str:
         read = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(read, Mapping):
             raise ValueError('a schema is an object, e.g. {"type": "object"}')
-        text = json.dumps(dict(read))
-        return str(_llguidance().LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS}))
+        own = read.get("x-guidance")
+        chosen = isinstance(own, Mapping) and "whitespace_flexible" in own  # llguidance would prefer the pattern
+        options = {} if chosen else {"whitespace_pattern": _BLANKS}
+        return str(_llguidance().LLMatcher.grammar_from_json_schema(json.dumps(dict(read)), defaults=options))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"json_schema {schema!r:.60} is no JSON schema ({_reason(one_line(error))}): change it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import stat
 import warnings
 from collections.abc import Mapping
@@ -55,10 +56,13 @@ def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError, also for deep or non-Unicode JSON."""
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for deep or non-Unicode JSON.
+
+    finite: refuse NaN, infinity, and numbers that become infinite.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=_finite if finite else None, parse_constant=_finite if finite else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
     level = [value]
@@ -141,6 +145,12 @@ def shown(text: str, most: int = 300) -> str:
     """Return a stranger's `text` for one line of a terminal: printable, and cut to `most` characters."""
     line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number:.20} is no finite number")
+    return value
 
 
 def _inside(value: object) -> list[Any]:

@@ -233,7 +233,7 @@ class ScriptedTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[token] for token in ids)
 
-    def detokenizer(self) -> ScriptedDetokenizer:
+    def detokenizer(self, *, calls: bool = False) -> ScriptedDetokenizer:
         return ScriptedDetokenizer(self.alphabet)
 
 

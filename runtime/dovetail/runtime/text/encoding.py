@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Message], *, parse_special: bool = False, **options: Any) -> list[int]: ...
     def has_token(self, token_id: int) -> bool: ...
-    def detokenizer(self) -> Detokenizer: ...
+    def detokenizer(self, *, calls: bool = False) -> Detokenizer: ...
 
 
 def encode_prompt(
@@ -102,7 +103,57 @@ def check_messages(messages: object) -> Sequence[Message]:
             raise InputError(f"message {index} has a content of type {type(content).__name__}: pass a string")
         if isinstance(content, list | tuple):
             _check_parts(index, content)
+        if message.get("tool_calls"):
+            _check_calls(index, message["tool_calls"])
     return messages
+
+
+def with_objects(messages: Sequence[Message]) -> list[Message]:
+    """Return checked `messages` with the arguments of tool calls as objects.
+
+    OpenAI's clients send arguments as a JSON text, and chat templates expect an object.
+    """
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object(call["function"])}
+    return {**call, "arguments": arguments_of(call)}
+
+
+def arguments_of(function: Mapping[str, Any]) -> object:
+    """Return the value of a function's arguments, {} for none. Raises ValueError for no JSON."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return json.loads(arguments) if arguments.strip() else {}
+    return {} if arguments is None else arguments
+
+
+def _check_calls(index: int, calls: object) -> None:
+    if not isinstance(calls, list | tuple):
+        raise InputError(f"message {index} has tool_calls of type {type(calls).__name__}: pass a list")
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InputError(
+                f"message {index}, tool call {number} names no function: "
+                "pass {'function': {'name': ..., 'arguments': ...}}"
+            )
+        try:
+            arguments = arguments_of(function)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, Mapping):
+            raise InputError(
+                f"message {index}, tool call {number} has arguments {function.get('arguments')!r:.60}: "
+                "pass the text of a JSON object"
+            )
 
 
 def _check_parts(index: int, parts: Sequence[object]) -> None:

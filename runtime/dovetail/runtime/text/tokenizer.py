@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ from dovetail.runtime.pair.layout import TOKENIZER
 from dovetail.runtime.system.bounds import check_token_ids
 from dovetail.runtime.system.files import read_bytes, read_object
 from dovetail.runtime.text.detokenizer import IncrementalDetokenizer, valid_bytes
-from dovetail.runtime.text.encoding import Message
+from dovetail.runtime.text.encoding import Message, check_messages, with_objects
 from dovetail.runtime.text.tokenizer_rules import check_rules
+from dovetail.runtime.text.tool_calls import CALL_MARKS, AnswerStyle
 
 if TYPE_CHECKING:
     from dovetail.runtime.text.chat_template import ChatTemplate
@@ -154,6 +155,8 @@ class Tokenizer:
         parse_special: whether special tokens spelled out in messages, tools or documents are
         recognised. False encodes them as text, so that only the template gives special tokens.
         """
+        with _readable():
+            messages = with_objects(check_messages(messages))  # a JSON text may hide a special token
         said: dict[str, Any] = {"messages": messages}
         said |= {name: kwargs[name] for name in ("tools", "documents") if name in kwargs}
         with _readable():
@@ -178,8 +181,18 @@ class Tokenizer:
         """Return the prompt text of a conversation. kwargs: for the template. Raises InputError."""
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self.decode, lambda token: self._is_hidden(token, skip_special_tokens=True))
+    def answer_style(self, template_options: Mapping[str, Any] | None = None) -> AnswerStyle:
+        """Return how this target writes answers to a prompt with these options of the template."""
+        return self._template.answer_style(**(template_options or {})) if self.has_chat_template else AnswerStyle()
+
+    def detokenizer(self, *, calls: bool = False) -> IncrementalDetokenizer:
+        """calls: show the marks of tool calls where they are special tokens, such as <|python_tag|>."""
+        shown = {self._backend.token_to_id(mark) for mark in CALL_MARKS} & self._special_ids if calls else frozenset()
+        hidden = self._special_ids - shown
+        return IncrementalDetokenizer(
+            lambda tokens: self.decode(tokens, skip_special_tokens=not shown),
+            lambda token: token in hidden or self._backend.id_to_token(token) is None,
+        )
 
     @cached_property
     def _template(self) -> ChatTemplate:

@@ -5,7 +5,7 @@ Axes: n nodes of a level, K candidates of each node. Draft order: see draft_tree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
 from typing import Any, Protocol
@@ -63,9 +63,47 @@ def grow_tree(
 ) -> DraftTree:
     """Return the tree of the `width - 1` nodes with the best cumulative log-probability.
 
-    first: [1, K], the root's children.
     expand: runs the drafter on one level; called at most depth - 1 times, with at most top_k nodes.
-    A node is not expanded if its children cannot be among the best.
+    Other arguments: see `levels`.
+    """
+    growing = levels(root_token, first, limits, slots=slots, breadth=breadth, judge=judge)
+    (tree,) = grow_together([growing], lambda wanted: {0: expand(wanted[0])})
+    return tree
+
+
+def grow_together(
+    growing: Sequence[Generator[Level, Candidates, DraftTree]],
+    expand: Callable[[Mapping[int, Level]], Mapping[int, Candidates]],
+) -> list[DraftTree]:
+    """Return the trees of `growing`, of which each call of `expand` runs one level.
+
+    expand: takes and returns values by the index of their tree.
+    """
+    trees, found = dict[int, DraftTree](), dict[int, Candidates | None]((index, None) for index in range(len(growing)))
+    while found:
+        wanted = dict[int, Level]()
+        for index, candidates in found.items():
+            try:
+                wanted[index] = growing[index].send(candidates)  # type: ignore[arg-type]  # None starts a generator
+            except StopIteration as end:
+                trees[index] = end.value
+        found = {**expand(wanted)} if wanted else {}
+    return [trees[index] for index in range(len(growing))]
+
+
+def levels(
+    root_token: int,
+    first: Candidates,
+    limits: TreeLimits,
+    *,
+    slots: int = 64,
+    breadth: int | None = None,
+    judge: Judge | None = None,
+) -> Generator[Level, Candidates, DraftTree]:
+    """Yield the levels that the drafter runs, take their candidates, and return the tree.
+
+    first: [1, K], the root's children. A node is not expanded if its children cannot be among the
+    best.
     slots: buffer rows of the drafter, the root's included. Nodes without a row are not expanded.
     breadth: nodes of a level that are expanded, None for top_k; 1 grows a chain with leaves.
     judge: corrects the log-probabilities and may end the growth. None leaves them as they are.
@@ -83,7 +121,7 @@ def grow_tree(
         frontier = growth.expandable(frontier)
         if not frontier or (judge and not judge.pays(depth, [growth.logprobs[node] for node in frontier])):
             break
-        frontier = add(frontier, expand(growth.level(frontier, depth)), depth + 1)
+        frontier = add(frontier, (yield growth.level(frontier, depth)), depth + 1)
     return best_tree(growth.tokens, growth.parents, growth.logprobs, limits.width - 1)
 
 

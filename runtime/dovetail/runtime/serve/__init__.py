@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API, metrics and a page."""

@@ -1,0 +1,233 @@
+"""Every refusal has OpenAI's form, the right status, and names what to change."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from dovetail.runtime.serve.service import Limits
+
+SAY = {"messages": [{"role": "user", "content": "say hi"}], "temperature": 0}
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"]
+    found: dict[str, Any] = error
+    return found
+
+
+def chat(server: Any, **fields: Any) -> Any:
+    return server.post("/v1/chat/completions", {**SAY, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_token": 5}, "max_token"),
+        ({"stop": ""}, "stop"),
+        ({"seed": "one"}, "seed"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tree": {"width": 0}}, "tree.width"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, None),
+        ({"messages": [{"role": "king", "content": "hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}] * 2}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}],
+          "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}], "response_format": {"type": "json_object"}},
+         "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, None),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+        ({"store": True}, "store"),
+    ],
+)  # fmt: skip
+def test_a_field_that_cannot_be_used(parrot: Any, fields: dict[str, Any], param: str | None) -> None:
+    reply = chat(parrot, **fields)
+    assert reply.status_code == 400, reply.text
+    error = error_of(reply)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param, error
+
+
+def test_hints_of_openais_clients_are_taken(parrot: Any) -> None:
+    hints = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": None}
+    assert chat(parrot, **hints).status_code == 200
+
+
+def test_an_unknown_model(parrot: Any) -> None:
+    reply = chat(parrot, model="gpt-6")
+    assert (reply.status_code, error_of(reply)["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/page/none", 404),
+        ("POST", "/", 405),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/health", 405),
+    ],
+)
+def test_an_unknown_path_or_method(parrot: Any, method: str, path: str, status: int) -> None:
+    with parrot.http() as client:
+        reply = client.request(method, path)
+    assert reply.status_code == status
+    error_of(reply)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b'{"messages": [], "temperature": 1e999}',
+        b'{"temperature": -Infinity}', b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000, b'{"x": "\\ud800"}',
+        b'{"n": ' + b"9" * 5000 + b"}", b'{"messages": [{"role": "user", "content": "a\\u0000b"}], "n": 0}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+def test_a_body_that_is_no_request(parrot: Any, path: str, content: bytes) -> None:
+    reply = parrot.post(path, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    error_of(reply)
+
+
+def test_a_body_of_another_type(parrot: Any) -> None:
+    reply = parrot.post("/v1/chat/completions", content=json.dumps(SAY), headers={"content-type": "text/plain"})
+    assert reply.status_code == 400
+    error_of(reply)
+
+
+def test_a_prompt_without_room(parrot: Any) -> None:
+    reply = chat(parrot, messages=[{"role": "user", "content": "a" * 5000}])
+    assert (reply.status_code, error_of(reply)["code"]) == (400, "context_length_exceeded")
+
+
+def test_special_tokens_in_messages_are_text(parrot: Any) -> None:
+    said = {"messages": [{"role": "user", "content": "a<|im_end|>b"}]}
+    found = parrot.post("/tokenize", said).json()["tokens"]
+    (mark,) = parrot.service.tokenizer.encode("<|im_end|>")
+    assert found.count(mark) == 1
+
+
+def test_limits_of_a_server(serve: Callable[..., Any]) -> None:
+    server = serve(limits=Limits(body_bytes=1000, prompt_tokens=60, new_tokens=5))
+    assert chat(server).json()["choices"][0]["message"]["content"] == "hi"
+    assert error_of(chat(server, max_tokens=6))["param"] == "max_tokens"
+    long = chat(server, messages=[{"role": "user", "content": "say " + "a" * 60}])
+    assert error_of(long)["code"] == "context_length_exceeded"
+    cut = server.post("/v1/completions", {"prompt": "abc", "temperature": 0})
+    assert cut.json()["choices"][0]["text"] == "defgh"
+    large = chat(server, messages=[{"role": "user", "content": "a" * 1000}])
+    assert (large.status_code, error_of(large)["code"]) == (413, "request_too_large")
+
+
+def test_a_body_of_unknown_size_is_cut_off(serve: Callable[..., Any]) -> None:
+    server = serve(limits=Limits(body_bytes=1000))
+
+    def pieces() -> Any:
+        yield from [b"a" * 500] * 3
+
+    reply = server.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+    assert reply.status_code == 413
+    error_of(reply)
+
+
+def test_a_large_body_for_no_route(serve: Callable[..., Any]) -> None:
+    server = serve(limits=Limits(body_bytes=1000))
+    error_of(server.post("/nothing", {"a": "b" * 2000}))
+
+
+def test_a_slow_answer_is_stopped(serve: Callable[..., Any]) -> None:
+    server = serve(limits=Limits(timeout_s=0.2))
+    slow = {"messages": [{"role": "user", "content": "slow say " + "a" * 400}]}
+    reply = chat(server, **slow)
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "timeout")
+    assert reply.headers["x-should-retry"] == "false"
+    server.wait_idle()
+    with pytest.raises(openai.APIError, match="seconds"), server.client() as client:
+        list(client.chat.completions.create(model="parrot", stream=True, temperature=0, **slow))
+    server.wait_idle()
+
+
+def test_a_full_queue(serve: Callable[..., Any]) -> None:
+    server = serve(slots=1, queue=1)
+    refused = chat(server, n=3)
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    server.wait_idle()
+    assert chat(server, n=2).status_code == 200
+
+
+def test_a_key(serve: Callable[..., Any]) -> None:
+    server = serve(api_key="s3cret")
+    for path in ("/v1/models", "/v1/nothing", "/metrics"):
+        with server.http() as client:
+            assert client.get(path).status_code == 401
+            assert client.get("/health").status_code == 200
+            assert "<title>" in client.get("/").text
+    with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+    with server.client(api_key="s3cret") as client:
+        assert [model.id for model in client.models.list()] == ["parrot"]
+    reply = server.post("/v1/completions", content=b"a" * 10, headers={"authorization": b"Bearer \xff"})
+    assert reply.status_code == 401
+
+
+def test_web_pages_are_refused_by_default(parrot: Any, serve: Callable[..., Any]) -> None:
+    ask = {"origin": "http://page.example", "access-control-request-method": "POST"}
+    with parrot.http() as client:
+        assert "access-control-allow-origin" not in client.get("/health", headers=ask).headers
+        assert client.options("/v1/chat/completions", headers=ask).status_code == 405
+    server = serve(cors=("http://page.example",), api_key="s3cret")
+    with server.http() as client:
+        allowed = client.options("/v1/chat/completions", headers=ask)
+        assert allowed.headers["access-control-allow-origin"] == "http://page.example"
+        other = client.options("/v1/chat/completions", headers={**ask, "origin": "http://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+        refused = client.get("/v1/models", headers=ask)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "http://page.example"
+
+
+def test_a_request_that_is_no_http(parrot: Any) -> None:
+    host, port = parrot.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"\x00\x01 nonsense\r\n\r\n")
+        assert b"400" in connection.recv(1000)
+
+
+def test_a_failing_engine_is_no_secret_and_no_end(serve: Callable[..., Any], capfd: Any) -> None:
+    server = serve()
+    broken = server.service.engine.tokenizer
+    kept, broken.encode_chat = broken.encode_chat, lambda *_, **__: 1 / 0
+    reply = chat(server)
+    assert (reply.status_code, error_of(reply)["type"]) == (500, "server_error")
+    assert "division" not in reply.text
+    broken.encode_chat = kept
+    assert chat(server).status_code == 200
+    assert "ZeroDivisionError" in capfd.readouterr().err
