@@ -44,8 +44,8 @@ def failed(error: Exception) -> ApiError:
         case InputError():
             return ApiError(400, str(error))
         case DovetailError():
-            return ApiError(500, str(error), headers=NEVER_AGAIN)
-    return ApiError(500, "the server failed: its log has the reason", headers=NEVER_AGAIN)
+            return ApiError(500, str(error))
+    return ApiError(500, "the server failed: its log has the reason")
 
 
 def body(error: ApiError) -> dict[str, Any]:

@@ -63,11 +63,16 @@ class Service:
     name: str
     limits: Limits = field(default_factory=Limits)
     defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
-    draining: bool = False  # nothing new is accepted
+    draining: bool = False
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.name, self.engine.stats)
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing new is accepted: the server drains, or its engine has failed."""
+        return self.draining or self.engine.closed
 
     @property
     def tokenizer(self) -> Tokenizer:
