@@ -27,7 +27,7 @@ def asked(count: int) -> list[tuple[list[int], dict[str, Any]]]:
         prompt = system[: int(rng.integers(0, 121))] + [
             int(token) for token in rng.integers(5, 90, rng.integers(1, 60))
         ]
-        options = {"max_new_tokens": int(rng.integers(1, 40)), "speculate": index % 5 != 0}
+        options = dict[str, Any](max_new_tokens=int(rng.integers(1, 40)), speculate=index % 5 != 0)
         if index % 2:
             options |= {"temperature": 0.8, "seed": index}
         made.append((prompt, options))

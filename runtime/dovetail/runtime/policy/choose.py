@@ -73,7 +73,7 @@ class Scheduler:
     def plan(self, context: int, most: int, repeats: Forest, unread: int) -> Plan:
         texts = len(repeats.trees)
         plan = Plan(context, unread, self._widths(context, most, texts), texts=texts)
-        if len(plan.widths) == 1 or self.costs.draft is None:  # no room for a tree, or no drafter
+        if len(plan.widths) == 1 or self.costs.draft is None or self._unknown(plan):  # no room, no drafter, not yet
             return plan
         known, pace = self._known, self.pace
         plain = self._plain_ms(plan)
@@ -89,10 +89,14 @@ class Scheduler:
             every = (*WIDTHS, *(2 * width for width in WIDTHS[-2:]))
         return (texts, *(width for width in every if texts < width <= most))
 
+    def _unknown(self, plan: Plan) -> bool:
+        """Whether plain passes of so many texts have yet to be timed. The table has times of one text alone."""
+        return plan.texts > 1 and not self.pace.knows(plan.texts, plan.texts)
+
     def _plain_ms(self, plan: Plan) -> float:
         """Return the ms of a round that decodes every text plainly."""
         pace = self.pace
-        return pace.target_ms(plan.context, plan.texts) + (plan.texts - 1) * pace.path_ms(plan.context)
+        return pace.target_ms(plan.context, plan.texts, plan.texts) + (plan.texts - 1) * pace.path_ms(plan.context)
 
     # --- while the drafter's tree grows
 
@@ -109,7 +113,8 @@ class Scheduler:
         context, pace, known = plan.context, self.pace, self._known
         gain = self._price(plan) * sum(map(exp, frontier)) * known.share(depth) * known.trees[True].value
         least, most = plan.widths[0], plan.widths[-1]
-        node = (pace.target_ms(context, most) - pace.target_ms(context, least)) / (most - least)
+        texts = plan.texts
+        node = (pace.target_ms(context, most, texts) - pace.target_ms(context, least, texts)) / (most - least)
         shared = max(plan.together, 1)
         return gain > pace.draft_ms(context, len(frontier) * shared) / shared + node
 
@@ -119,7 +124,7 @@ class Scheduler:
         """Return the part of `forest` that is worth most to verify, and its width."""
         least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = forest.map(lambda tree: without_branches(tree, least))
-        some = plan.draft or len(offered) > plan.texts
+        some = (plan.draft or len(offered) > plan.texts) and not self._unknown(plan)
         worth = self._worth(plan, offered) if some else {plan.texts: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
         return Choice(offered.best(max(width, self.plain_rows)), offered, width, worth, regret)
@@ -143,7 +148,8 @@ class Scheduler:
     def _affordable(self, plan: Plan, width: int) -> bool:
         """Return whether the budget covers a tree without a right node and two changes of width."""
         pace = self.pace
-        loss = pace.target_ms(plan.context, width) - pace.target_ms(plan.context, plan.texts) + self._change(width)
+        context, texts = plan.context, plan.texts
+        loss = pace.target_ms(context, width, texts) - pace.target_ms(context, texts, texts) + self._change(width)
         return self._known.budget.covers(loss / self._plain_ms(plan))
 
     def _price(self, plan: Plan) -> float:
@@ -193,7 +199,7 @@ class Scheduler:
         nodes = rows if rows > self.plain_rows else texts
         changed, self._width = self._width != nodes, nodes
         extra_ms = (forest.path_counts[-1] - 1) * self.costs.path.at(context, 1) + changed * self.costs.switch_ms
-        verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed)
+        verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 
         plain = self._plain_ms(plan)

@@ -36,6 +36,11 @@ class Estimate:
         weight = self.weight + self._seen
         return (prior * self.weight + self._sum) / weight if weight else prior
 
+    @property
+    def seen(self) -> float:
+        """Weight of the observations."""
+        return self._seen
+
     def add(self, value: float, weight: float = 1.0) -> None:
         self._sum += value * weight
         self._seen += weight

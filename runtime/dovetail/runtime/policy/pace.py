@@ -17,13 +17,20 @@ class Pace:
 
     costs: Costs
     _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))  # real over predicted ms
-    _width: dict[int, Estimate] = field(default_factory=dict)  # width -> its ratio over that of all widths
+    # (texts, width) -> its ratio over that of all passes
+    _width: dict[tuple[int, int], Estimate] = field(default_factory=dict)
     _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
-    def target_ms(self, context: int, width: int) -> float:
-        """Return the ms of a pass of the target after a pass of the same width."""
-        alone = self._width[width].value if width in self._width else 1.0
+    def target_ms(self, context: int, width: int, texts: int = 1) -> float:
+        """Return the ms of a pass of the target after a pass of the same width, further paths excluded."""
+        # Of several texts, a width without a pass is as wrong in the table as their plain passes.
+        known = width if texts == 1 or self.knows(width, texts) else texts
+        alone = self._width[texts, known].value if (texts, known) in self._width else 1.0
         return self.costs.target.at(context, width) * self._target.value * alone
+
+    def knows(self, width: int, texts: int) -> bool:
+        """Whether a pass of this width has been seen after another one of it."""
+        return (texts, width) in self._width and self._width[texts, width].seen > 0
 
     def path_ms(self, context: int) -> float:
         """Return the ms that each further path of a tree adds to a pass."""
@@ -32,7 +39,7 @@ class Pace:
     def verify_ms(self, context: int, forest: Forest, width: int) -> float:
         """Return the ms of a pass of `width` nodes that verifies the best part of `forest`."""
         paths = forest.path_counts[min(width, len(forest)) - 1] - 1
-        return self.target_ms(context, width) + paths * self.path_ms(context)
+        return self.target_ms(context, width, len(forest.trees)) + paths * self.path_ms(context)
 
     @property
     def switch_ms(self) -> float:
@@ -63,19 +70,27 @@ class Pace:
         self._draft.add(min(draft_ms / predicted, OUTLIER * self._draft.value))
         return min(draft_ms, OUTLIER * predicted * self._draft.value)
 
-    def learn_target(self, context: int, width: int, extra_ms: float, verify_ms: float, *, changed: bool) -> float:
+    def learn_target(
+        self, context: int, width: int, extra_ms: float, verify_ms: float, *, changed: bool, texts: int = 1
+    ) -> float:
         """Learn from a pass of `width` nodes. Return `verify_ms`, limited by OUTLIER.
 
         extra_ms: of further paths and of a change of width, by the cost table. changed: the last
         pass had another width. The slow first pass of a width must not decide whether drafting
-        pays.
+        pays. The table is of one text alone: of several texts only passes tell.
         """
-        alone, target = self._width.setdefault(width, Estimate(1.0, PRIOR)), self._target
-        verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width) + extra_ms * target.value))
+        alone, target = (
+            self._width.setdefault((texts, width), Estimate(1.0, PRIOR if texts == 1 else 0.0)),
+            self._target,
+        )
+        new = texts > 1 and not alone.seen
+        if not new:
+            verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width, texts) + extra_ms * target.value))
         ratio = verify_ms / (self.costs.target.at(context, width) + extra_ms)
         if not changed:
             alone.fade()
             alone.add(ratio / target.value)
-        target.fade()
-        target.add(ratio / alone.value)
+        if not new:
+            target.fade()
+            target.add(ratio / alone.value)
         return verify_ms
