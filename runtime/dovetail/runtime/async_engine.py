@@ -109,6 +109,11 @@ class AsyncEngine:
         """Why the drafter runs there, if it says so."""
         return self._engine.drafter_note
 
+    @property
+    def closed(self) -> bool:
+        """Whether the engine takes no request ever again: it was closed, or its thread failed."""
+        return self._closing
+
     def stream(
         self,
         prompt: Prompt,
@@ -244,6 +249,8 @@ class AsyncEngine:
             while self._take_turns():
                 self._step()
         finally:
+            with self._changed:
+                self._closing = True
             self._end_all(DeviceError("the engine was closed: open another"))
             self._engine.close()
 

@@ -156,7 +156,7 @@ def running(
         yield found
     finally:
         server.handle_exit(15, None)
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
 
 

@@ -230,6 +230,21 @@ def test_a_call_can_be_required(client: openai.OpenAI, streamed: bool) -> None:
     assert all(isinstance(json.loads(each), dict) for each in arguments)
 
 
+@pytest.mark.parametrize("key", ["$defs", "definitions"])
+def test_required_tools_may_share_definitions(client: openai.OpenAI, key: str) -> None:
+    def tool(name: str, side: Any) -> Any:
+        parameters = {"type": "object", "properties": {"side": {"$ref": f"#/{key}/Side"}}, "required": ["side"]}
+        return {"type": "function", "function": {"name": name, "parameters": {**parameters, key: {"Side": side}}}}
+
+    sides = {"enum": ["left", "right"]}
+    names, arguments = called(client, False, tools=[tool("turn", sides), tool("look", sides)], tool_choice="required",
+                              parallel_tool_calls=False)  # fmt: skip
+    assert names in (["turn"], ["look"])
+    assert json.loads(arguments[0])["side"] in ("left", "right")
+    with pytest.raises(openai.BadRequestError, match="Side"):
+        ask(client, tools=[tool("turn", sides), tool("look", {"const": 1})], tool_choice="required")
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_function_can_be_required(client: openai.OpenAI, streamed: bool) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}

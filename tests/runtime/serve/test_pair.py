@@ -35,7 +35,7 @@ def server(tiny_full_pair: Path) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
         yield client
     running.handle_exit(15, None)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -18,7 +18,7 @@ from dovetail.runtime.serve.body import BoundedRoute
 from dovetail.runtime.serve.chat import chat
 from dovetail.runtime.serve.completions import complete
 from dovetail.runtime.serve.conversation import Conversation, as_dicts
-from dovetail.runtime.serve.failures import ApiError, handle_failures, reply
+from dovetail.runtime.serve.failures import ApiError, handle_failures, reply, shutting_down
 from dovetail.runtime.serve.metrics import CONTENT_TYPE
 from dovetail.runtime.serve.openai import (
     ChatRequest,
@@ -65,9 +65,8 @@ class Gate:
         if self._secret is not None and path not in WITHOUT_KEY and not hmac.compare_digest(given, self._secret):
             return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
                             headers={"www-authenticate": "Bearer"})  # fmt: skip
-        if self._service.draining and path not in TO_THE_END:
-            return ApiError(503, "the server is shutting down: ask another", code="shutting_down",
-                            headers={"retry-after": "5"})  # fmt: skip
+        if self._service.ending and path not in TO_THE_END:
+            return shutting_down()
         return None
 
 
@@ -76,9 +75,9 @@ routes = APIRouter(route_class=BoundedRoute)
 
 @routes.get("/health")
 async def health(request: Request) -> Response:
-    """Return 200, or 503 while the server shuts down."""
-    draining = _service(request).draining
-    return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+    """Return 200, or 503 while the server shuts down and after its engine has failed."""
+    ending = _service(request).ending
+    return JSONResponse({"status": "ending" if ending else "ok"}, 503 if ending else 200)
 
 
 @routes.get("/", include_in_schema=False)

@@ -72,19 +72,18 @@ class Conversation:
             return self.schema
         if isinstance(self.choice, NamedFunction):
             return next(_parameters(tool) for tool in self.tools if tool.name == self.choice.name)
-        shared: dict[str, Any] = {}
+        shared: dict[str, dict[str, Any]] = {}
         calls = []
         for tool in self.tools:
             parameters = dict(_parameters(tool))
-            for name, one in parameters.pop("$defs", {}).items():  # references begin at the root of the schema
-                if shared.setdefault(name, one) != one:
-                    raise ApiError(400, f"two tools define {name!r:.60} in $defs: rename one of them", param="tools")
+            for key in ("$defs", "definitions"):  # references begin at the root of the whole schema
+                _share(parameters.pop(key, None), shared.setdefault(key, {}))
             calls.append({
                 "type": "object", "properties": {"name": {"const": tool.name}, "parameters": parameters},
                 "required": ["name", "parameters"], "additionalProperties": False,
             })  # fmt: skip
         most = {} if self.parallel else {"maxItems": 1}
-        return {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}, "$defs": shared}
+        return {"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}, **shared}
 
     def reader(self, style: AnswerStyle) -> Reader:
         """Return a reader of one answer. style: of the target. Raises ApiError."""
@@ -155,6 +154,13 @@ class ListedCalls:
     def flush(self) -> list[Piece]:
         """Return a call that was cut off as text."""
         return [Piece("content", self._text)] if "{" in self._text else []
+
+
+def _share(definitions: Any, shared: dict[str, Any]) -> None:
+    """Add a tool's definitions to those of all tools. Raises ApiError."""
+    for name, one in definitions.items() if isinstance(definitions, dict) else ():
+        if shared.setdefault(name, one) != one:
+            raise ApiError(400, f"two tools define {name!r:.60} differently: rename one of them", param="tools")
 
 
 def _described(tool: Function) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
 
+def shutting_down() -> ApiError:
+    """Return the refusal of a server that takes nothing new."""
+    return ApiError(503, "the server is shutting down: ask another", code="shutting_down", headers={"retry-after": "5"})
+
+
 def failed(error: Exception) -> ApiError:
     """Return the answer to an error that Dovetail or FastAPI raises on purpose."""
     match error:
@@ -44,8 +49,8 @@ def failed(error: Exception) -> ApiError:
         case InputError():
             return ApiError(400, str(error))
         case DovetailError():
-            return ApiError(500, str(error), headers=NEVER_AGAIN)
-    return ApiError(500, "the server failed: its log has the reason", headers=NEVER_AGAIN)
+            return ApiError(500, str(error))
+    return ApiError(500, "the server failed: its log has the reason")
 
 
 def body(error: ApiError) -> dict[str, Any]:

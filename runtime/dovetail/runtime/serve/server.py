@@ -36,15 +36,18 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
         self._service = service
         self._draining: asyncio.Task[None] | None = None
+        self._forced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining:
-            self.should_exit = self.force_exit = True
+        self._forced = self._service.draining
         self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._service.draining and self._draining is None:
             self._draining = asyncio.create_task(self._service.engine.drain())
+        if self._forced:
+            await self._service.engine.close()  # running answers end with an error
+            self.should_exit = self.force_exit = True
         if self._draining and self._draining.done():
             self._draining.result()
             self.should_exit = True
@@ -54,4 +57,4 @@ class Server(uvicorn.Server):
         """Serve until a signal, and close the engine. Return whether every answer was finished."""
         await self.serve([bound])
         await self._service.engine.close()
-        return not self.force_exit
+        return not self._forced

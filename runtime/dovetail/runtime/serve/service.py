@@ -15,7 +15,7 @@ from dovetail.runtime.errors import InputError, QueueFull
 from dovetail.runtime.front import Ask, Chunk
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.serve.conversation import Conversation
-from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError
+from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError, shutting_down
 from dovetail.runtime.serve.metrics import RequestMetrics, ServerMetrics
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
@@ -63,11 +63,16 @@ class Service:
     name: str
     limits: Limits = field(default_factory=Limits)
     defaults: Mapping[str, float] = field(default_factory=lambda: DEFAULTS)
-    draining: bool = False  # nothing new is accepted
+    draining: bool = False
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = ServerMetrics(self.name, self.engine.stats)
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing new is accepted: the server drains, or its engine has failed."""
+        return self.draining or self.engine.closed
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -111,13 +116,19 @@ class Service:
         return ask
 
     async def answer(self, asks: Sequence[Ask], n: int = 1) -> Answers:
-        """Queue `n` answers to each prompt. None of them runs if not all find room: raises QueueFull."""
+        """Queue `n` answers to each prompt. None of them runs if not all find room.
+
+        Raises QueueFull, and ApiError if the server has begun to shut down meanwhile.
+        """
         answers = Answers(self.limits.timeout_s)
         try:
             for ask in asks:
-                answers.streams += [self.engine.submit(_with_seed(ask, index)) for index in range(n)]
+                for index in range(n):
+                    answers.streams.append(self.engine.submit(_with_seed(ask, index)))
         except QueueFull:
             await answers.close()
+            if self.ending:
+                raise shutting_down() from None
             self.metrics.reject()
             raise
         answers.record(self.metrics, asks[0].request.max_new_tokens)
