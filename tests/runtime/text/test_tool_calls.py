@@ -143,7 +143,7 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 PARTS = [
     "<tool_call>", "</tool_call>", "<|python_tag|>", "<think>", "</think>", "{", "}", "[", "]", '"', ":", ",", ";",
     '{"name": ', '"weather"', '"Anna"', ', "arguments": {', ', "parameters": {', '"a": 1', "\n", " ", "é", "text", CALL,
-    BARE, "<", ">", "\\",
+    BARE, "<", ">", "\\", " " * 63,
 ]  # fmt: skip
 STYLES = [
     AnswerStyle(calls, thinks, thinking)
@@ -199,6 +199,14 @@ def test_content_does_not_wait_unless_it_may_begin_a_call() -> None:
     assert parser.add('{"n') == []
     assert parser.add("umber") == [Piece("content", '{"number')]
     assert parser.add("s") == [Piece("content", "s")]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_white_space_without_end_does_not_wait(style: AnswerStyle) -> None:
+    parser = AnswerParser(style, NAMES)
+    pieces = [piece for _ in range(1000) for piece in parser.add("\n")]
+    assert style.thinking or sum(len(piece.text) for piece in pieces) >= 900
+    assert collect(pieces + parser.flush()).content == ("" if style.thinking else "\n" * 1000)
 
 
 def test_a_call_streams_its_name_then_its_arguments() -> None:

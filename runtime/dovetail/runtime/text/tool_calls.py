@@ -27,6 +27,7 @@ _STRING = r'("(?:[^"\\]|\\.)*")'
 _NAME = re.compile(r'\{(?:\s*"type"\s*:\s*"function"\s*,)?\s*"name"\s*:\s*' + _STRING, re.DOTALL)
 _HEADER = re.compile(_NAME.pattern + r'\s*,\s*"(?:arguments|parameters)"\s*:\s*', re.DOTALL)
 _SPACE = " \t\n\r"
+_MOST_SPACE = 64  # characters of white space that may wait for a mark; a model may write spaces without end
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class AnswerParser:
 
     def _begin(self, end: bool) -> bool:
         """Read the beginning of the answer: reasoning, a bare call, or content."""
-        rest = self._text.lstrip(_SPACE)
+        rest = _after_blank(self._text)
         if self._thinks and rest.startswith(THINK):
             self._text, self._state = rest[len(THINK) :], self._reasoning
             return True
@@ -164,7 +165,7 @@ class AnswerParser:
         return self._bare(end)
 
     def _bare(self, end: bool) -> bool:
-        rest = self._text.lstrip(_SPACE)
+        rest = _after_blank(self._text)
         if not rest and not end:
             return False
         if self._notation == "llama3" and rest.startswith("{"):
@@ -178,8 +179,7 @@ class AnswerParser:
             self._text = self._text.lstrip(_SPACE)
         place = self._text.find(END_THINK)
         keep = len(self._text) if end else _held(self._text, END_THINK)
-        said = (self._text[:keep] if place < 0 else self._text[:place]).rstrip(_SPACE if place >= 0 else "")
-        if said:
+        if said := self._text[: keep if place < 0 else _blank(self._text, place)]:
             self._thought = True
             self._out.append(Piece("reasoning", said))
         if place < 0:
@@ -195,9 +195,9 @@ class AnswerParser:
     def _content(self, end: bool) -> bool:
         place = self._text.find(self._opener) if self._opener else -1
         if place >= 0:
-            before = self._text[:place].rstrip(_SPACE)
-            self._say(before)
-            self._open(self._text[len(before) : place] + self._opener, self._text[place + len(self._opener) :])
+            begin = _blank(self._text, place)
+            self._say(self._text[:begin])
+            self._open(self._text[begin:place] + self._opener, self._text[place + len(self._opener) :])
             return True
         keep = len(self._text) if end or not self._opener else _held(self._text, self._opener)
         self._say(self._text[:keep])
@@ -222,19 +222,20 @@ class AnswerParser:
     def _between(self, end: bool) -> bool:
         """Read what may stand behind a call's arguments, then another bare call."""
         while self._expected:
-            rest, mark = self._text.lstrip(_SPACE), self._expected[0]
+            self._text, mark = self._text.lstrip(_SPACE), self._expected[0]
+            rest = self._text
             if not end and len(rest) < len(mark) and mark.startswith(rest):
                 return False
             if rest.startswith(mark):
                 self._text = rest[len(mark) :]
             del self._expected[0]
-        rest = self._text.lstrip(_SPACE)
-        if not rest and not end:
+        self._text = self._text.lstrip(_SPACE)
+        if not self._text and not end:
             return False
-        if self._notation == "llama3" and rest.startswith("{"):
-            self._open(self._text[: len(self._text) - len(rest)], rest)
+        if self._notation == "llama3" and self._text.startswith("{"):
+            self._open("", self._text)
         else:
-            self._text, self._state = rest, self._content
+            self._state = self._content
         return True
 
     # --- steps
@@ -332,7 +333,18 @@ def _held(text: str, mark: str) -> int:
     """Return where the end of `text` begins that may belong to `mark`, white space before it included."""
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     size = next((size for size in sizes if mark.startswith(text[-size:])), 0)
-    return len(text[: len(text) - size].rstrip(_SPACE))
+    return _blank(text, len(text) - size)
+
+
+def _after_blank(text: str) -> str:
+    """Return `text` without the white space at its beginning, at most _MOST_SPACE characters of it."""
+    return text[:_MOST_SPACE].lstrip(_SPACE) + text[_MOST_SPACE:]
+
+
+def _blank(text: str, end: int) -> int:
+    """Return where the white space before `end` begins, at most _MOST_SPACE characters of it."""
+    begin = max(end - _MOST_SPACE, 0)
+    return begin + len(text[begin:end].rstrip(_SPACE))
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:

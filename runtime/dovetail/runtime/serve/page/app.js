@@ -4,7 +4,9 @@ import { Bars, drawTree, told } from "./tree.js";
 import { draw, element } from "./text.js";
 
 const at = (id) => document.getElementById(id);
-const DEFAULTS = { system: "", temperature: 0.7, top_p: 0.95, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "" };
+const DEFAULTS = {
+  system: "", temperature: 0.7, top_p: 0.95, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "",
+};
 const EXAMPLES = [
   "Write a Python function that merges two sorted lists.",
   "List the planets with their distance from the Sun.",
@@ -114,8 +116,8 @@ function request(run, messages) {
 
 function newRun(speculate, seed) {
   return {
-    speculate, seed, settings: { ...settings }, text: "", thought: "", rounds: [], tokens: 0, metrics: null, finish: null,
-    fault: null, begin: performance.now(), first: null, last: null,
+    speculate, seed, settings: { ...settings }, begin: performance.now(), first: null, last: null,
+    text: "", thought: "", rounds: [], tokens: 0, metrics: null, finish: null, fault: null,
   };
 }
 
@@ -158,7 +160,9 @@ async function answer(turn, run) {
   say(run.speculate ? "Answering." : "Answering without drafts.");
   const messages = said(turn);
   try {
-    const reply = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: request(run, messages), signal: abort.signal });
+    const reply = await fetch("/v1/chat/completions", {
+      method: "POST", headers: headers(), body: request(run, messages), signal: abort.signal,
+    });
     if (!reply.ok) throw new Error(await reason(reply));
     for await (const chunk of events(reply)) {
       take(run, chunk);
@@ -199,7 +203,11 @@ function show() {
   drawWork();
 }
 
-const signature = (turn) => JSON.stringify([turn.runs.length, turn.runs.map((run) => [run.text.length, run.thought.length, run.tokens, run.finish, run.fault]), turn === turns.at(-1), running?.turn === turn]);
+/** Returns what decides how a turn looks. */
+function signature(turn) {
+  const runs = turn.runs.map((run) => [run.text.length, run.thought.length, run.tokens, run.finish, run.fault]);
+  return JSON.stringify([runs, turn === turns.at(-1), running?.turn === turn]);
+}
 
 function drawTurn(turn) {
   turn.changed = signature(turn);
@@ -216,7 +224,8 @@ function drawTurn(turn) {
   list.replaceChildren(...turn.runs.filter((each) => each.tokens).map(drawRun));
   const [one, other] = turn.runs.slice(-2);
   if (other && !live && one.finish === other.finish && !other.fault && other.finish !== "stopped") {
-    list.append(element("span", one.text === other.text ? { class: "same" } : {}, one.text === other.text ? "The same text" : "Another text"));
+    const same = one.text === other.text;
+    list.append(element("span", same ? { class: "same" } : {}, same ? "The same text" : "Another text"));
   }
   if (!running && turn === turns.at(-1)) {
     const label = run.fault ? "Try again" : run.speculate ? "Again without drafts" : "Again with drafts";
@@ -225,11 +234,13 @@ function drawTurn(turn) {
 }
 
 function drawRun(run) {
-  const { perSecond, perPass } = figures(run), ended = { length: " · ended at its limit", stopped: " · stopped" }[run.finish] ?? "";
+  const { perSecond, perPass } = figures(run);
+  const ended = { length: " · ended at its limit", stopped: " · stopped" }[run.finish] ?? "";
   const parts = [`${run.tokens} ${run.tokens === 1 ? "token" : "tokens"}`];
   if (perSecond) parts.push(`${perSecond.toFixed(1)} a second`);
   if (perPass && run.speculate) parts.push(`${perPass.toFixed(2)} a pass`);
-  return element("span", { class: "run" }, element("span", { class: run.speculate ? "mode" : "mode plain" }, run.speculate ? "drafted" : "plain"), parts.join(" · ") + ended);
+  const mode = run.speculate ? ["mode", "drafted"] : ["mode plain", "plain"];
+  return element("span", { class: "run" }, element("span", { class: mode[0] }, mode[1]), parts.join(" · ") + ended);
 }
 
 function drawWork() {
@@ -268,7 +279,8 @@ function drawRound() {
 }
 
 function drawDuel() {
-  const speed = Object.fromEntries(Object.entries(speeds).map(([mode, { tokens, ms }]) => [mode, ms ? (tokens / ms) * 1000 : null]));
+  const mean = ({ tokens, ms }) => (ms ? (tokens / ms) * 1000 : null);
+  const speed = { drafted: mean(speeds.drafted), plain: mean(speeds.plain) };
   const now = running && figures(running.run).perSecond;
   if (now) speed[running.run.speculate ? "drafted" : "plain"] ??= now;
   const most = Math.max(speed.drafted ?? 0, speed.plain ?? 0);
@@ -278,7 +290,8 @@ function drawDuel() {
   }
   if (!speeds.drafted.ms || !speeds.plain.ms) return;
   const ratio = speed.drafted / speed.plain;
-  at("verdict").replaceChildren("Drafts make this server ", element("strong", {}, `${ratio.toFixed(2)}×`), " as fast, over the answers on this page.");
+  const times = element("strong", {}, `${ratio.toFixed(2)}×`);
+  at("verdict").replaceChildren("Drafts make this server ", times, " as fast, over the answers on this page.");
 }
 
 function redraw() {
@@ -307,7 +320,8 @@ function read(run, end) {
     at("spoken").replaceChildren();
   }
   const rest = run.text.slice(spoken.length);
-  const ready = end ? rest.length : Math.max(...[...rest.matchAll(/[.!?:]\s|\n|[。！？]/g)].map((found) => found.index + found[0].length), 0);
+  const ends = [...rest.matchAll(/[.!?:]\s|\n|[。！？]/g)].map((found) => found.index + found[0].length);
+  const ready = end ? rest.length : Math.max(...ends, 0);
   const words = rest.slice(0, ready).replace(/\*\*|`+|^#+ /gm, ""); // marks are not read out
   if (words.trim()) at("spoken").append(element("p", {}, words));
   spoken.length += ready;
@@ -317,7 +331,8 @@ function read(run, end) {
 // --- the conversation
 
 function setBusy(busy) {
-  const [gone, here] = busy ? [at("send"), at("stop")] : [at("stop"), at("send")], focused = document.activeElement === gone;
+  const [gone, here] = busy ? [at("send"), at("stop")] : [at("stop"), at("send")];
+  const focused = document.activeElement === gone;
   gone.hidden = true;
   here.hidden = false;
   if (focused) here.focus();
@@ -333,7 +348,8 @@ function add(turn) {
 function ask(text) {
   if (running || !text.trim()) return;
   const seed = settings.seed === "" ? Math.floor(Math.random() * 2 ** 31) : Number(settings.seed);
-  add({ role: "user", text, node: element("li", { class: "turn user" }, element("h3", { class: "hidden" }, "You"), text) });
+  const asked = element("li", { class: "turn user" }, element("h3", { class: "hidden" }, "You"), text);
+  add({ role: "user", text, node: asked });
   const node = element("li", { class: "turn answer" }, element("h3", {}, "Answer"),
     element("details", { class: "thought", hidden: "" }, element("summary", {}, "Reasoning"), element("p")),
     element("div", { class: "text" }), element("p", { class: "fault", hidden: "" }), element("div", { class: "runs" }));
@@ -405,6 +421,9 @@ at("show-work").addEventListener("click", () => {
   at("show-work").setAttribute("aria-expanded", String(open));
   redraw();
 });
-at("examples").append(...EXAMPLES.map((text) => element("li", {}, element("button", { type: "button", onclick: () => { focusMessage(); ask(text); } }, text))));
+for (const text of EXAMPLES) {
+  const example = element("button", { type: "button", onclick: () => { focusMessage(); ask(text); } }, text);
+  at("examples").append(element("li", {}, example));
+}
 findModel();
 focusMessage();

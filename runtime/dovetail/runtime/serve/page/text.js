@@ -21,7 +21,7 @@ export function blocksOf(text) {
     else if (!line.trim()) close();
     else if (head) { close(); blocks.push({ kind: "head", lines: [head[1]] }); }
     else if (item) grow(item[1] ? "bullets" : "numbers", item[2]);
-    else if (open && open.kind !== "words" && /^\s{2,}\S/.test(line)) open.lines[open.lines.length - 1] += " " + line.trim();
+    else if (open && open.kind !== "words" && /^\s{2,}\S/.test(line)) open.lines.push(`${open.lines.pop()} ${line.trim()}`);
     else grow("words", line);
   }
   close();
@@ -60,7 +60,8 @@ function nodeOf(block) {
   if (block.kind === "code") return codeOf(block);
   if (block.kind === "head") return element("h4", {}, ...inline(block.lines[0]));
   if (block.kind === "words") return element("p", {}, ...inline(block.lines.join("\n")));
-  return element(block.kind === "bullets" ? "ul" : "ol", {}, ...block.lines.map((line) => element("li", {}, ...inline(line))));
+  const items = block.lines.map((line) => element("li", {}, ...inline(line)));
+  return element(block.kind === "bullets" ? "ul" : "ol", {}, ...items);
 }
 
 function codeOf(block) {
@@ -76,7 +77,8 @@ function codeOf(block) {
     setTimeout(() => { copy.textContent = "Copy"; }, 2000);
   });
   const head = element("header", {}, element("span", {}, block.language || "code"), copy);
-  const pre = element("pre", { tabindex: "0", role: "group", "aria-label": `Code, ${block.language || "no language"}` }, code);
+  const name = `Code, ${block.language || "no language"}`;
+  const pre = element("pre", { tabindex: "0", role: "group", "aria-label": name }, code);
   const node = element("div", { class: "code" }, head, pre);
   node.dataset.language = block.language;
   return node;

@@ -43,8 +43,17 @@ export function layout(tokens, parents, straight = new Set()) {
   columns.forEach((width, level) => { left[level + 1] = left[level] + width + GAP; });
   return {
     width: left.at(-1) - GAP + MARGIN, height: rows * ROW + 2 * MARGIN - (ROW - HIGH),
-    nodes: tokens.map((_, node) => ({ label: labels[node], x: left[depth[node]], y: MARGIN + row[node] * ROW, width: widths[node] })),
+    nodes: tokens.map((_, node) => (
+      { label: labels[node], x: left[depth[node]], y: MARGIN + row[node] * ROW, width: widths[node] })),
   };
+}
+
+/** Returns the path of an edge: straight in a row, else down between the levels with round corners. */
+function line(from, to) {
+  const [x1, y1, x2, y2] = [from.x + from.width, from.y + HIGH / 2, to.x, to.y + HIGH / 2];
+  if (y1 === y2) return `M${x1} ${y1}H${x2}`;
+  const bend = x2 - GAP / 2, turn = Math.sign(y2 - y1) * 6;
+  return `M${x1} ${y1}H${bend - 6}Q${bend} ${y1} ${bend} ${y1 + turn}V${y2 - turn}Q${bend} ${y2} ${bend + 6} ${y2}H${x2}`;
 }
 
 /** Shows a round's tree. The model's own token after the accepted path is part of the picture. */
@@ -53,25 +62,25 @@ export function drawTree(place, round) {
   const all = next === null ? tokens : [...tokens, next];
   const tip = accepted.at(-1) ?? 0;
   const picture = layout(all, next === null ? parents : [...parents, tip], new Set([...accepted, tokens.length]));
-  const kept = new Set(accepted), kind = (node) =>
+  const kept = new Set(accepted);
+  const kind = (node) =>
     node === 0 ? "known" : node === tokens.length ? "next" : kept.has(node) ? "kept" : "left";
   const room = place.clientWidth || picture.width, scale = Math.max(LEAST_SCALE, Math.min(1, (room - 2) / picture.width));
-  const svg = shape("svg", { width: picture.width * scale, height: picture.height * scale, viewBox: `0 0 ${picture.width} ${picture.height}`, role: "img", "aria-label": told(round) });
+  const svg = shape("svg", {
+    width: picture.width * scale, height: picture.height * scale, viewBox: `0 0 ${picture.width} ${picture.height}`,
+    role: "img", "aria-label": told(round),
+  });
   const order = all.map((_, node) => node).sort((a, b) => (kind(a) === "left" ? 0 : 1) - (kind(b) === "left" ? 0 : 1));
   for (const node of order) {
     const parent = node === tokens.length ? tip : parents[node];
     if (parent < 0) continue;
-    const from = picture.nodes[parent], to = picture.nodes[node];
-    const [x1, y1, x2, y2] = [from.x + from.width, from.y + HIGH / 2, to.x, to.y + HIGH / 2];
-    const bend = to.x - GAP / 2;
-    svg.append(shape("path", { class: `edge ${kind(node)}`, d: y1 === y2 ? `M${x1} ${y1}H${x2}` : `M${x1} ${y1}H${bend - 6}C${bend} ${y1} ${bend} ${y1} ${bend} ${y1 + Math.sign(y2 - y1) * 6}V${y2 - Math.sign(y2 - y1) * 6}C${bend} ${y2} ${bend} ${y2} ${bend + 6} ${y2}H${x2}` }));
+    svg.append(shape("path", { class: `edge ${kind(node)}`, d: line(picture.nodes[parent], picture.nodes[node]) }));
   }
   for (const node of order) {
     const { x, y, width, label } = picture.nodes[node];
-    const group = shape("g", { class: `node ${kind(node)}` },
+    svg.append(shape("g", { class: `node ${kind(node)}` },
       shape("rect", { x, y, width, height: HIGH, rx: 8 }),
-      shape("text", { x: x + width / 2, y: y + HIGH / 2 + 4, "text-anchor": "middle" }, label));
-    svg.append(group);
+      shape("text", { x: x + width / 2, y: y + HIGH / 2 + 4, "text-anchor": "middle" }, label)));
   }
   place.replaceChildren(svg);
   place.scrollLeft = (picture.nodes[tip].x + picture.nodes[tip].width) * scale - room * 0.75; // the path's end is in view
