@@ -37,7 +37,7 @@ from dovetail.exporter.pairs.pair import add_drafter
 from dovetail.exporter.target.convert import WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
 from dovetail.models.dflash import DFlash
-from dovetail.models.formats.eagle3 import flat_parameters
+from dovetail.models.formats.layout import flat_parameters
 from dovetail.runtime.drafter.block import BlockDrafter
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.engine import Engine

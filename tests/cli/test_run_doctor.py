@@ -179,6 +179,17 @@ def test_a_block_is_drafted_with_one_call(invoke, pair: Path) -> None:
 
 
 @pytest.mark.usefixtures("engines")
+def test_a_pair_without_a_drafter_needs_no_gpu(invoke, pair: Path) -> None:
+    def gpu_notes() -> list[str]:
+        notes = json.loads(invoke("doctor", str(pair), "--json").stdout)["notes"]
+        return [note for note in notes if "GPU" in note]
+
+    assert len(gpu_notes()) == 1
+    write_manifest(pair, replace(read_manifest(pair), drafter=None))
+    assert gpu_notes() == []
+
+
+@pytest.mark.usefixtures("engines")
 def test_without_costs_speed_is_a_bound_from_the_bandwidth_and_called_so(invoke, pair: Path) -> None:
     speed = json.loads(invoke("doctor", str(pair), "--json").stdout)["pair"]["speed"]
     assert speed == {"plain_tokens_per_s": 20e9 / 4096, "measured": None, "tree": None}

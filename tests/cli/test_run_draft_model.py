@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.exporter.cli import main as export_cli
 from dovetail.exporter.hub import is_hub_id
+from dovetail.exporter.pairs.draft_model import check_no_drafter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ExportError, InputError, PairError, SourceError
 from dovetail.runtime.pair import known
@@ -194,6 +196,31 @@ def test_a_drafter_is_sent_to_its_command(
     assert code == SourceError.exit_code and f"{folder} is a drafter (" in line
     assert f"dovetail-export drafter PAIR --checkpoint {folder}" in line
     assert not (cache / "draft-models").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [({"ptd_token_id": 7}, "a P-EAGLE drafter"), ({"medusa_num_heads": 5}, "a Medusa drafter")],
+)
+def test_a_drafter_that_dovetail_does_not_read_is_named(
+    settings: dict[str, int], kind: str, eagle3: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((eagle3 / "config.json").read_text())
+    (eagle3 / "config.json").write_text(json.dumps(config | settings))
+    assert export_cli.main(["draft-model", str(eagle3)]) == SourceError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{eagle3} is {kind}, which Dovetail does not read: " in line and "use an EAGLE-3 drafter" in line
+    assert not (cache / "draft-models").exists()
+
+
+@pytest.mark.parametrize("settings", [{"pard_token": 7}, {"num_nextn_predict_layers": 1}])
+def test_a_whole_model_drafts_whatever_else_its_config_names(
+    settings: dict[str, int], tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "small"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    check_no_drafter(str(model), None, model)
 
 
 def test_a_drafter_on_the_hub_is_sent_to_its_command(

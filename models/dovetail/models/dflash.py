@@ -13,8 +13,7 @@ Source: DFlash (arXiv 2602.06036).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class DFlashConfig:
     place of B - 1.
     """
 
-    layer: BlockSizes
+    block: BlockSizes
     vocab_size: int
     draft_vocab_size: int
     block_size: int
@@ -58,6 +57,11 @@ class DFlashConfig:
     rope: Rope
     max_position_embeddings: int
     from_anchor: bool = False
+
+    @property
+    def target_size(self) -> int:
+        """H, also the width of the drafter."""
+        return self.block.hidden_size
 
     @property
     def positions(self) -> int:
@@ -79,10 +83,11 @@ class DFlashLayer(EagleBlock):
 class DFlash(DraftBase):
     """The module that the exporter turns into a block graph. D is H."""
 
+    sized = ("shape", "config")
     mix: TapMix
 
     def __init__(self, config: DFlashConfig, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
-        sizes = config.layer
+        sizes = config.block
         size, eps = sizes.hidden_size, sizes.rms_norm_eps
         shape = sizes.shape(
             config.vocab_size, config.draft_vocab_size, len(config.sights), config.max_position_embeddings
@@ -105,11 +110,6 @@ class DFlash(DraftBase):
     def logits(self, x: Tensor) -> Tensor:
         """Logits over the draft vocabulary [P, K] from the last layer's output x [B, H]."""
         return F.linear(self.norm(x[self.config.block_size - self.config.positions :]), self.head)
-
-    def narrowed(self, kept: Tensor) -> Self:
-        small = super().narrowed(kept)
-        small.config = replace(self.config, draft_vocab_size=len(small.d2t))
-        return small
 
     def forward(self, features: Tensor, token: Tensor) -> Tensor:
         """Logits [P, K] of the tokens after `token` [1]. features: [n, H], mixed by `mix`."""

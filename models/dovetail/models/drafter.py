@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,10 @@ class DraftBase(nn.Module):
 
     embed_tokens: [V, H], head: [K, D], both frozen. d2t: [K] int64, the target id of each draft
     token. mix: how the drafter reads layers of the target; None if it reads the last feature alone.
+    sized: the attributes that tell K as their draft_vocab_size.
     """
 
+    sized: ClassVar[tuple[str, ...]] = ("shape",)
     embed_tokens: Tensor
     head: Tensor
     d2t: Tensor
@@ -70,7 +72,8 @@ class DraftBase(nn.Module):
         """A copy that proposes fewer tokens. kept: [K] bool."""
         small = copy.deepcopy(self, {id(self.embed_tokens): self.embed_tokens})  # the rows are shared
         small.head, small.d2t = self.head[kept], self.d2t[kept]
-        small.shape = replace(self.shape, draft_vocab_size=len(small.d2t))
+        for name in self.sized:
+            setattr(small, name, replace(getattr(self, name), draft_vocab_size=len(small.d2t)))
         return small
 
 
@@ -176,6 +179,8 @@ class Drafter(DraftModel):
     and the head is the target's. The draft vocabulary follows EAGLE-3 (arXiv 2503.01840).
     """
 
+    sized = ("shape", "config")
+
     def __init__(self, config: DrafterConfig, embed_tokens: Tensor, head: Tensor, d2t: Tensor):
         equal = {field.name: getattr(config, field.name) for field in fields(DraftShape) if hasattr(config, field.name)}
         shape = DraftShape(**equal, max_context=config.max_position_embeddings)
@@ -194,8 +199,3 @@ class Drafter(DraftModel):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_table(self.config.rope_theta, self.config.head_dim, positions)
-
-    def narrowed(self, kept: Tensor) -> Self:
-        small = super().narrowed(kept)
-        small.config = replace(self.config, draft_vocab_size=len(small.d2t))
-        return small

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ class EagleConfig:
     """An EAGLE drafter. fusion: "fc" or "dgf", see FUSIONS. fusion_bias: of the former.
 
     norms: speculators' `layernorms`, of the embedding, the first block's input and the head's input.
+    taps: none, it reads the last feature.
     """
+
+    taps: ClassVar[tuple[int, ...]] = ()
 
     block: BlockSizes
     vocab_size: int
@@ -35,6 +39,16 @@ class EagleConfig:
     fusion: str = "fc"
     fusion_bias: bool = False
     norms: bool = False
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """V: the drafter proposes all tokens."""
+        return self.vocab_size
+
+    @property
+    def target_size(self) -> int:
+        """d, also the width of the target."""
+        return self.block.hidden_size
 
 
 class EagleDrafter(DraftModel):

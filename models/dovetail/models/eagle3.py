@@ -165,6 +165,7 @@ class NormedOutput:
 class Eagle3Drafter(DraftModel):
     """EAGLE-3's drafter. embed_tokens: [V, d], head: [K, d], d2t: [K] target ids."""
 
+    sized = ("shape", "config")
     mix: TapMix
 
     def __init__(self, config: Eagle3Config, embed_tokens: Tensor, head: Tensor, d2t: Tensor):

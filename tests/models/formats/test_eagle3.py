@@ -171,6 +171,18 @@ def test_a_chain_equals_the_formulas(layout: str, tmp_path: Path) -> None:
     assert torch.stack(want).std() > 0.1  # the comparison is of numbers that differ
 
 
+def test_a_narrowed_drafter_is_the_same_over_what_it_keeps_and_says_its_size(tmp_path: Path) -> None:
+    tensors = weights(FLAGS)
+    whole = find_checkpoint(write(tmp_path, safeai(), tensors)).read(target_parts(tensors))
+    assert isinstance(whole, Eagle3Drafter)
+    kept = torch.arange(K) % 3 > 0
+    small = whole.narrowed(kept)
+    assert small.config.draft_vocab_size == small.shape.draft_vocab_size == int(kept.sum()) < K
+    assert whole.config.draft_vocab_size == whole.shape.draft_vocab_size == K
+    x = torch.randn(2, D)
+    torch.testing.assert_close(small.logits(x), whole.logits(x)[:, kept])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_folded_mix_is_the_mix(layout: str, tmp_path: Path) -> None:
     """The runtime's form: norms without weights, then one matrix."""

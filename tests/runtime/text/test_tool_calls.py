@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.testing.scripted import ScriptedTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.text.tool_calls import Answer, AnswerParser, AnswerStyle, Piece, ToolCall, collect
 
@@ -341,3 +344,26 @@ def test_marks_of_calls_are_shown_where_calls_are_expected(template: str, answer
             assert "".join(texts) == answer.replace("<|eot_id|>", "").replace("<|im_end|>", "")
         else:
             assert "".join(texts) == own.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"template_options": {"tools": TOOLS}}, True),
+        ({}, False),
+        ({"template_options": {"tools": []}}, False),
+    ],
+)
+def test_engines_show_the_marks_where_a_request_has_tools(options: dict[str, Any], shown: bool) -> None:
+    own = tokenizer(LLAMA)
+    said_ids = own.encode(f"<|python_tag|>{BARE}<|eot_id|>", add_special_tokens=False)
+    begin = len(own.encode_chat([{"role": "user", "content": "Rain?"}], **options.get("template_options", {})))
+
+    def logits(prefix: tuple[int, ...]) -> Any:
+        return (
+            np.eye(own.vocab_size, dtype=np.float32)[said_ids[min(max(len(prefix) - begin, 0), len(said_ids) - 1)]] * 10
+        )
+
+    engine = Engine(ScriptedTarget(logits), None, own, stop_tokens=own.encode("<|eot_id|>"))
+    text = "".join(chunk.text for chunk in engine.stream([{"role": "user", "content": "Rain?"}], **options))
+    assert text == ("<|python_tag|>" * shown) + BARE

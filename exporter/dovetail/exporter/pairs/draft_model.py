@@ -36,11 +36,12 @@ def resolve_draft_source(location: str, revision: str | None = None) -> Source:
 
 
 def check_no_drafter(location: str, revision: str | None, path: Path | None) -> None:
-    """Raise SourceError if `location` holds a drafter that Dovetail reads.
+    """Raise SourceError if `location` holds a drafter, also of a kind that Dovetail does not read.
 
     path: its files on this machine; None asks the Hub for their headers.
     """
-    from dovetail.models.formats.registry import find_checkpoint, recognised  # torch, which --help does without
+    from dovetail.models.formats.refused import RefusedDrafter  # torch, which --help does without
+    from dovetail.models.formats.registry import find_checkpoint, recognised
 
     try:
         if path is not None:
@@ -49,6 +50,8 @@ def check_no_drafter(location: str, revision: str | None, path: Path | None) -> 
             found = recognised(read_remote(location, revision))
         else:
             return
+    except RefusedDrafter:
+        raise
     except SourceError:  # no drafter: the caller knows what it is, or why it is unusable
         return
     raise SourceError(

@@ -7,15 +7,13 @@ the target. Those of speculators may have their own, and a draft vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from dovetail.models.checkpoint import Stored, as_float, check_shapes, load_exactly
+from dovetail.models.checkpoint import Stored
 from dovetail.models.dflash import DFlash, DFlashConfig, Sight
-from dovetail.models.formats.eagle3 import draft_ids, flat_parameters, names_of
-from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.eagle3 import names_of
+from dovetail.models.formats.format import Config, Format, Needs, Shapes
+from dovetail.models.formats.layout import Settled, load, needs_of
 from dovetail.models.formats.reading import (
     ANOTHER,
     block_sizes,
@@ -35,7 +33,6 @@ from dovetail.runtime.system.bounds import TOKEN_MOST, check_whole
 _AGAIN = "correct config.json"
 _BLOCKS = ("qwen3", "llama")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 # transformers leaves a size out of a file if it is the default of the model type.
 _QWEN3 = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 32}
 BLOCK_MOST = 32  # tokens
@@ -49,12 +46,7 @@ _NEUTRAL = {"input_embedding_scale": 1, "output_multiplier": 1, "attention_mode"
 _SCALES = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """A drafter's settings, and how each ambiguous one was decided."""
-
-    config: DFlashConfig
-    choices: tuple[str, ...]
+_Settled = Settled[DFlashConfig, DFlash]
 
 
 def _settle_z_lab(stored: Stored, target: Config) -> _Settled:
@@ -88,7 +80,8 @@ def _settle_z_lab(stored: Stored, target: Config) -> _Settled:
     depth = both.get("num_target_layers")
     if depth is not None and depth != target_sizes(target)[1]:
         raise ValueError(f"it reads a target of {depth!r:.40} layers, not {target_sizes(target)[1]}: {ANOTHER}")
-    return _Settled(_config(stored, config, both, taps, sights, target), tuple(choices))
+    settings = _config(stored, config, both, taps, sights, target)
+    return Settled(settings, DFlash, names_of(stored), tuple(choices))
 
 
 def _settle_speculators(stored: Stored, target: Config) -> _Settled:
@@ -103,7 +96,8 @@ def _settle_speculators(stored: Stored, target: Config) -> _Settled:
         for block, window in _windows(layer, config)
     )
     choices = (f"the config's layers {list(ids)} count inputs, as in speculators",)
-    return _Settled(_config(stored, layer, config, taps, sights, target), choices)
+    settings = _config(stored, layer, config, taps, sights, target)
+    return Settled(settings, DFlash, names_of(stored), choices)
 
 
 def _windows(layer: Config, settings: Config) -> list[tuple[int, int | None]]:
@@ -168,7 +162,7 @@ def _config(
         )
     positions = whole(layer, "max_position_embeddings", 32768)
     return DFlashConfig(
-        layer=sizes,
+        block=sizes,
         vocab_size=vocab,
         draft_vocab_size=whole(settings, "draft_vocab_size", vocab),
         block_size=_block_size(settings),
@@ -181,48 +175,8 @@ def _config(
     )
 
 
-def _check_layout(stored: Stored, config: DFlashConfig) -> None:
-    """Raise CheckpointError unless the tensors' names and shapes are those of the config's drafter."""
-    shapes = {name: stored.shapes[given] for name, given in names_of(stored).items()}
-    size, vocab, draft = config.layer.hidden_size, config.vocab_size, config.draft_vocab_size
-    rows = {"embed_tokens.weight": (vocab, size), "lm_head.weight": (draft, size), "d2t": (draft,), "t2d": (vocab,)}
-    required = {"d2t"} if draft != vocab else set()
-    expected = {name: shape for name, shape in rows.items() if name in shapes or name in required}
-    with torch.device("meta"):
-        module = DFlash(config, torch.zeros(vocab, size), torch.zeros(draft, size), torch.zeros(draft))
-    expected |= {name: tuple(value.shape) for name, value in flat_parameters(module).items()}
-    check_shapes(expected, shapes, stored.folder)
-
-
-def _load(stored: Stored, settled: _Settled, target: TargetParts) -> DFlash:
-    """The module with the checkpoint's weights. Raises CheckpointError."""
-    config = settled.config
-    _check_layout(stored, config)
-    raw = stored.tensors()
-    tensors = {name: raw[given] for name, given in names_of(stored).items()}
-    embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
-    ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
-    embed_tokens = target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder)
-    rows = target.lm_head[ids].contiguous() if head is None else as_float("lm_head", head, stored.folder)
-    module = DFlash(config, embed_tokens, rows, ids)
-    load_exactly(module, {"mix.fc.weight": tensors.pop("fc.weight"), **tensors}, stored.folder)
-    return module
-
-
 def _needs(stored: Stored, settled: _Settled, kind: str) -> Needs:
-    config = settled.config
-    _check_layout(stored, config)
-    return Needs(
-        kind=kind,
-        target_size=config.layer.hidden_size,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=config.draft_vocab_size,
-        layers=config.taps,
-        max_context=config.max_position_embeddings,
-        rope=config.rope.text,
-        target=verifier_name(stored.config),
-        choices=settled.choices,
-    )
+    return needs_of(kind, stored, settled, verifier_name(stored.config))
 
 
 def _matches_z_lab(config: Config, shapes: Shapes) -> bool:
@@ -242,13 +196,13 @@ Z_LAB = Format(
     "dflash",
     _matches_z_lab,
     _describe_z_lab,
-    lambda stored, target: _load(stored, _settle_z_lab(stored, target.config), target),
+    lambda stored, target: load(stored, _settle_z_lab(stored, target.config), target),
     lambda stored, target: _needs(stored, _settle_z_lab(stored, target), _describe_z_lab(stored.config)),
 )
 SPECULATORS = Format(
     "speculators-dflash",
     lambda config, shapes: config.get("speculators_model_type") == "dflash",
     _describe_speculators,
-    lambda stored, target: _load(stored, _settle_speculators(stored, target.config), target),
+    lambda stored, target: load(stored, _settle_speculators(stored, target.config), target),
     lambda stored, target: _needs(stored, _settle_speculators(stored, target), _describe_speculators(stored.config)),
 )

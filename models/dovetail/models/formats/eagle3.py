@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
 
-from dovetail.models.checkpoint import (
-    CONFIG,
-    CheckpointError,
-    Stored,
-    as_float,
-    check_draft_ids,
-    check_shapes,
-    load_exactly,
-    without_prefixes,
-)
+from dovetail.models.checkpoint import CONFIG, Stored, without_prefixes
 from dovetail.models.config import DEFAULT_FUSION, DrafterConfig
 from dovetail.models.eagle3 import Eagle3Config, Eagle3Drafter
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.layout import Settled, flat_parameters, load, needs_of
 from dovetail.models.formats.reading import (
     AGAIN,
-    ANOTHER,
     FIRST,
     block_sizes,
-    check_vocabulary,
     context_of,
     flag,
     layer_list,
@@ -52,15 +40,9 @@ LEAST_DEPTH = 7  # of a target with three different layers 2, L / 2 and L - 3
 _PREFIXES = ("model.", "draft_model.")
 # Tensors that say nothing about the drafter: RoPE tables of old checkpoints, the target's own parts.
 _IGNORED = ("inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
-_ROWS = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # vocabulary, outside the module's parameters
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A drafter's settings, and how each ambiguous one was decided."""
-
-    config: Eagle3Config
-    choices: tuple[str, ...]
+Eagle3 = Settled[Eagle3Config, Eagle3Drafter]
 
 
 def names_of(stored: Stored) -> dict[str, str]:
@@ -79,7 +61,7 @@ def eagle_layers(depth: int) -> tuple[int, ...]:
     return outputs_of_inputs("EAGLE-3's default", (2, depth // 2, depth - 3))
 
 
-def settle(stored: Stored, target: Config) -> Settled:
+def settle(stored: Stored, target: Config) -> Eagle3:
     """Read an EAGLE-3 config of SafeAILab's, SpecForge's, AngelSlim's, ModelOpt's or DeepSpec's kind.
 
     Raises ValueError for a setting out of range, or one that Dovetail's EAGLE-3 does not have.
@@ -121,6 +103,8 @@ def settle(stored: Stored, target: Config) -> Settled:
         raise ValueError(f"{layers} layers of DeepSpec's kind are not supported: only one layer is")
     return Settled(
         _config(config, shapes, width, vocab, taps, layers, tap_norm="each" if each else "none", norm_output=output),
+        Eagle3Drafter,
+        names,
         tuple(choices),
     )
 
@@ -141,54 +125,6 @@ def _config(
         blocks=layers,
         **settings,  # type: ignore[arg-type]  # settings of Eagle3Config
     )
-
-
-def check_target(config: Eagle3Config, target: Config) -> None:
-    """Raise ValueError unless the target has the drafter's vocabulary, width and layers."""
-    width, depth, _ = target_sizes(target)
-    check_vocabulary(config.vocab_size, target)
-    if config.target_size != width:
-        raise ValueError(f"it reads layers of width {config.target_size}, the target's are {width} wide: {ANOTHER}")
-    if beyond := [tap for tap in config.taps if tap >= depth]:
-        raise ValueError(f"it reads layer {beyond[0]} of a target that has {depth}: {ANOTHER}")
-
-
-def check_layout(stored: Stored, config: Eagle3Config) -> None:
-    """Raise CheckpointError unless the tensors' names and shapes are those of the config's drafter."""
-    names = names_of(stored)
-    shapes = {name: stored.shapes[given] for name, given in names.items()}
-    size, vocab, draft = config.block.hidden_size, config.vocab_size, config.draft_vocab_size
-    rows = {"embed_tokens.weight": (vocab, size), "lm_head.weight": (draft, size), "d2t": (draft,), "t2d": (vocab,)}
-    required = {"d2t"} if draft != vocab else set()
-    if size != config.target_size:
-        required |= {"embed_tokens.weight", "lm_head.weight"}
-    expected = {name: shape for name, shape in rows.items() if name in shapes or name in required}
-    with torch.device("meta"):
-        module = Eagle3Drafter(config, torch.zeros(vocab, size), torch.zeros(draft, size), torch.zeros(draft))
-    expected |= {name: tuple(value.shape) for name, value in flat_parameters(module).items()}
-    check_shapes(expected, shapes, stored.folder)
-
-
-def flat_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters but the head by the checkpoints' names, where the mix's stand beside the layers'."""
-    return {name.removeprefix("mix."): value for name, value in module.named_parameters() if name != "head"}
-
-
-def load(stored: Stored, settled: Settled, target: TargetParts) -> Eagle3Drafter:
-    """The module with the checkpoint's weights. Raises CheckpointError, ValueError (another target)."""
-    config = settled.config
-    check_target(config, target.config)
-    check_layout(stored, config)
-    names, raw = names_of(stored), stored.tensors()
-    tensors = {name: raw[given] for name, given in names.items()}
-    embed, head, d2t, t2d = (tensors.pop(name, None) for name in _ROWS)
-    ids = draft_ids(d2t, t2d, config.draft_vocab_size, config.vocab_size, stored)
-    embed_tokens = target.embed_tokens if embed is None else as_float("embed_tokens", embed, stored.folder)
-    rows = target.lm_head[ids].contiguous() if head is None else as_float("lm_head", head, stored.folder)
-    module = Eagle3Drafter(config, embed_tokens, rows, ids)
-    mixed = {f"mix.{name}" if name.startswith(("fc", "input_norm")) else name: value for name, value in tensors.items()}
-    load_exactly(module, mixed, stored.folder)
-    return module
 
 
 def new_config(target: Config, draft_vocab_size: int) -> dict[str, Any]:
@@ -256,40 +192,6 @@ def save_checkpoint(
     write_atomically(folder / WEIGHTS, content)
 
 
-def draft_ids(d2t: Tensor | None, t2d: Tensor | None, size: int, vocab: int, stored: Stored) -> Tensor:
-    """Target ids [K] int64 from the offsets `d2t` [K]; without offsets all ids. Raises CheckpointError.
-
-    The target id of draft token i is i + d2t[i]. `t2d` [V] must mark the same tokens.
-    """
-    if d2t is None:
-        return torch.arange(size)
-    if d2t.is_floating_point() or d2t.dtype == torch.bool:
-        raise CheckpointError(f"d2t in {stored.folder} is {d2t.dtype}, not whole numbers: use another checkpoint")
-    ids = torch.arange(len(d2t)) + d2t.long()
-    check_draft_ids(ids, size, vocab, stored.folder)
-    if len(ids.unique()) < size:
-        raise CheckpointError(f"d2t in {stored.folder} names a token twice: use another checkpoint")
-    if t2d is not None and not torch.equal(torch.nonzero(t2d.bool()).flatten(), ids.sort().values):
-        raise CheckpointError(f"d2t and t2d in {stored.folder} mark different tokens: use another checkpoint")
-    return ids
-
-
-def needs_of(kind: str, settled: Settled, target: str | None) -> Needs:
-    """What settled settings ask of a target."""
-    config = settled.config
-    return Needs(
-        kind=kind,
-        target_size=config.target_size,
-        vocab_size=config.vocab_size,
-        draft_vocab_size=config.draft_vocab_size,
-        layers=config.taps,
-        max_context=config.max_position_embeddings,
-        rope=config.rope.text,
-        target=target,
-        choices=settled.choices,
-    )
-
-
 def _matches(config: Config, shapes: Shapes) -> bool:
     """A first layer over [embedding; feature], and none of speculators' markers."""
     names = {name.removeprefix("draft_model.").removeprefix("model.") for name in shapes}
@@ -311,10 +213,9 @@ def _read(stored: Stored, target: TargetParts) -> Eagle3Drafter:
 
 
 def _needs(stored: Stored, target: Config) -> Needs:
-    settled = settle(stored, target)
-    check_layout(stored, settled.config)
     name = stored.config.get("target_model_name_or_path")
-    return needs_of(_describe(stored.config), settled, name if isinstance(name, str) else None)
+    trained_for = name if isinstance(name, str) else None
+    return needs_of(_describe(stored.config), stored, settle(stored, target), trained_for)
 
 
 FORMAT = Format("eagle3", _matches, _describe, _read, _needs)

@@ -18,6 +18,10 @@ _LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _LAST_NORMS = ("norm.weight", "norm_f.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
 
 
+class RefusedDrafter(UnknownFormat):
+    """A drafter that Dovetail knows and does not read, and no language model beside it."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A kind of checkpoint that has one of `marks`. reason: why Dovetail does not read it, and the remedy."""
@@ -25,13 +29,15 @@ class Refusal:
     name: str
     reason: str
     marks: tuple[Mark, ...]
+    drafter: bool = True
 
 
 def check_not_refused(folder: Path, config: Config, names: Collection[str] = ()) -> None:
     """Raise UnknownFormat, with the reason, for a checkpoint that Dovetail knows and does not read."""
     for refusal in REFUSED:
         if any(mark(config, names) for mark in refusal.marks):
-            raise UnknownFormat(f"{folder} is {refusal.name}, which Dovetail does not read: {refusal.reason}")
+            kind = RefusedDrafter if refusal.drafter and not _language_model(config, names) else UnknownFormat
+            raise kind(f"{folder} is {refusal.name}, which Dovetail does not read: {refusal.reason}")
 
 
 def _keyed(*keys: str) -> Mark:
@@ -159,11 +165,13 @@ REFUSED = (
             _keyed("quantization_config", "compression_config"),
             _named("qweight", "qzeros", "weight_scale", "weight_scale_inv", "weight_packed", "SCB", "quant_state"),
         ),
+        drafter=False,
     ),
     Refusal(
         "a language model",
         "it drafts without a target's features: export it with dovetail-export target, and give that folder to "
         "dovetail-run --draft-model",
         (_language_model,),
+        drafter=False,
     ),
 )  # fmt: skip

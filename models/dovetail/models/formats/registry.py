@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dovetail.models.checkpoint import CONFIG, Stored, UnknownFormat, read_config, read_stored
+from dovetail.models.checkpoint import CONFIG, CheckpointError, Stored, UnknownFormat, read_config, read_stored
 from dovetail.models.drafter import DraftBase
 from dovetail.models.formats import dflash, dovetail, eagle, eagle3, research, speculators
 from dovetail.models.formats.format import Config, Format, Needs, TargetParts
@@ -54,8 +54,13 @@ def find_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     Raises CheckpointError (missing or unreadable file) or UnknownFormat, also for a known format
     that Dovetail does not read.
     """
-    check_not_refused(folder, read_config(folder))
-    return recognised(read_stored(folder, allow_pickle=allow_pickle))
+    config = read_config(folder)
+    try:
+        stored = read_stored(folder, allow_pickle=allow_pickle)
+    except CheckpointError:  # of less use than the reason why Dovetail does not read the format
+        check_not_refused(folder, config)
+        raise
+    return recognised(stored)
 
 
 def recognised(stored: Stored) -> Checkpoint:

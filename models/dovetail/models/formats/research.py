@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dovetail.models.checkpoint import Stored
 from dovetail.models.eagle import EagleDrafter
-from dovetail.models.formats.eagle import Layout, load, names_of, needs_of, settings
+from dovetail.models.formats.eagle import Eagle, names_of, settings, settled
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.layout import load, needs_of
 from dovetail.models.formats.reading import whole
 
 _FUSION = {
@@ -21,11 +22,11 @@ _FUSION = {
 _TRANSPOSED = tuple(_FUSION[name] for name in ("W_1", "W_2", "W_z"))
 
 
-def _settle(stored: Stored, target: Config) -> Layout:
+def _settle(stored: Stored, target: Config) -> Eagle:
     names = names_of(stored, _FUSION)
     shapes = {name: stored.shapes[given] for name, given in names.items()}
     blocks = whole(stored.config, "num_hidden_layers")
-    return Layout(settings(stored.config, shapes, target, blocks=blocks, fusion="dgf"), names, _TRANSPOSED)
+    return settled(settings(stored.config, shapes, target, blocks=blocks, fusion="dgf"), names, _TRANSPOSED)
 
 
 def _matches(config: Config, shapes: Shapes) -> bool:
@@ -41,7 +42,7 @@ def _read(stored: Stored, target: TargetParts) -> EagleDrafter:
 
 
 def _needs(stored: Stored, target: Config) -> Needs:
-    return needs_of(_describe(stored.config), stored, _settle(stored, target))
+    return needs_of(_describe(stored.config), stored, _settle(stored, target), None)
 
 
 FORMAT = Format("research", _matches, _describe, _read, _needs)

@@ -6,8 +6,9 @@ from typing import Any
 
 from dovetail.models.checkpoint import Stored
 from dovetail.models.eagle3 import Eagle3Config, Eagle3Drafter
-from dovetail.models.formats.eagle3 import Settled, check_layout, eagle_layers, load, names_of, needs_of
+from dovetail.models.formats.eagle3 import Eagle3, eagle_layers, names_of
 from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.layout import Settled, load, needs_of
 from dovetail.models.formats.reading import (
     block_sizes,
     context_of,
@@ -24,7 +25,7 @@ _BLOCKS = ("llama", "qwen3")
 _IDS = "eagle_aux_hidden_state_layer_ids"
 
 
-def settle(stored: Stored, target: Config) -> Settled:
+def settle(stored: Stored, target: Config) -> Eagle3:
     """Read a config of speculators. Raises ValueError for a setting out of range or not supported."""
     config, names = stored.config, names_of(stored)
     shapes = {name: stored.shapes[given] for name, given in names.items()}
@@ -59,7 +60,7 @@ def settle(stored: Stored, target: Config) -> Settled:
         norm_before_residual=flag(config, "norm_before_residual"),
         norm_output=flag(config, "norm_output"),
     )
-    return Settled(settings, tuple(choices))
+    return Settled(settings, Eagle3Drafter, names, tuple(choices))
 
 
 def _with_defaults(layer: dict[str, Any]) -> dict[str, Any]:
@@ -89,9 +90,7 @@ def _read(stored: Stored, target: TargetParts) -> Eagle3Drafter:
 
 
 def _needs(stored: Stored, target: Config) -> Needs:
-    settled = settle(stored, target)
-    check_layout(stored, settled.config)
-    return needs_of(_describe(stored.config), settled, verifier_name(stored.config))
+    return needs_of(_describe(stored.config), stored, settle(stored, target), verifier_name(stored.config))
 
 
 EAGLE3 = Format("speculators-eagle3", _matches, _describe, _read, _needs)

@@ -89,6 +89,7 @@ def diagnose(named: str | None, vram: int | None) -> Diagnosis:
     if found:
         room = None if no_cuda else cuda.free_mb
         pair = estimate.estimate_pair(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+    alone = found is not None and found[1].drafter is None  # nothing of such a pair runs on a GPU
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,
@@ -104,7 +105,7 @@ def diagnose(named: str | None, vram: int | None) -> Diagnosis:
         drafter_device="cpu" if no_cuda else "cuda",
         pair=pair,
         problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
-        notes=(*notes(cpu, available, no_cuda), *(pair.notes if pair else ())),
+        notes=(*notes(cpu, available, None if alone else no_cuda), *(pair.notes if pair else ())),
     )
 
 

@@ -7,6 +7,7 @@ tokenizer. Each answer has a matcher of its own, which stands at one place of th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,12 +16,12 @@ import numpy as np
 
 from dovetail.runtime.errors import InputError, install_extra, one_line
 from dovetail.runtime.system.arrays import TokenArray
+from dovetail.runtime.system.files import check_text, shown
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _KEPT = 64  # compiled grammars of a tokenizer: a server's clients repeat their schemas
-_REASON = 300  # characters of llguidance's message, which may show the whole grammar
 # Blanks between the tokens of JSON, as llama.cpp allows them. JSON allows blanks without end, and
 # small models then write little else. "x-guidance" in a schema changes this.
 _BLANKS = r"(?: |\n{1,2}[ \t]{0,20})?"
@@ -150,6 +151,7 @@ class GrammarMatcher:
         known = self._forced[-1]
         if known is None:
             known = self._forced[-1] = () if self.complete else tuple(self._matcher.compute_ff_tokens())
+            self._check()
         return known
 
     def _check(self) -> None:
@@ -180,6 +182,8 @@ def grammar_source(
     kind, text = given[0], regex if regex is not None else grammar
     if json_schema is None and not isinstance(text, str):
         raise InputError(f"{kind} {text!r:.60} is no text: give a string")
+    if isinstance(text, str):
+        check_text(kind, text, InputError)
     matcher = _llguidance().LLMatcher
     if json_schema is not None:
         source = _schema_source(json_schema)
@@ -229,6 +233,5 @@ def _read_tokenizer(text: str, stops: frozenset[int]) -> LLTokenizer:
 
 
 def _reason(message: str) -> str:
-    """Return llguidance's message in one line, without its dump of state and grammar."""
-    line = " ".join(message.partition("<state>")[0].split())
-    return line if len(line) <= _REASON else f"{line[:_REASON]}..."
+    """Return llguidance's message in one line, without its dump of state, grammar or stack."""
+    return shown(re.split("<(?:state|backtrace)>", message)[0])

@@ -225,7 +225,7 @@ function drawTurn(turn) {
 }
 
 function drawRun(run) {
-  const { perSecond, perPass } = figures(run), ended = { length: " · cut at the most tokens", stopped: " · stopped" }[run.finish] ?? "";
+  const { perSecond, perPass } = figures(run), ended = { length: " · ended at its limit", stopped: " · stopped" }[run.finish] ?? "";
   const parts = [`${run.tokens} ${run.tokens === 1 ? "token" : "tokens"}`];
   if (perSecond) parts.push(`${perSecond.toFixed(1)} a second`);
   if (perPass && run.speculate) parts.push(`${perPass.toFixed(2)} a pass`);
