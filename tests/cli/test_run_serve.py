@@ -74,8 +74,8 @@ def test_a_missing_extra(invoke: Callable[..., Result], pair: Path, monkeypatch:
 
 
 def test_defaults_of_the_model(pair: Path) -> None:
-    from dovetail.runtime.cli.serve import sampling_defaults
     from dovetail.runtime.errors import IntegrityError
+    from dovetail.runtime.serve.service import sampling_defaults
 
     assert sampling_defaults(pair / "target")["temperature"] == 1
     file = pair / "target" / "generation_config.json"

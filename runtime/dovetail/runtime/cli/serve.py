@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import click
 
 from dovetail.runtime.batch_engine import QUEUE, SLOTS
 from dovetail.runtime.cli.options import EngineFlags, engine_options, read_size
-from dovetail.runtime.errors import INTERRUPTED, InputError, IntegrityError, install_extra
+from dovetail.runtime.errors import INTERRUPTED, InputError, install_extra
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
-from dovetail.runtime.sampling.params import SamplingParams
-from dovetail.runtime.system.files import read_object
 
 MOST = 4096  # slots, and waiting answers
 KEY_VARIABLE = "DOVETAIL_API_KEY"
@@ -82,7 +79,7 @@ def serve(
     from dovetail.runtime.async_engine import AsyncEngine
     from dovetail.runtime.serve.app import make_app
     from dovetail.runtime.serve.server import Server, bind
-    from dovetail.runtime.serve.service import Limits, Service
+    from dovetail.runtime.serve.service import Limits, Service, sampling_defaults
 
     limits = Limits(max_body_bytes, max_prompt_tokens, max_new_tokens, timeout)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
@@ -113,17 +110,3 @@ def check_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serve needs packages that are missing ({error}): {install_extra('serve')}") from None
-
-
-def sampling_defaults(target: Path) -> Mapping[str, float]:
-    """Return vLLM's defaults: those of the model's generation_config.json, then OpenAI's."""
-    from dovetail.runtime.serve.service import DEFAULTS
-
-    file = target / "generation_config.json"
-    own = read_object(file, IntegrityError, "export the target again")
-    found = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
-    try:
-        SamplingParams(**found)
-    except InputError as error:
-        raise IntegrityError(f"{file}: {error}") from None
-    return {**DEFAULTS, **found}

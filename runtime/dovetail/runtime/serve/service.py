@@ -7,18 +7,21 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from dovetail.runtime.async_engine import AnswerStream, AsyncEngine
-from dovetail.runtime.errors import InputError, QueueFull
+from dovetail.runtime.errors import InputError, IntegrityError, QueueFull
 from dovetail.runtime.front import Ask, Chunk
 from dovetail.runtime.sampling.constraint import Constraint
+from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.serve.conversation import Conversation
 from dovetail.runtime.serve.failures import NEVER_AGAIN, ApiError, shutting_down
 from dovetail.runtime.serve.metrics import RequestMetrics, ServerMetrics
 from dovetail.runtime.serve.openai import Choices, Sampling
 from dovetail.runtime.system.bounds import SEED_MOST, check_whole
+from dovetail.runtime.system.files import read_object
 from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.tokenizer import Spelling, Tokenizer
 from dovetail.runtime.text.tool_calls import AnswerStyle
@@ -169,6 +172,18 @@ class Service:
                 raise ApiError(400, f"logit_bias names the token {token!r:.40}: give ids of the model's tokens",
                                param="logit_bias", code="invalid_value")  # fmt: skip
         return {int(token): bias for token, bias in given.items()}
+
+
+def sampling_defaults(target: Path) -> Mapping[str, float]:
+    """Return vLLM's defaults: those of the model's generation_config.json, then OpenAI's. Raises IntegrityError."""
+    file = target / "generation_config.json"
+    own = read_object(file, IntegrityError, "export the target again")
+    found = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except InputError as error:
+        raise IntegrityError(f"{file}: {error}") from None
+    return {**DEFAULTS, **found}
 
 
 def _with_seed(ask: Ask, index: int) -> Ask:
