@@ -35,7 +35,8 @@ serve.run(app({"pair": pair, "min_replicas": 2, "max_replicas": 2, "cpus": 1, "s
 print("ready", flush=True)
 sys.stdin.read()
 """
-PROMPTS = [f"{word} quick brown fox" for word in ("the", "a", "one", "that", "this", "any", "some", "no")]
+TEXT = "quick brown fox jumps over the lazy dog and sleeps under the old tree, day by day by day"  # some KV blocks
+PROMPTS = [f"{word} {TEXT}" for word in ("the", "a", "one", "that", "this", "any", "some", "no")]
 TOKENS = 60
 
 
@@ -44,18 +45,18 @@ def url(tiny_full_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "DOVETAIL_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    home = tmp_path_factory.mktemp("home")  # where Ray keeps a token
+    own = {"HOME": str(home), "DOVETAIL_CACHE": str(home / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-c", SERVE, str(tiny_full_pair), str(port)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
+    with (
+        (home / "log").open("w") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **own}
+        ) as process,
+    ):
         assert process.stdout is not None
         while (line := process.stdout.readline()) != "ready\n":
-            assert line, "the application did not start"
+            assert line, (home / "log").read_text()
         yield f"http://127.0.0.1:{port}"
         process.communicate(timeout=60)
 
