@@ -16,8 +16,8 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def session(headers: dict[str, str] | None = None, **asked: Any) -> str:
-    return session_of(headers or {}, json.dumps(asked).encode())
+def session(**asked: Any) -> str:
+    return session_of({}, json.dumps(asked).encode())
 
 
 @pytest.mark.parametrize("before", [[], [SYSTEM]])
@@ -41,8 +41,8 @@ def test_a_long_prompt_is_known_by_its_beginning() -> None:
 
 
 def test_names_of_the_client_come_first() -> None:
-    asked = {"messages": [turn("user", "Hello")], "user": "ada", "prompt_cache_key": "chat-7"}
-    assert session({"x-session-id": "s"}, **asked) == "s"
+    asked: dict[str, Any] = {"messages": [turn("user", "Hello")], "user": "ada", "prompt_cache_key": "chat-7"}
+    assert session_of({"x-session-id": "s"}, json.dumps(asked).encode()) == "s"
     assert session(**asked) == "chat-7"
     assert session(messages=asked["messages"], user="ada") == session(messages=[turn("user", "Bye")], user="ada")
 
