@@ -25,8 +25,8 @@ def session(**asked: Any) -> str:
 def test_the_next_turn_has_the_session_of_the_first(field: str, before: list[dict[str, str]]) -> None:
     turns = [*before, turn("user", "Name a fruit.")]
     later = [*turns, turn("assistant", "A fig."), turn("user", "Another one.")]
-    assert session(None, **{field: turns}) == session(None, **{field: later}) != ""
-    assert session(None, **{field: turns}) != session(None, **{field: [*before, turn("user", "Name a tree.")]})
+    assert session(**{field: turns}) == session(None, **{field: later}) != ""
+    assert session(**{field: turns}) != session(None, **{field: [*before, turn("user", "Name a tree.")]})
 
 
 def test_another_system_prompt_is_another_session() -> None:
@@ -43,7 +43,7 @@ def test_a_long_prompt_is_known_by_its_beginning() -> None:
 def test_names_of_the_client_come_first() -> None:
     asked: dict[str, Any] = {"messages": [turn("user", "Hello")], "user": "ada", "prompt_cache_key": "chat-7"}
     assert session_of({"x-session-id": "s"}, json.dumps(asked).encode()) == "s"
-    assert session(None, **asked) == "chat-7"
+    assert session(**asked) == "chat-7"
     assert session(messages=asked["messages"], user="ada") == session(messages=[turn("user", "Bye")], user="ada")
 
 
