@@ -25,8 +25,8 @@ def session(**asked: Any) -> str:
 def test_the_next_turn_has_the_session_of_the_first(field: str, before: list[dict[str, str]]) -> None:
     turns = [*before, turn("user", "Name a fruit.")]
     later = [*turns, turn("assistant", "A fig."), turn("user", "Another one.")]
-    assert session(**{field: turns}) == session(None, **{field: later}) != ""
-    assert session(**{field: turns}) != session(None, **{field: [*before, turn("user", "Name a tree.")]})
+    assert session(**{field: turns}) == session(**{field: later}) != ""
+    assert session(**{field: turns}) != session(**{field: [*before, turn("user", "Name a tree.")]})
 
 
 def test_another_system_prompt_is_another_session() -> None:
