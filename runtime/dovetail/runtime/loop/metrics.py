@@ -19,7 +19,7 @@ class GenerationMetrics:
     cached_tokens: int  # prompt tokens whose KV was still there
     new_tokens: int  # without a stop token and tokens past the end; the first comes from the prefill
     rounds: int  # passes of the target after the prefill, drafted or not
-    drafted: int  # over all rounds, nodes that only fill a width included
+    drafted: int  # over all rounds
     accepted: int  # over all rounds
     accepted_per_position: tuple[int, ...]  # how often the i-th drafted token of a path was accepted
     acceptance_length: float  # 1 + accepted / rounds; 1 without rounds and with speculate=False
