@@ -1,0 +1,44 @@
+"""The benchmark under load: a real engine in a process of its own, and the table of what was measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime.errors import InputError
+
+
+def test_users_are_answered_by_an_engine_of_their_own_process(
+    tiny_full_pair: Path, bench_script: Callable[[str], ModuleType]
+) -> None:
+    load = bench_script("load")
+    prompts = [[5, 6, 7 + index] for index in range(5)]
+    result = load.measured(sys.executable, "dovetail", tiny_full_pair, prompts, 2, 6)
+    assert [answer["count"] for answer in result["answers"]] == [len(each["tokens"]) for each in result["answers"]]
+    assert len(result["answers"]) == 5
+    assert all(0 < answer["count"] <= 6 and answer["first_ms"] > 0 for answer in result["answers"])
+    with pytest.raises(InputError, match="run .* by hand to see why"):
+        load.measured(sys.executable, "dovetail", tiny_full_pair / "absent", prompts, 2, 6)
+
+
+def test_the_table_compares_loads_with_the_same_server_without_drafts(
+    bench_script: Callable[[str], ModuleType],
+) -> None:
+    load = bench_script("load")
+
+    def row(engine: str, seconds: float, last: int) -> dict[str, object]:
+        answer = {"count": 4, "first_ms": 50.0, "between_ms": [10.0, 20.0, 30.0], "tokens": [1, 2, 3, last]}
+        return {"engine": engine, "users": 4, "repeat": 0, "seconds": seconds, "answers": [answer] * 10}
+
+    rows = [row("dovetail", 2.0, 4), row("dovetail, no drafts", 4.0, 4), row("openvino-genai", 5.0, 9)]
+    assert load.table(rows, [each["engine"] for each in rows], (1, 4)).splitlines()[2:] == [
+        "| 4 | dovetail | 20.0 | 2.00x | 50 / 50 | 20 / 30 | 10 of 10 |",
+        "| 4 | dovetail, no drafts | 10.0 | 1.00x | 50 / 50 | 20 / 30 | 10 of 10 |",
+        "| 4 | openvino-genai | 8.0 | 0.80x | 50 / 50 | 20 / 30 | 0 of 10 |",
+    ]
