@@ -114,7 +114,7 @@ def test_the_plan_counts_the_buffers_of_blocks(dflash_pair: Path) -> None:
     manifest = read_manifest(dflash_pair)
     facts, planned = manifest.needed_drafter, plan_pair(manifest)
     assert planned.state == 2 * (64 + planned.context) * 2 * 2 * 16 * 2  # layers, rows, keys and values in float16
-    per_bucket = [8 + 8 + n * 8 + n * WIDTH * 2 + 5 * facts.top_k * 8 for n in BUCKETS]
+    per_bucket = [3 * 8 + n * 8 + n * WIDTH * 2 + 5 * facts.top_k * 8 for n in BUCKETS]
     assert planned.rows == sum(per_bucket) + 5 * facts.draft_vocab_size * 4
 
 
