@@ -23,7 +23,7 @@ def test_users_are_answered_by_an_engine_of_their_own_process(
     assert [answer["count"] for answer in result["answers"]] == [len(each["tokens"]) for each in result["answers"]]
     assert len(result["answers"]) == 5
     assert all(0 < answer["count"] <= 6 and answer["first_ms"] > 0 for answer in result["answers"])
-    with pytest.raises(InputError, match="run .* by hand to see why"):
+    with pytest.raises(InputError, match=r"run .* by hand to see why"):
         load.measured(sys.executable, "dovetail", tiny_full_pair / "absent", prompts, 2, 6)
 
 

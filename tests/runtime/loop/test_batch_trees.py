@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dovetail.runtime.drafter.session import Ask, Moved
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.loop.batch import PROMPT_TOKENS, SHARED_TOKENS, SequenceBatch, Ticket
 from dovetail.runtime.loop.sequence import Request
@@ -20,6 +22,7 @@ from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.target.session import NO_PROMPTS
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
+from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
 
 VOCAB = 9
@@ -124,6 +127,52 @@ def test_requests_that_leave_change_no_other_text_and_free_their_kv(seed: int) -
     for ticket in ended:
         assert tuple(answers[ticket]) == alone(ticket.request)
     assert not target.texts
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 30])
+@pytest.mark.parametrize("kind", ["alone", "together"])
+def test_a_drafter_that_moves_to_another_device_drafts_every_text_again(at: int, kind: str) -> None:
+    """The move loses the pairs of all texts, also of those that the failing call was not for."""
+    target = ScriptedTarget(LOGITS)
+    made = (Moving if kind == "alone" else MovingTogether).copy_of(LOGITS, 0.5)
+    assert isinstance(made, Moving)
+    made.left = at
+    batch, asked = SequenceBatch(target, 4, made), requests(12, None)
+    answers: dict[Ticket, list[int]] = {batch.add(replace(request, limits=LIMITS)): [] for request in asked}
+    while batch.running or batch.waiting:
+        for advance in batch.step():
+            stop = advance.step.stop
+            answers[advance.ticket] += [*advance.step.tokens, *([] if stop is None else [stop])]
+        for ticket in batch.running:
+            assert ticket.sequence and ticket.sequence.window
+            held = made.length(ticket.sequence.id)
+            assert held in (0, ticket.sequence.window.length)  # 0 until its next draft
+    assert made.left < 0
+    for ticket, tokens in answers.items():
+        assert tuple(tokens) == alone(ticket.request)
+    assert sum(ticket.meter.metrics().accepted for ticket in answers) > 20
+
+
+class Moving(ScriptedDrafter):
+    """Fails in one call, and holds nothing afterwards."""
+
+    left = 0
+
+    def extend(self, seq: int, *pairs: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.texts.clear()
+            raise Moved("the drafter moved")
+        super().extend(seq, *pairs)
+
+
+class MovingTogether(Moving):
+    def extend_all(self, pairs: Mapping[int, tuple[Any, Any]]) -> None:
+        for seq, each in pairs.items():
+            self.extend(seq, *each)
+
+    def propose_all(self, asks: Mapping[int, Ask]) -> dict[int, DraftTree]:
+        return {seq: self.propose(seq, *ask) for seq, ask in asks.items()}
 
 
 def test_a_prefix_that_many_share_is_read_once() -> None:

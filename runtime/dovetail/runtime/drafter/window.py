@@ -111,6 +111,7 @@ class Window:
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the waiting pairs. tokens: the whole text. noise: see Drafter."""
+        self.sync()
         while self.waiting:
             try:
                 self._read(tokens, noise)
@@ -130,10 +131,14 @@ class Window:
 
     def rewind(self) -> None:
         """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        if self.drafter.length(self.seq) < self.length:  # an interrupt came after a move to another device
-            self.length = 0
+        self.sync()
         self.drafter.rewind(self.seq, self.length)
         _check_held(self.drafter.length(self.seq), self.length)
+
+    def sync(self) -> None:
+        """Start over if the drafter has moved in a call for another text, or before an interrupt."""
+        if self.drafter.length(self.seq) < self.length:
+            self.length = 0
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Append the waiting pairs, or start over with the last pairs."""
@@ -209,6 +214,9 @@ class TokenWindow:
         new = np.array(tokens[begin : self._known + 1], np.int64)
         return new, np.zeros((len(new), 0), np.float32)
 
+    def sync(self) -> None:
+        """Do nothing: a draft model does not move."""
+
     def done(self) -> None:
         """Count the tokens of `due` as read."""
         self.length = self._known - self.start
@@ -247,6 +255,8 @@ def propose_together(texts: Sequence[Drafting]) -> list[DraftTree]:
     assert isinstance(drafter, DraftsTogether)
     while True:
         try:
+            for text in texts:
+                text.window.sync()
             waiting = [text for text in texts if text.window.waiting]
             drafter.extend_all({text.window.seq: text.window.due(text.tokens) for text in waiting})
             for text in waiting:
