@@ -334,11 +334,11 @@ class Interrupted:
         if not callable(value) or name in ("length", "rewind"):
             return value
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             self.left -= 1
             if self.left == 0 and not self.after:
                 raise KeyboardInterrupt
-            result = value(*arguments)
+            result = value(*arguments, **options)
             if self.left == 0:
                 raise KeyboardInterrupt
             return result
