@@ -330,7 +330,7 @@ class ReplayTarget:
 class ReplayDrafter:
     """Drafter that proposes what was recorded, level by level as a scheduler asks for it."""
 
-    device, capacity, report = "record", 1 << 20, DeviceReport()
+    device, capacity, top_k, report = "record", 1 << 20, 1 << 20, DeviceReport()
 
     def __init__(self, each: Record, target: ReplayTarget, clock: Clock) -> None:
         self.each, self.target, self.clock, self.held = each, target, clock, 0

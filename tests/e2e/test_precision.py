@@ -44,7 +44,7 @@ TOKENS = 160
 class Recorder:
     """A drafter that drafts nothing and keeps the pairs it is told."""
 
-    device, capacity, report = "none", 1 << 20, DeviceReport()
+    device, capacity, top_k, report = "none", 1 << 20, 10, DeviceReport()
 
     def __init__(self) -> None:
         self.tokens: list[TokenArray] = []

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dovetail.runtime.async_engine import AsyncEngine
@@ -31,9 +32,9 @@ def target(**options: int) -> ScriptedTarget:
 
 
 def batch_engine(**options: Any) -> BatchEngine:
-    return BatchEngine(
-        options.pop("target", None) or target(), ScriptedDrafter.copy_of(LOGITS, 0.5), TOKENIZER, tree=TREE, **options
-    )
+    drafter = ScriptedDrafter.copy_of(LOGITS, 0.5)
+    drafter.top_k = options.pop("children", drafter.top_k)
+    return BatchEngine(options.pop("target", None) or target(), drafter, TOKENIZER, tree=TREE, **options)
 
 
 def prompts(count: int) -> list[tuple[str, dict[str, Any]]]:
@@ -89,11 +90,15 @@ def test_a_full_queue_refuses_at_once_and_later_takes_requests_again() -> None:
 
 def test_a_request_that_cannot_run_is_refused_by_the_call() -> None:
     async def work() -> None:
-        async with AsyncEngine(batch_engine(target=target(max_context=20))) as engine:
+        async with AsyncEngine(batch_engine(target=target(max_context=20), children=4)) as engine:
             with pytest.raises(InputError, match="temperature -1"):
                 engine.stream("abc", raw=True, temperature=-1.0)
             with pytest.raises(ContextOverflow, match="30 tokens leaves no room"):
                 engine.stream("a" * 30, raw=True)
+            with pytest.raises(InputError, match="tree top_k 5 exceeds the drafter's 4: lower it"):
+                engine.stream("abc", raw=True, tree=TreeLimits(top_k=5))
+            with pytest.raises(InputError, match="tree width 65 is out of range: give 64 or less"):
+                engine.stream("abc", raw=True, tree=TreeLimits(width=65))
             with pytest.raises(InputError, match="empty"):
                 await engine.generate("", raw=True)
             assert (await engine.generate("abc", 5, raw=True)).text == alone("abc", {"max_new_tokens": 5})[0]
@@ -228,5 +233,26 @@ def test_a_grammar_that_fails_ends_its_own_answer_alone() -> None:
             assert one.text == alone("abc", {"max_new_tokens": 30})[0]
             assert other.text == alone("ab", {"max_new_tokens": 9, "temperature": 1.0, "seed": 1})[0]
             assert engine.stats().requests == 3 and not engine.stats().running
+
+    run(work())
+
+
+def test_logits_that_are_no_numbers_end_their_own_answer_alone() -> None:
+    class Odd(MarkovLogits):
+        def __call__(self, prefix: tuple[int, ...]) -> Any:
+            return np.full(len(ALPHABET), np.nan, np.float32) if prefix[0] == 6 else super().__call__(prefix)
+
+    async def work() -> None:
+        odd = ScriptedTarget(Odd(len(ALPHABET), sharpness=3.0))
+        async with AsyncEngine(batch_engine(target=odd)) as engine:
+            texts = ["abc", "gab", "bca"]
+            answers = await asyncio.gather(
+                *(engine.generate(text, 40, raw=True) for text in texts), return_exceptions=True
+            )
+            assert isinstance(answers[1], DeviceError) and "best logit is nan" in str(answers[1])
+            for index in (0, 2):
+                answer = answers[index]
+                assert not isinstance(answer, BaseException)
+                assert answer.text == alone(texts[index], {"max_new_tokens": 40})[0]
 
     run(work())

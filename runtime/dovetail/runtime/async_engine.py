@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 from weakref import ref
 
 from dovetail.runtime.batch_engine import BatchEngine, EngineStats, Job
-from dovetail.runtime.errors import DeviceError, DovetailError, InputError, QueueFull
+from dovetail.runtime.errors import DeviceError, DovetailError, QueueFull
 from dovetail.runtime.front import Ask, Chunk, GenerationResult, SamplingOptions
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.text.encoding import Prompt, TextTokenizer
@@ -96,6 +96,11 @@ class AsyncEngine:
         return self._engine.stop_tokens
 
     @property
+    def places(self) -> int:
+        """Requests that may run or wait at the same time."""
+        return self._engine.slots + self._engine.queue
+
+    @property
     def target_device(self) -> str:
         return self._engine.target_device
 
@@ -153,7 +158,7 @@ class AsyncEngine:
         with self._changed:
             if self._closing or self._draining:
                 raise QueueFull("the engine is shutting down: ask another")
-            if self._open >= self._engine.slots + self._engine.queue:
+            if self._open >= self.places:
                 raise QueueFull(f"{self._open} requests are running or waiting already: try again later")
             self._open += 1
             stream = AnswerStream(ask, self._leave)
@@ -276,7 +281,7 @@ class AsyncEngine:
             self._end_all(error)
             return
         for job, chunk in chunks:
-            ended = isinstance(chunk, InputError) or chunk.finish_reason
+            ended = isinstance(chunk, DovetailError) or chunk.finish_reason
             found = self._streams.pop(job) if ended else self._streams[job]
             if stream := found():
                 stream.put(chunk)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
-from dovetail.runtime.errors import InputError, QueueFull
+from dovetail.runtime.errors import DovetailError, InputError, QueueFull
 from dovetail.runtime.front import Answer, Ask, Chunk, Front, SamplingOptions
 from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
@@ -72,7 +72,7 @@ class BatchEngine:
         check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=_MOST)
         check_whole("queue", queue, InputError, "give requests that may wait, e.g. 64", least=0, most=_MOST)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
-        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens)
+        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
         self._batch = SequenceBatch(target, slots, drafter, scheduler, share_prefixes=True)
         self._memory = target.room
         self.target_device, self._drafter, self.slots, self.queue = target.device, drafter, slots, queue
@@ -203,7 +203,7 @@ class BatchEngine:
             self._batch.cancel(job.ticket)
             self._requests += 1
 
-    def step(self) -> list[tuple[Job, Chunk | InputError]]:
+    def step(self) -> list[tuple[Job, Chunk | DovetailError]]:
         """Run a pass for all requests. Return the chunks that came of it, and errors that ended answers.
 
         After a DeviceError every request is dropped, and the engine takes new ones.
@@ -214,7 +214,7 @@ class BatchEngine:
             self._batch.clear()
             self._jobs.clear()
             raise
-        chunks = list[tuple[Job, Chunk | InputError]]()
+        chunks = list[tuple[Job, Chunk | DovetailError]]()
         for advance in advances:
             if not (advance.step.tokens or advance.step.finish):
                 continue

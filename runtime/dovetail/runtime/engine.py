@@ -51,7 +51,7 @@ class Engine:
         """
         check_lookup_cache(lookup_cache)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
-        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens)
+        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
         self.target_device = target.device
         self._drafter = drafter
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
+from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop.metrics import GenerationMetrics, Meter
 from dovetail.runtime.loop.sequence import FinishReason, Request, Step
@@ -87,6 +88,9 @@ class Ask:
     calls: bool = False  # whether the text shows the special tokens that mark tool calls
 
 
+MOST_WIDTH = 64  # nodes of a tree that a request asks for: a drafter's graph has as many tree slots
+
+
 class Front:
     """Makes requests for one target. Arguments of its methods: see Engine.stream."""
 
@@ -97,7 +101,9 @@ class Front:
         tree: TreeLimits,
         scheduler: Policy | None,
         stop_tokens: Iterable[int] | None,
+        drafter: Drafter | None,
     ) -> None:
+        self._most_children = drafter.top_k if drafter else None
         self.tokenizer, self.max_context, self.tree, self.scheduler = tokenizer, max_context, tree, scheduler
         self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
         self._constraints: Constraints | None = None  # made when the first grammar comes
@@ -121,6 +127,10 @@ class Front:
         """Return the request. Raises InputError, ContextOverflow."""
         if tree is not None and not isinstance(tree, TreeLimits):
             raise InputError(f"tree {tree!r} is no TreeLimits: give e.g. TreeLimits(width=12)")
+        if tree and self._most_children is not None and tree.top_k > self._most_children:
+            raise InputError(f"tree top_k {tree.top_k} exceeds the drafter's {self._most_children}: lower it")
+        if tree and tree.width > MOST_WIDTH:
+            raise InputError(f"tree width {tree.width} is out of range: give {MOST_WIDTH} or less")
         stops, params = check_stop_strings(stop), SamplingParams(**sampling).seeded()
         for token in dict(params.logit_bias):
             if not self.tokenizer.has_token(token):

@@ -199,6 +199,15 @@ def test_the_next_turn_of_a_conversation_reads_its_new_words_alone() -> None:
     assert len(batch.prefixes.kept) == 1  # the longer text takes the place of its prefix
 
 
+def test_an_equal_text_takes_the_place_of_the_kept_one() -> None:
+    target = ScriptedTarget(LOGITS)
+    batch = SequenceBatch(target, 2, share_prefixes=True)
+    for _ in range(4):
+        batch.add(Request(SYSTEM[:100], 20, stop_tokens=frozenset()))
+        _all(batch)
+    assert len(batch.prefixes.kept) == 1 and sum(map(len, target.texts.values())) < 130
+
+
 def test_prompts_are_read_in_parts_so_that_no_answer_waits_long() -> None:
     target = ScriptedTarget(LOGITS)
     batch = SequenceBatch(target, 4)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail.runtime.drafter.session import Drafter
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.loop.batch import SequenceBatch
 from dovetail.runtime.loop.constrain import constrained
 from dovetail.runtime.loop.generate import decode
@@ -260,7 +260,7 @@ def test_a_grammar_that_fails_on_the_text_is_an_error_of_its_request_alone(draft
         list(decode(sequence, bad, Meter()))
     assert tuple(chain.from_iterable(step.tokens for step in decode(sequence, good, Meter()))) == text
 
-    found, errors = dict[Request, tuple[int, ...]](), dict[Request, InputError]()
+    found, errors = dict[Request, tuple[int, ...]](), dict[Request, DovetailError]()
     batch = SequenceBatch(ScriptedTarget(logits), 3, DRAFTERS[drafter](logits), ScriptedPolicy(1))
     for advance in batch.run([replace(good, max_new_tokens=9, scheduler=ScriptedPolicy(1)), bad, good]):
         request = advance.ticket.request

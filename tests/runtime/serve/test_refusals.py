@@ -175,11 +175,21 @@ def test_a_slow_answer_is_stopped(serve: Callable[..., Any]) -> None:
 
 def test_a_full_queue(serve: Callable[..., Any]) -> None:
     server = serve(slots=1, queue=1)
-    refused = chat(server, n=3)
-    assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
-    assert int(refused.headers["retry-after"]) >= 1
+    slow = {"messages": [{"role": "user", "content": "slow say " + "a" * 400}], "temperature": 0}
+    asked = {"model": "parrot", "stream": True, "n": 2, **slow}
+    with server.client() as client, client.chat.completions.create(**asked) as stream:
+        next(iter(stream))
+        refused = chat(server)
+        assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
     server.wait_idle()
     assert chat(server, n=2).status_code == 200
+
+
+def test_more_answers_than_there_will_ever_be_room_for(serve: Callable[..., Any]) -> None:
+    refused = chat(serve(slots=1, queue=1), n=3)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "n")
+    assert "ask for 2 at most" in error_of(refused)["message"]
 
 
 def test_a_key(serve: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ class FailoverDrafter:
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
         """open_second: opens the second drafter, given the reason. Without it errors are raised."""
         self._drafter, self._open_second = drafter, open_second
-        self.device, self.capacity = drafter.device, drafter.capacity
+        self.device, self.capacity, self.top_k = drafter.device, drafter.capacity, drafter.top_k
         self._moved = 0  # bytes that the first drafter moved, after the move
 
     @property

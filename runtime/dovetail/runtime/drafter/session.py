@@ -56,6 +56,7 @@ class Drafter(Protocol):
 
     device: str  # e.g. "CPU (int8)", "CUDA (fp16)"
     capacity: int  # context pairs of a sequence
+    top_k: int  # children that it offers for a node
 
     @property
     def report(self) -> DeviceReport:

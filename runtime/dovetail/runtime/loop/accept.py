@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.sampling.constraint import Matcher
 from dovetail.runtime.sampling.logprobs import TokenLogprobs, token_logprobs
 from dovetail.runtime.sampling.sampler import Sampler
@@ -30,7 +30,7 @@ class Verdict:
     tokens: tuple[int, ...]  # of the A accepted nodes, then the target's next, which no child of the last node has
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, if asked for
     complete: bool = False  # whether the grammar lets no token follow
-    error: InputError | None = None  # why no token can be chosen
+    error: DovetailError | None = None  # why no token can be chosen
 
     @property
     def accepted(self) -> int:

@@ -214,11 +214,18 @@ class SequenceBatch:
             self.waiting.appendleft(ticket)
 
     def _needed(self) -> int:
-        """Return tokens of memory that the next pass may take."""
+        """Return tokens of memory that the next pass may take.
+
+        The target has room for the paths of the policy's trees. Each path of another tree may take
+        two blocks.
+        """
         texts = _sequences(self.running)
         writing = any(not text.unread for text in texts)
-        unread = sum(text.unread for text in texts)
-        return min(unread, self._prompt_tokens if writing else PROMPT_TOKENS) + len(texts) * SPARE
+        unread = min(sum(text.unread for text in texts), self._prompt_tokens if writing else PROMPT_TOKENS)
+        nodes = sum(
+            text.request.limits.width for text in texts if text.request and text.request.limits and self._is_fixed(text)
+        )
+        return unread + (len(texts) + 2 * nodes) * SPARE
 
     def _parts(self, reading: list[tuple[Ticket, Sequence]], writing: bool) -> list[tuple[Ticket, Sequence, int]]:
         """Return how many tokens of each prompt the pass reads: equal shares, short prompts first."""
@@ -243,7 +250,7 @@ class SequenceBatch:
         """Return trees for the texts: of those that the policy shapes together, then of each other."""
         if not writing:
             return []
-        fixed = [text for text in writing if self.policy is None or not _is_scheduled(text)]
+        fixed = [text for text in writing if self._is_fixed(text)]
         planned = [text for text in writing if text not in fixed]
         offers = []
         if planned:
@@ -254,6 +261,11 @@ class SequenceBatch:
                 self.policy.start(*now)
             offers.append((draft(planned, self.policy), planned))
         return offers + ([(draft(fixed), fixed)] if fixed else [])
+
+    def _is_fixed(self, text: Sequence) -> bool:
+        """Whether the text's trees grow to limits of their own. A text without trees is the policy's too."""
+        request = text.request
+        return self.policy is None or (request is not None and request.limits is not None and request.scheduler is None)
 
     def _count(
         self, ticket: Ticket, text: Sequence, step: Step, draft_ms: float, verify_ms: float, other_ms: float
@@ -266,11 +278,6 @@ class SequenceBatch:
         meter.new_tokens += len(step.tokens)
         if first and (step.tokens or step.finish):
             meter.first_token()
-
-
-def _is_scheduled(text: Sequence) -> bool:
-    """Whether the policy shapes the text's trees; a text without trees counts as well."""
-    return text.request is not None and (text.request.limits is None or text.request.scheduler is not None)
 
 
 def _sequences(tickets: Iterable[Ticket]) -> list[Sequence]:

@@ -46,7 +46,8 @@ class Prefixes:
         if not self.on or text.length < LEAST:
             text.close()
             return
-        for old in [old for old in self.kept if _common(old.tokens, text.tokens[: text.length]) >= old.length]:
+        tokens = text.tokens[: text.length]
+        for old in [old for old in self.kept if common_prefix(old.tokens, tokens) >= old.length]:
             self.kept.remove(old)
             old.close()
         text.park()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dovetail.runtime.drafter.session import Drafter, DraftNoise
 from dovetail.runtime.drafter.window import window
-from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
+from dovetail.runtime.errors import ContextOverflow, DeviceError, DovetailError, InputError
 from dovetail.runtime.loop.accept import Verdict, accept
 from dovetail.runtime.loop.constrain import constrained
 from dovetail.runtime.loop.trace import RoundTrace, trace
@@ -80,7 +80,7 @@ class Step:
     finish: FinishReason | None = None
     stop: int | None = None  # the stop token that ended the answer, which is not in `tokens`
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if the request asks for them
-    error: InputError | None = None  # that ended the answer
+    error: DovetailError | None = None  # that ended the answer
     round: RoundTrace | None = None  # if the request asks for it; None for the prefill
 
 
@@ -236,7 +236,7 @@ class Sequence:
         known, logprobs = len(self.tokens), self.request.logprobs
         try:
             return accept(tree, logits, self.sampler, known, self.tokens, self.matcher, logprobs)
-        except InputError as error:  # of this request alone: other texts of the pass go on
+        except DovetailError as error:  # of this request alone: other texts of the pass go on
             return Verdict(np.zeros(1, np.int64), (), error=error)
 
     def commit(self, path: TokenArray, tokens: abc.Sequence[int]) -> None:

@@ -34,7 +34,12 @@ class SamplingParams:
         check_whole("top_k", self.top_k, InputError, "give 0 (off) or more, e.g. 40", least=0, most=TOKEN_MOST)
         _check_number("top_p", self.top_p, lambda p: 0 < p <= 1, "more than 0 and at most 1 (off), e.g. 0.95")
         _check_number("min_p", self.min_p, lambda p: 0 <= p <= 1, "from 0 (off) to 1, e.g. 0.05")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda r: r > 0, "more than 0; 1 is off, e.g. 1.1")
+        _check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda r: 0.01 <= r <= 100,
+            "from 0.01 to 100; 1 is off, e.g. 1.1",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             remedy = f"{-PENALTY_MOST:g} to {PENALTY_MOST:g}; 0 is off, e.g. 0.5"
             _check_number(name, getattr(self, name), lambda p: abs(p) <= PENALTY_MOST, remedy)

@@ -121,8 +121,11 @@ class Service:
     async def answer(self, asks: Sequence[Ask], n: int = 1) -> Answers:
         """Queue `n` answers to each prompt. None of them runs if not all find room.
 
-        Raises QueueFull, and ApiError if the server has begun to shut down meanwhile.
+        Raises QueueFull, and ApiError if the server has begun to shut down meanwhile, or for more
+        answers than it ever has room for.
         """
+        if (count := n * len(asks)) > self.engine.places:
+            raise ApiError(400, f"{count} answers at once are too many: ask for {self.engine.places} at most", param="n")
         answers = Answers(self.limits.timeout_s)
         try:
             for ask in asks:

@@ -158,7 +158,7 @@ class ScriptedTarget:
 class ScriptedDrafter:
     """A drafter whose trees are a function of the tokens so far; implements Drafter."""
 
-    device = "scripted"
+    device, top_k = "scripted", 1 << 20
     report = DeviceReport()
 
     def __init__(self, propose: Propose, capacity: int = 1 << 20) -> None:
