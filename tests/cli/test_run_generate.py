@@ -116,7 +116,7 @@ def test_a_command_word_can_be_a_prompt(invoke, pair, opener) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["serve"], "no such command 'serve': the commands are bench, chat"),
+        (["upload"], "no such command 'upload': the commands are bench, chat"),
         (["lsit"], "no such command 'lsit': the commands are bench, chat"),
         (["inspct", "--json"], "no such command 'inspct': did you mean inspect?"),
         (["list-pairs"], "no such command 'list-pairs'"),
@@ -349,7 +349,7 @@ conftest = runpy.run_path(sys.argv[1])
 from dovetail.runtime.cli.main import cli
 from dovetail.runtime.testing.scripted import ScriptedTokenizer
 opener = conftest["FakeOpener"]()
-opener.engine.tokenizer = ScriptedTokenizer("\u4e2d" * len(conftest["ALPHABET"]), has_chat_template=False)
+opener.engine._front.tokenizer = ScriptedTokenizer("\u4e2d" * len(conftest["ALPHABET"]), has_chat_template=False)
 cli.main([sys.argv[3], "-n", "3", "--pair", sys.argv[2], *sys.argv[4:]], obj=opener)
 """
 

@@ -61,7 +61,7 @@ def test_what_is_no_size_is_refused_in_one_line(text: str) -> None:
 def test_the_sum_by_hand() -> None:
     got = plan(FACTS, weights=100, context=1000)
     state = 2 * (64 + 1000) * 2 * 3 * 64 * 2 + 65 * 576 * 2  # blocks, rows, keys and values, halves; and the bank
-    row, noise = 7 * 8 + (64 + 576) * 2 + 10 * (4 + 4), 8192 * 4
+    row, noise = 8 * 8 + (64 + 576) * 2 + 10 * (4 + 4), 8192 * 4
     assert (got.state, got.rows, got.workspace) == (state, sum(BUCKETS) * row, 8 * MIB + 4096 * 1000)
     assert got.total == 100 + state + got.rows + got.workspace + CUDA_ITSELF
     assert got.arena(got.total) == 100 + got.workspace

@@ -165,8 +165,8 @@ def spied(given: list[int]) -> type[CpuRunner]:
     """CpuRunner, whose sessions add their number of threads to `given`."""
 
     class Spied(CpuRunner):
-        def __init__(self, file: Path, facts: DrafterFacts, threads: int):
-            super().__init__(file, facts, threads)
+        def __init__(self, file: Path, facts: DrafterFacts, threads: int, pairs: int | None = None):
+            super().__init__(file, facts, threads, pairs)
             given.append(self._session.get_session_options().intra_op_num_threads)
 
     return Spied
