@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.serve.server import bind
 from dovetail.runtime.serve.service import Limits
 
 SLOW = {"messages": [{"role": "user", "content": "slow say " + "a" * 1500}], "temperature": 0}
@@ -70,6 +73,25 @@ def test_a_server_that_drains(serve: Callable[..., Any]) -> None:
     assert not server.thread.is_alive()
 
 
+def test_an_upload_that_never_ends_does_not_keep_the_server(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dovetail.runtime.serve.server.GRACE_S", 1)
+    server = serve()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{")
+        assert server.post("/v1/chat/completions", SHORT).status_code == 200
+        server.server.handle_exit(15, None)
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def test_two_servers_cannot_have_one_port() -> None:
+    with bind("127.0.0.1", 0) as first, pytest.raises(DeviceError, match=r"cannot listen on .* in use"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
 def test_a_request_that_is_read_while_the_server_drains(serve: Callable[..., Any]) -> None:
     server = serve()
     service = server.service
@@ -106,7 +128,6 @@ def test_metrics_count_each_end(serve: Callable[..., Any]) -> None:
     hi = {"messages": [{"role": "user", "content": "say hi"}], "temperature": 0}
     assert server.post("/v1/chat/completions", {**hi, "n": 2}).status_code == 200
     assert server.post("/v1/chat/completions", {**hi, "max_tokens": 1}).status_code == 200
-    assert server.post("/v1/chat/completions", {**hi, "n": 3}).status_code == 429
     assert server.post("/v1/chat/completions", SLOW).status_code == 504
     with server.http() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=SLOW, timeout=0.2)
@@ -116,6 +137,16 @@ def test_metrics_count_each_end(serve: Callable[..., Any]) -> None:
     ends = {reason: f'dovetail:request_success_total{{finished_reason="{reason}",model_name="parrot"}} {count}'
             for reason, count in (("stop", "2.0"), ("length", "1.0"), ("error", "1.0"), ("abort", "1.0"))}  # fmt: skip
     assert set(ends.values()) <= set(lines)
+
+
+def test_metrics_count_refusals(serve: Callable[..., Any]) -> None:
+    server = serve(slots=1, queue=1)
+    asked = {**SLOW, "n": 2, "stream": True}
+    with server.http() as client, client.stream("POST", "/v1/chat/completions", json=asked) as reply:
+        pieces = reply.iter_lines()
+        next(pieces)
+        assert server.post("/v1/chat/completions", SHORT).status_code == 429
+        lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
     assert 'dovetail:admission_rejections_total{model_name="parrot"} 1.0' in lines
 
 

@@ -13,6 +13,9 @@ from fastapi import FastAPI
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.serve.service import Service
 
+BACKLOG = 2048  # connections that wait to be accepted: uvicorn's default
+GRACE_S = 5  # seconds for connections without an answer, once all answers have ended
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound socket, before seconds of loading. Raises DeviceError."""
@@ -22,6 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
             bound = stack.enter_context(socket.socket(family, kind, protocol))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
+            bound.listen(BACKLOG)  # now: two servers may bind one port, but not listen on it
             stack.pop_all()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
@@ -33,7 +37,12 @@ class Server(uvicorn.Server):
     """The first signal drains: new requests get 503. After the last answer, or a second signal, it stops."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="off"))
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, ws="none", lifespan="off",
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )  # fmt: skip
         self._service = service
         self._draining: asyncio.Task[None] | None = None
         self._forced = False

@@ -125,7 +125,8 @@ class Service:
         answers than it ever has room for.
         """
         if (count := n * len(asks)) > self.engine.places:
-            raise ApiError(400, f"{count} answers at once are too many: ask for {self.engine.places} at most", param="n")
+            most = self.engine.places
+            raise ApiError(400, f"{count} answers at once are too many: ask for {most} at most", param="n")
         answers = Answers(self.limits.timeout_s)
         try:
             for ask in asks:
