@@ -138,6 +138,36 @@ def test_a_stream_that_is_left_frees_its_request(how: str) -> None:
     run(work())
 
 
+def test_streams_that_are_collected_while_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten stream in a cycle ends in the thread that collects it: here the engine's, in a cancel."""
+    cancel = BatchEngine.cancel
+
+    def collecting(engine: BatchEngine, job: Any) -> None:
+        gc.collect()
+        cancel(engine, job)
+
+    monkeypatch.setattr(BatchEngine, "cancel", collecting)
+
+    async def work() -> None:
+        async with AsyncEngine(batch_engine(slots=8, stop_tokens=())) as engine:
+            gc.disable()
+            try:
+                for _ in range(5):
+                    streams: list[Any] = [engine.stream("abc", 3000, raw=True) for _ in range(6)]
+                    for stream in streams:
+                        stream.cycle = stream
+                    await anext(streams[0])
+                    await streams.pop(0).aclose()
+                    del stream, streams
+                    await asyncio.sleep(0.02)
+            finally:
+                gc.enable()
+            gc.collect()
+            assert (await engine.generate("abc", 5, raw=True)).token_ids
+
+    run(work())
+
+
 async def _all(stream: Any) -> list[Any]:
     return [chunk async for chunk in stream]
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import abc, deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any, Self, Unpack
@@ -32,7 +33,7 @@ class AnswerStream(AsyncIterator[Chunk]):
 
     def put(self, item: Chunk | DovetailError) -> None:
         """Hand a chunk over from the engine's thread."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._chunks.put_nowait, item)
 
     async def __anext__(self) -> Chunk:
@@ -263,10 +264,10 @@ class AsyncEngine:
         """Let requests join and leave; wait while there are none. Return whether to go on."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._coming or self._leaving or not self._engine.idle)
-            for job in self._leaving:
+            while self._leaving:  # may grow meanwhile: a forgotten stream leaves in whichever thread collects it
+                job = self._leaving.popleft()
                 if self._streams.pop(job, None):
                     self._engine.cancel(job)
-            self._leaving.clear()
             while self._coming:
                 stream = self._coming.popleft()
                 stream.job = self._engine.submit(stream.ask)
@@ -288,7 +289,7 @@ class AsyncEngine:
 
     def _end_all(self, error: DovetailError) -> None:
         with self._changed:
-            streams = [*self._coming, *(found() for found in self._streams.values())]
+            streams = [*self._coming, *(found() for found in [*self._streams.values()])]
             self._coming.clear()
             self._streams.clear()
         for stream in streams:
