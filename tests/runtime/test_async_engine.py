@@ -88,6 +88,21 @@ def test_a_full_queue_refuses_at_once_and_later_takes_requests_again() -> None:
     run(work())
 
 
+def test_an_answer_that_nobody_reads_to_its_end_makes_room() -> None:
+    async def work() -> None:
+        async with AsyncEngine(batch_engine(slots=1, queue=0)) as engine:
+            unread = engine.stream("abc", 20, raw=True)
+            async with asyncio.timeout(20):
+                while engine.stats().requests < 1:
+                    await asyncio.sleep(0.01)
+            assert (await engine.generate("abc", 5, raw=True)).text == alone("abc", {"max_new_tokens": 5})[0]
+            await engine.drain()
+            text = "".join([chunk.text async for chunk in unread])  # still there
+            assert text == alone("abc", {"max_new_tokens": 20})[0]
+
+    run(work())
+
+
 def test_a_request_that_cannot_run_is_refused_by_the_call() -> None:
     async def work() -> None:
         async with AsyncEngine(batch_engine(target=target(max_context=20), children=4)) as engine:

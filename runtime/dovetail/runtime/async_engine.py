@@ -30,6 +30,7 @@ class AnswerStream(AsyncIterator[Chunk]):
         self._loop, self._leave = asyncio.get_running_loop(), leave
         self._chunks: asyncio.Queue[Chunk | DovetailError] = asyncio.Queue()
         self._ended = False
+        self.has_place = True  # counts among the requests that run or wait
 
     def put(self, item: Chunk | DovetailError) -> None:
         """Hand a chunk over from the engine's thread."""
@@ -237,12 +238,17 @@ class AsyncEngine:
 
     def _leave(self, stream: AnswerStream) -> None:
         with self._changed:
-            self._open -= 1
+            self._free(stream)
             if stream.job:
                 self._leaving.append(stream.job)
             elif stream in self._coming:
                 self._coming.remove(stream)
             self._changed.notify_all()
+
+    def _free(self, stream: AnswerStream) -> None:
+        """Free the place of a stream, once. The engine calls this too: a client may never read the end."""
+        self._open -= stream.has_place
+        stream.has_place = False
 
     # --- the thread
 
@@ -257,7 +263,9 @@ class AsyncEngine:
         finally:
             with self._changed:
                 self._closing = True
-            self._end_all(DeviceError("the engine was closed: open another"))
+                coming = [*self._coming]
+                self._coming.clear()
+            self._end_all(DeviceError("the engine was closed: open another"), coming)
             self._engine.close()
 
     def _take_turns(self) -> bool:
@@ -285,13 +293,21 @@ class AsyncEngine:
             ended = isinstance(chunk, DovetailError) or chunk.finish_reason
             found = self._streams.pop(job) if ended else self._streams[job]
             if stream := found():
+                if ended:
+                    self._end(stream)
                 stream.put(chunk)
 
-    def _end_all(self, error: DovetailError) -> None:
+    def _end(self, stream: AnswerStream) -> None:
         with self._changed:
-            streams = [*self._coming, *(found() for found in [*self._streams.values()])]
-            self._coming.clear()
+            self._free(stream)
+            self._changed.notify_all()
+
+    def _end_all(self, error: DovetailError, coming: abc.Sequence[AnswerStream] = ()) -> None:
+        """End the answers that have begun, and those of `coming`."""
+        with self._changed:
+            streams = [*coming, *(found() for found in [*self._streams.values()])]
             self._streams.clear()
         for stream in streams:
             if stream:
+                self._end(stream)
                 stream.put(error)

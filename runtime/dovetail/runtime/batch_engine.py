@@ -34,7 +34,7 @@ class EngineStats:
     running: int  # answers in the passes
     waiting: int  # requests in the queue
     slots: int
-    kv_used: float  # share of the KV memory, 0 to 1, kept prefixes included
+    kv_used: float  # share of the KV memory, 0 to 1, that running answers take; kept prefixes make room for others
     requests: int  # that ended or were cancelled
     rounds: int  # of answers that ended, as in GenerationMetrics
     drafted: int
@@ -211,8 +211,8 @@ class BatchEngine:
         try:
             advances = self._batch.step()
         except BaseException:
-            self._batch.clear()
             self._jobs.clear()
+            self._batch.clear()
             raise
         chunks = list[tuple[Job, Chunk | DovetailError]]()
         for advance in advances:
@@ -237,7 +237,7 @@ class BatchEngine:
             running=len(batch.running),
             waiting=len(batch.waiting),
             slots=batch.slots,
-            kv_used=1 - batch.target.room / self._memory,
+            kv_used=min(sum(text.length for text in batch.texts()) / self._memory, 1.0),
             requests=self._requests,
             rounds=rounds,
             drafted=drafted,

@@ -160,27 +160,29 @@ class SequenceBatch:
                 self._leave(each.ticket, self.running)
         return advances
 
+    def texts(self) -> list[Sequence]:
+        """Return the running texts."""
+        return [ticket.sequence for ticket in [*self.running] if ticket.sequence]
+
     # --- who takes part
 
     def _admit(self) -> None:
         """Give free slots to the requests that wait, in their order."""
-        held = list[Ticket]()
-        while self.waiting and len(self.running) < self.slots:
-            ticket = self.waiting.popleft()
-            if self.prefixes.is_being_read(ticket.request.prompt, _sequences(self.running)):
-                held.append(ticket)  # the rounds until the prefix is read are fewer than without it
-                continue
+        for ticket in [*self.waiting]:
+            if len(self.running) >= self.slots:
+                return
+            if self.prefixes.is_being_read(ticket.request.prompt, self.texts()):
+                continue  # the rounds until the prefix is read are fewer than without it
             if self.running and not self._has_room(ticket):
-                held.append(ticket)
-                break
+                return
             if not ticket.sequence:
                 self._begin(ticket)
+            self.waiting.remove(ticket)
             self.running.append(ticket)
-        self.waiting.extendleft(reversed(held))
 
     def _begin(self, ticket: Ticket) -> None:
         request, meter = ticket.request, ticket.meter
-        source, keep = self.prefixes.best(request.prompt, _sequences(self.running))
+        source, keep = self.prefixes.best(request.prompt, self.texts())
         sequence = source.fork(keep) if source else Sequence(self.target, self._drafter)
         try:
             meter.cached_tokens = sequence.begin(request, ticket.sampler)
@@ -219,7 +221,7 @@ class SequenceBatch:
         The target has room for the paths of the policy's trees. Each path of another tree may take
         two blocks.
         """
-        texts = _sequences(self.running)
+        texts = self.texts()
         writing = any(not text.unread for text in texts)
         unread = min(sum(text.unread for text in texts), self._prompt_tokens if writing else PROMPT_TOKENS)
         nodes = sum(
@@ -278,10 +280,6 @@ class SequenceBatch:
         meter.new_tokens += len(step.tokens)
         if first and (step.tokens or step.finish):
             meter.first_token()
-
-
-def _sequences(tickets: Iterable[Ticket]) -> list[Sequence]:
-    return [ticket.sequence for ticket in tickets if ticket.sequence]
 
 
 def _ids(texts: Iterable[Sequence]) -> list[SequenceId]:
