@@ -14,6 +14,7 @@ from dovetail.runtime.batch_engine import BatchEngine, Job
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.front import Chunk
+from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.tree.limits import TreeLimits
 
 LIMITS = TreeLimits(width=8, depth=3, top_k=2, lookup=4)
@@ -78,6 +79,19 @@ def test_answers_of_a_block_drafter_at_once_are_those_of_each_alone(dflash_pair:
         dflash_pair, slots=3, drafter_device="cpu", threads=1, tree=LIMITS, kv_cache="64MB"
     ) as engine:
         assert run(engine, requests) == want
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_kept_prefixes_stay_within_the_memory(tiny_full_pair: Path, slots: int) -> None:
+    with BatchEngine.from_pretrained(
+        tiny_full_pair, slots=slots, drafter_device="cpu", threads=1, tree=LIMITS
+    ) as engine:
+        target = engine._batch.target
+        assert isinstance(target, OpenVINOTarget)
+        blocks = target.model.blocks
+        for _ in range(3):
+            run(engine, asked(10))
+        assert target.model.blocks == blocks and 0 <= target.room < engine._memory
 
 
 def test_a_kv_cache_that_is_no_size_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

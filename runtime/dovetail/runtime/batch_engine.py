@@ -16,6 +16,7 @@ from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.constraint import Constraint
+from dovetail.runtime.system import machine
 from dovetail.runtime.system.bounds import check_whole
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.session import Target
@@ -109,6 +110,8 @@ class BatchEngine:
 
         check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=_MOST)
         room, memory = (parse_size(size) if isinstance(size, str) else size for size in (vram, kv_cache))
+        if memory is None:
+            memory = machine.ram_mb()[0] * 2**20 // 4
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown, draft_model,
             slots=slots, kv_cache=memory,

@@ -21,7 +21,6 @@ from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import check_slowdown
-from dovetail.runtime.system import machine
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -48,7 +47,7 @@ class LoadOptions:
     max_slowdown: float
     draft_model: str | Path | None = None
     slots: int = 1  # texts at a time
-    kv_cache: int | None = None  # bytes for the KV of all texts; None chooses, and one text has no limit
+    kv_cache: int | None = None  # bytes for the KV of all texts; None for no limit
 
     def __post_init__(self) -> None:
         if self.drafter_device not in ("auto", "cpu", "cuda"):
@@ -93,7 +92,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
     target = OpenVINOTarget.load(
         pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
-        sequences=options.slots, kv_cache=kv_cache(manifest, options),
+        sequences=options.slots, kv_cache=options.kv_cache,
     )  # fmt: skip
     tree = options.tree or manifest.tree
     measure = partial(
@@ -118,13 +117,6 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
     second = open_cpu if drafter.file_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
-
-
-def kv_cache(manifest: Manifest, options: LoadOptions) -> int | None:
-    """Return the bytes for the KV of many texts, None for a single text, which takes what it needs."""
-    if options.slots == 1 and options.kv_cache is None:
-        return None
-    return options.kv_cache or machine.ram_mb()[0] * 2**20 // 4
 
 
 def open_draft_model(

@@ -206,7 +206,7 @@ def test_a_graph_of_the_other_kind_is_refused(tiny: Tiny) -> None:
 class TorchDrafter:
     """A Drafter that runs the torch module itself over the whole context."""
 
-    device, capacity = "torch", 256
+    device, capacity, top_k = "torch", 256, 10
     report = DeviceReport()
 
     def __init__(self, tiny: Tiny) -> None:

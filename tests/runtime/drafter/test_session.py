@@ -27,7 +27,7 @@ ALPHABET = "abcdefgh"
 class PairTable:
     """Drafts without a model: a chain of the tokens that last followed the last two."""
 
-    device, capacity = "a table", 1000
+    device, capacity, top_k = "a table", 1000, 1
     report = DeviceReport()
 
     def __init__(self) -> None:

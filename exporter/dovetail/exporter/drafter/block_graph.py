@@ -77,10 +77,11 @@ class BlockGraph(nn.Module):
         seen = torch.ones(block, block, dtype=torch.bool)
         own[:, :block] = torch.where(seen.tril() if sight.causal else seen, free, blocked)
         rows = torch.arange(kv.shape[0] - self.slots)
-        read = ((rows >= context_begin) & (rows < context_end)).expand(block, -1)
+        read = (rows < context_end).expand(block, -1)
         if sight.reach is not None:
             read = read & (rows >= context_end - torch.tensor(sight.reach).unsqueeze(1))
-        mask = torch.cat([own, torch.where(read, free, blocked)], dim=1)
+        context = torch.where(read, free, blocked) + torch.where(rows < context_begin, blocked, free)
+        mask = torch.cat([own, context], dim=1)
         return torch.cat([mask] * (shape.num_attention_heads // shape.num_key_value_heads))
 
 

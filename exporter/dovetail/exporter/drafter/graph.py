@@ -85,8 +85,9 @@ class DrafterGraph(nn.Module):
         shape, dtype = self.drafter.shape, tree_mask.dtype
         pairs = torch.arange(kv.shape[0] - self.tree_slots)
         blocked = torch.tensor(BLOCKED, dtype=dtype)
-        seen = (pairs >= context_begin.unsqueeze(1)) & (pairs < context_end.unsqueeze(1))
-        context = torch.where(seen, torch.zeros((), dtype=dtype), blocked)
+        free = torch.zeros((), dtype=dtype)
+        context = torch.where(pairs < context_end.unsqueeze(1), free, blocked)
+        context = context + torch.where(pairs < context_begin.unsqueeze(1), blocked, free)
         mask = torch.cat([tree_mask, context], dim=1)
         return torch.cat([mask] * (shape.num_attention_heads // shape.num_key_value_heads))
 

@@ -20,7 +20,7 @@ from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.prefixes import Prefixes
 from dovetail.runtime.loop.round import Offer, draft
-from dovetail.runtime.loop.sequence import Request, Sequence, Step
+from dovetail.runtime.loop.sequence import Found, Request, Sequence, Step
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.system.arrays import FloatArray, SequenceId
@@ -39,6 +39,8 @@ class Ticket:
     sampler: Sampler | None = None  # in place of the request's own
     meter: Meter = field(default_factory=Meter)
     sequence: Sequence | None = None  # None before the first pass and after the last
+    slot: int = 0  # while it runs
+    turn: int = 0  # when it began to run: how many did before
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,8 @@ class SequenceBatch:
         self.target, self.slots, self.policy, self._drafter = target, slots, policy, drafter
         self._prompt_tokens, self._clock = prompt_tokens, clock
         self.waiting: deque[Ticket] = deque()
-        self.running: list[Ticket] = []  # the oldest first
+        self.running: list[Ticket] = []  # in the order of their slots
+        self._turns = 0
         self.prefixes = Prefixes(share_prefixes)
         self._started: tuple[bool, int] | None = None  # what the policy was told last
 
@@ -134,8 +137,12 @@ class SequenceBatch:
         verified = self._clock()
         draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
 
-        found = {text.id: text.accept(trees[text.id], passes[text.id]) for _, text in writing}
-        steps = [(ticket, text, *_read(text, count, passes[text.id])) for ticket, text, count in reading]
+        found, counts, steps = dict[SequenceId, Found](), {text.id: count for _, text, count in reading}, []
+        for ticket, text in texts:  # in the order of the slots, which samplers that share numbers depend on
+            if text.id in trees:
+                found[text.id] = text.accept(trees[text.id], passes[text.id])
+            elif text.id in counts:
+                steps.append((ticket, text, *_read(text, counts[text.id], passes[text.id])))
         for ticket, text in writing:
             one = found[text.id]
             text.commit(one.verdict.path[: len(one.step.tokens) + 1], one.step.tokens)
@@ -178,7 +185,11 @@ class SequenceBatch:
             if not ticket.sequence:
                 self._begin(ticket)
             self.waiting.remove(ticket)
+            self._turns += 1
+            taken = {other.slot for other in self.running}
+            ticket.turn, ticket.slot = self._turns, next(slot for slot in range(self.slots) if slot not in taken)
             self.running.append(ticket)
+            self.running.sort(key=lambda each: each.slot)
 
     def _begin(self, ticket: Ticket) -> None:
         request, meter = ticket.request, ticket.meter
@@ -210,7 +221,8 @@ class SequenceBatch:
                 continue
             if len(self.running) == 1:
                 return  # the target says what is wrong
-            ticket = self.running.pop()
+            ticket = max(self.running, key=lambda each: each.turn)
+            self.running.remove(ticket)
             assert ticket.sequence
             ticket.sequence.drop()
             self.waiting.appendleft(ticket)

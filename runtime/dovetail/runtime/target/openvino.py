@@ -10,6 +10,7 @@ row alone. They are therefore the same bits as in a chain.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,8 @@ class OpenVINOTarget:
     @property
     def room(self) -> int:
         """See Target."""
+        if not self._limited:  # the pool grows
+            return sys.maxsize
         return BLOCK * max(self.model.pool.free - _SHARED_SPARE_BLOCKS, 0)
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
