@@ -91,7 +91,7 @@ def test_kept_prefixes_stay_within_the_memory(tiny_full_pair: Path, slots: int) 
         blocks = target.model.blocks
         for _ in range(3):
             run(engine, asked(10))
-        assert target.model.blocks == blocks and 0 <= target.room < engine._memory
+        assert target.model.blocks == blocks and 0 <= target.room <= engine._memory
 
 
 def test_a_kv_cache_that_is_no_size_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
