@@ -183,6 +183,15 @@ def test_streams_that_are_collected_while_others_leave(monkeypatch: pytest.Monke
     run(work())
 
 
+def test_without_an_event_loop_nothing_is_queued_and_no_place_is_lost() -> None:
+    engine = AsyncEngine(batch_engine(slots=1, queue=0))
+    for _ in range(2):
+        with pytest.raises(InputError, match="no event loop is running"):
+            engine.stream("abc", raw=True)
+    assert asyncio.run(engine.generate("abc", 5, raw=True)).token_ids
+    asyncio.run(engine.close())
+
+
 async def _all(stream: Any) -> list[Any]:
     return [chunk async for chunk in stream]
 

@@ -13,11 +13,10 @@ from typing import Any, Self, Unpack
 from weakref import ref
 
 from dovetail.runtime.batch_engine import BatchEngine, EngineStats, Job
-from dovetail.runtime.errors import DeviceError, DovetailError, QueueFull
-from dovetail.runtime.front import Ask, Chunk, GenerationResult, SamplingOptions
+from dovetail.runtime.errors import DeviceError, DovetailError, InputError, QueueFull
+from dovetail.runtime.front import Ask, Chunk, GenerationResult, RequestOptions
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.text.encoding import Prompt, TextTokenizer
-from dovetail.runtime.tree.limits import TreeLimits
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +24,9 @@ log = logging.getLogger(__name__)
 class AnswerStream(AsyncIterator[Chunk]):
     """The chunks of one answer. It ends with the last chunk, with `aclose`, or when it is forgotten."""
 
-    def __init__(self, ask: Ask, leave: Callable[[AnswerStream], None]) -> None:
+    def __init__(self, ask: Ask, loop: asyncio.AbstractEventLoop, leave: Callable[[AnswerStream], None]) -> None:
         self.ask, self.job = ask, None  # type: tuple[Ask, Job | None]
-        self._loop, self._leave = asyncio.get_running_loop(), leave
+        self._loop, self._leave = loop, leave
         self._chunks: asyncio.Queue[Chunk | DovetailError] = asyncio.Queue()
         self._ended = False
         self.has_place = True  # counts among the requests that run or wait
@@ -125,17 +124,7 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         max_new_tokens: int = 256,
-        *,
-        stop: str | abc.Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-        parse_special: bool = False,
-        tree: TreeLimits | None = None,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
-        trace: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> AnswerStream:
         """Return the answer to `prompt`, chunk by chunk. Arguments: see Engine.stream.
 
@@ -143,12 +132,9 @@ class AsyncEngine:
         cancelling the task that waits for it, frees the request within a round. Raises InputError,
         ContextOverflow, QueueFull from the call itself, DeviceError from the iteration.
         """
-        return self.submit(self._engine.ask(
-            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
-        ))  # fmt: skip
+        return self.submit(self._engine.ask(prompt, max_new_tokens, **options))
 
-    def ask(self, prompt: Prompt, max_new_tokens: int = 256, **options: Any) -> Ask:
+    def ask(self, prompt: Prompt, max_new_tokens: int = 256, **options: Unpack[RequestOptions]) -> Ask:
         """Return a checked request for `submit`, where encoding a long prompt must not hold the loop up.
 
         Arguments and errors: see `stream`.
@@ -156,14 +142,18 @@ class AsyncEngine:
         return self._engine.ask(prompt, max_new_tokens, **options)
 
     def submit(self, ask: Ask) -> AnswerStream:
-        """Queue a request in a running event loop, and return its chunks. Raises QueueFull."""
+        """Queue a request in a running event loop, and return its chunks. Raises QueueFull, InputError."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise InputError("no event loop is running: call this from a coroutine, or use Engine") from None
         with self._changed:
             if self._closing or self._draining:
                 raise QueueFull("the engine is shutting down: ask another")
             if self._open >= self.places:
                 raise QueueFull(f"{self._open} requests are running or waiting already: try again later")
             self._open += 1
-            stream = AnswerStream(ask, self._leave)
+            stream = AnswerStream(ask, loop, self._leave)
             self._coming.append(stream)
             self._changed.notify_all()
         return stream
@@ -172,22 +162,10 @@ class AsyncEngine:
         self,
         prompt: Prompt,
         max_new_tokens: int = 256,
-        *,
-        stop: str | abc.Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-        parse_special: bool = False,
-        tree: TreeLimits | None = None,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """Return the whole answer to `prompt`. Arguments and errors: see `stream`."""
-        chunks = self.stream(
-            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
-        )  # fmt: skip
+        chunks = self.stream(prompt, max_new_tokens, **options)
         return GenerationResult.of([chunk async for chunk in chunks])
 
     def constraint(

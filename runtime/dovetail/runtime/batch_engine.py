@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,7 +10,7 @@ from typing import Any, Self, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import DovetailError, InputError, QueueFull
-from dovetail.runtime.front import Answer, Ask, Chunk, Front, SamplingOptions
+from dovetail.runtime.front import Answer, Ask, Chunk, Front, RequestOptions
 from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.policy import Policy
@@ -150,26 +149,13 @@ class BatchEngine:
         self,
         prompt: Prompt,
         max_new_tokens: int = 256,
-        *,
-        stop: str | abc.Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-        parse_special: bool = False,
-        tree: TreeLimits | None = None,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
-        trace: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Ask:
         """Return a checked request for `submit`; any thread may call this. Arguments: see Engine.stream.
 
         Raises InputError, ContextOverflow.
         """
-        return self._front.ask(
-            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, trace=trace, **sampling,
-        )  # fmt: skip
+        return self._front.ask(prompt, max_new_tokens, **options)
 
     def constraint(
         self,

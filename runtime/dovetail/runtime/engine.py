@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack
 
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.errors import ContextOverflow, InputError
-from dovetail.runtime.front import Answer, Ask, Chunk, Front, GenerationResult, SamplingOptions
+from dovetail.runtime.front import Answer, Ask, Chunk, Front, GenerationResult, RequestOptions, SamplingOptions
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.rescore import Choice, read_again
@@ -147,22 +147,10 @@ class Engine:
         self,
         prompt: Prompt,
         max_new_tokens: int = 256,
-        *,
-        stop: str | abc.Sequence[str] = (),
-        speculate: bool = True,
-        raw: bool = False,
-        template_options: Mapping[str, Any] | None = None,
-        parse_special: bool = False,
-        tree: TreeLimits | None = None,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> GenerationResult:
         """Return the whole answer to `prompt`. Arguments: see `stream`."""
-        chunks = self.stream(
-            prompt, max_new_tokens, stop=stop, speculate=speculate, raw=raw, template_options=template_options,
-            parse_special=parse_special, tree=tree, constraint=constraint, logprobs=logprobs, **sampling,
-        )  # fmt: skip
+        chunks = self.stream(prompt, max_new_tokens, **options)
         return GenerationResult.of(list(chunks))
 
     def stream(

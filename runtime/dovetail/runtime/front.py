@@ -40,6 +40,20 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
 
 
+class RequestOptions(SamplingOptions, total=False):
+    """Arguments of a request beside its prompt and length; see Engine.stream, which has their defaults."""
+
+    stop: str | abc.Sequence[str]
+    speculate: bool
+    raw: bool
+    template_options: Mapping[str, Any] | None
+    parse_special: bool
+    tree: TreeLimits | None
+    constraint: Constraint | None
+    logprobs: int | None
+    trace: bool
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a streamed answer: one round's tokens, and the text that is certain by now."""
