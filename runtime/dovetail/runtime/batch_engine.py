@@ -24,7 +24,7 @@ from dovetail.runtime.tree.limits import TreeLimits
 
 SLOTS = 8  # answers at a time
 QUEUE = 64  # requests that wait
-_MOST = 4096  # of either
+MOST = 4096  # of either
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class BatchEngine:
         stop_tokens: Iterable[int] | None = None,
     ) -> None:
         """slots: answers at a time. queue: requests that may wait. Others: see Engine."""
-        check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=_MOST)
-        check_whole("queue", queue, InputError, "give requests that may wait, e.g. 64", least=0, most=_MOST)
+        check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=MOST)
+        check_whole("queue", queue, InputError, "give requests that may wait, e.g. 64", least=0, most=MOST)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
         self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
         self._batch = SequenceBatch(target, slots, drafter, scheduler, share_prefixes=True)
@@ -107,7 +107,7 @@ class BatchEngine:
         from dovetail.runtime.drafter.vram import parse_size
         from dovetail.runtime.load import LoadOptions, load
 
-        check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=_MOST)
+        check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=MOST)
         room, memory = (parse_size(size) if isinstance(size, str) else size for size in (vram, kv_cache))
         if memory is None:
             memory = machine.ram_mb()[0] * 2**20 // 4

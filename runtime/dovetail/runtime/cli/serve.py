@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import click
 
-from dovetail.runtime.batch_engine import QUEUE, SLOTS
+from dovetail.runtime.batch_engine import MOST, QUEUE, SLOTS
 from dovetail.runtime.cli.options import EngineFlags, engine_options, read_size
 from dovetail.runtime.errors import INTERRUPTED, InputError, install_extra
 from dovetail.runtime.pair.known import resolve_pair
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
 
-MOST = 4096  # slots, and waiting answers
 KEY_VARIABLE = "DOVETAIL_API_KEY"
 
 
