@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from itertools import islice, zip_longest
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -50,8 +50,9 @@ def main(
     tokenizer = Tokenizer.from_folder(pair / "target")
     talks = [[talk.turns[0] for talk in read_prompts(task, None)] for task in tasks]
     mixed = [text for row in zip_longest(*talks) for text in row if text]
-    texts = list(islice((text for _ in range(requests) for text in mixed), requests))
-    prompts = [[*tokenizer.encode_chat([{"role": "user", "content": text}])] for text in texts]
+    texts = islice(cycle(mixed), requests + 2 * max(users))
+    asked = [[*tokenizer.encode_chat([{"role": "user", "content": text}])] for text in texts]
+    prompts, first = asked[:requests], asked[requests:]  # others first, so that no engine finds a prompt in its cache
     names = [*OURS, *(PEERS if peers else ()), *((LLAMA,) if peers and gguf else ())]
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
     known = {(row["engine"], row["users"], row["repeat"]) for row in rows}
@@ -63,14 +64,16 @@ def main(
                     continue
                 python = sys.executable if name in OURS or not peers else peers
                 model = gguf if name == LLAMA and gguf else pair
-                result = measured(python, name, model, prompts, count, max_new_tokens)
+                result = measured(python, name, model, first[: 2 * count], prompts, count, max_new_tokens)
                 rows.append({"engine": name, "users": count, "repeat": repeat, **result})
                 click.echo(f"{name}, {count} users: {rate(rows[-1]):.1f} tokens/s", err=True)
                 save(out, rows)
     click.echo(table(rows, names, users))
 
 
-def measured(python: str, engine: str, model: Path, prompts: list[list[int]], users: int, count: int) -> dict[str, Any]:
+def measured(
+    python: str, engine: str, model: Path, first: list[list[int]], prompts: list[list[int]], users: int, count: int
+) -> dict[str, Any]:
     """Start an engine, warm it up, and return its answers and their seconds. Raises InputError."""
     command = [python, str(WORKER), engine, str(model), str(users)]
     with subprocess.Popen(
@@ -78,7 +81,7 @@ def measured(python: str, engine: str, model: Path, prompts: list[list[int]], us
     ) as process:
         assert process.stdin and process.stdout
         results = []
-        for asked, new in ((None, 0), (prompts[: 2 * users], WARM_UP), (prompts, count)):
+        for asked, new in ((None, 0), (first, WARM_UP), (prompts, count)):
             if asked is not None:
                 request = {"prompts": asked, "users": users, "max_new_tokens": new}
                 print(json.dumps(request), file=process.stdin, flush=True)

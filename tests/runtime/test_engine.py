@@ -168,13 +168,14 @@ def test_a_string_is_a_user_turn_where_there_is_a_chat_template() -> None:
     assert engine().generate(text, 20).metrics.prompt_tokens == 3
 
 
-def test_a_conversation_is_not_read_twice() -> None:
-    one = engine()
-    first = one.generate("abc", 30)
-    prompt = "abc" + first.text + "def"
-    second = one.generate(prompt, 30)
-    assert second.metrics.cached_tokens > 20 and first.metrics.cached_tokens == 0
-    assert same_text(engine().generate(prompt, 30), second)
+def test_of_a_conversation_only_the_last_answer_and_the_new_words_are_read() -> None:
+    one, prompt, cached = engine(), "abc", list[int]()
+    for _ in range(3):
+        answer = one.generate(prompt, 30)
+        cached.append(answer.metrics.cached_tokens)
+        assert same_text(engine().generate(prompt, 30), answer)
+        prompt += answer.text + "def"
+    assert cached == [0, 3, 36]
 
 
 def test_a_reset_engine_reads_from_the_first_token() -> None:

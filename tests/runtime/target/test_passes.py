@@ -102,7 +102,7 @@ def test_a_prompt_may_end_where_the_context_does(target: OpenVINOTarget) -> None
     assert target.length(seq) == target.max_context - 1 and alone.shape[0] == 1
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 1} tokens exceed"):
         target.verify({seq: chain(5, 6)})
-    assert (target.prefill(seq, np.array([5])).logits == alone).all()
+    np.testing.assert_allclose(target.prefill(seq, np.array([5])).logits, alone, atol=2e-2)
     assert target.length(seq) == target.max_context and target.model.blocks == blocks
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 3} tokens exceed"):
         target.prefill(seq, np.array([5, 6, 7]))

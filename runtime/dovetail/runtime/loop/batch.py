@@ -23,8 +23,9 @@ from dovetail.runtime.loop.round import Offer, draft
 from dovetail.runtime.loop.sequence import Found, Request, Sequence, Step
 from dovetail.runtime.policy.policy import Policy
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import FloatArray, SequenceId
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.target.session import Target, TargetPass
+from dovetail.runtime.tree.draft_tree import DraftTree
 
 PROMPT_TOKENS = 512  # prompt tokens of a pass without answers
 SHARED_TOKENS = 64  # prompt tokens of a pass with answers, which wait for it
@@ -130,10 +131,15 @@ class SequenceBatch:
         offers = self._draft([text for _, text in writing])
         drafted = self._clock()
         trees = {id: tree for offer, group in offers for id, tree in zip(_ids(group), offer.trees, strict=True)}
-        prompts = {
-            text.id: np.array(text.tokens[text.length : text.length + count], np.int64) for _, text, count in reading
-        }
-        passes = self.target.verify(trees, prompts, rows=sum(offer.rows or len(offer.trees) for offer, _ in offers))
+        prompts, again = dict[SequenceId, TokenArray](), dict[SequenceId, DraftTree]()
+        for _, text, count in reading:
+            tokens = np.array(text.tokens[text.length : text.length + count], np.int64)
+            if text.unread_answer:
+                again[text.id] = DraftTree.chain(tokens)
+            else:
+                prompts[text.id] = tokens
+        rows = sum(offer.rows or len(offer.trees) for offer, _ in offers) + sum(map(len, again.values()))
+        passes = self.target.verify(trees | again, prompts, rows=rows)
         verified = self._clock()
         draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
 
@@ -141,13 +147,18 @@ class SequenceBatch:
         for ticket, text in texts:  # in the order of the slots, which samplers that share numbers depend on
             if text.id in trees:
                 found[text.id] = text.accept(trees[text.id], passes[text.id])
-            elif text.id in counts:
+            elif text.id in prompts:
                 steps.append((ticket, text, *_read(text, counts[text.id], passes[text.id])))
+        copies = {id: TargetPass(np.array(passes[id].logits[-1:]), np.array(passes[id].features)) for id in again}
         for ticket, text in writing:
             one = found[text.id]
             text.commit(one.verdict.path[: len(one.step.tokens) + 1], one.step.tokens)
             step = one.traced(trees[text.id], draft_ms, verify_ms) if ticket.request.trace else one.step
             steps.append((ticket, text, step, one.features[: len(step.tokens) + 1]))
+        for ticket, text, count in reading:
+            if text.id in again:
+                self.target.commit(text.id, np.arange(count))
+                steps.append((ticket, text, *_read(text, count, copies[text.id])))
         committed = self._clock()
 
         failed = any(one.step.error for one in found.values())
@@ -246,7 +257,8 @@ class SequenceBatch:
         left, parts = self._prompt_tokens if writing else PROMPT_TOKENS, []
         ordered = sorted(reading, key=lambda pair: pair[1].unread)
         for index, (ticket, text) in enumerate(ordered):
-            count = min(text.unread, left // (len(ordered) - index))
+            unread = text.unread if text.unread_answer else text.unread - len(text.tokens) + text.prompted
+            count = min(unread, left // (len(ordered) - index))
             if count:
                 parts.append((ticket, text, count))
                 left -= count

@@ -24,7 +24,7 @@ class Prefixes:
         """
         if not self.on:
             return None, 0
-        lengths = [(_common(text.tokens[: text.length], prompt), text) for text in (*self.kept, *running)]
+        lengths = [(_common(text.tokens[: text.shareable], prompt), text) for text in (*self.kept, *running)]
         length, found = max(lengths, key=lambda pair: pair[0], default=(0, None))
         if length < LEAST or found is None:
             return None, 0
@@ -39,14 +39,14 @@ class Prefixes:
             return False
         _, now = self.best(prompt, running)
         least = now + 2 * LEAST
-        return any(text.unread and _common(text.tokens, prompt) >= least for text in running)
+        return any(text.unread and _common(text.tokens[: text.prompted], prompt) >= least for text in running)
 
     def keep(self, text: Sequence) -> None:
-        """Keep an ended text, in place of kept texts that are no longer than its prefix. Close it if off."""
-        if not self.on or text.length < LEAST:
+        """Keep an ended text's prompt, in place of kept ones that are no longer than its prefix. Close it if off."""
+        if not self.on or text.shareable < LEAST:
             text.close()
             return
-        tokens = text.tokens[: text.length]
+        tokens = text.tokens[: text.shareable]
         for old in [old for old in self.kept if common_prefix(old.tokens, tokens) >= old.length]:
             self.kept.remove(old)
             old.close()

@@ -49,7 +49,7 @@ def read_again(
 def _logits(sequence: Sequence, prompt: abc.Sequence[int], answer: abc.Sequence[int]) -> Iterator[FloatArray]:
     """Yield the target's logits [V] for each token of `answer`, valid until the next yield."""
     sequence.forget()
-    sequence.tokens = list(prompt)
+    sequence.tokens, sequence.prompted = list(prompt), len(prompt)
     try:
         yield from sequence.prefill().logits[-1:][: len(answer)]
         for begin in range(0, len(answer) - 1, _CHAIN):

@@ -122,6 +122,7 @@ class Sequence:
         self.tokens: list[int] = []  # ids whose KV may be kept, then at most one known token
         self.length = 0  # tokens whose KV the target certainly holds
         self.unread = 0  # tokens of the prompt that the target has not read
+        self.prompted = 0  # first tokens that the target reads, or has read, as a prompt
         self.room = 0  # tokens that the answer may still have
         self.request: Request | None = None
         self.sampler: Sampler | None = None  # of the current answer
@@ -136,12 +137,17 @@ class Sequence:
         Its drafter may go on with the pairs that this window keeps.
         """
         drafter = self.window.drafter if self.window else None
-        new = Sequence(self.target, drafter, id=self.target.fork(self.id, min(keep, self.length)))
-        new.length = self.target.length(new.id)
+        new = Sequence(self.target, drafter, id=self.target.fork(self.id, min(keep, self.shareable)))
+        new.length = new.prompted = self.target.length(new.id)
         new.tokens = self.tokens[: new.length]
         if new.window and self.window:
             new.window.follow(self.window, new.length)
         return new
+
+    @property
+    def shareable(self) -> int:
+        """First tokens whose KV is that of any prompt. Tokens of an answer have other bits."""
+        return min(self.length, self.prompted)
 
     def begin(self, request: Request, sampler: Sampler | None = None) -> int:
         """Turn to a request. Return how many of its tokens are held. Raises ContextOverflow."""
@@ -162,13 +168,13 @@ class Sequence:
             self.earlier.add(self.tokens[max(shared - max(SIZES), 0) :])
         if not shared == len(self.tokens) == self.length < len(prompt):  # a fork: no other token followed
             shared -= 1
-        keep = max(min(shared, self.length), 0)
+        keep = max(min(shared, self.shareable), 0)
         if self.window and self.speculates:
             keep = self.window.reach(keep)
         self.length = keep
         if self.window:
             self.window.cut(keep)
-        self.tokens, self.unread = list(prompt), len(prompt) - keep
+        self.tokens, self.unread, self.prompted = list(prompt), len(prompt) - keep, len(prompt)
         self.rewind()
         return keep
 
@@ -181,6 +187,11 @@ class Sequence:
             if end == len(self.tokens):
                 return result
             self.tell(result.features)
+
+    @property
+    def unread_answer(self) -> bool:
+        """Whether the target reads a part of the answer next, after `drop`: as a chain, for the bits of an answer."""
+        return 0 < self.unread <= len(self.tokens) - self.prompted
 
     def read(self, count: int, result: TargetPass) -> Step:
         """Count `count` tokens as read by a pass. Return the first token if the prompt ends there."""
@@ -199,9 +210,12 @@ class Sequence:
         self.rewind()
 
     def park(self) -> None:
-        """Leave the answer, and keep its KV and last features for texts that begin as this one does."""
+        """Leave the answer, and keep the prompt's KV and last features for texts that begin as this one does."""
         self.sampler = self.request = self.matcher = None
+        self.length = self.shareable
+        del self.tokens[self.length :]
         if self.window:
+            self.window.cut(self.length)
             self.window.park()
         self.rewind()
 
@@ -287,7 +301,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Drop the text, earlier texts and the counts of right repeats."""
-        self.tokens, self.length, self.speculates = [], 0, False
+        self.tokens, self.length, self.prompted, self.speculates = [], 0, 0, False
         if self.window:
             self.window.cut(0)
         self.repeats, self.earlier = RepeatIndex(), EarlierTexts(self.earlier.capacity)

@@ -2,10 +2,12 @@
 
 Axes: N nodes, T new tokens, V target vocabulary, D feature size.
 
-Every path from a tree's root to a leaf is a causal sequence of its own. The paths share the KV
-blocks of the committed text except the last block, which is rarely full. Each path has a copy of
-that block, and blocks of its own after it. A row's logits and KV depend on the tokens before the
-row alone. They are therefore the same bits as in a chain.
+Every path from a tree's root to a leaf has KV blocks of its own. The paths share the blocks of the
+committed text except the last block, which is rarely full and which each path copies. The attention
+takes each row of a path as a sequence that ends in the row, so that one kernel computes all rows of
+answers, whatever the tree. A row's logits and KV depend on the tokens before the row alone. They are
+therefore the same bits as in a chain. Prompts are sequences of many rows, for which OpenVINO's kernel
+is quicker and adds in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 _SMALL_PROMPTS = (2, 4, 8)
 _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
-_SHARED_SPARE_BLOCKS = 192  # for the trees of many texts, and the block that each of them ends in
+_SHARED_SPARE_BLOCKS = 191  # for the trees of many texts, and the block that each of them ends in
 
 
 @dataclass
@@ -51,7 +53,7 @@ class OpenVINOTarget:
     """The target LLM on the CPU; implements `Target`.
 
     exact: compute no row alone, so that equal tokens give equal bits in every pass. Without `exact`
-    a tree of one node runs through OpenVINO's kernel for single rows, which is quicker and adds in
+    a pass of one node runs through OpenVINO's kernels for single rows, which are quicker and add in
     another order. sequences: how many whole texts get memory at once; more texts can be opened.
     kv_cache: bytes for the KV of all texts, which then never grows; None for no limit.
     """
@@ -76,8 +78,9 @@ class OpenVINOTarget:
         if kv_cache is None:
             self._reserve(sequences)
             return
-        least = _blocks_for(max_context) + _SHARED_SPARE_BLOCKS
-        blocks = min(kv_cache // model.block_bytes, sequences * _blocks_for(max_context) + _SHARED_SPARE_BLOCKS)
+        spare = _SHARED_SPARE_BLOCKS + 1  # the model takes one for surplus sequences
+        least = _blocks_for(max_context) + spare
+        blocks = min(kv_cache // model.block_bytes, sequences * _blocks_for(max_context) + spare)
         if blocks < least:
             raise InputError(
                 f"kv_cache of {kv_cache} bytes is too small for a context of {max_context} tokens: give "
@@ -225,16 +228,17 @@ class OpenVINOTarget:
     def _run(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
     ) -> dict[SequenceId, TargetPass]:
-        """Run one pass of `rows` rows. Each path, and the lm_head, computes at least `least`."""
+        """Run one pass of `rows` rows. The lm_head computes at least `least`."""
         parts = dict[SequenceId, Part]()
         for seq, tokens in prompts.items():
             order = np.arange(len(tokens))
-            parts[seq] = self._part(seq, tokens, order, _Paths([order], self.length(seq), least), order[-1:])
+            path = order if len(order) >= TOGETHER else np.repeat(order, TOGETHER)
+            parts[seq] = self._part(seq, tokens, order, _Paths([path], self.length(seq)), order[-1:], split=False)
         for seq, tree in offers.items():
-            paths = _Paths(tree.paths(), self.length(seq), least)
-            parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)))
+            paths = _Paths(tree.paths(), self.length(seq))
+            parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
-        logits, features = self.model.run(Batch.of([*parts.values()], rows, least))
+        logits, features = self.model.run(Batch.of([*parts.values()], rows, least, self.model.surplus))
         for seq, tokens in prompts.items():
             self._texts[seq].length += len(tokens)
         results, row, wanted = dict[SequenceId, TargetPass](), 0, 0
@@ -245,8 +249,9 @@ class OpenVINOTarget:
         return results
 
     def _part(
-        self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths, wanted: NDArray[np.int64]
-    ) -> Part:
+        self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths,
+        wanted: NDArray[np.int64], *, split: bool,
+    ) -> Part:  # fmt: skip
         """Return rows for `tokens` at `depths` after the committed text.
 
         Every path gets its blocks, beginning with a copy of the text's last block. Raises
@@ -265,7 +270,7 @@ class OpenVINOTarget:
             copies = begun[[blocks.start - full for blocks in paths.ends[1:]]]
             self.model.copy_rows(int(begun[0]), copies, part)
         tables = [np.concatenate([text.blocks[:full], text.blocks[blocks]]) for blocks in paths.ends]
-        return Part(np.asarray(tokens, np.int64), text.length + depths, paths.rows, text.length, tables, wanted)
+        return Part(np.asarray(tokens, np.int64), text.length + depths, paths.rows, text.length, tables, wanted, split)
 
     def _hold(self, seq: SequenceId, blocks: int) -> None:
         """Own at least `blocks` blocks."""
@@ -285,9 +290,8 @@ class OpenVINOTarget:
 class _Paths:
     """The paths of a tree, or the single path of a prompt, after a text of `length` tokens."""
 
-    def __init__(self, rows: Sequence[NDArray[np.int64]], length: int, least: int) -> None:
-        # The rows of each path; a path shorter than `least` repeats its row.
-        self.rows = [path if len(path) >= least else np.repeat(path, least) for path in rows]
+    def __init__(self, rows: Sequence[NDArray[np.int64]], length: int) -> None:
+        self.rows = rows  # of each path
         self.ends: list[slice] = []  # each path's own part of the text's blocks, from the text's last block on
         full, part = divmod(length, BLOCK)
         at = full

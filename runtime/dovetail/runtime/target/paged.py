@@ -8,7 +8,7 @@ kv_heads, BLOCK, head_size], one key and one value per layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -29,7 +29,8 @@ from dovetail.runtime.target.graph import FEATURES, LOGITS, NODE_ROWS, PATH_ROWS
 decline_telemetry()  # the commands do so too, but an embedding program may not
 
 BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
-# For a single row, and for its attention, OpenVINO has other kernels. Their sums differ.
+# For a matrix of one row, and for the attention of a sequence of one row, OpenVINO has other kernels.
+# Their sums differ.
 ALONE, TOGETHER = 1, 2
 _ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 256 16-bit words
 
@@ -65,6 +66,20 @@ class Part:
     past: int  # tokens cached before each path
     tables: Sequence[BlockIds]  # each path's KV blocks
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
+    split: bool = False  # whether the attention takes each row of a path as a sequence, or the whole path
+
+    def sequences(self) -> Iterator[tuple[NDArray[np.int64], int, BlockIds]]:
+        """Yield the attention's sequences: rows, tokens before them, KV blocks.
+
+        A row may be a sequence that ends in it, because the plugin writes the KV of all rows before
+        it computes the attention of any.
+        """
+        for path, table in zip(self.paths, self.tables, strict=True):
+            if not self.split:
+                yield path, self.past, table
+                continue
+            for past, row in enumerate(path, self.past):
+                yield row[None], past, table[: past // BLOCK + 1]
 
 
 @dataclass(frozen=True)
@@ -82,15 +97,17 @@ class Batch:
     node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
 
     @classmethod
-    def of(cls, parts: Sequence[Part], rows: int, least: int) -> Batch:
+    def of(cls, parts: Sequence[Part], rows: int, least: int, surplus: Sequence[BlockIds] = ()) -> Batch:
         """Return one pass of `rows` rows for all parts. Surplus rows copy the last row.
 
         least: rows that the lm_head computes; `wanted` repeats its last row to have as many.
+        surplus: KV blocks for further sequences of one row and no context, which nobody reads.
         """
         starts = [0, *accumulate(len(part.tokens) for part in parts)]
         placed = list(zip(parts, starts, strict=False))
-        paths = [path + start for part, start in placed for path in part.paths]
-        tables = [table for part in parts for table in part.tables]
+        sequences = [(rows + start, past, table) for part, start in placed for rows, past, table in part.sequences()]
+        sequences += [(np.zeros(1, np.int64), 0, table) for table in surplus[len(sequences) :]]
+        paths, past, tables = zip(*sequences, strict=True)
         path_rows = np.concatenate(paths, dtype=np.int32, casting="same_kind")
         node_rows = np.zeros(rows, np.int32)
         node_rows[path_rows[::-1]] = np.arange(len(path_rows) - 1, -1, -1)  # the first copy of each row
@@ -98,7 +115,7 @@ class Batch:
         return cls(
             tokens=_filled(np.concatenate([part.tokens for part in parts]), rows),
             positions=_filled(np.concatenate([part.positions for part in parts]), rows),
-            past=np.array([part.past for part in parts for _ in part.paths], np.int32),
+            past=np.array(past, np.int32),
             begins=np.array([0, *accumulate(map(len, paths))], np.int32),
             blocks=np.concatenate(tables),
             block_begins=np.array([0, *accumulate(map(len, tables))], np.int32),
@@ -178,6 +195,7 @@ class PagedModel:
         self._inputs: dict[str, NDArray[Any]] = {}  # name -> value that the request is known to hold
         self._given: dict[str, NDArray[Any]] = {}  # name -> memory that the request points to
         self.pool = BlockPool()
+        self.surplus: list[BlockIds] = []  # for `Batch.of`: a block without a use for each thread
         self._groups = self._kv_groups()
         self._placed = False  # whether the request points to the memory of all groups
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
@@ -224,6 +242,11 @@ class PagedModel:
         self._placed = False
         self._groups = groups
         self.pool.grow(blocks)
+        if not self.surplus:
+            # With fewer sequences than threads the plugin shares the blocks of a row among threads, and
+            # adds in another order.
+            unused = self.pool.take(self.pool.new_owner(), 1)
+            self.surplus = [unused] * int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def _place(self) -> None:
         """Point the request to the memory of all groups."""
