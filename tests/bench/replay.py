@@ -240,9 +240,9 @@ class Clock:
     def __call__(self) -> float:
         return self.ms / 1e3
 
-    def verify(self, context: int, nodes: int, paths: int = 1) -> None:
+    def verify(self, context: int, nodes: int, copies: int = 0) -> None:
         self.ms += self.costs.target.at(context, nodes) + (nodes != self.width) * self.costs.switch_ms
-        self.ms += (paths - 1) * self.costs.path.at(context, 1)
+        self.ms += copies * self.costs.copy.at(context, 1)
         self.width = nodes
 
     def draft(self, context: int, rows: int) -> None:
@@ -298,7 +298,7 @@ class ReplayTarget:
     ) -> dict[int, TargetPass]:
         ((seq, tree),) = offers.items()
         nodes = len(tree)
-        self.clock.verify(self.held, max(rows, nodes), tree.path_counts[-1])
+        self.clock.verify(self.held, max(rows, nodes), tree.copies[-1])
         self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []

@@ -290,8 +290,8 @@ class Timed(ScriptedTarget):
 
     def verify(self, offers: Any, prompts: Any = NO_PROMPTS, *, rows: int = 0) -> Any:
         count = max(rows, sum(map(len, offers.values()))) + sum(map(len, prompts.values()))
-        paths = sum(tree.path_counts[-1] for tree in offers.values())
-        self.now[0] += (self.table.target.at(0, count) + max(paths - 1, 0) * self.table.path.at(0, 1)) / 1e3
+        copies = sum(tree.copies[-1] for tree in offers.values())
+        self.now[0] += (self.table.target.at(0, count) + copies * self.table.copy.at(0, 1)) / 1e3
         return super().verify(offers, prompts, rows=rows)
 
 

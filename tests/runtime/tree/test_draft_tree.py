@@ -179,14 +179,14 @@ def test_every_node_is_on_a_path_and_the_first_path_has_the_lowest_nodes(tree: D
     assert paths == sorted(paths)
     for path in paths:
         assert path[0] == 0 and tree.parents[path[1:]].tolist() == path[:-1] and path[-1] not in tree.parents
-    assert tree.path_counts[-1] == len(paths)
+    assert tree.copies[-1] == sum(map(len, paths)) - len(tree)
 
 
 @given(trees())
-def test_path_counts_are_those_of_the_best_nodes(tree: DraftTree) -> None:
+def test_copies_are_those_of_the_best_nodes(tree: DraftTree) -> None:
     tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
-    for nodes, count in enumerate(tree.path_counts, 1):
-        assert count == len(best_tree(tokens, parents, logprobs, nodes - 1).paths())
+    for nodes, count in enumerate(tree.copies, 1):
+        assert count == sum(map(len, best_tree(tokens, parents, logprobs, nodes - 1).paths())) - nodes
 
 
 @given(trees(), st.floats(0, 1))
@@ -194,7 +194,7 @@ def test_the_branches_that_are_kept_are_worth_most(tree: DraftTree, least: float
     """Against every set of paths."""
 
     def worth(each: DraftTree) -> float:
-        return each.expected_length - least * (each.path_counts[-1] - 1)
+        return each.expected_length - least * each.copies[-1]
 
     found = without_branches(tree, least)
     paths = tree.paths()

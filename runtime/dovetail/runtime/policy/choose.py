@@ -95,8 +95,7 @@ class Scheduler:
 
     def _plain_ms(self, plan: Plan) -> float:
         """Return the ms of a round that decodes every text plainly."""
-        pace = self.pace
-        return pace.target_ms(plan.context, plan.texts, plan.texts) + (plan.texts - 1) * pace.path_ms(plan.context)
+        return self.pace.target_ms(plan.context, plan.texts, plan.texts)
 
     # --- while the drafter's tree grows
 
@@ -122,7 +121,7 @@ class Scheduler:
 
     def choose(self, plan: Plan, forest: Forest) -> Choice:
         """Return the part of `forest` that is worth most to verify, and its width."""
-        least = self.pace.path_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
+        least = self.pace.copy_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
         offered = forest.map(lambda tree: without_branches(tree, least))
         some = (plan.draft or len(offered) > plan.texts) and not self._unknown(plan)
         worth = self._worth(plan, offered) if some else {plan.texts: 0.0}  # nothing to verify: plain
@@ -198,7 +197,7 @@ class Scheduler:
         rows = max(choice.width, len(forest))
         nodes = rows if rows > self.plain_rows else texts
         changed, self._width = self._width != nodes, nodes
-        extra_ms = (forest.path_counts[-1] - 1) * self.costs.path.at(context, 1) + changed * self.costs.switch_ms
+        extra_ms = forest.copies[-1] * self.costs.copy.at(context, 1) + changed * self.costs.switch_ms
         verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 

@@ -1,4 +1,4 @@
-"""The cost table: the times of passes and calls on this machine, by rows, paths and context.
+"""The cost table: the times of passes and calls on this machine, by rows, copies and context.
 
 Axes: C context lengths, R row counts, both ascending. Times are milliseconds. A pass never gets
 cheaper with more rows or more context. Isotonic regression (pool adjacent violators) changes the
@@ -76,7 +76,7 @@ class Costs:
 
     target: Curve  # verification of a chain, by nodes; 1 is plain decoding
     draft: Curve | None  # one call of the drafter, by rows; None without a drafter
-    path: Curve  # each further path of a tree, by context: the target computes its attention over the context
+    copy: Curve  # attention of a node of a tree for each path after the first that has the node, by context
     switch_ms: float = 0.0  # a pass takes longer after one of another width: OpenVINO prepares its kernels again
 
     def __post_init__(self) -> None:

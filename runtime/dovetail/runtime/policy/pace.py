@@ -22,7 +22,7 @@ class Pace:
     _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
     def target_ms(self, context: int, width: int, texts: int = 1) -> float:
-        """Return the ms of a pass of the target after a pass of the same width, further paths excluded."""
+        """Return the ms of a pass of the target after a pass of the same width, copies excluded."""
         # Of several texts, a width without a pass is as wrong in the table as their plain passes.
         known = width if texts == 1 or self.knows(width, texts) else texts
         alone = self._width[texts, known].value if (texts, known) in self._width else 1.0
@@ -32,14 +32,14 @@ class Pace:
         """Whether a pass of this width has been seen after another one of it."""
         return (texts, width) in self._width and self._width[texts, width].seen > 0
 
-    def path_ms(self, context: int) -> float:
-        """Return the ms that each further path of a tree adds to a pass."""
-        return self.costs.path.at(context, 1) * self._target.value
+    def copy_ms(self, context: int) -> float:
+        """Return the ms that each copy of a tree's node adds to a pass."""
+        return self.costs.copy.at(context, 1) * self._target.value
 
     def verify_ms(self, context: int, forest: Forest, width: int) -> float:
         """Return the ms of a pass of `width` nodes that verifies the best part of `forest`."""
-        paths = forest.path_counts[min(width, len(forest)) - 1] - 1
-        return self.target_ms(context, width, len(forest.trees)) + paths * self.path_ms(context)
+        copies = forest.copies[min(width, len(forest)) - 1]
+        return self.target_ms(context, width, len(forest.trees)) + copies * self.copy_ms(context)
 
     @property
     def switch_ms(self) -> float:
@@ -75,7 +75,7 @@ class Pace:
     ) -> float:
         """Learn from a pass of `width` nodes. Return `verify_ms`, limited by OUTLIER.
 
-        extra_ms: of further paths and of a change of width, by the cost table. changed: the last
+        extra_ms: of copies and of a change of width, by the cost table. changed: the last
         pass had another width. The slow first pass of a width must not decide whether drafting
         pays. The table is of one text alone: of several texts only passes tell.
         """

@@ -85,10 +85,10 @@ def to_paged(model: ov.Model) -> None:
     rows. `sampled_tokens_indices` [R] selects the rows that reach the lm_head: logits are [R, 1,
     V], while features stay [T, 1, D]. `path_rows` [A] names the row of T that each attention row
     copies. `node_rows` [T] names the attention row whose output each row of T takes. A node that
-    several paths share is thus one row everywhere except in the attention, where every path is a
-    causal sequence. Dovetail converts at every load. A saved paged IR loses runtime information
-    that the CPU plugin needs, and the operator's inputs change between releases. Raises ExportError
-    for a graph without attention that can be paged.
+    several paths share is thus one row everywhere except in the attention, where every path has a
+    copy. Dovetail converts at every load. A saved paged IR loses runtime information that the CPU
+    plugin needs, and the operator's inputs change between releases. Raises ExportError for a graph
+    without attention that can be paged.
     """
     from openvino._offline_transformations import paged_attention_transformation
 

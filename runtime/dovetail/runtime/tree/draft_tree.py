@@ -59,13 +59,19 @@ class DraftTree:
         return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
 
     @cached_property
-    def path_counts(self) -> list[int]:
-        """Number of paths from the root to a leaf among the best 1, 2, ... N nodes."""
-        parents, inner, counts, paths = self.parents.tolist(), set[int](), list[int](), 1
+    def copies(self) -> list[int]:
+        """Rows beyond one for each node, if every path of the best 1, 2, ... N nodes has rows of its own."""
+        parents, depths, inner, counts, copies = (
+            self.parents.tolist(),
+            self.depths().tolist(),
+            set[int](),
+            list[int](),
+            0,
+        )
         for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
-            paths += parents[node] in inner  # only a first child adds no path
+            copies += depths[node] * (parents[node] in inner)  # a first child goes on with its parent's path
             inner.add(parents[node])
-            counts.append(paths)
+            counts.append(copies)
         return counts
 
     @property
@@ -125,18 +131,18 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
 
 
 def without_branches(tree: DraftTree, least: float) -> DraftTree:
-    """Return `tree` without branches that are expected to give fewer than `least` tokens.
+    """Return `tree` without branches that are expected to give fewer than `least` tokens for each row they copy.
 
-    The best child of each node always stays. A branch costs one more path. Even a short path costs
-    attention over the whole context. Source: dynamic programming from the leaves.
+    The best child of each node always stays. A further child begins a path, which copies the nodes
+    before it. Source: dynamic programming from the leaves.
     """
-    parents = tree.parents.tolist()
+    parents, depths = tree.parents.tolist(), tree.depths().tolist()
     worth = [exp(logprob) for logprob in tree.logprobs.tolist()]
     children: list[list[int]] = [[] for _ in parents]
     for node in range(len(parents) - 1, -1, -1):
-        ranked = sorted(children[node], key=lambda child: -worth[child])
-        children[node] = ranked[:1] + [child for child in ranked[1:] if worth[child] > least]
-        worth[node] += sum(worth[child] for child in children[node]) - least * max(len(children[node]) - 1, 0)
+        ranked, price = sorted(children[node], key=lambda child: -worth[child]), least * (depths[node] + 1)
+        children[node] = ranked[:1] + [child for child in ranked[1:] if worth[child] > price]
+        worth[node] += sum(worth[child] for child in children[node]) - price * max(len(children[node]) - 1, 0)
         if node:
             children[parents[node]].append(node)
     kept, pending = list[int](), [0]

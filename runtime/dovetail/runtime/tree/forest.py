@@ -37,17 +37,18 @@ class Forest:
         return self.expected_lengths[-1]
 
     @cached_property
-    def path_counts(self) -> list[int]:
-        """Number of paths from a root to a leaf among the best 1, 2, ... N nodes."""
+    def copies(self) -> list[int]:
+        """Rows beyond one for each node, if every path of the best 1, 2, ... N nodes has rows of its own."""
         if len(self.trees) == 1:
-            return self.trees[0].path_counts
-        counts, paths, inner = list[int](), 0, set[tuple[int, int]]()
-        parents = [tree.parents.tolist() for tree in self.trees]
+            return self.trees[0].copies
+        counts, copies, inner = list[int](), 0, set[tuple[int, int]]()
+        trees = [(tree.parents.tolist(), tree.depths().tolist()) for tree in self.trees]
         for _, text, node in self._ranked:
-            parent = text, parents[text][node]
-            paths += node == 0 or parent in inner  # a first child adds no path
+            parents, depths = trees[text]
+            parent = text, parents[node]
+            copies += depths[node] * (parent in inner)  # a first child goes on with its parent's path
             inner.add(parent)
-            counts.append(paths)
+            counts.append(copies)
         return counts
 
     @cached_property

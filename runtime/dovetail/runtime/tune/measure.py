@@ -32,7 +32,7 @@ from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.exactness import largest_difference
-from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ QUICK_SECONDS = 4.0
 FEW = {*WIDTHS, CHUNK}  # sizes to measure when time is short
 SAMPLES = 2  # least number of times for each point
 LEAST_MS = 1e-3  # least time of a path, where noise hides the true time
-FORK = 12  # nodes of the tree that times further paths, compared with a chain of FORK nodes
+FORK = 12  # nodes of the tree that times copies, compared with a chain of FORK nodes
 PATHS = 5  # paths of that tree
 
-Engine = Literal["target", "path", "draft"]  # "path" is the target's pass over a tree of several paths
+Engine = Literal["target", "copy", "draft"]  # "copy" is the target's pass over a tree of several paths
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 
 
@@ -119,7 +119,7 @@ def measure(
     contexts = [context for context in _ascending("contexts", contexts, 0) if context <= room] or [room]
     every: Sizes = {
         "target": _ascending("widths", widths, 1),
-        "path": [FORK],
+        "copy": [FORK],
     }
     if drafter:
         every["draft"] = [rows for rows in ROWS if rows <= drafter.capacity]
@@ -198,7 +198,7 @@ class _Stopwatch:
             self.drafter.pretend_length(self.seq, min(point.context, self.drafter.capacity - point.size))
             return self.drafter.time_pass(self.seq, point.size, clock=perf_counter)
         self.target.pretend_length(self.seq, point.context)
-        paths = PATHS if point.engine == "path" else 1
+        paths = PATHS if point.engine == "copy" else 1
         return self.target.time_pass(self.seq, point.size, paths=paths, clock=perf_counter)
 
     def sampled(self, points: Sequence[_Point]) -> float:
@@ -213,12 +213,13 @@ class _Stopwatch:
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(self.contexts)
 
     def costs(self, sizes: Sizes) -> Costs:
-        """Return the medians. A path costs a tree's time less a chain's of its size."""
+        """Return the medians. Copies cost a tree's time less a chain's of its size."""
         target = self.curve("target", sizes["target"])
-        forks = [median(self.times[_Point("path", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
-        path = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / (PATHS - 1), LEAST_MS))
+        forks = [median(self.times[_Point("copy", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
+        copies = timed_tree(FORK, PATHS).copies[-1]
+        copy = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / copies, LEAST_MS))
         draft = self.curve("draft", sizes["draft"]) if self.drafter else None
-        return Costs(target, draft, path, max(0.0, median(self.switches)))
+        return Costs(target, draft, copy, max(0.0, median(self.switches)))
 
     def curve(self, engine: Engine, sizes: Sequence[int]) -> Curve:
         """Return the medians as a curve that never falls."""
