@@ -3,8 +3,8 @@
     python tests/bench/load.py PAIR PROMPTS.jsonl ... --out load.json --python PEERS/bin/python --gguf MODEL-Q8_0.gguf
 
 PEERS is an environment with openvino-genai and xllamacpp; leave --python out for Dovetail alone.  For each number of
-users every engine answers the same prompts, in an order that rotates; only one works at a time.  A kept measurement in
---out is not repeated.
+users every engine answers the same prompts, a part of them at a time, in an order that rotates; only one works at a
+time.  A number of users that --out has is not measured again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import cycle, islice, zip_longest
 from pathlib import Path
@@ -28,6 +29,7 @@ from dovetail.runtime.text.prompts import read_prompts
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("load_worker.py")
+Row = dict[str, Any]  # the answers of an engine to a part of the prompts
 OURS, PEERS, LLAMA = ("dovetail", "dovetail, no drafts"), ("openvino-genai",), "llama.cpp"
 WARM_UP = 16  # tokens
 
@@ -40,11 +42,11 @@ WARM_UP = 16  # tokens
 @click.option("--users", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
 @click.option("--requests", type=int, default=64, show_default=True, help="For each number of users.")
 @click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True)
-@click.option("--repeats", type=int, default=1, show_default=True, help="Measurements of each engine and load.")
+@click.option("--parts", type=int, default=4, show_default=True, help="Of the requests; engines take turns after each.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     pair: Path, tasks: tuple[Path, ...], peers: str | None, gguf: Path | None, users: tuple[int, ...], requests: int,
-    max_new_tokens: int, repeats: int, out: Path,
+    max_new_tokens: int, parts: int, out: Path,
 ) -> None:  # fmt: skip
     """Measure and print a Markdown table."""
     tokenizer = Tokenizer.from_folder(pair / "target")
@@ -54,52 +56,68 @@ def main(
     asked = [[*tokenizer.encode_chat([{"role": "user", "content": text}])] for text in texts]
     prompts, first = asked[:requests], asked[requests:]  # others first, so that no engine finds a prompt in its cache
     names = [*OURS, *(PEERS if peers else ()), *((LLAMA,) if peers and gguf else ())]
-    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
-    known = {(row["engine"], row["users"], row["repeat"]) for row in rows}
-    for repeat in range(repeats):
-        for count in users:
-            for index in range(len(names)):
-                name = names[(index + repeat) % len(names)]
-                if (name, count, repeat) in known:
-                    continue
+    rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
+    for count in users:
+        if any(row["users"] == count for row in rows):
+            continue
+        with ExitStack() as stack:
+            engines = {}
+            for name in names:
                 python = sys.executable if name in OURS or not peers else peers
                 model = gguf if name == LLAMA and gguf else pair
-                result = measured(python, name, model, first[: 2 * count], prompts, count, max_new_tokens)
-                rows.append({"engine": name, "users": count, "repeat": repeat, **result})
-                click.echo(f"{name}, {count} users: {rate(rows[-1]):.1f} tokens/s", err=True)
-                save(out, rows)
+                engines[name] = stack.enter_context(Engine(python, name, model, count))
+            for engine in engines.values():
+                engine.ask(first[: 2 * count], WARM_UP)
+            size = -(-requests // parts)
+            for index in range(parts):
+                for turn in range(len(names)):
+                    name = names[(turn + index) % len(names)]
+                    result = engines[name].ask(prompts[index * size : (index + 1) * size], max_new_tokens)
+                    rows.append({"engine": name, "users": count, "part": index, **result})
+                    click.echo(f"{name}, {count} users: {rate(rows[-1]):.1f} tokens/s", err=True)
+        save(out, rows)
     click.echo(table(rows, names, users))
 
 
-def measured(
-    python: str, engine: str, model: Path, first: list[list[int]], prompts: list[list[int]], users: int, count: int
-) -> dict[str, Any]:
-    """Start an engine, warm it up, and return its answers and their seconds. Raises InputError."""
-    command = [python, str(WORKER), engine, str(model), str(users)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdin and process.stdout
-        results = []
-        for asked, new in ((None, 0), (first, WARM_UP), (prompts, count)):
-            if asked is not None:
-                request = {"prompts": asked, "users": users, "max_new_tokens": new}
-                print(json.dumps(request), file=process.stdin, flush=True)
-            line = process.stdout.readline()
-            if not line:
-                raise InputError(f"{engine} ended: run {shlex.join(command)} by hand to see why")
-            results.append(json.loads(line))
-        process.stdin.close()
-    return dict(results[-1])
+class Engine:
+    """An engine in a process of its own, for a `with` block. Raises InputError if it ends early."""
+
+    def __init__(self, python: str, name: str, model: Path, users: int) -> None:
+        self.name, self.users = name, users
+        self._command = [python, str(WORKER), name, str(model), str(users)]
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def __enter__(self) -> Engine:
+        self._line()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def ask(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
+        """Return the answers of up to `count` tokens, and their seconds."""
+        assert self._process.stdin
+        request = {"prompts": prompts, "users": self.users, "max_new_tokens": count}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._line()
+
+    def _line(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise InputError(f"{self.name} ended: run {shlex.join(self._command)} by hand to see why")
+        return dict(json.loads(line))
 
 
-def rate(row: dict[str, Any]) -> float:
+def rate(row: Row) -> float:
     """Tokens per second of all users together."""
     return float(sum(answer["count"] for answer in row["answers"]) / row["seconds"])
 
 
-def table(rows: list[dict[str, Any]], names: list[str], users: tuple[int, ...]) -> str:
-    """Medians over repeats; ratios against Dovetail without drafts."""
+def table(rows: list[Row], names: list[str], users: tuple[int, ...]) -> str:
+    """Medians over parts; ratios are paired with Dovetail's answers without drafts to the same prompts."""
     lines = [
         "| users | engine | tokens/s | to no drafts | first token p50 / p95, ms | between p50 / p95, ms | same text |",
         "|--:|---|--:|--:|--:|--:|--:|",
@@ -113,16 +131,17 @@ def table(rows: list[dict[str, Any]], names: list[str], users: tuple[int, ...]) 
             answers = [answer for row in own for answer in row["answers"]]
             first = [answer["first_ms"] for answer in answers]
             between = [each for answer in answers for each in answer["between_ms"]]
+            both = [*zip(own, plain, strict=True)]
             pairs = [
                 (answer["tokens"], other["tokens"])
-                for row, base in zip(own, plain, strict=False)
+                for row, base in both
                 for answer, other in zip(row["answers"], base["answers"], strict=True)
             ]
             same = sum(mine == other for mine, other in pairs)
-            speed, base_speed = median(map(rate, own)), median(map(rate, plain))
+            ratio = median(rate(row) / rate(base) for row, base in both)
             lines.append(
-                f"| {count} | {name} | {speed:.1f} | {speed / base_speed:.2f}x | {spread(first)} | {spread(between)} | "
-                f"{f'{same} of {len(pairs)}' if name != LLAMA else '-'} |"
+                f"| {count} | {name} | {median(map(rate, own)):.1f} | {ratio:.2f}x | {spread(first)} | "
+                f"{spread(between)} | {f'{same} of {len(pairs)}' if name != LLAMA else '-'} |"
             )
     return "\n".join(lines)
 
@@ -134,7 +153,7 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.0f} / {quantiles(values, n=20)[-1]:.0f}"
 
 
-def save(out: Path, rows: list[dict[str, Any]]) -> None:
+def save(out: Path, rows: list[Row]) -> None:
     facts = {
         "rows": rows, "machine": machine.describe(), "versions": machine.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv),

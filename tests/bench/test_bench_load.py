@@ -19,12 +19,15 @@ def test_users_are_answered_by_an_engine_of_their_own_process(
 ) -> None:
     load = bench_script("load")
     prompts = [[5, 6, 7 + index] for index in range(5)]
-    result = load.measured(sys.executable, "dovetail", tiny_full_pair, prompts[:3], prompts, 2, 6)
+    with load.Engine(sys.executable, "dovetail", tiny_full_pair, 2) as engine:
+        engine.ask(prompts[:3], 2)
+        result = engine.ask(prompts, 6)
     assert [answer["count"] for answer in result["answers"]] == [len(each["tokens"]) for each in result["answers"]]
     assert len(result["answers"]) == 5
     assert all(0 < answer["count"] <= 6 and answer["first_ms"] > 0 for answer in result["answers"])
-    with pytest.raises(InputError, match=r"run .* by hand to see why"):
-        load.measured(sys.executable, "dovetail", tiny_full_pair / "absent", prompts[:3], prompts, 2, 6)
+    absent = load.Engine(sys.executable, "dovetail", tiny_full_pair / "absent", 2)
+    with pytest.raises(InputError, match=r"run .* by hand to see why"), absent:
+        pass
 
 
 def test_the_table_compares_loads_with_the_same_server_without_drafts(
@@ -34,7 +37,7 @@ def test_the_table_compares_loads_with_the_same_server_without_drafts(
 
     def row(engine: str, seconds: float, last: int) -> dict[str, object]:
         answer = {"count": 4, "first_ms": 50.0, "between_ms": [10.0, 20.0, 30.0], "tokens": [1, 2, 3, last]}
-        return {"engine": engine, "users": 4, "repeat": 0, "seconds": seconds, "answers": [answer] * 10}
+        return {"engine": engine, "users": 4, "part": 0, "seconds": seconds, "answers": [answer] * 10}
 
     rows = [row("dovetail", 2.0, 4), row("dovetail, no drafts", 4.0, 4), row("openvino-genai", 5.0, 9)]
     assert load.table(rows, [each["engine"] for each in rows], (1, 4)).splitlines()[2:] == [
