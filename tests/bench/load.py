@@ -107,6 +107,7 @@ class Engine:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
+            self._process.communicate()
             raise InputError(f"{self.name} ended: run {shlex.join(self._command)} by hand to see why")
         return dict(json.loads(line))
 
