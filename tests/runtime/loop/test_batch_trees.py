@@ -264,14 +264,27 @@ def test_a_wrong_table_of_costs_makes_no_load_slower(texts: int, kind: str, node
     assert gain(texts, kind, costs(node_ms=node_ms), costs(plain_ms=400.0, node_ms=0.1, call_ms=10.0)) > 0.95
 
 
-def gain(texts: int, kind: str, table: Costs, believed: Costs) -> float:
-    """Return how many times as fast as plain decoding. table: of passes and calls. believed: the policy's."""
+@pytest.mark.parametrize(("texts", "node_ms"), [(2, 5.0), (4, 2.0)])
+def test_a_busy_moment_at_first_makes_no_load_slower(texts: int, node_ms: float) -> None:
+    """The first passes, which are plain, take three times as long as later ones."""
+    table = costs(node_ms=node_ms)
+    assert gain(texts, "some", table, table, busy=3) > 0.97
+
+
+def gain(texts: int, kind: str, table: Costs, believed: Costs, busy: int = 0) -> float:
+    """Return how many times as fast as plain decoding.
+
+    table: of passes and calls. believed: the policy's. busy: the first passes, which take three times as long.
+    """
     seconds = []
     for limits in (replace(BOUNDS, lookup=0), None):
         now = [0.0]
         target = Timed(MarkovLogits(VOCAB, sharpness=40.0), table, now)
-        new_drafter = TimedDrafter.copy_of if kind == "copy" else TimedDrafter.hostile_to
-        drafter = new_drafter(target.logits_of)
+        target.busy = busy
+        drafter = {
+            "copy": TimedDrafter.copy_of, "some": partial(TimedDrafter.copy_of, noise=4.0),
+            "hostile": TimedDrafter.hostile_to,
+        }[kind](target.logits_of)  # fmt: skip
         assert isinstance(drafter, TimedDrafter)
         drafter.table, drafter.now = table, now
         policy = Scheduler(believed)
@@ -286,12 +299,14 @@ def gain(texts: int, kind: str, table: Costs, believed: Costs) -> float:
 class Timed(ScriptedTarget):
     def __init__(self, logits: Any, table: Costs, now: list[float]) -> None:
         super().__init__(logits)
-        self.table, self.now = table, now
+        self.table, self.now, self.busy = table, now, 0
 
     def verify(self, offers: Any, prompts: Any = NO_PROMPTS, *, rows: int = 0) -> Any:
         count = max(rows, sum(map(len, offers.values()))) + sum(map(len, prompts.values()))
         copies = sum(tree.copies[-1] for tree in offers.values())
-        self.now[0] += (self.table.target.at(0, count) + copies * self.table.copy.at(0, 1)) / 1e3
+        ms = self.table.target.at(0, count) + copies * self.table.copy.at(0, 1)
+        self.now[0] += (3 if self.busy > 0 else 1) * ms / 1e3
+        self.busy -= 1
         return super().verify(offers, prompts, rows=rows)
 
 

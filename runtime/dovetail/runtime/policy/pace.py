@@ -9,6 +9,8 @@ from dovetail.runtime.policy.estimates import PRIOR, Estimate
 from dovetail.runtime.tree.forest import Forest
 
 OUTLIER = 3.0  # a longer time counts as this multiple of the expected time: tests of machines that stall
+MANY_HALF_LIFE = 8.0  # rounds of several texts after which a pass counts half: the test of a busy moment
+KNOWN = 1 / 16  # weight of the passes of several texts, below which they are too old: of one, after 32 rounds
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Pace:
         return self.costs.target.at(context, width) * self._target.value * alone
 
     def knows(self, width: int, texts: int) -> bool:
-        """Whether a pass of this width has been seen after another one of it."""
-        return (texts, width) in self._width and self._width[texts, width].seen > 0
+        """Whether a pass of this width has lately been seen after another one of it."""
+        return (texts, width) in self._width and self._width[texts, width].seen >= (KNOWN if texts > 1 else 0)
 
     def copy_ms(self, context: int) -> float:
         """Return the ms that each copy of a tree's node adds to a pass."""
@@ -79,16 +81,21 @@ class Pace:
         pass had another width. The slow first pass of a width must not decide whether drafting
         pays. The table is of one text alone: of several texts only passes tell.
         """
-        alone, target = (
-            self._width.setdefault((texts, width), Estimate(1.0, PRIOR if texts == 1 else 0.0)),
-            self._target,
-        )
-        new = texts > 1 and not alone.seen
+        target = self._target
+        if texts == 1:
+            alone = self._width.setdefault((1, width), Estimate(1.0, PRIOR))
+        else:
+            alone = self._width.setdefault((texts, width), Estimate(1.0, 0.0, MANY_HALF_LIFE))
+            for (many, _), each in self._width.items():
+                if many == texts:
+                    each.fade()
+        new = texts > 1 and not self.knows(width, texts)
         if not new:
             verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width, texts) + extra_ms * target.value))
         ratio = verify_ms / (self.costs.target.at(context, width) + extra_ms)
         if not changed:
-            alone.fade()
+            if texts == 1:
+                alone.fade()
             alone.add(ratio / target.value)
         if not new:
             target.fade()
