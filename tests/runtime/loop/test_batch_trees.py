@@ -281,10 +281,10 @@ def gain(texts: int, kind: str, table: Costs, believed: Costs, busy: int = 0) ->
         now = [0.0]
         target = Timed(MarkovLogits(VOCAB, sharpness=40.0), table, now)
         target.busy = busy
-        drafter = {
-            "copy": TimedDrafter.copy_of, "some": partial(TimedDrafter.copy_of, noise=4.0),
-            "hostile": TimedDrafter.hostile_to,
-        }[kind](target.logits_of)  # fmt: skip
+        if kind == "hostile":
+            drafter = TimedDrafter.hostile_to(target.logits_of)
+        else:
+            drafter = TimedDrafter.copy_of(target.logits_of, noise=4.0 if kind == "some" else 0.0)
         assert isinstance(drafter, TimedDrafter)
         drafter.table, drafter.now = table, now
         policy = Scheduler(believed)
