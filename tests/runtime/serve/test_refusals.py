@@ -73,6 +73,15 @@ def test_a_field_that_cannot_be_used(parrot: Any, fields: dict[str, Any], param:
     assert error["param"] == param, error
 
 
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""]])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_an_empty_stop_string(parrot: Any, path: str, stop: Any) -> None:
+    prompt = {"prompt": "abc"} if path == "/v1/completions" else SAY
+    error = error_of(parrot.post(path, {**prompt, "stop": stop}))
+    assert error["param"] == "stop"
+    assert error["message"] == "stop: an empty text cannot end an answer: leave it out"
+
+
 def test_hints_of_openais_clients_are_taken(parrot: Any) -> None:
     hints = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": None}
     assert chat(parrot, **hints).status_code == 200

@@ -88,5 +88,5 @@ def _invalid(error: RequestValidationError) -> ApiError:
     param = shown(".".join(place), 100) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"the field {param} is unknown: leave it out", param=param, code="unknown_parameter")
-    message = shown(str(first["msg"]), 300)
+    message = shown(str(first["msg"]).removeprefix("Value error, "), 300)  # pydantic's, before our own words
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from dovetail.runtime.system.bounds import SEED_MOST, TOKEN_MOST
 
@@ -103,6 +103,14 @@ class Choices(Sampling):
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=64)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _check_stop(cls, value: Any) -> Any:
+        """Refuse empty texts here: pydantic would say that the list is no text."""
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("an empty text cannot end an answer: leave it out")
+        return value
 
 
 class SchemaFormat(Body):
