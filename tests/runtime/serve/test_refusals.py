@@ -124,6 +124,33 @@ def test_a_body_that_is_no_request(parrot: Any, path: str, content: bytes) -> No
     error_of(reply)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        '"temperature": %s', '"seed": %s', '"metadata": {"a": [%s]}', '"chat_template_kwargs": {"a": %s}',
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"minimum": %s}}}]',
+        '"messages": [{"role": "assistant", "tool_calls": [{"function": '
+        '{"name": "f", "arguments": "{\\"a\\": %s}"}}]}]',
+        '"messages": [{"role": "user", "content": "hi", "more": %s}]',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_number_that_is_not_finite(parrot: Any, path: str, place: str, number: str) -> None:
+    rest = "" if "messages" in place else ', "messages": [{"role": "user", "content": "hi"}]'
+    content = "{" + place % number + rest + "}"
+    reply = parrot.post(path, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    assert f"{number} is no finite number" in error_of(reply)["message"]
+
+
+def test_arguments_of_a_response_that_are_not_finite(parrot: Any) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1e999}'}
+    reply = parrot.post("/v1/responses", {"input": [call]})
+    assert reply.status_code == 400, reply.text
+    assert "1e999 is no finite number" in error_of(reply)["message"]
+
+
 def test_a_body_of_another_type(parrot: Any) -> None:
     reply = parrot.post("/v1/chat/completions", content=json.dumps(SAY), headers={"content-type": "text/plain"})
     assert reply.status_code == 400
