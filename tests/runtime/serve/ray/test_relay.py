@@ -114,6 +114,18 @@ def test_full_replicas_are_429() -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
 
 
+def test_health_asks_no_replica(here: Here) -> None:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(Relay(here, 10_000)), base_url="http://relay"
+        ) as client:
+            return await client.get("/health")
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+    assert here.sessions == []
+
+
 def test_refusals_of_a_replica_come_through(here: Here) -> None:
     assert post(here, **say("figs", temprature=1)).json()["error"]["param"] == "temprature"
     assert post(here, "/v1/nothing").status_code == 404

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail.runtime.errors import QueueFull
@@ -48,7 +49,7 @@ class Relay:
     """An ASGI application that hands requests to replicas. most_bytes: of a body.
 
     A request that is lost with its replica before the first byte of its reply goes to another
-    replica. No client gets parts of two replies.
+    replica. No client gets parts of two replies. GET /health is answered here: Ray watches replicas.
     """
 
     def __init__(self, replicas: Replicas, most_bytes: int) -> None:
@@ -56,6 +57,9 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            return
+        if scope["path"] == "/health" and scope["method"] == "GET":  # a full queue is no failure
+            await JSONResponse({"status": "ok"})(scope, receive, send)
             return
         try:
             asked = await self._read(Request(scope, receive))
