@@ -82,6 +82,17 @@ def test_an_empty_stop_string(parrot: Any, path: str, stop: Any) -> None:
     assert error["message"] == "stop: an empty text cannot end an answer: leave it out"
 
 
+@pytest.mark.parametrize("stream", [{}, {"stream": None}, {"stream": False}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_stream_options_without_a_stream(parrot: Any, path: str, stream: dict[str, Any]) -> None:
+    prompt = {"/v1/completions": {"prompt": "abc"}, "/v1/responses": {"input": "say hi"}}.get(path, SAY)
+    reply = parrot.post(path, {**prompt, **stream, "stream_options": {"include_obfuscation": False}})
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)["message"] == "stream_options: needs stream: true"
+    reply = parrot.post(path, {**prompt, **stream, "stream_options": None})
+    assert reply.status_code == 200, reply.text
+
+
 def test_hints_of_openais_clients_are_taken(parrot: Any) -> None:
     hints = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": None}
     assert chat(parrot, **hints).status_code == 200
