@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from dovetail.runtime.front import MOST_WIDTH
 from dovetail.runtime.system.bounds import SEED_MOST, TOKEN_MOST
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -60,7 +61,7 @@ class Hints(Body):
 class Tree(Body):
     """Limits of every tree of an answer: fields of TreeLimits."""
 
-    width: int | None = Field(None, ge=1, le=64)
+    width: int | None = Field(None, ge=1, le=MOST_WIDTH)
     depth: int | None = Field(None, ge=0, le=64)
     top_k: int | None = Field(None, ge=1, le=64)
     lookup: int | None = Field(None, ge=0, le=64)
