@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -201,6 +203,27 @@ def test_a_body_of_unknown_size_is_cut_off(serve: Callable[..., Any]) -> None:
     reply = server.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
     assert reply.status_code == 413
     error_of(reply)
+
+
+def test_a_body_that_comes_byte_by_byte_is_cut_off(parrot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.runtime.serve.body.BODY_S", 0.5, raising=False)
+    host, port = parrot.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=0.05) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 500\r\n\r\n"
+        )
+        answer, end = b"", time.monotonic() + 5
+        while not answer and time.monotonic() < end:
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(10_000)
+        connection.settimeout(5)
+        while part := connection.recv(10_000):  # up to the end of the connection
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
 def test_a_large_body_for_no_route(serve: Callable[..., Any]) -> None:

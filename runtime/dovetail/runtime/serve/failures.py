@@ -14,7 +14,10 @@ from dovetail.runtime.system.files import shown
 
 NEVER_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients read this header
 _SOON = {"retry-after": "1"}
-_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_CODES = {
+    401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout",
+    413: "request_too_large",
+}  # fmt: skip
 
 
 class ApiError(HTTPException):

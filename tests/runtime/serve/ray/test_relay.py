@@ -137,6 +137,27 @@ def test_a_large_body_reaches_no_replica(here: Here) -> None:
     assert here.sessions == []
 
 
+def test_a_slow_body_reaches_no_replica(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.runtime.serve.body.BODY_S", 0.2, raising=False)
+
+    async def ask() -> None:
+        sent = list[Message]()
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.01)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": []}
+        await asyncio.wait_for(Relay(here, 10_000)(scope, receive, send), 5)
+        assert sent[0]["status"] == 408
+
+    asyncio.run(ask())
+    assert here.sessions == []
+
+
 def test_a_client_that_leaves_frees_the_replica(here: Here) -> None:
     async def ask_and_leave() -> None:
         sent, incoming = list[Message](), asyncio.Queue[Message]()

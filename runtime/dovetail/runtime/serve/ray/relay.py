@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail.runtime.errors import QueueFull
+from dovetail.runtime.serve.body import read_body
 from dovetail.runtime.serve.failures import ApiError, body, failed, reply
 from dovetail.runtime.serve.ray.session import session_of
 from dovetail.runtime.serve.replies import event
@@ -82,14 +83,9 @@ class Relay:
         """Return the whole request. Raises ApiError, ClientDisconnect."""
         if request.url.path == "/metrics":
             raise NO_METRICS
-        parts, size = list[bytes](), 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > self._most:
-                raise ApiError(413, f"the body is larger than {self._most} bytes: send a shorter prompt")
+        content = await read_body(request, self._most)
         scope = request.scope
-        return Asked(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), b"".join(parts))
+        return Asked(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), content)
 
     async def _answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         session = session_of(Headers(raw=list(asked.headers)), asked.body)
