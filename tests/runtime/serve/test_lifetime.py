@@ -80,7 +80,7 @@ def test_an_upload_that_never_ends_does_not_keep_the_server(
     server = serve()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{")
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n{")
         assert server.post("/v1/chat/completions", SHORT).status_code == 200
         server.server.handle_exit(15, None)
         server.thread.join(60)

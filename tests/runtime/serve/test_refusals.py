@@ -294,6 +294,25 @@ def test_web_pages_are_refused_by_default(parrot: Any, serve: Callable[..., Any]
         assert refused.headers["access-control-allow-origin"] == "http://page.example"
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/nothing"])
+@pytest.mark.parametrize(
+    "host", ["page.example", "page.example:80", "127.0.0.1.page.example", "10.0.0.1", "[::2]:1", ""]
+)
+def test_a_host_header_of_another_server(parrot: Any, path: str, host: str) -> None:
+    with parrot.http() as client:
+        reply = client.get(path, headers={"host": host})
+    assert (reply.status_code, error_of(reply)["code"]) == (403, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8080", "a.localhost", "127.0.0.1:1", "127.8.8.8", "[::1]:80", "my-box:8080", "My-Box"],
+)
+def test_a_host_header_of_this_machine(serve: Callable[..., Any], host: str) -> None:
+    with serve(local="My-box").http() as client:
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
 def test_a_request_that_is_no_http(parrot: Any) -> None:
     host, port = parrot.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
