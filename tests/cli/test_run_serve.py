@@ -133,3 +133,10 @@ def test_a_second_signal_ends_at_once(pair: Path) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130
+
+
+@pytest.mark.parametrize(("host", "status"), [("127.0.0.1", 403), ("localhost", 403), ("0.0.0.0", 200)])
+def test_a_loopback_address_refuses_other_names(pair: Path, host: str, status: int) -> None:
+    with served(pair, "--host", host) as (_, client):
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models", headers={"host": "page.example"}).status_code == status

@@ -142,12 +142,17 @@ class Running:
 
 @contextmanager
 def running(
-    *, limits: Limits | None = None, api_key: str | None = None, cors: tuple[str, ...] = (), **engine: Any
+    *,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    cors: tuple[str, ...] = (),
+    local: str | None = "127.0.0.1",
+    **engine: Any,
 ) -> Iterator[Running]:
     """Serve until the end of the block; then every answer must be over."""
     service = Service(make_engine(**engine), "parrot", limits or Limits())
     bound = bind("127.0.0.1", 0)
-    server = Server(make_app(service, api_key=api_key, cors=cors), service)
+    server = Server(make_app(service, api_key=api_key, cors=cors, local=local), service)
     thread = threading.Thread(target=lambda: asyncio.run(server.run_engine(bound)))
     thread.start()
     found = Running(f"http://127.0.0.1:{bound.getsockname()[1]}", service, server, thread)

@@ -80,7 +80,7 @@ def test_an_upload_that_never_ends_does_not_keep_the_server(
     server = serve()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{")
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 500\r\n\r\n{")
         assert server.post("/v1/chat/completions", SHORT).status_code == 200
         server.server.handle_exit(15, None)
         server.thread.join(60)
@@ -109,18 +109,26 @@ def test_a_request_that_is_read_while_the_server_drains(serve: Callable[..., Any
 
 
 def test_a_second_signal_ends_at_once(serve: Callable[..., Any]) -> None:
-    server = serve()
+    server = serve(slots=1)
     replies = list[Any]()
-    asking = threading.Thread(target=lambda: replies.append(server.post("/v1/chat/completions", SLOW)))
-    asking.start()
-    server.until(lambda: busy(server))
+    bodies = [SLOW, {**SLOW, "stream": True}, SLOW]  # one runs, and two wait
+    asking = [
+        threading.Thread(target=lambda body=body: replies.append(server.post("/v1/chat/completions", body)))
+        for body in bodies
+    ]
+    for thread in asking:
+        thread.start()
+    server.until(lambda: server.service.engine.stats().running + server.service.engine.stats().waiting == 3)
     server.server.handle_exit(15, None)
     server.server.handle_exit(15, None)
     server.thread.join(60)
     assert not server.thread.is_alive()
-    asking.join(60)
-    assert replies[0].status_code == 500
-    assert "closed" in replies[0].json()["error"]["message"]
+    for thread in asking:
+        thread.join(60)
+    assert sorted(reply.status_code for reply in replies) == [200, 503, 503]  # the stream has begun
+    for reply in replies:
+        last = reply.text.strip().splitlines()[-3] if reply.status_code == 200 else reply.text
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down", reply.text
 
 
 def test_metrics_count_each_end(serve: Callable[..., Any]) -> None:

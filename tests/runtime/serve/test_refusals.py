@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -73,6 +75,26 @@ def test_a_field_that_cannot_be_used(parrot: Any, fields: dict[str, Any], param:
     assert error["param"] == param, error
 
 
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""]])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_an_empty_stop_string(parrot: Any, path: str, stop: Any) -> None:
+    prompt = {"prompt": "abc"} if path == "/v1/completions" else SAY
+    error = error_of(parrot.post(path, {**prompt, "stop": stop}))
+    assert error["param"] == "stop"
+    assert error["message"] == "stop: an empty text cannot end an answer: leave it out"
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": None}, {"stream": False}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_stream_options_without_a_stream(parrot: Any, path: str, stream: dict[str, Any]) -> None:
+    prompt = {"/v1/completions": {"prompt": "abc"}, "/v1/responses": {"input": "say hi"}}.get(path, SAY)
+    reply = parrot.post(path, {**prompt, **stream, "stream_options": {"include_obfuscation": False}})
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)["message"] == "stream_options: needs stream: true"
+    reply = parrot.post(path, {**prompt, **stream, "stream_options": None})
+    assert reply.status_code == 200, reply.text
+
+
 def test_hints_of_openais_clients_are_taken(parrot: Any) -> None:
     hints = {"user": "me", "metadata": {"a": "b"}, "service_tier": "auto", "store": False, "prediction": None}
     assert chat(parrot, **hints).status_code == 200
@@ -115,6 +137,33 @@ def test_a_body_that_is_no_request(parrot: Any, path: str, content: bytes) -> No
     error_of(reply)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        '"temperature": %s', '"seed": %s', '"metadata": {"a": [%s]}', '"chat_template_kwargs": {"a": %s}',
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": {"minimum": %s}}}]',
+        '"messages": [{"role": "assistant", "tool_calls": [{"function": '
+        '{"name": "f", "arguments": "{\\"a\\": %s}"}}]}]',
+        '"messages": [{"role": "user", "content": "hi", "more": %s}]',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_number_that_is_not_finite(parrot: Any, path: str, place: str, number: str) -> None:
+    rest = "" if "messages" in place else ', "messages": [{"role": "user", "content": "hi"}]'
+    content = "{" + place % number + rest + "}"
+    reply = parrot.post(path, content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    assert f"{number} is no finite number" in error_of(reply)["message"]
+
+
+def test_arguments_of_a_response_that_are_not_finite(parrot: Any) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1e999}'}
+    reply = parrot.post("/v1/responses", {"input": [call]})
+    assert reply.status_code == 400, reply.text
+    assert "1e999 is no finite number" in error_of(reply)["message"]
+
+
 def test_a_body_of_another_type(parrot: Any) -> None:
     reply = parrot.post("/v1/chat/completions", content=json.dumps(SAY), headers={"content-type": "text/plain"})
     assert reply.status_code == 400
@@ -154,6 +203,27 @@ def test_a_body_of_unknown_size_is_cut_off(serve: Callable[..., Any]) -> None:
     reply = server.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
     assert reply.status_code == 413
     error_of(reply)
+
+
+def test_a_body_that_comes_byte_by_byte_is_cut_off(parrot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.runtime.serve.body.BODY_S", 0.5, raising=False)
+    host, port = parrot.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=0.05) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 500\r\n\r\n"
+        )
+        answer, end = b"", time.monotonic() + 5
+        while not answer and time.monotonic() < end:
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(10_000)
+        connection.settimeout(5)
+        while part := connection.recv(10_000):  # up to the end of the connection
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
 def test_a_large_body_for_no_route(serve: Callable[..., Any]) -> None:
@@ -222,6 +292,25 @@ def test_web_pages_are_refused_by_default(parrot: Any, serve: Callable[..., Any]
         refused = client.get("/v1/models", headers=ask)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "http://page.example"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/nothing"])
+@pytest.mark.parametrize(
+    "host", ["page.example", "page.example:80", "127.0.0.1.page.example", "10.0.0.1", "[::2]:1", ""]
+)
+def test_a_host_header_of_another_server(parrot: Any, path: str, host: str) -> None:
+    with parrot.http() as client:
+        reply = client.get(path, headers={"host": host})
+    assert (reply.status_code, error_of(reply)["code"]) == (403, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8080", "a.localhost", "127.0.0.1:1", "127.8.8.8", "[::1]:80", "my-box:8080", "My-Box"],
+)
+def test_a_host_header_of_this_machine(serve: Callable[..., Any], host: str) -> None:
+    with serve(local="My-box").http() as client:
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 def test_a_request_that_is_no_http(parrot: Any) -> None:

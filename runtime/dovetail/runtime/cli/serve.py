@@ -76,7 +76,7 @@ def serve(
     """
     check_extra()
     from dovetail.runtime.async_engine import AsyncEngine
-    from dovetail.runtime.serve.app import make_app
+    from dovetail.runtime.serve.app import is_loopback, make_app
     from dovetail.runtime.serve.server import Server, bind
     from dovetail.runtime.serve.service import Limits, Service, sampling_defaults
 
@@ -91,8 +91,9 @@ def serve(
     opener: Callable[..., AsyncEngine] = ctx.obj or AsyncEngine.from_pretrained  # obj: of tests
     engine = engine_flags.open_with(opener, pair, slots=slots, queue=queue, kv_cache=kv_cache)
     service = Service(engine, name, limits, defaults)
-    server = Server(make_app(service, api_key=api_key, cors=cors), service)
     where, number = bound.getsockname()[:2]
+    local = host if is_loopback(where) else None
+    server = Server(make_app(service, api_key=api_key, cors=cors, local=local), service)
     url = f"http://{f'[{where}]' if ':' in where else where}:{number}/v1"
     devices = f"target {engine.target_device}, drafter {engine.drafter_device or 'none'}"
     click.echo(f"serving {name} at {url}; {devices}; Ctrl-C ends", err=True)

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -37,23 +38,46 @@ WITHOUT_KEY = frozenset({"/health", *PAGE})  # the page asks its user for the ke
 TO_THE_END = frozenset({"/health", "/metrics"})  # answer while the server shuts down
 
 
-def make_app(service: Service, *, api_key: str | None = None, cors: Sequence[str] = ()) -> FastAPI:
-    """Return the application. api_key: None lets everybody in. cors: origins of web pages."""
+def make_app(
+    service: Service, *, api_key: str | None = None, cors: Sequence[str] = (), local: str | None = None
+) -> FastAPI:
+    """Return the application. api_key: None lets everybody in. cors: origins of web pages.
+
+    local: the host that a server on a loopback address was given. Host headers with other names
+    than this one and those of loopback are then refused. None answers them all.
+    """
     app = FastAPI(title="Dovetail", docs_url=None, redoc_url=None)  # both pages would load scripts from elsewhere
     app.state.service, app.state.began = service, int(time.time())
     app.include_router(routes)
     handle_failures(app)
-    app.add_middleware(Gate, service=service, api_key=api_key)
+    app.add_middleware(Gate, service=service, api_key=api_key, local=local)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
-class Gate:
-    """Lets requests in that have the key, until the server drains."""
+def is_loopback(name: str) -> bool:
+    """Return whether a name or an address is always this machine's own."""
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")  # RFC 6761
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None) -> None:
-        self._app, self._service = app, service
+
+def _host_name(header: str) -> str:
+    """Return the name or the address in a Host header, without its port."""
+    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0].lower()
+
+
+class Gate:
+    """Lets requests in that name the server and have the key, until the server drains.
+
+    A web page can let its own name lead to 127.0.0.1 (DNS rebinding). The browser then lets the page
+    read what a local server answers. The Host header shows the page's name.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, local: str | None) -> None:
+        self._app, self._service, self._local = app, service, local
         self._secret = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +85,11 @@ class Gate:
         await (reply(refusal) if refusal else self._app)(scope, receive, send)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        # Starlette's TrustedHostMiddleware knows no ranges of addresses, and its refusals are not OpenAI's.
+        name = _host_name(headers.get("host", "localhost"))  # every browser sends the header
+        if self._local is not None and name != self._local.lower() and not is_loopback(name):
+            return ApiError(403, f"the Host header names {name!r:.60}, not this server: ask localhost",
+                            param="host", code="unknown_host")  # fmt: skip
         given = headers.get("authorization", "").encode("latin-1")
         if self._secret is not None and path not in WITHOUT_KEY and not hmac.compare_digest(given, self._secret):
             return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY",

@@ -1,4 +1,4 @@
-"""Read request bodies of strangers: JSON of bounded size and depth, without NaN and half characters."""
+"""Read request bodies of strangers: JSON of bounded size, depth and time, without NaN and half characters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ from fastapi.routing import APIRoute
 from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.system.files import parse_json
 
+BODY_S = 60  # seconds that a client may take to send a body
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return the whole body. most: its bytes. Raises ApiError for a larger one and for a slow client."""
+    stated, parts, size = request.headers.get("content-length", ""), list[bytes](), 0
+    if stated.isdecimal() and int(stated) > most:
+        raise _too_large(most)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise _too_large(most)
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body took more than {BODY_S} seconds: send it faster, or a shorter one",
+                       headers={"connection": "close"}) from None  # fmt: skip
+    return b"".join(parts)
+
 
 class BoundedRequest(Request):
     """A request whose body is read up to `app.state.service.limits.body_bytes`."""
 
     async def body(self) -> bytes:
-        """Return the whole body. Raises ApiError for a larger one, before it is read."""
+        """Return the whole body. Raises ApiError."""
         if not hasattr(self, "_body"):
-            most, parts, size = self.app.state.service.limits.body_bytes, list[bytes](), 0
-            stated = self.headers.get("content-length", "")
-            if stated.isdecimal() and int(stated) > most:
-                raise _too_large(most)
-            async for part in self.stream():
-                size += len(part)
-                if size > most:
-                    raise _too_large(most)
-                parts.append(part)
-            self._body = b"".join(parts)
+            self._body = await read_body(self, self.app.state.service.limits.body_bytes)
         return self._body
 
     async def json(self) -> Any:

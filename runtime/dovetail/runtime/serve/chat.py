@@ -26,8 +26,6 @@ _FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a piece
 async def chat(service: Service, request: Request, asked: ChatRequest) -> Response:
     """Answer. Raises ApiError and DovetailError before the first byte of a reply."""
     service.check_model(asked.model)
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     conversation = conversation_of(asked)

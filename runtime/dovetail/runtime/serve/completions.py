@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 
 from dovetail.runtime.front import Chunk
 from dovetail.runtime.loop.metrics import GenerationMetrics
-from dovetail.runtime.serve.failures import ApiError
 from dovetail.runtime.serve.openai import CompletionRequest
 from dovetail.runtime.serve.replies import EventStream, event, new_id, tokens, unless_gone, usage
 from dovetail.runtime.serve.service import Answers, Service
@@ -24,8 +23,6 @@ DEFAULT_TOKENS = 16  # OpenAI's and vLLM's max_tokens of this route
 async def complete(service: Service, request: Request, asked: CompletionRequest) -> Response:
     """Answer. Raises ApiError and DovetailError before the first byte of a reply."""
     service.check_model(asked.model)
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     most = service.room(asked.max_tokens, "max_tokens", DEFAULT_TOKENS)
     asks = [
         await service.ask(prompt, asked, most=most, raw=True, logprobs=asked.logprobs) for prompt in prompts_of(asked)

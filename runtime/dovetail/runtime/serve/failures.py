@@ -14,7 +14,10 @@ from dovetail.runtime.system.files import shown
 
 NEVER_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients read this header
 _SOON = {"retry-after": "1"}
-_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_CODES = {
+    401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 408: "request_timeout",
+    413: "request_too_large",
+}  # fmt: skip
 
 
 class ApiError(HTTPException):
@@ -88,5 +91,5 @@ def _invalid(error: RequestValidationError) -> ApiError:
     param = shown(".".join(place), 100) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"the field {param} is unknown: leave it out", param=param, code="unknown_parameter")
-    message = shown(str(first["msg"]), 300)
+    message = shown(str(first["msg"]).removeprefix("Value error, "), 300)  # pydantic's, before our own words
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

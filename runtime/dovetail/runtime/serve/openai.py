@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from dovetail.runtime.front import MOST_WIDTH
 from dovetail.runtime.system.bounds import SEED_MOST, TOKEN_MOST
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -60,27 +61,10 @@ class Hints(Body):
 class Tree(Body):
     """Limits of every tree of an answer: fields of TreeLimits."""
 
-    width: int | None = Field(None, ge=1, le=64)
+    width: int | None = Field(None, ge=1, le=MOST_WIDTH)
     depth: int | None = Field(None, ge=0, le=64)
     top_k: int | None = Field(None, ge=1, le=64)
     lookup: int | None = Field(None, ge=0, le=64)
-
-
-class Sampling(Hints):
-    """What every request for an answer may say. None is the server's default."""
-
-    model: str | None = None
-    stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=TOKEN_MOST, description="0 and -1 are off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-SEED_MOST - 1, le=SEED_MOST)
-    speculate: bool | None = Field(None, description="false decodes without drafts; the text is the same")
-    tree: Tree | None = Field(None, description="fixes the limits of this answer's trees")
 
 
 class StreamOptions(Body):
@@ -96,13 +80,45 @@ class ChatStreamOptions(StreamOptions):
     include_rounds: bool | None = Field(None, description="each chunk has the tree of its round, in `dovetail`")
 
 
+class Sampling(Hints):
+    """What every request for an answer may say. None is the server's default."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=TOKEN_MOST, description="0 and -1 are off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-SEED_MOST - 1, le=SEED_MOST)
+    speculate: bool | None = Field(None, description="false decodes without drafts; the text is the same")
+    tree: Tree | None = Field(None, description="fixes the limits of this answer's trees")
+
+    @field_validator("stream_options")
+    @classmethod
+    def _check_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("needs stream: true")
+        return value
+
+
 class Choices(Sampling):
     """What both older routes share."""
 
     n: int | None = Field(None, ge=1, le=128)
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=64)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _check_stop(cls, value: Any) -> Any:
+        """Refuse empty texts here: pydantic would say that the list is no text."""
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError("an empty text cannot end an answer: leave it out")
+        return value
 
 
 class SchemaFormat(Body):
@@ -312,7 +328,6 @@ class ResponseRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[str] | None = None
     chat_template_kwargs: Object | None = None
-    stream_options: StreamOptions | None = None
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None

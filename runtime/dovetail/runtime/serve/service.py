@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dovetail.runtime.async_engine import AnswerStream, AsyncEngine
-from dovetail.runtime.errors import InputError, IntegrityError, QueueFull
+from dovetail.runtime.errors import DeviceError, InputError, IntegrityError, QueueFull
 from dovetail.runtime.front import Ask, Chunk
 from dovetail.runtime.sampling.constraint import Constraint
 from dovetail.runtime.sampling.params import SamplingParams
@@ -127,7 +127,7 @@ class Service:
         if (count := n * len(asks)) > self.engine.places:
             most = self.engine.places
             raise ApiError(400, f"{count} answers at once are too many: ask for {most} at most", param="n")
-        answers = Answers(self.limits.timeout_s)
+        answers = Answers(self)
         try:
             for ask in asks:
                 for index in range(n):
@@ -205,10 +205,10 @@ class Answers:
     `async with` frees whatever still runs at its end.
     """
 
-    def __init__(self, timeout_s: float | None) -> None:
+    def __init__(self, service: Service) -> None:
         self.streams: list[AnswerStream] = []
-        self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self._service, self._timeout_s = service, service.limits.timeout_s
+        self._deadline = None if self._timeout_s is None else asyncio.get_running_loop().time() + self._timeout_s
         self._next: dict[asyncio.Future[Chunk], int] = {}
         self._records, self._ended = list[RequestMetrics](), ExitStack()  # of each answer
 
@@ -234,7 +234,10 @@ class Answers:
         self._records = [self._ended.enter_context(metrics.request(most)) for _ in self.streams]
 
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
-        """Yield every chunk with the number of its answer. Raises ApiError when the time is over."""
+        """Yield every chunk with the number of its answer.
+
+        Raises ApiError when the time is over or a second signal stops the server, and DeviceError.
+        """
         with self._ended:
             for index in range(len(self.streams)):
                 self._ask(index)
@@ -247,11 +250,19 @@ class Answers:
                         code="timeout", headers=NEVER_AGAIN,
                     )  # fmt: skip
                 for task in sorted(done, key=self._next.__getitem__):
-                    index, chunk = self._next.pop(task), task.result()
+                    index, chunk = self._next.pop(task), self._chunk(task)
                     if not chunk.finish_reason:
                         self._ask(index)
                     self._records[index].add(chunk)
                     yield index, chunk
+
+    def _chunk(self, task: asyncio.Future[Chunk]) -> Chunk:
+        try:
+            return task.result()
+        except DeviceError:
+            if self._service.draining and self._service.engine.closed:
+                raise shutting_down() from None
+            raise
 
     def _ask(self, index: int) -> None:
         self._next[asyncio.ensure_future(anext(self.streams[index]))] = index

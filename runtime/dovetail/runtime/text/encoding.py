@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Protocol
 
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.system.files import parse_json
 
 Message = Mapping[str, Any]  # {"role": str, "content": str or list of {"type": "text", "text": str}, ...}
 Prompt = str | Sequence[Message] | Sequence[int]  # text, a conversation, or token ids
@@ -128,10 +128,10 @@ def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def arguments_of(function: Mapping[str, Any]) -> object:
-    """Return the value of a function's arguments, {} for none. Raises ValueError for no JSON."""
+    """Return the value of a function's arguments, {} for none. Raises ValueError for no JSON, NaN and infinity."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        return json.loads(arguments) if arguments.strip() else {}
+        return parse_json(arguments, finite=True) if arguments.strip() else {}
     return {} if arguments is None else arguments
 
 
@@ -145,13 +145,14 @@ def _check_calls(index: int, calls: object) -> None:
                 f"message {index}, tool call {number} names no function: "
                 "pass {'function': {'name': ..., 'arguments': ...}}"
             )
+        arguments, reason = None, ""
         try:
             arguments = arguments_of(function)
-        except (ValueError, RecursionError):
-            arguments = None
+        except ValueError as error:
+            reason = f" ({error})"
         if not isinstance(arguments, Mapping):
             raise InputError(
-                f"message {index}, tool call {number} has arguments {function.get('arguments')!r:.60}: "
+                f"message {index}, tool call {number} has arguments {function.get('arguments')!r:.60}{reason}: "
                 "pass the text of a JSON object"
             )
 

@@ -114,6 +114,18 @@ def test_full_replicas_are_429() -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
 
 
+def test_health_asks_no_replica(here: Here) -> None:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(Relay(here, 10_000)), base_url="http://relay"
+        ) as client:
+            return await client.get("/health")
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+    assert here.sessions == []
+
+
 def test_refusals_of_a_replica_come_through(here: Here) -> None:
     assert post(here, **say("figs", temprature=1)).json()["error"]["param"] == "temprature"
     assert post(here, "/v1/nothing").status_code == 404
@@ -122,6 +134,27 @@ def test_refusals_of_a_replica_come_through(here: Here) -> None:
 def test_a_large_body_reaches_no_replica(here: Here) -> None:
     assert post(here, **say("a" * 10_000)).status_code == 413
     assert post(here, "/metrics").status_code == 404
+    assert here.sessions == []
+
+
+def test_a_slow_body_reaches_no_replica(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.runtime.serve.body.BODY_S", 0.2, raising=False)
+
+    async def ask() -> None:
+        sent = list[Message]()
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.01)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": []}
+        await asyncio.wait_for(Relay(here, 10_000)(scope, receive, send), 5)
+        assert sent[0]["status"] == 408
+
+    asyncio.run(ask())
     assert here.sessions == []
 
 

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail.runtime.errors import QueueFull
+from dovetail.runtime.serve.body import read_body
 from dovetail.runtime.serve.failures import ApiError, body, failed, reply
 from dovetail.runtime.serve.ray.session import session_of
 from dovetail.runtime.serve.replies import event
@@ -48,7 +50,7 @@ class Relay:
     """An ASGI application that hands requests to replicas. most_bytes: of a body.
 
     A request that is lost with its replica before the first byte of its reply goes to another
-    replica. No client gets parts of two replies.
+    replica. No client gets parts of two replies. GET /health is answered here: Ray watches replicas.
     """
 
     def __init__(self, replicas: Replicas, most_bytes: int) -> None:
@@ -56,6 +58,9 @@ class Relay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            return
+        if scope["path"] == "/health" and scope["method"] == "GET":  # a full queue is no failure
+            await JSONResponse({"status": "ok"})(scope, receive, send)
             return
         try:
             asked = await self._read(Request(scope, receive))
@@ -78,14 +83,9 @@ class Relay:
         """Return the whole request. Raises ApiError, ClientDisconnect."""
         if request.url.path == "/metrics":
             raise NO_METRICS
-        parts, size = list[bytes](), 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > self._most:
-                raise ApiError(413, f"the body is larger than {self._most} bytes: send a shorter prompt")
+        content = await read_body(request, self._most)
         scope = request.scope
-        return Asked(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), b"".join(parts))
+        return Asked(scope["method"], scope["path"], scope["query_string"], tuple(scope["headers"]), content)
 
     async def _answer(self, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         session = session_of(Headers(raw=list(asked.headers)), asked.body)

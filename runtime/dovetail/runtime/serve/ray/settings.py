@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dovetail.runtime.batch_engine import QUEUE, SLOTS
+from dovetail.runtime.batch_engine import MOST, QUEUE, SLOTS
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.serve.service import Limits
@@ -32,8 +32,8 @@ class Settings(BaseModel):
     fronts: int = Field(1, ge=1, le=4096)
     cpus: int = Field(1, ge=1, le=4096)
     gpus: float = Field(0, ge=0, le=64)
-    slots: int = Field(SLOTS, ge=1, le=4096)
-    queue: int = Field(QUEUE, ge=1, le=4096)
+    slots: int = Field(SLOTS, ge=1, le=MOST)
+    queue: int = Field(QUEUE, ge=1, le=MOST)
     kv_cache: str | None = None
     draft_model: str | None = None
     vram: str | None = None
