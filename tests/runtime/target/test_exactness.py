@@ -19,6 +19,7 @@ from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.drafter import cpu, failover, graph_io, onnx, ort, window
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop import generate, rescore, sequence
+from dovetail.runtime.loop.batch import SequenceBatch, Ticket
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
@@ -226,6 +227,30 @@ def test_a_second_turn_has_the_text_of_a_fresh_engine(target: OpenVINOTarget) ->
     for prompt, told in zip((second, third), kept, strict=True):
         talk.forget()
         assert answer(prompt, Meter()) == told
+
+
+@pytest.mark.parametrize("after", [1, 2, 40, 90])
+def test_answers_that_lost_their_memory_go_on_with_the_bits_that_they_had(target: OpenVINOTarget, after: int) -> None:
+    """The prompt is read as a prompt again, the answer as chains: 90 tokens take two passes."""
+
+    def features(dropped: bool) -> np.ndarray:
+        """Of each text's last token."""
+        batch, found = SequenceBatch(target, 3), dict[Ticket, np.ndarray]()
+        tickets = [batch.add(Request(tuple(TEXT[: 20 + 30 * index].tolist()), 130)) for index in range(3)]
+        passes = 0
+        while batch.running or batch.waiting:
+            for advance in batch.step():
+                found[advance.ticket] = advance.features[-1]
+            passes += 1
+            if dropped and passes == after + 1:
+                for ticket in [ticket for ticket in batch.running if ticket is not tickets[0]]:
+                    assert ticket.sequence and len(ticket.sequence.tokens) > len(ticket.request.prompt)
+                    batch.running.remove(ticket)
+                    ticket.sequence.drop()
+                    batch.waiting.append(ticket)
+        return np.array([found[ticket] for ticket in tickets])
+
+    np.testing.assert_array_equal(features(dropped=True), features(dropped=False))
 
 
 MODULES = (blocks, cpu, failover, generate, graph_io, onnx, openvino, ort, paged, rescore, sequence, window)

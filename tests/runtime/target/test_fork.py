@@ -85,6 +85,21 @@ def test_a_text_that_goes_back_into_shared_blocks_leaves_them_to_the_others(tiny
     assert np.count_nonzero(target.model.pool.owners) == 1  # the block without a use
 
 
+@pytest.mark.parametrize("keep", [0, 1, 32, 33, 150])
+def test_a_text_that_goes_back_gives_up_the_memory_behind_it(tiny_pair: Path, keep: int) -> None:
+    target = load(tiny_pair)
+    with opened(target) as seq:
+        target.prefill(seq, TEXT)
+        target.verify({seq: TREE})
+        target.rewind(seq, keep)
+        assert np.count_nonzero(target.model.pool.owners) == 1 + -(-keep // BLOCK)
+        if keep < 149:
+            target.prefill(seq, TEXT[keep:149])
+        np.testing.assert_array_equal(
+            np.array(target.verify({seq: TREE})[seq].logits), rows_after(target, TEXT[: max(keep, 149)])
+        )
+
+
 def test_memory_for_kv_is_limited(tiny_pair: Path) -> None:
     block = load(tiny_pair).model.block_bytes
     context = read_manifest(tiny_pair).target.max_context

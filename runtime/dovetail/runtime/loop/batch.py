@@ -29,6 +29,7 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 
 PROMPT_TOKENS = 512  # prompt tokens of a pass without answers
 SHARED_TOKENS = 64  # prompt tokens of a pass with answers, which wait for it
+AGAIN_TOKENS = 64  # tokens of dropped answers that a pass reads: each computes its logits
 SPARE = 32  # tokens: a text in a pass may begin a block of KV
 
 
@@ -69,7 +70,7 @@ class SequenceBatch:
     ) -> None:
         """slots: the most texts at a time. policy: of requests with a scheduler, which it replaces.
 
-        share_prefixes: texts that have ended stay, as far as there is memory, for prompts that
+        share_prefixes: prompts of texts that have ended stay, as far as there is memory, for prompts that
         begin as they do. prompt_tokens: of a pass with answers, which wait for it. clock: seconds.
         """
         self.target, self.slots, self.policy, self._drafter = target, slots, policy, drafter
@@ -138,7 +139,9 @@ class SequenceBatch:
                 again[text.id] = DraftTree.chain(tokens)
             else:
                 prompts[text.id] = tokens
-        rows = sum(offer.rows or len(offer.trees) for offer, _ in offers) + sum(map(len, again.values()))
+        rows = sum(offer.rows or len(offer.trees) for offer, _ in offers)
+        if again:  # of few sizes, for which the target prepares its kernels
+            rows += AGAIN_TOKENS
         passes = self.target.verify(trees | again, prompts, rows=rows)
         verified = self._clock()
         draft_ms, verify_ms = (drafted - begin) * 1e3, (verified - drafted) * 1e3
@@ -254,11 +257,13 @@ class SequenceBatch:
 
     def _parts(self, reading: list[tuple[Ticket, Sequence]], writing: bool) -> list[tuple[Ticket, Sequence, int]]:
         """Return how many tokens of each prompt the pass reads: equal shares, short prompts first."""
-        left, parts = self._prompt_tokens if writing else PROMPT_TOKENS, []
+        left, again, parts = self._prompt_tokens if writing else PROMPT_TOKENS, AGAIN_TOKENS, []
         ordered = sorted(reading, key=lambda pair: pair[1].unread)
         for index, (ticket, text) in enumerate(ordered):
-            unread = text.unread if text.unread_answer else text.unread - len(text.tokens) + text.prompted
+            of_prompt = text.unread - len(text.tokens) + text.prompted
+            unread = min(text.unread, again) if text.unread_answer else of_prompt
             count = min(unread, left // (len(ordered) - index))
+            again -= count * text.unread_answer
             if count:
                 parts.append((ticket, text, count))
                 left -= count

@@ -1,4 +1,4 @@
-"""Texts that new prompts may begin as: the running ones, and ended ones while there is memory."""
+"""Prompts that new prompts may begin as: the running texts', and those of ended texts while there is memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEAST = 32  # tokens of a prefix that is worth sharing: a block of KV
 
 
 class Prefixes:
-    """Ended texts with their KV, the one that was used last at the end. on: whether any are kept and shared."""
+    """Ended texts with their prompts' KV, the last used at the end. on: whether any are kept and shared."""
 
     def __init__(self, on: bool) -> None:
         self.on = on

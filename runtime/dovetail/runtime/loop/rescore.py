@@ -32,7 +32,7 @@ def read_again(
 ) -> list[Choice]:
     """Return a Choice for each of the A tokens of `answer`. `sequence` then holds this text alone.
 
-    The target reads chains, whose rows have the bits of a tree's first path. Raises InputError for
+    The target reads chains, whose rows have the bits of any tree's. Raises InputError for
     a token id that the target does not have.
     """
     seen, found = list(prompt), list[Choice]()

@@ -1,7 +1,8 @@
 """Test whether a target's rows are the same bits in every pass, which exact text depends on.
 
-A row's logits and features must depend on the tokens before it alone. The number of rows in the
-pass, other paths of the tree, and the passes that read the earlier text must not matter.
+A row's logits and features must depend on the tokens before it alone, and on which of them were
+prompt. The number of rows in the pass, other paths of the tree, and how the prompt was cut into
+passes must not matter.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ committed text except the last block, which is rarely full and which each path c
 takes each row of a path as a sequence that ends in the row, so that one kernel computes all rows of
 answers, whatever the tree. A row's logits and KV depend on the tokens before the row alone. They are
 therefore the same bits as in a chain. Prompts are sequences of many rows, for which OpenVINO's kernel
-is quicker and adds in another order.
+is quicker and adds in another order. Which tokens were prompt is thus a part of a text.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Text:
 class OpenVINOTarget:
     """The target LLM on the CPU; implements `Target`.
 
-    exact: compute no row alone, so that equal tokens give equal bits in every pass. Without `exact`
-    a pass of one node runs through OpenVINO's kernels for single rows, which are quicker and add in
+    exact: let no matrix have one row, so that equal tokens give equal bits in every pass. Without
+    `exact` a pass of one node runs through OpenVINO's kernels for single rows, which are quicker and add in
     another order. sequences: how many whole texts get memory at once; more texts can be opened.
     kv_cache: bytes for the KV of all texts, which then never grows; None for no limit.
     """
@@ -175,6 +175,7 @@ class OpenVINOTarget:
         text.verified = None
         if text.shared > text.length // BLOCK:
             self._unshare(seq, text)
+        text.blocks = text.blocks[: _blocks_for(text.length)]
         self.model.pool.keep(seq, text.blocks)
 
     def _unshare(self, seq: SequenceId, text: _Text) -> None:
@@ -238,7 +239,8 @@ class OpenVINOTarget:
             paths = _Paths(tree.paths(), self.length(seq))
             parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
-        logits, features = self.model.run(Batch.of([*parts.values()], rows, least, self.model.surplus))
+        surplus = self.model.surplus if self.exact else ()
+        logits, features = self.model.run(Batch.of([*parts.values()], rows, least, surplus))
         for seq, tokens in prompts.items():
             self._texts[seq].length += len(tokens)
         results, row, wanted = dict[SequenceId, TargetPass](), 0, 0

@@ -62,8 +62,8 @@ class Part:
 
     tokens: NDArray[np.int64]  # [T]
     positions: NDArray[np.int64]  # [T]
-    paths: Sequence[NDArray[np.int64]]  # causal sequences over the T rows; a row in no path has no meaning
-    past: int  # tokens cached before each path
+    paths: Sequence[NDArray[np.int64]]  # rows of T, each after those before it; a row in no path has no meaning
+    past: int  # tokens cached before the first row of each path
     tables: Sequence[BlockIds]  # each path's KV blocks
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
     split: bool = False  # whether the attention takes each row of a path as a sequence, or the whole path

@@ -46,7 +46,7 @@ QUICK_SECONDS = 4.0
 
 FEW = {*WIDTHS, CHUNK}  # sizes to measure when time is short
 SAMPLES = 2  # least number of times for each point
-LEAST_MS = 1e-3  # least time of a path, where noise hides the true time
+LEAST_MS = 1e-3  # least time of a copy, where noise hides the true time
 FORK = 12  # nodes of the tree that times copies, compared with a chain of FORK nodes
 PATHS = 5  # paths of that tree
 
