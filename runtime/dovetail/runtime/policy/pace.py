@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.policy.estimates import PRIOR, Estimate
+from dovetail.runtime.policy.estimates import HALF_LIFE, PRIOR, Estimate
 from dovetail.runtime.tree.forest import Forest
 
 OUTLIER = 3.0  # a longer time counts as this multiple of the expected time: tests of machines that stall
-MANY_HALF_LIFE = 8.0  # rounds of several texts after which a pass counts half: the test of a busy moment
-KNOWN = 1 / 16  # weight of the passes of several texts, below which they are too old: of one, after 32 rounds
 
 
 @dataclass
@@ -21,6 +19,7 @@ class Pace:
     _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))  # real over predicted ms
     # (texts, width) -> its ratio over that of all passes
     _width: dict[tuple[int, int], Estimate] = field(default_factory=dict)
+    _ages: dict[tuple[int, int], int] = field(default_factory=dict)  # its rounds since the last pass, of several texts
     _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
     def target_ms(self, context: int, width: int, texts: int = 1) -> float:
@@ -32,7 +31,7 @@ class Pace:
 
     def knows(self, width: int, texts: int) -> bool:
         """Whether a pass of this width has lately been seen after another one of it."""
-        return (texts, width) in self._width and self._width[texts, width].seen >= (KNOWN if texts > 1 else 0)
+        return (texts, width) in self._width and self._width[texts, width].seen > 0
 
     def copy_ms(self, context: int) -> float:
         """Return the ms that each copy of a tree's node adds to a pass."""
@@ -81,23 +80,27 @@ class Pace:
         pass had another width. The slow first pass of a width must not decide whether drafting
         pays. The table is of one text alone: of several texts only passes tell.
         """
-        target = self._target
-        if texts == 1:
-            alone = self._width.setdefault((1, width), Estimate(1.0, PRIOR))
-        else:
-            alone = self._width.setdefault((texts, width), Estimate(1.0, 0.0, MANY_HALF_LIFE))
-            for (many, _), each in self._width.items():
-                if many == texts:
-                    each.fade()
+        if texts > 1:
+            self._forget(texts)
         new = texts > 1 and not self.knows(width, texts)
+        target = self._target
+        alone = self._width.setdefault((texts, width), Estimate(1.0, PRIOR if texts == 1 else 0.0))
         if not new:
             verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width, texts) + extra_ms * target.value))
         ratio = verify_ms / (self.costs.target.at(context, width) + extra_ms)
         if not changed:
-            if texts == 1:
-                alone.fade()
+            if texts > 1:
+                self._ages[texts, width] = 0
+            alone.fade()
             alone.add(ratio / target.value)
         if not new:
             target.fade()
             target.add(ratio / alone.value)
         return verify_ms
+
+    def _forget(self, texts: int) -> None:
+        """Count a round of several texts. Forget widths without a recent pass: it may have been a busy moment's."""
+        for key in [key for key in self._ages if key[0] == texts]:
+            self._ages[key] += 1
+            if self._ages[key] > HALF_LIFE:
+                del self._ages[key], self._width[key]
