@@ -102,10 +102,14 @@ def test_a_prompt_may_end_where_the_context_does(target: OpenVINOTarget) -> None
     assert target.length(seq) == target.max_context - 1 and alone.shape[0] == 1
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 1} tokens exceed"):
         target.verify({seq: chain(5, 6)})
-    np.testing.assert_allclose(target.prefill(seq, np.array([5])).logits, alone, atol=2e-2)
+    last = np.array(target.prefill(seq, np.array([5])).logits)
+    np.testing.assert_allclose(last, alone, atol=2e-2)  # a prompt's kernel, and an answer's
     assert target.length(seq) == target.max_context and target.model.blocks == blocks
     with pytest.raises(ContextOverflow, match=f"^{target.max_context + 3} tokens exceed"):
         target.prefill(seq, np.array([5, 6, 7]))
+    other = target.open()
+    target.prefill(other, np.arange(target.max_context - 10) % 97)
+    assert (target.prefill(other, np.array([*range(9), 5])).logits == last).all()
 
 
 def test_no_pass_sees_what_one_of_the_same_shape_was_given(target: OpenVINOTarget, tiny_pair: Path) -> None:
