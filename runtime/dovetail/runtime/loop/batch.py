@@ -152,7 +152,7 @@ class SequenceBatch:
                 found[text.id] = text.accept(trees[text.id], passes[text.id])
             elif text.id in prompts:
                 steps.append((ticket, text, *_read(text, counts[text.id], passes[text.id])))
-        copies = {id: TargetPass(np.array(passes[id].logits[-1:]), np.array(passes[id].features)) for id in again}
+        kept = {id: TargetPass(np.array(passes[id].logits[-1:]), np.array(passes[id].features)) for id in again}
         for ticket, text in writing:
             one = found[text.id]
             text.commit(one.verdict.path[: len(one.step.tokens) + 1], one.step.tokens)
@@ -161,7 +161,7 @@ class SequenceBatch:
         for ticket, text, count in reading:
             if text.id in again:
                 self.target.commit(text.id, np.arange(count))
-                steps.append((ticket, text, *_read(text, count, copies[text.id])))
+                steps.append((ticket, text, *_read(text, count, kept[text.id])))
         committed = self._clock()
 
         failed = any(one.step.error for one in found.values())

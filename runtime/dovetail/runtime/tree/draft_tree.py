@@ -61,13 +61,8 @@ class DraftTree:
     @cached_property
     def copies(self) -> list[int]:
         """Rows beyond one for each node, if every path of the best 1, 2, ... N nodes has rows of its own."""
-        parents, depths, inner, counts, copies = (
-            self.parents.tolist(),
-            self.depths().tolist(),
-            set[int](),
-            list[int](),
-            0,
-        )
+        parents, depths = self.parents.tolist(), self.depths().tolist()
+        inner, counts, copies = set[int](), list[int](), 0
         for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
             copies += depths[node] * (parents[node] in inner)  # a first child goes on with its parent's path
             inner.add(parents[node])
