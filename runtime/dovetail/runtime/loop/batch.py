@@ -165,9 +165,9 @@ class SequenceBatch:
         committed = self._clock()
 
         failed = any(one.step.error for one in found.values())
-        if self.policy and len(offers) == 1 and not reading and not failed:  # else the times tell of other work too
-            offer, group = offers[0]
-            if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, verify_ms):
+        if self.policy and len(offers) == 1 and not failed:
+            (offer, group), alone_ms = offers[0], None if reading else verify_ms
+            if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, alone_ms):
                 self.policy.learn(outcome)
         for ticket, text in writing:
             one = found[text.id]

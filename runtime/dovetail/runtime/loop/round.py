@@ -27,8 +27,11 @@ class Offer:
     choice: Choice | None = None
     drafts: tuple[Draft | None, ...] = ()
 
-    def outcome(self, tokens: Many[Many[int]], draft_ms: float, verify_ms: float) -> Round | None:
-        """Return the record for the policy, None without one. tokens: those that followed each root."""
+    def outcome(self, tokens: Many[Many[int]], draft_ms: float, verify_ms: float | None) -> Round | None:
+        """Return the record for the policy, None without one. tokens: those that followed each root.
+
+        verify_ms: None if the pass did other work too.
+        """
         if self.plan is None or self.choice is None:
             return None
         return Round(self.plan, self.choice, self.drafts, tokens, draft_ms, verify_ms)
@@ -39,7 +42,8 @@ def draft(texts: Many[Sequence], policy: Policy | None = None) -> Offer:
 
     Without a policy every tree grows to its request's limits.
     """
-    outlooks = [text.outlook(policy) for text in texts]
+    join = policy is None or not policy.rests()
+    outlooks = [text.outlook(policy, join=join) for text in texts]
     if policy is None:
         return Offer(tuple(_joined(texts, outlooks, _drafted(texts, outlooks, [None] * len(texts)))))
     most = sum(outlook.limits.width for outlook in outlooks)

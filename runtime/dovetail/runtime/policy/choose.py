@@ -67,6 +67,14 @@ class Scheduler:
 
     # --- before the draft
 
+    def rests(self) -> bool:
+        """See Policy. One text never rests: its trees take little time, and a row of its pass may cost nothing."""
+        known, budget = self._known, self._known.budget
+        if budget.covers(0.0) or self._texts == 1 or self._width not in (0, self._texts):
+            return False
+        seems_to_pay = known.price_of_token * known.tokens.value > known.steps.value
+        return not (seems_to_pay and budget.covers(-START))
+
     def widest(self, context: int, most: int) -> int:
         return min(self._widths(context, most, self._texts)[-1], most, BOUNDS.width)
 
@@ -86,7 +94,7 @@ class Scheduler:
         """Return the widths of a pass over so many texts, of which twice the most nodes are enough for several."""
         every = widths(self.costs, context)
         if texts > 1:
-            every = (*WIDTHS, *(2 * width for width in WIDTHS[-2:]))
+            every = tuple(sorted({*every, *(2 * width for width in every[-2:])}))
         return (texts, *(width for width in every if texts < width <= most))
 
     def _unknown(self, plan: Plan) -> bool:
@@ -196,13 +204,20 @@ class Scheduler:
         self._regret = choice.regret
         rows = max(choice.width, len(forest))
         nodes = rows if rows > self.plain_rows else texts
-        changed, self._width = self._width != nodes, nodes
-        extra_ms = forest.copies[-1] * self.costs.copy.at(context, 1) + changed * self.costs.switch_ms
-        verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
+        first, changed = not self._width, self._width != nodes
+        if round.verify_ms is None:
+            changed, self._width = False, 0
+            verify_ms = pace.verify_ms(context, forest, nodes)
+        else:
+            self._width = nodes
+            extra_ms = forest.copies[-1] * self.costs.copy.at(context, 1) + changed * self.costs.switch_ms
+            verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 
         plain = self._plain_ms(plan)
         took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain
+        if first:  # plain decoding would have changed the width as well
+            took, change = took - change, 0.0
         known.price.add(took / tokens, tokens)
         known.budget.add(took, tokens - took if drafts or nodes > texts else -change)
         if nodes > texts and (expected := forest.expected_length - texts) > 0:

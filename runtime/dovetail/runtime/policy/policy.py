@@ -59,7 +59,7 @@ class Round:
     drafts: Sequence[Draft | None]  # None for a text that the drafter was not asked about
     tokens: Sequence[Sequence[int]]  # those that followed the root
     draft_ms: float
-    verify_ms: float
+    verify_ms: float | None  # None if the pass did other work too, so that its time says little
 
 
 class Policy(Protocol):
@@ -67,6 +67,9 @@ class Policy(Protocol):
 
     def start(self, sampled: bool, texts: int = 1) -> None:
         """Turn to rounds of so many texts. sampled: whether any of their answers is sampled."""
+
+    def rests(self) -> bool:
+        """Whether the next round decodes plainly whatever repeats, so that nobody needs to make trees of it."""
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree of a text, at most `most`."""

@@ -14,17 +14,22 @@ from dovetail.runtime.tree.forest import Forest
 class ScriptedPolicy:
     """Decides by chance. Implements `Policy`.
 
-    draft, expand: probabilities of a draft and of another level. whole: verify whole trees, else a
-    random number of nodes. rounds: the rounds to learn from, oldest first.
+    draft, expand, rest: probabilities of a draft, of another level and of no look for repeats. whole:
+    verify whole trees, else a random number of nodes. rounds: the rounds to learn from, oldest first.
     """
 
-    def __init__(self, seed: int = 0, *, draft: float = 0.5, expand: float = 0.7, whole: bool = False) -> None:
+    def __init__(
+        self, seed: int = 0, *, draft: float = 0.5, expand: float = 0.7, rest: float = 0.0, whole: bool = False
+    ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.draft, self.expand, self.whole = draft, expand, whole
+        self.draft, self.expand, self.rest, self.whole = draft, expand, rest, whole
         self.rounds: list[Round] = []
 
     def start(self, sampled: bool, texts: int = 1) -> None:
         """See Policy."""
+
+    def rests(self) -> bool:
+        return self.rest > 0 and bool(self.rng.random() < self.rest)
 
     def widest(self, context: int, most: int) -> int:
         return most
