@@ -41,7 +41,7 @@ WARM_UP = 16  # tokens
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same weights, Q8_0.")
 @click.option("--users", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
 @click.option("--requests", type=int, default=64, show_default=True, help="For each number of users.")
-@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True, help="The mean: half as many and up.")
 @click.option("--parts", type=int, default=4, show_default=True, help="Of the requests; engines take turns after each.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -55,6 +55,8 @@ def main(
     texts = islice(cycle(mixed), requests + 2 * max(users))
     asked = [[*tokenizer.encode_chat([{"role": "user", "content": text}])] for text in texts]
     prompts, first = asked[:requests], asked[requests:]  # others first, so that no engine finds a prompt in its cache
+    # Not all of one length, or the users would all ask at once again and again.
+    counts = [max_new_tokens // 2 + 17 * index % (max_new_tokens + 1) for index in range(requests)]
     names = [*OURS, *(PEERS if peers else ()), *((LLAMA,) if peers and gguf else ())]
     rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []
     for count in users:
@@ -67,12 +69,13 @@ def main(
                 model = gguf if name == LLAMA and gguf else pair
                 engines[name] = stack.enter_context(Engine(python, name, model, count))
             for engine in engines.values():
-                engine.ask(first[: 2 * count], WARM_UP)
+                engine.ask(first[: 2 * count], [WARM_UP] * 2 * count)
             size = -(-requests // parts)
             for index in range(parts):
                 for turn in range(len(names)):
                     name = names[(turn + index) % len(names)]
-                    result = engines[name].ask(prompts[index * size : (index + 1) * size], max_new_tokens)
+                    part = slice(index * size, (index + 1) * size)
+                    result = engines[name].ask(prompts[part], counts[part])
                     rows.append({"engine": name, "users": count, "part": index, **result})
                     click.echo(f"{name}, {count} users: {rate(rows[-1]):.1f} tokens/s", err=True)
         save(out, rows)
@@ -96,10 +99,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def ask(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
-        """Return the answers of up to `count` tokens, and their seconds."""
+    def ask(self, prompts: list[list[int]], counts: list[int]) -> dict[str, Any]:
+        """Return the answers of up to `counts` tokens, and their seconds."""
         assert self._process.stdin
-        request = {"prompts": prompts, "users": self.users, "max_new_tokens": count}
+        request = {"prompts": prompts, "users": self.users, "max_new_tokens": counts}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._line()
 

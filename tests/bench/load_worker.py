@@ -3,7 +3,7 @@
     python tests/bench/load_worker.py ENGINE MODEL SLOTS
 
 Needs nothing of Dovetail but for its own engines: peers live in an environment of theirs.
-in: {"prompts": [[ids], ...], "users": N, "max_new_tokens": M}.  N users ask in turn: as soon as one has an answer, it
+in: {"prompts": [[ids], ...], "users": N, "max_new_tokens": [M, ...]}.  N users ask in turn: as soon as one has an answer, it
 asks the next prompt.  out: {"seconds": .., "answers": [{"count", "first_ms", "between_ms", "tokens"}]}; between_ms has
 the time before each later piece of the answer, per token of it.
 """
@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 Answers = list[dict[str, Any]]
-Ask = Callable[[list[list[int]], int, int], Answers]
+Ask = Callable[[list[list[int]], int, list[int]], Answers]
 SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}  # as tests/bench/peer_worker.py
 
 
@@ -58,14 +58,14 @@ def dovetail(model: str, slots: int, *, speculate: bool) -> Ask:
 
     engine = AsyncEngine.from_pretrained(model, slots=slots, drafter_device="cpu")
 
-    def ask(prompts: list[list[int]], users: int, count: int) -> Answers:
+    def ask(prompts: list[list[int]], users: int, counts: list[int]) -> Answers:
         waiting, answers = [*enumerate(prompts)][::-1], dict[int, dict[str, Any]]()
 
         async def user() -> None:
             while waiting:
                 index, prompt = waiting.pop()
                 times = Times()
-                async for chunk in engine.stream(prompt, count, speculate=speculate):
+                async for chunk in engine.stream(prompt, counts[index], speculate=speculate):
                     times.add([*chunk.token_ids])
                 answers[index] = times.record()
 
@@ -93,12 +93,12 @@ def genai(model: str, slots: int) -> Ask:
     config.stop_token_ids = {config.eos_token_id, *others}
     numbers = iter(range(1 << 30))
 
-    def ask(prompts: list[list[int]], users: int, count: int) -> Answers:
-        config.max_new_tokens = count
+    def ask(prompts: list[list[int]], users: int, counts: list[int]) -> Answers:
         waiting, running, answers = [*enumerate(prompts)][::-1], dict[int, tuple[Any, Times]](), dict[int, Any]()
         while waiting or running:
             while waiting and len(running) < users:
                 index, prompt = waiting.pop()
+                config.max_new_tokens = counts[index]
                 tensor = ov.Tensor(np.array([prompt], np.int64))
                 running[index] = pipeline.add_request(next(numbers), tensor, config), Times()
             pipeline.step()
@@ -124,7 +124,7 @@ def llama(model: str, slots: int) -> Ask:
     params.verbosity = -1
     server = x.Server(params)
 
-    def ask(prompts: list[list[int]], users: int, count: int) -> Answers:
+    def ask(prompts: list[list[int]], users: int, counts: list[int]) -> Answers:
         waiting, answers = SimpleQueue[tuple[int, list[int]]](), dict[int, dict[str, Any]]()
         for each in enumerate(prompts):
             waiting.put(each)
@@ -135,7 +135,7 @@ def llama(model: str, slots: int) -> Ask:
                     index, prompt = waiting.get_nowait()
                 except Empty:
                     return
-                asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False}
+                asked = {"prompt": prompt, "n_predict": counts[index], "temperature": 0, "cache_prompt": False}
                 result = server.handle_completions(asked)
                 times = result["timings"]
                 tokens = result["usage"]["completion_tokens"]
