@@ -3,9 +3,9 @@
     python tests/bench/load_worker.py ENGINE MODEL SLOTS
 
 Needs nothing of Dovetail but for its own engines: peers live in an environment of theirs.
-in: {"prompts": [[ids], ...], "users": N, "max_new_tokens": [M, ...]}.  N users ask in turn: as soon as one has an answer, it
-asks the next prompt.  out: {"seconds": .., "answers": [{"count", "first_ms", "between_ms", "tokens"}]}; between_ms has
-the time before each later piece of the answer, per token of it.
+in: {"prompts": [[ids], ...], "users": N, "max_new_tokens": [M, ...]}.  N users ask in turn: as soon as one has an
+answer, it asks the next prompt.  out: {"seconds": .., "answers": [{"count", "first_ms", "between_ms", "tokens"}]};
+between_ms has the time before each later piece of the answer, per token of it.
 """
 
 from __future__ import annotations
