@@ -296,6 +296,10 @@ class HostDevice:
         self.blocks[block.ctypes.data] = block
         return block.ctypes.data
 
+    def clear(self, address: int, size: int) -> None:
+        assert size <= self.blocks[address].nbytes, "zeros past their block"
+        self.blocks[address][:size] = 0
+
     def pinned(self, size: int) -> Bytes:
         return np.zeros(size, np.uint8)
 

@@ -11,8 +11,10 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread, get_ident
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
@@ -104,6 +106,40 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) ->
     assert ids == {8: "1", 16: "2", 128: "3"}
     session.extend(SEQ, stream[0][:150], stream[1][:150])
     assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
+
+
+def test_after_a_nan_the_device_is_as_new(HostDevice, pairs, stream) -> None:
+    """Padded rows read and write row 0 of KV and bank, where the first text's root is."""
+    tokens, features = stream
+    spoiled = features[:5].copy()
+    spoiled[-1] = np.nan
+    session = pairs.on(HostDevice())
+    with pytest.raises(DeviceError, match="no numbers"):
+        session.extend(SEQ, tokens[:5], spoiled)
+    assert session.length(SEQ) == 0
+    trees = []
+    for each in (session, pairs.on(HostDevice())):
+        each.extend(SEQ, tokens[:9], features[:9])
+        trees.append(each.propose(SEQ, pairs.limits))
+    assert trees[0].tokens.tolist() == trees[1].tokens.tolist()
+    assert trees[0].logprobs.tolist() == trees[1].logprobs.tolist()
+
+
+def test_calls_of_all_threads_run_on_one(HostDevice, pairs, stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would capture the graphs again for every other thread, and free none of them."""
+    threads = set()
+
+    def recorded(*arguments: Any) -> None:
+        threads.add(get_ident())
+        ort.call(*arguments)
+
+    monkeypatch.setattr(cuda_runner, "call", recorded)
+    session = pairs.on(HostDevice())
+    for begin in (0, 9):
+        user = Thread(target=session.extend, args=(SEQ, stream[0][begin : begin + 9], stream[1][begin : begin + 9]))
+        user.start()
+        user.join()
+    assert session.length(SEQ) == 18 and len(threads) == 1 and get_ident() not in threads
 
 
 def test_nodes_that_would_run_elsewhere_are_named(HostDevice, pairs) -> None:

@@ -17,14 +17,26 @@ pytest.importorskip("onnxruntime")
 class Driver:
     """libcuda as far as it is asked. version: as cuDriverGetVersion gives it, 13000 for 13.0."""
 
-    def __init__(self, *, code: int = 0, devices: int = 1, version: int = 13000):
-        self.code, self.devices, self.version = code, devices, version
+    def __init__(self, *, code: int = 0, devices: int = 1, version: int = 13000, capability: tuple[int, int] = (8, 6)):
+        self.code, self.devices, self.version, self.capability = code, devices, version, capability
 
     def cuInit(self, _flags: int) -> int:
         return self.code
 
     def cuDeviceGetCount(self, count: Any) -> int:
         count._obj.value = self.devices
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        device._obj.value = number
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, _device: Any) -> int:
+        name.value = b"GeForce GTX 1050"[: size - 1]
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, _device: Any) -> int:
+        value._obj.value = self.capability[{75: 0, 76: 1}[attribute]]
         return 0
 
     def cuDriverGetVersion(self, version: Any) -> int:
@@ -57,11 +69,22 @@ def test_a_driver_a_device_and_all_libraries_are_no_problem(monkeypatch: pytest.
         (None, (), r"no NVIDIA driver \(.*\): install it"),
         (Driver(code=100), (), r"shows no device \(code 100\): check nvidia-smi"),
         (Driver(devices=0), (), r"shows no device \(code 0\)"),
-        (Driver(version=12080), (), "supports CUDA 12, this onnxruntime-gpu needs 13: update the driver"),
+        (Driver(version=12080), (), "supports CUDA 12, this onnxruntime-gpu needs 13: update the driver$"),
+        (Driver(capability=(6, 1)), (), r"GeForce GTX 1050 has compute capability 6.1.*7.5 to 7.9.*-device cpu$"),
+        (Driver(version=12080, capability=(6, 1)), (), r"compute capability 6.1.*: use --drafter-device cpu$"),
         (Driver(), ("libcudnn", "cudnn64"), r"cudnn.*9.* cannot be loaded: .*pip install '\.\[cuda\]'"),
         (Driver(), ("libcudart", "cudart64", "libcublas", "cublas"), "cudart.*13.*, .*cublasLt.*13.* cannot be loaded"),
     ],
-    ids=["no driver", "no device", "no visible device", "older major", "no cuDNN", "no CUDA"],
+    ids=[
+        "no driver",
+        "no device",
+        "no visible device",
+        "older major",
+        "old device",
+        "old device and driver",
+        "no cuDNN",
+        "no CUDA",
+    ],
 )
 def test_each_lack_is_one_line_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, driver: Driver | None, lacks: tuple[str, ...], said: str
@@ -70,6 +93,21 @@ def test_each_lack_is_one_line_with_a_remedy(
     problem = cuda.cuda_problem()
     assert problem is not None and "\n" not in problem
     assert re.search(said, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((5, 2), False), ((6, 1), False), ((7, 0), False), ((7, 5), True), ((8, 0), True), ((8, 6), True), ((8, 9), True),
+     ((9, 0), True), ((10, 0), False), ((12, 0), True), ((12, 1), False)],
+)  # fmt: skip
+def test_devices_run_that_the_wheel_has_machine_code_for(capability: tuple[int, int], runs: bool) -> None:
+    assert cuda.runs_on(capability) == runs
+
+
+def test_windows_needs_no_curand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuda_major", lambda: 13)
+    monkeypatch.setattr("os.name", "nt")
+    assert cuda.libraries() == ["cudart64_13.dll", "cublasLt64_13.dll", "cublas64_13.dll", "cudnn64_9.dll"]
 
 
 def test_a_build_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

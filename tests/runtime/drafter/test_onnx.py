@@ -118,6 +118,23 @@ def path_to(tree: DraftTree, node: int) -> list[int]:
     return nodes[::-1]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_after_a_nan_the_drafter_is_as_new(tiny: Tiny, stream: tuple[np.ndarray, np.ndarray], rows: int) -> None:
+    """A masked NaN in the KV would still reach every row: 0 x NaN is NaN."""
+    (tokens, features), drafter, limits = stream, tiny.open(), TreeLimits(width=12, depth=3, top_k=TOP_K, lookup=0)
+    spoiled = features[:rows].copy()
+    spoiled[-1] = np.nan
+    with pytest.raises(DeviceError, match="no numbers"):
+        drafter.extend(SEQ, tokens[:rows], spoiled)
+    assert drafter.length(SEQ) == 0
+    found = []
+    for session in (drafter, tiny.open()):
+        session.extend(SEQ, tokens[:1], features[:1])
+        tree = session.propose(SEQ, limits)
+        found.append((tree.tokens.tolist(), tree.logprobs.tolist()))
+    assert found[0] == found[1]
+
+
 @torch.no_grad()
 def chain_logprob(
     drafter: Drafter, tokens: np.ndarray, features: np.ndarray, path: list[int], noise: np.ndarray | None = None

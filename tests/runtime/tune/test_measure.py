@@ -25,6 +25,7 @@ from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
 from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tune import cost_cache
 from dovetail.runtime.tune import measure as tune
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 from dovetail.runtime.tune.measure import ROWS, known_or_measured, measure
@@ -286,7 +287,10 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
     monkeypatch.setattr(machine, "versions", lambda: versions)
     manifest = sessions.manifest
     files = [CostKey.of(manifest, "cpu", threads).file for threads in (None, 1, 2)]
-    files.append(CostKey.of(manifest, "cuda", None).file)
+    for gpu in ("RTX 3050 8.6", "RTX 4060 8.9"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cost_cache, "gpu_name", lambda gpu=gpu: gpu)
+            files.append(CostKey.of(manifest, "cuda", None).file)
     files.append(replace(CostKey.of(manifest, "cpu", None), spin_us=0).file)
     files.append(CostKey.of(manifest, "cpu", None, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}).file)
     files.append(CostKey.of(manifest, "cpu", None, exact=False).file)
@@ -303,7 +307,7 @@ def test_the_key_changes_with_what_costs_depend_on(sessions: Sessions, tmp_path:
         with monkeypatch.context() as patch:
             patch.setattr(machine, "cpu", lambda cpu=cpu: cpu)
             files.append(CostKey.of(manifest, "cpu", None).file)
-    assert len(set(files)) == len(files) == 13
+    assert len(set(files)) == len(files) == 14
     versions["numpy"] = "9"
     renamed = replace(manifest, name="renamed")
     assert CostKey.of(renamed, "cpu", None).file == files[0]  # neither has a part in it

@@ -104,6 +104,10 @@ class CpuRunner:
         for buffer in self._kv.values():
             buffer[: self._slots + context, :, :, 0] += 0
 
+    def clear(self) -> None:
+        for buffer in (self._bank, *self._kv.values()):
+            buffer.fill(0)
+
     def close(self) -> None:
         """Do nothing: Python frees the memory with the last reference."""
 

@@ -3,7 +3,8 @@
 A call is one copy up, one replay and one copy down, in order on one stream, and one wait at the
 end. Inputs and outputs of a bucket lie in one block of memory each, on the device and, pinned, on
 the host. The noise of sampled answers needs a further copy up, from one block for all buckets.
-ONNX Runtime keeps captured graphs per thread: another thread than the opening one captures again.
+ONNX Runtime keeps captured graphs per thread, and frees none: the runner has a thread of its own for
+all calls, so that an engine may be used from any thread.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -57,6 +59,9 @@ class Device(Protocol):
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` bytes of zeros."""
+
+    def clear(self, address: int, size: int) -> None:
+        """Queue `size` bytes of zeros to an allocated address."""
 
     def pinned(self, size: int) -> Bytes:
         """Return `size` bytes of zeros on the host."""
@@ -131,7 +136,8 @@ class CudaRunner:
         self._ort, self._device, self._slots, self._facts = ort, device, facts.tree_slots, facts
         self._graphs: dict[int, Captured] = {}
         self._held: list[Any] = [self._graphs]  # freed before the device; no other object may hold these references
-        self._release = weakref.finalize(self, _release, self._held, device)
+        self._thread = ThreadPoolExecutor(1, "drafter")
+        self._release = weakref.finalize(self, _release, self._held, device, self._thread)
         problem = None
         try:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
@@ -173,7 +179,7 @@ class CudaRunner:
             self._noisy = noise is not None
             self.bus_bytes += self._noise.host.nbytes
         device.upload(graph.inputs.address, sent)
-        call(self._session, graph.binding, graph.run_options)
+        self._call(graph.binding, graph.run_options)
         device.download(graph.outputs.host, graph.outputs.address)
         device.wait()
         self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
@@ -183,8 +189,20 @@ class CudaRunner:
     def touch(self, context: int) -> None:
         """Do nothing: device memory exists from the start."""
 
+    def clear(self) -> None:
+        for shape, address in self._state.values():
+            self._device.clear(address, prod(shape) * 2)
+
     def close(self) -> None:
         self._release()
+
+    def _call(self, binding: Any, run_options: Any) -> None:
+        """Run a bound graph on the runner's own thread. Raises DeviceError."""
+        done = self._thread.submit(call, self._session, binding, run_options)
+        try:
+            done.result()
+        finally:
+            wait([done])  # an interrupt must not leave a call that reads the rows
 
     @property
     def _session(self) -> Any:
@@ -238,16 +256,17 @@ class CudaRunner:
         rows.pad(0, self._slots)
         self._device.upload(inputs.address, inputs.host)
         for _ in range(3):  # memory patterns, capture, first replay
-            call(self._session, binding, run_options)
+            self._call(binding, run_options)
         self._device.wait()
         return Captured(rows, inputs, outputs, inputs.offsets["features"], binding, run_options)
 
 
-def _release(held: list[Any], device: Device) -> None:
+def _release(held: list[Any], device: Device, thread: ThreadPoolExecutor) -> None:
     """Free the graphs, held[0], and the session, held[1], then the device.
 
     The device is freed after a session that the traceback of a pending error still holds.
     """
+    thread.shutdown()
     if keep_on_failed(device, *held):
         held.clear()
         device.close()

@@ -22,10 +22,14 @@ PROVIDER = "CUDAExecutionProvider"
 INSTALL = f"for CUDA and cuDNN, {install_extra('cuda')}"
 DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 CUDNN_MAJOR, CURAND_MAJOR = 9, 10  # for all supported onnxruntime-gpu versions
+# Compute capabilities that onnxruntime-gpu for CUDA 13 has machine code for, as (major, least minor, most
+# minor). Its wheels hold no PTX, from which a driver could compile code for other devices.
+CAPABILITIES = ((7, 5, 9), (8, 0, 9), (9, 0, 0), (12, 0, 0))
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _NON_BLOCKING = 1  # flag: the stream does not wait for the default stream
 _OUT_OF_MEMORY = 2
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # attributes of a device
 
 _POINTER, _SIZE, _OUT = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -63,14 +67,50 @@ def cuda_problem() -> str | None:
     code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if code or not count.value:
         return f"the NVIDIA driver shows no device (code {code}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    name, capability = _first_device(driver)
+    if not runs_on(capability):  # before the driver's version: the newest drivers leave out such devices
+        return (
+            f"{name} has compute capability {capability[0]}.{capability[1]}, for which this onnxruntime-gpu has no "
+            f"code (it has for {_supported()}): use --drafter-device cpu"
+        )
     wanted, newest = cuda_major(), driver_cuda()
     if newest is not None and newest[0] < wanted:
-        return (
-            f"the NVIDIA driver supports CUDA {newest[0]}, this onnxruntime-gpu needs {wanted}: update the driver, or "
-            f"install an onnxruntime-gpu for CUDA {newest[0]}"
-        )
+        return f"the NVIDIA driver supports CUDA {newest[0]}, this onnxruntime-gpu needs {wanted}: update the driver"
     missing = missing_libraries()
     return f"{', '.join(missing)} cannot be loaded: {INSTALL}" if missing else None
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Return whether onnxruntime-gpu has machine code for a device of this compute capability (major, minor)."""
+    return any(major == capability[0] and least <= capability[1] <= most for major, least, most in CAPABILITIES)
+
+
+def gpu_name() -> str | None:
+    """Return the name and the compute capability of the first device, or None without a driver and a device."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return None
+    if driver.cuInit(0):
+        return None
+    name, (major, minor) = _first_device(driver)
+    return f"{name} {major}.{minor}" if name else None
+
+
+def _first_device(driver: Any) -> tuple[str, tuple[int, int]]:
+    """Return the name and the compute capability of device 0; "" and (0, 0) if the driver does not tell."""
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(128)
+    numbers = ctypes.c_int(0), ctypes.c_int(0)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
+        return "", (0, 0)
+    for number, attribute in zip(numbers, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+    major, minor = (number.value for number in numbers)
+    return name.value.decode(errors="replace"), (major, minor)
+
+
+def _supported() -> str:
+    return ", ".join(f"{major}.{least}" + f" to {major}.{most}" * (least < most) for major, least, most in CAPABILITIES)
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -100,7 +140,7 @@ def libraries() -> list[str]:
     major = cuda_major()
     if os.name == "nt":
         named = [f"{name}64_{major}.dll" for name in ("cudart", "cublasLt", "cublas")]
-        return [*named, f"curand64_{CURAND_MAJOR}.dll", f"cudnn64_{CUDNN_MAJOR}.dll"]
+        return [*named, f"cudnn64_{CUDNN_MAJOR}.dll"]  # the provider there does without curand
     named = [f"lib{name}.so.{major}" for name in ("cudart", "cublasLt", "cublas")]
     return [*named, f"libcurand.so.{CURAND_MAJOR}", f"libcudnn.so.{CUDNN_MAJOR}"]
 
@@ -168,8 +208,11 @@ class CudaDevice:
         self._check("cudaMalloc", ctypes.byref(pointer), size)
         assert pointer.value is not None
         self._device.append(pointer.value)
-        self._check("cudaMemsetAsync", pointer, 0, size, self._stream)
+        self.clear(pointer.value, size)
         return pointer.value
+
+    def clear(self, address: int, size: int) -> None:
+        self._check("cudaMemsetAsync", address, 0, size, self._stream)
 
     def pinned(self, size: int) -> Bytes:
         pointer = ctypes.c_void_p()

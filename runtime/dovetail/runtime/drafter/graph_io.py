@@ -161,6 +161,9 @@ class Runner(Protocol):
     def touch(self, context: int) -> None:
         """Make the system provide memory for the KV of `context` pairs, whatever it holds."""
 
+    def clear(self) -> None:
+        """Fill KV and bank with zeros. A NaN in any row would reach every later call, masked or not."""
+
     def close(self) -> None:
         """Free the device's memory. No further run is possible."""
 

@@ -330,6 +330,8 @@ class OnnxDrafter:
     ) -> Candidates:
         found = self._runner.run(n, context, noise, upload_features=upload_features, answers=answers)
         if not np.isfinite(found.logprobs).all():
+            self._texts.clear()
+            self._runner.clear()
             raise DeviceError(
                 f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "
                 "--drafter-device, or generate without speculation"

@@ -42,8 +42,8 @@ def draft(texts: Many[Sequence], policy: Policy | None = None) -> Offer:
 
     Without a policy every tree grows to its request's limits.
     """
-    join = policy is None or not policy.rests()
-    outlooks = [text.outlook(policy, join=join) for text in texts]
+    look = policy is None or not policy.rests()
+    outlooks = [text.outlook(policy, look=look) for text in texts]
     if policy is None:
         return Offer(tuple(_joined(texts, outlooks, _drafted(texts, outlooks, [None] * len(texts)))))
     most = sum(outlook.limits.width for outlook in outlooks)

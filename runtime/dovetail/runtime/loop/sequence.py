@@ -228,19 +228,17 @@ class Sequence:
             self.tell(result.features)
         return step
 
-    def outlook(self, policy: Policy | None = None, *, join: bool = True) -> Outlook:
+    def outlook(self, policy: Policy | None = None, *, look: bool = True) -> Outlook:
         """Return the limits of the next tree, and the tree of repeated text alone.
 
-        join: otherwise the tree is the known token, and repeated text is only counted.
+        look: for repeated text, and for what a grammar forces; otherwise the tree is the known token.
         """
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
         self._found = []
-        if limits.width == 1:
+        if limits.width == 1 or not look:
             return Outlook(limits, known)
         if limits.lookup:
             self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
-        if not join:
-            return Outlook(limits, known)
         if policy:
             limits = _narrowed(limits, policy.widest(len(self.tokens) - 1, limits.width))
         return Outlook(limits, self.join(known, limits))

@@ -58,11 +58,17 @@ class Scheduler:
         self.start(sampled=False)
 
     def start(self, sampled: bool, texts: int = 1) -> None:
-        """See Policy. Rounds of 2 and 3, of 4 to 7 texts and so on share what is learned of them."""
+        """See Policy. Rounds of 2 and 3, of 4 to 7 texts and so on share what is learned of them.
+
+        All rounds of several texts share one budget: an engine that meets many numbers of texts in a
+        short time tries drafts for each of them.
+        """
         self._width, self._regret, self._texts = 0, {}, texts  # the last pass verified no tree
         key = sampled, texts.bit_length()
         if key not in self._experiences:
-            self._experiences[key] = Experience(Budget(self.max_slowdown))
+            alike = (known for (drawn, size), known in self._experiences.items() if size > 1 and drawn == sampled)
+            shared = next(alike, None) if texts > 1 else None
+            self._experiences[key] = Experience(shared.budget if shared else Budget(self.max_slowdown))
         self._known = self._experiences[key]
 
     # --- before the draft

@@ -69,7 +69,7 @@ class Policy(Protocol):
         """Turn to rounds of so many texts. sampled: whether any of their answers is sampled."""
 
     def rests(self) -> bool:
-        """Whether the next round decodes plainly whatever repeats, so that nobody needs to make trees of it."""
+        """Whether the next round decodes plainly whatever repeats, so that nobody needs to look for repeated text."""
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree of a text, at most `most`."""

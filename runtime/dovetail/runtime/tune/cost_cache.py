@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
+from dovetail.runtime.drafter.cuda_api import driver_cuda, gpu_name
 from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS
@@ -36,6 +37,7 @@ class CostKey:
     ov_config: Mapping[str, str] = field(default_factory=dict)  # the target's properties: defaults, chosen, given
     exact: bool = True  # whether a plain pass computes two rows
     spin_us: int = SPIN_US  # how long the drafter's threads wait for work
+    gpu: str | None = None  # name and compute capability of the drafter's GPU, and the driver's CUDA
 
     @classmethod
     def of(
@@ -68,11 +70,15 @@ class CostKey:
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
             ov_config={**default_properties(), **chosen_properties(manifest, threads), **(ov_config or {})},
             exact=exact,
+            gpu=f"{gpu_name()}, {driver_cuda()}" if device == "cuda" else None,
         )
 
     @property
     def file(self) -> Path:
-        return cache_file("costs", json.dumps(asdict(self), sort_keys=True))
+        facts = asdict(self)
+        if self.gpu is None:  # the names of files without a GPU are older than this fact
+            del facts["gpu"]
+        return cache_file("costs", json.dumps(facts, sort_keys=True))
 
 
 def _now() -> str:
