@@ -16,13 +16,14 @@ from dovetail.runtime.loop.batch import PROMPT_TOKENS, SHARED_TOKENS, SequenceBa
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
-from dovetail.runtime.policy.policy import Policy
+from dovetail.runtime.policy.policy import Choice, Plan, Policy
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.target.session import NO_PROMPTS
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
 
 VOCAB = 9
@@ -279,14 +280,54 @@ def test_texts_that_come_and_go_make_no_load_slower(texts: int, kind: str) -> No
     assert gain(texts, kind, table, table, requests=12 * texts) > 0.97
 
 
-def gain(texts: int, kind: str, table: Costs, believed: Costs, busy: int = 0, requests: int = 0) -> float:
+@pytest.mark.parametrize("switch_ms", [0.0, 8.0])
+@pytest.mark.parametrize("kind", ["hostile", "some"])
+def test_rounds_that_rest_would_have_decoded_plainly(kind: str, switch_ms: float) -> None:
+    """A scheduler that looks for repeated text all the same chooses plain decoding where `rests` said so."""
+    rested = 0
+
+    class Awake(Scheduler):
+        tired = False
+
+        def rests(self) -> bool:
+            self.tired = super().rests()
+            return False
+
+        def plan(self, *arguments: Any) -> Plan:
+            plan = super().plan(*arguments)
+            assert not (self.tired and plan.draft)
+            return plan
+
+        def choose(self, plan: Plan, forest: Forest) -> Choice:
+            nonlocal rested
+            choice = super().choose(plan, forest)
+            rested += self.tired
+            assert not self.tired or choice.width == plan.texts == len(choice.forest)
+            return choice
+
+    table = costs(plain_ms=13.0, node_ms=2.0, switch_ms=switch_ms)
+    gain(4, kind, table, table, requests=24, policy=Awake, lookup=8)
+    assert rested > 50
+
+
+def gain(
+    texts: int,
+    kind: str,
+    table: Costs,
+    believed: Costs,
+    *,
+    busy: int = 0,
+    requests: int = 0,
+    policy: type[Scheduler] = Scheduler,
+    lookup: int = 0,
+) -> float:
     """Return how many times as fast as plain decoding.
 
     table: of passes and calls. believed: the policy's. busy: the first passes, which take three times as long.
     requests: short answers to long prompts, one after the other in `texts` slots; 0 for one long answer in each slot.
     """
     seconds = []
-    for limits in (replace(BOUNDS, lookup=0), None):
+    for limits in (replace(BOUNDS, lookup=lookup), None):
         now = [0.0]
         target = Timed(MarkovLogits(VOCAB, sharpness=40.0), table, now)
         target.busy = busy
@@ -296,12 +337,12 @@ def gain(texts: int, kind: str, table: Costs, believed: Costs, busy: int = 0, re
             drafter = TimedDrafter.copy_of(target.logits_of, noise=4.0 if kind == "some" else 0.0)
         assert isinstance(drafter, TimedDrafter)
         drafter.table, drafter.now = table, now
-        policy = Scheduler(believed)
-        batch = SequenceBatch(target, texts, drafter, policy, clock=partial(now.__getitem__, 0))
+        scheduler = policy(believed)
+        batch = SequenceBatch(target, texts, drafter, scheduler, clock=partial(now.__getitem__, 0))
         for index in range(requests or texts):
             prompt = (*SYSTEM[: 60 + 7 * index % 100], 1, index % 7) if requests else (1, index)
             length = 40 + 17 * index % 50 if requests else 400  # not all of one length, or all would end at once
-            batch.add(Request(prompt, length, limits=limits, scheduler=policy))
+            batch.add(Request(prompt, length, limits=limits, scheduler=scheduler))
         _all(batch)
         seconds.append(now[0])
     return seconds[1] / seconds[0]

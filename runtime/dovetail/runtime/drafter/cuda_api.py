@@ -68,7 +68,7 @@ def cuda_problem() -> str | None:
     if code or not count.value:
         return f"the NVIDIA driver shows no device (code {code}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
     name, capability = _first_device(driver)
-    if not runs_on(capability):  # before the driver's version: the newest drivers leave out such devices
+    if name and not runs_on(capability):  # before the driver's version: the newest drivers leave out such devices
         return (
             f"{name} has compute capability {capability[0]}.{capability[1]}, for which this onnxruntime-gpu has no "
             f"code (it has for {_supported()}): use --drafter-device cpu"

@@ -78,7 +78,7 @@ class Scheduler:
         known, budget = self._known, self._known.budget
         if budget.covers(0.0) or self._texts == 1 or self._width not in (0, self._texts):
             return False
-        seems_to_pay = known.price_of_token * known.tokens.value > known.steps.value
+        seems_to_pay = known.price_of_token * (known.tokens.value - 1.0) > known.steps.value - 1.0
         return not (seems_to_pay and budget.covers(-START))
 
     def widest(self, context: int, most: int) -> int:
