@@ -203,6 +203,7 @@ class CudaRunner:
             done.result()
         finally:
             wait([done])  # an interrupt must not leave a call that reads the rows
+            del done  # a failed call's traceback would keep it, and it the traceback with the session
 
     @property
     def _session(self) -> Any:

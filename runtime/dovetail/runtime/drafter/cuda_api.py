@@ -104,7 +104,8 @@ def _first_device(driver: Any) -> tuple[str, tuple[int, int]]:
     if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
         return "", (0, 0)
     for number, attribute in zip(numbers, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
-        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return "", (0, 0)
     major, minor = (number.value for number in numbers)
     return name.value.decode(errors="replace"), (major, minor)
 
