@@ -333,10 +333,10 @@ def test_drafts_that_lose_a_little_in_every_answer_are_left_in_the_long_run() ->
     """Greedy answers gain, sampled ones lose less than a change costs: they are learned of apart."""
     true = costs(12.0, 0.9, 4.5, switch_ms=8.4)
     scheduler = answer("copy", true, noise=1.0)[1]
-    seconds = [
-        answer("copy", true, noise=2.0, temperature=1.0, tokens=60, scheduler=scheduler)[0].now for _ in range(18)
-    ]
-    assert sum(seconds[6:]) < 1.02 * 12 * plain_seconds(true, 60)
+    for _ in range(6):
+        answer("copy", true, noise=2.0, temperature=1.0, tokens=60, scheduler=scheduler)
+    clock, _, _ = answer("copy", true, noise=2.0, temperature=1.0, tokens=60, scheduler=scheduler)
+    assert clock.now < 1.03 * plain_seconds(true, 60)
     assert answer("copy", true, noise=1.0, scheduler=scheduler)[0].now < 0.95 * plain_seconds(true)
 
 
@@ -373,7 +373,7 @@ def test_drafts_lose_no_more_than_their_budget(kind: str, share: float) -> None:
     for _ in range(10):
         seconds += answer(kind, true, tokens=300, noise=4.0, scheduler=scheduler)[0].now
     lost = seconds / plain_seconds(true, 3000) - 1
-    assert lost < share / (1 - share) + (2 * START + OUTLIER) / 3000 + 0.001
+    assert lost < share + (2 * START + OUTLIER) / 3000 + 0.001
 
 
 def test_questions_change_nothing() -> None:
@@ -387,7 +387,7 @@ def test_questions_change_nothing() -> None:
             offered = round.choice.offered
             assert offered is not None
             for question in (
-                self.rests,
+                self.decodes_plainly,
                 lambda: self.widest(plan.context, 12),
                 lambda: self.plan(plan.context, 12, offered, plan.unread),
                 lambda: self.believe(plan, 1, np.log(np.array([[0.6, 0.3]], np.float32))).tolist(),

@@ -128,6 +128,9 @@ class BlockDrafter(OnnxDrafter):
             self._blocks[seq] = _Text(self._free_part(self._blocks, seq), _Context(0, self._none))
         return self._blocks[seq]
 
+    def _forget(self) -> None:
+        self._blocks.clear()
+
     def _call(self, text: _Text, n: int, token: int, noise: DraftNoise | None, depth: int) -> Candidates:
         """Read the first n waiting pairs and draft after `token`. depth: positions that noise helps."""
         read, waiting = text.context

@@ -105,7 +105,8 @@ class CpuRunner:
             buffer[: self._slots + context, :, :, 0] += 0
 
     def clear(self) -> None:
-        for buffer in (self._bank, *self._kv.values()):
+        written = max((rows for rows, _ in self._lanes.values()), default=0)  # the system need not provide the others
+        for buffer in (self._bank, *(kv[:written] for kv in self._kv.values())):
             buffer.fill(0)
 
     def close(self) -> None:

@@ -68,12 +68,13 @@ def cuda_problem() -> str | None:
     if code or not count.value:
         return f"the NVIDIA driver shows no device (code {code}): check nvidia-smi and CUDA_VISIBLE_DEVICES"
     name, capability = _first_device(driver)
-    if name and not runs_on(capability):  # before the driver's version: the newest drivers leave out such devices
+    wanted, newest = cuda_major(), driver_cuda()
+    # Before the driver's version: the newest drivers leave out such devices.
+    if name and wanted == 13 and not runs_on(capability):
         return (
             f"{name} has compute capability {capability[0]}.{capability[1]}, for which this onnxruntime-gpu has no "
             f"code (it has for {_supported()}): use --drafter-device cpu"
         )
-    wanted, newest = cuda_major(), driver_cuda()
     if newest is not None and newest[0] < wanted:
         return f"the NVIDIA driver supports CUDA {newest[0]}, this onnxruntime-gpu needs {wanted}: update the driver"
     missing = missing_libraries()

@@ -81,8 +81,9 @@ class BlockRows:
     top_ids: NDArray[np.int32]  # [P, K]
 
     def pad(self, n: int, slots: int) -> None:
-        """Let the rows from `n` on write to row T - 1, to which nobody attends. slots: T."""
+        """Let the rows from `n` on write zeros to row T - 1, to which nobody attends. slots: T."""
         self.kv_slots[n:] = slots - 1
+        self.features[n:] = 0
 
 
 Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype

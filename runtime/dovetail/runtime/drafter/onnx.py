@@ -330,13 +330,17 @@ class OnnxDrafter:
     ) -> Candidates:
         found = self._runner.run(n, context, noise, upload_features=upload_features, answers=answers)
         if not np.isfinite(found.logprobs).all():
-            self._texts.clear()
+            self._forget()
             self._runner.clear()
             raise DeviceError(
                 f"the drafter on {self.device} returned log-probabilities that are no numbers: use another "
                 "--drafter-device, or generate without speculation"
             )
         return found
+
+    def _forget(self) -> None:
+        """Forget all texts, whose KV the runner is about to clear."""
+        self._texts.clear()
 
     def _check(self, held: int, tokens: TokenArray, features: FloatArray) -> None:
         facts = self._facts

@@ -165,10 +165,13 @@ class SequenceBatch:
         committed = self._clock()
 
         failed = any(one.step.error for one in found.values())
+        outcome = None
         if self.policy and len(offers) == 1 and not failed:
             (offer, group), alone_ms = offers[0], None if reading else verify_ms
             if outcome := offer.outcome([found[text.id].verdict.tokens for text in group], draft_ms, alone_ms):
                 self.policy.learn(outcome)
+        if reading or not outcome:
+            self._started = None  # the policy starts again: the pass had other rows than its trees'
         for ticket, text in writing:
             one = found[text.id]
             text.tell(one.features[: len(one.step.tokens)])

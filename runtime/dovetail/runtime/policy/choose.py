@@ -73,10 +73,10 @@ class Scheduler:
 
     # --- before the draft
 
-    def rests(self) -> bool:
-        """See Policy. One text never rests: its trees take little time, and a row of its pass may cost nothing."""
+    def decodes_plainly(self) -> bool:
+        """See Policy. With one text the answer is no: its trees take little time, and a further row may be free."""
         known, budget = self._known, self._known.budget
-        if budget.covers(0.0) or self._texts == 1 or self._width not in (0, self._texts):
+        if budget.covers(0.0) or self._texts == 1 or self._width != self._texts:
             return False
         seems_to_pay = known.price_of_token * (known.tokens.value - 1.0) > known.steps.value - 1.0
         return not (seems_to_pay and budget.covers(-START))
@@ -97,10 +97,10 @@ class Scheduler:
         return replace(plan, draft=gain >= -OPTIMISM and known.budget.covers(at_risk))
 
     def _widths(self, context: int, most: int, texts: int) -> tuple[int, ...]:
-        """Return the widths of a pass over so many texts, of which twice the most nodes are enough for several."""
+        """Return the widths of a pass over so many texts: for several of them also twice the two largest."""
         every = widths(self.costs, context)
         if texts > 1:
-            every = tuple(sorted({*every, *(2 * width for width in every[-2:])}))
+            every = (*WIDTHS, *(2 * width for width in WIDTHS[-2:]))
         return (texts, *(width for width in every if texts < width <= most))
 
     def _unknown(self, plan: Plan) -> bool:
@@ -211,19 +211,18 @@ class Scheduler:
         rows = max(choice.width, len(forest))
         nodes = rows if rows > self.plain_rows else texts
         first, changed = not self._width, self._width != nodes
+        self._width = nodes
         if round.verify_ms is None:
-            changed, self._width = False, 0
-            verify_ms = pace.verify_ms(context, forest, nodes)
+            changed, verify_ms = False, pace.verify_ms(context, forest, nodes)
         else:
-            self._width = nodes
             extra_ms = forest.copies[-1] * self.costs.copy.at(context, 1) + changed * self.costs.switch_ms
             verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 
         plain = self._plain_ms(plan)
         took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain
-        if first:  # plain decoding would have changed the width as well
-            took, change = took - change, 0.0
+        if first and texts > 1:  # plain decoding changes the width as well, after each prompt of another text
+            took, change = max(took - change, 0.0), 0.0
         known.price.add(took / tokens, tokens)
         known.budget.add(took, tokens - took if drafts or nodes > texts else -change)
         if nodes > texts and (expected := forest.expected_length - texts) > 0:

@@ -68,8 +68,8 @@ class Policy(Protocol):
     def start(self, sampled: bool, texts: int = 1) -> None:
         """Turn to rounds of so many texts. sampled: whether any of their answers is sampled."""
 
-    def rests(self) -> bool:
-        """Whether the next round decodes plainly whatever repeats, so that nobody needs to look for repeated text."""
+    def decodes_plainly(self) -> bool:
+        """Whether the next round decodes plainly without a look at repeated text and at a grammar."""
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree of a text, at most `most`."""

@@ -14,22 +14,22 @@ from dovetail.runtime.tree.forest import Forest
 class ScriptedPolicy:
     """Decides by chance. Implements `Policy`.
 
-    draft, expand, rest: probabilities of a draft, of another level and of no look for repeats. whole:
+    draft, expand, plain: probabilities of a draft, of another level and of no look for repeats. whole:
     verify whole trees, else a random number of nodes. rounds: the rounds to learn from, oldest first.
     """
 
     def __init__(
-        self, seed: int = 0, *, draft: float = 0.5, expand: float = 0.7, rest: float = 0.0, whole: bool = False
+        self, seed: int = 0, *, draft: float = 0.5, expand: float = 0.7, plain: float = 0.0, whole: bool = False
     ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.draft, self.expand, self.rest, self.whole = draft, expand, rest, whole
+        self.draft, self.expand, self.plain, self.whole = draft, expand, plain, whole
         self.rounds: list[Round] = []
 
     def start(self, sampled: bool, texts: int = 1) -> None:
         """See Policy."""
 
-    def rests(self) -> bool:
-        return self.rest > 0 and bool(self.rng.random() < self.rest)
+    def decodes_plainly(self) -> bool:
+        return self.plain > 0 and bool(self.rng.random() < self.plain)
 
     def widest(self, context: int, most: int) -> int:
         return most
