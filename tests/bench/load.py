@@ -41,7 +41,7 @@ WARM_UP = 16  # tokens
 @click.option("--gguf", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The same weights, Q8_0.")
 @click.option("--users", type=int, multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
 @click.option("--requests", type=int, default=64, show_default=True, help="For each number of users.")
-@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True, help="The mean: half as many and up.")
+@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True, help="Mean; 0.5 to 1.5 times as many.")
 @click.option("--parts", type=int, default=4, show_default=True, help="Of the requests; engines take turns after each.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -55,7 +55,7 @@ def main(
     texts = islice(cycle(mixed), requests + 2 * max(users))
     asked = [[*tokenizer.encode_chat([{"role": "user", "content": text}])] for text in texts]
     prompts, first = asked[:requests], asked[requests:]  # others first, so that no engine finds a prompt in its cache
-    # Not all of one length, or the users would all ask at once again and again.
+    # Answers of equal length would let all users ask at the same moments.
     counts = [max_new_tokens // 2 + 17 * index % (max_new_tokens + 1) for index in range(requests)]
     names = [*OURS, *(PEERS if peers else ()), *((LLAMA,) if peers and gguf else ())]
     rows: list[Row] = json.loads(out.read_text())["rows"] if out.exists() else []

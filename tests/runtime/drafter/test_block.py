@@ -169,6 +169,31 @@ def test_noise_of_each_depth_is_the_samplers(tiny: Tiny, stream) -> None:
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", "host"])
+def test_after_a_nan_no_text_drafts_from_cleared_memory(tiny: Tiny, stream, HostDevice, device: str) -> None:
+    """The text that failed, another one where there is room, and a shorter call in rows that held the NaN."""
+
+    def opened() -> OnnxDrafter:
+        if device == "cpu":
+            return BlockDrafter.open(tiny.folder, tiny.exact, device="cpu", threads=1, texts=2)
+        return BlockDrafter.open_cuda(tiny.pair, tiny.manifest, new_device=HostDevice)
+
+    (tokens, features), session, other = stream, opened(), SEQ + (device == "cpu")
+    session.extend(SEQ, tokens[:9], features[:9])
+    session.propose(SEQ, LIMITS)
+    spoiled = features[:5].copy()
+    spoiled[-1] = np.nan
+    session.extend(other, tokens[:5], spoiled)
+    with pytest.raises(DeviceError, match="no numbers"):
+        session.propose(other, LIMITS)
+    assert session.length(SEQ) == session.length(other) == 0
+    trees = []
+    for each in (session, opened()):
+        each.extend(SEQ, tokens[:3], features[:3])
+        trees.append(each.propose(SEQ, LIMITS))
+    assert_same(trees[0], trees[1], tolerance=0.0)
+
+
 def test_bad_calls_are_errors_that_name_the_remedy(tiny: Tiny, stream) -> None:
     tokens, features = stream
     session = tiny.open()

@@ -142,6 +142,23 @@ def test_calls_of_all_threads_run_on_one(HostDevice, pairs, stream, monkeypatch:
     assert session.length(SEQ) == 18 and len(threads) == 1 and get_ident() not in threads
 
 
+def test_a_failed_capture_frees_the_device_at_once(HostDevice, pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's traceback holds the session. A cycle with it would keep VRAM until the collector runs."""
+
+    def failing(session: Any, *_: Any) -> None:
+        raise DeviceError(f"{type(session).__name__} failed: export the drafter again")
+
+    monkeypatch.setattr(cuda_runner, "call", failing)
+    device = HostDevice()
+    gc.disable()
+    try:
+        with pytest.raises(DeviceError, match="InferenceSession failed"):
+            pairs.on(device)
+        assert device.closed
+    finally:
+        gc.enable()
+
+
 def test_nodes_that_would_run_elsewhere_are_named(HostDevice, pairs) -> None:
     session = pairs.on(HostDevice())._runner._session
 
