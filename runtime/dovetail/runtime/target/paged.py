@@ -72,14 +72,21 @@ class Part:
         """Yield the attention's sequences: rows, tokens before them, KV blocks.
 
         A row may be a sequence that ends in it, because the plugin writes the KV of all rows before
-        it computes the attention of any.
+        it computes the attention of any. A further copy of a row only writes its KV into the blocks
+        of another path. It gets the block that it writes to, and no text before it.
         """
+        seen = set[int]()
         for path, table in zip(self.paths, self.tables, strict=True):
             if not self.split:
                 yield path, self.past, table
                 continue
-            for past, row in enumerate(path, self.past):
-                yield row[None], past, table[: past // BLOCK + 1]
+            for past, row in enumerate(path.tolist(), self.past):
+                block = past // BLOCK
+                if row in seen:
+                    yield np.array([row]), past % BLOCK, table[block : block + 1]
+                else:
+                    yield np.array([row]), past, table[: block + 1]
+                seen.add(row)
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,7 @@ class PagedModel:
         self._inputs: dict[str, NDArray[Any]] = {}  # name -> value that the request is known to hold
         self._given: dict[str, NDArray[Any]] = {}  # name -> memory that the request points to
         self.pool = BlockPool()
-        self.surplus: list[BlockIds] = []  # for `Batch.of`: a block without a use for each thread
+        self._unused: BlockIds = np.zeros(0, np.int32)  # a block for surplus sequences
         self._groups = self._kv_groups()
         self._placed = False  # whether the request points to the memory of all groups
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
@@ -242,11 +249,17 @@ class PagedModel:
         self._placed = False
         self._groups = groups
         self.pool.grow(blocks)
-        if not self.surplus:
-            # With fewer sequences than threads the plugin shares the blocks of a row among threads, and
-            # adds in another order.
-            unused = self.pool.take(self.pool.new_owner(), 1)
-            self.surplus = [unused] * int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
+        if not len(self._unused):
+            self._unused = self.pool.take(self.pool.new_owner(), 1)
+
+    def surplus(self, count: int) -> list[BlockIds]:
+        """Return blocks for `Batch.of`, which fill a pass up to `count` sequences, or one for each thread.
+
+        With fewer sequences than threads the plugin shares the blocks of a row among threads, and
+        adds in another order.
+        """
+        threads = int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
+        return [self._unused] * max(count, threads)
 
     def _place(self) -> None:
         """Point the request to the memory of all groups."""
