@@ -240,9 +240,8 @@ class Clock:
     def __call__(self) -> float:
         return self.ms / 1e3
 
-    def verify(self, context: int, nodes: int, copies: int = 0) -> None:
+    def verify(self, context: int, nodes: int) -> None:
         self.ms += self.costs.target.at(context, nodes) + (nodes != self.width) * self.costs.switch_ms
-        self.ms += copies * self.costs.copy.at(context, 1)
         self.width = nodes
 
     def draft(self, context: int, rows: int) -> None:
@@ -298,7 +297,7 @@ class ReplayTarget:
     ) -> dict[int, TargetPass]:
         ((seq, tree),) = offers.items()
         nodes = len(tree)
-        self.clock.verify(self.held, max(rows, nodes), tree.copies[-1])
+        self.clock.verify(self.held, max(rows, nodes))
         self.rounds += 1
         depths, parents = tree.depths().tolist(), tree.parents.tolist()
         true, next_tokens = [True], []

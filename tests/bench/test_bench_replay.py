@@ -21,7 +21,6 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 COSTS = Costs(
     Curve((0, 1000), (1, 64), ((20.0, 40.0), (40.0, 60.0))),
     Curve((0,), (1, 128), ((1.0, 3.0),)),
-    Curve((0, 1000), (1,), ((1.0,), (5.0,))),
     switch_ms=5.0,
 )
 

@@ -26,7 +26,6 @@ from dovetail.runtime.tune.cost_cache import CostKey, Measured
 COSTS = Costs(
     Curve((128, 1024), (1, 3, 8, 32), ((16.0, 17.0, 20.0, 40.0), (20.0, 21.0, 25.0, 60.0))),
     Curve((128, 1024), (1, 4, 128), ((1.5, 1.75, 15.0), (1.75, 2.5, 20.0))),
-    Curve((128, 1024), (1,), ((1.0,), (5.0,))),
     switch_ms=8.0,
 )
 

@@ -36,7 +36,7 @@ LIMITS = TreeLimits(width=12, depth=4, top_k=3, lookup=6)
 def costs(plain_ms: float = 20.0, node_ms: float = 0.5, call_ms: float = 1.5, switch_ms: float = 0.0) -> Costs:
     target = Curve((0, 4096), (1, 64), ((plain_ms, plain_ms + 63 * node_ms),) * 2)
     draft = Curve((0, 4096), (1, 128), ((call_ms, call_ms + 12.0),) * 2)
-    return Costs(target, draft, Curve((0,), (1,), ((0.01,),)), switch_ms)
+    return Costs(target, draft, switch_ms)
 
 
 def requests(count: int, policy: Policy | None, seed: int = 0) -> list[Request]:
@@ -356,9 +356,8 @@ class Timed(ScriptedTarget):
 
     def verify(self, offers: Any, prompts: Any = NO_PROMPTS, *, rows: int = 0) -> Any:
         count = max(rows, sum(map(len, offers.values()))) + sum(map(len, prompts.values()))
-        copies = sum(tree.copies[-1] for tree in offers.values())
-        ms = self.table.target.at(0, count) + copies * self.table.copy.at(0, 1)
-        ms, self.last = ms + (count != self.last) * self.table.switch_ms, count
+        ms = self.table.target.at(0, count) + (count != self.last) * self.table.switch_ms
+        self.last = count
         self.now[0] += (3 if self.busy > 0 else 1) * ms / 1e3
         self.busy -= 1
         return super().verify(offers, prompts, rows=rows)

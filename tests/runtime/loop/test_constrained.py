@@ -176,7 +176,7 @@ def test_the_scheduler_takes_forced_tokens_for_certain() -> None:
     assert metrics.rounds == 2
 
     flat = Curve((0,), (1, 32), ((1.0, 1.1),))
-    scheduled = replace(request, limits=BOUNDS, scheduler=Scheduler(Costs(flat, None, flat)))
+    scheduled = replace(request, limits=BOUNDS, scheduler=Scheduler(Costs(flat, None)))
     assert run(ScriptedTarget(MarkovLogits(VOCAB)), None, scheduled)[2].rounds < 8
 
 

@@ -40,7 +40,7 @@ def answers(
     sequence = Sequence(ScriptedTarget(LOGITS), drafter, lookup_cache=cache)
     curve = Curve.fit((0,), (1, 16, 64), np.array([[10.0, 10.5, 12.0]]))
     draft = Curve.fit((0,), (1, 64), np.array([[0.5, 0.6]])) if drafted else None
-    scheduler = Scheduler(Costs(curve, draft, Curve.fit((0,), (1,), np.array([[0.1]])))) if scheduled else None
+    scheduler = Scheduler(Costs(curve, draft)) if scheduled else None
     texts, passes = list[list[int]](), list[int]()
     for prompt in PROMPTS:
         meter = Meter(clock=count().__next__)

@@ -205,7 +205,7 @@ def test_never_past_max_new_tokens(drafter: str | None, count: int) -> None:
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_never_past_the_context(drafter: str | None, room: int, scheduled: bool) -> None:
     curve = Curve((0,), (1, 32), ((1.0, 1.1),))  # wide passes are nearly free
-    limits, scheduler = (BOUNDS, Scheduler(Costs(curve, curve, curve))) if scheduled else (LIMITS, None)
+    limits, scheduler = (BOUNDS, Scheduler(Costs(curve, curve))) if scheduled else (LIMITS, None)
     # ScriptedTarget refuses more than fits
     request = Request((1, 2, 3, 4), 100, GREEDY, limits=limits, scheduler=scheduler)
     tokens, finish, _ = run(talk(drafter=drafter, max_context=4 + room), request)

@@ -43,7 +43,7 @@ def test_repeats_alone_are_accepted(scheduled: bool) -> None:
     """A greedy text of a Markov chain soon goes round in a circle."""
     limits = TreeLimits(width=16, depth=1, lookup=15)
     ms = np.array([[10.0, 10.5, 12.0]])
-    costs = Costs(Curve.fit((0,), (1, 16, 64), ms), None, Curve.fit((0,), (1,), np.array([[0.1]])))
+    costs = Costs(Curve.fit((0,), (1, 16, 64), ms), None)
     request = Request((1, 2), 200, limits=limits, scheduler=Scheduler(costs) if scheduled else None)
     sequence, meter = Sequence(ScriptedTarget(MarkovLogits(50))), Meter(clock=count().__next__)
     tokens = [token for step in decode(sequence, request, meter) for token in step.tokens]

@@ -41,15 +41,11 @@ def costs(
     call_ms: float = 1.5,
     row_ms: float = 0.1,
     switch_ms: float = 0.0,
-    copy_ms: float = 1e-3,
 ) -> Costs:
-    """Straight lines: a pass of n nodes takes pass_ms + (n - 1) * node_ms, a call of n rows call_ms + n * row_ms.
-
-    copy_ms: of each copy of a node.
-    """
+    """Straight lines: a pass of n nodes takes pass_ms + (n - 1) * node_ms, a call of n rows call_ms + n * row_ms."""
     target = Curve((0, 4096), (1, 64), ((pass_ms, pass_ms + 63 * node_ms),) * 2)
     draft = Curve((0, 4096), (1, 128), ((call_ms + row_ms, call_ms + 128 * row_ms),) * 2)
-    return Costs(target, draft, Curve((0,), (1,), ((copy_ms,),)), switch_ms)
+    return Costs(target, draft, switch_ms)
 
 
 @dataclass

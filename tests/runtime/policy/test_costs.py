@@ -109,7 +109,7 @@ def test_what_is_no_curve_is_one_typed_line(contexts: Any, rows: Any, ms: Any, n
 
 
 def test_json_gives_the_same_costs_back() -> None:
-    costs = Costs(CURVE, Curve((0,), (1, 128), ((0.1, 1 / 3),)), Curve((0, 64), (1,), ((0.5,), (2.0,))))
+    costs = Costs(CURVE, Curve((0,), (1, 128), ((0.1, 1 / 3),)), 2.0)
     assert parse_record(Costs, json.loads(json.dumps(asdict(costs))), "costs") == costs
 
 

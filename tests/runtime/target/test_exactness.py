@@ -60,14 +60,15 @@ def mix_up(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
 
     def mixed(*arguments: Any) -> Batch:
         batch = of(*arguments)
+        last = np.flatnonzero(batch.past)[-1] if batch.past.any() else 0  # after it come surplus sequences
         if wrong == "paths" and len(batch.tokens) == len(batch.wanted) > 2:
             assert batch.path_rows is not None
-            batch.path_rows[-1] = batch.path_rows[-2]
+            batch.path_rows[last] = batch.path_rows[last - 1]
         if wrong == "outputs":
             assert batch.node_rows is not None
             batch.node_rows[-1] = batch.node_rows[0]
         if wrong == "past" and len(batch.tokens) == len(batch.wanted) > 2:
-            batch.past[-1] -= 1
+            batch.past[last] -= 1
         return batch
 
     monkeypatch.setattr(Batch, "of", mixed)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.tree.draft_tree import DraftTree, best_tree, without_branches
+from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
 from dovetail.runtime.tree.growth import Candidates, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -179,31 +179,6 @@ def test_every_node_is_on_a_path_and_the_first_path_has_the_lowest_nodes(tree: D
     assert paths == sorted(paths)
     for path in paths:
         assert path[0] == 0 and tree.parents[path[1:]].tolist() == path[:-1] and path[-1] not in tree.parents
-    assert tree.copies[-1] == sum(map(len, paths)) - len(tree)
-
-
-@given(trees())
-def test_copies_are_those_of_the_best_nodes(tree: DraftTree) -> None:
-    tokens, parents, logprobs = tree.tokens.tolist(), tree.parents.tolist(), tree.logprobs.tolist()
-    for nodes, count in enumerate(tree.copies, 1):
-        assert count == sum(map(len, best_tree(tokens, parents, logprobs, nodes - 1).paths())) - nodes
-
-
-@given(trees(), st.floats(0, 1))
-def test_the_branches_that_are_kept_are_worth_most(tree: DraftTree, least: float) -> None:
-    """Against every set of paths."""
-
-    def worth(each: DraftTree) -> float:
-        return each.expected_length - least * each.copies[-1]
-
-    found = without_branches(tree, least)
-    paths = tree.paths()
-    for count in range(1, len(paths) + 1):
-        for some in itertools.combinations(paths, count):
-            nodes = sorted({*np.concatenate(some).tolist()})
-            place = {node: index for index, node in enumerate(nodes)}
-            parents = np.array([place.get(int(parent), -1) for parent in tree.parents[nodes]])
-            assert worth(found) >= worth(DraftTree(tree.tokens[nodes], parents, tree.logprobs[nodes])) - 1e-5
 
 
 @pytest.mark.parametrize("parents", [[], [0, 0], [-1, 1], [-1, -1], [-1, 0, 2]])

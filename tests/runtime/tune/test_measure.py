@@ -23,7 +23,7 @@ from dovetail.runtime.pair.manifest import Manifest, file_entry, parse_record, r
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
-from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
+from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tune import cost_cache
 from dovetail.runtime.tune import measure as tune
@@ -32,7 +32,7 @@ from dovetail.runtime.tune.measure import ROWS, known_or_measured, measure
 
 CONTEXTS, WIDTHS, SECONDS = (16, 64), (1, 2, 3, 4, 6), 0.01
 ONE = Curve((0,), (1,), ((1.0,),))
-FLAT = Costs(ONE, ONE, ONE)
+FLAT = Costs(ONE, ONE)
 CPU = Cpu("A CPU", 2, 4, 4, ())
 
 
@@ -210,12 +210,6 @@ def test_what_cannot_be_measured_is_refused(sessions: Sessions, arguments: dict,
         )
 
 
-@pytest.mark.parametrize(("nodes", "paths"), [(1, 1), (2, 1), (20, 1), (64, 1), (12, 5)])
-def test_a_timed_tree_has_so_many_nodes_and_paths(nodes: int, paths: int) -> None:
-    tree = timed_tree(nodes, paths)
-    assert len(tree) == nodes and len(tree.paths()) == paths and max(tree.depths()) == nodes - paths
-
-
 def test_pretended_tokens_have_memory_of_their_own_and_keep_what_they_hold(sessions: Sessions) -> None:
     sessions.text()
     runner = sessions.drafter._runner
@@ -245,7 +239,7 @@ def test_what_was_measured_is_not_measured_again(sessions: Sessions, measured: l
 
 def test_a_thorough_measurement_is_preferred(sessions: Sessions, measured: list[dict]) -> None:
     ask(sessions)
-    better = Costs(ONE, Curve((0,), (1,), ((2.0,),)), ONE)
+    better = Costs(ONE, Curve((0,), (1,), ((2.0,),)))
     Measured("tiny", CostKey.of(sessions.manifest, "cpu", None), better, 60.0).store()
     assert ask(sessions) == better and len(measured) == 1
 

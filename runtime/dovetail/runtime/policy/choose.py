@@ -25,7 +25,7 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import ABOVE, PRIOR, START, Budget, Estimate, Experience
 from dovetail.runtime.policy.pace import Pace
 from dovetail.runtime.policy.policy import Choice, Plan, Round
-from dovetail.runtime.tree.draft_tree import DraftTree, without_branches
+from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -135,12 +135,10 @@ class Scheduler:
 
     def choose(self, plan: Plan, forest: Forest) -> Choice:
         """Return the part of `forest` that is worth most to verify, and its width."""
-        least = self.pace.copy_ms(plan.context) / (self._price(plan) * self._known.trees[plan.draft].value)
-        offered = forest.map(lambda tree: without_branches(tree, least))
-        some = (plan.draft or len(offered) > plan.texts) and not self._unknown(plan)
-        worth = self._worth(plan, offered) if some else {plan.texts: 0.0}  # nothing to verify: plain
+        some = (plan.draft or len(forest) > plan.texts) and not self._unknown(plan)
+        worth = self._worth(plan, forest) if some else {plan.texts: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
-        return Choice(offered.best(max(width, self.plain_rows)), offered, width, worth, regret)
+        return Choice(forest.best(max(width, self.plain_rows)), forest, width, worth, regret)
 
     def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
         """Return the width to verify, and each width's regret if the width stays.
@@ -176,11 +174,11 @@ class Scheduler:
         out = {}
         for width in plan.widths:
             tokens = texts + (expected[min(width, len(forest)) - 1] - texts) * factor
-            out[width] = price * tokens - self.pace.verify_ms(plan.context, forest, width)
+            out[width] = price * tokens - self.pace.target_ms(plan.context, width, texts)
             if width >= len(forest):
                 break
         if self._width in plan.widths and self._width not in out:  # wider than the trees
-            out[self._width] = price * tokens - self.pace.verify_ms(plan.context, forest, self._width)
+            out[self._width] = price * tokens - self.pace.target_ms(plan.context, self._width, texts)
         return out
 
     def _change(self, width: int) -> float:
@@ -213,10 +211,9 @@ class Scheduler:
         first, changed = not self._width, self._width != nodes
         self._width = nodes
         if round.verify_ms is None:
-            changed, verify_ms = False, pace.verify_ms(context, forest, nodes)
+            changed, verify_ms = False, pace.target_ms(context, nodes, texts)
         else:
-            extra_ms = forest.copies[-1] * self.costs.copy.at(context, 1) + changed * self.costs.switch_ms
-            verify_ms = pace.learn_target(context, nodes, extra_ms, round.verify_ms, changed=changed, texts=texts)
+            verify_ms = pace.learn_target(context, nodes, round.verify_ms, changed=changed, texts=texts)
         draft_ms = pace.learn_draft(predicted, round.draft_ms)
 
         plain = self._plain_ms(plan)
@@ -248,7 +245,7 @@ class Scheduler:
         """Return tokens of a text and plain steps to expect of the round, had its drafts been verified."""
         plan, worth, pace = round.plan, round.choice.worth, self.pace
         best = max((width for width in worth if width > plan.texts), key=worth.__getitem__)
-        verify = pace.verify_ms(plan.context, offered, best)
+        verify = pace.target_ms(plan.context, best, plan.texts)
         took = verify + pace.draft_ms(plan.context, 1) + pace.draft_pace * self._levels(round)
         return (worth[best] + verify) / self._price(plan) / plan.texts, took / self._plain_ms(plan)
 

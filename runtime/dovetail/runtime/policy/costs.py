@@ -1,4 +1,4 @@
-"""The cost table: the times of passes and calls on this machine, by rows, copies and context.
+"""The cost table: the times of passes and calls on this machine, by rows and context.
 
 Axes: C context lengths, R row counts, both ascending. Times are milliseconds. A pass never gets
 cheaper with more rows or more context. Isotonic regression (pool adjacent violators) changes the
@@ -74,9 +74,8 @@ class Curve:
 class Costs:
     """The measured times of one machine."""
 
-    target: Curve  # verification of a chain, by nodes; 1 is plain decoding
+    target: Curve  # verification of a tree, by nodes; 1 is plain decoding
     draft: Curve | None  # one call of the drafter, by rows; None without a drafter
-    copy: Curve  # attention of a node of a tree for each path after the first that has the node, by context
     switch_ms: float = 0.0  # a pass takes longer after one of another width: OpenVINO prepares its kernels again
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import HALF_LIFE, PRIOR, Estimate
-from dovetail.runtime.tree.forest import Forest
 
 OUTLIER = 3.0  # a longer time counts as this multiple of the expected time: tests of machines that stall
 
@@ -23,7 +22,7 @@ class Pace:
     _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
     def target_ms(self, context: int, width: int, texts: int = 1) -> float:
-        """Return the ms of a pass of the target after a pass of the same width, copies excluded."""
+        """Return the ms of a pass of the target after a pass of the same width."""
         # Of several texts, a width without a pass is as wrong in the table as their plain passes.
         known = width if texts == 1 or self.knows(width, texts) else texts
         alone = self._width[texts, known].value if (texts, known) in self._width else 1.0
@@ -32,15 +31,6 @@ class Pace:
     def knows(self, width: int, texts: int) -> bool:
         """Whether a pass of this width has lately been seen after another one of it."""
         return (texts, width) in self._width and self._width[texts, width].seen > 0
-
-    def copy_ms(self, context: int) -> float:
-        """Return the ms that each copy of a tree's node adds to a pass."""
-        return self.costs.copy.at(context, 1) * self._target.value
-
-    def verify_ms(self, context: int, forest: Forest, width: int) -> float:
-        """Return the ms of a pass of `width` nodes that verifies the best part of `forest`."""
-        copies = forest.copies[min(width, len(forest)) - 1]
-        return self.target_ms(context, width, len(forest.trees)) + copies * self.copy_ms(context)
 
     @property
     def switch_ms(self) -> float:
@@ -71,15 +61,13 @@ class Pace:
         self._draft.add(min(draft_ms / predicted, OUTLIER * self._draft.value))
         return min(draft_ms, OUTLIER * predicted * self._draft.value)
 
-    def learn_target(
-        self, context: int, width: int, extra_ms: float, verify_ms: float, *, changed: bool, texts: int = 1
-    ) -> float:
+    def learn_target(self, context: int, width: int, verify_ms: float, *, changed: bool, texts: int = 1) -> float:
         """Learn from a pass of `width` nodes. Return `verify_ms`, limited by OUTLIER.
 
-        extra_ms: of copies and of a change of width, by the cost table. changed: the last
-        pass had another width. The slow first pass of a width must not decide whether drafting
-        pays. The table is of one text alone: of several texts only passes tell.
+        changed: the last pass had another width. The slow first pass of a width must not decide
+        whether drafting pays. The table is of one text alone: of several texts only passes tell.
         """
+        extra_ms = changed * self.costs.switch_ms
         if texts > 1:
             self._forget(texts)
         new = texts > 1 and not self.knows(width, texts)

@@ -58,17 +58,6 @@ class DraftTree:
         """Expected tokens from verifying the best 1, 2, ... N nodes, if `logprobs` are right."""
         return list(accumulate(sorted(map(exp, self.logprobs.tolist()), reverse=True)))
 
-    @cached_property
-    def copies(self) -> list[int]:
-        """Rows beyond one for each node, if every path of the best 1, 2, ... N nodes has rows of its own."""
-        parents, depths = self.parents.tolist(), self.depths().tolist()
-        inner, counts, copies = set[int](), list[int](), 0
-        for node in sorted(range(len(parents)), key=lambda node: -self.logprobs[node]):
-            copies += depths[node] * (parents[node] in inner)  # a first child goes on with its parent's path
-            inner.add(parents[node])
-            counts.append(copies)
-        return counts
-
     @property
     def expected_length(self) -> float:
         """Expected number of tokens from verifying the whole tree."""
@@ -122,41 +111,6 @@ def best_tree(tokens: list[int], parents: list[int], logprobs: list[float], budg
         tokens=np.array([tokens[node] for node in order], np.int64),
         parents=np.array([-1, *(place[parents[node]] for node in order[1:])], np.int64),
         logprobs=np.array([logprobs[node] for node in order], np.float32),
-    )
-
-
-def without_branches(tree: DraftTree, least: float) -> DraftTree:
-    """Return `tree` without branches that are expected to give fewer than `least` tokens for each row they copy.
-
-    The best child of each node always stays. A further child begins a path, which copies the nodes
-    before it. Source: dynamic programming from the leaves.
-    """
-    parents, depths = tree.parents.tolist(), tree.depths().tolist()
-    worth = [exp(logprob) for logprob in tree.logprobs.tolist()]
-    children: list[list[int]] = [[] for _ in parents]
-    for node in range(len(parents) - 1, -1, -1):
-        ranked, price = sorted(children[node], key=lambda child: -worth[child]), least * (depths[node] + 1)
-        children[node] = ranked[:1] + [child for child in ranked[1:] if worth[child] > price]
-        worth[node] += sum(worth[child] for child in children[node]) - price * max(len(children[node]) - 1, 0)
-        if node:
-            children[parents[node]].append(node)
-    kept, pending = list[int](), [0]
-    while pending:
-        kept.append(node := pending.pop())
-        pending += children[node]
-    return part(tree, sorted(kept))
-
-
-def part(tree: DraftTree, kept: list[int]) -> DraftTree:
-    """Return the nodes `kept` of `tree`, ascending. The root and each node's parent are among them."""
-    if len(kept) == len(tree):
-        return tree
-    place = {node: index for index, node in enumerate(kept)}
-    return best_tree(
-        tree.tokens[kept].tolist(),
-        [place.get(int(parent), -1) for parent in tree.parents[kept]],
-        tree.logprobs[kept].tolist(),
-        len(kept) - 1,
     )
 
 

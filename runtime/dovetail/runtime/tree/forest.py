@@ -37,21 +37,6 @@ class Forest:
         return self.expected_lengths[-1]
 
     @cached_property
-    def copies(self) -> list[int]:
-        """Rows beyond one for each node, if every path of the best 1, 2, ... N nodes has rows of its own."""
-        if len(self.trees) == 1:
-            return self.trees[0].copies
-        counts, copies, inner = list[int](), 0, set[tuple[int, int]]()
-        trees = [(tree.parents.tolist(), tree.depths().tolist()) for tree in self.trees]
-        for _, text, node in self._ranked:
-            parents, depths = trees[text]
-            parent = text, parents[node]
-            copies += depths[node] * (parent in inner)  # a first child goes on with its parent's path
-            inner.add(parent)
-            counts.append(copies)
-        return counts
-
-    @cached_property
     def _ranked(self) -> list[tuple[float, int, int]]:
         """(log-probability, text, node), the best first; parents precede their children."""
         every = (

@@ -32,7 +32,7 @@ from dovetail.runtime.system.arrays import SequenceId
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.exactness import largest_difference
-from dovetail.runtime.target.openvino import OpenVINOTarget, timed_tree
+from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,8 @@ QUICK_SECONDS = 4.0
 
 FEW = {*WIDTHS, CHUNK}  # sizes to measure when time is short
 SAMPLES = 2  # least number of times for each point
-LEAST_MS = 1e-3  # least time of a copy, where noise hides the true time
-FORK = 12  # nodes of the tree that times copies, compared with a chain of FORK nodes
-PATHS = 5  # paths of that tree
 
-Engine = Literal["target", "copy", "draft"]  # "copy" is the target's pass over a tree of several paths
+Engine = Literal["target", "draft"]
 Sizes = dict[Engine, list[int]]  # nodes of a pass, rows of a call
 
 
@@ -117,10 +114,7 @@ def measure(
     progress("measuring", 0, 1)
     room = max(0, target.max_context - CHUNK)
     contexts = [context for context in _ascending("contexts", contexts, 0) if context <= room] or [room]
-    every: Sizes = {
-        "target": _ascending("widths", widths, 1),
-        "copy": [FORK],
-    }
+    every: Sizes = {"target": _ascending("widths", widths, 1)}
     if drafter:
         every["draft"] = [rows for rows in ROWS if rows <= drafter.capacity]
     few: Sizes = {engine: [n for n in sizes if n in FEW or n == sizes[-1]] for engine, sizes in every.items()}
@@ -198,8 +192,7 @@ class _Stopwatch:
             self.drafter.pretend_length(self.seq, min(point.context, self.drafter.capacity - point.size))
             return self.drafter.time_pass(self.seq, point.size, clock=perf_counter)
         self.target.pretend_length(self.seq, point.context)
-        paths = PATHS if point.engine == "copy" else 1
-        return self.target.time_pass(self.seq, point.size, paths=paths, clock=perf_counter)
+        return self.target.time_pass(self.seq, point.size, clock=perf_counter)
 
     def sampled(self, points: Sequence[_Point]) -> float:
         """Return the part, 0 to 1, of the required times of `points`: SAMPLES for each point."""
@@ -213,13 +206,10 @@ class _Stopwatch:
         return 2 * total + median(self.switches) * len(wanted["target"]) * len(self.contexts)
 
     def costs(self, sizes: Sizes) -> Costs:
-        """Return the medians. Copies cost a tree's time less a chain's of its size."""
+        """Return the medians."""
         target = self.curve("target", sizes["target"])
-        forks = [median(self.times[_Point("copy", FORK, at)]) - target.at(at, FORK) for at in self.contexts]
-        copies = timed_tree(FORK, PATHS).copies[-1]
-        copy = Curve.fit(self.contexts, (1,), np.maximum(np.array([forks]).T / copies, LEAST_MS))
         draft = self.curve("draft", sizes["draft"]) if self.drafter else None
-        return Costs(target, draft, copy, max(0.0, median(self.switches)))
+        return Costs(target, draft, max(0.0, median(self.switches)))
 
     def curve(self, engine: Engine, sizes: Sequence[int]) -> Curve:
         """Return the medians as a curve that never falls."""
