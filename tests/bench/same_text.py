@@ -5,6 +5,7 @@
 
 Every prompt is answered greedily and at temperature 1 with a seed: by drafting, then plainly, and all token ids are
 compared.  With --against the plain answers are left out: drafted ones are compared with those of an earlier run.
+With --together the plain answers are written so many at a time, in the same passes, which takes a fraction of the time.
 FOLDER holds Spec-Bench's four tasks; --own prompts of each kind are written here.  Stopped, the same command goes on
 with the next answer.  Exits with 1 if any token differs.
 """
@@ -14,14 +15,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dovetail.runtime import Engine
-from dovetail.runtime.errors import InputError
+from dovetail.runtime import BatchEngine, Engine
+from dovetail.runtime.errors import DovetailError, InputError
 from dovetail.runtime.text.prompts import read_prompts
 
 TASKS = ("humaneval", "gsm8k", "mt_bench", "alpaca")
@@ -91,9 +94,12 @@ def own_prompts() -> dict[str, list[str]]:
 @click.option("--limit", type=click.IntRange(0), default=40, show_default=True, help="Of FOLDER's, of each task.")
 @click.option("--own", type=click.IntRange(0, 60), default=60, show_default=True, help="Prompts of each kind.")
 @click.option("-n", "--max-new-tokens", "count", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--together", type=click.IntRange(1), help="Plain answers at a time.  [default: one by one]")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--against", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="An earlier --out.")
-def main(pair: Path, prompts: Path, limit: int, own: int, count: int, out: Path, against: Path | None) -> None:
+def main(
+    pair: Path, prompts: Path, limit: int, own: int, count: int, together: int | None, out: Path, against: Path | None
+) -> None:
     own_ones, texts = own_prompts(), dict[str, list[str]]()
     for task in TASKS:
         given = [talk.turns[0] for talk in read_prompts(prompts / f"{task}.jsonl", limit)] if limit else []
@@ -103,25 +109,46 @@ def main(pair: Path, prompts: Path, limit: int, own: int, count: int, out: Path,
     done, earlier = read(out), read(against) if against else None
     if missing := [key for key in asked if earlier is not None and any((*key, t) not in earlier for t in (0, 1))]:
         raise InputError(f"{against} has no answer to prompt {missing[0][1]} of {missing[0][0]}: finish that run first")
-    with Engine.from_pretrained(pair) as engine, out.open("a") as file:
+    left = [(*key, t) for key in asked for t in (0, 1) if (*key, t) not in done]
+    with ExitStack() as stack:
+        file, engine = stack.enter_context(out.open("a")), stack.enter_context(Engine.from_pretrained(pair))
+        batch = stack.enter_context(BatchEngine.from_pretrained(pair, slots=together)) if together else None
 
-        def answer(text: str, temperature: int, speculate: bool) -> list[int]:
+        def answer(key: Key, speculate: bool) -> list[int]:
             engine.reset()
-            draw: dict[str, Any] = {"temperature": 1.0, "seed": SEED} if temperature else {}
-            return list(engine.generate(text, count, speculate=speculate, **draw).token_ids)
+            return list(engine.generate(asked[key[:2]], count, speculate=speculate, **options(key)).token_ids)
 
-        for (task, number), text in asked.items():
-            for temperature in (0, 1):
-                key = (task, number, temperature)
-                if key in done:
-                    continue
-                drafted = answer(text, temperature, True)
-                expected = answer(text, temperature, False) if earlier is None else earlier[key][0]
-                done[key] = drafted, drafted == expected
+        for begin in range(0, len(left), together or 1):
+            keys = left[begin : begin + (together or 1)]
+            drafted = [answer(key, True) for key in keys]
+            if earlier is not None:
+                expected = [earlier[key][0] for key in keys]
+            elif batch:
+                expected = answers(batch, [(asked[key[:2]], options(key)) for key in keys], count)
+            else:
+                expected = [answer(key, False) for key in keys]
+            for key, found, wanted in zip(keys, drafted, expected, strict=True):
+                done[key] = found, found == wanted
                 print(json.dumps([*key, *done[key]]), file=file, flush=True)
     kept = {key: value for key, value in done.items() if key[:2] in asked}
     click.echo(table(kept, "earlier" if against else "plain"))
     sys.exit(not all(same for _, same in kept.values()))
+
+
+def options(key: Key) -> dict[str, Any]:
+    return {"temperature": 1.0, "seed": SEED} if key[2] else {}
+
+
+def answers(engine: BatchEngine, asks: Sequence[tuple[str, dict[str, Any]]], count: int) -> list[list[int]]:
+    """Plain answers, all written at once."""
+    jobs = [engine.submit(engine.ask(text, count, speculate=False, **given)) for text, given in asks]
+    ids = {job: list[int]() for job in jobs}
+    while not engine.idle:
+        for job, chunk in engine.step():
+            if isinstance(chunk, DovetailError):
+                raise chunk
+            ids[job] += chunk.token_ids
+    return [ids[job] for job in jobs]
 
 
 def read(file: Path) -> dict[Key, tuple[list[int], bool]]:

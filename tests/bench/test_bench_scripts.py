@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError, PairError
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
@@ -395,16 +396,19 @@ def test_the_gpu_script_says_in_one_line_what_it_cannot_do(tiny_full_pair: Path)
 def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: Path, monkeypatch) -> None:
     same_text, shift = script("same_text"), 0
 
-    def opened(pair: Path) -> Engine:
+    def opened(pair: Path, **slots: int) -> Engine | BatchEngine:
         logits = MarkovLogits(len(ALPHABET), seed=3 + shift)
         drafter = ScriptedDrafter.copy_of(logits, noise=1.0)
-        return Engine(ScriptedTarget(logits), drafter, ScriptedTokenizer(ALPHABET, has_chat_template=True))
+        tokenizer = ScriptedTokenizer(ALPHABET, has_chat_template=True)
+        kind = BatchEngine if slots else Engine
+        return kind(ScriptedTarget(logits), drafter, tokenizer, **slots)
 
     def asked(out: str, *flags: str) -> Result:
         arguments = [str(tmp_path), "--prompts", str(tmp_path), "-n", "12", "--out", str(tmp_path / out), *flags]
         return CliRunner().invoke(same_text.main, arguments)
 
     monkeypatch.setattr(Engine, "from_pretrained", opened)
+    monkeypatch.setattr(BatchEngine, "from_pretrained", opened)
     monkeypatch.setattr(same_text, "own_prompts", lambda: {task: ["One", "Two"] for task in same_text.TASKS})
     for task in same_text.TASKS:
         (tmp_path / f"{task}.jsonl").write_text('{"prompt": "Three"}\n')
@@ -414,6 +418,8 @@ def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: P
     (tmp_path / "first.jsonl").write_text("".join(rows[:5]))  # stopped
     assert asked("first.jsonl", "--limit", "1", "--own", "1").exit_code == 0
     assert (tmp_path / "first.jsonl").read_text() == "".join(rows)
+    together = asked("together.jsonl", "--limit", "1", "--own", "1", "--together", "3")
+    assert together.exit_code == 0 and (tmp_path / "together.jsonl").read_text() == "".join(rows)
     again = asked("again.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "first.jsonl"))
     assert again.exit_code == 0 and "equal to earlier" in again.stdout
     more = asked("more.jsonl", "--own", "2", "--against", str(tmp_path / "first.jsonl")).exception
@@ -421,6 +427,11 @@ def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: P
     (tmp_path / "empty.jsonl").touch()
     none = asked("none.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "empty.jsonl")).exception
     assert isinstance(none, InputError) and "prompt 0 of humaneval" in str(none)
+    logits = MarkovLogits(len(ALPHABET), seed=9)
+    strange = BatchEngine(ScriptedTarget(logits), None, ScriptedTokenizer(ALPHABET, has_chat_template=True), slots=3)
+    monkeypatch.setattr(BatchEngine, "from_pretrained", lambda pair, slots: strange)
+    wrong = asked("wrong.jsonl", "--limit", "1", "--own", "1", "--together", "3")
+    assert wrong.exit_code == 1 and "| 2 | 2 |" not in wrong.stdout
     shift = 1  # another target writes another text
     other = asked("other.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "first.jsonl"))
     assert other.exit_code == 1 and "| 2 | 2 |" not in other.stdout

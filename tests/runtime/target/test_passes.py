@@ -17,7 +17,7 @@ from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import openvino as openvino_target
 from dovetail.runtime.target.openvino import OpenVINOTarget, prompt_rows
-from dovetail.runtime.target.paged import FLOAT32, PROPERTIES, Batch, default_properties
+from dovetail.runtime.target.paged import BLOCK, FLOAT32, PROPERTIES, Batch, default_properties
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 PROMPT = np.arange(5, 25)
@@ -61,6 +61,20 @@ def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: Open
             list(decode(talk, Request(tuple(prompt), 5), Meter()))
             assert rows == [prompt_rows(len(prompt)), *[least] * 4]
         talk.forget()
+
+
+def test_the_attention_of_a_tree_reads_no_more_text_than_that_of_a_chain(target: OpenVINOTarget, monkeypatch) -> None:
+    """And has as many rows, so that OpenVINO prepares nothing anew for another tree of the size."""
+    batches, run = list[Batch](), target.model.run
+    monkeypatch.setattr(target.model, "run", lambda batch: (batches.append(batch), run(batch))[1])
+    bushy = replace(chain(*range(12)), parents=np.array([-1, 0, 1, 2, 3, 4, 0, 1, 2, 0, 6, 7]))
+    seq = target.open()
+    target.prefill(seq, np.arange(200))
+    for tree in (chain(*range(12)), bushy, fork(*range(12))):
+        target.verify({seq: tree})
+    _, alone, *trees = [int(batch.past.sum()) for batch in batches]
+    assert {len(batch.past) for batch in batches[1:]} == {24}
+    assert max(trees) < alone + 12 * BLOCK
 
 
 def test_prompts_of_all_lengths_come_in_few_sizes_that_are_little_more() -> None:
