@@ -394,21 +394,23 @@ def test_the_gpu_script_says_in_one_line_what_it_cannot_do(tiny_full_pair: Path)
 
 
 def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: Path, monkeypatch) -> None:
-    same_text, shift = script("same_text"), 0
+    same_text, shift, seed = script("same_text"), 0, 3
 
-    def opened(pair: Path, **slots: int) -> Engine | BatchEngine:
+    tokenizer = ScriptedTokenizer(ALPHABET, has_chat_template=True)
+
+    def opened(pair: Path) -> Engine:
         logits = MarkovLogits(len(ALPHABET), seed=3 + shift)
-        drafter = ScriptedDrafter.copy_of(logits, noise=1.0)
-        tokenizer = ScriptedTokenizer(ALPHABET, has_chat_template=True)
-        kind = BatchEngine if slots else Engine
-        return kind(ScriptedTarget(logits), drafter, tokenizer, **slots)
+        return Engine(ScriptedTarget(logits), ScriptedDrafter.copy_of(logits, noise=1.0), tokenizer)
+
+    def opened_together(pair: Path, slots: int) -> BatchEngine:
+        return BatchEngine(ScriptedTarget(MarkovLogits(len(ALPHABET), seed=seed)), None, tokenizer, slots=slots)
 
     def asked(out: str, *flags: str) -> Result:
         arguments = [str(tmp_path), "--prompts", str(tmp_path), "-n", "12", "--out", str(tmp_path / out), *flags]
         return CliRunner().invoke(same_text.main, arguments)
 
     monkeypatch.setattr(Engine, "from_pretrained", opened)
-    monkeypatch.setattr(BatchEngine, "from_pretrained", opened)
+    monkeypatch.setattr(BatchEngine, "from_pretrained", opened_together)
     monkeypatch.setattr(same_text, "own_prompts", lambda: {task: ["One", "Two"] for task in same_text.TASKS})
     for task in same_text.TASKS:
         (tmp_path / f"{task}.jsonl").write_text('{"prompt": "Three"}\n')
@@ -427,9 +429,7 @@ def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: P
     (tmp_path / "empty.jsonl").touch()
     none = asked("none.jsonl", "--limit", "1", "--own", "1", "--against", str(tmp_path / "empty.jsonl")).exception
     assert isinstance(none, InputError) and "prompt 0 of humaneval" in str(none)
-    logits = MarkovLogits(len(ALPHABET), seed=9)
-    strange = BatchEngine(ScriptedTarget(logits), None, ScriptedTokenizer(ALPHABET, has_chat_template=True), slots=3)
-    monkeypatch.setattr(BatchEngine, "from_pretrained", lambda pair, slots: strange)
+    seed = 9
     wrong = asked("wrong.jsonl", "--limit", "1", "--own", "1", "--together", "3")
     assert wrong.exit_code == 1 and "| 2 | 2 |" not in wrong.stdout
     shift = 1  # another target writes another text

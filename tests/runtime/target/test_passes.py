@@ -66,7 +66,12 @@ def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: Open
 def test_the_attention_of_a_tree_reads_no_more_text_than_that_of_a_chain(target: OpenVINOTarget, monkeypatch) -> None:
     """And has as many rows, so that OpenVINO prepares nothing anew for another tree of the size."""
     batches, run = list[Batch](), target.model.run
-    monkeypatch.setattr(target.model, "run", lambda batch: (batches.append(batch), run(batch))[1])
+
+    def spy(batch: Batch):
+        batches.append(batch)
+        return run(batch)
+
+    monkeypatch.setattr(target.model, "run", spy)
     bushy = replace(chain(*range(12)), parents=np.array([-1, 0, 1, 2, 3, 4, 0, 1, 2, 0, 6, 7]))
     seq = target.open()
     target.prefill(seq, np.arange(200))
