@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., size], any float dtype, kept."""
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps)  # ONNX Runtime fuses this spelling
         return y.to(x.dtype) * self.weight
 
 

@@ -220,6 +220,18 @@ def test_no_node_of_any_bucket_is_left_to_the_cpu(pair: Path, tokens: int) -> No
     assert not {node.domain for node in graph.node} - {"", "ai.onnx"}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_onnx_runtime_computes_a_norm_in_one_node(pair: Path, tmp_path: Path, device: str) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    ort.InferenceSession(str(pair / "drafter" / FILES[device]), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    kinds = {node.op_type for node in graph.node}
+    assert "SimplifiedLayerNormalization" in kinds and "ReduceMean" not in kinds
+
+
 def test_fixing_slots_alone_leaves_no_shape_arithmetic(pair: Path, tmp_path: Path) -> None:
     """One CUDA session serves all buckets: only `tokens` is free there, and nothing may compute with it."""
     import onnxruntime as ort
