@@ -6,8 +6,8 @@
 Every prompt is answered greedily and at temperature 1 with a seed: by drafting, then plainly, and all token ids are
 compared.  With --against the plain answers are left out: drafted ones are compared with those of an earlier run.
 With --together the plain answers are written so many at a time, in the same passes, which takes a fraction of the time.
-FOLDER holds Spec-Bench's four tasks; --own prompts of each kind are written here.  Stopped, the same command goes on
-with the next answer.  Exits with 1 if any token differs.
+Stopped, the same command goes on with the next group of so many answers.
+FOLDER holds Spec-Bench's four tasks; --own prompts of each kind are written here.  Exits with 1 if any token differs.
 """
 
 from __future__ import annotations
@@ -112,7 +112,11 @@ def main(
     left = [(*key, t) for key in asked for t in (0, 1) if (*key, t) not in done]
     with ExitStack() as stack:
         file, engine = stack.enter_context(out.open("a")), stack.enter_context(Engine.from_pretrained(pair))
-        batch = stack.enter_context(BatchEngine.from_pretrained(pair, slots=together)) if together else None
+        batch = (
+            stack.enter_context(BatchEngine.from_pretrained(pair, slots=together))
+            if together and earlier is None
+            else None
+        )
 
         def answer(key: Key, speculate: bool) -> list[int]:
             engine.reset()
@@ -136,11 +140,12 @@ def main(
 
 
 def options(key: Key) -> dict[str, Any]:
+    """Sampling of the answer."""
     return {"temperature": 1.0, "seed": SEED} if key[2] else {}
 
 
 def answers(engine: BatchEngine, asks: Sequence[tuple[str, dict[str, Any]]], count: int) -> list[list[int]]:
-    """Plain answers, all written at once."""
+    """Write plain answers, all at once.  Returns their token ids."""
     jobs = [engine.submit(engine.ask(text, count, speculate=False, **given)) for text, given in asks]
     ids = {job: list[int]() for job in jobs}
     while not engine.idle:

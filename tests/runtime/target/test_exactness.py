@@ -101,9 +101,13 @@ def test_a_sequence_that_is_not_open_is_refused(target: OpenVINOTarget) -> None:
         target.verify({seq: grown(1, 3)})
 
 
+STAR = DraftTree(np.arange(40), np.array([-1, *[0] * 39]), np.zeros(40, np.float32))  # more rows than twice its nodes
+
+
 @pytest.mark.parametrize("context", [20, 31, 64])
-def test_every_path_can_be_committed(target: OpenVINOTarget, context: int) -> None:
-    tree, seq = grown(1, 24), target.open()
+@pytest.mark.parametrize("tree", [grown(1, 24), STAR], ids=["grown", "star"])
+def test_every_path_can_be_committed(target: OpenVINOTarget, context: int, tree: DraftTree) -> None:
+    seq = target.open()
     for path in tree.paths():
         for kept in (path, path[: len(path) // 2 + 1]):
             target.rewind(seq, 0)

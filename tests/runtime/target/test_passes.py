@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.errors import ContextOverflow
+from dovetail.runtime.errors import ContextOverflow, DeviceError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
@@ -64,7 +65,7 @@ def test_no_pass_has_one_row_but_a_plain_one_that_need_not_be_exact(target: Open
 
 
 def test_the_attention_of_a_tree_reads_no_more_text_than_that_of_a_chain(target: OpenVINOTarget, monkeypatch) -> None:
-    """And has as many rows, so that OpenVINO prepares nothing anew for another tree of the size."""
+    """And has as many rows, so that OpenVINO prepares nothing anew for another tree in a pass of the size."""
     batches, run = list[Batch](), target.model.run
 
     def spy(batch: Batch):
@@ -75,11 +76,30 @@ def test_the_attention_of_a_tree_reads_no_more_text_than_that_of_a_chain(target:
     bushy = replace(chain(*range(12)), parents=np.array([-1, 0, 1, 2, 3, 4, 0, 1, 2, 0, 6, 7]))
     seq = target.open()
     target.prefill(seq, np.arange(200))
-    for tree in (chain(*range(12)), bushy, fork(*range(12))):
-        target.verify({seq: tree})
+    for tree in (chain(*range(12)), bushy, fork(*range(12)), chain(1, 2)):
+        target.verify({seq: tree}, rows=12)
     _, alone, *trees = [int(batch.past.sum()) for batch in batches]
     assert {len(batch.past) for batch in batches[1:]} == {24}
     assert max(trees) < alone + 12 * BLOCK
+
+
+def test_a_pass_without_a_result_is_an_error(target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen of OpenVINO with bfloat16 where ONEDNN_MAX_CPU_ISA rules it out: no exception, and logits of no row."""
+
+    class Silent:
+        def infer(self, share_outputs: bool) -> None:
+            pass
+
+        def set_tensor(self, name: str, tensor: object) -> None:
+            pass
+
+        def get_tensor(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(data=np.zeros((0, 1, 9), np.float32))
+
+    seq = target.open()
+    monkeypatch.setattr(target.model, "request", Silent())
+    with pytest.raises(DeviceError, match="no result: use other properties"):
+        target.prefill(seq, PROMPT)
 
 
 def test_prompts_of_all_lengths_come_in_few_sizes_that_are_little_more() -> None:

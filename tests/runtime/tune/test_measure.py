@@ -254,6 +254,7 @@ def test_a_thorough_measurement_is_preferred(sessions: Sessions, measured: list[
         lambda raw: b"[" * 100_000,
         lambda raw: json.dumps({**raw, "key": {}}).encode(),
         lambda raw: json.dumps({**raw, "costs": {}}).encode(),
+        lambda raw: json.dumps({**raw, "costs": {**raw["costs"], "copy": raw["costs"]["target"]}}).encode(),  # older
         lambda raw: json.dumps(raw).replace('"rows": [1]', '"rows": [0]', 1).replace("1.0", "-1.0").encode(),
         lambda raw: json.dumps({name: value for name, value in raw.items() if name != "date"}).encode(),
     ],

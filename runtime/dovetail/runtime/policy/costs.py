@@ -74,7 +74,7 @@ class Curve:
 class Costs:
     """The measured times of one machine."""
 
-    target: Curve  # verification of a tree, by nodes; 1 is plain decoding
+    target: Curve  # verification of a chain, by nodes; 1 is plain decoding
     draft: Curve | None  # one call of the drafter, by rows; None without a drafter
     switch_ms: float = 0.0  # a pass takes longer after one of another width: OpenVINO prepares its kernels again
 

@@ -3,7 +3,7 @@
 Axes: N nodes, T new tokens, V target vocabulary, D feature size.
 
 Every path from a tree's root to a leaf has KV blocks of its own. The paths share the blocks of the
-committed text except the last block, which is rarely full and which each path copies. The attention
+committed text except the last block, which is rarely full and of which each has its own. The attention
 takes each row of a path as a sequence that ends in the row, so that one kernel computes all rows of
 answers, whatever the tree. A row's logits and KV depend on the tokens before the row alone. They are
 therefore the same bits as in a chain. Prompts are sequences of many rows, for which OpenVINO's kernel
@@ -237,10 +237,10 @@ class OpenVINOTarget:
             paths = _Paths(tree.paths(), self.length(seq))
             parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
-        # Trees of one size get one number of sequences, whatever their paths: a change would cost as
-        # much as 4% of a small target's pass.
-        sequences = 2 * sum(map(len, offers.values()))
-        surplus = self.model.surplus(sequences) if self.exact or sequences > 2 else ()
+        # Passes of one size get one number of sequences, unless their trees have more paths: a change
+        # of the number would cost as much as 5% of a small target's pass.
+        sequences = 2 * rows if rows > TOGETHER and not prompts else 0
+        surplus = self.model.surplus(sequences) if self.exact or sequences else ()
         logits, features = self.model.run(Batch.of([*parts.values()], rows, least, surplus))
         for seq, tokens in prompts.items():
             self._texts[seq].length += len(tokens)

@@ -73,7 +73,7 @@ class Part:
 
         A row may be a sequence that ends in it, because the plugin writes the KV of all rows before
         it computes the attention of any. A further copy of a row only writes its KV into the blocks
-        of another path. It gets the block that it writes to, and no text before it.
+        of another path: it gets the block that it writes to, and no text before that block.
         """
         seen = set[int]()
         for path, table in zip(self.paths, self.tables, strict=True):
@@ -100,7 +100,7 @@ class Batch:
     blocks: NDArray[np.int32]  # block ids of all sequences, flat
     block_begins: NDArray[np.int32]  # [S + 1]
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
-    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row copies; None: the same rows
+    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row is; None: the same rows
     node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
 
     @classmethod
@@ -203,6 +203,7 @@ class PagedModel:
         self._given: dict[str, NDArray[Any]] = {}  # name -> memory that the request points to
         self.pool = BlockPool()
         self._unused: BlockIds = np.zeros(0, np.int32)  # a block for surplus sequences
+        self._threads = int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
         self._groups = self._kv_groups()
         self._placed = False  # whether the request points to the memory of all groups
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
@@ -258,8 +259,7 @@ class PagedModel:
         With fewer sequences than threads the plugin shares the blocks of a row among threads, and
         adds in another order.
         """
-        threads = int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
-        return [self._unused] * max(count, threads)
+        return [self._unused] * max(count, self._threads)
 
     def _place(self) -> None:
         """Point the request to the memory of all groups."""
@@ -313,6 +313,11 @@ class PagedModel:
         self._embedding.add(len(batch.tokens))
         logits = self.request.get_tensor(LOGITS).data
         features = self.request.get_tensor(FEATURES).data
+        if (len(logits), len(features)) != (len(batch.wanted), len(batch.tokens)):
+            raise DeviceError(
+                "the target failed on the CPU: OpenVINO gave no result: use other properties, or an OpenVINO release "
+                "in the supported range"
+            )
         return logits[:, 0], features[:, 0]
 
     def _give(self, name: str, array: NDArray[Any]) -> None:

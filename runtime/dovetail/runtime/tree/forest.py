@@ -5,7 +5,6 @@ Axes: N nodes of all trees, t texts. A forest of one tree is the common case: on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -53,12 +52,7 @@ class Forest:
         kept = [0] * len(self.trees)
         for _, text, node in self._ranked[: max(count, len(self.trees))]:
             kept[text] += node > 0
-        return self.map(lambda tree: _pruned(tree, kept.pop(0)))
-
-    def map(self, change: Callable[[DraftTree], DraftTree]) -> Forest:
-        """Return the forest of the changed trees, or this forest if no tree changes."""
-        trees = tuple(change(tree) for tree in self.trees)
-        return self if all(new is old for new, old in zip(trees, self.trees, strict=True)) else Forest(trees)
+        return Forest(tuple(_pruned(tree, budget) for tree, budget in zip(self.trees, kept, strict=True)))
 
 
 def _pruned(tree: DraftTree, budget: int) -> DraftTree:
