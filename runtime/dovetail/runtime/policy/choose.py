@@ -196,7 +196,7 @@ class Scheduler:
         drafts = [draft for draft in round.drafts if draft]
         tokens = sum(map(len, round.tokens)) / texts
         offered = choice.offered or forest
-        missed = self._missed(round, offered) if drafts and choice.width == texts < len(offered) else None
+        missed = self._missed(round) if drafts and choice.width == texts < len(offered) else None
         known.fade(repeats=not drafts and len(offered) > texts)
         predicted = 0.0
         for draft in drafts:
@@ -241,7 +241,7 @@ class Scheduler:
             calls = map(sum, zip_longest(*levels, fillvalue=0))
         return sum(self.costs.call_ms(round.plan.context, rows) for rows in calls)
 
-    def _missed(self, round: Round, offered: Forest) -> tuple[float, float]:
+    def _missed(self, round: Round) -> tuple[float, float]:
         """Return tokens of a text and plain steps to expect of the round, had its drafts been verified."""
         plan, worth, pace = round.plan, round.choice.worth, self.pace
         best = max((width for width in worth if width > plan.texts), key=worth.__getitem__)

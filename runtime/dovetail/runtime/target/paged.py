@@ -100,7 +100,7 @@ class Batch:
     blocks: NDArray[np.int32]  # block ids of all sequences, flat
     block_begins: NDArray[np.int32]  # [S + 1]
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
-    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row is; None: the same rows
+    path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row takes; None: the same rows
     node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
 
     @classmethod
