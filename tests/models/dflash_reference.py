@@ -31,6 +31,7 @@ class Flags:
     block: int = 5
     mask: int = 262
     causal: bool | None = None  # z-lab's setting
+    causal_name: str = "causal"  # JetSpec's is causal_head
     from_anchor: bool = False
     sliding: tuple[bool, ...] = (False, False)
     window: int = 6
@@ -125,7 +126,7 @@ def config_of(flags: Flags) -> dict[str, Any]:
             },
         }
     nested: dict[str, Any] = {"mask_token_id": flags.mask, "target_layer_ids": list(flags.taps)}
-    nested |= {} if flags.causal is None else {"causal": flags.causal}
+    nested |= {} if flags.causal is None else {flags.causal_name: flags.causal}
     nested |= {"sample_from_anchor": True} if flags.from_anchor else {}
     sizes = {"draft_vocab_size": len(ids_of(flags))} if len(ids_of(flags)) < flags.vocabulary else {}
     return {

@@ -24,6 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"block": 8, "taps": (1,), "causal": True},
     {"causal": False, "sliding": (True, False), "window": 7},
+    {"causal_name": "causal_head", "causal": True},
+    {"causal_name": "causal_head", "causal": False},
     {"sliding": (True, True), "window": 5, "taps": (2, 0, 1)},
     {"from_anchor": True, "block": 3},
     {"qk_norm": False, "theta": 1e6},
@@ -90,6 +92,13 @@ def test_needs_say_what_the_drafter_reads(layout: str, dflash: Any, tmp_path: Pa
     assert ("[0, 2] count outputs" if layout == "z-lab" else "[1, 3] count inputs") in choice
 
 
+def test_nemos_architecture_is_dflash_too(parts: TargetParts, dflash: Any, tmp_path: Path) -> None:
+    folder = dflash.write(tmp_path / "checkpoint", dflash.Flags())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3DFlashDraftModel"]}))
+    assert read(folder, parts).d2t.tolist() == list(range(VOCABULARY))
+
+
 def test_needs_name_the_model_that_speculators_trained_for(dflash: Any, tmp_path: Path) -> None:
     folder = dflash.write(tmp_path / "checkpoint", dflash.Flags(layout="speculators"))
     config = json.loads((folder / "config.json").read_text())
@@ -124,6 +133,9 @@ BAD: list[tuple[str, str, Any, str]] = [
     (Z_LAB, "dflash_config.attention_sink_bias", True, "attention_sink_bias True, which is not supported"),
     (Z_LAB, "dflash_config.attention_mode", "mla", "attention_mode 'mla', which is not supported"),
     (Z_LAB, "dflash_config.causal", "yes", "causal 'yes' is neither true nor false"),
+    (Z_LAB, "dflash_config.causal_head", 1, "causal_head 1 is neither true nor false"),
+    (Z_LAB, "dflash_config", {"causal": True, "causal_head": False}, "causal and causal_head contradict each other"),
+    (Z_LAB, "dflash_config.target_hidden_size", 48, "its target_hidden_size is 48, the target is 32 wide"),
     (Z_LAB, "final_logit_softcapping", 30.0, "final_logit_softcapping 30.0 is not supported"),
     (Z_LAB, "block_size", 1, "block_size 1 is out of range: 2 to 32"),
     (Z_LAB, "block_size", 10**9, "block_size 1000000000 is out of range"),

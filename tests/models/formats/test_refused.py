@@ -38,8 +38,6 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("DFlash 2", DFLASH, [*DFLASH_NAMES, "layers.0.mlp_conv.base_kernel"]),
     ("DFlash 2", DFLASH, [*DFLASH_NAMES, "candidate_selector.hidden_projection.weight"]),
     ("XPress", {"speculators_model_type": "xpress"}, DFLASH_NAMES),
-    ("JetSpec", {**DFLASH, "causal_head": True}, DFLASH_NAMES),
-    ("JetSpec", {**DFLASH, "dflash_config": {"causal_head": True}}, DFLASH_NAMES),
     ("Medusa", {"medusa_num_heads": 5, "medusa_num_layers": 1}, ["0.0.linear.weight", "0.1.weight"]),
     ("Medusa", {"model_type": "llama"}, ["blocks.0.weight", "lm_heads.0.weight"]),
     ("Hydra", {"hydra_num_heads": 4}, ["0.0.linear.weight"]),
@@ -88,7 +86,7 @@ def test_no_format_that_dovetail_reads_is_refused(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [DFLASH, {**DFLASH, "dflash_config": {"causal": True}}, {"speculators_model_type": "dflash"}]
+    "config", [DFLASH, {**DFLASH, "dflash_config": {"causal_head": True}}, {"speculators_model_type": "dflash"}]
 )
 def test_dflash_is_none_of_its_descendants(config: dict[str, Any]) -> None:
     check_not_refused(Path("folder"), config, DFLASH_NAMES)
@@ -104,7 +102,7 @@ def test_a_refusal_comes_before_the_question_of_pickles(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["x", 3, None, [], {}, [None], [["a"]], {"a": 1}])
 @pytest.mark.parametrize(
     "key",
-    ["architectures", "model_type", "speculators_model_type", "dflash_config", "quantization_config", "causal_head"],
+    ["architectures", "model_type", "speculators_model_type", "dflash_config", "quantization_config"],
 )
 def test_strange_values_are_no_crash(key: str, value: object, tmp_path: Path) -> None:
     folder = write(tmp_path, {key: value}, {"weight": torch.ones(1)})

@@ -1,4 +1,4 @@
-"""DFlash checkpoints: the layout of z-lab and SpecForge, and that of the speculators library.
+"""DFlash checkpoints: the layout of z-lab, SpecForge, JetSpec and NeMo, and that of the speculators library.
 
 Both have the same layers. z-lab's `target_layer_ids` count outputs of the target's layers,
 speculators' `aux_hidden_state_layer_ids` count inputs. z-lab's files borrow embedding and head from
@@ -36,10 +36,11 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 # transformers leaves a size out of a file if it is the default of the model type.
 _QWEN3 = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 32}
 BLOCK_MOST = 32  # tokens
+_CAUSAL = ("causal", "is_causal", "causal_head")  # one setting; the last is JetSpec's name
 # Keys of z-lab's dflash_config that Dovetail reads or that say nothing about the drafter.
 _KNOWN = {
-    "target_layer_ids", "mask_token_id", "mask_token", "block_size", "causal", "is_causal", "sample_from_anchor",
-    "num_target_layers",
+    "target_layer_ids", "mask_token_id", "mask_token", "block_size", "sample_from_anchor", "num_target_layers",
+    "target_hidden_size", *_CAUSAL,
 }  # fmt: skip
 # Values that change nothing. Any other key of dflash_config must be absent or empty.
 _NEUTRAL = {"input_embedding_scale": 1, "output_multiplier": 1, "attention_mode": "gqa"}
@@ -64,12 +65,10 @@ def _settle_z_lab(stored: Stored, target: Config) -> _Settled:
     for name in _SCALES:
         if both.get(name) and both[name] != _NEUTRAL.get(name):
             raise ValueError(f"{name} {both[name]!r:.60} is not supported: use another drafter")
-    marks = [
-        (each, name) for each in (config, nested) for name in ("causal", "is_causal") if each.get(name) is not None
-    ]
+    marks = [(each, name) for each in (config, nested) for name in _CAUSAL if each.get(name) is not None]
     said = {flag(each, name) for each, name in marks}
     if len(said) > 1:
-        raise ValueError(f"causal and is_causal contradict each other: {_AGAIN}")
+        raise ValueError(f"{' and '.join(dict.fromkeys(name for _, name in marks))} contradict each other: {_AGAIN}")
     causal = said.pop() if said else None
     taps = layer_list("target_layer_ids", both.get("target_layer_ids"))
     choices = [f"target_layer_ids {list(taps)} count outputs of layers, as in z-lab's code"]
@@ -181,7 +180,8 @@ def _needs(stored: Stored, settled: _Settled, kind: str) -> Needs:
 
 def _matches_z_lab(config: Config, shapes: Shapes) -> bool:
     marks = config.get("architectures")
-    return isinstance(marks, list) and "DFlashDraftModel" in marks and "speculators_model_type" not in config
+    known = isinstance(marks, list) and ("DFlashDraftModel" in marks or "Qwen3DFlashDraftModel" in marks)
+    return known and "speculators_model_type" not in config
 
 
 def _describe_z_lab(config: Config) -> str:

@@ -126,11 +126,6 @@ REFUSED = (
         (_valued("speculators_model_type", "xpress"), _named("refiner_head"), _built("xpress")),
     ),
     Refusal(
-        "a JetSpec drafter",
-        f"its causal head has no place in Dovetail's graph: {_BLOCKS}",
-        (_valued("causal_head", True), _built("jetspec")),
-    ),
-    Refusal(
         "a Medusa drafter",
         f"it has a head for each position, and no layer that reads the tokens between: {_EAGLE3}",
         (_keyed("medusa_num_heads"), _named("medusa_head", "medusa_heads", "lm_heads"), _built("medusa")),
