@@ -33,7 +33,8 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 OURS = ("dovetail, plain", "dovetail", "dovetail, plain, not exact", "dovetail, not exact")
 GENAI = (
     "openvino-genai, plain", "openvino-genai, prompt lookup 5", "openvino-genai, prompt lookup 10",
-    "openvino-genai, plain, same properties", "openvino-genai, prompt lookup 5, same properties",
+    "openvino-genai, plain, same properties", "openvino-genai, prompt lookup 3, same properties",
+    "openvino-genai, prompt lookup 5, same properties", "openvino-genai, prompt lookup 10, same properties",
 )  # fmt: skip
 DRAFT_MODEL = (
     "dovetail, draft model", "openvino-genai, draft model 3, same properties",

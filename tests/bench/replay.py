@@ -3,6 +3,9 @@
     python tests/bench/replay.py record PAIR PROMPTS.jsonl --out drafts.npz
     python tests/bench/replay.py play PAIR drafts.npz --costs tune.json
 
+Of a pair without a drafter the answers are recorded, for repeats alone.  `record --draft-model OTHER` records what
+another pair's target proposes; its costs are those of `tune --draft-model OTHER`.
+
 What is compared with plain decoding is the time that the engines' calls take by the costs, which `dovetail-run tune
 --json` prints and table.py leaves as `*.tune.json`.
 """
@@ -24,9 +27,11 @@ import click
 import numpy as np
 
 from dovetail.runtime.cli.main import fail
+from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
-from dovetail.runtime.errors import DovetailError, InputError, ManifestError, PairError
+from dovetail.runtime.errors import DovetailError, InputError, ManifestError
+from dovetail.runtime.load import open_draft_model
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
@@ -38,7 +43,7 @@ from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
+from dovetail.runtime.system.arrays import FloatArray, TokenArray, common_prefix
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.text.prompts import read_prompts
@@ -78,9 +83,11 @@ def main() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts to record.  [default: all]")
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--draft-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Pair that drafts.")
 def record(
-    pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None, temperature: float, seed: int
-) -> None:
+    pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None, temperature: float, seed: int,
+    draft_model: Path | None,
+) -> None:  # fmt: skip
     """Decode the first turn of each prompt plainly, and draft at every place."""
     try:
         if out.suffix != ".npz" or not out.parent.is_dir():
@@ -89,12 +96,17 @@ def record(
         talks = read_prompts(prompts)[:limit]
         folder, manifest = read_pair(pair)
         tokenizer = Tokenizer.from_folder(folder / "target")
-        drafter = OnnxDrafter.open(folder, manifest, device="cpu")
+        drafter: OnnxDrafter | ModelDrafter | None = None
+        if draft_model:
+            _, drafter = open_draft_model(draft_model, tokenizer, manifest, threads=None)
+        elif manifest.drafter:
+            drafter = OnnxDrafter.open(folder, manifest, device="cpu")
         talk = Sequence(OpenVINOTarget.load(folder, manifest), drafter)
+        longest = drafter.capacity if drafter else manifest.target.max_context
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []
         for number, asked in enumerate(talks, 1):
             prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
-            room = len(prompt) + max_new_tokens <= drafter.capacity
+            room = len(prompt) + max_new_tokens <= longest
             if room:
                 records.append(follow(talk, widest, prompt, max_new_tokens, {*tokenizer.eos_token_ids}, sampler))
             click.echo(f"{number}/{len(talks)} {asked.name}{'' if room else ': too long, left out'}", err=True)
@@ -121,7 +133,8 @@ def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_m
         )
         for file, records in recorded:
             for source, costs in clocks:
-                scheduler, ratios = Scheduler(costs, calibration), []
+                chain = all(map(is_chain, (tree for each in records for tree in each.trees)))
+                scheduler, ratios = Scheduler(costs, None if chain else calibration), []
                 for each in records:
                     rounds, ms = replay(each, costs, scheduler, limits)
                     ratios.append(plain_ms(each, costs) / (ms + rounds * other_ms))
@@ -135,30 +148,32 @@ def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_m
 
 
 def read_pair(pair: str) -> tuple[Path, Manifest]:
-    """The folder and manifest of a pair with a drafter.  Raises PairError."""
+    """The folder and manifest of a pair.  Raises PairError."""
     folder = resolve_pair(pair)
-    manifest = read_manifest(folder)
-    if manifest.drafter is None:
-        raise PairError(f"{folder} has no drafter: add one with dovetail-export drafter")
-    return folder, manifest
+    return folder, read_manifest(folder)
 
 
 def limits_of(manifest: Manifest) -> TreeLimits:
     """Of a scheduled tree of this pair, as the engine has them."""
-    assert manifest.drafter
-    return replace(BOUNDS, top_k=min(BOUNDS.top_k, manifest.drafter.top_k))
+    drafter = manifest.drafter
+    return replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k)) if drafter else BOUNDS
+
+
+def is_chain(tree: DraftTree) -> bool:
+    """Whether one node of a level at most has children, as in the trees of a draft model."""
+    parents = np.unique(tree.parents[1:])
+    return len(np.unique(tree.depths()[parents])) == len(parents)
 
 
 def follow(
     talk: Sequence, limits: TreeLimits, prompt: list[int], count: int, stop: set[int], sampler: Sampler
 ) -> Record:
     """Decode up to `count` tokens, a node a pass; the drafter is asked after each."""
-    assert talk.window
     talk.forget()
     talk.begin(Request(tuple(prompt), count + 1, limits=limits), sampler)  # one more: the last token is drafted too
     answer, trees = [*talk.first(talk.prefill()).tokens], []
     while len(answer) < count and answer[-1] not in stop:
-        trees.append(talk.window.propose(talk.tokens, limits, None, talk.noise()))
+        trees.append(talk.propose(limits, None))
         root = DraftTree.root(answer[-1])
         found = talk.accept(root, talk.target.verify({talk.id: root})[talk.id])
         answer += found.step.tokens
@@ -263,7 +278,8 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     # The recorded token leads by one logit, which at DRAWN leaves no other.
     sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
     request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
-    steps = decode(Sequence(target, ReplayDrafter(each, target, clock)), request, Meter(clock=clock))
+    drafter = ReplayDrafter(each, target, clock) if costs.draft else None
+    steps = decode(Sequence(target, drafter), request, Meter(clock=clock))
     if tuple(token for step in steps for token in step.tokens) != each.answer:
         raise InputError("the record does not replay to its own text: record it again with this version")
     return target.rounds, clock.ms
@@ -333,14 +349,15 @@ class ReplayDrafter:
 
     def __init__(self, each: Record, target: ReplayTarget, clock: Clock) -> None:
         self.each, self.target, self.clock, self.held = each, target, clock, 0
-        self._has_read = False
+        self._has_read, self._ran = False, list[int]()  # tokens of the last chain that a draft model ran
+        self._chain = all(map(is_chain, each.trees))
 
     def length(self, seq: int) -> int:
         return self.held
 
     def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
         if self._has_read:  # the prompt is read before the first round
-            self.clock.draft(self.held, len(tokens))
+            self.clock.draft(self.held, len(tokens) - common_prefix(self._ran, tokens[:-1].tolist()))
         self.held, self._known, self._has_read = self.held + len(tokens), int(tokens[-1]), True
 
     def propose(
@@ -352,6 +369,7 @@ class ReplayDrafter:
         for node, parent in enumerate(tree.parents.tolist()):
             children.setdefault(parent, []).append(node)
         rows = {0: 0}  # row of the drafter -> node of the record
+        self._ran = []
 
         def found(node: int) -> tuple[FloatArray, TokenArray]:
             held = sorted(children.get(node, ()), key=lambda child: -tree.logprobs[child])[: limits.top_k]
@@ -366,11 +384,14 @@ class ReplayDrafter:
                 nodes.append(next(node for node in children[rows[int(parent)]] if tree.tokens[node] == token))
                 rows[int(row)] = nodes[-1]
             self.clock.draft(self.held, len(nodes))
+            if self._chain:
+                self._ran += level.tokens.tolist()
             logprobs, ids = zip(*map(found, nodes), strict=True)
             return Candidates(np.stack(logprobs), np.stack(ids))
 
         logprobs, ids = found(0)
-        return grow_tree(self._known, Candidates(logprobs[None], ids[None]), expand, limits, judge=judge)
+        first, breadth = Candidates(logprobs[None], ids[None]), 1 if self._chain else None
+        return grow_tree(self._known, first, expand, limits, breadth=breadth, judge=judge)
 
     def rewind(self, seq: int, keep: int) -> None:
         self.held = min(self.held, keep)

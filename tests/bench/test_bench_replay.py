@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from dovetail.runtime.policy.choose import Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import TreeLimits
 
 COSTS = Costs(
     Curve((0, 1000), (1, 64), ((20.0, 40.0), (40.0, 60.0))),
@@ -106,3 +107,43 @@ def test_a_record_has_a_place_before_it_is_made(
     command = ["record", str(tiny_full_pair), str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / out)]
     result = CliRunner().invoke(script.main, command, catch_exceptions=False)
     assert result.exit_code == 2 and "--out" in result.stderr and not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize("drafts", [False, True], ids=["repeats alone", "draft model"])
+def test_a_pair_without_a_drafter_is_recorded_and_replayed(
+    script: ModuleType, tiny_pair: Path, tmp_path: Path, drafts: bool
+) -> None:
+    """The pair's own target is a draft model that is always right."""
+    prompts, out, costs = tmp_path / "prompts.jsonl", tmp_path / "drafts.npz", tmp_path / "tune.json"
+    prompts.write_text(json.dumps({"prompt": "One, two, three"}))
+    costs.write_text(json.dumps({"costs": asdict(COSTS if drafts else replace(COSTS, draft=None))}))
+    command = ["record", str(tiny_pair), str(prompts), "--out", str(out), "-n", "40"]
+    command += ["--draft-model", str(tiny_pair)] if drafts else []
+    result = CliRunner().invoke(script.main, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    (each,) = script.load(out)
+    assert all(script.is_chain(tree) and (len(tree) > 1) is drafts for tree in each.trees)
+    assert not script.is_chain(DraftTree(np.arange(5), np.array([-1, 0, 0, 1, 2]), np.zeros(5, np.float32)))
+    chains = [tree.tokens[tree.paths()[0]].tolist() for tree in each.trees] if drafts else []
+    for place, chain in enumerate(chains):
+        assert chain[: len(each.answer) - place] == [*each.answer[place : place + len(chain)]]
+    result = CliRunner().invoke(script.main, ["play", str(tiny_pair), str(out), "--costs", str(costs)])
+    assert result.exit_code == 0
+    row = result.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert float(row[2].rstrip("x")) > (2.0 if drafts else 0.9)
+
+
+def test_what_a_draft_model_has_read_is_not_charged_again(script: ModuleType) -> None:
+    """Of a chain whose tokens are all kept, the model has run all but the last."""
+    each = chains(script, True)
+    clock = script.Clock(COSTS)
+    target = script.ReplayTarget(each, clock)
+    target.prefill(1, np.array(each.prompt))
+    drafter = script.ReplayDrafter(each, target, clock)
+    features = np.zeros((5, 1), np.float32)
+    drafter.extend(1, np.array([*each.prompt, each.answer[0]]), features)
+    limits = TreeLimits(width=5, depth=4, top_k=1, lookup=0)
+    assert len(drafter.propose(1, limits)) == 5
+    before = clock.ms
+    drafter.extend(1, np.array(each.answer[1:6]), features)
+    assert clock.ms - before == COSTS.call_ms(0, 2)
