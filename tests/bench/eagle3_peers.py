@@ -40,12 +40,15 @@ ENGINES = (
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="For what openvino-genai loads.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(ENGINES), help="Only these.")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--group-size", type=int, help="DYNAMIC_QUANTIZATION_GROUP_SIZE of all engines; 0 for float activations.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     pair: Path, checkpoint: Path, prompts: Path, peers: str, work: Path, engines: tuple[str, ...], max_new_tokens: int,
-    out: Path,
+    group_size: int | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure and print a Markdown table."""
+    if group_size is not None:
+        os.environ["PEER_GROUP_SIZE"] = str(group_size)  # for the workers
     target, drafter = prepare(pair, checkpoint, work)
     tokenizer = Tokenizer.from_folder(pair / "target")
     asked = [

@@ -21,6 +21,10 @@ from typing import Any
 
 Answer = dict[str, Any]
 Ask = Callable[[list[int], int], Answer]
+# Activations in a group of the quantised matrices, if the environment says a number: 0 leaves them as they are.
+GROUPS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": size} if (size := os.environ.get("PEER_GROUP_SIZE")) else {}
+# What Dovetail gives its target on an x86 CPU, in place of OpenVINO's defaults.
+SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64", **GROUPS}
 
 
 def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | None = None, chain: int = 0) -> Ask:
@@ -31,7 +35,9 @@ def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | No
     from dovetail.runtime.loop.sequence import Request
     from dovetail.runtime.tree.limits import TreeLimits
 
-    engine = Engine.from_pretrained(model, exact=exact, draft_model=draft, drafter_device="cpu" if chain else "auto")
+    engine = Engine.from_pretrained(
+        model, exact=exact, draft_model=draft, drafter_device="cpu" if chain else "auto", ov_config=GROUPS
+    )
 
     def ask(ids: list[int], count: int) -> Answer:
         engine.reset()
@@ -47,10 +53,6 @@ def dovetail(model: str, *, speculate: bool, exact: bool = True, draft: str | No
         return {"count": len(tokens), "tokens": tokens, "rounds": metrics.rounds, **times}
 
     return ask
-
-
-# What Dovetail gives its target on an x86 CPU, in place of OpenVINO's defaults.
-SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
 
 
 def genai(

@@ -62,7 +62,7 @@ def test_the_sum_by_hand() -> None:
     got = plan(FACTS, weights=100, context=1000)
     state = 2 * (64 + 1000) * 2 * 3 * 64 * 2 + 65 * 576 * 2  # blocks, rows, keys and values, halves; and the bank
     row, noise = 8 * 8 + (64 + 576) * 2 + 10 * (4 + 4), 8192 * 4
-    assert (got.state, got.rows, got.workspace) == (state, sum(BUCKETS) * row, 8 * MIB + 4096 * 1000)
+    assert (got.state, got.rows, got.workspace) == (state, sum(BUCKETS) * row, 2 * (8 * MIB + 4096 * 1000))
     assert got.total == 100 + state + got.rows + got.workspace + CUDA_ITSELF
     assert got.arena(got.total) == 100 + got.workspace
     assert plan(replace(FACTS, noise=True), weights=100, context=1000).rows == got.rows + noise

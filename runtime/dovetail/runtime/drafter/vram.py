@@ -22,6 +22,9 @@ CONTEXT = 4096  # pairs that the device holds; a longer text keeps its last pair
 LEAST_CONTEXT = 1024  # 256 pairs to read again, 256 of a prompt, 512 to continue with
 CONTEXT_STEP = 256
 HALF = 2  # bytes of a value on the device
+# ONNX Runtime allocates activations one by one in the first run of a shape, and in one block from the
+# second run on. Its arena holds both. No GPU has confirmed the sum yet.
+ARENA_COPIES = 2
 # CUDA itself: context, kernels, cuBLAS workspaces. The value is an allowance, not a measurement,
 # because it differs from GPU to GPU.
 CUDA_ITSELF = 512 << 20
@@ -37,7 +40,7 @@ class VramPlan:
     weights: int  # of the graph
     state: int  # KV and feature bank
     rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
-    workspace: int  # activations of the largest call
+    workspace: int  # activations of the largest call, ARENA_COPIES times
     cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
 
     @property
@@ -65,7 +68,7 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float16).values())
     rows += facts.noise * nbytes(noise_spec(facts))
     fixed, per_pair = facts.workspace
-    return VramPlan(context, weights, state, rows, fixed + per_pair * context)
+    return VramPlan(context, weights, state, rows, ARENA_COPIES * (fixed + per_pair * context))
 
 
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
