@@ -47,9 +47,11 @@ class DraftBase(nn.Module):
     embed_tokens: [V, H], head: [K, D], both frozen. d2t: [K] int64, the target id of each draft
     token. mix: how the drafter reads layers of the target; None if it reads the last feature alone.
     sized: the attributes that tell K as their draft_vocab_size.
+    reads_tokens: whether the drafter reads tokens alone, and no features.
     """
 
     sized: ClassVar[tuple[str, ...]] = ("shape",)
+    reads_tokens: ClassVar[bool] = False
     embed_tokens: Tensor
     head: Tensor
     d2t: Tensor

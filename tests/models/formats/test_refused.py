@@ -50,7 +50,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("MLA", safeai(architectures=["Eagle3DeepseekV2ForCausalLM"]), []),
     ("quantised", safeai(quantization_config={"quant_method": "fp8"}), []),
     ("quantised", safeai(), ["midlayer.self_attn.q_proj.qweight"]),
-    ("language model", MODEL, MODEL_NAMES),
+    ("language model", {**MODEL, "architectures": ["Gemma2ForCausalLM"]}, MODEL_NAMES),
     ("language model", {"architectures": ["GPT2LMHeadModel"]}, GPT2_NAMES),
 ]
 

@@ -26,6 +26,7 @@ from dovetail.models.checkpoint import CONFIG
 from dovetail.models.dflash import DFlash
 from dovetail.models.drafter import DraftBase, DraftModel
 from dovetail.models.formats.format import TargetParts
+from dovetail.models.formats.language_model import OTHERWISE
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.models.fusion import TapMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
@@ -36,6 +37,7 @@ from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.features import FeatureMix
+from dovetail.runtime.text.tokenizer import Tokenizer
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children that the graph returns per row; the paper's largest
@@ -91,11 +93,27 @@ def load_drafter(checkpoint: Path, target_dir: Path, *, allow_pickle: bool = Fal
     """The torch module on the rows of the target's IR, float32. Raises SourceError, ExportError."""
     found = find_checkpoint(checkpoint, allow_pickle=allow_pickle)
     config = sizes_config(read_config(target_dir), target_dir / CONFIG, SourceError)
-    embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
+    if found.format.reads_tokens:
+        check_tokenizer(checkpoint, target_dir)
+        embed = head = torch.zeros(0)
+    else:
+        embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
     try:
         return found.read(TargetParts(config, embed, head)).eval()
     except ValueError as error:  # rows of another shape than the config says
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
+
+
+def check_tokenizer(checkpoint: Path, target_dir: Path) -> None:
+    """Raise SourceError unless the checkpoint's tokenizer has the target's tokens by the same ids."""
+    if not (checkpoint / TOKENIZER).is_file():
+        raise SourceError(f"{checkpoint} has no {TOKENIZER} to compare with the target's: {OTHERWISE}")
+    try:
+        same = Tokenizer.from_folder(target_dir).has_ids_of(Tokenizer.from_folder(checkpoint))
+    except PairError as error:
+        raise SourceError(f"{checkpoint} cannot be compared with {target_dir}: {error}") from error
+    if not same:
+        raise SourceError(f"{checkpoint} has another tokenizer than the target in {target_dir}: {OTHERWISE}")
 
 
 def drafter_facts(drafter: DraftBase, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:
@@ -125,6 +143,7 @@ def drafter_facts(drafter: DraftBase, target_dir: Path, folder: str, tree_slots:
         feature_layers=layers,
         noise=True,
         target_size=drafter.mix.target_size if isinstance(drafter.mix, TapMix) else 0,
+        reads_tokens=drafter.reads_tokens,
     )
 
 

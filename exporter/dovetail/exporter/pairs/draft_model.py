@@ -54,6 +54,8 @@ def check_no_drafter(location: str, revision: str | None, path: Path | None) -> 
         raise
     except SourceError:  # no drafter: the caller knows what it is, or why it is unusable
         return
+    if found.format.reads_tokens:  # a model that can draft too
+        return
     raise SourceError(
         f"{location} is a drafter ({found.description}) and no model: dovetail-export drafter PAIR --checkpoint "
         f"{location} adds it to a pair"

@@ -32,7 +32,7 @@ class TargetParts:
 class Needs:
     """What a drafter asks of its target, as its config and shapes say it. None: it does not say.
 
-    target_size: width of the target's layers. layers: the layers that it reads. choices: how each
+    target_size: width of the target's layers, 0 for any. layers: the layers that it reads. choices: how each
     ambiguous setting was settled, one line each. target: the model that it was trained for.
     """
 
@@ -56,6 +56,8 @@ class Format:
     read: builds the module that the exporter exports; its `mix` says which of the target's features
     it reads. Raises CheckpointError, or ValueError if the checkpoint is for another target.
     needs: what it asks of a target with this config, without reading weights; raises like `read`.
+    reads_tokens: its drafters read tokens alone, have rows of their own, and need the target's
+    tokenizer. `read` then uses the target's config only.
     """
 
     name: str
@@ -63,3 +65,4 @@ class Format:
     describe: Callable[[Config], str]
     read: Callable[[Stored, TargetParts], DraftBase]
     needs: Callable[[Stored, Config], Needs]
+    reads_tokens: bool = False

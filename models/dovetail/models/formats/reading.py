@@ -12,6 +12,7 @@ from dovetail.runtime.system.bounds import LARGEST, check_number, check_whole
 AGAIN = "correct config.json"
 ANOTHER = "use the target that it was trained for"
 FIRST = "layers.0."  # the first block's tensors, by the module's names
+_READERS = {"fc", "fusion_fc", "W_z", "hidden_norm"}
 _MOST = {**LARGEST, "num_hidden_layers": LARGEST["blocks"]}
 
 
@@ -39,6 +40,17 @@ def block_sizes(config: Config, shapes: Shapes, first: str = FIRST) -> BlockSize
         mlp_bias=f"{first}mlp.down_proj.bias" in shapes,
         qk_norm=f"{first}self_attn.q_norm.weight" in shapes,
     )
+
+
+def architectures(config: Config) -> list[str]:
+    """The architectures that a config names."""
+    given = config.get("architectures")
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+
+
+def reads_features(names: Collection[str]) -> bool:
+    """Whether one of the tensors is of a layer that reads a feature of a target."""
+    return any(not _READERS.isdisjoint(name.split(".")) for name in names)
 
 
 def whole(config: Config, name: str, default: int | None = None) -> int:

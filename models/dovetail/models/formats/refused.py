@@ -9,13 +9,13 @@ from pathlib import Path
 
 from dovetail.models.checkpoint import UnknownFormat
 from dovetail.models.formats.format import Config
+from dovetail.models.formats.language_model import ARCHITECTURES, OTHERWISE, is_language_model, is_read
+from dovetail.models.formats.reading import architectures, reads_features
 
 Mark = Callable[[Config, Collection[str]], bool]  # of a config and the tensors' names, none if unknown
 
 _EAGLE3 = "use an EAGLE-3 drafter for the same target"
 _BLOCKS = "use a DFlash or an EAGLE-3 drafter for the same target"
-_LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-_LAST_NORMS = ("norm.weight", "norm_f.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
 
 
 class RefusedDrafter(UnknownFormat):
@@ -36,7 +36,7 @@ def check_not_refused(folder: Path, config: Config, names: Collection[str] = ())
     """Raise UnknownFormat, with the reason, for a checkpoint that Dovetail knows and does not read."""
     for refusal in REFUSED:
         if any(mark(config, names) for mark in refusal.marks):
-            kind = RefusedDrafter if refusal.drafter and not _language_model(config, names) else UnknownFormat
+            kind = RefusedDrafter if refusal.drafter and not is_language_model(config, names) else UnknownFormat
             raise kind(f"{folder} is {refusal.name}, which Dovetail does not read: {refusal.reason}")
 
 
@@ -61,32 +61,20 @@ def _named(*parts: str) -> Mark:
 def _built(pattern: str) -> Mark:
     """A config whose architecture or model type has the pattern."""
     expression = re.compile(pattern, re.IGNORECASE)
-    return lambda config, names: any(expression.search(kind) for kind in (*_architectures(config), *_kind(config)))
-
-
-def _architectures(config: Config) -> list[str]:
-    given = config.get("architectures")
-    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    return lambda config, names: any(expression.search(kind) for kind in (*architectures(config), *_kind(config)))
 
 
 def _kind(config: Config) -> list[str]:
     return [kind] if isinstance(kind := config.get("model_type"), str) else []
 
 
-_READS = _named("fc", "fusion_fc", "W_z", "hidden_norm")  # layers that read a feature of a target
-
-
 def _predicts_further(config: Config, names: Collection[str]) -> bool:
     """A model with prediction layers; the config of its drafter may repeat their number."""
-    return bool(config.get("num_nextn_predict_layers") and names and not _READS(config, names))
+    return bool(config.get("num_nextn_predict_layers") and names and not reads_features(names))
 
 
-def _language_model(config: Config, names: Collection[str]) -> bool:
-    """A model's architecture, blocks and last norm, and no layer that reads a feature."""
-    model = any(name.endswith(_LANGUAGE_MODELS) for name in _architectures(config))
-    blocks = any(re.search(r"(^|\.)(layers|h|blocks)\.0\.", name) for name in names)
-    last = any(name.endswith(_LAST_NORMS) and not re.search(r"\.\d+\.", name) for name in names)
-    return model and blocks and last and not _READS(config, names)
+def _other_language_model(config: Config, names: Collection[str]) -> bool:
+    return is_language_model(config, names) and not is_read(config, names)
 
 
 # The first kind that has one of its marks is named.
@@ -163,10 +151,9 @@ REFUSED = (
         drafter=False,
     ),
     Refusal(
-        "a language model",
-        "it drafts without a target's features: export it with dovetail-export target, and give that folder to "
-        "dovetail-run --draft-model",
-        (_language_model,),
+        "a language model of another architecture than " + ", ".join(ARCHITECTURES),
+        f"its layers have no place in Dovetail's graph: {OTHERWISE}",
+        (_other_language_model,),
         drafter=False,
     ),
 )  # fmt: skip

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from dovetail.models.checkpoint import CONFIG, CheckpointError, Stored, UnknownFormat, read_config, read_stored
 from dovetail.models.drafter import DraftBase
-from dovetail.models.formats import dflash, dovetail, eagle, eagle3, research, speculators
+from dovetail.models.formats import dflash, dovetail, eagle, eagle3, language_model, research, speculators
 from dovetail.models.formats.format import Config, Format, Needs, TargetParts
 from dovetail.models.formats.refused import check_not_refused
 
 # A new format is a file beside this one and an entry here. The first format that matches reads.
 _KNOWN = (
-    dovetail.FORMAT, dflash.Z_LAB, dflash.SPECULATORS, speculators.EAGLE3, eagle3.FORMAT, eagle.FORMAT, research.FORMAT
+    dovetail.FORMAT, dflash.Z_LAB, dflash.SPECULATORS, speculators.EAGLE3, eagle3.FORMAT, eagle.FORMAT, research.FORMAT,
+    language_model.FORMAT,
 )  # fmt: skip
 FORMATS = {format.name: format for format in _KNOWN}
 _MARKERS = ("speculators_model_type", "architectures", "model_type")  # keys by which projects mark a format

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dovetail.runtime.drafter.graph_io import CHUNK, Runner
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter, TokenDrafter
 from dovetail.runtime.drafter.session import Ask, DraftNoise, check_keep
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import DrafterFacts
@@ -157,4 +157,6 @@ class BlockDrafter(OnnxDrafter):
 
 def session_of(facts: DrafterFacts) -> type[OnnxDrafter]:
     """Return the class of the session for a drafter's graphs."""
+    if facts.reads_tokens:
+        return TokenDrafter
     return BlockDrafter if facts.positions else OnnxDrafter

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.session import Ask, DeviceReport, DraftNoise, Moved
+from dovetail.runtime.drafter.session import Ask, DeviceReport, DraftNoise, Moved, ReadsTokens
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -23,7 +23,7 @@ class FailoverDrafter:
     """A drafter that moves from one OnnxDrafter to a second when the first fails, with a log line.
 
     The second drafter holds no pairs at first: the failed call raises Moved. device, capacity: of
-    the drafter in use.
+    the drafter in use. It is a ReadsTokens if the drafters are.
     """
 
     def __init__(self, drafter: OnnxDrafter, open_second: Callable[[str], OnnxDrafter] | None = None):
@@ -31,6 +31,8 @@ class FailoverDrafter:
         self._drafter, self._open_second = drafter, open_second
         self.device, self.capacity, self.top_k = drafter.device, drafter.capacity, drafter.top_k
         self._moved = 0  # bytes that the first drafter moved, after the move
+        if isinstance(drafter, ReadsTokens):
+            self.reads_tokens_alone = True
 
     @property
     def report(self) -> DeviceReport:

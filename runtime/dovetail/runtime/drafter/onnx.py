@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +43,8 @@ class _Place(NamedTuple):
     """Where the rows of a tree are."""
 
     nodes: NDArray[np.int64]  # row of the tree's i-th expanded node, the root's first
-    begin: int  # of the text's pairs
-    length: int  # pairs of the text
+    begin: int  # of the text's part
+    length: int  # rows of the text
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Text:
     """What the drafter holds of one text."""
 
     number: int  # of its part of the pairs, and of its root's bank row
-    length: int = 0  # pairs
+    length: int = 0  # rows: one for each pair, and in a TokenDrafter one for the first token
     root: tuple[int, Candidates] | None = None  # last known token and its children
 
 
@@ -61,6 +61,8 @@ _Part = tuple[_Text, TokenArray, FloatArray]  # a text, and pairs to append
 
 class OnnxDrafter:
     """A drafter with the KV of one text or several; implements Drafter and DraftsTogether."""
+
+    _before: ClassVar[int] = 0  # tokens that a text has before those of its pairs
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str, texts: int = 1):
         """texts: at a time. Raises DeviceError if the graph or its context has no room for them."""
@@ -71,15 +73,17 @@ class OnnxDrafter:
             )
         if texts >= facts.tree_slots:
             raise DeviceError(f"the drafter's graph has {facts.tree_slots} tree slots: give fewer slots than that")
-        if (capacity := runner.max_context // texts) < min(KEPT, runner.max_context):
+        if (part := runner.max_context // texts) < min(KEPT, runner.max_context):
             raise DeviceError(
                 f"the drafter's context of {runner.max_context} pairs is too short for {texts} texts of {KEPT}: give "
                 f"{runner.max_context // KEPT} slots or fewer"
             )
-        self.device, self.capacity = device, capacity
+        self.device, self.capacity = device, part - self._before
         self.file_key = runner.file_key  # of its graph in DrafterFacts.files
         self.top_k = facts.top_k  # children that it offers
         self._facts, self._runner, self._note, self._count = facts, runner, note, texts
+        self._part = part  # rows of each text
+        self._feature_size = 0 if facts.reads_tokens else facts.feature_size
         self._texts: dict[SequenceId, _Text] = {}
 
     @classmethod
@@ -148,7 +152,7 @@ class OnnxDrafter:
         return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
 
     def length(self, seq: SequenceId) -> int:
-        return self._texts[seq].length if seq in self._texts else 0
+        return max(self._texts[seq].length - self._before, 0) if seq in self._texts else 0
 
     @property
     def report(self) -> DeviceReport:
@@ -198,18 +202,18 @@ class OnnxDrafter:
         if not keep:
             self._texts.pop(seq, None)
         elif keep < held:
-            self._texts[seq].length, self._texts[seq].root = keep, None
+            self._texts[seq].length, self._texts[seq].root = keep + self._before, None
 
     def pretend_length(self, seq: SequenceId, pairs: int) -> None:
         """Act as if extended by `pairs` pairs, for timing only: KV content is arbitrary."""
         text = self._text(seq)
-        self._runner.touch(self._pair(text, pairs))
-        text.length, text.root = pairs, None
+        text.length, text.root = pairs + self._before, None
+        self._runner.touch(self._pair(text, text.length))
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
         """Return the ms of a call: a level of `rows` nodes up to LEVEL, else `rows` new pairs."""
         if rows > LEVEL:
-            tokens, features = np.zeros(rows, np.int64), np.zeros((rows, self._facts.feature_size), np.float32)
+            tokens, features = np.zeros(rows, np.int64), np.zeros((rows, self._feature_size), np.float32)
             begin = clock()
             self.extend(seq, tokens, features)
         else:
@@ -241,8 +245,8 @@ class OnnxDrafter:
         return free[0]
 
     def _pair(self, text: _Text, index: int) -> int:
-        """Return the number of a text's pair among the pairs of all texts."""
-        return text.number * self.capacity + index
+        """Return the number of a text's row among the rows of all texts."""
+        return text.number * self._part + index
 
     def _check_top_k(self, limits: TreeLimits) -> None:
         if limits.top_k > self._facts.top_k:
@@ -263,13 +267,14 @@ class OnnxDrafter:
             positions, begin = text.length + np.arange(len(tokens)), self._pair(text, 0)
             rows.input_ids[at] = tokens
             rows.position_ids[at] = positions
-            rows.features[at] = features
+            if self._feature_size:
+                rows.features[at] = features
             rows.kv_slots[at] = slots + begin + positions
             rows.context_begin[at] = begin
             rows.context_end[at] = begin + positions + 1
             rows.bank_slots[ends + index] = text.number
             highest = max(highest, begin + text.length + len(tokens))
-        found = self._run(n, highest, self._noise(1, noise), upload_features=True, answers=count)
+        found = self._run(n, highest, self._noise(1, noise), upload_features=self._feature_size > 0, answers=count)
         for index, (text, tokens, _) in enumerate(parts):
             row = slice(len(found.ids) - count + index, len(found.ids) - count + index + 1)
             text.length += len(tokens)
@@ -343,17 +348,23 @@ class OnnxDrafter:
         self._texts.clear()
 
     def _check(self, held: int, tokens: TokenArray, features: FloatArray) -> None:
-        facts = self._facts
-        if features.shape != (len(tokens), facts.feature_size):
-            raise InputError(
-                f"features {features.shape} do not fit {len(tokens)} tokens of feature size {facts.feature_size}"
-            )
-        if held + len(tokens) > self.capacity:
+        vocabulary, size = self._facts.target_vocab_size, self._feature_size
+        if features.shape != (len(tokens), size):
+            raise InputError(f"features {features.shape} do not fit {len(tokens)} tokens of feature size {size}")
+        if held + len(tokens) > self._part:
             raise ContextOverflow(
-                f"{held + len(tokens)} tokens exceed the drafter's context of {self.capacity}: shorten "
+                f"{held + len(tokens)} tokens exceed the drafter's context of {self._part}: shorten "
                 "the prompt or generate without speculation"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < facts.target_vocab_size:
-            raise InputError(
-                f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {facts.target_vocab_size}"
-            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {vocabulary}")
+
+
+class TokenDrafter(OnnxDrafter):
+    """A drafter that reads a text by its tokens alone; a small language model is such a drafter.
+
+    A row is a token. A text of n pairs has n + 1 tokens, because its first token is no pair's.
+    """
+
+    reads_tokens_alone = True
+    _before = 1

@@ -116,7 +116,7 @@ class Window:
             try:
                 self._read(tokens, noise)
             except Moved:
-                self.length = 0  # the next turn reads what is kept
+                self.start_over()  # the next turn reads what is kept
 
     def propose(
         self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
@@ -127,7 +127,7 @@ class Window:
             try:
                 return self.drafter.propose(self.seq, limits, judge, noise)
             except Moved:
-                self.length = 0
+                self.start_over()
 
     def rewind(self) -> None:
         """Bring the drafter back to `length` pairs. Raises DeviceError."""
@@ -138,7 +138,11 @@ class Window:
     def sync(self) -> None:
         """Start over if the drafter has moved in a call for another text, or before an interrupt."""
         if self.drafter.length(self.seq) < self.length:
-            self.length = 0
+            self.start_over()
+
+    def start_over(self) -> None:
+        """Let a drafter that holds nothing read the kept pairs next."""
+        self.length = 0
 
     def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Append the waiting pairs, or start over with the last pairs."""
@@ -165,6 +169,7 @@ class TokenWindow:
     """How far a drafter has read a text that it reads by tokens alone; in place of Window.
 
     start, length: as Window's. A drafter whose context is full starts over with the last half of it.
+    A drafter that moved to another device starts over with the last KEPT pairs.
     """
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
@@ -200,22 +205,33 @@ class TokenWindow:
 
     def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
         """Let the drafter read the text up to the known pairs. tokens: the whole text."""
-        if self.waiting:
-            self.drafter.extend(self.seq, *self.due(tokens), noise)
-            self.done()
+        self.sync()
+        while self.waiting:
+            try:
+                self.drafter.extend(self.seq, *self.due(tokens), noise)
+                self.done()
+            except Moved:
+                self.start_over()
 
     def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
         """Return the tokens that the drafter shall read, for its `extend`; `done` follows."""
-        if self.length + self.waiting > self.drafter.capacity:
+        if full := self.length + self.waiting > self.drafter.capacity:
             self.length = 0
-            self.drafter.rewind(self.seq, 0)
             self.start = max(self._known - self.drafter.capacity // 2, 0)
+        if full or not self.length:
+            self.drafter.rewind(self.seq, 0)
         begin = self.start + self.length + bool(self.length)
         new = np.array(tokens[begin : self._known + 1], np.int64)
         return new, np.zeros((len(new), 0), np.float32)
 
     def sync(self) -> None:
-        """Do nothing: a draft model does not move."""
+        """Start over if the drafter has moved in a call for another text, or before an interrupt."""
+        if self.drafter.length(self.seq) < self.length:
+            self.start_over()
+
+    def start_over(self) -> None:
+        """Let a drafter that holds nothing read the last KEPT pairs next."""
+        self.length, self.start = 0, max(self._known - KEPT, 0)
 
     def done(self) -> None:
         """Count the tokens of `due` as read."""
@@ -225,12 +241,17 @@ class TokenWindow:
         self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
     ) -> DraftTree:
         """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
-        self.flush(tokens, noise)
-        return self.drafter.propose(self.seq, limits, judge, noise)
+        while True:
+            self.flush(tokens, noise)
+            try:
+                return self.drafter.propose(self.seq, limits, judge, noise)
+            except Moved:
+                self.start_over()
 
     def rewind(self) -> None:
         """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        self.drafter.rewind(self.seq, min(self.length, self.drafter.length(self.seq)))
+        self.sync()
+        self.drafter.rewind(self.seq, self.length)
         _check_held(self.drafter.length(self.seq), self.length)
 
 
@@ -265,7 +286,7 @@ def propose_together(texts: Sequence[Drafting]) -> list[DraftTree]:
             return [trees[text.window.seq] for text in texts]
         except Moved:
             for text in texts:
-                text.window.length = 0
+                text.window.start_over()
 
 
 def _check_held(held: int, length: int) -> None:

@@ -34,9 +34,12 @@ def check_pair(manifest: Manifest) -> None:
     drafter, target, tree = manifest.drafter, manifest.target, manifest.tree
     if drafter is None:
         return
-    pairs: tuple[tuple[str, object, object], ...] = (
+    sizes: tuple[tuple[str, object, object], ...] = (
         ("hidden size", drafter.target_size or drafter.hidden_size, target.hidden_size),
         ("feature size", drafter.reads_size, target.feature_size),
+    )
+    pairs: tuple[tuple[str, object, object], ...] = (
+        *(() if drafter.reads_tokens else sizes),
         ("vocabulary", drafter.target_vocab_size, target.vocab_size),
         ("tokenizer", drafter.tokenizer_sha256[:12], target.tokenizer_sha256[:12]),
     )

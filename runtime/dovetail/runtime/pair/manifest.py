@@ -74,7 +74,7 @@ class DrafterFacts:
     graphs take the noise of sampled answers. target_size: width of the target's blocks, if the
     drafter has another width and rows of its own; 0 if the drafter's sizes are the target's.
     positions: tokens that one call drafts, if the graphs draft blocks; 0 if they grow trees level
-    by level.
+    by level. reads_tokens: whether the drafter reads tokens alone. Its sizes are then its own.
     """
 
     blocks: int
@@ -95,6 +95,7 @@ class DrafterFacts:
     noise: bool = field(default=False, metadata=_MAY_BE_MISSING)
     target_size: int = field(default=0, metadata=_MAY_BE_MISSING)
     positions: int = field(default=0, metadata=_MAY_BE_MISSING)
+    reads_tokens: bool = field(default=False, metadata=_MAY_BE_MISSING)
 
     @property
     def reads_size(self) -> int:
@@ -116,6 +117,8 @@ class DrafterFacts:
             raise ManifestError(
                 f"drafter.target_size {self.target_size} without feature_layers: export the drafter again"
             )
+        if self.reads_tokens and (self.feature_layers or self.positions):
+            raise ManifestError("drafter.reads_tokens with feature_layers or positions: export the drafter again")
         _check_sizes(self)
         # A block has a row more than it drafts, and a call writes rows that nobody reads to one row more.
         most = max(self.tree_slots - 2, 0)
