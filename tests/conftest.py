@@ -227,6 +227,34 @@ def tiny_full_pair(tiny_pair: Path, tiny_drafter: Path, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="session")
+def soft_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` with smaller weights, a larger head and context: INT8 errs as little as with trained weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("soft") / "llama"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_llama, initializer_range=0.2, max_position_embeddings=1024)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= 3
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_pair(soft_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair whose drafter is a copy of its own target, a language model, added by the command line: read only."""
+    from dovetail.exporter.cli.main import main
+    from dovetail.exporter.target.export import export_target
+
+    pair = tmp_path_factory.mktemp("language") / "tiny"
+    export_target(str(soft_llama), pair)
+    assert main(["drafter", str(pair), "--checkpoint", str(soft_llama)]) == 0
+    return pair
+
+
+@pytest.fixture(scope="session")
 def tiny_dflash(tiny_pair: Path, dflash: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random DFlash checkpoint for `tiny_llama`: blocks of 6, one layer of two with a window.
 

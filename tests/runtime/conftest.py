@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.pair.manifest import read_manifest
@@ -31,11 +32,15 @@ class Pairs:
     def target(self) -> OpenVINOTarget:
         return OpenVINOTarget.load(self.pair, self.manifest, threads=1)
 
-    def cpu(self, note: str = "asked for") -> OnnxDrafter:
-        return OnnxDrafter.open_cpu(self.pair, self.manifest.needed_drafter, note, threads=1)
+    @cached_property
+    def session(self) -> type[OnnxDrafter]:
+        return session_of(self.manifest.needed_drafter)
+
+    def cpu(self, note: str = "asked for", texts: int = 1) -> OnnxDrafter:
+        return self.session.open_cpu(self.pair, self.manifest.needed_drafter, note, threads=1, texts=texts)
 
     def on(self, device: Any, **options: Any) -> OnnxDrafter:
-        return OnnxDrafter.open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)
+        return self.session.open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)
 
     def engine(self, drafter: Any) -> Engine:
         tokenizer = Tokenizer.from_folder(self.pair / "target")

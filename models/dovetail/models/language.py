@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dovetail.models.drafter import DraftModel
 from dovetail.models.eagle3 import BlockSizes, EagleBlock
-from dovetail.models.layers import RMSNorm
+from dovetail.models.layers import RMSNorm, rotate
 from dovetail.models.rope import Rope
 
 
@@ -29,6 +31,42 @@ class LanguageConfig:
     blocks: int
 
 
+class LanguageBlock(EagleBlock):
+    """A block that keeps float32 where float16 weights alone would make it too coarse.
+
+    The sums of the layers are float32. SmolLM2's reach 22,000, a third of float16's range, and a
+    late layer takes most of that away again. With biases the scores of attention are float32 too:
+    Qwen2.5's reach 1,200, where float16 is coarser than 0.5.
+    """
+
+    def __init__(self, sizes: BlockSizes):
+        super().__init__(sizes)
+        self.exact_scores = sizes.qkv_bias
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The queries, in the dtype of the scores."""
+        return rotate(self._wide(self._heads("q", self.normed(x))), cos, sin)
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.normed(x)
+        return rotate(self._wide(self._heads("k", x)), cos, sin).to(self._dtype), self._heads("v", x)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.float() if self.exact_scores else x
+
+    def normed(self, x: Tensor) -> Tensor:
+        return super().normed(x).to(self._dtype)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn["o_proj"](attended.flatten(-2)).float()
+        y = self.post_attention_layernorm(x).to(self._dtype)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)).float()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.post_attention_layernorm.weight.dtype
+
+
 class LanguageDrafter(DraftModel):
     """A language model. embed_tokens: [V, d], head: [K, d], d2t: [K] target ids."""
 
@@ -40,17 +78,17 @@ class LanguageDrafter(DraftModel):
         shape = sizes.shape(config.vocab_size, config.draft_vocab_size, config.blocks, config.max_position_embeddings)
         super().__init__(shape, embed_tokens, head, d2t)
         self.config = config
-        self.layers = nn.ModuleList(EagleBlock(sizes) for _ in range(config.blocks))
+        self.layers = nn.ModuleList(LanguageBlock(sizes) for _ in range(config.blocks))
         self.norm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
 
     def combine(self, f: Tensor, e: Tensor) -> Tensor:
-        return e
+        return e.float()
 
-    def blocks(self) -> Sequence[EagleBlock]:
-        return [layer for layer in self.layers if isinstance(layer, EagleBlock)]
+    def blocks(self) -> Sequence[LanguageBlock]:
+        return [layer for layer in self.layers if isinstance(layer, LanguageBlock)]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.config.rope(positions)
 
     def head_input(self, g: Tensor) -> Tensor:
-        return self.norm(g)
+        return self.norm(g).to(self.head.dtype)

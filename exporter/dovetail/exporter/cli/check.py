@@ -33,8 +33,7 @@ def command(pair: str, drafter: str | None, revision: str | None, allow_pickle: 
             click.echo(f"{finding.fit:<8} {finding.what:<{width}}  {shown(finding.said)}")
         if refused := [finding for finding in findings if finding.fit is Fit.REFUSED]:
             names = ", ".join(finding.what for finding in refused)
-            remedy = "correct the checkpoint" if names == "settings" else "use the target that it was trained for"
-            raise MismatchError(f"{drafter} is no drafter for {pair} ({names}): {remedy}")
+            raise MismatchError(f"{drafter} is no drafter for {pair} ({names}): {refused[-1].remedy}")
         return
     if allow_pickle or revision:
         flag = "--allow-pickle" if allow_pickle else "--revision"

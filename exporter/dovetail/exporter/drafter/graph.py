@@ -68,7 +68,7 @@ class DrafterGraph(nn.Module):
         drafter = self.drafter
         feature = nn.functional.embedding(feature_rows, torch.cat([bank, features]))  # [n, D]
         x = drafter.combine(feature, nn.functional.embedding(input_ids, drafter.embed_tokens))
-        cos, sin = (table.to(x.dtype) for table in drafter.rope(position_ids))
+        cos, sin = (table.to(bank.dtype) for table in drafter.rope(position_ids))
         written, layers = [], drafter.blocks()
         for layer, buffer in zip(layers, kv, strict=True):
             rows = queries if layer is layers[-1] else None  # later layers need keys and values of all rows
@@ -78,7 +78,7 @@ class DrafterGraph(nn.Module):
             written.append(buffer)
         logprobs, rows = torch.log_softmax(drafter.logits(x).float() + noise, dim=-1).topk(self.top_k, dim=-1)
         ids = nn.functional.embedding(rows, self.target_ids).squeeze(-1)
-        return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x), *written
+        return logprobs, ids, bank.index_put(_taken(queries, bank_slots), x.to(bank.dtype)), *written
 
     def _mask(self, tree_mask: Tensor, context_begin: Tensor, context_end: Tensor, kv: Tensor) -> Tensor:
         """Additive mask [h/g * rows, T + S]: a row attends to pairs from its context_begin to its context_end."""
@@ -119,12 +119,15 @@ def attend(
 
 
 def over_buffer(q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-    """Attention [m, h, d]. q: [m, h, d], kv: [T + S, 2, g, d], mask: [h/g * m, T + S] additive."""
+    """Attention [m, h, d]. q: [m, h, d], kv: [T + S, 2, g, d], mask: [h/g * m, T + S] additive.
+
+    The scores have the dtype of q, which may be wider than that of kv.
+    """
     groups, size = kv.shape[2], kv.shape[3]
     repeats = q.shape[1] // groups
     q = (q * size**-0.5).unflatten(1, (groups, repeats)).permute(1, 2, 0, 3)  # [g, h/g, m, d]
-    scores = q.reshape(groups, -1, size) @ kv[:, 0].permute(1, 2, 0)  # [g, h/g * m, T + S]
-    out = torch.softmax(scores + mask, dim=-1) @ kv[:, 1].permute(1, 0, 2)  # [g, h/g * m, d]
+    scores = q.reshape(groups, -1, size) @ kv[:, 0].permute(1, 2, 0).to(q.dtype)  # [g, h/g * m, T + S]
+    out = torch.softmax(scores + mask, dim=-1).to(kv.dtype) @ kv[:, 1].permute(1, 0, 2)  # [g, h/g * m, d]
     return out.reshape(groups, repeats, -1, size).permute(2, 0, 1, 3).flatten(1, 2)  # [m, h, d]
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 16 << 30  # of weights; the largest drafters of targets with 100B parameters have a few GiB
 LOG = "training.json"
-REPORT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", LOG)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+REPORT_FILES = (*TOKENIZER_FILES, LOG)
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")  # in the order of preference
 
 
@@ -89,9 +90,12 @@ def read_remote(repo: str, revision: str | None = None) -> Stored:
 
 def _needed(repo: str, sizes: Mapping[str, int], fetch: Callable[[str], Path], allow_pickle: bool) -> list[str]:
     """Names of the files of a repository that a drafter's export reads. Raises SourceError."""
+    from dovetail.models.formats.language_model import ARCHITECTURES  # torch, which --help does without
+    from dovetail.models.formats.reading import architectures
+
     if CONFIG not in sizes:
         raise SourceError(f"{repo} has no {CONFIG}, so it is no drafter: give a repository with a trained drafter")
-    read_config(fetch(CONFIG).parent)
+    config = read_config(fetch(CONFIG).parent)
     top = [name for name in sizes if "/" not in name]
     weights = choose_weights(repo, top, allow_pickle, PICKLED)
     suffix = Path(weights[0]).suffix
@@ -105,4 +109,7 @@ def _needed(repo: str, sizes: Mapping[str, int], fetch: Callable[[str], Path], a
         )
     if (size := sum(sizes[name] for name in weights)) > MOST_BYTES:
         raise SourceError(f"{repo} has {size / 1e9:.0f} GB of weights, more than any drafter: give the id of a drafter")
-    return [CONFIG, *weights, *(name for name in (index, CALIBRATION_NAME) if name in top)]
+    others = [index, CALIBRATION_NAME]
+    if not {*ARCHITECTURES}.isdisjoint(architectures(config)):  # the tokenizer is compared with the target's
+        others += TOKENIZER_FILES
+    return [CONFIG, *weights, *(name for name in others if name in top)]

@@ -41,11 +41,12 @@ class Fit(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison. what: its subject. said: both values, or why there are none."""
+    """One comparison. what: its subject. said: both values, or why there are none. remedy: of a refusal."""
 
     what: str
     fit: Fit
     said: str
+    remedy: str = "use the target that it was trained for"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def preflight(target: str, drafter: str, *, revision: str | None = None, allow_p
     checkpoint = _checkpoint(drafter, revision, allow_pickle)
     own = (checkpoint.folder / TOKENIZER).is_file()
     with _target_files(target, tokenizer=own) as files:
-        return [*_sizes(checkpoint, files), *_texts(checkpoint.folder, files), _acceptance(checkpoint.folder)]
+        return [*_sizes(checkpoint, files), *_texts(checkpoint, files), _acceptance(checkpoint.folder)]
 
 
 def _checkpoint(drafter: str, revision: str | None, allow_pickle: bool) -> Checkpoint:
@@ -133,15 +134,19 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
         needs = checkpoint.needs(config)
         width, depth, vocab = target_sizes(config)
     except (DovetailError, ValueError) as error:
-        yield Finding("settings", Fit.REFUSED, str(error))
+        yield Finding("settings", Fit.REFUSED, str(error), "correct the checkpoint")
         return
     yield Finding("drafter", Fit.FITS, needs.kind)
-    for what, ours, theirs in (("width of layers", needs.target_size, width), ("vocabulary", needs.vocab_size, vocab)):
+    sizes = [("vocabulary", needs.vocab_size, vocab)]
+    if needs.target_size:
+        sizes.insert(0, ("width of layers", needs.target_size, width))
+    for what, ours, theirs in sizes:
         same = ours == theirs
         yield Finding(what, Fit.FITS if same else Fit.REFUSED, f"{ours}" if same else f"{ours} and {theirs}")
     fits = max(needs.layers, default=0) < depth
     read = f"outputs of {', '.join(map(str, needs.layers))}" if needs.layers else "the last feature"
-    yield Finding("layers", Fit.FITS if fits else Fit.REFUSED, f"reads {read} of {depth}")
+    said = "reads none, but tokens alone" if checkpoint.format.reads_tokens else f"reads {read} of {depth}"
+    yield Finding("layers", Fit.FITS if fits else Fit.REFUSED, said)
     share = f"{needs.draft_vocab_size} of {needs.vocab_size} tokens"
     yield Finding("draft vocabulary", Fit.FITS, share)
     if needs.rope:
@@ -159,19 +164,24 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
         yield Finding("setting", Fit.FITS, choice)
 
 
-def _texts(folder: Path, target: TargetFiles) -> Iterator[Finding]:
+def _texts(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
     """Tokenizer and chat template of the checkpoint's folder, where it has them."""
+    from dovetail.models.formats.language_model import OTHERWISE
+
+    folder, needed = checkpoint.folder, checkpoint.format.reads_tokens
+    unknown = Fit.REFUSED if needed else Fit.UNKNOWN
+    remedy = OTHERWISE if needed else Finding.remedy
     if not (folder / TOKENIZER).is_file():
-        yield Finding("tokenizer", Fit.UNKNOWN, "the checkpoint has none to compare")
+        yield Finding("tokenizer", unknown, "the checkpoint has none to compare", remedy)
         return
     try:
         ours, theirs = Tokenizer.from_folder(folder), Tokenizer.from_folder(target.folder)
     except DovetailError as error:
-        yield Finding("tokenizer", Fit.UNKNOWN, str(error).partition(": export the target")[0])
+        yield Finding("tokenizer", unknown, str(error).partition(": export the target")[0], remedy)
         return
     same = theirs.has_ids_of(ours)
     said = f"{ours.vocab_size} tokens" if same else "the same ids are other tokens"
-    yield Finding("tokenizer", Fit.FITS if same else Fit.REFUSED, said)
+    yield Finding("tokenizer", Fit.FITS if same else Fit.REFUSED, said, remedy)
     if not (ours.has_chat_template and theirs.has_chat_template):
         return
     texts = []

@@ -124,10 +124,11 @@ def render(facts: dict[str, Any]) -> str:
 def _drafter_line(drafter: dict[str, Any]) -> str:
     devices = ", ".join(device for device in DEVICES if device in drafter["files"])
     layers = ", ".join(map(str, drafter["feature_layers"])) or "none"
+    read = "tokens alone" if drafter["reads_tokens"] else f"layers {layers}"
     told = "" if drafter["noise"] else ", drafts sampled answers less well without noise: export the drafter again"
     kind = f"{drafter['kind']}, " if drafter["kind"] else ""
     return (f"{kind}{drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
-            f"reads layers {layers}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
+            f"reads {read}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
