@@ -71,6 +71,18 @@ def test_answers_of_a_draft_model_at_once_are_those_of_each_alone(tiny_full_pair
         assert run(engine, requests) == want
 
 
+def test_answers_of_a_language_model_at_once_are_those_of_each_alone(language_pair: Path) -> None:
+    requests = asked(12)
+    with Engine.from_pretrained(language_pair, drafter_device="cpu", threads=1, tree=LIMITS) as engine:
+        want = [engine.generate(prompt, **{**options, "speculate": False}).token_ids for prompt, options in requests]
+    with BatchEngine.from_pretrained(
+        language_pair, slots=3, drafter_device="cpu", threads=1, tree=LIMITS, kv_cache="64MB"
+    ) as engine:
+        assert run(engine, requests) == want
+        assert run(engine, requests[::-1]) == want[::-1]  # now with kept prefixes
+        assert engine.stats().accepted > 100
+
+
 def test_answers_of_a_block_drafter_at_once_are_those_of_each_alone(dflash_pair: Path) -> None:
     requests = asked(12)
     with Engine.from_pretrained(dflash_pair, drafter_device="cpu", threads=1, tree=LIMITS) as engine:

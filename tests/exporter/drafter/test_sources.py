@@ -76,6 +76,14 @@ def test_the_files_of_a_drafter_are_downloaded_alone(
     assert resolved(hub, tmp_path, pickle=pickle).stdout == done.stdout
 
 
+def test_a_language_model_is_downloaded_with_its_tokenizer(hub: FakeHub, tmp_path: Path) -> None:
+    config = b'{"hidden_size": 32, "architectures": ["Qwen2ForCausalLM"]}'
+    tokenizer = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
+    hub.add(REPO, {"config.json": config, "model.safetensors": b"w", **tokenizer, "merges.txt": b"a b"})
+    done = resolved(hub, tmp_path)
+    assert json.loads(done.stdout)[1] == sorted(["config.json", "model.safetensors", *tokenizer])
+
+
 def test_a_revision_of_a_drafter(hub: FakeHub, tmp_path: Path) -> None:
     repository = hub.add(REPO, {"config.json": CONFIG, "model.safetensors": b"1"})
     repository.commit({"config.json": CONFIG, "model.safetensors": b"2"}, "v2")

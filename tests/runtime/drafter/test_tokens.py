@@ -262,7 +262,7 @@ def test_a_drafter_that_moved_reads_the_last_pairs(
     device = HostDevice()
     drafter = FailoverDrafter(models.on(device), models.cpu)
     told = TokenWindow(drafter, SEQ)
-    told.add(np.zeros((99, 32)))
+    told.add(np.zeros((99, 32), np.float32))
     told.flush(text[:100], None)
     assert (told.start, told.length) == (0, 99)
     device.fail_at = 1
@@ -273,7 +273,7 @@ def test_a_drafter_that_moved_reads_the_last_pairs(
     models.assert_alike(tree, fresh.propose(SEQ, LIMITS))
     told.cut(70)
     told.rewind()
-    told.add(np.zeros((20, 32)))
+    told.add(np.zeros((20, 32), np.float32))
     tree = told.propose(text[:91], LIMITS, None, None)
     assert (told.start, told.length) == (39, 51)
     fresh.rewind(SEQ, 0)
@@ -287,7 +287,7 @@ def test_a_window_is_told_of_a_move_in_another_texts_call(HostDevice, models: Pa
     windows = [TokenWindow(drafter, seq) for seq in (1, 2)]
     known = [text[:50], text[100:140]]
     for told, tokens in zip(windows, known, strict=True):
-        told.add(np.zeros((len(tokens) - 1, 32)))
+        told.add(np.zeros((len(tokens) - 1, 32), np.float32))
         told.flush(tokens, None)
     device.fail_at = 1
     windows[0].propose(known[0], LIMITS, None, None)
@@ -310,7 +310,7 @@ def test_with_no_second_drafter_the_failure_is_raised(HostDevice, models: Pairs)
 def test_a_full_context_begins_anew_with_its_last_half(exact, model: LlamaForCausalLM, text: list[int]) -> None:
     told, starts = TokenWindow(exact(max_context=64), SEQ), list[tuple[int, int]]()
     for known in (40, 63, 64, 70, 95, 96, 97):
-        told.add(np.zeros((known - told.start - told.length, 32)))
+        told.add(np.zeros((known - told.start - told.length, 32), np.float32))
         tree = told.propose(text[: known + 1], LIMITS, None, None)
         starts.append((told.start, told.length))
         assert_of_the_model(tree, model, text[told.start : known + 1])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.errors import DovetailError, IntegrityError, MismatchError
+from dovetail.runtime.errors import DovetailError, IntegrityError, ManifestError, MismatchError
 from dovetail.runtime.pair.check import check_pair, read_sound, verify_files
 from dovetail.runtime.pair.layout import MANIFEST_NAME
 from dovetail.runtime.pair.manifest import read_manifest
@@ -64,6 +65,34 @@ def test_drafter_file_without_a_digest_is_refused(pair: Path) -> None:
     files = {name: entry for name, entry in manifest.files.items() if "int8" not in name}
     with pytest.raises(IntegrityError, match=r"drafter\.int8\.onnx"):
         verify_files(pair, replace(manifest, files=files))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("target_vocab_size", 301), ("tokenizer_sha256", "b" * 64), ("tree_slots", 8)]
+)
+def test_a_drafter_that_reads_tokens_has_sizes_of_its_own(pair: Path, key: str, value: object) -> None:
+    manifest = read_manifest(pair)
+    drafter = replace(manifest.needed_drafter, reads_tokens=True, hidden_size=64, feature_size=64)
+    check_pair(replace(manifest, drafter=drafter))
+    other = replace(drafter, **{key: value})  # type: ignore[arg-type]  # the key decides the type
+    with pytest.raises(MismatchError):
+        check_pair(replace(manifest, drafter=other))
+
+
+def test_a_drafter_that_reads_tokens_reads_no_features(pair: Path) -> None:
+    drafter = read_manifest(pair).needed_drafter
+    mixed = {"feature_layers": (0,), "files": {**drafter.files, "features": "drafter/mix.npz"}}
+    for changes in (mixed, {"positions": 4}):
+        with pytest.raises(ManifestError, match="reads_tokens with feature_layers or positions"):
+            replace(drafter, reads_tokens=True, **changes)  # type: ignore[arg-type]  # the key decides the type
+
+
+def test_a_pair_from_before_reads_tokens_still_opens(pair: Path) -> None:
+    file = pair / MANIFEST_NAME
+    content = json.loads(file.read_text())
+    assert content["drafter"].pop("reads_tokens") is False
+    file.write_text(json.dumps(content))
+    assert read_manifest(pair).needed_drafter.reads_tokens is False
 
 
 @pytest.mark.parametrize(

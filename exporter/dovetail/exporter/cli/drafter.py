@@ -19,9 +19,8 @@ from dovetail.runtime.drafter.vram import check_limit, parse_size
     "--checkpoint",
     required=True,
     metavar="DIR|HUB_ID|GGUF|NAME",
-    help="Folder, Hub id or GGUF file of a trained drafter, or a shipped drafter: "
-    + ", ".join(sorted(REFERENCE_PAIRS))
-    + ".",
+    help="Folder, Hub id or GGUF file of a trained drafter, folder or Hub id of a small language model that has the "
+    "target's tokenizer, or a shipped drafter: " + ", ".join(sorted(REFERENCE_PAIRS)) + ".",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights too; no code in them is executed.")

@@ -178,7 +178,9 @@ def _write(drafter: DraftBase, device: str, folder: Path, facts: DrafterFacts, p
     progress(f"exporting {FILES[device]}")
     model = _to_onnx(drafter, torch.float16 if device == "cuda" else torch.float32, facts)
     if device == "cpu":
-        quantize(model)
+        quantize(model)  # rows and head have different layouts
+    else:
+        graph.share_rows(model)
     save(model, folder / FILES[device])
 
 

@@ -17,6 +17,7 @@ import importlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,19 @@ def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: 
     kv_shape = (rows, 2, shape.num_key_value_heads, shape.head_dim)
     kv = [torch.zeros(kv_shape, dtype=dtype) for _ in range(shape.blocks)]
     return traced(graph, drafter, arguments, kv, slots, ("top_logprobs", "top_ids", "bank_out"))
+
+
+def share_rows(model: ir.Model) -> None:
+    """Let the head use the embedding's memory if both are the same rows, as in a tied language model."""
+    initializers = model.graph.initializers
+    embedding, head = (initializers.get(f"drafter.{name}") for name in ("embed_tokens", "head"))
+    if embedding is None or head is None or embedding.shape != head.shape:
+        return
+    if embedding.const_value is None or head.const_value is None:
+        return
+    if np.array_equal(embedding.const_value.numpy(), head.const_value.numpy()):
+        ir.convenience.replace_all_uses_with(head, embedding)
+        del initializers[head.name]
 
 
 def traced(
