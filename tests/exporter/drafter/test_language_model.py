@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 torch = pytest.importorskip("torch", reason="the exporter needs torch")
@@ -113,18 +114,14 @@ def test_a_model_of_another_width_drafts(
     facts = read_manifest(pair).needed_drafter
     assert (facts.hidden_size, facts.feature_size, facts.draft_vocab_size) == (48, 48, min(rows, 263))
     assert main(["check", str(pair)]) == 0
-    weights = (pair / "drafter" / f"{FILES['cuda']}.data").stat().st_size
+    graph = onnx.load(pair / "drafter" / FILES["cuda"], load_external_data=False).graph
+    tied = OTHERS[kind][1]["tie_word_embeddings"]  # embedding and head are then one
+    assert ("drafter.head" in {weight.name for weight in graph.initializer}) != tied
     for options in SAMPLINGS.values():
         with Engine.from_pretrained(pair, drafter_device="cpu", tree=TREE) as engine:
             drafted = engine.generate(PROMPT, max_new_tokens=40, raw=True, **options)
             plain = engine.generate(PROMPT, max_new_tokens=40, raw=True, speculate=False, **options)
         assert drafted.token_ids == plain.token_ids and drafted.metrics.drafted > 40
-    with torch.no_grad():
-        module = load_drafter(checkpoint, pair / "target")
-    layers = sum(value.numel() for value in module.parameters())
-    tied = OTHERS[kind][1]["tie_word_embeddings"]  # embedding and head are then one
-    held = module.embed_tokens.numel() + (0 if tied else module.head.numel())
-    assert 0 <= weights - 2 * (layers + held) < 4 * 263 * 4 + 4096 * 40  # target ids, and the alignment of each weight
 
 
 def test_the_graphs_are_compared_with_torch(language_pair: Path, soft_llama: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_drafter_that_reads_tokens_reads_no_features(pair: Path) -> None:
     mixed = {"feature_layers": (0,), "files": {**drafter.files, "features": "drafter/mix.npz"}}
     for changes in (mixed, {"positions": 4}):
         with pytest.raises(ManifestError, match="reads_tokens with feature_layers or positions"):
-            replace(drafter, reads_tokens=True, **changes)  # type: ignore[arg-type]  # the key decides the type
+            replace(drafter, reads_tokens=True, **changes)
 
 
 def test_a_pair_from_before_reads_tokens_still_opens(pair: Path) -> None:

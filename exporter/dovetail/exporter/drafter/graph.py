@@ -164,15 +164,15 @@ def to_onnx(drafter: DraftModel, dtype: torch.dtype, *, tree_slots: int, top_k: 
 
 def share_rows(model: ir.Model) -> None:
     """Let the head use the embedding's memory if both are the same rows, as in a tied language model."""
-    initializers = model.graph.initializers
-    embedding, head = (initializers.get(f"drafter.{name}") for name in ("embed_tokens", "head"))
+    initializers, name = model.graph.initializers, "drafter.head"
+    embedding, head = initializers.get("drafter.embed_tokens"), initializers.get(name)
     if embedding is None or head is None or embedding.shape != head.shape:
         return
     if embedding.const_value is None or head.const_value is None:
         return
     if np.array_equal(embedding.const_value.numpy(), head.const_value.numpy()):
         ir.convenience.replace_all_uses_with(head, embedding)
-        del initializers[head.name]
+        del initializers[name]
 
 
 def traced(
