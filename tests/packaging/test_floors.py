@@ -29,7 +29,7 @@ FLOORS = {
         ("fusion",),
         ("drafter", "checkpoint"),
         ("eagle3",),
-        ("eagle", "dflash"),
+        ("eagle", "dflash", "language"),
         ("formats",),
     ),
     "exporter": (("build", "hub"), ("target",), ("drafter", "train"), ("pairs",), ("cli",)),

@@ -103,10 +103,11 @@ def test_more_than_the_device_has_is_refused_in_one_line() -> None:
         device.close()
 
 
-def test_an_engine_writes_the_same_text_with_either_drafter(tiny_full_pair: Path) -> None:
-    texts = set()
+@pytest.mark.parametrize("name", ["tiny_full_pair", "language_pair"])
+def test_an_engine_writes_the_same_text_with_either_drafter(request: pytest.FixtureRequest, name: str) -> None:
+    pair, texts = request.getfixturevalue(name), set()
     for device in ("cuda", "cpu"):
-        with Engine.from_pretrained(tiny_full_pair, drafter_device=device, tree=LIMITS) as engine:
+        with Engine.from_pretrained(pair, drafter_device=device, tree=LIMITS) as engine:
             texts.add(engine.generate("the quick brown fox", 60, raw=True).token_ids)
             assert (device == "cuda") == (engine.drafter_device == "CUDA (fp16)")
     assert len(texts) == 1

@@ -301,6 +301,37 @@ def test_a_window_is_told_of_a_move_in_another_texts_call(HostDevice, models: Pa
         models.assert_alike(tree, fresh.propose(SEQ, LIMITS))
 
 
+@pytest.mark.parametrize("read_before", [0, 100])
+def test_after_an_interrupted_call_the_drafter_goes_on(models: Pairs, text: list[int], read_before: int) -> None:
+    """The first of two chunks was read when Ctrl-C came."""
+    drafter = models.cpu()
+    told = TokenWindow(drafter, SEQ)
+    told.add(np.zeros((read_before, 32), np.float32))
+    told.flush(text, None)
+    runner = drafter._runner
+    run, calls = runner.run, list[int]()
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments, **options)
+
+    runner.run = interrupted  # type: ignore[method-assign]  # what is tested
+    told.add(np.zeros((150, 32), np.float32))
+    with pytest.raises(KeyboardInterrupt):
+        told.flush(text, None)
+    assert drafter.length(SEQ) > read_before
+    told.cut(read_before)
+    told.rewind()
+    assert drafter.length(SEQ) == read_before and not told.waiting
+    told.add(np.zeros((20, 32), np.float32))
+    tree = told.propose(text[: read_before + 21], LIMITS, None, None)
+    fresh = models.cpu()
+    read(fresh, text[: read_before + 21])
+    models.assert_alike(tree, fresh.propose(SEQ, LIMITS))
+
+
 def test_with_no_second_drafter_the_failure_is_raised(HostDevice, models: Pairs) -> None:
     engine = models.engine(FailoverDrafter(models.on(HostDevice(fail_at=6))))
     with pytest.raises(DeviceError, match="illegal memory access"):
