@@ -154,7 +154,8 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
     longest = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     if needs.max_context and longest:
         shorter = needs.max_context < longest
-        said = f"{needs.max_context} and {longest} tokens" + (": longer texts run without drafts" if shorter else "")
+        rest = ": of longer texts the drafter reads the end alone" if shorter else ""
+        said = f"{needs.max_context} and {longest} tokens{rest}"
         yield Finding("context", Fit.DIFFERS if shorter else Fit.FITS, said)
     if needs.target:
         same = needs.target.rstrip("/").rpartition("/")[2].lower() == target.name.rstrip("/").rpartition("/")[2].lower()
