@@ -3,7 +3,7 @@
     python tests/bench/replay.py record PAIR PROMPTS.jsonl --out drafts.npz
     python tests/bench/replay.py play PAIR drafts.npz --costs tune.json
 
-Of a pair without a drafter the answers are recorded, for repeats alone.  `record --draft-model OTHER` records what
+A pair without a drafter leaves its answers, for repeats alone.  `record --draft-model OTHER` records what
 another pair's target proposes; its costs are those of `tune --draft-model OTHER`.
 
 What is compared with plain decoding is the time that the engines' calls take by the costs, which `dovetail-run tune
@@ -27,6 +27,7 @@ import click
 import numpy as np
 
 from dovetail.runtime.cli.main import fail
+from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
@@ -100,7 +101,7 @@ def record(
         if draft_model:
             _, drafter = open_draft_model(draft_model, tokenizer, manifest, threads=None)
         elif manifest.drafter:
-            drafter = OnnxDrafter.open(folder, manifest, device="cpu")
+            drafter = session_of(manifest.drafter).open(folder, manifest, device="cpu")
         talk = Sequence(OpenVINOTarget.load(folder, manifest), drafter)
         longest = drafter.capacity if drafter else manifest.target.max_context
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []
@@ -133,7 +134,10 @@ def play(pair: str, files: tuple[Path, ...], measured: tuple[Path, ...], other_m
         )
         for file, records in recorded:
             for source, costs in clocks:
-                chain = all(map(is_chain, (tree for each in records for tree in each.trees)))
+                trees = [tree for each in records for tree in each.trees]
+                if costs.draft is None and any(len(tree) > 1 for tree in trees):
+                    raise InputError(f"{file} has drafts, and {source} no costs of a drafter: give other costs")
+                chain = all(map(is_chain, trees))
                 scheduler, ratios = Scheduler(costs, None if chain else calibration), []
                 for each in records:
                     rounds, ms = replay(each, costs, scheduler, limits)

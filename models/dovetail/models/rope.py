@@ -36,6 +36,8 @@ class Rope:
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(given, dict):
             raise ValueError(f"rope_scaling {given!r:.60} is no object: {_AGAIN}")
+        if any(isinstance(value, dict) for value in given.values()):
+            raise ValueError(f"RoPE by kind of layer, {given!r:.60}, is not supported: use another drafter")
         theta = given.get("rope_theta", config.get("rope_theta"))
         theta = DEFAULT_THETA if theta is None else theta
         check_number("rope_theta", theta, ValueError, _AGAIN, most=1e15)

@@ -69,7 +69,6 @@ def test_a_copy_of_the_target_is_accepted_nearly_always(language_pair: Path, sam
         plain = engine.generate(PROMPT, max_new_tokens=100, raw=True, speculate=False, **options)
     assert drafted.token_ids == plain.token_ids and plain.metrics.drafted == 0
     # A round that accepts all has 5 tokens: 4 levels of the tree, and the target's own.
-    print(drafted.metrics.acceptance_length)
     assert drafted.metrics.acceptance_length > (4 if sampling == "greedy" else 3)
 
 
@@ -150,6 +149,16 @@ def test_a_limit_of_vram_counts_its_whole_state(
     assert read_manifest(pair).drafter is None
     assert main(["drafter", str(pair), "--checkpoint", str(soft_llama), "--vram", "520MiB"]) == 0
     assert read_manifest(pair).needed_drafter.vram == 520 << 20
+
+
+def test_a_broken_tokenizer_is_the_checkpoints_own(
+    tiny_pair: Path, soft_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair, checkpoint = shutil.copytree(tiny_pair, tmp_path / "pair"), shutil.copytree(soft_llama, tmp_path / "small")
+    (checkpoint / "tokenizer.json").write_text("{")
+    assert main(["drafter", str(pair), "--checkpoint", str(checkpoint)]) != 0
+    said = capsys.readouterr().err
+    assert "download it again" in said and "export the target" not in said
 
 
 def renamed(folder: Path) -> None:

@@ -17,6 +17,9 @@ from dovetail.exporter.drafter import shrink as vram_fit
 from dovetail.exporter.drafter.shrink import narrowed, peak_bytes, workspace
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
+from dovetail.models.eagle3 import BlockSizes
+from dovetail.models.language import LanguageConfig, LanguageDrafter
+from dovetail.models.rope import Rope
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, LEAST_CONTEXT, VramPlan, plan, plan_pair
@@ -82,6 +85,18 @@ def test_a_narrower_drafter_is_the_same_over_what_it_keeps() -> None:
     torch.testing.assert_close(small(f, tokens), drafter(f, tokens))
     with pytest.raises(ExportError, match=r"does not fit .* with 1024 draft tokens either: .*larger --vram"):
         narrowed(drafter, plan_of, limit=5_000_000 - 1500 * row, keep=())
+
+
+def test_a_tied_head_that_gets_narrower_takes_memory_of_its_own() -> None:
+    """Its 192,000 bytes come on top of the 100,000 that are too many; a token takes 2,116 with its activations."""
+    config = LanguageConfig(BlockSizes(H, 48, 4, 2, 8, 1e-6), V, V, Rope(torch.ones(4)), 128, 1)
+    rows = torch.randn(V, H)
+    drafter = LanguageDrafter(config, rows, rows, torch.arange(V))
+    plan_of = VramPlan(context=LEAST_CONTEXT, weights=5_000_000, state=0, rows=0, workspace=0, cuda=0)
+    small = narrowed(drafter, plan_of, limit=4_900_000, keep=())
+    assert small.shape.draft_vocab_size == V - 138
+    again = narrowed(small, plan_of, limit=4_999_000, keep=())
+    assert again.shape.draft_vocab_size == V - 138 - 15  # as of any other drafter: 68 bytes
 
 
 def add(pair: Path, checkpoint: Path, *flags: object) -> click.testing.Result:

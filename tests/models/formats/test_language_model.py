@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from dovetail.models.checkpoint import CheckpointError, UnknownFormat
+from dovetail.models.formats import language_model
 from dovetail.models.formats.format import TargetParts
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.models.language import LanguageDrafter
@@ -213,7 +214,18 @@ DAMAGED: dict[str, tuple[str, Damage, str]] = {
     "a window that Qwen2 uses": (
         "Qwen2", config(use_sliding_window=True, sliding_window=64), "sliding_window 64 is not supported"
     ),
-    "an activation": ("Llama", config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "a default window that Qwen2 uses": (
+        "Qwen2", config(use_sliding_window=True, sliding_window=4096, max_position_embeddings=8192),
+        "sliding_window 4096 is not supported",
+    ),
+    "a window that is a text": ("Mistral", config(sliding_window="64"), "sliding_window '64' is out of range"),
+    "layers of another kind": (
+        "Qwen3", config(layer_types=["linear_attention", "full_attention", "full_attention"]), "layer_types ['linear"
+    ),
+    "a RoPE for each kind of layer": (
+        "Llama", config(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "RoPE by kind of layer"
+    ),
+    "an activation": ("Llama", config(hidden_act="gelu"), "'gelu' is not supported: give the model to dovetail-run"),
     "a RoPE that depends on the length": (
         "Llama", config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "RoPE 'dynamic'"
     ),
@@ -243,6 +255,14 @@ def test_mistral_without_a_window_in_its_config_has_transformers_default(
     (folder / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 8192}))
     with pytest.raises(ValueError, match="sliding_window 4096 is not supported"):
         read(folder)
+
+
+def test_a_model_that_the_machine_cannot_convert_is_refused(
+    made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "ram_mb", lambda: (0, 0))
+    with pytest.raises(ValueError, match=r"0.0 billion parameters take about .* GB .*: give the model to dovetail-run"):
+        read(made("Llama"))
 
 
 @pytest.mark.parametrize("kind", ["Gemma2ForCausalLM", "GPT2LMHeadModel", "Phi3ForCausalLM"])

@@ -111,7 +111,8 @@ def check_tokenizer(checkpoint: Path, target_dir: Path) -> None:
     try:
         same = Tokenizer.from_folder(target_dir).has_ids_of(Tokenizer.from_folder(checkpoint))
     except PairError as error:
-        raise SourceError(f"{checkpoint} cannot be compared with {target_dir}: {error}") from error
+        said = str(error).partition(": export the target")[0]
+        raise SourceError(f"{checkpoint} cannot be compared with {target_dir}: {said}: download it again") from error
     if not same:
         raise SourceError(f"{checkpoint} has another tokenizer than the target in {target_dir}: {OTHERWISE}")
 

@@ -16,7 +16,7 @@ import torch
 
 from dovetail.models.drafter import DraftBase
 from dovetail.runtime.drafter.graph_io import CHUNK
-from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, VramPlan
+from dovetail.runtime.drafter.vram import ARENA_COPIES, CONTEXT, CONTEXT_STEP, VramPlan
 from dovetail.runtime.errors import ExportError
 
 LEAST_VOCABULARY = 1024  # draft tokens
@@ -58,9 +58,12 @@ def narrowed(drafter: DraftBase, plan: VramPlan, limit: int, keep: Collection[in
     The tokens in `keep` stay, and then the tokens with the lowest ids, which BPE merged first.
     Raises ExportError with the plan if LEAST_VOCABULARY tokens do not fit.
     """
-    size = drafter.shape.draft_vocab_size
+    size, total = drafter.shape.draft_vocab_size, plan.total
     each = 2 * drafter.shape.feature_size + 4  # bytes of a draft token: its row of the head and its target id
-    fewer = size + (limit - plan.total) // each
+    if drafter.head.data_ptr() == drafter.embed_tokens.data_ptr() and len(drafter.embed_tokens) == size:
+        total += 2 * drafter.shape.feature_size * size  # fewer rows no longer share the embedding's memory
+        each += ARENA_COPIES * CHUNK * 8  # a float32 before and one after the softmax, in each row of a call
+    fewer = size + (limit - total) // each
     least = min(LEAST_VOCABULARY, size)
     if fewer < least:
         raise ExportError(

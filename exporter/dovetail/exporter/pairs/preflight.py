@@ -134,7 +134,8 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
         needs = checkpoint.needs(config)
         width, depth, vocab = target_sizes(config)
     except (DovetailError, ValueError) as error:
-        yield Finding("settings", Fit.REFUSED, str(error), "correct the checkpoint")
+        remedy = "give another model" if checkpoint.format.reads_tokens else "correct the checkpoint"
+        yield Finding("settings", Fit.REFUSED, str(error), remedy)
         return
     yield Finding("drafter", Fit.FITS, needs.kind)
     sizes = [("vocabulary", needs.vocab_size, vocab)]

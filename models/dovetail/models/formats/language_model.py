@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,11 +26,10 @@ from dovetail.models.checkpoint import (
     without_prefixes,
 )
 from dovetail.models.eagle3 import BlockSizes
-from dovetail.models.formats.format import Config, Format, Needs, Shapes, TargetParts
+from dovetail.models.formats.format import Config, Format, Needs, TargetParts
 from dovetail.models.formats.reading import (
     architectures,
     block_sizes,
-    context_of,
     flag,
     reads_features,
     target_sizes,
@@ -37,13 +37,20 @@ from dovetail.models.formats.reading import (
 )
 from dovetail.models.language import LanguageConfig, LanguageDrafter
 from dovetail.models.rope import Rope
+from dovetail.runtime.system.machine import ram_mb
 
 OTHERWISE = "give the model to dovetail-run --draft-model"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _MODELS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _LAST_NORMS = ("norm.weight", "norm_f.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
-_DEFAULTS = {"MistralForCausalLM": {"sliding_window": 4096}, "Qwen3ForCausalLM": {"head_dim": 128}}  # transformers'
+_DEFAULTS = {  # transformers'
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"sliding_window": 4096},
+    "Qwen3ForCausalLM": {"sliding_window": 4096, "head_dim": 128},
+}
+_EXPORT_BYTES = 16  # of memory for each parameter: the 0.5B of Qwen2.5 took 8.2 GB to convert
 
 
 def is_language_model(config: Config, names: Collection[str]) -> bool:
@@ -73,9 +80,8 @@ def _settings(stored: Stored, target: Config) -> tuple[LanguageConfig, int, bool
     """The settings, the rows U of the embedding, and whether they are the head's too. Raises ValueError."""
     kind = _architecture(stored.config)
     config = {**_DEFAULTS.get(kind, {}), **stored.config}
-    window, positions = config.get("sliding_window"), whole(config, "max_position_embeddings", 2048)
-    if kind == "MistralForCausalLM" and isinstance(window, int) and window < positions:
-        raise ValueError(f"sliding_window {window} is not supported: {OTHERWISE}")
+    positions = whole(config, "max_position_embeddings", 2048)
+    _check_attention(config, kind, positions)
     rows, vocab = whole(config, "vocab_size"), target_sizes(target)[2]
     sizes = _sizes(config, kind)
     return (
@@ -83,13 +89,23 @@ def _settings(stored: Stored, target: Config) -> tuple[LanguageConfig, int, bool
             block=sizes,
             vocab_size=vocab,
             draft_vocab_size=min(rows, vocab),
-            rope=Rope.from_config(config, sizes.head_dim, context_of(config)),
+            rope=Rope.from_config(config, sizes.head_dim, positions),
             max_position_embeddings=positions,
             blocks=whole(config, "num_hidden_layers"),
         ),
         rows,
         flag(config, "tie_word_embeddings"),
     )
+
+
+def _check_attention(config: Config, kind: str, positions: int) -> None:
+    """Raise ValueError for layers that do not attend to the whole context."""
+    kinds = config.get("layer_types") or [_FULL]
+    if not isinstance(kinds, list) or not {*map(str, kinds)} <= {_FULL, _SLIDING}:
+        raise ValueError(f"layer_types {kinds!r:.60} are not supported: {OTHERWISE}")
+    slides = kind == "MistralForCausalLM" or _SLIDING in kinds or config.get("use_sliding_window") is True
+    if slides and config.get("sliding_window") is not None and whole(config, "sliding_window") < positions:
+        raise ValueError(f"sliding_window {config['sliding_window']} is not supported: {OTHERWISE}")
 
 
 def _sizes(config: Config, kind: str) -> BlockSizes:
@@ -109,7 +125,10 @@ def _settle(stored: Stored, target: Config) -> tuple[LanguageConfig, Mapping[str
 
     Raises ValueError, and CheckpointError unless the tensors are those of the settings.
     """
-    (config, rows, tied), names = _settings(stored, target), _names(stored)
+    try:
+        (config, rows, tied), names = _settings(stored, target), _names(stored)
+    except ValueError as error:  # the remedies of other formats do not help here
+        raise ValueError(f"{str(error).rpartition(': ')[0] or error}: {OTHERWISE}") from error
     size, vocab, draft = config.block.hidden_size, config.vocab_size, config.draft_vocab_size
     with torch.device("meta"):  # shapes alone: a config may ask for more than there is memory
         module = LanguageDrafter(config, torch.zeros(vocab, size), torch.zeros(draft, size), torch.zeros(draft))
@@ -118,6 +137,12 @@ def _settle(stored: Stored, target: Config) -> tuple[LanguageConfig, Mapping[str
     if not tied or _HEAD in names:
         expected[_HEAD] = (rows, size)
     check_shapes(expected, {name: stored.shapes[given] for name, given in names.items()}, stored.folder)
+    needed, (have, _) = _EXPORT_BYTES * sum(map(prod, expected.values())), ram_mb()
+    if needed > have << 20:
+        raise ValueError(
+            f"{needed / _EXPORT_BYTES / 1e9:.1f} billion parameters take about {needed / 1e9:.0f} GB of memory to "
+            f"convert, and this machine has {have / 1e3:.0f} GB: {OTHERWISE}"
+        )
     return config, names, tied
 
 
@@ -167,8 +192,4 @@ def _needs(stored: Stored, target: Config) -> Needs:
     )
 
 
-def _matches(config: Config, shapes: Shapes) -> bool:
-    return is_read(config, shapes)
-
-
-FORMAT = Format("language-model", _matches, _describe, _read, _needs, reads_tokens=True)
+FORMAT = Format("language-model", is_read, _describe, _read, _needs, reads_tokens=True)
