@@ -309,7 +309,9 @@ def test_the_card_says_what_the_manifest_says(tiny_full_pair: Path) -> None:
     assert (data["base_model"], data["license"], data["library_name"]) == ("meta/Big|Model", "apache-2.0", "dovetail")
     assert {"dovetail", "openvino", "speculative-decoding", "int8"} <= {*data["tags"]}
     assert "# \\<b\\>a # b\n" in card.text and "| base model | meta/Big\\|Model, commit cccc" in card.text
-    assert "The licence of the base model, apache-2.0, holds" in card.text
+    assert "The licence of the base model, apache-2.0, holds" in card.text and "of its own" not in card.text
+    tokens = replace(manifest, drafter=replace(manifest.needed_drafter, reads_tokens=True, feature_layers=()))
+    assert "The drafter is a language model of its own, whose licence holds too." in write_card(tokens, REPO)
     unknown = ModelCard(write_card(replace(manifest, drafter=None, provenance={}), REPO))
     assert not {"base_model", "license"} & {*metadata(unknown)}
     assert "does not say under which licence" in unknown.text and "| drafter | none |" in unknown.text

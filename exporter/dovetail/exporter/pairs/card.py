@@ -63,7 +63,7 @@ with Engine.from_pretrained("{folder}") as engine:
 |---|---|
 {rows}
 
-{_licence(licence)}
+{_licence(manifest, licence)}
 """
 
 
@@ -96,10 +96,13 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     return {what: str(value) for what, value in facts.items() if value}
 
 
-def _licence(licence: object) -> str:
+def _licence(manifest: Manifest, licence: object) -> str:
+    said = "The pair does not say under which licence its base model is: read the page of the base model."
     if licence:
-        return f"The licence of the base model, {_cell(licence)}, holds for this pair."
-    return "The pair does not say under which licence its base model is: read the page of the base model."
+        said = f"The licence of the base model, {_cell(licence)}, holds for this pair."
+    if manifest.drafter and manifest.drafter.reads_tokens:
+        said += " The drafter is a language model of its own, whose licence holds too."
+    return said
 
 
 def _source(manifest: Manifest) -> Mapping[str, Any]:
