@@ -139,7 +139,7 @@ def test_the_graphs_are_compared_with_torch(language_pair: Path, soft_llama: Pat
         weight.copy_(right)
 
 
-def test_a_limit_of_vram_counts_its_whole_state(
+def test_a_limit_of_vram_is_kept_or_refused(
     tiny_pair: Path, soft_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """512 MiB are CUDA's own; the rest has no room for weights, keys, values and activations."""

@@ -60,7 +60,7 @@ def narrowed(drafter: DraftBase, plan: VramPlan, limit: int, keep: Collection[in
     """
     size, total = drafter.shape.draft_vocab_size, plan.total
     each = 2 * drafter.shape.feature_size + 4  # bytes of a draft token: its row of the head and its target id
-    if drafter.head.data_ptr() == drafter.embed_tokens.data_ptr() and len(drafter.embed_tokens) == size:
+    if torch.equal(drafter.head, drafter.embed_tokens):
         total += 2 * drafter.shape.feature_size * size  # fewer rows no longer share the embedding's memory
         each += ARENA_COPIES * CHUNK * 8  # a float32 before and one after the softmax, in each row of a call
     fewer = size + (limit - total) // each

@@ -9,6 +9,7 @@ is full, more pairs wait than the window keeps, or the drafter moved to another 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,8 +50,8 @@ class _Kept(NamedTuple):
         return _Kept(begin, (parts[0][rows:], *parts[1:]) if rows else parts)
 
 
-class Window:
-    """The last pairs of one text, and how many pairs its drafter holds.
+class Reading(ABC):
+    """How far the drafter has read one text, in pairs.
 
     start: number of the first pair that the drafter holds. length: pairs that it certainly holds.
     `length` grows after a call of the drafter and shrinks before one. An interrupt at any point
@@ -60,6 +61,83 @@ class Window:
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
         self.drafter, self.seq = drafter, seq
         self.start = self.length = 0
+
+    @property
+    @abstractmethod
+    def waiting(self) -> int:
+        """Pairs that the drafter has not read."""
+
+    @abstractmethod
+    def add(self, features: FloatArray) -> None:
+        """Append pairs. features: [n, D]."""
+
+    @abstractmethod
+    def reach(self, pairs: int) -> int:
+        """Return the most pairs, up to `pairs`, after which the drafter can go on."""
+
+    @abstractmethod
+    def cut(self, keep: int) -> None:
+        """Forget pair `keep` and all later ones. The drafter follows at the next `rewind`."""
+
+    @abstractmethod
+    def follow(self, other: Reading, pairs: int) -> None:
+        """Begin a text with the first `pairs` pairs of another text."""
+
+    @abstractmethod
+    def park(self) -> None:
+        """Free what the drafter holds. `rewind` follows."""
+
+    @abstractmethod
+    def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
+        """Return what the drafter shall read, for its `extend`; `done` follows. tokens: the whole text."""
+
+    @abstractmethod
+    def done(self) -> None:
+        """Count what `due` returned as read."""
+
+    @abstractmethod
+    def start_over(self) -> None:
+        """Let a drafter that holds nothing read the last pairs next."""
+
+    def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
+        """Let the drafter read the waiting pairs. tokens: the whole text. noise: see Drafter."""
+        self.sync()
+        while self.waiting:
+            try:
+                self.drafter.extend(self.seq, *self.due(tokens), noise)
+                self.done()
+            except Moved:
+                self.start_over()
+
+    def propose(
+        self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
+    ) -> DraftTree:
+        """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
+        while True:
+            self.flush(tokens, noise)
+            try:
+                return self.drafter.propose(self.seq, limits, judge, noise)
+            except Moved:
+                self.start_over()
+
+    def rewind(self) -> None:
+        """Bring the drafter back to `length` pairs. Raises DeviceError."""
+        self.sync()
+        self.drafter.rewind(self.seq, self.length)
+        if (held := self.drafter.length(self.seq)) != self.length:
+            raise DeviceError(f"the drafter holds {held} pairs after a rewind to {self.length}: open the engine again")
+
+    def sync(self) -> None:
+        """Start over if the drafter has moved in a call for another text, or before an interrupt."""
+        if self.drafter.length(self.seq) < self.length:
+            self.start_over()
+
+
+class Window(Reading):
+    """The last pairs of one text, with features, and how many of them its drafter holds."""
+
+    def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
+        super().__init__(drafter, seq)
         self._kept = _Kept()
 
     @property
@@ -96,7 +174,7 @@ class Window:
             features = kept.last(kept.end - kept.begin)
             self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
 
-    def follow(self, other: Window | TokenWindow, pairs: int) -> None:
+    def follow(self, other: Reading, pairs: int) -> None:
         """Begin a text with the first `pairs` pairs of another text. The drafter may read those that it keeps."""
         assert isinstance(other, Window)
         kept = other._kept
@@ -109,45 +187,9 @@ class Window:
         """Free what the drafter holds; the window keeps its pairs. `rewind` follows."""
         self.length = 0
 
-    def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Let the drafter read the waiting pairs. tokens: the whole text. noise: see Drafter."""
-        self.sync()
-        while self.waiting:
-            try:
-                self._read(tokens, noise)
-            except Moved:
-                self.start_over()  # the next turn reads what is kept
-
-    def propose(
-        self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
-    ) -> DraftTree:
-        """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
-        while True:
-            self.flush(tokens, noise)
-            try:
-                return self.drafter.propose(self.seq, limits, judge, noise)
-            except Moved:
-                self.start_over()
-
-    def rewind(self) -> None:
-        """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        self.sync()
-        self.drafter.rewind(self.seq, self.length)
-        _check_held(self.drafter.length(self.seq), self.length)
-
-    def sync(self) -> None:
-        """Start over if the drafter has moved in a call for another text, or before an interrupt."""
-        if self.drafter.length(self.seq) < self.length:
-            self.start_over()
-
     def start_over(self) -> None:
         """Let a drafter that holds nothing read the kept pairs next."""
         self.length = 0
-
-    def _read(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Append the waiting pairs, or start over with the last pairs."""
-        self.drafter.extend(self.seq, *self.due(tokens), noise)
-        self.done()
 
     def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
         """Return the pairs that the drafter shall read, for its `extend`; `done` follows."""
@@ -165,16 +207,16 @@ class Window:
         self.length = self._kept.end - self.start
 
 
-class TokenWindow:
-    """How far a drafter has read a text that it reads by tokens alone; in place of Window.
+class TokenWindow(Reading):
+    """How far a drafter has read a text that it reads by tokens alone.
 
-    start, length: as Window's. A drafter whose context is full starts over with the last half of it.
+    A drafter whose context is full starts over with the last half of it.
     A drafter that moved to another device starts over with the last KEPT pairs.
     """
 
     def __init__(self, drafter: Drafter, seq: SequenceId) -> None:
-        self.drafter, self.seq = drafter, seq
-        self.start = self.length = self._known = 0
+        super().__init__(drafter, seq)
+        self._known = 0
 
     @property
     def waiting(self) -> int:
@@ -195,23 +237,13 @@ class TokenWindow:
         if not self.length:
             self.start = 0
 
-    def follow(self, other: Window | TokenWindow, pairs: int) -> None:
+    def follow(self, other: Reading, pairs: int) -> None:
         """Begin a text with the first `pairs` pairs of another text."""
         self._known = pairs
 
     def park(self) -> None:
         """Free what the drafter holds. `rewind` follows."""
         self.length = self.start = 0
-
-    def flush(self, tokens: Sequence[int], noise: DraftNoise | None) -> None:
-        """Let the drafter read the text up to the known pairs. tokens: the whole text."""
-        self.sync()
-        while self.waiting:
-            try:
-                self.drafter.extend(self.seq, *self.due(tokens), noise)
-                self.done()
-            except Moved:
-                self.start_over()
 
     def due(self, tokens: Sequence[int]) -> tuple[TokenArray, FloatArray]:
         """Return the tokens that the drafter shall read, for its `extend`; `done` follows."""
@@ -224,11 +256,6 @@ class TokenWindow:
         new = np.array(tokens[begin : self._known + 1], np.int64)
         return new, np.zeros((len(new), 0), np.float32)
 
-    def sync(self) -> None:
-        """Start over if the drafter has moved in a call for another text, or before an interrupt."""
-        if self.drafter.length(self.seq) < self.length:
-            self.start_over()
-
     def start_over(self) -> None:
         """Let a drafter that holds nothing read the last KEPT pairs next."""
         self.length, self.start = 0, max(self._known - KEPT, 0)
@@ -237,25 +264,8 @@ class TokenWindow:
         """Count the tokens of `due` as read."""
         self.length = self._known - self.start
 
-    def propose(
-        self, tokens: Sequence[int], limits: TreeLimits, judge: Judge | None, noise: DraftNoise | None
-    ) -> DraftTree:
-        """Return the drafter's tree below the last of `tokens`. It reads waiting pairs first."""
-        while True:
-            self.flush(tokens, noise)
-            try:
-                return self.drafter.propose(self.seq, limits, judge, noise)
-            except Moved:
-                self.start_over()
 
-    def rewind(self) -> None:
-        """Bring the drafter back to `length` pairs. Raises DeviceError."""
-        self.sync()
-        self.drafter.rewind(self.seq, self.length)
-        _check_held(self.drafter.length(self.seq), self.length)
-
-
-def window(drafter: Drafter, seq: SequenceId) -> Window | TokenWindow:
+def window(drafter: Drafter, seq: SequenceId) -> Reading:
     """Return the window of one text for a drafter."""
     return TokenWindow(drafter, seq) if isinstance(drafter, ReadsTokens) else Window(drafter, seq)
 
@@ -263,7 +273,7 @@ def window(drafter: Drafter, seq: SequenceId) -> Window | TokenWindow:
 class Drafting(NamedTuple):
     """A text for `propose_together`."""
 
-    window: Window | TokenWindow
+    window: Reading
     tokens: Sequence[int]  # of the whole text
     ask: Ask
 
@@ -287,8 +297,3 @@ def propose_together(texts: Sequence[Drafting]) -> list[DraftTree]:
         except Moved:
             for text in texts:
                 text.window.start_over()
-
-
-def _check_held(held: int, length: int) -> None:
-    if held != length:
-        raise DeviceError(f"the drafter holds {held} pairs after a rewind to {length}: open the engine again")
