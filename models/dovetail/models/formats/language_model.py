@@ -76,14 +76,16 @@ def _names(stored: Stored) -> dict[str, str]:
     return {name: given for name, given in names.items() if not name.endswith("inv_freq")}  # tables of old checkpoints
 
 
-def _settings(stored: Stored, target: Config) -> tuple[LanguageConfig, int, bool]:
-    """The settings, the rows U of the embedding, and whether they are the head's too. Raises ValueError."""
+def _settings(stored: Stored, vocab: int) -> tuple[LanguageConfig, int, bool]:
+    """The settings, the rows U of the embedding, and whether they are the head's too. Raises ValueError.
+
+    vocab: V.
+    """
     kind = _architecture(stored.config)
     config = {**_DEFAULTS.get(kind, {}), **stored.config}
     positions = whole(config, "max_position_embeddings", 2048)
     _check_attention(config, kind, positions)
-    rows, vocab = whole(config, "vocab_size"), target_sizes(target)[2]
-    sizes = _sizes(config, kind)
+    rows, sizes = whole(config, "vocab_size"), _sizes(config, kind)
     return (
         LanguageConfig(
             block=sizes,
@@ -125,11 +127,12 @@ def _settle(stored: Stored, target: Config) -> tuple[LanguageConfig, Mapping[str
 
     Raises ValueError, and CheckpointError unless the tensors are those of the settings.
     """
+    vocab = target_sizes(target)[2]
     try:
-        (config, rows, tied), names = _settings(stored, target), _names(stored)
+        (config, rows, tied), names = _settings(stored, vocab), _names(stored)
     except ValueError as error:  # the remedies of other formats do not help here
         raise ValueError(f"{str(error).rpartition(': ')[0] or error}: {OTHERWISE}") from error
-    size, vocab, draft = config.block.hidden_size, config.vocab_size, config.draft_vocab_size
+    size, draft = config.block.hidden_size, config.draft_vocab_size
     with torch.device("meta"):  # shapes alone: a config may ask for more than there is memory
         module = LanguageDrafter(config, torch.zeros(vocab, size), torch.zeros(draft, size), torch.zeros(draft))
     expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
