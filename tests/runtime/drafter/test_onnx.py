@@ -408,6 +408,18 @@ def test_texts_that_share_calls_are_drafted_as_alone(tiny: Tiny, stream, texts: 
             assert_same_tree(shared.propose(seq, limits), tree)
 
 
+def test_long_prompts_of_many_texts_are_read_in_full_calls(tiny: Tiny, stream, monkeypatch) -> None:
+    tokens, features = stream
+    shared, rows = tiny.open(texts=4), list[int]()
+    run = shared._runner.run
+    monkeypatch.setattr(shared._runner, "run", lambda n, *rest, **more: rows.append(n) or run(n, *rest, **more))
+    shared.extend_all({seq: (tokens[:100], features[:100]) for seq in range(1, 5)})
+    assert rows == [128, 128, 128, 16]
+    with pytest.raises(InputError, match="leave the vocabulary"):  # before any text is read
+        shared.extend_all({1: (tokens[:3], features[:3]), 2: (tokens[:3] - 10**6, features[:3])})
+    assert [shared.length(seq) for seq in range(1, 5)] == [100] * 4
+
+
 def test_trees_of_many_texts_share_the_slots(tiny: Tiny, stream) -> None:
     """More nodes are wanted than there are slots: trees are smaller, and their probabilities those of alone."""
     tokens, features = stream

@@ -280,6 +280,14 @@ def test_texts_that_come_and_go_make_no_load_slower(texts: int, kind: str) -> No
     assert gain(texts, kind, table, table, requests=12 * texts) > 0.97
 
 
+@pytest.mark.parametrize(("texts", "call_ms"), [(2, 4.0), (4, 4.0), (8, 1.5)])
+def test_the_prompts_of_others_are_no_reason_to_draft(texts: int, call_ms: float) -> None:
+    """After a pass that read a prompt plain decoding changes the width as well: no choice is cheaper for that."""
+    table = costs(plain_ms=13.0, node_ms=2.0, call_ms=call_ms, switch_ms=8.0)
+    least = {2: 0.982, 4: 0.987, 8: 0.992}[texts]
+    assert gain(texts, "hostile", table, table, requests=12 * texts) > least
+
+
 @pytest.mark.parametrize("switch_ms", [0.0, 8.0])
 @pytest.mark.parametrize("node_ms", [0.5, 2.0])
 @pytest.mark.parametrize("kind", ["hostile", "some"])

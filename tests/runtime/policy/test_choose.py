@@ -20,7 +20,7 @@ from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDTHS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.policy.estimates import ABOVE, START, Estimate
 from dovetail.runtime.policy.pace import OUTLIER
-from dovetail.runtime.policy.policy import Choice, Plan, Policy, Round
+from dovetail.runtime.policy.policy import Choice, Draft, Growth, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.system.arrays import FloatArray, TokenArray
 from dovetail.runtime.target.session import TargetPass
@@ -370,6 +370,21 @@ def test_drafts_lose_no_more_than_their_budget(kind: str, share: float) -> None:
         seconds += answer(kind, true, tokens=300, noise=4.0, scheduler=scheduler)[0].now
     lost = seconds / plain_seconds(true, 3000) - 1
     assert lost < share + (2 * START + OUTLIER) / 3000 + 0.001
+
+
+def test_a_long_prompt_makes_no_later_draft_seem_slow() -> None:
+    """The drafter reads 1,000 pairs in eight calls; its pace stays that of a call."""
+    true = costs()
+    scheduler, tree = Scheduler(true), replace(DraftTree.chain(np.arange(4)), logprobs=np.linspace(0, -0.3, 4))
+    repeats = Forest((DraftTree.root(1),))
+    for unread in (1000, 2):
+        plan = replace(scheduler.plan(100, 12, repeats, unread), draft=True, together=1)
+        growth = Growth(scheduler, plan)
+        choice = scheduler.choose(plan, Forest((tree,)))
+        read_ms = -(-unread // 128) * true.call_ms(100, min(unread, 128))
+        passed_ms = true.target.at(100, choice.width)
+        scheduler.learn(Round(plan, choice, [Draft(tree, growth)], [[0, 1]], read_ms, passed_ms))
+        assert scheduler.pace.draft_pace == pytest.approx(1.0, abs=0.05)
 
 
 def test_questions_change_nothing() -> None:

@@ -20,6 +20,13 @@ CONTEXTS, ROWS = (128, 1024), (1, 2, 8)
 CURVE = Curve(CONTEXTS, ROWS, ((10.0, 12.0, 24.0), (20.0, 22.0, 46.0)))
 
 
+def test_a_backlog_is_read_in_calls_of_the_measured_rows() -> None:
+    costs = Costs(CURVE, CURVE)
+    assert costs.read_ms(128, 5) == costs.call_ms(128, 5) and costs.read_ms(128, 0) == 0.0
+    assert costs.read_ms(128, 8) == 24.0 and costs.read_ms(128, 26) == 3 * 24.0 + 12.0
+    assert Costs(CURVE, None).read_ms(128, 26) == 0.0
+
+
 def nearest_rising(values: list[float]) -> np.ndarray:
     """Brute force: of all ways to cut `values` into runs of one value each, rising, the nearest in squares."""
     count, best, found = len(values), np.inf, np.zeros(0)

@@ -170,20 +170,20 @@ class OnnxDrafter:
             self._extend([(text, tokens[chunk], features[chunk])], noise)
 
     def extend_all(self, pairs: Mapping[SequenceId, tuple[TokenArray, FloatArray]]) -> None:
-        """See DraftsTogether. Short parts of several texts share a call. Raises as `extend` does."""
+        """See DraftsTogether. Each call but the last reads CHUNK pairs. Raises as `extend` does."""
+        for seq, (tokens, features) in pairs.items():
+            self._check(self._text(seq).length, tokens, features)
         group, rows = list[_Part](), 0
         for seq, (tokens, features) in pairs.items():
-            if len(tokens) > LEVEL:
-                self.extend(seq, tokens, features)
-                continue
-            text = self._text(seq)
-            self._check(text.length, tokens, features)
+            text, begin = self._text(seq), 0
             text.root = None
-            if rows + len(tokens) > CHUNK:
-                self._extend(group)
-                group, rows = [], 0
-            group.append((text, tokens, features))
-            rows += len(tokens)
+            while begin < len(tokens):
+                end = min(begin + CHUNK - rows, len(tokens))
+                group.append((text, tokens[begin:end], features[begin:end]))
+                begin, rows = end, rows + end - begin
+                if rows == CHUNK:
+                    self._extend(group)
+                    group, rows = [], 0
         if group:
             self._extend(group)
 

@@ -184,8 +184,11 @@ class Scheduler:
     def _change(self, width: int) -> float:
         """Return the ms that a pass of this width costs more because the last width differs.
 
-        A change to or from plain decoding counts twice, for the way back, which is usually near.
+        A change to or from plain decoding counts twice, for the way back, which is usually near. With
+        several texts the first pass after one that read a prompt changes the width in any case.
         """
+        if self._texts > 1 and not self._width:
+            return 0.0
         return (1 + (self._texts in (self._width, width))) * self.pace.switch_ms if self._width != width else 0.0
 
     # --- after the round
@@ -203,7 +206,7 @@ class Scheduler:
             for depth, taken in draft.growth.taken.items():
                 known.children.setdefault(depth, Estimate(1.0, ABOVE)).add(taken)
         if drafts:
-            predicted = self.costs.call_ms(context, plan.unread) + self._levels(round)
+            predicted = self.costs.read_ms(context, plan.unread) + self._levels(round)
 
         self._regret = choice.regret
         rows = max(choice.width, len(forest))

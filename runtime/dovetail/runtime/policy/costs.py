@@ -86,6 +86,13 @@ class Costs:
         """Return the ms of a call of the drafter; 0 without a drafter."""
         return self.draft.at(context, rows) if self.draft else 0.0
 
+    def read_ms(self, context: int, pairs: int) -> float:
+        """Return the ms in which the drafter reads new context pairs, in calls of at most the measured rows."""
+        if not self.draft:
+            return 0.0
+        calls, rest = divmod(pairs, self.draft.rows[-1])
+        return calls * self.draft.at(context, self.draft.rows[-1]) + self.draft.at(context, rest)
+
 
 def isotonic(values: Sequence[float] | Floats) -> Floats:
     """Return the rising sequence nearest to `values` in squares, by pool adjacent violators."""

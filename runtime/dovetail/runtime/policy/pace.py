@@ -47,7 +47,7 @@ class Pace:
 
     def backlog_ms(self, context: int, unread: int) -> float:
         """Return the ms that reading `unread` context pairs takes longer than reading one."""
-        return max(0.0, self.draft_ms(context, unread) - self.draft_ms(context, 1))
+        return max(0.0, self.costs.read_ms(context, unread) - self.costs.call_ms(context, 1)) * self._draft.value
 
     def learn_draft(self, predicted: float, draft_ms: float) -> float:
         """Learn from a round's calls. Return `draft_ms`, limited by OUTLIER.
