@@ -30,6 +30,7 @@ from dovetail.runtime.drafter.session import Drafter as DrafterSeam
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, TargetFacts
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.growth import Candidates
 from dovetail.runtime.tree.limits import TreeLimits
 
 SEQ = 1  # the number of a text
@@ -412,7 +413,12 @@ def test_long_prompts_of_many_texts_are_read_in_full_calls(tiny: Tiny, stream, m
     tokens, features = stream
     shared, rows = tiny.open(texts=4), list[int]()
     run = shared._runner.run
-    monkeypatch.setattr(shared._runner, "run", lambda n, *rest, **more: rows.append(n) or run(n, *rest, **more))
+
+    def counted(n: int, *rest: Any, **more: Any) -> Candidates:
+        rows.append(n)
+        return run(n, *rest, **more)
+
+    monkeypatch.setattr(shared._runner, "run", counted)
     shared.extend_all({seq: (tokens[:100], features[:100]) for seq in range(1, 5)})
     assert rows == [128, 128, 128, 16]
     with pytest.raises(InputError, match="leave the vocabulary"):  # before any text is read

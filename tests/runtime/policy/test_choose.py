@@ -375,7 +375,10 @@ def test_drafts_lose_no_more_than_their_budget(kind: str, share: float) -> None:
 def test_a_long_prompt_makes_no_later_draft_seem_slow() -> None:
     """The drafter reads 1,000 pairs in eight calls; its pace stays that of a call."""
     true = costs()
-    scheduler, tree = Scheduler(true), replace(DraftTree.chain(np.arange(4)), logprobs=np.linspace(0, -0.3, 4))
+    scheduler, tree = (
+        Scheduler(true),
+        replace(DraftTree.chain(np.arange(4)), logprobs=np.linspace(0, -0.3, 4, dtype=np.float32)),
+    )
     repeats = Forest((DraftTree.root(1),))
     for unread in (1000, 2):
         plan = replace(scheduler.plan(100, 12, repeats, unread), draft=True, together=1)
