@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import click
 
-from dovetail.runtime.doctor import estimate
+from dovetail.runtime.doctor import estimate, predict
 from dovetail.runtime.doctor.diagnose import Diagnosis, diagnose
+from dovetail.runtime.doctor.gpus import find_gpu
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
 
@@ -16,21 +17,25 @@ from dovetail.runtime.errors import DeviceError, InputError
 @click.command(short_help="Report what this machine can run, and on what.")
 @click.argument("pair", required=False, metavar="[PAIR]")
 @click.option("--vram", metavar="SIZE", help="GPU memory that PAIR's drafter may take, e.g. 3GB.")
+@click.option("--gpu", metavar="NAME", help='Predict PAIR\'s drafter on a GPU that is not here, e.g. "RTX 3050 4GB".')
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(pair: str | None, vram: str | None, as_json: bool) -> None:
+def doctor(pair: str | None, vram: str | None, gpu: str | None, as_json: bool) -> None:
     """Report what this machine offers, what is missing, and what that costs.
 
     With PAIR (a folder or a known name) the report says whether PAIR fits and estimates the speed.
+    With --gpu it also predicts what PAIR's drafter would do on another GPU.
 
     \b
     Exit codes: 0 a pair, or PAIR, can run here (with or without a GPU),
-                2 a flag or the name of PAIR is wrong,
+                2 a flag or the name of PAIR or of a GPU is wrong,
                 3 PAIR cannot be read,
                 7 an engine is missing or has no CPU device, or PAIR does not fit the memory.
     """
-    if vram is not None and pair is None:
-        raise InputError(f"--vram {vram} needs a pair: name a pair, or leave out --vram")
-    report = diagnose(pair, None if vram is None else parse_size(vram))
+    for flag, value in (("--vram", vram), ("--gpu", gpu)):
+        if value is not None and pair is None:
+            raise InputError(f"{flag} {value} needs a pair: name a pair, or leave out {flag}")
+    limit, other = None if vram is None else parse_size(vram), None if gpu is None else find_gpu(gpu)
+    report = diagnose(pair, limit, other)
     click.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False) if as_json else render(report))
     if report.problems:
         raise DeviceError(report.problems[0])
@@ -59,6 +64,7 @@ def render(report: Diagnosis) -> str:
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
         ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", None: "none"}[drafter]),
         *(estimate.rows(report.pair) if report.pair else ()),
+        *(predict.rows(report.prediction, report.pair.folder) if report.prediction and report.pair else ()),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

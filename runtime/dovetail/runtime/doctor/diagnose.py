@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dovetail.runtime.doctor import estimate
+from dovetail.runtime.doctor.gpus import GpuModel
+from dovetail.runtime.doctor.predict import Prediction, predict
 from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
 from dovetail.runtime.drafter.cuda_api import (
     INSTALL,
@@ -71,16 +73,19 @@ class Diagnosis:
     cuda_problem: str | None
     drafter_device: str
     pair: estimate.PairEstimate | None
+    prediction: Prediction | None  # of the pair on another GPU, if asked for
     problems: tuple[str, ...]  # facts that stop every run
     notes: tuple[str, ...]  # other facts and their cost
 
 
-def diagnose(named: str | None, vram: int | None) -> Diagnosis:
+def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = None) -> Diagnosis:
     """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
 
-    vram: bytes that the pair's drafter may take, if given. Raises InputError, PairError.
+    vram: bytes that the pair's drafter may take, if given. other_gpu: predict the pair's drafter on
+    it. Raises InputError, PairError, DeviceError for a drafter's graph that cannot be read.
     """
     found = None if named is None else estimate.find_pair(named)
+    prediction = predict(*found, other_gpu, vram) if found and other_gpu else None
     cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
@@ -104,6 +109,7 @@ def diagnose(named: str | None, vram: int | None) -> Diagnosis:
         cuda_problem=no_cuda,
         drafter_device="cpu" if no_cuda else "cuda",
         pair=pair,
+        prediction=prediction,
         problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
         notes=(*notes(cpu, available, None if alone else no_cuda), *(pair.notes if pair else ())),
     )

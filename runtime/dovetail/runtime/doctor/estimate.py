@@ -15,6 +15,7 @@ from dovetail.runtime.pair.known import REFERENCE_PAIRS, pairs_dir, resolve_pair
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.choose import widths
+from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.tune.cost_cache import CostKey, properties_line, recall, target_properties
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
@@ -147,10 +148,11 @@ def estimate_ram(folder: Path, manifest: Manifest, device: str | None, available
     return Ram(parts, round(needed, 1), available_mb, False, int(most * room / kv) if room else 0)
 
 
-def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) -> Vram | None:
+def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None, *, where: str = "free") -> Vram | None:
     """Return the VRAM estimate, or None without a drafter for a GPU.
 
     free_mb: without this process's CUDA context. The plan counts it again, on the safe side.
+    where: what these MiB are, for the sentence.
     """
     if manifest.drafter is None or "cuda" not in manifest.drafter.files:
         return None
@@ -164,7 +166,7 @@ def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None) ->
         return Vram(plan.as_dict(), True if limit else None, f"would take {plan}{within}")
     fits = plan.total <= free_mb << 20
     conclusion = "it fits" if fits else "the drafter may have to run on the CPU"
-    return Vram(plan.as_dict(), fits, f"takes {plan}{within}; {free_mb} MiB are free: {conclusion}")
+    return Vram(plan.as_dict(), fits, f"takes {plan}{within}; {free_mb} MiB are {where}: {conclusion}")
 
 
 def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
@@ -172,17 +174,27 @@ def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> 
     known = recall(CostKey.of(manifest, device, None))
     if known is None:
         return Speed(round(bandwidth * 1e9 / manifest.files[TARGET_WEIGHTS].size, 1))
-    target, limits = known.costs.target, manifest.tree
-    plain_ms, call_ms = target.at(CONTEXT, 1), known.costs.call_ms(CONTEXT, limits.top_k)
+    return measured_speed(known.costs, known.date, manifest)
+
+
+def measured_speed(costs: Costs, date: str, manifest: Manifest) -> Speed:
+    """Return the speed from costs. date: of the measurement, ISO 8601."""
+    target, limits = costs.target, manifest.tree
+    plain_ms, call_ms = target.at(CONTEXT, 1), costs.call_ms(CONTEXT, limits.top_k)
     most = 1 if manifest.drafter and manifest.drafter.positions else limits.depth  # calls
     rounds = {  # a tree of `width` nodes has at most width - 1 levels
         width: (target.at(CONTEXT, width), min(most, width - 1) * call_ms)
-        for width in widths(known.costs, CONTEXT)
+        for width in widths(costs, CONTEXT)
         if width > 1
     }
     width, (verify_ms, draft_ms) = min(rounds.items(), key=lambda item: sum(item[1]))
     tree = Tree(width, round(verify_ms, 2), round(draft_ms, 2), round((verify_ms + draft_ms) / plain_ms, 2))
-    return Speed(round(1e3 / plain_ms, 1), known.date, tree)
+    return Speed(round(1e3 / plain_ms, 1), date, tree)
+
+
+def tune_command(folder: str) -> str:
+    """Return the command that measures a pair's costs."""
+    return shlex.join(["dovetail-run", "tune", folder])
 
 
 def rows(pair: PairEstimate) -> list[tuple[str, str]]:
@@ -192,7 +204,7 @@ def rows(pair: PairEstimate) -> list[tuple[str, str]]:
         said = f"plain decoding {speed.plain_tokens_per_s:.1f} tokens/s, as measured here on {speed.measured[:10]}"
     else:
         said = f"plain decoding at most about {speed.plain_tokens_per_s:.0f} tokens/s, an estimate: bandwidth / weights"
-        said += f"; {shlex.join(['dovetail-run', 'tune', pair.folder])} measures it"
+        said += f"; {tune_command(pair.folder)} measures it"
     trees = "not measured"
     if tree:
         trees = (
