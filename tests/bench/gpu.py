@@ -1,8 +1,9 @@
 """What the drafter costs on this machine's GPU: calls captured and not, bytes on the bus, VRAM.
 
-    python tests/bench/gpu.py PAIR --vram 3GB
+    python tests/bench/gpu.py PAIR --vram 3GB > gpu.json
 
-The pair's speed is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
+JSON goes to stdout, and a block of Markdown to paste into a report goes to stderr. The pair's speed
+is `dovetail-run bench PAIR --drafter-device cuda`'s to tell.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import click
 import numpy as np
 
 from dovetail.runtime.cli.main import fail
+from dovetail.runtime.doctor.diagnose import nvidia_gpus
 from dovetail.runtime.drafter.cuda import CudaRunner
+from dovetail.runtime.drafter.cuda_api import cuda_build, driver_cuda, gpu_name
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DovetailError
@@ -31,6 +34,7 @@ from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.system import machine
 from dovetail.runtime.tree.limits import TreeLimits
 
+ROOT = Path(__file__).resolve().parents[2]
 SEQ = 1  # the number of a text
 
 REPEATS = 200
@@ -78,6 +82,27 @@ def used_vram_mb() -> int | None:
     return next((int(row[1]) for row in rows if row[0] == str(os.getpid()) and row[1].isdigit()), None)
 
 
+def gpu_facts() -> dict[str, str | None]:
+    """The GPU that CUDA sees first and its driver; None for what nobody tells."""
+    listed, newest = nvidia_gpus(), driver_cuda()
+    return {
+        "name": gpu_name(),
+        "listed": "; ".join(f"{gpu.name}, {gpu.memory}" for gpu in listed) or None,
+        "driver": listed[0].driver if listed else None,
+        "driver_cuda": f"{newest[0]}.{newest[1]}" if newest else None,
+        "built_for_cuda": cuda_build(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this clone, with "-dirty" where files differ from it; None outside a clone."""
+    if shutil.which("git") is None:
+        return None
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def report(open_drafter: Callable[[], OnnxDrafter], feature_size: int) -> dict[str, Any]:
     """All of it, as JSON."""
     drafter = open_drafter()
@@ -87,9 +112,35 @@ def report(open_drafter: Callable[[], OnnxDrafter], feature_size: int) -> dict[s
         "call_ms": latencies(drafter),
         "bytes_per_round": bytes_of_a_round(drafter, feature_size),
         "vram_mb": used_vram_mb(),
+        "gpu": gpu_facts(),
+        "commit": commit(),
         "machine": machine.describe(),
         "versions": machine.versions(),
     }
+
+
+def block(found: dict[str, Any]) -> str:
+    """Return the report as Markdown to paste: facts, then a row for each bucket. It names no path."""
+    gpu, machine_facts, unknown = found["gpu"], found["machine"], "unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    used = unknown if found["vram_mb"] is None else f"{found['vram_mb']} MiB"
+    facts = {
+        "pair": found["pair"],
+        "drafter": f"{found['device']}, context of {found['max_context']}",
+        "GPU": f"{gpu['name'] or unknown} (nvidia-smi: {gpu['listed'] or unknown})",
+        "driver": f"{gpu['driver'] or unknown}, supports CUDA {gpu['driver_cuda'] or unknown}",
+        "ONNX Runtime built for": f"CUDA {gpu['built_for_cuda'] or unknown}",
+        "commit": found["commit"] or unknown,
+        "versions": versions,
+        "CPU": "{cpu}, {cores} cores, {usable_threads} usable threads, {ram_mb} MiB".format(**machine_facts),
+        "system": machine_facts["os"],
+        "VRAM": f"{used} by nvidia-smi, limit {found['vram_limit_mb']} MiB",
+        "bytes of a round on the bus": found["bytes_per_round"],
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    calls = [f"| {rows} | {ms['captured']} | {ms['uncaptured']} |" for rows, ms in found["call_ms"].items()]
+    table = ["| rows of a call | captured, ms | launched anew, ms |", "|---:|---:|---:|", *calls]
+    return "\n".join(["| fact | value |", "|---|---|", *rows, "", *table])
 
 
 @click.command()
@@ -105,7 +156,9 @@ def main(pair: Path, vram: str) -> None:
         )
     except DovetailError as error:
         sys.exit(fail(str(error), error.exit_code))
-    click.echo(json.dumps({"pair": manifest.name, "vram_limit_mb": limit >> 20, **found}, indent=1))
+    found = {"pair": manifest.name, "vram_limit_mb": limit >> 20, **found}
+    click.echo(json.dumps(found, indent=1))
+    click.echo(f"\nPaste into a report:\n\n{block(found)}", err=True)
 
 
 if __name__ == "__main__":
