@@ -258,10 +258,20 @@ def test_a_pair_without_a_drafter_or_without_its_gpu_graph_is_no_error(predicted
         assert said in found["problem"] and found["vram"] is None
 
 
-def test_a_graph_that_cannot_be_read_is_one_line(invoke, measured_pair: Path) -> None:
+def test_a_graph_that_cannot_be_read_does_not_run(predicted, measured_pair: Path) -> None:
     (measured_pair / GRAPH).write_bytes(b"no graph")
-    result = invoke("doctor", str(measured_pair), "--gpu", "L4")
-    assert result.exit_code == 7 and "export the drafter again" in result.stderr and result.stderr.count("\n") == 1
+    found = predicted("L4")
+    assert "export the drafter again" in found["problem"] and found["call"] is None
+
+
+def test_without_onnx_runtime_there_is_its_error_and_no_prediction(
+    invoke, measured_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnose, "onnxruntime_providers", lambda: ((), "ONNX Runtime cannot be imported (x)"))
+    monkeypatch.setattr(predict, "count_kernels", lambda *_: pytest.fail("ONNX Runtime was used"))
+    result = invoke("doctor", str(measured_pair), "--gpu", "L4", "--json")
+    assert result.exit_code == 7 and json.loads(result.stdout)["prediction"] is None
+    assert result.stderr == "error: ONNX Runtime cannot be imported (x)\n"
 
 
 @given(
@@ -293,3 +303,18 @@ def test_a_table_that_the_head_may_share_is_read_whole(gpu_pair: Path) -> None:
     plan = plan_pair(read_manifest(gpu_pair))
     whole = replace(facts, draft_vocab_size=facts.target_vocab_size)
     assert predict.read_bytes(whole, plan)[0] - predict.read_bytes(facts, plan)[0] == 32 * 16 * 2
+
+
+def test_a_real_graph_has_fewer_kernels_than_nodes(tiny_full_pair: Path) -> None:
+    facts = read_manifest(tiny_full_pair).needed_drafter
+    file = tiny_full_pair / facts.files["cuda"]
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    views = sum(node.op_type in predict.VIEWS for node in nodes)
+    kernels = predict.count_kernels(file, facts.tree_slots + 1024)
+    assert views > 20 and abs(kernels - (len(nodes) - views)) < 8  # sizes fold, and a Softmax is split
+
+
+def test_the_guide_states_the_constants() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "gpu.md").read_text(encoding="utf-8")
+    for part, constant in (("a kernel", predict.KERNEL_US), ("host and wait", predict.HOST_US)):
+        assert f"| {part} | {constant.least:g} us | {constant.most:g} us |" in page

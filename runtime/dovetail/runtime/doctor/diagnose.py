@@ -73,7 +73,7 @@ class Diagnosis:
     cuda_problem: str | None
     drafter_device: str
     pair: estimate.PairEstimate | None
-    prediction: Prediction | None  # of the pair on another GPU, if asked for
+    prediction: Prediction | None  # of the pair on another GPU; needs ONNX Runtime
     problems: tuple[str, ...]  # facts that stop every run
     notes: tuple[str, ...]  # other facts and their cost
 
@@ -82,10 +82,9 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
     """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
 
     vram: bytes that the pair's drafter may take, if given. other_gpu: predict the pair's drafter on
-    it. Raises InputError, PairError, DeviceError for a drafter's graph that cannot be read.
+    it. Raises InputError, PairError.
     """
     found = None if named is None else estimate.find_pair(named)
-    prediction = predict(*found, other_gpu, vram) if found and other_gpu else None
     cpu, (total, available), bandwidth = machine.cpu(), machine.ram_mb(), machine.memory_bandwidth()
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
@@ -94,6 +93,7 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
     if found:
         room = None if no_cuda else cuda.free_mb
         pair = estimate.estimate_pair(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+    prediction = predict(*found, other_gpu, vram) if found and other_gpu and not onnxruntime_problem else None
     alone = found is not None and found[1].drafter is None  # nothing of such a pair runs on a GPU
     return Diagnosis(
         cpu=cpu,

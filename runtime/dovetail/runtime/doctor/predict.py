@@ -19,6 +19,7 @@ from dovetail.runtime.drafter.cuda_api import runs_on
 from dovetail.runtime.drafter.graph_io import nbytes, row_specs
 from dovetail.runtime.drafter.ort import CPU, open_session, session_options
 from dovetail.runtime.drafter.vram import BUCKETS, HALF, VramPlan, plan_pair
+from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
@@ -72,16 +73,16 @@ class Prediction:
 
 
 def predict(folder: Path, manifest: Manifest, gpu: GpuModel, limit: int | None) -> Prediction:
-    """Return the prediction. limit: bytes that the drafter may take, None for the pair's own limit.
-
-    Raises DeviceError for a float16 graph that cannot be read.
-    """
+    """Return the prediction. limit: bytes that the drafter may take, None for the pair's own limit."""
     vram = estimate_vram(manifest, gpu.memory_gb << 10, limit, where="on this GPU")
     problem = _problem(manifest, gpu, vram)
     if problem:
         return Prediction(gpu, problem, vram)
     facts, plan = manifest.needed_drafter, plan_pair(manifest, limit)
-    kernels = count_kernels(folder / facts.files["cuda"], facts.tree_slots + plan.context)
+    try:
+        kernels = count_kernels(folder / facts.files["cuda"], facts.tree_slots + plan.context)
+    except DeviceError as error:
+        return Prediction(gpu, str(error), vram)
     least, most = read_bytes(facts, plan)
     fast = [call_ms(facts, gpu, rows, kernels * KERNEL_US.least + HOST_US.least, least) for rows in BUCKETS]
     slow = [call_ms(facts, gpu, rows, kernels * KERNEL_US.most + HOST_US.most, most) for rows in BUCKETS]
