@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from dovetail.runtime.errors import InputError
 
 PAGES = "https://www.techpowerup.com/gpu-specs/"
-_MAKERS = {"nvidia", "geforce", "amd", "radeon", "intel", "tesla", "tensor", "core", "gpu", "graphics"}
+_IDLE = {"nvidia", "geforce", "tesla", "amd", "radeon", "intel", "gpu", "hbm3"}  # words that tell no GPUs apart
 _KINDS = {"laptop": "laptop", "mobile": "laptop", "pcie": "pcie", "sxm": "sxm", "sxm4": "sxm", "sxm5": "sxm"}
 _MEMORY = re.compile(r"(\d+) *gi?b?\b")
 _NEAR = 5  # names that an error lists
@@ -68,6 +68,7 @@ GPUS = (
     _gpu("Tesla T4", 16, 320.0, (3, 16), (7, 5), "tesla-t4.c3316"),
     _gpu("L4", 24, 300.1, (4, 16), (8, 9), "l4.c4091"),
     _gpu("A100 PCIe", 40, 1560.0, (4, 16), (8, 0), "a100-pcie-40-gb.c3623"),
+    _gpu("A100 PCIe", 80, 1940.0, (4, 16), (8, 0), "a100-pcie-80-gb.c3821"),
     _gpu("A100 SXM", 80, 2040.0, (4, 16), (8, 0), "a100-sxm4-80-gb.c3746"),
     _gpu("H100 PCIe", 80, 2040.0, (5, 16), (9, 0), "h100-pcie-80-gb.c3899"),
     _gpu("H100 SXM", 80, 3360.0, (5, 16), (9, 0), "h100-sxm5-80-gb.c3900"),
@@ -103,6 +104,6 @@ def _read(text: str) -> tuple[str, set[str], int | None]:
     """Return the model without its maker, words such as laptop or sxm, and the memory in GB."""
     text = text.lower()
     memory = _MEMORY.search(text)
-    words = [word for word in re.findall(r"[a-z0-9]+", _MEMORY.sub(" ", text)) if word not in _MAKERS]
+    words = [word for word in re.findall(r"[a-z0-9]+", _MEMORY.sub(" ", text)) if word not in _IDLE]
     kinds = {_KINDS[word] for word in words if word in _KINDS}
     return "".join(word for word in words if word not in _KINDS), kinds, int(memory[1]) if memory else None
