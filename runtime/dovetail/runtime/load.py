@@ -115,7 +115,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)
         scheduler = schedule(costs, pair_calibration(pair, manifest))
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
-    second = open_cpu if drafter.file_key == "cuda" else None
+    second = open_cpu if drafter.device_key == "cuda" else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
@@ -153,7 +153,7 @@ def _measured(
     try:
         costs = measure(drafter)
     except DeviceError as error:
-        if device == "cuda" or drafter.file_key == "cpu":
+        if device == "cuda" or drafter.device_key == "cpu":
             raise
         problem = str(error)
     if problem:  # outside the handler, because a traceback would keep the session longer than its device

@@ -124,7 +124,7 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, engine_flags.exact, own)
+    key = CostKey.of(manifest, drafter.device_key if drafter else None, threads, ov_config, engine_flags.exact, own)
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with storing():

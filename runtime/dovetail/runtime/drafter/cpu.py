@@ -39,7 +39,7 @@ SPIN_US = 100  # microseconds for which the session's idle threads wait before t
 class CpuRunner:
     """Runner for the INT8 graph. KV and bank are numpy arrays, both inputs and outputs."""
 
-    file_key = "cpu"
+    device_key = "cpu"
     bus_bytes = 0
 
     def __init__(self, file: Path, facts: DrafterFacts, threads: int, pairs: int | None = None):

@@ -38,7 +38,7 @@ from dovetail.runtime.drafter.graph_io import (
     state_shapes,
 )
 from dovetail.runtime.drafter.ort import call, open_session, session_options
-from dovetail.runtime.drafter.vram import BUCKETS, VramPlan
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.tree.growth import Candidates
@@ -126,7 +126,7 @@ class CudaRunner:
     ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
     """
 
-    file_key = "cuda"
+    device_key = "cuda"
 
     def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: Device, *, limit: int):
         """plan: context and memory. limit: bytes for all memory, 0 for no limit."""
@@ -157,7 +157,7 @@ class CudaRunner:
             raise DeviceError(f"{problem} (planned: {plan})")
 
     def rows(self, n: int) -> Any:
-        return self._graphs[_bucket(n)].rows
+        return self._graphs[bucket_of(n)].rows
 
     def run(
         self,
@@ -169,7 +169,7 @@ class CudaRunner:
         answers: int | None = None,
     ) -> Candidates:
         """The mask limits each row, so `context` needs no binding. Not after `close`."""
-        graph, device = self._graphs[_bucket(n)], self._device
+        graph, device = self._graphs[bucket_of(n)], self._device
         graph.rows.pad(n, self._slots)
         sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
         if self._noise and (noise is not None or self._noisy):
@@ -313,7 +313,3 @@ def check_placement(session: Any, provider: str) -> None:
             f"the graph cannot be captured: {len(elsewhere)} nodes would not run on {provider}: "
             f"{', '.join(elsewhere[:3])}{more}: use --drafter-device cpu"
         )
-
-
-def _bucket(n: int) -> int:
-    return next(size for size in BUCKETS if size >= n)

@@ -140,7 +140,7 @@ def output_name(state: str) -> str:
 class Runner(Protocol):
     """Runs the graph and owns its KV and bank."""
 
-    file_key: str  # of the graph in DrafterFacts.files
+    device_key: str  # "cuda", "webgpu" or "cpu"
     max_context: int  # pairs that it holds
     bus_bytes: int  # moved between host and device so far, both ways; 0 on the CPU
     many_texts: bool  # whether rows may attend to the pairs of different texts
@@ -169,13 +169,20 @@ class Runner(Protocol):
         """Free the device's memory. No further run is possible."""
 
 
-def check_ports(session: Any, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]]) -> None:
+def check_ports(
+    session: Any,
+    file: Path,
+    facts: DrafterFacts,
+    dtype: type[np.floating[Any]],
+    more: Mapping[str, Spec] | None = None,
+) -> None:
     """Check names, dtypes and fixed sizes of a graph's inputs and outputs. Raises DeviceError.
 
-    dtype: of the graph's activations. Graphs of older pairs lack the inputs LATER and `noise`.
+    dtype: of the graph's activations. more: inputs that a runner added, 0 for any size. Graphs of
+    older pairs lack the inputs LATER and `noise`.
     """
     rows, state = row_specs(facts, 0, dtype), state_shapes(facts, -facts.tree_slots)  # 0: any number
-    inputs = {**input_specs(facts, 0, dtype), NOISE: noise_spec(facts)}
+    inputs = {**input_specs(facts, 0, dtype), NOISE: noise_spec(facts), **(more or {})}
     inputs |= {name: (shape, dtype) for name, shape in state.items()}
     outputs: dict[str, Spec] = {name: rows[name] for name in OUTPUTS}
     outputs |= {output_name(name): (shape, dtype) for name, shape in state.items()}

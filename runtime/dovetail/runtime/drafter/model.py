@@ -82,7 +82,7 @@ class ModelDrafter:
     translation: None if an id means the same token in both models.
     """
 
-    device, file_key, reads_tokens_alone, top_k = "CPU (draft model)", "model", True, TOP_K
+    device, device_key, reads_tokens_alone, top_k = "CPU (draft model)", "model", True, TOP_K
 
     def __init__(
         self, model: Model, vocab_size: int, rows: int, note: str, translation: Translation | None = None

@@ -1,4 +1,4 @@
-"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py).
+"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py, webgpu.py).
 
 Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
 T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
@@ -21,8 +21,11 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.session import KEPT, Ask, DeviceReport, DraftNoise, check_keep
-from dovetail.runtime.drafter.vram import check_limit, plan_pair
+from dovetail.runtime.drafter.session import GPUS, KEPT, Ask, DeviceReport, DraftNoise, check_device, check_keep
+from dovetail.runtime.drafter.vram import check_limit, plan_pair, plan_webgpu
+from dovetail.runtime.drafter.webgpu import WebGpuRunner
+from dovetail.runtime.drafter.webgpu_api import WebGpuDevice, webgpu_expected
+from dovetail.runtime.drafter.webgpu_graph import rewrite
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
@@ -79,7 +82,7 @@ class OnnxDrafter:
                 f"{runner.max_context // KEPT} slots or fewer"
             )
         self.device, self.capacity = device, part - self._before
-        self.file_key = runner.file_key  # of its graph in DrafterFacts.files
+        self.device_key = runner.device_key
         self.top_k = facts.top_k  # children that it offers
         self._facts, self._runner, self._note, self._count = facts, runner, note, texts
         self._part = part  # rows of each text
@@ -100,24 +103,37 @@ class OnnxDrafter:
     ) -> OnnxDrafter:
         """Load a drafter; see Engine.from_pretrained. threads: default one per usable core.
 
-        A log warning says why "auto" does not use a GPU that is there, or that `vram` is for.
+        "auto" takes the first of GPUS that works. A log warning says why none does, if there is a
+        GPU, or if `vram` is given.
         Raises PairError (no drafter), InputError, DeviceError.
         """
         facts = manifest.needed_drafter
-        if device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"drafter device {device!r} is unknown: choose auto, cpu or cuda")
+        check_device(device)
         check_limit(vram, fit, device)
-        note = "asked for"
-        if device != "cpu":
+        if device == "cpu":
+            return cls.open_cpu(pair, facts, "asked for", threads=threads, texts=texts)
+        problems, counted = list[str](), vram is not None  # whether somebody counts on a GPU
+        for gpu in GPUS if device == "auto" else (device,):
             try:
-                return cls.open_cuda(pair, manifest, vram=vram, fit=fit, texts=texts)
+                return cls.open_gpu(gpu, pair, manifest, vram=vram, fit=fit, texts=texts, asked=device == gpu)
             except DeviceError as error:
-                if device == "cuda":
-                    raise DeviceError(f"the drafter cannot run on CUDA: {error}") from error
-                note = f"no CUDA: {error}"
-                if vram is not None or driver_cuda() is not None:  # somebody counts on a GPU
-                    log.warning("the drafter runs on the CPU: %s", error)
+                if device == gpu:
+                    raise DeviceError(f"the drafter cannot run on {GPUS[gpu]}: {error}") from error
+                problems.append(f"no {GPUS[gpu]}: {error}")
+                counted = counted or (driver_cuda() is not None if gpu == "cuda" else webgpu_expected())
+        note = "; ".join(problems)
+        if counted:
+            log.warning("the drafter runs on the CPU: %s", note)
         return cls.open_cpu(pair, facts, note, threads=threads, texts=texts)
+
+    @classmethod
+    def open_gpu(
+        cls, gpu: str, pair: Path, manifest: Manifest, *, vram: int | None, fit: bool, texts: int, asked: bool
+    ) -> OnnxDrafter:
+        """Return the drafter on one of GPUS. asked: whether the user named this GPU. Raises DeviceError."""
+        if gpu == "cuda":
+            return cls.open_cuda(pair, manifest, vram=vram, fit=fit, texts=texts)
+        return cls.open_webgpu(pair, manifest, vram=vram, fit=fit, texts=texts, software=asked)
 
     @classmethod
     def open_cpu(
@@ -150,6 +166,30 @@ class OnnxDrafter:
         device = (new_device or CudaDevice)()
         runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
         return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
+
+    @classmethod
+    def open_webgpu(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        vram: int | None = None,
+        fit: bool = False,
+        texts: int = 1,
+        software: bool = False,
+        new_device: Callable[[], WebGpuDevice] | None = None,
+    ) -> OnnxDrafter:
+        """Return the INT8 drafter on WebGPU. new_device: in place of the plugin's. Raises DeviceError.
+
+        software: see webgpu_problem.
+        """
+        facts = manifest.needed_drafter
+        device = new_device() if new_device else WebGpuDevice(software=software)
+        file = Path(pair) / facts.files["cpu"]
+        graph = rewrite(file)
+        plan = plan_webgpu(manifest, graph.embedding.nbytes if graph.embedding else 0, vram, fit=fit)
+        runner = WebGpuRunner(file, graph, facts, plan, device)
+        return cls(facts, runner, device="WebGPU (int8)", note=f"{device.name} was found", texts=texts)
 
     def length(self, seq: SequenceId) -> int:
         return max(self._texts[seq].length - self._before, 0) if seq in self._texts else 0

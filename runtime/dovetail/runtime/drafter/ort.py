@@ -14,6 +14,8 @@ from dovetail.runtime.system.telemetry import decline_telemetry
 decline_telemetry()  # the commands do so too, but an embedding program may not
 
 CPU = "CPUExecutionProvider"
+# WebGPU has no error for a buffer without memory; a copy from the buffer then fails.
+_NO_MEMORY = ("failed to allocate", "out of memory", "available memory", "invalid buffer")
 _LOOP = b'"\x04Loop'  # an operator's type as protobuf writes it; only a Loop may never end
 
 
@@ -24,28 +26,31 @@ def session_options(ort: Any) -> Any:
     return options
 
 
-def open_session(ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any]) -> Any:
+def open_session(
+    ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any], *, remedy: str = "export the drafter again"
+) -> Any:
     """Load a graph. Raises DeviceError.
 
+    providers: none if the options have one. remedy: for a graph that the provider does not load.
     A provider that does not start is an error, or missing in the session. For any provider except
     the CPU's, ONNX Runtime's own log is silent meanwhile and then back at its default.
     """
     if isinstance(model, Path):
-        _check_endless(model)
+        check_endless(model)
     source, what = (str(model), model) if isinstance(model, Path) else (model, "a graph")
     quiet = providers != [CPU]
     if quiet:
         ort.set_default_logger_severity(4)  # the exception below reports a failure in one line
     try:
-        return ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0)
+        return ort.InferenceSession(source, options, providers=list(providers) or None, enable_fallback=0)
     except failures() as error:
-        raise _failed(f"ONNX Runtime cannot load {what}", error, "export the drafter again") from error
+        raise _failed(f"ONNX Runtime cannot load {what}", error, remedy) from error
     finally:
         if quiet:
             ort.set_default_logger_severity(2)
 
 
-def _check_endless(file: Path) -> None:
+def check_endless(file: Path) -> None:
     """Raise DeviceError for a graph with a Loop, or for an unreadable file."""
     try:
         with open_regular(file) as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
@@ -63,13 +68,18 @@ def call(session: Any, binding: Any, run_options: Any = None) -> None:
     try:
         session.run_with_iobinding(binding, run_options)
     except failures() as error:
-        raise _failed("the drafter failed", error, "generate without speculation") from error
+        raise run_failed(error) from error
+
+
+def run_failed(error: Exception) -> DeviceError:
+    """Return the error for a call that failed, or for a copy around it."""
+    return _failed("the drafter failed", error, "generate without speculation")
 
 
 def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
     """Return the error for a failed call. remedy: for failures other than a lack of memory."""
     said = one_line(error)[:300]
-    if any(word in said.lower() for word in ("failed to allocate", "out of memory", "available memory")):
+    if any(word in said.lower() for word in _NO_MEMORY):
         remedy = "free memory, or shorten the drafter's context on a GPU with --vram SIZE --fit"
     return DeviceError(f"{what}: {said}: {remedy}")
 

@@ -18,6 +18,9 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
+GPUS = {"cuda": "CUDA", "webgpu": "WebGPU"}  # ways to a GPU, in the order that "auto" tries them, and their names
+DEVICES = ("auto", "cpu", *GPUS)  # what a user may ask for
+
 KEPT = 256  # pairs of a text that are kept for a drafter: as many as it is trained on at once
 
 # For sampled tokens: (depth, ids [K]) -> [K] float32 to add to a drafter's logits of tokens `ids`,
@@ -101,6 +104,12 @@ class DraftsTogether(Protocol):
 
     def propose_all(self, asks: Mapping[SequenceId, Ask]) -> dict[SequenceId, DraftTree]:
         """Return a tree for each text, as `propose` does."""
+
+
+def check_device(device: str) -> None:
+    """Raise InputError unless the drafter's device is one of DEVICES."""
+    if device not in DEVICES:
+        raise InputError(f"drafter device {device!r} is unknown: give {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
 
 
 def check_keep(keep: int, held: int) -> None:

@@ -6,6 +6,7 @@ Axes: n rows of a call, T tree slots, S context pairs, K draft vocabulary, D fea
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
@@ -21,13 +22,14 @@ BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted t
 CONTEXT = 4096  # pairs that the device holds; a longer text keeps its last pairs
 LEAST_CONTEXT = 1024  # 256 pairs to read again, 256 of a prompt, 512 to continue with
 CONTEXT_STEP = 256
-HALF = 2  # bytes of a value on the device
+HALF, SINGLE = 2, 4  # bytes of a value on the device, with CUDA and with WebGPU
 # ONNX Runtime allocates activations one by one in the first run of a shape, and in one block from the
 # second run on. Its arena holds both. No GPU has confirmed the sum yet.
 ARENA_COPIES = 2
 # CUDA itself: context, kernels, cuBLAS workspaces. The value is an allowance, not a measurement,
 # because it differs from GPU to GPU.
 CUDA_ITSELF = 512 << 20
+WEBGPU_ITSELF = 64 << 20
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -40,26 +42,30 @@ class VramPlan:
     weights: int  # of the graph
     state: int  # KV and feature bank
     rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
-    workspace: int  # activations of the largest call, ARENA_COPIES times
+    workspace: int  # activations of the largest call, ARENA_COPIES times; on WebGPU those of each bucket
     cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
+    webgpu: int = 0  # the allowance for WebGPU itself
 
     @property
     def total(self) -> int:
-        return self.weights + self.state + self.rows + self.workspace + self.cuda
+        return sum(self._parts().values())
 
     def arena(self, limit: int) -> int:
         """Return `limit`'s bytes for ONNX Runtime's arena: weights, activations and the rest."""
         return limit - self.state - self.rows - self.cuda
 
+    def _parts(self) -> dict[str, int]:
+        parts = ("weights", "state", "rows", "workspace", "webgpu" if self.webgpu else "cuda")
+        return {part: getattr(self, part) for part in parts}
+
     def __str__(self) -> str:
-        parts = ("weights", "state", "rows", "workspace", "cuda")
-        sizes = " + ".join(f"{mib(getattr(self, part))} {part}" for part in parts)
+        sizes = " + ".join(f"{mib(size)} {part}" for part, size in self._parts().items())
         return f"{sizes} = {mib(self.total)} MiB with a context of {self.context}"
 
     def as_dict(self) -> dict[str, float | int]:
         """Return the JSON form, sizes in MiB."""
-        parts = ("weights", "state", "rows", "workspace", "cuda", "total")
-        return {"context": self.context, **{f"{part}_mb": mib(getattr(self, part)) for part in parts}}
+        sizes = {**self._parts(), "total": self.total}
+        return {"context": self.context, **{f"{part}_mb": mib(size) for part, size in sizes.items()}}
 
 
 def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
@@ -69,6 +75,17 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     rows += facts.noise * nbytes(noise_spec(facts))
     fixed, per_pair = facts.workspace
     return VramPlan(context, weights, state, rows, ARENA_COPIES * (fixed + per_pair * context))
+
+
+def plan_on_webgpu(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
+    """Return the plan of a drafter on WebGPU, with `weights` bytes of INT8 graph and float32 values."""
+    state = sum(map(prod, state_shapes(facts, context).values())) * SINGLE
+    rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float32).values())
+    rows += sum(1 if facts.positions else bucket for bucket in BUCKETS) * facts.hidden_size * SINGLE  # embedded
+    rows += facts.noise * nbytes(noise_spec(facts))
+    fixed, per_pair = facts.workspace
+    workspace = (fixed + per_pair * context) * SINGLE // HALF * sum(BUCKETS) // CHUNK
+    return VramPlan(context, weights, state, rows, workspace, cuda=0, webgpu=WEBGPU_ITSELF)
 
 
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
@@ -85,7 +102,25 @@ def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False)
     return plan_within(facts, weights, limit, fit=fit or vram is None)
 
 
-def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> VramPlan:
+def plan_webgpu(manifest: Manifest, on_host: int, vram: int | None = None, *, fit: bool = False) -> VramPlan:
+    """Return the plan of a pair's drafter on WebGPU within `vram` bytes; see plan_pair.
+
+    on_host: bytes of the INT8 graph's weights that the host keeps.
+    """
+    facts = manifest.needed_drafter
+    weights = sum(entry.size for entry in manifest.drafter_files("cpu")) - on_host
+    limit = facts.vram if vram is None else vram
+    return plan_within(facts, weights, limit, fit=fit or vram is None, planned=plan_on_webgpu)
+
+
+def plan_within(
+    facts: DrafterFacts,
+    weights: int,
+    limit: int,
+    *,
+    fit: bool,
+    planned: Callable[[DrafterFacts, int, int], VramPlan] = plan,
+) -> VramPlan:
     """Return the plan within `limit` bytes, 0 for no limit, with CONTEXT pairs.
 
     With `fit` the context may shrink to LEAST_CONTEXT pairs. Raises DeviceError with the arithmetic
@@ -93,8 +128,8 @@ def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> 
     """
     if not facts.workspace:
         raise DeviceError("the pair does not say how much GPU memory its drafter takes: export the drafter again")
-    wanted = plan(facts, weights, min(facts.max_context, CONTEXT))
-    least = plan(facts, weights, min(facts.max_context, LEAST_CONTEXT))
+    wanted = planned(facts, weights, min(facts.max_context, CONTEXT))
+    least = planned(facts, weights, min(facts.max_context, LEAST_CONTEXT))
     if not limit or wanted.total <= limit:
         return wanted
     if not fit:
@@ -102,7 +137,7 @@ def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> 
             f"the drafter does not fit {mib(limit)} MiB of VRAM: {wanted}: give a larger --vram, or --fit"
         )
     for context in range(wanted.context // CONTEXT_STEP * CONTEXT_STEP, least.context, -CONTEXT_STEP):
-        if (fitting := plan(facts, weights, context)).total <= limit:
+        if (fitting := planned(facts, weights, context)).total <= limit:
             return fitting
     if least.total <= limit:
         return least
@@ -110,6 +145,11 @@ def plan_within(facts: DrafterFacts, weights: int, limit: int, *, fit: bool) -> 
         f"the drafter does not fit {mib(limit)} MiB of VRAM with the shortest context either: {least}: give a larger "
         "--vram, or export the drafter with fewer draft tokens: dovetail-export drafter --vram SIZE --fit"
     )
+
+
+def bucket_of(n: int) -> int:
+    """Return the rows of the bucket for a call of n rows."""
+    return next(size for size in BUCKETS if size >= n)
 
 
 def parse_size(text: str) -> int:

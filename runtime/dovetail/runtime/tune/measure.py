@@ -66,7 +66,7 @@ def known_or_measured(
     A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
     threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.file_key if drafter else None, threads, ov_config, target.exact, draft_model)
+    key = CostKey.of(manifest, drafter.device_key if drafter else None, threads, ov_config, target.exact, draft_model)
     known = recall(key)
     if known is not None:
         warn_of_rows(known)
