@@ -28,7 +28,6 @@ from dovetail.runtime.drafter.graph_io import (
     Rows,
     Spec,
     check_ports,
-    input_specs,
     noise_spec,
     output_name,
     read_draft_ids,
@@ -42,7 +41,6 @@ from dovetail.runtime.drafter.webgpu_api import WebGpuDevice
 from dovetail.runtime.drafter.webgpu_graph import EMBEDDED, WebGpuGraph
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
-from dovetail.runtime.system.page_release import LookupMapping
 from dovetail.runtime.tree.growth import Candidates
 
 SKIP_CAPTURE = -1  # the number of a plain call
