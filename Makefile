@@ -65,7 +65,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 lock:
-	printf 'torch==$(TORCH)\ntransformers==$(TRANSFORMERS)\n' | uv pip compile pyproject.toml - --extra export --extra serve --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
+	printf 'torch==$(TORCH)\ntransformers==$(TRANSFORMERS)\n' | uv pip compile pyproject.toml - --extra export --extra serve --extra webgpu --extra dev --python-version 3.11 --no-annotate --quiet --no-header \
 	  --no-emit-package torchvision --no-emit-package pip $(UV_ARGS) \
 	  | sed 's/^\(torch==[0-9.]*\)+cpu$$/\1/' > requirements.body
 	{ sed -n '/^#/p' requirements.lock; cat requirements.body; } > requirements.new

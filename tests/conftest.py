@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dovetail.runtime.drafter.webgpu_api import SOFTWARE, webgpu_problem
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.tree.limits import TreeLimits
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
 
 decline_telemetry()  # tests use no network
 
+SWIFTSHADER = Path(os.environ.get("DOVETAIL_SWIFTSHADER", Path(__file__).parents[1] / ".cache" / "swiftshader"))
+
+
+def use_swiftshader() -> None:
+    """Let Vulkan find SwiftShader, before any test loads the WebGPU plugin: it reads the variable only then."""
+    loader, driver = SWIFTSHADER / "libvulkan.so.1", SWIFTSHADER / "vk_swiftshader_icd.json"
+    if loader.exists() and driver.exists():
+        os.environ["VK_DRIVER_FILES"], os.environ[SOFTWARE] = str(driver), "1"
+        ctypes.CDLL(str(loader))  # a later load by name finds it
+
+
+use_swiftshader()
 
 gc.set_threshold(100_000, 20, 100)
 
@@ -362,3 +376,11 @@ class HostDevice:
 @pytest.fixture(name="HostDevice")
 def host_device() -> type[HostDevice]:
     return HostDevice
+
+
+@pytest.fixture(scope="session")
+def swiftshader() -> None:
+    """A Vulkan driver for the WebGPU plugin that needs no GPU. Skips the test where there is none."""
+    if not (SWIFTSHADER / "libvk_swiftshader.so").exists():
+        pytest.skip(f"no SwiftShader in {SWIFTSHADER}: run .ci/swiftshader {SWIFTSHADER}")
+    assert webgpu_problem(software=True) is None

@@ -12,6 +12,7 @@ from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.session import GPUS, check_device
 from dovetail.runtime.drafter.vram import check_draft_model, check_limit
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import read_sound
@@ -27,8 +28,10 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.text.vocabularies import translation
 from dovetail.runtime.tree.limits import TreeLimits
-from dovetail.runtime.tune.cost_cache import chosen_properties
-from dovetail.runtime.tune.measure import known_or_measured
+from dovetail.runtime.tune.cost_cache import CostKey, chosen_properties, recall
+from dovetail.runtime.tune.measure import QUICK_CONTEXTS, known_or_measured
+
+LEVEL_ROWS = 8  # of the call by which a GPU is compared with the CPU: a usual level of a tree
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +53,7 @@ class LoadOptions:
     kv_cache: int | None = None  # bytes for the KV of all texts; None for no limit
 
     def __post_init__(self) -> None:
-        if self.drafter_device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"drafter device {self.drafter_device!r} is unknown: give auto, cpu or cuda")
+        check_device(self.drafter_device)
         if self.threads is not None:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         if self.kv_cache is not None:
@@ -83,7 +85,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
-    if options.draft_model is None and (options.drafter_device == "cuda" or options.vram is not None):
+    if options.draft_model is None and (options.drafter_device in GPUS or options.vram is not None):
         _ = manifest.needed_drafter  # raises before seconds of loading
     own, model = None, None
     if options.draft_model is not None:
@@ -105,17 +107,29 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
             return Parts(target, model, tokenizer, tree, None, stop_tokens)
         return Parts(target, model, tokenizer, BOUNDS, schedule(measure(model, draft_model=own)), stop_tokens)
     kind = session_of(facts)
-    drafter = kind.open(
-        pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram, fit=options.fit,
-        texts=options.slots,
-    )  # fmt: skip
     open_cpu = partial(kind.open_cpu, pair, facts, threads=options.threads, texts=options.slots)
+
+    def kept(device: str) -> Costs | None:
+        """Return the costs of a drafter's device from the cache."""
+        known = recall(CostKey.of(manifest, device, options.threads, options.ov_config, target.exact))
+        return known.costs if known else None
+
+    compared = options.drafter_device == "auto" and options.tree is None
+    if compared and options.vram is None and (slower := _known_to_be_slower(kept)):
+        drafter = open_cpu(slower)
+    else:
+        drafter = kind.open(
+            pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram,
+            fit=options.fit, texts=options.slots,
+        )  # fmt: skip
     scheduler = None
     if options.tree is None:
         drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)
+        if compared and drafter.device_key in GPUS:
+            drafter, costs = _quickest(measure, drafter, costs, open_cpu)
         scheduler = schedule(costs, pair_calibration(pair, manifest))
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
-    second = open_cpu if drafter.device_key == "cuda" else None
+    second = open_cpu if drafter.device_key in GPUS else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
@@ -153,12 +167,43 @@ def _measured(
     try:
         costs = measure(drafter)
     except DeviceError as error:
-        if device == "cuda" or drafter.device_key == "cpu":
+        if device in GPUS or drafter.device_key not in GPUS:
             raise
         problem = str(error)
     if problem:  # outside the handler, because a traceback would keep the session longer than its device
         log.warning("the drafter runs on the CPU: %s", problem)
         drafter.close()
-        drafter = open_cpu(f"no CUDA: {problem}")
+        drafter = open_cpu(f"no {GPUS[drafter.device_key]}: {problem}")
         costs = measure(drafter)
     return drafter, costs
+
+
+def _quickest(
+    measure: Callable[[OnnxDrafter], Costs], gpu: OnnxDrafter, costs: Costs, open_cpu: Callable[[str], OnnxDrafter]
+) -> tuple[OnnxDrafter, Costs]:
+    """Return the GPU's drafter with its costs, or the CPU's if that is quicker. The note says which and why."""
+    cpu = open_cpu("")
+    cpu_costs = measure(cpu)
+    slower, note = _compared(gpu.device_key, costs, cpu_costs)
+    left, taken, costs = (gpu, cpu, cpu_costs) if slower else (cpu, gpu, costs)
+    left.close()
+    taken.note = note
+    return taken, costs
+
+
+def _known_to_be_slower(kept: Callable[[str], Costs | None]) -> str | None:
+    """Return the note for the CPU if an earlier start found it quicker than a GPU, so that the GPU stays closed."""
+    cpu = kept("cpu")
+    for gpu in GPUS:
+        if cpu and (costs := kept(gpu)):
+            slower, note = _compared(gpu, costs, cpu)
+            return note if slower else None
+    return None
+
+
+def _compared(gpu: str, costs: Costs, cpu: Costs) -> tuple[bool, str]:
+    """Return whether a GPU drafts a level slower than the CPU, and a note with both times."""
+    gpu_ms, cpu_ms = (each.call_ms(QUICK_CONTEXTS[-1], LEVEL_ROWS) for each in (costs, cpu))
+    slower, name = gpu_ms > cpu_ms, GPUS[gpu]
+    times = f"a call takes {gpu_ms:.1f} ms with {name}, {cpu_ms:.1f} ms on the CPU"
+    return slower, f"{'the CPU' if slower else name} is quicker: {times}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.runtime.cli.options import check_folder, write_file
+from dovetail.runtime.drafter.session import GPUS
 from dovetail.runtime.errors import InputError, install_extra
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import Measured
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128)  # sizes in tables: a line of 80 characters has no room for all
 BAR = 40  # characters of the longest bar
-DEVICE = {"cuda": "CUDA", "cpu": "the CPU", "model": "the CPU (draft model)"}
+DEVICE = {**GPUS, "cpu": "the CPU", "model": "the CPU (draft model)"}
 SUFFIXES = (".png", ".svg")
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from dovetail.runtime.doctor import estimate, predict
-from dovetail.runtime.doctor.diagnose import Diagnosis, diagnose
+from dovetail.runtime.doctor.diagnose import Diagnosis, WebGpu, diagnose
 from dovetail.runtime.doctor.gpus import find_gpu
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
@@ -61,13 +61,19 @@ def render(report: Diagnosis) -> str:
         ("libraries", f"found {', '.join(cuda.found) or 'none'}; missing {', '.join(cuda.missing) or 'none'}"),
         ("VRAM", "unknown" if cuda.free_mb is None else f"{cuda.total_mb} MiB, {cuda.free_mb} MiB free"),
         ("capture test", captures[cuda.capture]),
+        ("WebGPU", _webgpu(report.webgpu)),
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
-        ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", None: "none"}[drafter]),
+        ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", "webgpu": "GPU (WebGPU)", None: "none"}[drafter]),
         *(estimate.rows(report.pair) if report.pair else ()),
         *(predict.rows(report.prediction, report.pair.folder) if report.prediction and report.pair else ()),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _webgpu(facts: WebGpu) -> str:
+    seen = f"; adapters: {', '.join(facts.adapters)}" if facts.adapters else ""
+    return f"not usable: {facts.problem}{seen}" if facts.problem else f"works, plugin {facts.plugin}{seen}"
 
 
 def _engine(versions: dict[str, str], package: str, built: str, devices: tuple[str, ...]) -> str:

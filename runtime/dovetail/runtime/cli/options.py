@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
+from dovetail.runtime.drafter.session import DEVICES as DEVICES
 from dovetail.runtime.drafter.vram import check_draft_model, check_limit, parse_size
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError
@@ -35,7 +36,6 @@ Record = TypeVar("Record")
 Opened = TypeVar("Opened")
 Command = Callable[..., Any]
 
-DEVICES = ("auto", "cpu", "cuda")
 SAMPLING = SamplingParams()
 
 
@@ -203,7 +203,7 @@ def device_options(command: Command) -> Command:
         _bundled(command, EngineFlags, "engine_flags"),
         click.option("-t", "--threads", type=int, help="CPU threads of each engine.  [default: one per usable core]"),
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
-                     help="Where the drafter runs; auto takes the GPU where there is one."),
+                     help="Where the drafter runs; auto takes a GPU that is quicker than the CPU."),
         vram_options,
         click.option("--ov-config", multiple=True, metavar="NAME=VALUE", callback=_parse_properties,
                      help="Property of OpenVINO's CPU plugin for the target; repeatable."),

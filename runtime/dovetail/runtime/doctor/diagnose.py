@@ -25,6 +25,7 @@ from dovetail.runtime.drafter.cuda_api import (
     missing_libraries,
 )
 from dovetail.runtime.drafter.ort import failures, open_session, session_options
+from dovetail.runtime.drafter.webgpu_api import WebGpuDevice, adapters, plugin_version, webgpu_problem
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 
@@ -57,6 +58,15 @@ class Cuda:
 
 
 @dataclass(frozen=True)
+class WebGpu:
+    """Facts about WebGPU on this machine."""
+
+    plugin: str | None = None  # version of ONNX Runtime's plugin, None if it is not installed
+    adapters: tuple[str, ...] = ()  # the one first that the plugin takes
+    problem: str | None = None  # why the drafter cannot use it, with the remedy
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The whole report of `doctor`."""
 
@@ -71,6 +81,7 @@ class Diagnosis:
     gpus: tuple[Gpu, ...]
     cuda: Cuda
     cuda_problem: str | None
+    webgpu: WebGpu
     drafter_device: str
     pair: estimate.PairEstimate | None
     prediction: Prediction | None  # of the pair on another GPU; needs ONNX Runtime
@@ -79,7 +90,7 @@ class Diagnosis:
 
 
 def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = None) -> Diagnosis:
-    """Examine the CPU, both engines, the GPUs and the named pair. CUDA runs a one-node model.
+    """Examine the CPU, both engines, the GPUs and the named pair. CUDA and WebGPU load a one-node model.
 
     vram: bytes that the pair's drafter may take, if given. other_gpu: predict the pair's drafter on
     it. Raises InputError, PairError.
@@ -89,12 +100,16 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
     devices, openvino_problem = openvino_devices()
     providers, onnxruntime_problem = onnxruntime_providers()
     cuda, no_cuda = (Cuda(), onnxruntime_problem) if onnxruntime_problem else try_cuda()
+    webgpu = WebGpu(problem=onnxruntime_problem) if onnxruntime_problem else try_webgpu()
     pair = None
     if found:
         room = None if no_cuda else cuda.free_mb
-        pair = estimate.estimate_pair(*found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram)
+        pair = estimate.estimate_pair(
+            *found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram, webgpu=not webgpu.problem
+        )
     prediction = predict(*found, other_gpu, vram) if found and other_gpu and not onnxruntime_problem else None
     alone = found is not None and found[1].drafter is None  # nothing of such a pair runs on a GPU
+    no_gpu = no_cuda if webgpu.problem and not alone else None
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,
@@ -107,11 +122,15 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
         gpus=nvidia_gpus(),
         cuda=cuda,
         cuda_problem=no_cuda,
-        drafter_device="cpu" if no_cuda else "cuda",
+        webgpu=webgpu,
+        drafter_device="cuda" if not no_cuda else "cpu" if webgpu.problem else "webgpu",
         pair=pair,
         prediction=prediction,
         problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
-        notes=(*notes(cpu, available, None if alone else no_cuda), *(pair.notes if pair else ())),
+        notes=(
+            *notes(cpu, available, no_cuda if webgpu.problem and not alone else None),
+            *(pair.notes if pair else ()),
+        ),
     )
 
 
@@ -170,6 +189,36 @@ def try_cuda() -> tuple[Cuda, str | None]:
     return Cuda(built_for, driver, tuple(found), tuple(missing), free, total, captures), problem
 
 
+def try_webgpu() -> WebGpu:
+    """Return facts about WebGPU. Software adapters count as a problem, as for `auto`."""
+    version = plugin_version()
+    names = tuple(map(str, adapters() or ())) if version else ()
+    problem = webgpu_problem(software=False)
+    if problem is None:
+        try:
+            problem = probe_problem(WebGpuDevice(software=False))
+        except DeviceError as error:
+            problem = str(error)
+    return WebGpu(version, names, problem)
+
+
+def probe_problem(device: WebGpuDevice) -> str | None:
+    """Return why a device does not run a graph of one node, or None if it does."""
+    import onnxruntime as ort
+
+    options = session_options(ort)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    device.add_to(options, capture=True)
+    try:
+        session = open_session(ort, PROBE_MODEL, options, [], remedy="update the GPU's driver")
+        value, got = device.allocate(session, ((1,), np.float32)), np.zeros(1, np.float32)
+        device.upload(value, np.ones(1, np.float32))
+        device.download({"y": got}, {"y": value})
+    except DeviceError as error:
+        return str(error)
+    return None if got == 1 else f"{device.name} gave {got[0]} for 1.0: update the GPU's driver"
+
+
 def capture_problem(device: Device) -> str | None:
     """Return why a captured graph does not replay with newly uploaded data, or None if it does."""
     import onnxruntime as ort
@@ -199,7 +248,7 @@ def capture_problem(device: Device) -> str | None:
     return None if got == value else f"a replayed CUDA graph gave {got} for {value}: update the NVIDIA driver"
 
 
-def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]:
+def notes(cpu: machine.Cpu, available_mb: int, no_gpu: str | None) -> list[str]:
     """Return the machine's shortcomings, each with its cost in one sentence."""
     said = []
     if cpu.instruction_sets and not machine.INT8_SETS & set(cpu.instruction_sets):
@@ -211,9 +260,9 @@ def notes(cpu: machine.Cpu, available_mb: int, no_cuda: str | None) -> list[str]
         said.append(f"This process may use {room:g} of {cpu.threads} hardware threads, so passes take longer.")
     if available_mb < 2048:
         said.append(f"Only {available_mb} MiB of memory are free. A target that does not fit is slow or is killed.")
-    if no_cuda:
+    if no_gpu:
         said.append(
             "No GPU can be used. Drafter and target take turns on the CPU, with a smaller speedup. "
-            f"The reason: {no_cuda}."
+            f"The reason: {no_gpu}."
         )
     return said

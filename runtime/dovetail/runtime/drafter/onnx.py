@@ -84,7 +84,7 @@ class OnnxDrafter:
         self.device, self.capacity = device, part - self._before
         self.device_key = runner.device_key
         self.top_k = facts.top_k  # children that it offers
-        self._facts, self._runner, self._note, self._count = facts, runner, note, texts
+        self._facts, self._runner, self.note, self._count = facts, runner, note, texts
         self._part = part  # rows of each text
         self._feature_size = 0 if facts.reads_tokens else facts.feature_size
         self._texts: dict[SequenceId, _Text] = {}
@@ -196,7 +196,7 @@ class OnnxDrafter:
 
     @property
     def report(self) -> DeviceReport:
-        return DeviceReport(self._note, self._runner.bus_bytes)
+        return DeviceReport(self.note, self._runner.bus_bytes)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None

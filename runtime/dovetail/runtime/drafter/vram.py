@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 
 from dovetail.runtime.drafter.graph_io import CHUNK, nbytes, noise_spec, row_specs, state_shapes
+from dovetail.runtime.drafter.session import GPUS
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.machine import mib
@@ -29,6 +30,12 @@ ARENA_COPIES = 2
 # CUDA itself: context, kernels, cuBLAS workspaces. The value is an allowance, not a measurement,
 # because it differs from GPU to GPU.
 CUDA_ITSELF = 512 << 20
+# The plugin keeps the activations of each bucket's captured call, and those of the plain call that a
+# replay is checked against, in buffers of rounded sizes. SmolLM2 takes 3.7 times the float32 activations
+# of its largest call with 1,024 pairs and 4.7 times with 4,096: Vulkan's memory under SwiftShader.
+WEBGPU_COPIES = 5
+# WebGPU itself: a tiny drafter takes 20 MiB of Vulkan's memory. The rest is an allowance for what the
+# driver of a GPU needs for kernels, which differs from GPU to GPU.
 WEBGPU_ITSELF = 64 << 20
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -42,7 +49,7 @@ class VramPlan:
     weights: int  # of the graph
     state: int  # KV and feature bank
     rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
-    workspace: int  # activations of the largest call, ARENA_COPIES times; on WebGPU those of each bucket
+    workspace: int  # activations of the largest call, ARENA_COPIES or WEBGPU_COPIES times
     cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
     webgpu: int = 0  # the allowance for WebGPU itself
 
@@ -84,7 +91,7 @@ def plan_on_webgpu(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     rows += sum(1 if facts.positions else bucket for bucket in BUCKETS) * facts.hidden_size * SINGLE  # embedded
     rows += facts.noise * nbytes(noise_spec(facts))
     fixed, per_pair = facts.workspace
-    workspace = (fixed + per_pair * context) * SINGLE // HALF * sum(BUCKETS) // CHUNK
+    workspace = WEBGPU_COPIES * (fixed + per_pair * context) * SINGLE // HALF
     return VramPlan(context, weights, state, rows, workspace, cuda=0, webgpu=WEBGPU_ITSELF)
 
 
@@ -176,5 +183,8 @@ def check_limit(vram: int | None, fit: bool, device: str) -> None:
 
 def check_draft_model(draft_model: object, drafter_device: str, vram: int | None) -> None:
     """Raise InputError for flags of a GPU beside a draft model, which runs on the CPU."""
-    if draft_model is not None and (drafter_device == "cuda" or vram is not None):
-        raise InputError("a draft model runs on the CPU: leave out --drafter-device cuda and --vram, or --draft-model")
+    if draft_model is not None and (drafter_device in GPUS or vram is not None):
+        given = drafter_device if drafter_device in GPUS else "cuda"
+        raise InputError(
+            f"a draft model runs on the CPU: leave out --drafter-device {given} and --vram, or --draft-model"
+        )

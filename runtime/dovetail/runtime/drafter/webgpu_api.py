@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from dovetail.runtime.drafter.graph_io import Spec
 from dovetail.runtime.drafter.ort import failures, run_failed
 from dovetail.runtime.errors import DeviceError, install_extra, one_line
+from dovetail.runtime.system.machine import package_versions
 
 PROVIDER = "WebGpuExecutionProvider"
-MODULE = "onnxruntime_ep_webgpu"
+PACKAGE, MODULE = "onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"
 SOFTWARE = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"  # environment variable of the plugin, "1" allows CPU adapters
 LOADER = "libvulkan.so.1"
 KIND = "webgpu"  # ONNX Runtime's name for the memory
@@ -60,6 +61,17 @@ def webgpu_problem(*, software: bool) -> str | None:
     except failures() as error:
         return f"ONNX Runtime cannot load its WebGPU plugin ({one_line(error):.300}): {install_extra('webgpu')}"
     return None if ep_devices() else "ONNX Runtime finds no GPU in this system: use --drafter-device cpu"
+
+
+def plugin_version() -> str | None:
+    """Return the version of the installed plugin, None without it."""
+    return package_versions(PACKAGE).get(PACKAGE)
+
+
+def adapter_name() -> str | None:
+    """Return the name of the adapter that the plugin takes, None if there is none."""
+    found = adapters()
+    return found[0].name if found else None
 
 
 def webgpu_expected() -> bool:
@@ -124,7 +136,8 @@ def adapters() -> tuple[Adapter, ...] | None:
 def _vulkan_adapters(vulkan: Any) -> tuple[Adapter, ...]:
     class InstanceInfo(ctypes.Structure):
         _fields_ = (
-            ("kind", ctypes.c_int), ("next", ctypes.c_void_p), ("flags", ctypes.c_uint32), ("application", ctypes.c_void_p),
+            ("kind", ctypes.c_int), ("next", ctypes.c_void_p),
+            ("flags", ctypes.c_uint32), ("application", ctypes.c_void_p),
             ("layer_count", ctypes.c_uint32), ("layers", ctypes.c_void_p),
             ("extension_count", ctypes.c_uint32), ("extensions", ctypes.c_void_p),
         )  # fmt: skip
@@ -155,8 +168,7 @@ class WebGpuDevice:
         """software: see webgpu_problem."""
         if problem := webgpu_problem(software=software):
             raise DeviceError(problem)
-        found = adapters()
-        self.name = found[0].name if found else PROVIDER
+        self.name = adapter_name() or PROVIDER
 
     def add_to(self, options: Any, *, capture: bool) -> None:
         """Let a session with these options run on the device. capture: whether it captures its calls."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.drafter.cuda_api import driver_cuda, gpu_name
+from dovetail.runtime.drafter.webgpu_api import adapter_name, plugin_version
 from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS
@@ -28,7 +29,7 @@ class CostKey:
 
     target: str  # digest of the weights
     drafter: str  # digests of graph and weights
-    device: str | None  # of the drafter's file, "cuda" or "cpu"; "model" for a draft model; None without a drafter
+    device: str | None  # of the drafter, "cuda", "webgpu" or "cpu"; "model" for a draft model; None without a drafter
     threads: int | None  # the user's number, None for the engines' choice
     cpu: str
     usable_threads: int  # threads that this process may run on
@@ -37,7 +38,7 @@ class CostKey:
     ov_config: Mapping[str, str] = field(default_factory=dict)  # the target's properties: defaults, chosen, given
     exact: bool = True  # whether a plain pass computes two rows
     spin_us: int = SPIN_US  # how long the drafter's threads wait for work
-    gpu: str | None = None  # name and compute capability of the drafter's GPU, and the driver's CUDA
+    gpu: str | None = None  # the drafter's: name, compute capability and the driver's CUDA; or adapter and plugin
 
     @classmethod
     def of(
@@ -58,7 +59,7 @@ class CostKey:
         if draft_model:
             drafter = f"{draft_model.files[TARGET_WEIGHTS].sha256}, {draft_model.target.max_context} tokens"
         elif device:
-            drafter = "".join(entry.sha256 for entry in manifest.drafter_files(device))
+            drafter = "".join(entry.sha256 for entry in manifest.drafter_files("cpu" if device == "webgpu" else device))
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
             drafter=drafter,
@@ -70,7 +71,7 @@ class CostKey:
             onnxruntime=versions.get("onnxruntime-gpu") or versions.get("onnxruntime", "unknown"),
             ov_config={**default_properties(), **chosen_properties(manifest, threads), **(ov_config or {})},
             exact=exact,
-            gpu=f"{gpu_name()}, {driver_cuda()}" if device == "cuda" else None,
+            gpu=_gpu(device),
         )
 
     @property
@@ -79,6 +80,12 @@ class CostKey:
         if self.gpu is None:  # the names of files without a GPU are older than this fact
             del facts["gpu"]
         return cache_file("costs", json.dumps(facts, sort_keys=True))
+
+
+def _gpu(device: str | None) -> str | None:
+    if device == "cuda":
+        return f"{gpu_name()}, {driver_cuda()}"
+    return f"{adapter_name()}, plugin {plugin_version()}" if device == "webgpu" else None
 
 
 def _now() -> str:
