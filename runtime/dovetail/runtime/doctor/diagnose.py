@@ -128,7 +128,7 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
         prediction=prediction,
         problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
         notes=(
-            *notes(cpu, available, no_cuda if webgpu.problem and not alone else None),
+            *notes(cpu, available, no_gpu),
             *(pair.notes if pair else ()),
         ),
     )
