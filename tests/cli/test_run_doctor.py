@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.doctor import diagnose as doctor
-from dovetail.runtime.doctor.diagnose import Cuda
+from dovetail.runtime.doctor.diagnose import Cuda, WebGpu
 from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
+from dovetail.runtime.drafter.webgpu_api import WebGpuDevice
 from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
@@ -272,3 +273,27 @@ def test_what_cannot_be_read_is_one_line_and_nothing_is_built(
     result = invoke("doctor", *arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("engines")
+def test_webgpu_is_one_line(invoke, gpu_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "try_webgpu", lambda: WebGpu("0.4.0", ("Intel Arc A770", "llvmpipe (software)")))
+    lines = dict(line.split(maxsplit=1) for line in invoke("doctor", str(gpu_pair)).stdout.splitlines())
+    assert lines["WebGPU"] == "works, plugin 0.4.0; adapters: Intel Arc A770, llvmpipe (software)"
+    assert lines["drafter"] == "GPU (WebGPU)"
+    assert "No GPU can be used" not in invoke("doctor").stdout
+    facts = json.loads(invoke("doctor", str(gpu_pair), "--json").stdout)
+    assert facts["webgpu"]["adapters"] == ["Intel Arc A770", "llvmpipe (software)"]
+    assert facts["drafter_device"] == facts["pair"]["drafter_device"] == "webgpu"
+    monkeypatch.setattr(doctor, "try_webgpu", lambda: WebGpu(None, (), "the plugin is not installed: install it"))
+    lines = dict(line.split(maxsplit=1) for line in invoke("doctor").stdout.splitlines())
+    assert lines["WebGPU"] == "not usable: the plugin is not installed: install it" and lines["drafter"] == "CPU"
+
+
+@pytest.mark.usefixtures("swiftshader")
+def test_a_software_adapter_is_named_and_not_used() -> None:
+    facts = doctor.try_webgpu()
+    [adapter] = facts.adapters
+    assert adapter.startswith("SwiftShader") and adapter.endswith("(software)") and facts.plugin
+    assert facts.problem and "is no GPU" in facts.problem
+    assert doctor.probe_problem(WebGpuDevice(software=True)) is None

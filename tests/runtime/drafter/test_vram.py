@@ -15,6 +15,7 @@ from dovetail.runtime.drafter.vram import (
     check_limit,
     parse_size,
     plan,
+    plan_on_webgpu,
     plan_pair,
 )
 from dovetail.runtime.errors import DeviceError, InputError, ManifestError
@@ -128,3 +129,14 @@ def test_pairs_without_the_facts_are_told_what_to_do() -> None:
 def test_limits_that_make_no_sense_are_refused(vram: Any, fit: bool, device: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         check_limit(vram, fit, device)
+
+
+def test_a_plan_on_webgpu_counts_float32_and_every_captured_call() -> None:
+    cuda, got = plan(FACTS, weights=100, context=1000), plan_on_webgpu(FACTS, 100, 1000)
+    assert (got.weights, got.state, got.context) == (100, 2 * cuda.state, 1000)
+    assert got.workspace == 5 * 2 * (FACTS.workspace[0] + 1000 * FACTS.workspace[1])
+    half = sum(BUCKETS) * 2 * (FACTS.tree_slots + FACTS.feature_size)  # what is float16 with CUDA
+    assert got.rows == cuda.rows + half + sum(BUCKETS) * FACTS.hidden_size * 4
+    assert (got.cuda, got.webgpu, got.total) == (0, 64 * MIB, 100 + got.state + got.rows + got.workspace + 64 * MIB)
+    assert "64.0 webgpu = " in str(got) and "cuda" not in str(got)
+    assert got.as_dict()["webgpu_mb"] == 64.0 and "cuda_mb" not in got.as_dict()

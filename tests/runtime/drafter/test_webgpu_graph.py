@@ -84,7 +84,7 @@ def _feeds(model: Any, vocabulary: int) -> dict[str, np.ndarray]:
     for port in model.graph.input:
         kind = port.type.tensor_type
         shape = [dim.dim_value or {"slots": slots}.get(dim.dim_param, n) for dim in kind.shape.dim]
-        values = rng.standard_normal(shape) / 2
+        values: np.ndarray = rng.standard_normal(shape) / 2
         if kind.elem_type == onnx.TensorProto.INT64:
             values = np.arange(shape[0])
         if port.name in ("token", "input_ids"):

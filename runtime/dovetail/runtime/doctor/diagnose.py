@@ -24,7 +24,7 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
-from dovetail.runtime.drafter.ort import failures, open_session, session_options
+from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
 from dovetail.runtime.drafter.webgpu_api import WebGpuDevice, adapters, plugin_version, webgpu_problem
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
@@ -207,13 +207,16 @@ def probe_problem(device: WebGpuDevice) -> str | None:
     import onnxruntime as ort
 
     options = session_options(ort)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    device.add_to(options, capture=True)
+    device.add_to(options, capture=False)
     try:
         session = open_session(ort, PROBE_MODEL, options, [], remedy="update the GPU's driver")
-        value, got = device.allocate(session, ((1,), np.float32)), np.zeros(1, np.float32)
-        device.upload(value, np.ones(1, np.float32))
-        device.download({"y": got}, {"y": value})
+        x, y = (device.allocate(session, ((1,), np.float32)) for _ in range(2))
+        binding, got = session.io_binding(), np.zeros(1, np.float32)
+        binding.bind_ortvalue_input("x", x)
+        binding.bind_ortvalue_output("y", y)
+        device.upload(x, np.ones(1, np.float32))
+        call(session, binding)
+        device.download({"y": got}, {"y": y})
     except DeviceError as error:
         return str(error)
     return None if got == 1 else f"{device.name} gave {got[0]} for 1.0: update the GPU's driver"
