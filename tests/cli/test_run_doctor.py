@@ -15,7 +15,7 @@ import pytest
 from dovetail.runtime.doctor import diagnose as doctor
 from dovetail.runtime.doctor.diagnose import Cuda, WebGpu
 from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
-from dovetail.runtime.drafter.webgpu_api import WebGpuDevice
+from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
 from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs, Curve

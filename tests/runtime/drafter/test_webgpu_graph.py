@@ -15,8 +15,8 @@ import onnxruntime as ort
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.runtime.drafter.protobuf import Message
-from dovetail.runtime.drafter.webgpu_graph import EMBEDDED, rewrite
+from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, rewrite
+from dovetail.runtime.drafter.webgpu.protobuf import Message
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import read_manifest
 

@@ -25,7 +25,7 @@ from dovetail.runtime.drafter.cuda_api import (
     missing_libraries,
 )
 from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
-from dovetail.runtime.drafter.webgpu_api import WebGpuDevice, adapters, plugin_version, webgpu_problem
+from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version, webgpu_problem
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 

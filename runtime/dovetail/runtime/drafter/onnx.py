@@ -1,4 +1,4 @@
-"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py, webgpu.py).
+"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py, webgpu).
 
 Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
 T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
@@ -23,9 +23,9 @@ from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_c
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
 from dovetail.runtime.drafter.session import GPUS, KEPT, Ask, DeviceReport, DraftNoise, check_device, check_keep
 from dovetail.runtime.drafter.vram import check_limit, plan_pair, plan_webgpu
-from dovetail.runtime.drafter.webgpu import WebGpuRunner
-from dovetail.runtime.drafter.webgpu_api import WebGpuDevice, webgpu_expected
-from dovetail.runtime.drafter.webgpu_graph import rewrite
+from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, webgpu_expected
+from dovetail.runtime.drafter.webgpu.graph import rewrite
+from dovetail.runtime.drafter.webgpu.runner import WebGpuRunner
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from dovetail.runtime.drafter import webgpu_api as webgpu
-from dovetail.runtime.drafter.webgpu_api import SOFTWARE, Adapter, webgpu_problem
+from dovetail.runtime.drafter.webgpu import device as webgpu
+from dovetail.runtime.drafter.webgpu.device import SOFTWARE, Adapter, webgpu_problem
 
 DISCRETE, INTEGRATED, CPU = 2, 1, 4
 ARC, IRIS, LLVMPIPE = (DISCRETE, "Intel Arc A770"), (INTEGRATED, "Intel Iris Xe"), (CPU, "llvmpipe")

@@ -1,12 +1,12 @@
 """Run the INT8 graph on any GPU, by ONNX Runtime's WebGPU plugin: state on the device, captured calls.
 
-The design is that of cuda.py: a bucket of rows has buffers of its own and one captured call, and KV
-and bank are both input and output of the graph in one buffer each.
+The design is that of cuda.py: a bucket of rows has buffers of its own and one captured call. KV and
+bank have one buffer each, which is both input and output of the graph: the plugin's ScatterND
+copies nothing then.
 
-The graph is the CPU's INT8 graph, rewritten in memory by webgpu_graph.py. Other than float16 it
-runs on each adapter, with or without `shader-f16`. Its weights are half as many bytes, for GPUs that
-share the memory of the CPU. Its MatMulNBits quantises activations as on the CPU, so that the drafter
-proposes the same there.
+The graph is the CPU's INT8 graph, rewritten in memory by graph.py. It runs on each adapter, and the
+float16 graph only on those with `shader-f16`. Its weights are half as many bytes, which counts on a
+GPU that shares the memory of the CPU. The embedding stays on the host.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from dovetail.runtime.drafter.graph_io import (
 )
 from dovetail.runtime.drafter.ort import call, open_session, session_options
 from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
-from dovetail.runtime.drafter.webgpu_api import WebGpuDevice
-from dovetail.runtime.drafter.webgpu_graph import EMBEDDED, WebGpuGraph
+from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
+from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, WebGpuGraph
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.tree.growth import Candidates

@@ -11,8 +11,8 @@ forbid the capture, and the CPU would wait for the node's input in the middle of
 - The last Squeeze is left out. Its result is an output of the graph and therefore a copy, which a
   captured call does not repeat. The Gather before it reads a list in place of a column.
 
-The exported graph keeps these nodes: on the CPU, LogSoftmax is the quicker one, and a pair exported
-earlier works as it is.
+The exported graph keeps these nodes, so that pairs of earlier versions work as they are, and since
+the CPU takes one pass for a LogSoftmax.
 
 Axes: n rows of a call, V target vocabulary, H hidden size.
 """
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.ort import check_endless
-from dovetail.runtime.drafter.protobuf import BYTES, Field, Message
+from dovetail.runtime.drafter.webgpu.protobuf import BYTES, Field, Message
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.page_release import LookupMapping
 

@@ -1,0 +1,1 @@
+"""The drafter on GPUs of any make, by the WebGPU plugin of ONNX Runtime."""
