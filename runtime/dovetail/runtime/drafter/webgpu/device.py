@@ -58,7 +58,7 @@ def webgpu_problem(*, software: bool) -> str | None:
         return problem
     try:
         register()
-    except failures() as error:
+    except (ImportError, *failures()) as error:
         return f"ONNX Runtime cannot load its WebGPU plugin ({one_line(error):.300}): {install_extra('webgpu')}"
     return None if ep_devices() else "ONNX Runtime finds no GPU in this system: use --drafter-device cpu"
 
@@ -95,7 +95,7 @@ def _vulkan_problem(software: bool) -> str | None:
 
 @cache
 def register() -> None:
-    """Load the plugin into ONNX Runtime. Raises one of `failures`.
+    """Load the plugin into ONNX Runtime. Raises ImportError, or one of `failures`.
 
     A second registration fails, and takes the library away from the first.
     """
