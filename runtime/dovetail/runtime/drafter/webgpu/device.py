@@ -56,9 +56,10 @@ def webgpu_problem(*, software: bool) -> str | None:
         return f"ONNX Runtime's WebGPU plugin is not installed: {install_extra('webgpu')}"
     if sys.platform == "linux" and (problem := _vulkan_problem(software)):
         return problem
+    refused: tuple[type[Exception], ...] = (ImportError, *failures())
     try:
         register()
-    except (ImportError, *failures()) as error:
+    except refused as error:
         return f"ONNX Runtime cannot load its WebGPU plugin ({one_line(error):.300}): {install_extra('webgpu')}"
     return None if ep_devices() else "ONNX Runtime finds no GPU in this system: use --drafter-device cpu"
 

@@ -11,8 +11,8 @@ forbid the capture, and the CPU would wait for the node's input in the middle of
 - The last Squeeze is left out. Its result is an output of the graph and therefore a copy, which a
   captured call does not repeat. The Gather before it reads a list in place of a column.
 
-The exported graph keeps these nodes, so that pairs of earlier versions work as they are, and since
-the CPU takes one pass for a LogSoftmax.
+The exported graph keeps these nodes: pairs of earlier versions work as they are, and the CPU's kernel
+of LogSoftmax is many times quicker than the four nodes.
 
 Axes: n rows of a call, V target vocabulary, H hidden size.
 """
