@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,12 +105,28 @@ def test_a_software_adapter_needs_the_variable_and_the_user(monkeypatch: pytest.
     assert not webgpu.webgpu_expected()
 
 
-def test_a_plugin_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webgpu, "find_spec", lambda _: None)
-    assert (problem := webgpu_problem(software=False)) and problem.endswith(
-        "pip install '.[webgpu]' in a clone of Dovetail"
+@pytest.mark.parametrize("missing", [["onnxruntime-ep-webgpu"], ["onnx"], ["onnxruntime-ep-webgpu", "onnx"]])
+def test_packages_that_are_not_installed_are_named_with_their_extra(
+    monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    with_loader(monkeypatch, Vulkan(ARC))
+    modules = {package.replace("-", "_") for package in missing}
+    monkeypatch.setattr(webgpu, "find_spec", lambda name: None if name in modules else name)
+    assert webgpu_problem(software=False) == (
+        f"packages for WebGPU are not installed ({', '.join(missing)}): "
+        "run pip install '.[webgpu]' in a clone of Dovetail"
     )
     assert not webgpu.webgpu_expected()
+
+
+def test_an_onnx_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_ep_webgpu")
+    register = webgpu.register.__wrapped__
+    with_loader(monkeypatch, Vulkan(ARC))
+    monkeypatch.setattr(webgpu, "register", register)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    problem = webgpu_problem(software=False)
+    assert problem and problem.startswith("packages for WebGPU do not load (import of onnx halted")
 
 
 def test_a_plugin_that_does_not_load_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,4 +136,4 @@ def test_a_plugin_that_does_not_load_is_told_in_one_line(monkeypatch: pytest.Mon
     with_loader(monkeypatch, Vulkan(ARC))
     monkeypatch.setattr(webgpu, "register", refuse)
     problem = webgpu_problem(software=False)
-    assert problem and "cannot load its WebGPU plugin (ORT runtime version 1.2 is below" in problem
+    assert problem and "packages for WebGPU do not load (ORT runtime version 1.2 is below" in problem

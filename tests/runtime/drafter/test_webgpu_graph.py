@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,12 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="the rewritten graph is checked")
 pytest.importorskip("torch", reason="a pair is exported")
 import onnxruntime as ort
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, rewrite
-from dovetail.runtime.drafter.webgpu.protobuf import Message
+from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, LAST, rewrite
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import read_manifest
 
-WITHOUT_KERNEL = {"LogSoftmax"}
-fields = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 2**64 - 1) | st.binary(max_size=300)), max_size=6)
-
-
-@given(fields)
-def test_a_message_is_written_as_it_was_read(each: list[tuple[int, Any]]) -> None:
-    message = Message()
-    for number, value in each:
-        message.add(number, value)
-    assert Message.read(message.write()) == message
-
-
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9))
-def test_integers_are_read_one_by_one_and_packed(values: list[int]) -> None:
-    """protobuf's own encoder writes both."""
-    tensor = onnx.TensorProto(dims=values)
-    packed = onnx.TensorProto(int64_data=values)
-    assert Message.read(tensor.SerializeToString()).numbers(1) == values
-    assert Message.read(packed.SerializeToString()).numbers(7) == values
-
-
-@given(st.binary(max_size=60))
-def test_other_bytes_are_read_or_refused(data: bytes) -> None:
-    with suppress(ValueError):
-        Message.read(data)
+NO_GRAPH = onnx.ModelProto(ir_version=10).SerializeToString()
 
 
 @pytest.mark.parametrize("name", ["tiny_full_pair", "dflash_pair", "language_pair"])
@@ -59,8 +32,12 @@ def test_the_rewritten_graph_computes_the_same(
     old, new = onnx.load(file, load_external_data=False), onnx.load_from_string(made.model)
     monkeypatch.chdir(file.parent)  # where the checker looks for the weights
     onnx.checker.check_model(new)
-    assert not {node.op_type for node in new.graph.node} & WITHOUT_KERNEL
-    assert not [node.name for node in new.graph.node if node.op_type == "Squeeze" and node.output[0] == "top_ids"]
+    assert "LogSoftmax" not in {node.op_type for node in new.graph.node}
+    ranks = {each.name: len(each.type.tensor_type.shape.dim) for each in new.graph.value_info}
+    assert {ranks.get(node.output[0]) for node in new.graph.node if node.op_type == "Squeeze"} <= {0}  # no output
+    [table] = [each for each in old.graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    kept = [each for each in old.graph.initializer if each is not table]
+    assert [each for each in new.graph.initializer if each.name != LAST] == kept  # with their places in the file
     assert [port.name for port in new.graph.input if port.name != EMBEDDED] == [port.name for port in old.graph.input]
     assert [prop.value for prop in new.metadata_props] == [prop.value for prop in old.metadata_props]
     feeds = _feeds(old, facts.target_vocab_size)
@@ -95,7 +72,50 @@ def _feeds(model: Any, vocabulary: int) -> dict[str, np.ndarray]:
     return feeds
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"not a graph"])
+def graph_of(*nodes: Any, tensors: Sequence[Any] = ()) -> bytes:
+    """An encoded graph from x [2, 3] float32 and ids [n] int64 to y."""
+    port, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    inputs = [port("x", kinds.FLOAT, [2, 3]), port("ids", kinds.INT64, ["n"])]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [port("y", kinds.FLOAT, None)], tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]).SerializeToString()
+
+
+def test_other_nodes_stay(tmp_path: Path) -> None:
+    """A LogSoftmax over another axis, and a look-up of float rows."""
+    nodes = [
+        onnx.helper.make_node("LogSoftmax", ["x"], ["likely"], axis=0),
+        onnx.helper.make_node("Gather", ["likely", "ids"], ["rows"]),
+        onnx.helper.make_node("Squeeze", ["rows"], ["y"]),
+    ]
+    (file := tmp_path / "drafter.onnx").write_bytes(graph_of(*nodes))
+    made = rewrite(file)
+    assert made.embedding is None
+    assert list(onnx.load_from_string(made.model).graph.node) == nodes
+
+
+def test_a_graph_that_may_never_end_is_refused(tmp_path: Path) -> None:
+    loop = onnx.helper.make_node("Loop", ["", ""], ["y"], body=onnx.helper.make_graph([], "body", [], []))
+    (file := tmp_path / "drafter.onnx").write_bytes(graph_of(loop))
+    with pytest.raises(DeviceError, match="holds a Loop, which may never end"):
+        rewrite(file)
+
+
+def test_an_embedding_without_its_file_is_told_in_one_line(tmp_path: Path) -> None:
+    place = onnx.StringStringEntryProto(key="location", value="weights.bin")
+    external = onnx.TensorProto(name="table", data_type=onnx.TensorProto.INT8, dims=[4, 2], external_data=[place])
+    external.data_location = onnx.TensorProto.EXTERNAL
+    inline = onnx.helper.make_tensor("table", onnx.TensorProto.INT8, [4, 2], range(8))
+    look_up = onnx.helper.make_node("Gather", ["table", "ids"], ["rows"])
+    cast = onnx.helper.make_node("Cast", ["rows"], ["y"], to=onnx.TensorProto.FLOAT)
+    file = tmp_path / "drafter.onnx"
+    for table, said in (external, "weights.bin"), (inline, "location"):
+        file.write_bytes(graph_of(look_up, cast, tensors=[table]))
+        with pytest.raises(DeviceError, match=rf"cannot be read \(.*{said}.*export the drafter again") as told:
+            rewrite(file)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"not a graph", NO_GRAPH])
 def test_a_file_that_is_no_graph_is_told_in_one_line(tmp_path: Path, content: bytes) -> None:
     (file := tmp_path / "drafter.onnx").write_bytes(content)
     with pytest.raises(DeviceError, match="export the drafter again") as told:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from dovetail.runtime.errors import DeviceError, install_extra, one_line
 from dovetail.runtime.system.machine import package_versions
 
 PROVIDER = "WebGpuExecutionProvider"
-PACKAGE, MODULE = "onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"
+PACKAGE = "onnxruntime-ep-webgpu"
+MODULES = {PACKAGE: "onnxruntime_ep_webgpu", "onnx": "onnx"}  # of the extra; graph.py uses onnx
 SOFTWARE = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"  # environment variable of the plugin, "1" allows CPU adapters
 LOADER = "libvulkan.so.1"
 KIND = "webgpu"  # ONNX Runtime's name for the memory
@@ -52,15 +54,15 @@ def webgpu_problem(*, software: bool) -> str | None:
 
     software: whether an adapter may compute on the CPU if SOFTWARE allows that too.
     """
-    if find_spec(MODULE) is None:
-        return f"ONNX Runtime's WebGPU plugin is not installed: {install_extra('webgpu')}"
+    if missing := _not_installed():
+        return f"packages for WebGPU are not installed ({', '.join(missing)}): {install_extra('webgpu')}"
     if sys.platform == "linux" and (problem := _vulkan_problem(software)):
         return problem
     refused: tuple[type[Exception], ...] = (ImportError, *failures())
     try:
         register()
     except refused as error:
-        return f"ONNX Runtime cannot load its WebGPU plugin ({one_line(error):.300}): {install_extra('webgpu')}"
+        return f"packages for WebGPU do not load ({one_line(error):.300}): {install_extra('webgpu')}"
     return None if ep_devices() else "ONNX Runtime finds no GPU in this system: use --drafter-device cpu"
 
 
@@ -76,8 +78,12 @@ def adapter_name() -> str | None:
 
 
 def webgpu_expected() -> bool:
-    """Return whether the plugin is installed and a GPU is there, so that WebGPU should work."""
-    return find_spec(MODULE) is not None and any(not adapter.software for adapter in adapters() or ())
+    """Return whether the packages are installed and a GPU is there, so that WebGPU should work."""
+    return not _not_installed() and any(not adapter.software for adapter in adapters() or ())
+
+
+def _not_installed() -> list[str]:
+    return [package for package, module in MODULES.items() if find_spec(module) is None]
 
 
 def _vulkan_problem(software: bool) -> str | None:
@@ -96,13 +102,14 @@ def _vulkan_problem(software: bool) -> str | None:
 
 @cache
 def register() -> None:
-    """Load the plugin into ONNX Runtime. Raises ImportError, or one of `failures`.
+    """Import the packages, and load the plugin into ONNX Runtime. Raises ImportError, or one of `failures`.
 
     A second registration fails, and takes the library away from the first.
     """
     import onnxruntime as ort
     import onnxruntime_ep_webgpu as plugin
 
+    import_module("onnx")  # find out here whether graph.py can use it
     ort.set_default_logger_severity(4)  # it warns of SOFTWARE
     try:
         ort.register_execution_provider_library(KIND, plugin.get_library_path())

@@ -22,29 +22,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.ort import check_endless
-from dovetail.runtime.drafter.webgpu.protobuf import BYTES, Field, Message
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system.page_release import LookupMapping
 
-EMBEDDED = "embedded"  # input [n, H] float32: int8 rows of the embedding, which the graph scales
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto, TensorProto
 
-# Numbers of fields in onnx.proto, and values of its enumerations.
-GRAPH = 7  # of a model
-NODE, INITIALIZER, INPUT, OUTPUT, VALUE_INFO = 1, 5, 11, 12, 13  # of a graph
-NODE_INPUT, NODE_OUTPUT, NODE_NAME, OP_TYPE, ATTRIBUTE = 1, 2, 3, 4, 5  # of a node
-ATTRIBUTE_NAME, ATTRIBUTE_INT = 1, 3
-DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 8, 9, 13  # of a tensor
-KEY, VALUE = 1, 2  # of external data
-VALUE_NAME, VALUE_TYPE = 1, 2  # of an input, or of a value between nodes
-TENSOR_TYPE = 1  # of a type
-ELEMENT, SHAPE = 1, 2  # of a tensor's type
-DIM, DIM_SIZE = 1, 1
-FLOAT, INT8, INT64 = 1, 3, 7
+EMBEDDED = "embedded"  # input [n, H] float32: int8 rows of the embedding, which the graph scales
+LAST = "webgpu.last"  # constant [-1] int64: the last axis, or the shape of a list
 
 
 class Embedding:
@@ -73,110 +64,90 @@ class WebGpuGraph:
 
 def rewrite(file: Path) -> WebGpuGraph:
     """Return the graph of an ONNX file for WebGPU. Raises DeviceError for another file."""
+    import onnx
+    from google.protobuf.message import Error
+
     check_endless(file)
     try:
-        model = Message.read(file.read_bytes())
-        [at] = [index for index, field in enumerate(model) if field.number == GRAPH]
-        graph, embedding = _rewritten(model.at(GRAPH), file.parent)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DeviceError(f"{file} cannot be read ({error}): export the drafter again") from None
-    model[at] = Field(GRAPH, BYTES, graph.write())
-    return WebGpuGraph(model.write(), embedding)
+        model = onnx.load(file, "protobuf", load_external_data=False)
+        if not model.graph.node:
+            raise ValueError("it holds no graph")
+        embedding = _take_embedding(model.graph, file.parent)
+        _replace_nodes(model.graph)
+        return WebGpuGraph(model.SerializeToString(), embedding)
+    except (OSError, ValueError, KeyError, IndexError, Error) as error:
+        raise DeviceError(f"{file} cannot be read ({one_line(error)}): export the drafter again") from None
 
 
-def _rewritten(graph: Message, folder: Path) -> tuple[Message, Embedding | None]:
-    tensors = {each.text(TENSOR_NAME): each for each in graph.messages(INITIALIZER)}
-    inputs = {each.text(VALUE_NAME): each for each in graph.messages(INPUT)}
-    lists = {each.text(VALUE_NAME) for each in graph.messages(VALUE_INFO) if _is_list(each)}
-    returned = {each.text(VALUE_NAME) for each in graph.messages(OUTPUT)}
-    squeezed = {
-        node.texts(NODE_INPUT)[0]: node.text(NODE_OUTPUT)
-        for node in graph.messages(NODE) if node.text(OP_TYPE) == "Squeeze" and node.text(NODE_OUTPUT) in returned
-    }  # fmt: skip
-    out, dropped, table, index, looked_up = Message(), set[str](), "", "", ""
-    for field in graph:
-        node = Message.read(field.value) if field.number == NODE and isinstance(field.value, bytes) else Message()
-        kind, read, made = node.text(OP_TYPE), node.texts(NODE_INPUT), node.text(NODE_OUTPUT)
-        if kind == "LogSoftmax" and _axis(node) == -1:
-            for part in _log_softmax(read[0], made):
-                out.add(*part)
+def _take_embedding(graph: GraphProto, folder: Path) -> Embedding | None:
+    """Make the look-up of int8 rows an input, and return their matrix. None if there is no such look-up."""
+    from onnx import TensorProto, helper
+
+    tables = {each.name: each for each in graph.initializer if each.data_type == TensorProto.INT8}
+    ports = {each.name: each.type.tensor_type.shape for each in graph.input}
+    gathers = (node for node in graph.node if node.op_type == "Gather")
+    gather = next((node for node in gathers if node.input[0] in tables and node.input[1] in ports), None)
+    if gather is None:
+        return None
+    table, ids = tables[gather.input[0]], ports[gather.input[1]]
+    embedding = _mapped(table, folder)
+    shape = [dim.dim_param or dim.dim_value for dim in ids.dim]
+    graph.input.append(helper.make_tensor_value_info(EMBEDDED, TensorProto.FLOAT, [*shape, embedding.size]))
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] == gather.output[0]:
+            node.CopyFrom(_node("Identity", [EMBEDDED], node.output[0]))
+    graph.node.remove(gather)
+    graph.initializer.remove(table)
+    return embedding
+
+
+def _replace_nodes(graph: GraphProto) -> None:
+    """Replace the nodes without a kernel, and the Squeeze at the end."""
+    from onnx import TensorProto, helper
+
+    values = {each.name: each.type.tensor_type for each in graph.value_info}
+    lists = {name for name, kind in values.items() if kind.elem_type == TensorProto.INT64 and len(kind.shape.dim) == 1}
+    columns = {each.name for each in graph.initializer if each.dims[1:] == [1]}
+    returned = {each.name for each in graph.output}
+    squeezes = [node for node in graph.node if node.op_type == "Squeeze"]
+    last = {node.input[0]: node.output[0] for node in squeezes if node.output[0] in returned}
+    nodes: list[NodeProto] = []
+    left_out = set[str]()
+    for node in graph.node:
+        kind, made = node.op_type, node.output[0]
+        if kind == "LogSoftmax" and all(each.i == -1 for each in node.attribute):  # its only attribute is the axis
+            nodes += _log_softmax(node.input[0], made)
         elif kind == "Squeeze" and made in lists:
-            shape = f"{made}.shape"
-            out.add(INITIALIZER, _constant(shape)).add(NODE, _node("Reshape", [read[0], shape], made))
-        elif kind == "Gather" and made in squeezed and _is_column(tensors.get(read[0])):
-            column, returns = f"{made}.list", squeezed[made]
-            out.add(INITIALIZER, _constant(f"{made}.shape")).add(
-                NODE, _node("Reshape", [read[0], f"{made}.shape"], column)
-            )
-            out.add(NODE, _node("Gather", [column, read[1]], returns))
-            dropped.add(returns)
-        elif kind == "Squeeze" and made in dropped:
-            continue
-        elif kind == "Gather" and not table and read[1] in inputs and _is_int8(tensors.get(read[0])):
-            table, index, looked_up = read[0], read[1], made
-        elif kind == "Cast" and table and read[0] == looked_up:
-            out.add(INPUT, _rows_input(inputs[index], tensors[table].numbers(DIMS)[-1]))
-            out.add(NODE, _node("Identity", [EMBEDDED], made))
-        else:
-            out.append(field)
-    if not table:
-        return out, None
-    embedding = tensors[table].write()
-    return Message(field for field in out if field.value != embedding), _mapped(tensors[table], folder)
+            nodes.append(_node("Reshape", [node.input[0], LAST], made))
+        elif kind == "Gather" and made in last and node.input[0] in columns:
+            nodes.append(_node("Reshape", [node.input[0], LAST], f"{made}.list"))
+            nodes.append(_node("Gather", [f"{made}.list", node.input[1]], last[made]))
+            left_out.add(last[made])
+        elif made not in left_out:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.append(helper.make_tensor(LAST, TensorProto.INT64, [1], [-1]))
 
 
-def _log_softmax(x: str, made: str) -> list[tuple[int, Message]]:
-    axes, top, shifted, total = (f"{made}.{part}" for part in ("axes", "top", "shifted", "total"))
-    nodes = [
-        _node("ReduceMax", [x, axes], top),
+def _log_softmax(x: str, made: str) -> list[NodeProto]:
+    top, shifted, total = (f"{made}.{part}" for part in ("top", "shifted", "total"))
+    return [
+        _node("ReduceMax", [x, LAST], top),
         _node("Sub", [x, top], shifted),
-        _node("ReduceLogSumExp", [shifted, axes], total),
+        _node("ReduceLogSumExp", [shifted, LAST], total),
         _node("Sub", [shifted, total], made),
     ]
-    return [(INITIALIZER, _constant(axes)), *((NODE, node) for node in nodes)]
 
 
-def _node(kind: str, inputs: Sequence[str], made: str) -> Message:
-    node = Message().add(NODE_OUTPUT, made).add(NODE_NAME, f"node_{made}").add(OP_TYPE, kind)
-    for name in inputs:
-        node.add(NODE_INPUT, name)
-    return node
+def _node(kind: str, inputs: Sequence[str], made: str) -> NodeProto:
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, [made], name=f"node_{made}")
 
 
-def _constant(name: str) -> Message:
-    """Return the tensor [-1] of int64: the last axis, or the shape of a list."""
-    tensor = Message().add(DIMS, 1).add(DATA_TYPE, INT64).add(TENSOR_NAME, name)
-    return tensor.add(RAW_DATA, np.array([-1], "<i8").tobytes())
-
-
-def _rows_input(index: Message, size: int) -> Message:
-    """Return the input EMBEDDED: `size` values for each element of the input `index`."""
-    shape = index.at(VALUE_TYPE, TENSOR_TYPE, SHAPE).add(DIM, Message().add(DIM_SIZE, size))
-    kind = Message().add(TENSOR_TYPE, Message().add(ELEMENT, FLOAT).add(SHAPE, shape))
-    return Message().add(VALUE_NAME, EMBEDDED).add(VALUE_TYPE, kind)
-
-
-def _axis(node: Message) -> int:
-    """Return the axis of a LogSoftmax."""
-    axes = [each.numbers(ATTRIBUTE_INT) for each in node.messages(ATTRIBUTE) if each.text(ATTRIBUTE_NAME) == "axis"]
-    return axes[0][0] if axes else -1
-
-
-def _is_list(value: Message) -> bool:
-    kind = value.at(VALUE_TYPE, TENSOR_TYPE)
-    return kind.numbers(ELEMENT) == [INT64] and len(kind.at(SHAPE).messages(DIM)) == 1
-
-
-def _is_column(tensor: Message | None) -> bool:
-    return tensor is not None and tensor.numbers(DIMS)[1:] == [1]
-
-
-def _is_int8(tensor: Message | None) -> bool:
-    return tensor is not None and tensor.numbers(DATA_TYPE) == [INT8]
-
-
-def _mapped(tensor: Message, folder: Path) -> Embedding:
+def _mapped(tensor: TensorProto, folder: Path) -> Embedding:
     """Map an int8 matrix of the file beside the graph. Raises OSError, ValueError, KeyError."""
-    place = {each.text(KEY): each.text(VALUE) for each in tensor.messages(EXTERNAL_DATA)}
-    rows, size = tensor.numbers(DIMS)
+    place = {each.key: each.value for each in tensor.external_data}
+    rows, size = tensor.dims
     return Embedding(folder / Path(place["location"]).name, int(place.get("offset", 0)), (rows, size))
