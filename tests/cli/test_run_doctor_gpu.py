@@ -213,11 +213,14 @@ def test_every_line_of_the_text_says_that_it_is_a_prediction(invoke, measured_pa
     assert "acceptance length of" in more[3] and "plain decoding 62.5" in more[4]
 
 
+WEBGPU = "the drafter would run on the CPU, or there with --drafter-device webgpu (no time is predicted for it)"
+
+
 @pytest.mark.parametrize(
     ("gpu", "flags", "said"),
     [
-        ("GTX 1060", (), "no code for compute capability 6.1"),
-        ("RX 7600", (), "no CUDA"),
+        ("GTX 1060", (), f"no code for compute capability 6.1: {WEBGPU}"),
+        ("RX 7600", (), f"the GPU has no CUDA: {WEBGPU}"),
         ("L4", ("--vram", "100MB"), "does not fit 95.4 MiB of VRAM"),
     ],
 )
@@ -226,9 +229,8 @@ def test_a_drafter_that_cannot_run_there_has_a_reason_and_no_times(
 ) -> None:
     found = predicted(gpu, *flags)
     assert said in found["problem"] and found["call"] is found["fastest"] is found["tokens_per_s"] is None
-    assert (
-        f"does not run there: {found['problem']}" in invoke("doctor", str(measured_pair), "--gpu", gpu, *flags).stdout
-    )
+    text = invoke("doctor", str(measured_pair), "--gpu", gpu, *flags).stdout
+    assert f"under CUDA the drafter does not run there: {found['problem']}" in text
 
 
 def test_a_drafter_larger_than_the_gpu_does_not_fit_whatever_the_limit(predicted, measured_pair: Path) -> None:

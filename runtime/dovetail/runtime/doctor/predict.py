@@ -46,6 +46,7 @@ HOST_US = Range(55.0, 130.0)
 # GB/s of a lane in one direction, by PCIe generation: 8, 16 and 32 GT/s with 128 bits of data in 130.
 LANE_GB_S = {generation: rate * 128 / 130 / 8 for generation, rate in {3: 8, 4: 16, 5: 32}.items()}
 VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}  # nodes that start no kernel
+WITHOUT_CUDA = "the drafter would run on the CPU, or there with --drafter-device webgpu (no time is predicted for it)"
 LENGTHS = (2, 3)  # acceptance lengths for which the report gives a speed; the smallest tree has 4 nodes
 
 
@@ -63,7 +64,7 @@ class Prediction:
     """What a pair's drafter would do on one GPU."""
 
     gpu: GpuModel
-    problem: str | None  # why the drafter would run on the CPU
+    problem: str | None  # why the drafter would not run under CUDA
     vram: Vram | None  # None without a graph for a GPU
     call: Call | None = None  # None with a problem
     slowest: Speed | None = None  # None without measured costs of the target
@@ -97,16 +98,16 @@ def predict(folder: Path, manifest: Manifest, gpu: GpuModel, limit: int | None) 
 
 
 def _problem(manifest: Manifest, gpu: GpuModel, vram: Vram | None) -> str | None:
-    """Return why the drafter would not run on the GPU, or None."""
+    """Return why the drafter would not run on the GPU under CUDA, or None."""
     if manifest.drafter is None:
         return "the pair has no drafter"
     if vram is None:
         return "the pair has no drafter for a GPU: export the drafter again"
     if gpu.capability is None:
-        return "the GPU has no CUDA: the drafter would run on the CPU"
+        return f"the GPU has no CUDA: {WITHOUT_CUDA}"
     if not runs_on(gpu.capability):
         major, minor = gpu.capability
-        return f"onnxruntime-gpu has no code for compute capability {major}.{minor}: the drafter would run on the CPU"
+        return f"onnxruntime-gpu has no code for compute capability {major}.{minor}: {WITHOUT_CUDA}"
     return None if vram.fits else vram.said
 
 
@@ -169,7 +170,7 @@ def rows(found: Prediction, pair: str) -> list[tuple[str, str]]:
     cuda = "no CUDA" if gpu.capability is None else "compute capability {}.{}".format(*gpu.capability)
     said.append(f"{gpu.label}: {gpu.bandwidth:g} GB/s, PCIe {generation}.0 x{lanes}, {cuda} ({gpu.source})")
     if found.problem:
-        said.append(f"the drafter does not run there: {found.problem}")
+        said.append(f"under CUDA the drafter does not run there: {found.problem}")
     elif found.vram and found.call:
         call = found.call
         said.append(f"the drafter {found.vram.said}")
