@@ -45,6 +45,8 @@ def never(*_: Any, **__: Any) -> Any:
         (["--port", "70000"], "70000"),
         (["--api-key", "clé"], "API key"),
         (["--api-key", ""], "API key"),
+        (["--cors", "nonsense"], "--cors 'nonsense' is no origin: give scheme, host and port"),
+        (["--cors", "https://example.com/"], "is no origin"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--host", "." * 300], "cannot listen"),
         (["-m", "no-such-pair"], "no-such-pair"),

@@ -424,6 +424,11 @@ def test_long_prompts_of_many_texts_are_read_in_full_calls(tiny: Tiny, stream, m
     with pytest.raises(InputError, match="leave the vocabulary"):  # before any text is read
         shared.extend_all({1: (tokens[:3], features[:3]), 2: (tokens[:3] - 10**6, features[:3])})
     assert [shared.length(seq) for seq in range(1, 5)] == [100] * 4
+    shared.rewind(1, 0)
+    shared.rewind(2, 0)
+    with pytest.raises(InputError, match="leave the vocabulary"):
+        shared.extend_all({5: (tokens[:3], features[:3]), 6: (tokens[:3] - 10**6, features[:3])})
+    shared.extend_all({7: (tokens[:3], features[:3]), 8: (tokens[:3], features[:3])})  # both places are still free
 
 
 def test_trees_of_many_texts_share_the_slots(tiny: Tiny, stream) -> None:

@@ -75,6 +75,31 @@ def test_a_field_that_cannot_be_used(parrot: Any, fields: dict[str, Any], param:
     assert error["param"] == param, error
 
 
+@pytest.mark.parametrize("given", [{"content": b"{}", "headers": {"content-type": "text/plain"}}, {"content": b""}])
+def test_a_body_that_is_not_sent_as_json(parrot: Any, given: dict[str, Any]) -> None:
+    reply = parrot.post("/v1/chat/completions", None, **given)
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)["message"] == "the body is no JSON object: send one with Content-Type: application/json"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([-1], "prompt.0: Input should be greater than or equal to 0"),
+        ([1.5], "prompt.0: Input should be a valid string"),
+        ([], "prompt: List should have at least 1 item after validation, not 0"),
+        (5, "prompt: Input should be a valid string"),
+    ],
+)
+def test_a_prompt_of_another_kind_names_the_fitting_branch(parrot: Any, prompt: Any, said: str) -> None:
+    assert error_of(parrot.post("/v1/completions", {"prompt": prompt}))["message"] == said
+
+
+def test_a_load_balancer_may_ask_for_the_head_alone(parrot: Any) -> None:
+    with parrot.http() as client:
+        assert client.head("/health").status_code == 200
+
+
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""]])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_an_empty_stop_string(parrot: Any, path: str, stop: Any) -> None:

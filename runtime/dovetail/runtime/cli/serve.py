@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import click
@@ -15,6 +16,7 @@ from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
 
 KEY_VARIABLE = "DOVETAIL_API_KEY"
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it
 
 
 @click.command(short_help="Answer OpenAI's API on a port.")
@@ -84,6 +86,10 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise InputError(
             "the API key cannot be sent in a header: give printable ASCII characters without blanks around"
+        )
+    if wrong := [origin for origin in cors if origin != "*" and not ORIGIN.fullmatch(origin)]:
+        raise InputError(
+            f"--cors {wrong[0]!r:.80} is no origin: give scheme, host and port, e.g. https://example.com, or '*'"
         )
     pair = resolve_pair(engine_flags.pair)
     name, defaults = served_model_name or read_manifest(pair).name, sampling_defaults(pair / TARGET)

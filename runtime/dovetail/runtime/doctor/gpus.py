@@ -14,9 +14,17 @@ from difflib import get_close_matches
 from dovetail.runtime.errors import InputError
 
 PAGES = "https://www.techpowerup.com/gpu-specs/"
-_IDLE = {"nvidia", "geforce", "tesla", "amd", "radeon", "intel", "gpu", "hbm3"}  # words that tell no GPUs apart
-_KINDS = {"laptop": "laptop", "mobile": "laptop", "pcie": "pcie", "sxm": "sxm", "sxm4": "sxm", "sxm5": "sxm"}
-_MEMORY = re.compile(r"(\d+) *gi?b?\b")
+_IDLE = {"nvidia", "geforce", "tesla", "amd", "radeon", "intel", "gpu"}  # words that tell no GPUs apart
+_KINDS = {
+    "laptop": "laptop",
+    "mobile": "laptop",
+    "pcie": "pcie",
+    "sxm": "sxm",
+    "sxm4": "sxm",
+    "sxm5": "sxm",
+    "hbm3": "sxm",
+}
+_MEMORY = re.compile(r"(?:^|(?<=[\s(])|(?<=\w-))(\d{1,4}) *gi?b?\b")
 _NEAR = 5  # names that an error lists
 
 
@@ -104,6 +112,6 @@ def _read(text: str) -> tuple[str, set[str], int | None]:
     """Return the model without its maker, words such as laptop or sxm, and the memory in GB."""
     text = text.lower()
     memory = _MEMORY.search(text)
-    words = [word for word in re.findall(r"[a-z0-9]+", _MEMORY.sub(" ", text)) if word not in _IDLE]
+    words = [word for word in re.findall(r"[a-z0-9]+", _MEMORY.sub(" ", text, count=1)) if word not in _IDLE]
     kinds = {_KINDS[word] for word in words if word in _KINDS}
     return "".join(word for word in words if word not in _KINDS), kinds, int(memory[1]) if memory else None

@@ -212,7 +212,8 @@ class OnnxDrafter:
     def extend_all(self, pairs: Mapping[SequenceId, tuple[TokenArray, FloatArray]]) -> None:
         """See DraftsTogether. Each call but the last reads CHUNK pairs. Raises as `extend` does."""
         for seq, (tokens, features) in pairs.items():
-            self._check(self._text(seq).length, tokens, features)
+            held = self._texts[seq].length if seq in self._texts else 0
+            self._check(held, tokens, features)
         group, rows = list[_Part](), 0
         for seq, (tokens, features) in pairs.items():
             text, begin = self._text(seq), 0

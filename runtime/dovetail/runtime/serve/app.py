@@ -102,6 +102,7 @@ class Gate:
 routes = APIRouter(route_class=BoundedRoute)
 
 
+@routes.head("/health", include_in_schema=False)
 @routes.get("/health")
 async def health(request: Request) -> Response:
     """Return 200, or 503 while the server shuts down and after its engine has failed."""

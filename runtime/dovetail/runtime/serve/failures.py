@@ -82,6 +82,13 @@ def handle_failures(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> ApiError:
     """Name the first field that cannot be used. The value may be large or secret, and is left out."""
     first = error.errors()[0]
+    if len(first["loc"]) == 1:
+        return ApiError(
+            400, "the body is no JSON object: send one with Content-Type: application/json", code="invalid_json"
+        )
+    # Each branch of a union has an error. A branch whose type fits says more, and a place inside it.
+    alike = [each for each in error.errors() if each["loc"][:2] == first["loc"][:2]]
+    first = max(alike, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
     place, value = list[str](), error.body
     for part in first["loc"][1:]:  # pydantic names the branches of a union too, which the body lacks
         inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
