@@ -303,7 +303,8 @@ class HostDevice:
 
     A copy down is done by `wait`, as late as a GPU may do it.
     room: bytes that can be allocated.  fail_at: number of the first `wait` that raises, 0 for none.  alter: is handed
-    what comes down, to spoil it.  deaf: what is uploaded after the first time does not arrive.
+    what comes down, to spoil it.  deaf: what is uploaded after the first time does not arrive.  captures, launches:
+    whether it takes a session that captures its calls, and one that does not.
     """
 
     kind = "cpu"
@@ -316,7 +317,10 @@ class HostDevice:
         fail_at: int = 0,
         alter: Callable[[Bytes], None] | None = None,
         deaf: bool = False,
+        captures: bool = True,
+        launches: bool = True,
     ):
+        self.takes = {True: captures, False: launches}
         self.provider, self.room, self.fail_at, self.alter, self.deaf = provider, room, fail_at, alter, deaf
         self.blocks: dict[int, Bytes] = {}
         self.queue: list[tuple[Bytes, int]] = []
@@ -326,6 +330,8 @@ class HostDevice:
 
     def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
         self.arena = arena
+        if not self.takes[capture]:
+            raise DeviceError("This session cannot use the graph capture feature" if capture else "no kernel image")
         return {}
 
     def memory(self) -> tuple[int, int]:

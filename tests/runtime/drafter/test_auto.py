@@ -52,6 +52,18 @@ def test_a_quicker_gpu_is_taken(opened: list[Any], pairs: Any) -> None:
     assert len(opened) == 2
 
 
+@pytest.mark.parametrize("opened", [(1.0, 2.0), (2.0, 1.0)], indirect=True)
+def test_a_gpu_without_captured_calls_is_measured_as_any_other(
+    opened: list[Any], pairs: Any, HostDevice: type, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(onnx_drafter, "CudaDevice", lambda: HostDevice(captures=False))
+    with Engine.from_pretrained(pairs.pair) as engine:
+        taken = engine.drafter_device == "CUDA (fp16)"
+        assert ("launched one by one" in str(engine.drafter_note)) == taken
+        assert str(engine.drafter_note).startswith("CUDA is quicker" if taken else "the CPU is quicker")
+    assert taken == (request.node.callspec.params["opened"] == (1.0, 2.0))
+
+
 @pytest.mark.parametrize("opened", [(2.0, 1.0)], indirect=True)
 def test_a_slower_gpu_is_left_and_not_opened_again(opened: list[Any], pairs: Any) -> None:
     for _ in range(2):

@@ -7,6 +7,7 @@ provider.  What only a GPU can show is in test_gpu.py.
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +21,13 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.drafter import cuda as cuda_runner
+from dovetail.runtime.drafter import onnx as onnx_drafter
 from dovetail.runtime.drafter import ort
 from dovetail.runtime.drafter.cuda import CudaRunner, check_placement
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
+from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -205,12 +208,45 @@ def test_nodes_that_stop_a_capture_are_named(HostDevice, pairs, monkeypatch: pyt
         return ort.open_session(*arguments)
 
     monkeypatch.setattr(cuda_runner, "open_session", refuse_once)
-    with pytest.raises(DeviceError, match="cannot use the graph capture"):  # all nodes are where they belong
-        pairs.on(HostDevice())
+    assert "cannot use the graph capture" in pairs.on(HostDevice()).report.note  # all nodes are where they belong
     monkeypatch.setattr(cuda_runner, "check_placement", lambda session, _: check_placement(Claims(session), CUDA))
     opened.clear()
     with pytest.raises(DeviceError, match="nodes would not run on CUDAExecutionProvider: "):
         pairs.on(HostDevice())
+
+
+def test_calls_that_are_not_captured_are_launched_and_told(
+    HostDevice, pairs, stream, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = HostDevice(captures=False)
+    with caplog.at_level(logging.WARNING):
+        launched, captured = pairs.on(device), pairs.on(HostDevice())
+    [record] = caplog.records
+    for said in (record.message, launched.report.note):
+        assert "launched one by one" in said and "cannot use the graph capture feature" in said and "\n" not in said
+    assert captured.report.note == "a CUDA device was found"
+    device.calls.clear()
+    for session in (launched, captured):
+        session.extend(SEQ, stream[0][:9], stream[1][:9])
+    assert device.calls == ["up", "down", "wait"]
+    got, want = (session.propose(SEQ, pairs.limits) for session in (launched, captured))
+    assert got.tokens.tolist() == want.tokens.tolist() and got.logprobs.tolist() == want.logprobs.tolist()
+    launched.close()
+    assert device.closed
+
+
+def test_a_device_that_neither_captures_nor_launches_leaves_the_drafter_to_the_cpu(
+    HostDevice, pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [HostDevice(captures=False, launches=False) for _ in range(2)]
+    opened = iter(devices)
+    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
+    monkeypatch.setattr(onnx_drafter, "CudaDevice", lambda: next(opened))
+    with Engine.from_pretrained(pairs.pair, tree=pairs.limits) as engine:
+        assert engine.drafter_device == "CPU (int8)" and "no CUDA: no kernel image" in str(engine.drafter_note)
+    with pytest.raises(DeviceError, match="cannot run on CUDA: no kernel image"):
+        Engine.from_pretrained(pairs.pair, tree=pairs.limits, drafter_device="cuda")
+    assert all(device.closed for device in devices)
 
 
 @pytest.mark.parametrize("way", ["close", "drop", "engine", "failed"])

@@ -121,8 +121,9 @@ class Captured:
 
 
 class CudaRunner:
-    """Runner on a GPU. Raises DeviceError if device, libraries or graph do not permit capturing.
+    """Runner on a GPU. Raises DeviceError if device, libraries or graph do not permit running there.
 
+    A graph that ONNX Runtime refuses to capture is run node by node, if every node is on the GPU.
     ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
     """
 
@@ -135,6 +136,7 @@ class CudaRunner:
         self.max_context, self.bus_bytes = plan.context, 0
         self._ort, self._device, self._slots, self._facts = ort, device, facts.tree_slots, facts
         self._graphs: dict[int, Captured] = {}
+        self.refused: str | None = None  # why ONNX Runtime does not capture; calls are then launched one by one
         self._held: list[Any] = [self._graphs]  # freed before the device; no other object may hold these references
         self._thread = ThreadPoolExecutor(1, "drafter")
         self._release = weakref.finalize(self, _release, self._held, device, self._thread)
@@ -210,7 +212,7 @@ class CudaRunner:
         return self._held[1]
 
     def _open(self, file: Path, plan: VramPlan, arena: int | None) -> Any:
-        """Open a session that captures. Raises DeviceError, which names unsuitable nodes."""
+        """Open a session, if possible one that captures. Raises DeviceError, which names unsuitable nodes."""
         provider, slots = self._device.provider, self._facts.tree_slots + plan.context
 
         def options() -> Any:
@@ -219,20 +221,18 @@ class CudaRunner:
             made.add_free_dimension_override_by_name("slots", slots)
             return made
 
-        problem = None
         try:
             session = open_session(self._ort, file, options(), [(provider, self._device.provider_options(arena))])
         except DeviceError as error:
-            problem = error.args[0]
-        if problem:  # ONNX Runtime does not name the nodes that it cannot capture
+            self.refused = str(error)
+        if self.refused:  # outside the handler, because a traceback would keep what the first session allocated
             plain = (provider, self._device.provider_options(arena, capture=False))
-            check_placement(open_session(self._ort, file, options(), [plain]), provider)
-            raise DeviceError(problem)
-        check_placement(session, provider)
+            session = open_session(self._ort, file, options(), [plain])
+        check_placement(session, provider)  # ONNX Runtime does not name the nodes that it cannot capture
         return session
 
     def _capture(self, number: int, bucket: int) -> Captured:
-        """Allocate and bind one bucket. The first runs capture its graph under this number."""
+        """Allocate and bind one bucket. The first runs capture its graph under this number, if it is captured."""
         specs = row_specs(self._facts, bucket, np.float16)
         inputs = Block.allocate(self._device, input_specs(self._facts, bucket, np.float16))
         outputs = Block.allocate(self._device, {name: specs[name] for name in OUTPUTS})

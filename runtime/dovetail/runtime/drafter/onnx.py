@@ -66,6 +66,7 @@ class OnnxDrafter:
     """A drafter with the KV of one text or several; implements Drafter and DraftsTogether."""
 
     _before: ClassVar[int] = 0  # tokens that a text has before those of its pairs
+    caveat = ""  # what makes the device slower than it should be; the report has it after the note
 
     def __init__(self, facts: DrafterFacts, runner: Runner, *, device: str, note: str, texts: int = 1):
         """texts: at a time. Raises DeviceError if the graph or its context has no room for them."""
@@ -165,7 +166,11 @@ class OnnxDrafter:
         plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
         device = (new_device or CudaDevice)()
         runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
-        return cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
+        drafter = cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
+        if runner.refused:
+            drafter.caveat = f"kernels are launched one by one, because no call is captured: {runner.refused}"
+            log.warning("the drafter on CUDA is slower than it should be: %s", drafter.caveat)
+        return drafter
 
     @classmethod
     def open_webgpu(
@@ -196,7 +201,7 @@ class OnnxDrafter:
 
     @property
     def report(self) -> DeviceReport:
-        return DeviceReport(self.note, self._runner.bus_bytes)
+        return DeviceReport("; ".join(filter(None, (self.note, self.caveat))), self._runner.bus_bytes)
 
     def extend(
         self, seq: SequenceId, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None
