@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.doctor import diagnose as doctor
-from dovetail.runtime.doctor.diagnose import Cuda, WebGpu
+from dovetail.runtime.doctor.diagnose import Cuda, OpenVinoGpu, WebGpu
+from dovetail.runtime.drafter import openvino as openvino_gpu
 from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
+from dovetail.runtime.drafter.openvino import OpenVinoDevice
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
 from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
@@ -288,6 +290,35 @@ def test_webgpu_is_one_line(invoke, gpu_pair: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "try_webgpu", lambda: WebGpu(None, (), "the plugin is not installed: install it"))
     lines = dict(line.split(maxsplit=1) for line in invoke("doctor").stdout.splitlines())
     assert lines["WebGPU"] == "not usable: the plugin is not installed: install it" and lines["drafter"] == "CPU"
+
+
+@pytest.mark.usefixtures("engines")
+def test_openvino_s_gpu_is_one_line(invoke, gpu_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "try_webgpu", lambda: WebGpu(None, (), "the plugin is not installed: install it"))
+    monkeypatch.setattr(doctor, "try_openvino_gpu", lambda: OpenVinoGpu("Intel(R) Arc(TM) A770, driver 25.1"))
+    lines = invoke("doctor", str(gpu_pair)).stdout.splitlines()
+    assert "OpenVINO GPU  works: Intel(R) Arc(TM) A770, driver 25.1" in lines
+    assert "drafter       GPU (OpenVINO's GPU)" in lines
+    assert "No GPU can be used" not in invoke("doctor").stdout
+    facts = json.loads(invoke("doctor", str(gpu_pair), "--json").stdout)
+    assert facts["openvino_gpu"] == {"name": "Intel(R) Arc(TM) A770, driver 25.1", "problem": None}
+    assert facts["drafter_device"] == facts["pair"]["drafter_device"] == "openvino-gpu"
+    monkeypatch.setattr(doctor, "try_openvino_gpu", lambda: OpenVinoGpu(None, "OpenVINO finds no Intel GPU: install"))
+    assert "OpenVINO GPU  not usable: OpenVINO finds no Intel GPU: install" in invoke("doctor").stdout.splitlines()
+
+
+def test_a_machine_without_an_intel_gpu_is_told_which_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_gpu, "gpu_facts", lambda: None)
+    monkeypatch.setattr(doctor, "gpu_facts", lambda: None)
+    facts = doctor.try_openvino_gpu()
+    assert facts.name is None and facts.problem and "intel-opencl-icd" in facts.problem
+
+
+def test_openvino_s_device_runs_one_node_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = OpenVinoDevice("CPU")
+    assert doctor.openvino_probe_problem(device) is None
+    monkeypatch.setattr(doctor, "PROBE_MODEL", b"no graph")
+    assert "cannot read a graph" in str(doctor.openvino_probe_problem(device))
 
 
 @pytest.mark.usefixtures("swiftshader")

@@ -76,7 +76,7 @@ class Engine:
     ) -> Self:
         """Open a pair folder. Every file is checked before a weight is loaded.
 
-        drafter_device: "cuda", "webgpu", "cpu", or "auto" for a GPU that is quicker than the CPU.
+        drafter_device: "cuda", "webgpu", "openvino-gpu", "cpu", or "auto" for a GPU that is quicker than the CPU.
         If the GPU fails later, the drafter moves to the CPU, with a warning in the log. vram: bytes
         of the GPU that the drafter may take, or "3GB"; None for the pair's own limit. fit: its
         context may shrink to that. threads: of each engine, None for the engines' choice.

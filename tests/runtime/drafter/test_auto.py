@@ -91,3 +91,15 @@ def test_costs_are_kept_for_each_adapter_and_plugin(
         keys.append(CostKey.of(pairs.manifest, "webgpu", None))
     assert len({key.file for key in keys}) == 3 and keys[0].gpu == "Intel Arc A770, plugin 0.4.0"
     assert recall(keys[0]) is None and keys[0].drafter == CostKey.of(pairs.manifest, "cpu", None).drafter
+
+
+def test_costs_are_kept_for_each_gpu_and_driver_of_openvino(
+    pairs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    keys = []
+    for facts in ("Intel(R) Arc(TM) A770, driver 25.1", "Intel(R) Arc(TM) A770, driver 25.2"):
+        monkeypatch.setattr(cost_cache, "gpu_facts", lambda facts=facts: facts)
+        keys.append(CostKey.of(pairs.manifest, "openvino-gpu", None))
+    assert len({key.file for key in keys}) == 2 and keys[0].gpu == "Intel(R) Arc(TM) A770, driver 25.1"
+    assert keys[0].drafter == CostKey.of(pairs.manifest, "cpu", None).drafter

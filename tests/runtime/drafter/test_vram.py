@@ -15,6 +15,7 @@ from dovetail.runtime.drafter.vram import (
     check_limit,
     parse_size,
     plan,
+    plan_on_openvino,
     plan_on_webgpu,
     plan_pair,
 )
@@ -140,3 +141,12 @@ def test_a_plan_on_webgpu_counts_float32_and_every_captured_call() -> None:
     assert (got.cuda, got.webgpu, got.total) == (0, 64 * MIB, 100 + got.state + got.rows + got.workspace + 64 * MIB)
     assert "64.0 webgpu = " in str(got) and "cuda" not in str(got)
     assert got.as_dict()["webgpu_mb"] == 64.0 and "cuda_mb" not in got.as_dict()
+
+
+def test_a_plan_on_openvino_counts_float32_and_the_state_twice() -> None:
+    cuda, got = plan(FACTS, weights=100, context=1000), plan_on_openvino(FACTS, 100, 1000)
+    assert (got.weights, got.state, got.context) == (100, 2 * 2 * cuda.state, 1000)
+    assert got.workspace == 2 * 2 * (FACTS.workspace[0] + 1000 * FACTS.workspace[1])
+    assert got.rows == cuda.rows + sum(BUCKETS) * 2 * (FACTS.tree_slots + FACTS.feature_size)
+    assert got.total == 100 + got.state + got.rows + got.workspace + 64 * MIB
+    assert "64.0 opencl = " in str(got) and "cuda" not in str(got) and got.as_dict()["opencl_mb"] == 64.0

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import click
 
 from dovetail.runtime.doctor import estimate, predict
-from dovetail.runtime.doctor.diagnose import Diagnosis, WebGpu, diagnose
+from dovetail.runtime.doctor.diagnose import Diagnosis, OpenVinoGpu, WebGpu, diagnose
 from dovetail.runtime.doctor.gpus import find_gpu
+from dovetail.runtime.drafter.session import GPUS
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
 
@@ -62,8 +63,9 @@ def render(report: Diagnosis) -> str:
         ("VRAM", "unknown" if cuda.free_mb is None else f"{cuda.total_mb} MiB, {cuda.free_mb} MiB free"),
         ("capture test", captures[cuda.capture]),
         ("WebGPU", _webgpu(report.webgpu)),
+        ("OpenVINO GPU", _openvino_gpu(report.openvino_gpu)),
         ("target", "CPU (OpenVINO)" if "CPU" in report.openvino_devices else "cannot run"),
-        ("drafter", {"cpu": "CPU", "cuda": "GPU (CUDA)", "webgpu": "GPU (WebGPU)", None: "none"}[drafter]),
+        ("drafter", f"GPU ({GPUS[drafter]})" if drafter in GPUS else "CPU" if drafter else "none"),
         *(estimate.rows(report.pair) if report.pair else ()),
         *(predict.rows(report.prediction, report.pair.folder) if report.prediction and report.pair else ()),
     ]
@@ -74,6 +76,10 @@ def render(report: Diagnosis) -> str:
 def _webgpu(facts: WebGpu) -> str:
     seen = f"; adapters: {', '.join(facts.adapters)}" if facts.adapters else ""
     return f"not usable: {facts.problem}{seen}" if facts.problem else f"works, plugin {facts.plugin}{seen}"
+
+
+def _openvino_gpu(facts: OpenVinoGpu) -> str:
+    return f"not usable: {facts.problem}" if facts.problem else f"works: {facts.name}"
 
 
 def _engine(versions: dict[str, str], package: str, built: str, devices: tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
+from dovetail.runtime.drafter.openvino import OpenVinoDevice, gpu_facts, openvino_gpu_problem
 from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version, webgpu_problem
 from dovetail.runtime.errors import DeviceError, one_line
@@ -67,6 +68,14 @@ class WebGpu:
 
 
 @dataclass(frozen=True)
+class OpenVinoGpu:
+    """Facts about OpenVINO's GPU on this machine."""
+
+    name: str | None = None  # and its driver
+    problem: str | None = None  # why the drafter cannot use it, with the remedy
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The whole report of `doctor`."""
 
@@ -82,6 +91,7 @@ class Diagnosis:
     cuda: Cuda
     cuda_problem: str | None
     webgpu: WebGpu
+    openvino_gpu: OpenVinoGpu
     drafter_device: str
     pair: estimate.PairEstimate | None
     prediction: Prediction | None  # of the pair on another GPU; needs ONNX Runtime
@@ -90,7 +100,7 @@ class Diagnosis:
 
 
 def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = None) -> Diagnosis:
-    """Examine the CPU, both engines, the GPUs and the named pair. CUDA and WebGPU load a one-node model.
+    """Examine the CPU, both engines, the GPUs and the named pair. Each way to a GPU loads a one-node model.
 
     vram: bytes that the pair's drafter may take, if given. other_gpu: predict the pair's drafter on
     it. Raises InputError, PairError.
@@ -101,15 +111,18 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
     providers, onnxruntime_problem = onnxruntime_providers()
     cuda, no_cuda = (Cuda(), onnxruntime_problem) if onnxruntime_problem else try_cuda()
     webgpu = WebGpu(problem=onnxruntime_problem) if onnxruntime_problem else try_webgpu()
+    openvino_gpu = OpenVinoGpu(problem=openvino_problem) if openvino_problem else try_openvino_gpu()
+    ways = (("webgpu", webgpu.problem), ("openvino-gpu", openvino_gpu.problem))
+    other = next((gpu for gpu, problem in ways if not problem), None)
     pair = None
     if found:
         room = None if no_cuda else cuda.free_mb
         pair = estimate.estimate_pair(
-            *found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram, webgpu=not webgpu.problem
+            *found, available_mb=available, bandwidth=bandwidth, free_vram_mb=room, vram=vram, other_gpu=other
         )
     prediction = predict(*found, other_gpu, vram) if found and other_gpu and not onnxruntime_problem else None
     alone = found is not None and found[1].drafter is None  # nothing of such a pair runs on a GPU
-    no_gpu = no_cuda if webgpu.problem and not alone else None
+    no_gpu = no_cuda if not other and not alone else None
     return Diagnosis(
         cpu=cpu,
         ram_total_mb=total,
@@ -123,7 +136,8 @@ def diagnose(named: str | None, vram: int | None, other_gpu: GpuModel | None = N
         cuda=cuda,
         cuda_problem=no_cuda,
         webgpu=webgpu,
-        drafter_device="cuda" if not no_cuda else "cpu" if webgpu.problem else "webgpu",
+        openvino_gpu=openvino_gpu,
+        drafter_device=(other or "cpu") if no_cuda else "cuda",
         pair=pair,
         prediction=prediction,
         problems=tuple(filter(None, (openvino_problem, onnxruntime_problem, pair.problem if pair else None))),
@@ -200,6 +214,30 @@ def try_webgpu() -> WebGpu:
         except DeviceError as error:
             problem = str(error)
     return WebGpu(version, names, problem)
+
+
+def try_openvino_gpu() -> OpenVinoGpu:
+    """Return facts about OpenVINO's GPU."""
+    problem = openvino_gpu_problem()
+    if problem is None:
+        try:
+            problem = openvino_probe_problem(OpenVinoDevice())
+        except DeviceError as error:
+            problem = str(error)
+    return OpenVinoGpu(gpu_facts(), problem)
+
+
+def openvino_probe_problem(device: OpenVinoDevice) -> str | None:
+    """Return why a device of OpenVINO does not run a graph of one node, or None if it does."""
+    from openvino import Tensor
+
+    try:
+        request = device.request(device.read(PROBE_MODEL))
+        device.call(request, {"x": Tensor(np.ones(1, np.float32))})
+    except DeviceError as error:
+        return str(error)
+    got = float(request.get_tensor("y").data[0])
+    return None if got == 1 else f"{device.name} gave {got} for 1.0: update the GPU's driver"
 
 
 def probe_problem(device: WebGpuDevice) -> str | None:

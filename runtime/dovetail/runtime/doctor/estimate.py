@@ -104,19 +104,19 @@ def estimate_pair(
     bandwidth: float,
     free_vram_mb: int | None,
     vram: int | None,
-    webgpu: bool = False,
+    other_gpu: str | None = None,
 ) -> PairEstimate:
     """Return the estimate for a pair.
 
     bandwidth: GB/s. free_vram_mb: None without CUDA. vram: bytes, None for the pair's own limit.
-    webgpu: whether WebGPU works; it takes a drafter that does not run on CUDA.
+    other_gpu: a way to a GPU that works; it takes a drafter that does not run on CUDA.
     """
     video = estimate_vram(manifest, free_vram_mb, vram)
     device = None if manifest.drafter is None else "cpu"
     if video and video.fits and free_vram_mb is not None:
         device = "cuda"
-    elif device and webgpu:
-        device = "webgpu"
+    elif device and other_gpu:
+        device = other_gpu
     ram = estimate_ram(folder, manifest, device, available_mb)
     speed = estimate_speed(manifest, device, bandwidth)
     problem = (

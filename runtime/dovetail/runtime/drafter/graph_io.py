@@ -34,7 +34,7 @@ LATER = ("context_begin", "queries")  # inputs that graphs of older pairs do not
 OUTPUTS = ("top_logprobs", "top_ids")
 NOISE = "noise"  # float32, added to the logits: [1, V] for every row, or [P, V]; graphs of older pairs have none
 DRAFT_IDS = "draft_ids"  # key of the graph's metadata: V target ids, little-endian int32 in base64
-_TYPES: dict[type[np.generic], str] = {
+TYPES: dict[type[np.generic], str] = {
     np.int64: "tensor(int64)", np.int32: "tensor(int32)", np.float32: "tensor(float)", np.float16: "tensor(float16)"
 }  # fmt: skip
 STATE = "bank"  # of a tree graph, an input like kv.0, kv.1 ..; the outputs are bank_out, kv.0.out ..
@@ -140,7 +140,7 @@ def output_name(state: str) -> str:
 class Runner(Protocol):
     """Runs the graph and owns its KV and bank."""
 
-    device_key: str  # "cuda", "webgpu" or "cpu"
+    device_key: str  # "cuda", "webgpu", "openvino-gpu" or "cpu"
     max_context: int  # pairs that it holds
     bus_bytes: int  # moved between host and device so far, both ways; 0 on the CPU
     many_texts: bool  # whether rows may attend to the pairs of different texts
@@ -202,9 +202,9 @@ def check_ports(
         shape, kind = (inputs | outputs)[port.name]
         pairs = zip(port.shape, shape, strict=False)
         fits = all(size == wanted or not wanted or not isinstance(size, int) for size, wanted in pairs)
-        if port.type != _TYPES[kind] or len(port.shape) != len(shape) or not fits:
+        if port.type != TYPES[kind] or len(port.shape) != len(shape) or not fits:
             raise DeviceError(
-                f"{file}: {port.name} is {port.type} {port.shape}, the manifest says {_TYPES[kind]} {list(shape)} "
+                f"{file}: {port.name} is {port.type} {port.shape}, the manifest says {TYPES[kind]} {list(shape)} "
                 "(0 is any): export the drafter again"
             )
 

@@ -1,4 +1,4 @@
-"""The drafter on ONNX Runtime: one graph, whose rows a runner holds (cpu.py, cuda.py, webgpu).
+"""The drafter: one exported graph, whose rows a runner holds (cpu.py, cuda.py, webgpu, openvino.py).
 
 Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
 T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
@@ -21,8 +21,9 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
+from dovetail.runtime.drafter.openvino import OpenVinoDevice, OpenVinoRunner, openvino_gpu_problem
 from dovetail.runtime.drafter.session import GPUS, KEPT, Ask, DeviceReport, DraftNoise, check_device, check_keep
-from dovetail.runtime.drafter.vram import check_limit, plan_pair, plan_webgpu
+from dovetail.runtime.drafter.vram import check_limit, plan_openvino, plan_pair, plan_webgpu
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, webgpu_expected
 from dovetail.runtime.drafter.webgpu.graph import rewrite
 from dovetail.runtime.drafter.webgpu.runner import WebGpuRunner
@@ -121,7 +122,7 @@ class OnnxDrafter:
                 if device == gpu:
                     raise DeviceError(f"the drafter cannot run on {GPUS[gpu]}: {error}") from error
                 problems.append(f"no {GPUS[gpu]}: {error}")
-                counted = counted or (driver_cuda() is not None if gpu == "cuda" else webgpu_expected())
+                counted = counted or _expected(gpu)
         note = "; ".join(problems)
         if counted:
             log.warning("the drafter runs on the CPU: %s", note)
@@ -134,7 +135,9 @@ class OnnxDrafter:
         """Return the drafter on one of GPUS. asked: whether the user named this GPU. Raises DeviceError."""
         if gpu == "cuda":
             return cls.open_cuda(pair, manifest, vram=vram, fit=fit, texts=texts)
-        return cls.open_webgpu(pair, manifest, vram=vram, fit=fit, texts=texts, software=asked)
+        if gpu == "webgpu":
+            return cls.open_webgpu(pair, manifest, vram=vram, fit=fit, texts=texts, software=asked)
+        return cls.open_openvino(pair, manifest, vram=vram, fit=fit, texts=texts)
 
     @classmethod
     def open_cpu(
@@ -195,6 +198,23 @@ class OnnxDrafter:
         plan = plan_webgpu(manifest, graph.embedding.nbytes if graph.embedding else 0, vram, fit=fit)
         runner = WebGpuRunner(file, graph, facts, plan, device)
         return cls(facts, runner, device="WebGPU (int8)", note=f"{device.name} was found", texts=texts)
+
+    @classmethod
+    def open_openvino(
+        cls,
+        pair: Path,
+        manifest: Manifest,
+        *,
+        vram: int | None = None,
+        fit: bool = False,
+        texts: int = 1,
+        new_device: Callable[[], OpenVinoDevice] | None = None,
+    ) -> OnnxDrafter:
+        """Return the INT8 drafter on OpenVINO's GPU. new_device: in place of the GPU. Raises DeviceError."""
+        facts = manifest.needed_drafter
+        device, plan = (new_device or OpenVinoDevice)(), plan_openvino(manifest, vram, fit=fit)
+        runner = OpenVinoRunner(Path(pair) / facts.files["cpu"], facts, plan, device)
+        return cls(facts, runner, device="OpenVINO GPU (int8)", note=f"{device.name} was found", texts=texts)
 
     def length(self, seq: SequenceId) -> int:
         return max(self._texts[seq].length - self._before, 0) if seq in self._texts else 0
@@ -404,6 +424,13 @@ class OnnxDrafter:
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
             raise InputError(f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {vocabulary}")
+
+
+def _expected(gpu: str) -> bool:
+    """Return whether one of GPUS should work here, as far as its driver or its plugin tells."""
+    if gpu == "cuda":
+        return driver_cuda() is not None
+    return webgpu_expected() if gpu == "webgpu" else openvino_gpu_problem() is None
 
 
 class TokenDrafter(OnnxDrafter):

@@ -15,7 +15,11 @@ decline_telemetry()  # the commands do so too, but an embedding program may not
 
 CPU = "CPUExecutionProvider"
 # WebGPU has no error for a buffer without memory; a copy from the buffer then fails.
-_NO_MEMORY = ("failed to allocate", "out of memory", "available memory", "invalid buffer")
+# OpenVINO names OpenCL's errors.
+_NO_MEMORY = (
+    "failed to allocate", "out of memory", "available memory", "invalid buffer",
+    "out of gpu resources", "exceeded max size of memory", "allocation_failure",
+)  # fmt: skip
 _LOOP = b'"\x04Loop'  # an operator's type as protobuf writes it; only a Loop may never end
 
 
@@ -44,7 +48,7 @@ def open_session(
     try:
         return ort.InferenceSession(source, options, providers=list(providers) or None, enable_fallback=0)
     except failures() as error:
-        raise _failed(f"ONNX Runtime cannot load {what}", error, remedy) from error
+        raise failed(f"ONNX Runtime cannot load {what}", error, remedy) from error
     finally:
         if quiet:
             ort.set_default_logger_severity(2)
@@ -73,10 +77,10 @@ def call(session: Any, binding: Any, run_options: Any = None) -> None:
 
 def run_failed(error: Exception) -> DeviceError:
     """Return the error for a call that failed, or for a copy around it."""
-    return _failed("the drafter failed", error, "generate without speculation")
+    return failed("the drafter failed", error, "generate without speculation")
 
 
-def _failed(what: str, error: Exception, remedy: str) -> DeviceError:
+def failed(what: str, error: Exception, remedy: str) -> DeviceError:
     """Return the error for a failed call. remedy: for failures other than a lack of memory."""
     said = one_line(error)[:300]
     if any(word in said.lower() for word in _NO_MEMORY):

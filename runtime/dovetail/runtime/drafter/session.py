@@ -18,7 +18,8 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
-GPUS = {"cuda": "CUDA", "webgpu": "WebGPU"}  # ways to a GPU, in the order that "auto" tries them, and their names
+# Ways to a GPU, in the order that "auto" tries them, and their names.
+GPUS = {"cuda": "CUDA", "webgpu": "WebGPU", "openvino-gpu": "OpenVINO's GPU"}
 DEVICES = ("auto", "cpu", *GPUS)  # what a user may ask for
 
 KEPT = 256  # pairs of a text that are kept for a drafter: as many as it is trained on at once

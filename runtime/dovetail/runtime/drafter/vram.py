@@ -23,7 +23,7 @@ BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted t
 CONTEXT = 4096  # pairs that the device holds; a longer text keeps its last pairs
 LEAST_CONTEXT = 1024  # 256 pairs to read again, 256 of a prompt, 512 to continue with
 CONTEXT_STEP = 256
-HALF, SINGLE = 2, 4  # bytes of a value on the device, with CUDA and with WebGPU
+HALF, SINGLE = 2, 4  # bytes of a value on the device: with CUDA, and with the INT8 graph
 # ONNX Runtime allocates activations one by one in the first run of a shape, and in one block from the
 # second run on. Its arena holds both. No GPU has confirmed the sum yet.
 ARENA_COPIES = 2
@@ -37,6 +37,13 @@ WEBGPU_COPIES = 5
 # WebGPU itself: a tiny drafter takes 20 MiB of Vulkan's memory. The rest is an allowance for what the
 # driver of a GPU needs for kernels, which differs from GPU to GPU.
 WEBGPU_ITSELF = 64 << 20
+# OpenVINO keeps a variable, and beside it the value that a call writes: its GPU plugin's Assign copies
+# the value to the variable.
+OPENVINO_STATES = 2
+# Beside weights and state, OpenVINO's CPU device takes 0.9 to 1.7 times the float32 activations of the
+# largest call: SmolLM2 and Qwen2.5-Coder-0.5B with 1,024 and 4,096 pairs, 2026-11-30.
+OPENVINO_COPIES = 2
+OPENCL_ITSELF = WEBGPU_ITSELF  # OpenCL itself: the driver builds kernels for the same graph
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -49,9 +56,10 @@ class VramPlan:
     weights: int  # of the graph
     state: int  # KV and feature bank
     rows: int  # inputs and outputs of all buckets, and noise for the draft vocabulary
-    workspace: int  # activations of the largest call, ARENA_COPIES or WEBGPU_COPIES times
+    workspace: int  # activations of the largest call, as often as they are held at once
     cuda: int = CUDA_ITSELF  # the allowance for CUDA itself
     webgpu: int = 0  # the allowance for WebGPU itself
+    opencl: int = 0  # the allowance for OpenCL itself
 
     @property
     def total(self) -> int:
@@ -62,8 +70,8 @@ class VramPlan:
         return limit - self.state - self.rows - self.cuda
 
     def _parts(self) -> dict[str, int]:
-        parts = ("weights", "state", "rows", "workspace", "webgpu" if self.webgpu else "cuda")
-        return {part: getattr(self, part) for part in parts}
+        allowances = (part for part in ("cuda", "webgpu", "opencl") if getattr(self, part))
+        return {part: getattr(self, part) for part in ("weights", "state", "rows", "workspace", *allowances)}
 
     def __str__(self) -> str:
         sizes = " + ".join(f"{mib(size)} {part}" for part, size in self._parts().items())
@@ -95,6 +103,16 @@ def plan_on_webgpu(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     return VramPlan(context, weights, state, rows, workspace, cuda=0, webgpu=WEBGPU_ITSELF)
 
 
+def plan_on_openvino(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
+    """Return the plan of a drafter on OpenVINO's GPU; see plan_on_webgpu."""
+    state = OPENVINO_STATES * sum(map(prod, state_shapes(facts, context).values())) * SINGLE
+    rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float32).values())
+    rows += facts.noise * nbytes(noise_spec(facts))
+    fixed, per_pair = facts.workspace
+    workspace = OPENVINO_COPIES * (fixed + per_pair * context) * SINGLE // HALF
+    return VramPlan(context, weights, state, rows, workspace, cuda=0, opencl=OPENCL_ITSELF)
+
+
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
     """Return the plan of a pair's drafter within `vram` bytes.
 
@@ -118,6 +136,14 @@ def plan_webgpu(manifest: Manifest, on_host: int, vram: int | None = None, *, fi
     weights = sum(entry.size for entry in manifest.drafter_files("cpu")) - on_host
     limit = facts.vram if vram is None else vram
     return plan_within(facts, weights, limit, fit=fit or vram is None, planned=plan_on_webgpu)
+
+
+def plan_openvino(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
+    """Return the plan of a pair's drafter on OpenVINO's GPU within `vram` bytes; see plan_pair."""
+    facts = manifest.needed_drafter
+    weights = sum(entry.size for entry in manifest.drafter_files("cpu"))
+    limit = facts.vram if vram is None else vram
+    return plan_within(facts, weights, limit, fit=fit or vram is None, planned=plan_on_openvino)
 
 
 def plan_within(

@@ -11,6 +11,7 @@ from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.drafter.cuda_api import driver_cuda, gpu_name
+from dovetail.runtime.drafter.openvino import gpu_facts
 from dovetail.runtime.drafter.webgpu.device import adapter_name, plugin_version
 from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache
@@ -29,7 +30,7 @@ class CostKey:
 
     target: str  # digest of the weights
     drafter: str  # digests of graph and weights
-    device: str | None  # of the drafter, "cuda", "webgpu" or "cpu"; "model" for a draft model; None without a drafter
+    device: str | None  # of the drafter, "cpu" or one of GPUS; "model" for a draft model; None without a drafter
     threads: int | None  # the user's number, None for the engines' choice
     cpu: str
     usable_threads: int  # threads that this process may run on
@@ -38,7 +39,7 @@ class CostKey:
     ov_config: Mapping[str, str] = field(default_factory=dict)  # the target's properties: defaults, chosen, given
     exact: bool = True  # whether a plain pass computes two rows
     spin_us: int = SPIN_US  # how long the drafter's threads wait for work
-    gpu: str | None = None  # the drafter's: name, compute capability and the driver's CUDA; or adapter and plugin
+    gpu: str | None = None  # the drafter's: name, and versions of what it runs on
 
     @classmethod
     def of(
@@ -59,7 +60,7 @@ class CostKey:
         if draft_model:
             drafter = f"{draft_model.files[TARGET_WEIGHTS].sha256}, {draft_model.target.max_context} tokens"
         elif device:
-            drafter = "".join(entry.sha256 for entry in manifest.drafter_files("cpu" if device == "webgpu" else device))
+            drafter = "".join(entry.sha256 for entry in manifest.drafter_files("cuda" if device == "cuda" else "cpu"))
         return cls(
             target=manifest.files[TARGET_WEIGHTS].sha256,
             drafter=drafter,
@@ -85,7 +86,9 @@ class CostKey:
 def _gpu(device: str | None) -> str | None:
     if device == "cuda":
         return f"{gpu_name()}, {driver_cuda()}"
-    return f"{adapter_name()}, plugin {plugin_version()}" if device == "webgpu" else None
+    if device == "webgpu":
+        return f"{adapter_name()}, plugin {plugin_version()}"
+    return gpu_facts() if device == "openvino-gpu" else None
 
 
 def _now() -> str:

@@ -1,0 +1,249 @@
+"""Run the INT8 graph on an Intel GPU, by OpenVINO: state on the device, few numbers of rows.
+
+OpenVINO reads the exported file as it is. KV and bank become variables of OpenVINO, which stay on
+the device from call to call, in the type that its kernels compute with. A variable belongs to one
+compiled graph. All buckets therefore share one graph with any number of rows, which also holds the
+weights once. OpenVINO prepares kernels for each new number of rows. The runner pads calls to
+the buckets, and opening runs each bucket once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dovetail.runtime.drafter.graph_io import (
+    DRAFT_IDS,
+    NOISE,
+    OUTPUTS,
+    TYPES,
+    Array,
+    BlockRows,
+    Rows,
+    check_ports,
+    noise_spec,
+    output_name,
+    read_draft_ids,
+    row_specs,
+    rows_of,
+    state_shapes,
+)
+from dovetail.runtime.drafter.ort import check_endless, failed, run_failed
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.tree.growth import Candidates
+
+GPU = "GPU"  # OpenVINO's name for the first Intel GPU, which is the integrated one if there is one
+INSTALL = "install the system's package intel-opencl-icd"
+_METADATA = "framework"  # where OpenVINO keeps the metadata of an ONNX file
+
+
+def openvino_gpu_problem() -> str | None:
+    """Return why OpenVINO has no GPU, with the remedy, or None if it has one."""
+    if gpu_facts():
+        return None
+    return f"OpenVINO finds no Intel GPU: {INSTALL} if there is one, or use --drafter-device cpu"
+
+
+@cache
+def gpu_facts(device: str = GPU) -> str | None:
+    """Return the full name of a device, and its driver if OpenVINO knows that; None without the device."""
+    import openvino as ov
+
+    core, facts = ov.Core(), list[str]()
+    for name, text in (("FULL_DEVICE_NAME", "{}"), ("GPU_DRIVER_VERSION", "driver {}")):
+        try:
+            facts.append(text.format(core.get_property(device, name)))
+        except RuntimeError:  # no device, or no such property
+            continue
+    return ", ".join(facts) or None
+
+
+class OpenVinoDevice:
+    """A device of OpenVINO. Its methods raise DeviceError."""
+
+    def __init__(self, device: str = GPU, properties: Mapping[str, str] | None = None):
+        """device: OpenVINO's name. properties: more of OpenVINO's properties."""
+        import openvino as ov
+
+        if device == GPU and (problem := openvino_gpu_problem()):
+            raise DeviceError(problem)
+        self.name, self._device, self._core = gpu_facts(device) or device, device, ov.Core()
+        self._properties = {"PERFORMANCE_HINT": "LATENCY", **(properties or {})}
+
+    def read(self, graph: Path | bytes) -> Any:
+        """Return the model of an ONNX file."""
+        try:
+            return self._core.read_model(graph)
+        except RuntimeError as error:
+            what = graph if isinstance(graph, Path) else "a graph"
+            raise failed(f"OpenVINO cannot read {what}", error, "export the drafter again") from error
+
+    def request(self, model: Any) -> Any:
+        """Compile a model, and return its request for calls, with variables of zeros."""
+        try:
+            return self._core.compile_model(model, self._device, self._properties).create_infer_request()
+        except RuntimeError as error:
+            raise failed(f"OpenVINO cannot compile the graph for {self.name}", error, "update its driver") from error
+
+    def call(self, request: Any, inputs: Mapping[str, Any]) -> None:
+        """Run a request with tensors as its inputs."""
+        try:
+            for name, tensor in inputs.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+        except RuntimeError as error:
+            raise run_failed(error) from error
+
+    def clear(self, request: Any) -> None:
+        """Fill a request's variables with zeros."""
+        try:
+            request.reset_state()
+        except RuntimeError as error:
+            raise run_failed(error) from error
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The arrays of one number of rows on the host."""
+
+    rows: Rows | BlockRows
+    arrays: Mapping[str, Array]
+    inputs: Mapping[str, Any]  # OpenVINO's tensors over the arrays that the graph reads
+    bus_bytes: int  # of a call
+
+
+class OpenVinoRunner:
+    """Runner on a GPU of Intel. Raises DeviceError if OpenVINO does not run the graph there."""
+
+    device_key = "openvino-gpu"
+
+    def __init__(self, file: Path, facts: DrafterFacts, plan: VramPlan, device: OpenVinoDevice):
+        """plan: the context, and bytes for the message of an error."""
+        self.max_context, self.bus_bytes, self._device, self._facts = plan.context, 0, device, facts
+        try:
+            check_endless(file)
+            model = device.read(file)
+            graph = _Ports.of(model)
+            check_ports(graph, file, facts, np.float32)
+            self.draft_ids = read_draft_ids(graph, file, facts)
+            given = {port.name for port in graph.get_inputs()}
+            self.many_texts = "context_begin" in given
+            self._noise = np.zeros(*noise_spec(facts))
+            self._noisy = False
+            self._request: Any = device.request(_with_variables(model, state_shapes(facts, plan.context)))
+            self._buckets = {bucket: self._bucket(bucket, given) for bucket in BUCKETS}
+            for bucket in self._buckets.values():  # OpenVINO prepares its kernels now
+                bucket.rows.pad(0, facts.tree_slots)
+                self._call(bucket)
+            self.clear()
+        except DeviceError as error:
+            raise DeviceError(f"{error} (planned: {plan})") from error
+        self.bus_bytes = 0
+
+    def rows(self, n: int) -> Any:
+        return self._buckets[bucket_of(n)].rows
+
+    def run(
+        self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
+    ) -> Candidates:
+        """The mask limits each row, and OpenVINO copies each input, so that only the first two arguments count.
+
+        Not after `close`.
+        """
+        bucket = self._buckets[bucket_of(n)]
+        bucket.rows.pad(n, self._facts.tree_slots)
+        if noise is not None or self._noisy:
+            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
+            self._noise[:] = 0 if noise is None else noise
+            self._noisy = noise is not None
+        self._call(bucket)
+        found = self._facts.positions or n
+        return Candidates(bucket.rows.top_logprobs[:found], bucket.rows.top_ids[:found])
+
+    def touch(self, context: int) -> None:
+        """Do nothing: the variables have their full size from the first call on."""
+
+    def clear(self) -> None:
+        self._device.clear(self._request)
+
+    def close(self) -> None:
+        """Free the compiled graph with its variables."""
+        self._buckets, self._request = {}, None
+
+    def _bucket(self, rows: int, given: set[str]) -> Bucket:
+        """Return the arrays of one bucket. given: the graph's inputs."""
+        import openvino as ov
+
+        specs = row_specs(self._facts, rows, np.float32)
+        arrays: dict[str, Array] = {name: np.zeros(*spec) for name, spec in specs.items()}
+        read = {name: array for name, array in arrays.items() if name in given}  # an older pair's graph has no queries
+        if self.draft_ids is not None:
+            read[NOISE] = self._noise
+        inputs = {name: ov.Tensor(array, shared_memory=True) for name, array in read.items()}
+        moved = sum(array.nbytes for array in (*read.values(), *(arrays[name] for name in OUTPUTS)))
+        return Bucket(rows_of(self._facts, arrays), arrays, inputs, moved)
+
+    def _call(self, bucket: Bucket) -> None:
+        """Run the graph on a bucket's inputs, and copy its outputs. Raises DeviceError."""
+        self._device.call(self._request, bucket.inputs)
+        for name in OUTPUTS:
+            bucket.arrays[name][:] = self._request.get_tensor(name).data
+        self.bus_bytes += bucket.bus_bytes
+
+
+def _with_variables(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Fix the shapes of a model's state, and make it variables in place of inputs and outputs."""
+    from openvino import PartialShape
+    from openvino.passes import MakeStateful, Manager
+
+    model.reshape({name: PartialShape(shape) for name, shape in shapes.items()})
+    passes = Manager()
+    passes.register_pass(MakeStateful({name: output_name(name) for name in shapes}))
+    passes.run_passes(model)
+    return model
+
+
+class _Port(NamedTuple):
+    """An input or output as ONNX Runtime describes one."""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+    @classmethod
+    def of(cls, port: Any) -> _Port:
+        kind = TYPES.get(port.element_type.to_dtype().type, str(port.element_type))
+        sizes = [size.get_length() if size.is_static else "any" for size in port.partial_shape]
+        return cls(port.any_name, kind, sizes)
+
+
+@dataclass(frozen=True)
+class _Ports:
+    """What the checks of a graph ask a session of ONNX Runtime, from a model of OpenVINO."""
+
+    inputs: list[_Port]
+    outputs: list[_Port]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: Any) -> _Ports:
+        path = [_METADATA, DRAFT_IDS]
+        metadata = {DRAFT_IDS: str(model.get_rt_info(path).value)} if model.has_rt_info(path) else {}
+        return cls([*map(_Port.of, model.inputs)], [*map(_Port.of, model.outputs)], metadata)
+
+    def get_inputs(self) -> list[_Port]:
+        return self.inputs
+
+    def get_outputs(self) -> list[_Port]:
+        return self.outputs
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map=self.metadata)
