@@ -14,9 +14,9 @@ import pytest
 
 from dovetail.runtime.doctor import diagnose as doctor
 from dovetail.runtime.doctor.diagnose import Cuda, OpenVinoGpu, WebGpu
-from dovetail.runtime.drafter import openvino as openvino_gpu
 from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
-from dovetail.runtime.drafter.openvino import OpenVinoDevice
+from dovetail.runtime.drafter.openvino import device as openvino_gpu
+from dovetail.runtime.drafter.openvino.device import OpenVinoDevice
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
 from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest

@@ -19,10 +19,11 @@ from click.testing import CliRunner
 
 from dovetail.runtime.cli.main import cli
 from dovetail.runtime.drafter import onnx as onnx_drafter
-from dovetail.runtime.drafter import openvino as openvino_gpu
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.openvino import INSTALL, OpenVinoDevice, OpenVinoRunner, gpu_facts
+from dovetail.runtime.drafter.openvino import device as openvino_gpu
+from dovetail.runtime.drafter.openvino.device import INSTALL, OpenVinoDevice, gpu_facts
+from dovetail.runtime.drafter.openvino.runner import OpenVinoRunner
 from dovetail.runtime.drafter.session import Ask
 from dovetail.runtime.drafter.vram import plan_openvino
 from dovetail.runtime.engine import Engine

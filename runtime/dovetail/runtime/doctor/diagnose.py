@@ -24,7 +24,7 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
-from dovetail.runtime.drafter.openvino import OpenVinoDevice, gpu_facts, openvino_gpu_problem
+from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, gpu_facts, openvino_gpu_problem
 from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version, webgpu_problem
 from dovetail.runtime.errors import DeviceError, one_line

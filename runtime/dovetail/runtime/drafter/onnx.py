@@ -1,4 +1,4 @@
-"""The drafter: one exported graph, whose rows a runner holds (cpu.py, cuda.py, webgpu, openvino.py).
+"""The drafter: one exported graph, whose rows a runner holds (cpu.py, cuda.py, webgpu, openvino).
 
 Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
 T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
@@ -21,7 +21,8 @@ from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.cuda import CudaRunner, Device
 from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.openvino import OpenVinoDevice, OpenVinoRunner, openvino_gpu_problem
+from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, openvino_gpu_problem
+from dovetail.runtime.drafter.openvino.runner import OpenVinoRunner
 from dovetail.runtime.drafter.session import GPUS, KEPT, Ask, DeviceReport, DraftNoise, check_device, check_keep
 from dovetail.runtime.drafter.vram import check_limit, plan_openvino, plan_pair, plan_webgpu
 from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, webgpu_expected

@@ -11,7 +11,7 @@ from typing import Any
 
 from dovetail.runtime.drafter.cpu import SPIN_US
 from dovetail.runtime.drafter.cuda_api import driver_cuda, gpu_name
-from dovetail.runtime.drafter.openvino import gpu_facts
+from dovetail.runtime.drafter.openvino.device import gpu_facts
 from dovetail.runtime.drafter.webgpu.device import adapter_name, plugin_version
 from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache

@@ -1,0 +1,1 @@
+"""The drafter on Intel GPUs, by OpenVINO."""

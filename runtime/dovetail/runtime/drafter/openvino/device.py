@@ -1,0 +1,79 @@
+"""OpenVINO's GPU: find it, and compile and call graphs, with each failure in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dovetail.runtime.drafter.ort import failed, run_failed
+from dovetail.runtime.errors import DeviceError
+
+GPU = "GPU"  # OpenVINO's name for the first Intel GPU, which is the integrated one if there is one
+INSTALL = "install the system's package intel-opencl-icd"
+
+
+def openvino_gpu_problem() -> str | None:
+    """Return why OpenVINO has no GPU, with the remedy, or None if it has one."""
+    if gpu_facts():
+        return None
+    return f"OpenVINO finds no Intel GPU: {INSTALL} if there is one, or use --drafter-device cpu"
+
+
+@cache
+def gpu_facts(device: str = GPU) -> str | None:
+    """Return the full name of a device, and its driver if OpenVINO knows that; None without the device."""
+    import openvino as ov
+
+    core, facts = ov.Core(), list[str]()
+    for name, text in (("FULL_DEVICE_NAME", "{}"), ("GPU_DRIVER_VERSION", "driver {}")):
+        try:
+            facts.append(text.format(core.get_property(device, name)))
+        except RuntimeError:  # no device, or no such property
+            continue
+    return ", ".join(facts) or None
+
+
+class OpenVinoDevice:
+    """A device of OpenVINO. Its methods raise DeviceError."""
+
+    def __init__(self, device: str = GPU, properties: Mapping[str, str] | None = None):
+        """device: OpenVINO's name. properties: more of OpenVINO's properties."""
+        import openvino as ov
+
+        if device == GPU and (problem := openvino_gpu_problem()):
+            raise DeviceError(problem)
+        self.name, self._device, self._core = gpu_facts(device) or device, device, ov.Core()
+        self._properties = {"PERFORMANCE_HINT": "LATENCY", **(properties or {})}
+
+    def read(self, graph: Path | bytes) -> Any:
+        """Return the model of an ONNX file."""
+        try:
+            return self._core.read_model(graph)
+        except RuntimeError as error:
+            what = graph if isinstance(graph, Path) else "a graph"
+            raise failed(f"OpenVINO cannot read {what}", error, "export the drafter again") from error
+
+    def request(self, model: Any) -> Any:
+        """Compile a model, and return its request for calls, with variables of zeros."""
+        try:
+            return self._core.compile_model(model, self._device, self._properties).create_infer_request()
+        except RuntimeError as error:
+            raise failed(f"OpenVINO cannot compile the graph for {self.name}", error, "update its driver") from error
+
+    def call(self, request: Any, inputs: Mapping[str, Any]) -> None:
+        """Run a request with tensors as its inputs."""
+        try:
+            for name, tensor in inputs.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+        except RuntimeError as error:
+            raise run_failed(error) from error
+
+    def clear(self, request: Any) -> None:
+        """Fill a request's variables with zeros."""
+        try:
+            request.reset_state()
+        except RuntimeError as error:
+            raise run_failed(error) from error
