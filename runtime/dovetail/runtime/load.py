@@ -11,7 +11,7 @@ from pathlib import Path
 from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter, gpu_expected
 from dovetail.runtime.drafter.session import GPUS, check_device
 from dovetail.runtime.drafter.vram import check_draft_model, check_limit
 from dovetail.runtime.errors import DeviceError, InputError, PairError
@@ -192,12 +192,17 @@ def _quickest(
 
 
 def _known_to_be_slower(kept: Callable[[str], Costs | None]) -> str | None:
-    """Return the note for the CPU if an earlier start found it quicker than a GPU, so that the GPU stays closed."""
+    """Return the note for the CPU if an earlier start found it quicker than a GPU, so that the GPU stays closed.
+
+    A GPU that comes first and has not been measured is tried.
+    """
     cpu = kept("cpu")
     for gpu in GPUS:
         if cpu and (costs := kept(gpu)):
             slower, note = _compared(gpu, costs, cpu)
             return note if slower else None
+        if gpu_expected(gpu):
+            return None
     return None
 
 

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.runtime import load
 from dovetail.runtime.drafter import onnx as onnx_drafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.engine import Engine
@@ -72,6 +73,15 @@ def test_a_slower_gpu_is_left_and_not_opened_again(opened: list[Any], pairs: Any
             assert engine.drafter_note == "the CPU is quicker: a call takes 2.0 ms with CUDA, 1.0 ms on the CPU"
             assert engine.scheduler is not None and len(engine.generate(pairs.prompt, 8, raw=True).token_ids) > 0
     assert [device.closed for device in opened] == [True]
+
+
+def test_a_better_gpu_that_comes_later_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebGPU was measured and slower than the CPU; then CUDA was installed."""
+    found = {name: Costs(TARGET, Curve((0,), (1, 128), ((ms, ms),))) for name, ms in (("webgpu", 2.0), ("cpu", 1.0))}
+    monkeypatch.setattr(load, "gpu_expected", lambda gpu: False)
+    assert str(load._known_to_be_slower(found.get)).startswith("the CPU is quicker: a call takes 2.0 ms with WebGPU")
+    monkeypatch.setattr(load, "gpu_expected", lambda gpu: gpu == "cuda")
+    assert load._known_to_be_slower(found.get) is None
 
 
 @pytest.mark.parametrize("opened", [(2.0, 1.0)], indirect=True)

@@ -123,7 +123,7 @@ class OnnxDrafter:
                 if device == gpu:
                     raise DeviceError(f"the drafter cannot run on {GPUS[gpu]}: {error}") from error
                 problems.append(f"no {GPUS[gpu]}: {error}")
-                counted = counted or _expected(gpu)
+                counted = counted or gpu_expected(gpu)
         note = "; ".join(problems)
         if counted:
             log.warning("the drafter runs on the CPU: %s", note)
@@ -427,7 +427,7 @@ class OnnxDrafter:
             raise InputError(f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {vocabulary}")
 
 
-def _expected(gpu: str) -> bool:
+def gpu_expected(gpu: str) -> bool:
     """Return whether one of GPUS should work here, as far as its driver or its plugin tells."""
     if gpu == "cuda":
         return driver_cuda() is not None
