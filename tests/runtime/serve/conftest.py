@@ -27,6 +27,8 @@ from dovetail.runtime.serve.service import Limits, Service
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 
+LEAD = 24  # of the next token's logit: of all other tokens together one in 10**8 is drawn at temperature 1
+
 # Qwen's form: tools in the system turn, calls as <tool_call>{...}</tool_call>.
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -73,7 +75,7 @@ class Parrot:
         logits = self._noise(prefix) * 0.25
         if self._start not in prefix:
             last = self._letters.index(prefix[-1]) if prefix[-1] in self._letters else -1
-            logits[[*self._letters, self._end][last + 1]] += 16
+            logits[[*self._letters, self._end][last + 1]] += LEAD
             return logits
         begin = max(index for index, token in enumerate(prefix) if token == self._start)
         told, said = self._told(prefix[:begin]), prefix[begin + 1 :]
@@ -88,7 +90,7 @@ class Parrot:
             return logits
         text = (*self._encode(told.partition("say ")[2] or "Hello there."), self._end)
         on = text[: len(said)] == said and len(said) < len(text)
-        logits[text[len(said)] if on else self._end] += 16
+        logits[text[len(said)] if on else self._end] += LEAD
         return logits
 
     def _told(self, prefix: tuple[int, ...]) -> str:
