@@ -24,9 +24,9 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
-from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, gpu_facts, openvino_gpu_problem
+from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, gpu_facts
 from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
-from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version, webgpu_problem
+from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 
@@ -207,23 +207,19 @@ def try_webgpu() -> WebGpu:
     """Return facts about WebGPU. Software adapters count as a problem, as for `auto`."""
     version = plugin_version()
     names = tuple(map(str, adapters() or ())) if version else ()
-    problem = webgpu_problem(software=False)
-    if problem is None:
-        try:
-            problem = probe_problem(WebGpuDevice(software=False))
-        except DeviceError as error:
-            problem = str(error)
+    try:
+        problem = probe_problem(WebGpuDevice(software=False))
+    except DeviceError as error:
+        problem = str(error)
     return WebGpu(version, names, problem)
 
 
 def try_openvino_gpu() -> OpenVinoGpu:
     """Return facts about OpenVINO's GPU."""
-    problem = openvino_gpu_problem()
-    if problem is None:
-        try:
-            problem = openvino_probe_problem(OpenVinoDevice())
-        except DeviceError as error:
-            problem = str(error)
+    try:
+        problem = openvino_probe_problem(OpenVinoDevice())
+    except DeviceError as error:
+        problem = str(error)
     return OpenVinoGpu(gpu_facts(), problem)
 
 

@@ -32,7 +32,7 @@ ARENA_COPIES = 2
 CUDA_ITSELF = 512 << 20
 # The plugin keeps the activations of each bucket's captured call, and those of the plain call that a
 # replay is checked against, in buffers of rounded sizes. SmolLM2 takes 3.7 times the float32 activations
-# of its largest call with 1,024 pairs and 4.7 times with 4,096: Vulkan's memory under SwiftShader.
+# of its largest call with 1,024 pairs and 4.7 times with 4,096: Vulkan's memory under SwiftShader, 2026-11-30.
 WEBGPU_COPIES = 5
 # WebGPU itself: a tiny drafter takes 20 MiB of Vulkan's memory. The rest is an allowance for what the
 # driver of a GPU needs for kernels, which differs from GPU to GPU.
@@ -94,23 +94,25 @@ def plan(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
 
 def plan_on_webgpu(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """Return the plan of a drafter on WebGPU, with `weights` bytes of INT8 graph and float32 values."""
-    state = sum(map(prod, state_shapes(facts, context).values())) * SINGLE
-    rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float32).values())
-    rows += sum(1 if facts.positions else bucket for bucket in BUCKETS) * facts.hidden_size * SINGLE  # embedded
-    rows += facts.noise * nbytes(noise_spec(facts))
-    fixed, per_pair = facts.workspace
-    workspace = WEBGPU_COPIES * (fixed + per_pair * context) * SINGLE // HALF
-    return VramPlan(context, weights, state, rows, workspace, cuda=0, webgpu=WEBGPU_ITSELF)
+    embedded = sum(1 if facts.positions else bucket for bucket in BUCKETS) * facts.hidden_size * SINGLE
+    state, rows, activations = _single(facts, context)
+    return VramPlan(context, weights, state, rows + embedded, WEBGPU_COPIES * activations, cuda=0, webgpu=WEBGPU_ITSELF)
 
 
 def plan_on_openvino(facts: DrafterFacts, weights: int, context: int) -> VramPlan:
     """Return the plan of a drafter on OpenVINO's GPU; see plan_on_webgpu."""
-    state = OPENVINO_STATES * sum(map(prod, state_shapes(facts, context).values())) * SINGLE
+    state, rows, activations = _single(facts, context)
+    return VramPlan(
+        context, weights, OPENVINO_STATES * state, rows, OPENVINO_COPIES * activations, cuda=0, opencl=OPENCL_ITSELF
+    )
+
+
+def _single(facts: DrafterFacts, context: int) -> tuple[int, int, int]:
+    """Return the bytes of state, rows and activations in float32, each once."""
+    state = sum(map(prod, state_shapes(facts, context).values())) * SINGLE
     rows = sum(nbytes(spec) for bucket in BUCKETS for spec in row_specs(facts, bucket, np.float32).values())
-    rows += facts.noise * nbytes(noise_spec(facts))
     fixed, per_pair = facts.workspace
-    workspace = OPENVINO_COPIES * (fixed + per_pair * context) * SINGLE // HALF
-    return VramPlan(context, weights, state, rows, workspace, cuda=0, opencl=OPENCL_ITSELF)
+    return state, rows + facts.noise * nbytes(noise_spec(facts)), (fixed + per_pair * context) * SINGLE // HALF
 
 
 def plan_pair(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
@@ -132,18 +134,21 @@ def plan_webgpu(manifest: Manifest, on_host: int, vram: int | None = None, *, fi
 
     on_host: bytes of the INT8 graph's weights that the host keeps.
     """
-    facts = manifest.needed_drafter
-    weights = sum(entry.size for entry in manifest.drafter_files("cpu")) - on_host
-    limit = facts.vram if vram is None else vram
-    return plan_within(facts, weights, limit, fit=fit or vram is None, planned=plan_on_webgpu)
+    return _plan_int8(manifest, on_host, vram, fit, plan_on_webgpu)
 
 
 def plan_openvino(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
     """Return the plan of a pair's drafter on OpenVINO's GPU within `vram` bytes; see plan_pair."""
+    return _plan_int8(manifest, 0, vram, fit, plan_on_openvino)
+
+
+def _plan_int8(
+    manifest: Manifest, on_host: int, vram: int | None, fit: bool, planned: Callable[[DrafterFacts, int, int], VramPlan]
+) -> VramPlan:
     facts = manifest.needed_drafter
-    weights = sum(entry.size for entry in manifest.drafter_files("cpu"))
+    weights = sum(entry.size for entry in manifest.drafter_files("cpu")) - on_host
     limit = facts.vram if vram is None else vram
-    return plan_within(facts, weights, limit, fit=fit or vram is None, planned=plan_on_openvino)
+    return plan_within(facts, weights, limit, fit=fit or vram is None, planned=planned)
 
 
 def plan_within(
