@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from math import log
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,16 @@ from dovetail.runtime.loop.batch import PROMPT_TOKENS, SHARED_TOKENS, SequenceBa
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
 from dovetail.runtime.policy.costs import Costs, Curve
-from dovetail.runtime.policy.policy import Choice, Plan, Policy
+from dovetail.runtime.policy.policy import Choice, Plan, Policy, Round
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.sampling.sampler import Sampler
 from dovetail.runtime.target.session import NO_PROMPTS
 from dovetail.runtime.testing.policy import ScriptedPolicy
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
-from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.forest import Forest
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.repeats import Repeat
 
 VOCAB = 9
 LOGITS = MarkovLogits(VOCAB, sharpness=3.0)
@@ -288,6 +290,24 @@ def test_the_prompts_of_others_are_no_reason_to_draft(texts: int, call_ms: float
     assert gain(texts, "hostile", table, table, requests=12 * texts) > least
 
 
+@pytest.mark.parametrize("texts", [2, 4, 16])
+def test_the_least_probability_is_where_repeats_begin_to_pay(texts: int) -> None:
+    scheduler = Scheduler(costs(plain_ms=13.0, node_ms=2.0, switch_ms=0.0))
+    scheduler.start(sampled=False, texts=texts)
+    for _ in range(2):  # plain passes, whose time the scheduler has to know
+        plain = Plan(100, 0, (texts,), texts=texts)
+        roots = Forest((DraftTree.root(1),) * texts)
+        passed_ms = scheduler.costs.target.at(100, texts)
+        scheduler.learn(Round(plain, scheduler.choose(plain, roots), (None,) * texts, [[1]] * texts, 0.1, passed_ms))
+    least = scheduler.least(100)
+    assert 0.0 < least <= 1.0
+    for probability, pays in ((0.98 * least, False), (min(1.02 * least, 1.0), least < 1.0)):
+        repeat = Repeat((5,), (log(probability),), (16, 0))
+        forest = Forest((graft(DraftTree.root(1), [repeat], 2),) * texts)
+        choice = scheduler.choose(scheduler.plan(100, 2 * texts, forest, 0), forest)
+        assert (choice.width > texts) == pays
+
+
 @pytest.mark.parametrize("switch_ms", [0.0, 8.0])
 @pytest.mark.parametrize("node_ms", [0.5, 2.0])
 @pytest.mark.parametrize("kind", ["hostile", "some"])
@@ -298,9 +318,9 @@ def test_a_look_at_repeated_text_would_have_changed_nothing(kind: str, node_ms: 
     class Looking(Scheduler):
         plainly = False
 
-        def decodes_plainly(self) -> bool:
-            self.plainly = super().decodes_plainly()
-            return False
+        def least(self, context: int) -> float:
+            self.plainly = (least := super().least(context)) > 1.0
+            return 0.0 if self.plainly else least
 
         def plan(self, *arguments: Any) -> Plan:
             plan = super().plan(*arguments)

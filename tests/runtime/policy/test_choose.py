@@ -401,7 +401,7 @@ def test_questions_change_nothing() -> None:
             offered = round.choice.offered
             assert offered is not None
             for question in (
-                self.decodes_plainly,
+                lambda: self.least(plan.context),
                 lambda: self.widest(plan.context, 12),
                 lambda: self.plan(plan.context, 12, offered, plan.unread),
                 lambda: self.believe(plan, 1, np.log(np.array([[0.6, 0.3]], np.float32))).tolist(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, log
 
 import numpy as np
 import pytest
@@ -75,6 +75,20 @@ def test_probabilities_follow_the_record() -> None:
         index.learn(before, [3, 4])
     [kind] = index.find(text, 2)
     assert exp(kind.logprobs[0]) > 0.85 and exp(kind.logprobs[1] - kind.logprobs[0]) > 0.95
+
+
+@given(TEXTS, st.floats(0.01, 1.0))
+def test_what_is_less_probable_than_the_least_is_left_out(text: list[int], least: float) -> None:
+    """Of a path the first tokens stay, which are as probable; a path without any is none."""
+    some = {repeat.tokens[0]: repeat for repeat in RepeatIndex().find(text, 6, least=least)}
+    for whole in RepeatIndex().find(text, 6):
+        count = sum(logprob >= log(least) for logprob in whole.logprobs)
+        kept = some.get(whole.tokens[0])
+        if kept is None or kept.kind != whole.kind:  # of a shorter run, after a longer one that was left out
+            assert not count
+        else:
+            assert (kept.tokens, kept.logprobs) == (whole.tokens[:count], whole.logprobs[:count])
+    assert all(logprob >= log(least) for repeat in some.values() for logprob in repeat.logprobs)
 
 
 @given(st.lists(TEXTS, max_size=12), st.integers(0, 80), TEXTS)

@@ -24,14 +24,11 @@ from dovetail.runtime.tree.limits import TreeLimits
 
 
 class _Kept(NamedTuple):
-    """Features [n, D] of the last pairs, in parts as they came. begin: number of the first pair."""
+    """Features [n, D] of the last pairs, in parts as they came. begin, end: numbers of the pairs."""
 
     begin: int = 0
+    end: int = 0
     parts: tuple[FloatArray, ...] = ()
-
-    @property
-    def end(self) -> int:
-        return self.begin + sum(map(len, self.parts))
 
     def last(self, count: int) -> FloatArray:
         """Return the last `count` rows, at least one, in one array."""
@@ -47,7 +44,7 @@ class _Kept(NamedTuple):
         begin, parts = self.begin + rows, self.parts
         while rows and rows >= len(parts[0]):
             rows, parts = rows - len(parts[0]), parts[1:]
-        return _Kept(begin, (parts[0][rows:], *parts[1:]) if rows else parts)
+        return _Kept(begin, self.end, (parts[0][rows:], *parts[1:]) if rows else parts)
 
 
 class Reading(ABC):
@@ -152,7 +149,8 @@ class Window(Reading):
 
     def add(self, features: FloatArray) -> None:
         """Append pairs. features: [n, D], of which the window keeps a copy."""
-        kept = _Kept(self._kept.begin, (*self._kept.parts, np.array(features)))
+        begin, end, parts = self._kept
+        kept = _Kept(begin, end + len(features), (*parts, np.array(features)))
         self._kept = kept.without(max(kept.end - kept.begin - KEPT, 0))
 
     def reach(self, pairs: int) -> int:
@@ -169,19 +167,20 @@ class Window(Reading):
         self.start = min(self.start, keep)
         kept = self._kept
         if keep <= kept.begin:
-            self._kept = _Kept(min(keep, self._read_to))
+            end = min(keep, self._read_to)
+            self._kept = _Kept(end, end)
         elif keep < kept.end:
             features = kept.last(kept.end - kept.begin)
-            self._kept = _Kept(kept.begin, (features[: keep - kept.begin],))
+            self._kept = _Kept(kept.begin, keep, (features[: keep - kept.begin],))
 
     def follow(self, other: Reading, pairs: int) -> None:
         """Begin a text with the first `pairs` pairs of another text. The drafter may read those that it keeps."""
         assert isinstance(other, Window)
         kept = other._kept
-        self._kept = _Kept(pairs)
+        self._kept = _Kept(pairs, pairs)
         if kept.begin < pairs <= kept.end:
             features = kept.last(kept.end - kept.begin)
-            self._kept = _Kept(kept.begin, (features[: pairs - kept.begin],))
+            self._kept = _Kept(kept.begin, pairs, (features[: pairs - kept.begin],))
 
     def park(self) -> None:
         """Free what the drafter holds; the window keeps its pairs. `rewind` follows."""

@@ -42,17 +42,17 @@ def draft(texts: Many[Sequence], policy: Policy | None = None) -> Offer:
 
     Without a policy every tree grows to its request's limits.
     """
-    look = policy is None or not policy.decodes_plainly()
-    outlooks = [text.outlook(policy, look=look) for text in texts]
+    context = sum(len(text.tokens) - 1 for text in texts) // len(texts)
+    least = policy.least(context) if policy else 0.0
+    outlooks = [text.outlook(policy, least) for text in texts]
     if policy is None:
         return Offer(tuple(_joined(texts, outlooks, _drafted(texts, outlooks, [None] * len(texts)))))
     most = sum(outlook.limits.width for outlook in outlooks)
     if most == len(texts):
         return Offer(tuple(outlook.repeats for outlook in outlooks))
-    context = sum(len(text.tokens) - 1 for text in texts) // len(texts)
     repeats = Forest(tuple(outlook.repeats for outlook in outlooks))
     plan = policy.plan(context, most, repeats, sum(text.waiting for text in texts))
-    plan = replace(plan, draft=plan.draft and look)
+    plan = replace(plan, draft=plan.draft and least <= 1.0)
     if not plan.draft:
         choice = policy.choose(plan, repeats)
         return Offer(choice.forest.trees, choice.width, plan, choice, (None,) * len(texts))

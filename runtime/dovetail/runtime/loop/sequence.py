@@ -228,17 +228,18 @@ class Sequence:
             self.tell(result.features)
         return step
 
-    def outlook(self, policy: Policy | None = None, *, look: bool = True) -> Outlook:
+    def outlook(self, policy: Policy | None = None, least: float = 0.0) -> Outlook:
         """Return the limits of the next tree, and the tree of repeated text alone.
 
-        look: for repeated text, and for what a grammar forces; otherwise the tree is the known token.
+        least: the least probability of repeated text. Above 1 the tree is the known token, whatever a
+        grammar forces.
         """
         known, limits = DraftTree.root(self.tokens[-1]), self._limits(len(self.tokens), self.room)
         self._found = []
-        if limits.width == 1 or not look:
+        if limits.width == 1 or least > 1.0:
             return Outlook(limits, known)
         if limits.lookup:
-            self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier)
+            self._found = self.repeats.find(self.tokens, limits.lookup, self.earlier, least)
         if policy:
             limits = _narrowed(limits, policy.widest(len(self.tokens) - 1, limits.width))
         return Outlook(limits, self.join(known, limits))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
-from math import exp, log
+from math import exp, inf, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,19 @@ class Scheduler:
 
     # --- before the draft
 
-    def decodes_plainly(self) -> bool:
-        """See Policy. With one text the answer is no: its trees take little time, and a further row may be free."""
-        known, budget = self._known, self._known.budget
-        if budget.covers(0.0) or self._texts == 1 or self._width != self._texts:
-            return False
-        seems_to_pay = known.price_of_token * (known.tokens.value - 1.0) > known.steps.value - 1.0
-        return not (seems_to_pay and budget.covers(-START))
+    def least(self, context: int) -> float:
+        """See Policy. With one text the answer is 0: its trees take little time, and a further row may be free."""
+        known, budget, texts = self._known, self._known.budget, self._texts
+        if texts == 1:
+            return 0.0
+        if not budget.covers(0.0) and self._width == texts:
+            seems_to_pay = known.price_of_token * (known.tokens.value - 1.0) > known.steps.value - 1.0
+            if not (seems_to_pay and budget.covers(-START)):
+                return inf
+        plain = self.pace.target_ms(context, texts, texts)
+        wider = self._widths(context, texts * BOUNDS.width, texts)[1:]
+        node = min((self.pace.target_ms(context, width, texts) - plain) / (width - texts) for width in wider)
+        return min(max(node / (known.price_of_token * plain / texts), 0.0), 1.0)
 
     def widest(self, context: int, most: int) -> int:
         return min(self._widths(context, most, self._texts)[-1], most, BOUNDS.width)

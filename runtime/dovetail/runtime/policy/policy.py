@@ -68,8 +68,11 @@ class Policy(Protocol):
     def start(self, sampled: bool, texts: int = 1) -> None:
         """Turn to rounds of so many texts. sampled: whether any of their answers is sampled."""
 
-    def decodes_plainly(self) -> bool:
-        """Whether the next round decodes plainly without a look at repeated text and at a grammar."""
+    def least(self, context: int) -> float:
+        """Return the least probability with which repeated text may pay for its pass.
+
+        Above 1 the next round decodes plainly, without a look at repeated text and at a grammar.
+        """
 
     def widest(self, context: int, most: int) -> int:
         """Return the nodes of the largest useful tree of a text, at most `most`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,8 @@ class ScriptedPolicy:
     def start(self, sampled: bool, texts: int = 1) -> None:
         """See Policy."""
 
-    def decodes_plainly(self) -> bool:
-        return self.plain > 0 and bool(self.rng.random() < self.plain)
+    def least(self, context: int) -> float:
+        return inf if self.plain > 0 and self.rng.random() < self.plain else 0.0
 
     def widest(self, context: int, most: int) -> int:
         return most

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.system.bounds import check_whole
@@ -90,16 +91,19 @@ class RepeatIndex:
     _indexed: int = 0  # runs that end at or before this index are indexed
     _tallies: dict[tuple[int, int], list[list[float]]] = field(default_factory=dict)  # kind -> 2 x [hits, tries]
 
-    def find(self, tokens: Sequence[int], count: int, earlier: EarlierTexts | None = None) -> list[Repeat]:
-        """Return paths of `count` tokens that may follow `tokens`.
+    def find(
+        self, tokens: Sequence[int], count: int, earlier: EarlierTexts | None = None, least: float = 0.0
+    ) -> list[Repeat]:
+        """Return paths of at most `count` tokens that may follow `tokens`, each with a probability of `least` or more.
 
         Paths after the longest run come first. No two paths begin with the same token. Paths from
-        `earlier` texts are found where the run is longer than any in `tokens`, and may be shorter.
+        `earlier` texts are found where the run is longer than any in `tokens`.
         """
         self._follow(tokens)
         found: dict[int, Repeat] = {}
         for size in SIZES:
-            if len(run := tuple(self._tokens[-size:])) < size:
+            hits, tries = self._tally((size, min(len(found), 1)))[0]
+            if hits < least * tries or len(run := tuple(self._tokens[-size:])) < size:
                 continue
             paths = [self._copy(end, count) for end in self._ends.get(run, ())]
             if earlier and not paths and not found:  # own text first
@@ -107,7 +111,8 @@ class RepeatIndex:
             for path in paths:
                 if path[0] not in found:
                     kind = size, min(len(found), 1)
-                    found[path[0]] = Repeat(path, self._logprobs(kind, len(path)), kind)
+                    if logprobs := self._logprobs(kind, len(path), least):
+                        found[path[0]] = Repeat(path[: len(logprobs)], logprobs, kind)
         return list(found.values())
 
     def learn(self, repeat: Repeat, truth: Sequence[int]) -> None:
@@ -139,9 +144,11 @@ class RepeatIndex:
             path.append(path[index])
         return tuple(path)
 
-    def _logprobs(self, kind: tuple[int, int], count: int) -> tuple[float, ...]:
+    def _logprobs(self, kind: tuple[int, int], count: int, least: float) -> tuple[float, ...]:
+        """Return those of a path's first tokens, at most `count`, that are as probable as `least`."""
         first, later = (math.log(hits / tries) for hits, tries in self._tally(kind))
-        return tuple(first + later * index for index in range(count))
+        floor = math.log(least) if least else -math.inf
+        return tuple(takewhile(floor.__le__, (first + later * index for index in range(count))))
 
     def _tally(self, kind: tuple[int, int]) -> list[list[float]]:
         return self._tallies.setdefault(kind, [[rate * PRIOR_TRIES, PRIOR_TRIES] for rate in PRIOR[kind]])
