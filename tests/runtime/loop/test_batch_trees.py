@@ -290,6 +290,23 @@ def test_the_prompts_of_others_are_no_reason_to_draft(texts: int, call_ms: float
     assert gain(texts, "hostile", table, table, requests=12 * texts) > least
 
 
+@pytest.mark.parametrize(("texts", "drafts"), [(1, True), (4, False)])
+def test_only_one_text_goes_on_drafting_in_debt(texts: int, drafts: bool) -> None:
+    """Drafts that have paid so far, after a budget that is spent."""
+    scheduler = Scheduler(costs())
+    scheduler.start(sampled=False, texts=texts)
+    roots = Forest((DraftTree.root(1),) * texts)
+    for _ in range(2):
+        passed_ms = scheduler.costs.target.at(100, texts)
+        plan = Plan(100, 0, (texts,), texts=texts)
+        scheduler.learn(Round(plan, scheduler.choose(plan, roots), (None,) * texts, [[1]] * texts, 0.1, passed_ms))
+    scheduler._known.tokens.add(4.0, 20.0)
+    assert scheduler.plan(100, 8 * texts, roots, texts).draft
+    scheduler._known.budget.balance = -0.1
+    assert scheduler.plan(100, 8 * texts, roots, texts).draft == drafts
+    assert (scheduler.least(100) > 1.0) == (not drafts)
+
+
 @pytest.mark.parametrize("texts", [2, 4, 16])
 def test_the_least_probability_is_where_repeats_begin_to_pay(texts: int) -> None:
     scheduler = Scheduler(costs(plain_ms=13.0, node_ms=2.0, switch_ms=0.0))

@@ -75,13 +75,11 @@ class Scheduler:
 
     def least(self, context: int) -> float:
         """See Policy. With one text the answer is 0: its trees take little time, and a further row may be free."""
-        known, budget, texts = self._known, self._known.budget, self._texts
+        known, texts = self._known, self._texts
         if texts == 1:
             return 0.0
-        if not budget.covers(0.0) and self._width == texts:
-            seems_to_pay = known.price_of_token * (known.tokens.value - 1.0) > known.steps.value - 1.0
-            if not (seems_to_pay and budget.covers(-START)):
-                return inf
+        if not known.budget.covers(0.0) and self._width == texts:
+            return inf
         plain = self.pace.target_ms(context, texts, texts)
         wider = self._widths(context, texts * BOUNDS.width, texts)[1:]
         node = min((self.pace.target_ms(context, width, texts) - plain) / (width - texts) for width in wider)
@@ -99,7 +97,8 @@ class Scheduler:
         plain = self._plain_ms(plan)
         otherwise = max(worth - self._change(width) for width, worth in self._worth(plan, repeats).items())
         gain = known.price_of_token * known.tokens.value - known.steps.value - otherwise / plain
-        at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -START
+        debt = START if texts == 1 else 0.0  # with several texts the replay has no use for one
+        at_risk = known.steps.value - 1.0 + pace.backlog_ms(context, unread) / plain if gain <= 0.0 else -debt
         return replace(plan, draft=gain >= -OPTIMISM and known.budget.covers(at_risk))
 
     def _widths(self, context: int, most: int, texts: int) -> tuple[int, ...]:
