@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.webgpu.device import SOFTWARE, webgpu_problem
+from dovetail.runtime.devices.webgpu import SOFTWARE, webgpu_problem
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.tree.limits import TreeLimits

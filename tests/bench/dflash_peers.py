@@ -38,7 +38,7 @@ from dovetail.exporter.target.convert import WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
 from dovetail.models.dflash import DFlash
 from dovetail.models.formats.layout import flat_parameters
-from dovetail.runtime.drafter.block import BlockDrafter
+from dovetail.runtime.drafter.open import open_cuda, open_drafter
 from dovetail.runtime.drafter.session import Drafter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
@@ -277,7 +277,7 @@ def texts(pair: Path, exact: Manifest, target: Any, genai: str, folders: tuple[P
     peers, ahead = beside("bench/peers.py"), exact.needed_drafter.positions
     chain = TreeLimits(width=ahead + 1, depth=ahead, top_k=1, lookup=0)
     loaded, tokenizer = OpenVINOTarget.load(pair, exact, ov_config=FLOAT32), Tokenizer.from_folder(pair / "target")
-    writer = Engine(loaded, BlockDrafter.open(pair, exact, device="cpu"), tokenizer, tree=chain)
+    writer = Engine(loaded, open_drafter(pair, exact, device="cpu"), tokenizer, tree=chain)
     same = {name: 0 for name in ("transformers", "Dovetail", "openvino-genai")}
     passes = {"Dovetail": 0, "openvino-genai": 0}
     count = 0
@@ -342,9 +342,9 @@ def main(command: str, genai: str | None) -> None:
             assert isinstance(module, DFlash)
             manifest, exact = read_manifest(pair), in_float32(pair, module)
             sessions: dict[str, Drafter] = {
-                "float32": BlockDrafter.open(pair, exact, device="cpu"),
-                "float16": BlockDrafter.open_cuda(pair, manifest, new_device=devices.HostDevice),
-                "int8": BlockDrafter.open(pair, manifest, device="cpu"),
+                "float32": open_drafter(pair, exact, device="cpu"),
+                "float16": open_cuda(pair, manifest, new_device=devices.HostDevice),
+                "int8": open_drafter(pair, manifest, device="cpu"),
             }
             peer = Peer.load(folder / "ir" / "target", target)
             found = compare(peer, module, sessions, contexts(target, flags.taps))

@@ -24,10 +24,11 @@ import click
 import numpy as np
 
 from dovetail.runtime.cli.main import fail
+from dovetail.runtime.devices.cuda import cuda_build, driver_cuda, gpu_name
 from dovetail.runtime.doctor.diagnose import nvidia_gpus
-from dovetail.runtime.drafter.cuda import CudaRunner
-from dovetail.runtime.drafter.cuda_api import cuda_build, driver_cuda, gpu_name
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
+from dovetail.runtime.drafter.runners.cuda import CudaRunner
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.pair.check import read_sound
@@ -151,9 +152,7 @@ def main(pair: Path, vram: str) -> None:
     try:
         manifest = read_sound(pair)
         limit = parse_size(vram)
-        found = report(
-            lambda: OnnxDrafter.open(pair, manifest, device="cuda", vram=limit), manifest.target.feature_size
-        )
+        found = report(lambda: open_drafter(pair, manifest, device="cuda", vram=limit), manifest.target.feature_size)
     except DovetailError as error:
         sys.exit(fail(str(error), error.exit_code))
     found = {"pair": manifest.name, "vram_limit_mb": limit >> 20, **found}

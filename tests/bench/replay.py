@@ -27,9 +27,9 @@ import click
 import numpy as np
 
 from dovetail.runtime.cli.main import fail
-from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise
 from dovetail.runtime.errors import DovetailError, InputError, ManifestError
 from dovetail.runtime.load import open_draft_model
@@ -101,7 +101,7 @@ def record(
         if draft_model:
             _, drafter = open_draft_model(draft_model, tokenizer, manifest, threads=None)
         elif manifest.drafter:
-            drafter = session_of(manifest.drafter).open(folder, manifest, device="cpu")
+            drafter = open_drafter(folder, manifest, device="cpu")
         talk = Sequence(OpenVINOTarget.load(folder, manifest), drafter)
         longest = drafter.capacity if drafter else manifest.target.max_context
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the module that the peer is compare
 from dovetail.exporter.drafter.export import load_drafter
 from dovetail.exporter.pairs.pair import add_drafter
 from dovetail.models.dflash import DFlash
-from dovetail.runtime.drafter.block import BlockDrafter
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.pair.manifest import Manifest
 
 
@@ -81,7 +81,7 @@ def test_swapped_weights_are_seen(
             two.copy_(kept)
     rng = np.random.default_rng(3)
     asked = [script.Context(rng.standard_normal((count, 32)).astype(np.float32), count) for count in (1, 2, 9, 30, 140)]
-    session = BlockDrafter.open(pair, exact, device="cpu", threads=1)
+    session = open_drafter(pair, exact, device="cpu", threads=1)
     found = script.compare(TorchPeer(other), module, {"float32": session}, asked)
     assert {name: agreement.same for name, agreement in found.items()} == dict.fromkeys(
         ("torch", "float32"), swapped is None

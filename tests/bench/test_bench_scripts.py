@@ -6,13 +6,14 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from dovetail.runtime.batch_engine import BatchEngine
+from dovetail.runtime.drafter.open import open_cuda
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError, PairError
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
@@ -371,14 +372,13 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a host device the two ways cost the same; what is checked is that both ran, and what was counted."""
-    from dovetail.runtime.drafter.onnx import OnnxDrafter
     from dovetail.runtime.pair.manifest import read_manifest
 
     gpu = script("gpu")
     monkeypatch.setattr(gpu, "used_vram_mb", lambda: None)
     monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
     manifest = read_manifest(tiny_full_pair)
-    drafter = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
+    drafter = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
     graphs = dict(drafter._runner._graphs)  # type: ignore[attr-defined]  # a CudaRunner's
     found = gpu.report(lambda: drafter, manifest.target.feature_size)
     assert list(found["call_ms"]) == ["8", "16", "128"]
@@ -404,9 +404,9 @@ def test_the_gpu_script_ends_with_a_block_to_paste(
 
     def opened(pair: Path, manifest: Any, *, device: str, vram: int) -> OnnxDrafter:
         assert (device, vram) == ("cuda", 3 * 10**9)
-        return OnnxDrafter.open_cuda(pair, manifest, vram=vram, new_device=HostDevice)
+        return open_cuda(pair, manifest, vram=vram, new_device=HostDevice)
 
-    monkeypatch.setattr(gpu, "OnnxDrafter", SimpleNamespace(open=opened))
+    monkeypatch.setattr(gpu, "open_drafter", opened)
     result = CliRunner().invoke(gpu.main, [str(tiny_full_pair)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found, said = json.loads(result.stdout), result.stderr
@@ -429,7 +429,6 @@ def test_the_gpu_script_ends_with_a_block_to_paste(
 def test_the_block_to_paste_says_what_nobody_tells(
     tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dovetail.runtime.drafter.onnx import OnnxDrafter
     from dovetail.runtime.pair.manifest import read_manifest
 
     gpu = script("gpu")
@@ -438,7 +437,7 @@ def test_the_block_to_paste_says_what_nobody_tells(
     monkeypatch.setattr(gpu.latencies, "__defaults__", (1,))
     monkeypatch.setattr(gpu, "ROOT", tiny_full_pair)  # no clone
     manifest = read_manifest(tiny_full_pair)
-    drafter = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
+    drafter = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
     found = gpu.report(lambda: drafter, manifest.target.feature_size)
     said = gpu.block({"pair": "tiny", "vram_limit_mb": 1, **found})
     assert "| GPU | unknown (nvidia-smi: unknown) |" in said and "| commit | unknown |" in said

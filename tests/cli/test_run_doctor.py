@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.runtime.devices import openvino as openvino_gpu
+from dovetail.runtime.devices.cuda import PROVIDER, cuda_problem
+from dovetail.runtime.devices.openvino import OpenVinoDevice
+from dovetail.runtime.devices.webgpu import WebGpuDevice
 from dovetail.runtime.doctor import diagnose as doctor
 from dovetail.runtime.doctor.diagnose import Cuda, OpenVinoGpu, WebGpu
-from dovetail.runtime.drafter.cuda_api import PROVIDER, cuda_problem
-from dovetail.runtime.drafter.openvino import device as openvino_gpu
-from dovetail.runtime.drafter.openvino.device import OpenVinoDevice
-from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
@@ -97,7 +98,7 @@ def test_gpu_is_used_only_when_what_is_captured_replays(
     monkeypatch.setattr(doctor, "nvidia_gpus", lambda: (doctor.Gpu("GTX 1050", "2048 MiB", "580.1"),))
     monkeypatch.setattr(doctor, "cuda_problem", lambda: None)
     monkeypatch.setattr(doctor, "missing_libraries", lambda: [])
-    monkeypatch.setattr(doctor, "CudaDevice", lambda: HostDevice(deaf=deaf))
+    monkeypatch.setattr(doctor, "CudaDevice", lambda _: HostDevice(deaf=deaf))
     report = json.loads(invoke("doctor", "--json").stdout)
     assert report["gpus"] == [{"name": "GTX 1050", "memory": "2048 MiB", "driver": "580.1"}]
     assert (report["cuda"]["free_mb"], report["cuda"]["total_mb"]) == (3072, 4096)
@@ -315,7 +316,7 @@ def test_a_machine_without_an_intel_gpu_is_told_which_package_it_needs(monkeypat
 
 
 def test_openvino_s_device_runs_one_node_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = OpenVinoDevice("CPU")
+    device = OpenVinoDevice(DRAFTING, "CPU")
     assert doctor.openvino_probe_problem(device) is None
     monkeypatch.setattr(doctor, "PROBE_MODEL", b"no graph")
     assert "cannot read a graph" in str(doctor.openvino_probe_problem(device))
@@ -327,4 +328,4 @@ def test_a_software_adapter_is_named_and_not_used() -> None:
     [adapter] = facts.adapters
     assert adapter.startswith("SwiftShader") and adapter.endswith("(software)") and facts.plugin
     assert facts.problem and "is no GPU" in facts.problem
-    assert doctor.probe_problem(WebGpuDevice(software=True)) is None
+    assert doctor.probe_problem(WebGpuDevice(DRAFTING, software=True)) is None

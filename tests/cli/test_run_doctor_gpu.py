@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from dovetail.runtime.devices.cuda import PROVIDER
 from dovetail.runtime.doctor import diagnose, predict
 from dovetail.runtime.doctor.gpus import GPUS, find_gpu
-from dovetail.runtime.drafter.cuda_api import PROVIDER
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, file_entry, read_manifest, write_manifest

@@ -20,6 +20,7 @@ from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.pairs.reference import REFERENCE_PAIRS, shipped_drafter
 from dovetail.models.drafter import DraftModel
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cuda, open_drafter
 from dovetail.runtime.drafter.session import DeviceReport
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
@@ -71,7 +72,7 @@ def test_float16_keeps_children_and_acceptance_length(
     manifest = read_manifest(pair)
     assert manifest.drafter is not None
     tokens, features = text_of(pair)
-    half = OnnxDrafter.open_cuda(pair, manifest, new_device=HostDevice)
+    half = open_cuda(pair, manifest, new_device=HostDevice)
     whole = in_float32(pair, tmp_path)
     first = agreeing = total = 0
     gained = {"half": 0, "whole": 0}
@@ -115,7 +116,7 @@ def in_float32(pair: Path, folder: Path) -> OnnxDrafter:
     drafter = load_drafter(shipped_drafter(REFERENCE_PAIRS[DEFAULT_PAIR]), pair / "target")
     assert isinstance(drafter, DraftModel)
     save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
-    return OnnxDrafter.open(folder, replace(manifest, drafter=facts), device="cpu")
+    return open_drafter(folder, replace(manifest, drafter=facts), device="cpu")
 
 
 def accepted(tree: DraftTree, text: TokenArray) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from dovetail.runtime import Engine, TreeLimits
 from dovetail.runtime.bench.compare import measure, read_again
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.text.prompts import PromptTurns
@@ -119,7 +119,7 @@ def test_a_conversation_goes_on_from_its_kv(engine: Engine) -> None:
 
 
 def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
-    drafter, taken = OnnxDrafter.open(pair, read_manifest(pair), device="cpu", threads=2), []
+    drafter, taken = open_drafter(pair, read_manifest(pair), device="cpu", threads=2), []
     drafter.pretend_length(1, 100)
     for _ in range(5):
         drafter.time_pass(1, 8)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     "runtime": (
         ("errors", "system"),
-        ("tree", "sampling"),
+        ("tree", "sampling", "devices"),
         ("pair",),
         ("target", "drafter", "policy"),
         ("loop", "tune"),

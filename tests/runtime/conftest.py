@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cpu, open_cuda
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -32,15 +32,11 @@ class Pairs:
     def target(self) -> OpenVINOTarget:
         return OpenVINOTarget.load(self.pair, self.manifest, threads=1)
 
-    @cached_property
-    def session(self) -> type[OnnxDrafter]:
-        return session_of(self.manifest.needed_drafter)
-
     def cpu(self, note: str = "asked for", texts: int = 1) -> OnnxDrafter:
-        return self.session.open_cpu(self.pair, self.manifest.needed_drafter, note, threads=1, texts=texts)
+        return open_cpu(self.pair, self.manifest.needed_drafter, note, threads=1, texts=texts)
 
     def on(self, device: Any, **options: Any) -> OnnxDrafter:
-        return self.session.open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)
+        return open_cuda(self.pair, self.manifest, new_device=lambda: device, **options)
 
     def engine(self, drafter: Any) -> Engine:
         tokenizer = Tokenizer.from_folder(self.pair / "target")

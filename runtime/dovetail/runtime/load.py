@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dovetail.runtime.drafter.block import session_of
+from dovetail.runtime.devices.gpus import GPUS, gpu_expected
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
-from dovetail.runtime.drafter.onnx import OnnxDrafter, gpu_expected
-from dovetail.runtime.drafter.session import GPUS, check_device
+from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cpu, open_drafter
+from dovetail.runtime.drafter.session import check_device
 from dovetail.runtime.drafter.vram import check_draft_model, check_limit
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import read_sound
@@ -106,8 +107,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         if options.tree is not None:
             return Parts(target, model, tokenizer, tree, None, stop_tokens)
         return Parts(target, model, tokenizer, BOUNDS, schedule(measure(model, draft_model=own)), stop_tokens)
-    kind = session_of(facts)
-    open_cpu = partial(kind.open_cpu, pair, facts, threads=options.threads, texts=options.slots)
+    on_cpu = partial(open_cpu, pair, facts, threads=options.threads, texts=options.slots)
 
     def kept(device: str) -> Costs | None:
         """Return the costs of a drafter's device from the cache."""
@@ -116,20 +116,20 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
 
     compared = options.drafter_device == "auto" and options.tree is None
     if compared and options.vram is None and (slower := _known_to_be_slower(kept)):
-        drafter = open_cpu(slower)
+        drafter = on_cpu(slower)
     else:
-        drafter = kind.open(
+        drafter = open_drafter(
             pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram,
             fit=options.fit, texts=options.slots,
         )  # fmt: skip
     scheduler = None
     if options.tree is None:
-        drafter, costs = _measured(measure, drafter, open_cpu, options.drafter_device)
+        drafter, costs = _measured(measure, drafter, on_cpu, options.drafter_device)
         if compared and drafter.device_key in GPUS:
-            drafter, costs = _quickest(measure, drafter, costs, open_cpu)
+            drafter, costs = _quickest(measure, drafter, costs, on_cpu)
         scheduler = schedule(costs, pair_calibration(pair, manifest))
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
-    second = open_cpu if drafter.device_key in GPUS else None
+    second = on_cpu if drafter.device_key in GPUS else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 

@@ -21,7 +21,7 @@ from dovetail.models.eagle3 import BlockSizes
 from dovetail.models.language import LanguageConfig, LanguageDrafter
 from dovetail.models.rope import Rope
 from dovetail.runtime.drafter.graph_io import CHUNK
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cuda, open_drafter
 from dovetail.runtime.drafter.vram import CONTEXT, CONTEXT_STEP, LEAST_CONTEXT, VramPlan, plan, plan_pair
 from dovetail.runtime.errors import ExportError, InputError
 from dovetail.runtime.pair.manifest import read_manifest
@@ -129,8 +129,8 @@ def test_the_command_refuses_or_fits_and_the_pair_remembers(
     assert 16 <= manifest.drafter.draft_vocab_size < 64
     assert plan_pair(manifest).total <= limit
     for session in (
-        OnnxDrafter.open(pair, manifest, device="cpu", threads=1),
-        OnnxDrafter.open_cuda(pair, manifest, new_device=HostDevice),
+        open_drafter(pair, manifest, device="cpu", threads=1),
+        open_cuda(pair, manifest, new_device=HostDevice),
     ):
         session.pretend_length(1, 3)
 

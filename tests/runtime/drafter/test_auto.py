@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime import load
-from dovetail.runtime.drafter import onnx as onnx_drafter
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.policy.costs import Costs, Curve
@@ -29,7 +29,7 @@ def opened(
     cuda, cpu = request.param
     devices: list[Any] = []
 
-    def new() -> Any:
+    def new(_: Any) -> Any:
         devices.append(HostDevice())
         return devices[-1]
 
@@ -38,8 +38,8 @@ def opened(
         return Costs(TARGET, Curve((0,), (1, 128), ((ms, ms),)))
 
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", new)
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", new)
     monkeypatch.setattr(measure, "measure", costs)
     yield devices
 
@@ -57,7 +57,7 @@ def test_a_quicker_gpu_is_taken(opened: list[Any], pairs: Any) -> None:
 def test_a_gpu_without_captured_calls_is_measured_as_any_other(
     opened: list[Any], pairs: Any, HostDevice: type, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", lambda: HostDevice(captures=False))
+    monkeypatch.setattr(opening, "CudaDevice", lambda _: HostDevice(captures=False))
     with Engine.from_pretrained(pairs.pair) as engine:
         taken = engine.drafter_device == "CUDA (fp16)"
         assert ("launched one by one" in str(engine.drafter_note)) == taken

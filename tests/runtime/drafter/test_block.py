@@ -20,9 +20,10 @@ torch = pytest.importorskip("torch", reason="the reference is the torch drafter"
 from dovetail.exporter.drafter import block_graph
 from dovetail.exporter.drafter.export import load_drafter, save
 from dovetail.models.dflash import DFlash
-from dovetail.runtime.drafter.block import BlockDrafter, session_of
+from dovetail.runtime.drafter.block import BlockDrafter
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cpu, open_cuda, open_drafter
 from dovetail.runtime.drafter.session import DeviceReport, Drafter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
@@ -54,7 +55,7 @@ class Tiny:
     module: DFlash
 
     def open(self) -> BlockDrafter:
-        drafter = BlockDrafter.open(self.folder, self.exact, device="cpu", threads=1)
+        drafter = open_drafter(self.folder, self.exact, device="cpu", threads=1)
         assert isinstance(drafter, BlockDrafter)
         return drafter
 
@@ -99,10 +100,9 @@ def assert_same(got: DraftTree, want: DraftTree, tolerance: float = 1e-4) -> Non
 
 
 def test_the_manifest_picks_the_session(tiny: Tiny) -> None:
-    facts = tiny.manifest.needed_drafter
-    assert facts.positions == 5 and session_of(facts) is BlockDrafter
-    assert session_of(replace(facts, positions=0)) is OnnxDrafter
-    assert isinstance(tiny.open(), Drafter)
+    assert tiny.manifest.needed_drafter.positions == 5
+    session = tiny.open()
+    assert isinstance(session, BlockDrafter) and isinstance(session, Drafter)
 
 
 def test_chunks_and_rewinds_draft_what_torch_does(tiny: Tiny, stream) -> None:
@@ -175,8 +175,8 @@ def test_after_a_nan_no_text_drafts_from_cleared_memory(tiny: Tiny, stream, Host
 
     def opened() -> OnnxDrafter:
         if device == "cpu":
-            return BlockDrafter.open(tiny.folder, tiny.exact, device="cpu", threads=1, texts=2)
-        return BlockDrafter.open_cuda(tiny.pair, tiny.manifest, new_device=HostDevice)
+            return open_drafter(tiny.folder, tiny.exact, device="cpu", threads=1, texts=2)
+        return open_cuda(tiny.pair, tiny.manifest, new_device=HostDevice)
 
     (tokens, features), session, other = stream, opened(), SEQ + (device == "cpu")
     session.extend(SEQ, tokens[:9], features[:9])
@@ -223,9 +223,9 @@ def test_bad_calls_are_errors_that_name_the_remedy(tiny: Tiny, stream) -> None:
 def test_a_graph_of_the_other_kind_is_refused(tiny: Tiny) -> None:
     facts = tiny.exact.needed_drafter
     with pytest.raises(DeviceError, match=r"f32\.onnx has no 'bank': export the drafter again"):
-        OnnxDrafter.open_cpu(tiny.folder, replace(facts, positions=0), "asked for", threads=1)
+        open_cpu(tiny.folder, replace(facts, positions=0), "asked for", threads=1)
     with pytest.raises(DeviceError, match=r"noise is .* the manifest says"):
-        BlockDrafter.open_cpu(tiny.folder, replace(facts, positions=4), "asked for", threads=1)
+        open_cpu(tiny.folder, replace(facts, positions=4), "asked for", threads=1)
 
 
 class TorchDrafter:
@@ -283,7 +283,7 @@ def test_a_chain_is_accepted_as_often_before_and_after_export(tiny: Tiny, engine
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
 def test_text_is_that_of_plain_decoding(tiny: Tiny, engine, sampling: dict[str, Any]) -> None:
-    writer = engine(BlockDrafter.open(tiny.pair, tiny.manifest, device="cpu", threads=1))
+    writer = engine(open_drafter(tiny.pair, tiny.manifest, device="cpu", threads=1))
     for prompt in (PROMPT, PROMPT + " jumps", "the cat"):  # the second goes on from the first, the third starts over
         drafted = writer.generate(prompt, 60, raw=True, **sampling)
         plain = writer.generate(prompt, 60, raw=True, speculate=False, **sampling)
@@ -353,7 +353,7 @@ def test_timing_measures_one_call_with_reading(tiny: Tiny, monkeypatch: pytest.M
 def test_the_float16_graph_on_a_device_drafts_what_float32_does(tiny: Tiny, stream, HostDevice) -> None:
     tokens, features = stream
     device, want = HostDevice(), tiny.open()
-    got = BlockDrafter.open_cuda(tiny.pair, tiny.manifest, new_device=lambda: device)
+    got = open_cuda(tiny.pair, tiny.manifest, new_device=lambda: device)
     begin = 0
     for rows in (9, 1, 128, 3, 17, 40, 2):
         for session in (got, want):
@@ -369,7 +369,7 @@ def test_the_float16_graph_on_a_device_drafts_what_float32_does(tiny: Tiny, stre
 
 def test_a_device_that_fails_is_left_and_the_text_stays(tiny: Tiny, engine, HostDevice, caplog) -> None:
     plain = engine(tiny.open()).generate(PROMPT, 40, raw=True, speculate=False).token_ids
-    first = BlockDrafter.open_cuda(tiny.pair, tiny.manifest, new_device=lambda: HostDevice(fail_at=9))
+    first = open_cuda(tiny.pair, tiny.manifest, new_device=lambda: HostDevice(fail_at=9))
     moving = FailoverDrafter(first, lambda note: tiny.open())
     assert engine(moving).generate(PROMPT, 40, raw=True).token_ids == plain
     assert moving.device == "CPU (int8)" and "moves from CUDA" in caplog.text

@@ -20,12 +20,14 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter import cuda as cuda_runner
-from dovetail.runtime.drafter import onnx as onnx_drafter
-from dovetail.runtime.drafter import ort
-from dovetail.runtime.drafter.cuda import CudaRunner, check_placement
+from dovetail.runtime.devices import ort
+from dovetail.runtime.devices.ort import check_placement
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter.failover import FailoverDrafter
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
+from dovetail.runtime.drafter.runners import cuda as cuda_runner
+from dovetail.runtime.drafter.runners.cuda import CudaRunner
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, plan_pair
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
@@ -53,7 +55,7 @@ def exact(pairs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
     facts = manifest.drafter
     save(to_onnx(drafter, torch.float32, tree_slots=facts.tree_slots, top_k=facts.top_k), folder / "f32.onnx")
     in_f32 = replace(manifest, drafter=replace(facts, files={**facts.files, "cpu": "f32.onnx"}))
-    return lambda: OnnxDrafter.open(folder, in_f32, device="cpu", threads=1)
+    return lambda: open_drafter(folder, in_f32, device="cpu", threads=1)
 
 
 class Claims:
@@ -168,10 +170,10 @@ def test_nodes_that_would_run_elsewhere_are_named(HostDevice, pairs) -> None:
     with pytest.raises(
         DeviceError, match=r"\d+ nodes would not run on CUDA.*: \w+ '.+' on CPUExecutionProvider"
     ) as told:
-        check_placement(Claims(session), CUDA)
+        check_placement(Claims(session), CUDA, DRAFTING)
     assert "\n" not in str(told.value) and " more: use --drafter-device cpu" in str(told.value)
     with pytest.raises(DeviceError, match="could not load its CUDAExecutionProvider"):
-        check_placement(session, CUDA)
+        check_placement(session, CUDA, DRAFTING)
 
 
 def test_a_device_that_is_too_small_is_told_with_the_arithmetic(HostDevice, pairs) -> None:
@@ -209,7 +211,11 @@ def test_nodes_that_stop_a_capture_are_named(HostDevice, pairs, monkeypatch: pyt
 
     monkeypatch.setattr(cuda_runner, "open_session", refuse_once)
     assert "cannot use the graph capture" in pairs.on(HostDevice()).report.note  # all nodes are where they belong
-    monkeypatch.setattr(cuda_runner, "check_placement", lambda session, _: check_placement(Claims(session), CUDA))
+
+    def claimed(session: Any, *_: Any) -> None:
+        check_placement(Claims(session), CUDA, DRAFTING)
+
+    monkeypatch.setattr(cuda_runner, "check_placement", claimed)
     opened.clear()
     with pytest.raises(DeviceError, match="nodes would not run on CUDAExecutionProvider: "):
         pairs.on(HostDevice())
@@ -240,8 +246,8 @@ def test_a_device_that_neither_captures_nor_launches_leaves_the_drafter_to_the_c
 ) -> None:
     devices = [HostDevice(captures=False, launches=False) for _ in range(2)]
     opened = iter(devices)
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", lambda: next(opened))
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", lambda _: next(opened))
     with Engine.from_pretrained(pairs.pair, tree=pairs.limits) as engine:
         assert engine.drafter_device == "CPU (int8)" and "no CUDA: no kernel image" in str(engine.drafter_note)
     with pytest.raises(DeviceError, match="cannot run on CUDA: no kernel image"):

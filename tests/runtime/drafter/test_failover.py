@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter import onnx as onnx_drafter
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter import window as window_module
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.drafter.window import Window
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
@@ -59,14 +60,14 @@ def test_a_provider_that_refuses_at_load_leaves_the_text_as_it_is(
 ) -> None:
     """The whole way from a folder: CUDA seems usable, its device does not start."""
 
-    def refuse() -> Any:
+    def refuse(_: Any) -> Any:
         raise DeviceError("cudaStreamCreateWithFlags: no CUDA-capable device is detected (code 100): check nvidia-smi")
 
     expected = (
         Engine.from_pretrained(pairs.pair, drafter_device="cpu", tree=pairs.limits).generate(pairs.prompt, 60).token_ids
     )
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", refuse)
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", refuse)
     engine = Engine.from_pretrained(pairs.pair, tree=pairs.limits)
     assert engine.generate(pairs.prompt, 60).token_ids == expected
     assert engine.drafter_device == "CPU (int8)"
@@ -80,8 +81,8 @@ def test_a_device_that_fails_while_the_pair_is_measured_is_left(
     HostDevice, pairs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", lambda: HostDevice(fail_at=5))
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", lambda _: HostDevice(fail_at=5))
     engine = Engine.from_pretrained(pairs.pair)
     assert engine.drafter_device == "CPU (int8)" and "illegal memory access" in str(engine.drafter_note)
     assert len(engine.generate(pairs.prompt, 8, raw=True).token_ids) > 0
@@ -129,7 +130,7 @@ def short(pairs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], OnnxD
     monkeypatch.setattr(window_module, "KEPT", 16)
     assert pairs.manifest.drafter is not None
     narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=64))
-    yield lambda: OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1)
+    yield lambda: open_drafter(pairs.pair, narrow, device="cpu", threads=1)
 
 
 def test_a_full_context_begins_anew_with_the_last_pairs(pairs, short, stream) -> None:
@@ -173,12 +174,12 @@ def test_a_context_shorter_than_a_prompt_reads_its_end(pairs, stream, room: int)
     long = tokens, features
     assert pairs.manifest.drafter is not None
     narrow = replace(pairs.manifest, drafter=replace(pairs.manifest.drafter, max_context=room))
-    told = Told(OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1), long)
+    told = Told(open_drafter(pairs.pair, narrow, device="cpu", threads=1), long)
     for count in (511, 7, 150, 9):
         told.extend(count)
         held = told.window.drafter.length(SEQ)
         assert told.window.start + held == told.told and 0 < held <= room
-        fresh = OnnxDrafter.open(pairs.pair, narrow, device="cpu", threads=1)
+        fresh = open_drafter(pairs.pair, narrow, device="cpu", threads=1)
         pairs.assert_alike(
             told.propose(pairs.limits), fresh_tree(fresh, long, slice(told.told - held, told.told), pairs.limits)
         )

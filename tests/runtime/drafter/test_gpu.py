@@ -11,8 +11,10 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem
+from dovetail.runtime.devices.cuda import CudaDevice, cuda_problem
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cuda, open_drafter
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
@@ -40,13 +42,13 @@ def bench(bench_script: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def drafter(tiny_full_pair: Path, manifest: Manifest) -> OnnxDrafter:
-    return OnnxDrafter.open(tiny_full_pair, manifest, device="cuda", vram=LIMIT)
+    return open_drafter(tiny_full_pair, manifest, device="cuda", vram=LIMIT)
 
 
 def test_captured_graphs_draft_what_the_host_does(
     drafter: OnnxDrafter, tiny_full_pair: Path, manifest: Manifest, HostDevice: type
 ) -> None:
-    host = OnnxDrafter.open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
+    host = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
     rng = np.random.default_rng(0)
     drafter.rewind(SEQ, 0)
     for rows in (9, 1, 128, 3, 17, 40, 2):
@@ -89,11 +91,11 @@ def test_the_limit_is_kept(drafter: OnnxDrafter, bench: ModuleType) -> None:
 
 def test_a_limit_that_is_too_small_is_refused(tiny_full_pair: Path, manifest: Manifest) -> None:
     with pytest.raises(DeviceError, match="does not fit"):
-        OnnxDrafter.open(tiny_full_pair, manifest, device="cuda", vram=plan_pair(manifest).total - 2**20)
+        open_drafter(tiny_full_pair, manifest, device="cuda", vram=plan_pair(manifest).total - 2**20)
 
 
 def test_more_than_the_device_has_is_refused_in_one_line() -> None:
-    device = CudaDevice()
+    device = CudaDevice(DRAFTING)
     try:
         with pytest.raises(DeviceError, match=r"cudaMalloc: .* \(code 2\): free VRAM") as told:
             device.allocate(2 * device.memory()[1])

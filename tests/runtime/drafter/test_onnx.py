@@ -22,9 +22,10 @@ from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.int8 import quantize
 from dovetail.models.config import DrafterConfig
 from dovetail.models.drafter import Drafter
-from dovetail.runtime.drafter.cpu import PREFIX_STEP, CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
+from dovetail.runtime.drafter.runners.cpu import PREFIX_STEP, CpuRunner
 from dovetail.runtime.drafter.session import Ask
 from dovetail.runtime.drafter.session import Drafter as DrafterSeam
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, PairError
@@ -60,7 +61,7 @@ class Tiny:
         return Manifest("tiny", target, replace(drafter, **facts), {})
 
     def open(self, file: str = "f32.onnx", texts: int = 1) -> OnnxDrafter:
-        return OnnxDrafter.open(self.pair, self.manifest(file), device="cpu", threads=1, texts=texts)
+        return open_drafter(self.pair, self.manifest(file), device="cpu", threads=1, texts=texts)
 
 
 @pytest.fixture(scope="module")
@@ -468,9 +469,9 @@ def test_unusable_files_and_devices(tiny: Tiny) -> None:
     with pytest.raises(DeviceError, match=r"missing\.onnx"):
         tiny.open("missing.onnx")
     with pytest.raises(InputError, match="tpu"):
-        OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx"), device="tpu")
+        open_drafter(tiny.pair, tiny.manifest("f32.onnx"), device="tpu")
     with pytest.raises(PairError, match="no drafter"):
-        OnnxDrafter.open(tiny.pair, replace(tiny.manifest("f32.onnx"), drafter=None))
+        open_drafter(tiny.pair, replace(tiny.manifest("f32.onnx"), drafter=None))
 
 
 def renamed(model: onnx.ModelProto, old: str, new: str) -> None:
@@ -534,7 +535,7 @@ def test_a_graph_of_another_kind_is_refused_when_it_is_opened(tiny: Tiny, spoil,
 )
 def test_sizes_that_are_not_the_graph_s_are_refused_before_memory_is_taken(tiny: Tiny, facts: dict, said: str) -> None:
     with pytest.raises(DeviceError, match=said):
-        OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx", **facts), device="cpu", threads=1)
+        open_drafter(tiny.pair, tiny.manifest("f32.onnx", **facts), device="cpu", threads=1)
 
 
 def test_a_context_beyond_memory_is_refused(tiny: Tiny) -> None:
@@ -544,7 +545,7 @@ def test_a_context_beyond_memory_is_refused(tiny: Tiny) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + (8 << 30), before[1]))
     try:
         with pytest.raises(DeviceError, match="context of 134217728 tokens does not fit into memory"):
-            OnnxDrafter.open(tiny.pair, tiny.manifest("f32.onnx", max_context=2**27), device="cpu", threads=1)
+            open_drafter(tiny.pair, tiny.manifest("f32.onnx", max_context=2**27), device="cpu", threads=1)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 

@@ -18,13 +18,14 @@ pytest.importorskip("torch", reason="a pair is exported")
 from click.testing import CliRunner
 
 from dovetail.runtime.cli.main import cli
-from dovetail.runtime.drafter import onnx as onnx_drafter
+from dovetail.runtime.devices import openvino as openvino_gpu
+from dovetail.runtime.devices.openvino import INSTALL, OpenVinoDevice, gpu_facts
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.openvino import device as openvino_gpu
-from dovetail.runtime.drafter.openvino.device import INSTALL, OpenVinoDevice, gpu_facts
-from dovetail.runtime.drafter.openvino.runner import OpenVinoRunner
-from dovetail.runtime.drafter.session import Ask
+from dovetail.runtime.drafter.open import open_cpu, open_openvino
+from dovetail.runtime.drafter.runners.openvino import OpenVinoRunner
+from dovetail.runtime.drafter.session import DRAFTING, Ask
 from dovetail.runtime.drafter.vram import plan_openvino
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
@@ -40,7 +41,7 @@ class Device(OpenVinoDevice):
     """OpenVINO's CPU device, with a fault. fail: whether calls fail. spoil: whether features hold a NaN."""
 
     def __init__(self) -> None:
-        super().__init__("CPU", EXACT)
+        super().__init__(DRAFTING, "CPU", EXACT)
         self.fail = self.spoil = False
 
     def call(self, request: Any, inputs: Mapping[str, Any]) -> None:
@@ -52,7 +53,7 @@ class Device(OpenVinoDevice):
 
 
 def on(pairs: Any, device: Device | None = None, **options: Any) -> OnnxDrafter:
-    return pairs.session.open_openvino(pairs.pair, pairs.manifest, new_device=lambda: device or Device(), **options)
+    return open_openvino(pairs.pair, pairs.manifest, new_device=lambda: device or Device(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def exact_of(pairs: Any, folder: Path) -> OnnxDrafter:
     onnx.save(model, changed)
     data = file.with_name(file.name + ".data")
     (changed.parent / data.name).write_bytes(data.read_bytes())
-    return pairs.session.open_cpu(folder, pairs.manifest.drafter, "", threads=1)
+    return open_cpu(folder, pairs.manifest.drafter, "", threads=1)
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_a_device_that_fails_in_round_7_leaves_the_text_as_it_is(
 def test_auto_takes_it_after_the_other_gpus(
     pairs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(onnx_drafter, "OpenVinoDevice", Device)
+    monkeypatch.setattr(opening, "OpenVinoDevice", lambda _: Device())
     texts = []
     for device in ("cpu", "openvino-gpu", "auto"):
         with Engine.from_pretrained(pairs.pair, drafter_device=device, tree=pairs.limits) as engine:
@@ -226,7 +227,7 @@ def test_a_graph_that_openvino_refuses_is_told_in_one_line(pairs, tmp_path: Path
     with pytest.raises(DeviceError, match=r"cannot read .*lost.onnx.*export the drafter again.*planned: ") as told:
         OpenVinoRunner(lost, facts, plan, Device())
     assert "\n" not in str(told.value)
-    odd = OpenVinoDevice("CPU", {"INFERENCE_PRECISION_HINT": "unheard"})
+    odd = OpenVinoDevice(DRAFTING, "CPU", {"INFERENCE_PRECISION_HINT": "unheard"})
     with pytest.raises(DeviceError, match=r"cannot compile the graph for .*update its driver") as told:
         OpenVinoRunner(pairs.pair / facts.files["cpu"], facts, plan, odd)
     assert "\n" not in str(told.value)

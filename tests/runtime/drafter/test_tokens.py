@@ -20,11 +20,11 @@ from tests.runtime.conftest import Pairs
 from transformers import LlamaForCausalLM
 
 from dovetail.runtime.batch_engine import BatchEngine
-from dovetail.runtime.drafter import onnx as onnx_drafter
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter import window as window_module
-from dovetail.runtime.drafter.block import session_of
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter, TokenDrafter
+from dovetail.runtime.drafter.open import open_cpu
 from dovetail.runtime.drafter.session import Ask, DraftsTogether, ReadsTokens
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.drafter.window import Drafting, TokenWindow, propose_together, window
@@ -63,7 +63,7 @@ def exact(models: Pairs, soft_llama: Path, tmp_path_factory: pytest.TempPathFact
     in_f32 = replace(facts, files={**facts.files, "cpu": "f32.onnx"})
 
     def opened(texts: int = 1, **changes: Any) -> OnnxDrafter:
-        return session_of(facts).open_cpu(folder, replace(in_f32, **changes), "a test", threads=1, texts=texts)
+        return open_cpu(folder, replace(in_f32, **changes), "a test", threads=1, texts=texts)
 
     return opened
 
@@ -92,7 +92,7 @@ def assert_of_the_model(tree: DraftTree, model: LlamaForCausalLM, text: Sequence
 
 
 def test_a_manifest_decides_the_session(models: Pairs, tiny_full_pair: Path) -> None:
-    assert models.session is TokenDrafter and Pairs(tiny_full_pair).session is OnnxDrafter
+    assert [type(pairs.cpu()) for pairs in (models, Pairs(tiny_full_pair))] == [TokenDrafter, OnnxDrafter]
     for pairs, reads in ((models, True), (Pairs(tiny_full_pair), False)):
         for drafter in (pairs.cpu(), FailoverDrafter(pairs.cpu())):
             assert isinstance(drafter, ReadsTokens) == reads and isinstance(drafter, DraftsTogether)
@@ -350,7 +350,7 @@ def test_a_full_context_begins_anew_with_its_last_half(exact, model: LlamaForCau
 
 def test_a_text_longer_than_the_context_is_drafted_to_its_end(models: Pairs) -> None:
     facts = replace(models.manifest.needed_drafter, max_context=64)
-    drafter = models.session.open_cpu(models.pair, facts, "a test", threads=1)
+    drafter = open_cpu(models.pair, facts, "a test", threads=1)
     want = models.engine(None).generate(models.prompt, 150, raw=True, speculate=False).token_ids
     engine = models.engine(drafter)
     chunks = list(engine.stream(models.prompt, 150, raw=True))
@@ -359,11 +359,11 @@ def test_a_text_longer_than_the_context_is_drafted_to_its_end(models: Pairs) -> 
 
 
 def test_a_provider_that_refuses_at_load_leaves_it_on_the_cpu(models: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> Any:
+    def refuse(_: Any) -> Any:
         raise DeviceError("cudaStreamCreateWithFlags: no CUDA-capable device is detected (code 100)")
 
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", refuse)
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", refuse)
     with Engine.from_pretrained(models.pair, tree=LIMITS) as engine:
         assert engine.generate(models.prompt, 30, raw=True).metrics.accepted > 10
         assert engine.drafter_device == "CPU (int8)"
@@ -372,8 +372,8 @@ def test_a_provider_that_refuses_at_load_leaves_it_on_the_cpu(models: Pairs, mon
 @pytest.mark.usefixtures("quick_costs")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_pair_is_measured_and_scheduled(HostDevice, models: Pairs, monkeypatch, temperature: float) -> None:
-    monkeypatch.setattr(onnx_drafter, "cuda_problem", lambda: None)
-    monkeypatch.setattr(onnx_drafter, "CudaDevice", HostDevice)
+    monkeypatch.setattr(opening, "cuda_problem", lambda: None)
+    monkeypatch.setattr(opening, "CudaDevice", lambda _: HostDevice())
     for device in ("cpu", "cuda"):
         with Engine.from_pretrained(models.pair, drafter_device=device) as engine:
             drafted = engine.generate(models.prompt, 60, raw=True, temperature=temperature, seed=2)

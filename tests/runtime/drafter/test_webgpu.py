@@ -17,13 +17,15 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="graphs are changed, and a pair is exported")
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter import onnx as onnx_drafter
+from dovetail.runtime.devices.webgpu import SOFTWARE, WebGpuDevice
+from dovetail.runtime.drafter import open as opening
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_cpu, open_webgpu
+from dovetail.runtime.drafter.runners import webgpu_graph as webgpu_graph
+from dovetail.runtime.drafter.runners.webgpu import WebGpuRunner
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, plan_on_webgpu, plan_webgpu
-from dovetail.runtime.drafter.webgpu import graph as webgpu_graph
-from dovetail.runtime.drafter.webgpu.device import SOFTWARE, WebGpuDevice
-from dovetail.runtime.drafter.webgpu.runner import WebGpuRunner
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.tree.limits import TreeLimits
@@ -36,7 +38,7 @@ class Device(WebGpuDevice):
     """The plugin's device, with a fault. fail: whether copies down fail. spoil: whether they bring NaN."""
 
     def __init__(self) -> None:
-        super().__init__(software=True)
+        super().__init__(DRAFTING, software=True)
         self.fail = self.spoil = False
         self.moved = 0
 
@@ -54,7 +56,7 @@ class Device(WebGpuDevice):
 
 
 def on(pairs: Any, device: Device | None = None, **options: Any) -> OnnxDrafter:
-    return pairs.session.open_webgpu(pairs.pair, pairs.manifest, new_device=lambda: device or Device(), **options)
+    return open_webgpu(pairs.pair, pairs.manifest, new_device=lambda: device or Device(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def exact(pairs: Any, tmp_path: Path) -> OnnxDrafter:
     onnx.save(model, changed)
     data = file.with_name(file.name + ".data")
     (changed.parent / data.name).write_bytes(data.read_bytes())
-    return pairs.session.open_cpu(tmp_path, pairs.manifest.drafter, "", threads=1)
+    return open_cpu(tmp_path, pairs.manifest.drafter, "", threads=1)
 
 
 def test_buckets_draft_what_the_cpu_does(pairs, drafter: OnnxDrafter, exact: OnnxDrafter, stream) -> None:
@@ -194,10 +196,10 @@ def test_a_text_from_the_folder_is_that_of_the_cpu(pairs, caplog: pytest.LogCapt
 
 
 def test_a_plugin_that_refuses_at_load_leaves_the_text_as_it_is(pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise DeviceError("Vulkan shows no adapter: install the GPU's Vulkan driver")
 
-    monkeypatch.setattr(onnx_drafter, "WebGpuDevice", refuse)
+    monkeypatch.setattr(opening, "WebGpuDevice", refuse)
     engine = Engine.from_pretrained(pairs.pair, tree=pairs.limits)
     assert engine.drafter_device == "CPU (int8)"
     assert "no WebGPU: Vulkan shows no adapter" in str(engine.drafter_note)
@@ -220,7 +222,7 @@ def test_nodes_that_the_plugin_cannot_run_are_named(pairs, monkeypatch: pytest.M
     def unchanged(file: Path) -> webgpu_graph.WebGpuGraph:
         return webgpu_graph.WebGpuGraph(file.read_bytes(), None)
 
-    monkeypatch.setattr(onnx_drafter, "rewrite", unchanged)
+    monkeypatch.setattr(opening, "rewrite", unchanged)
     with pytest.raises(
         DeviceError, match=r"\d+ nodes would not run on WebGpu.*: \w+ '.+' on CPUExecutionProvider"
     ) as told:
@@ -241,7 +243,7 @@ def test_a_call_that_is_not_repeated_is_found(pairs, monkeypatch: pytest.MonkeyP
         model.graph.node.append(onnx.helper.make_node("Reshape", ["before", "shape"], ["top_ids"]))
         return replace(made, model=model.SerializeToString())
 
-    monkeypatch.setattr(onnx_drafter, "rewrite", with_copy)
+    monkeypatch.setattr(opening, "rewrite", with_copy)
     with pytest.raises(DeviceError, match=r"SwiftShader.* does not repeat a captured call"):
         on(pairs)
 
@@ -283,10 +285,10 @@ def test_the_process_ends_well_with_an_open_drafter(pairs) -> None:
         "from tests.conftest import use_swiftshader\n"
         "use_swiftshader()\n"
         "from pathlib import Path\n"
-        "from dovetail.runtime.drafter.block import session_of\n"
+        "from dovetail.runtime.drafter.open import open_drafter\n"
         "from dovetail.runtime.pair.manifest import read_manifest\n"
         "pair = Path(sys.argv[1]); manifest = read_manifest(pair)\n"
-        "kept = session_of(manifest.drafter).open(pair, manifest, device='webgpu')\n"
+        "kept = open_drafter(pair, manifest, device='webgpu')\n"
         "print(kept.device)\n"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx", reason="the rewritten graph is checked")
 pytest.importorskip("torch", reason="a pair is exported")
 import onnxruntime as ort
 
-from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, LAST, rewrite
+from dovetail.runtime.drafter.runners.webgpu_graph import EMBEDDED, LAST, rewrite
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import read_manifest
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dovetail.runtime.doctor.diagnose import notes
-from dovetail.runtime.drafter import onnx as onnx_drafter
-from dovetail.runtime.drafter.cpu import CpuRunner
-from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter import open as opening
+from dovetail.runtime.drafter.open import open_drafter
+from dovetail.runtime.drafter.runners.cpu import CpuRunner
 from dovetail.runtime.pair.manifest import DrafterFacts, read_manifest
 from dovetail.runtime.system import machine
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -155,9 +155,9 @@ def test_the_drafter_runs_as_many_threads_as_the_quota_allows(
     monkeypatch.setattr(machine, "cpu_quota", lambda root: 1.5)
     monkeypatch.setattr(machine, "_quick_cores", lambda root, allowed: 4)
     given: list[int] = []
-    monkeypatch.setattr(onnx_drafter, "CpuRunner", spied(given))
-    OnnxDrafter.open(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu")
-    OnnxDrafter.open(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu", threads=3)
+    monkeypatch.setattr(opening, "CpuRunner", spied(given))
+    open_drafter(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu")
+    open_drafter(tiny_full_pair, read_manifest(tiny_full_pair), device="cpu", threads=3)
     assert given == [2, 3]
 
 

@@ -18,6 +18,7 @@ SCRIPT = """
 import json, sys; from pathlib import Path
 import numpy as np, openvino as ov
 from dovetail.runtime import DraftTree, Engine, TreeLimits, read_manifest
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.target.openvino import OpenVINOTarget
 
@@ -27,7 +28,7 @@ seq, tokens = target.open(), np.arange(40) * 37 % 260
 features = np.array(target.prefill(seq, tokens).features)
 tree = DraftTree(np.array([5, 6, 7, 8]), np.array([-1, 0, 0, 1]), np.zeros(4))
 logits = np.array(target.verify({seq: tree})[seq].logits)
-drafter, limits = OnnxDrafter.open(pair, read_manifest(pair), device="cpu"), TreeLimits(8, 4, 3, lookup=0)
+drafter, limits = open_drafter(pair, read_manifest(pair), device="cpu"), TreeLimits(8, 4, 3, lookup=0)
 drafter.extend(seq, tokens[1:], features[:-1])
 tree = drafter.propose(seq, limits)
 engine = Engine.from_pretrained(pair, drafter_device="cpu", tree=limits, ov_config=config)

@@ -16,7 +16,9 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime import Engine, TreeLimits
-from dovetail.runtime.drafter import cpu, failover, graph_io, onnx, ort, window
+from dovetail.runtime.devices import ort
+from dovetail.runtime.drafter import failover, graph_io, onnx, window
+from dovetail.runtime.drafter.runners import cpu
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.loop import generate, rescore, sequence
 from dovetail.runtime.loop.batch import SequenceBatch, Ticket

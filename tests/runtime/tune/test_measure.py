@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
-from dovetail.runtime.drafter.cpu import CpuRunner
 from dovetail.runtime.drafter.graph_io import CHUNK
 from dovetail.runtime.drafter.onnx import OnnxDrafter
+from dovetail.runtime.drafter.open import open_drafter
+from dovetail.runtime.drafter.runners.cpu import CpuRunner
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
@@ -66,7 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def opened(tiny_full_pair: Path) -> Sessions:
     manifest = read_manifest(tiny_full_pair)
     target = OpenVINOTarget.load(tiny_full_pair, manifest, threads=1)
-    return Sessions(manifest, target, OnnxDrafter.open(tiny_full_pair, manifest, device="cpu", threads=1))
+    return Sessions(manifest, target, open_drafter(tiny_full_pair, manifest, device="cpu", threads=1))
 
 
 @pytest.fixture

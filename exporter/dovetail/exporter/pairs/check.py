@@ -14,8 +14,9 @@ from dovetail.exporter.target.export import check_verifiable, static_size
 from dovetail.exporter.target.graph_probe import EXACT, stateful_logits
 from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
+from dovetail.runtime.devices.ort import CPU, failures, open_session, session_options
 from dovetail.runtime.drafter.graph_io import NOISE, check_ports, noise_spec, read_draft_ids, state_shapes
-from dovetail.runtime.drafter.ort import CPU, failures, open_session, session_options
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError, one_line
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.files import sha256_file
@@ -144,7 +145,7 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
     import onnxruntime as ort
 
     try:
-        session = open_session(ort, path, session_options(ort), [CPU])
+        session = open_session(ort, path, session_options(ort), [CPU], DRAFTING)
         check_ports(session, path, facts, kind)
         drafted = read_draft_ids(session, path, facts)
     except DeviceError as error:  # the file is at fault, not a device

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.runtime.cli.options import check_folder, write_file
-from dovetail.runtime.drafter.session import GPUS
+from dovetail.runtime.devices.gpus import GPUS
 from dovetail.runtime.errors import InputError, install_extra
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.tune.cost_cache import Measured

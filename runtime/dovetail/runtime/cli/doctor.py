@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import click
 
+from dovetail.runtime.devices.gpus import GPUS
 from dovetail.runtime.doctor import estimate, predict
 from dovetail.runtime.doctor.diagnose import Diagnosis, OpenVinoGpu, WebGpu, diagnose
 from dovetail.runtime.doctor.gpus import find_gpu
-from dovetail.runtime.drafter.session import GPUS
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import DeviceError, InputError
 

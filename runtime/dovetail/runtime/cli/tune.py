@@ -18,6 +18,7 @@ import click
 
 from dovetail.runtime.cli.curves import show_costs
 from dovetail.runtime.cli.options import EngineFlags, device_options
+from dovetail.runtime.drafter.open import open_drafter
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.files import cache_dir
@@ -69,7 +70,6 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     Columns show how many times as fast passes are, the part of a text's tokens with the same best
     token, and whether rows are equal.
     """
-    from dovetail.runtime.drafter.block import session_of
     from dovetail.runtime.drafter.model import ModelDrafter
     from dovetail.runtime.drafter.onnx import OnnxDrafter
     from dovetail.runtime.load import open_draft_model
@@ -113,7 +113,7 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
         tokenizer = Tokenizer.from_folder(folder / TARGET)
         own, drafter = open_draft_model(resolve_draft_model(draft_model), tokenizer, manifest, threads)
     elif manifest.drafter:
-        drafter = session_of(manifest.drafter).open(
+        drafter = open_drafter(
             folder, manifest, device=engine_flags.drafter_device, threads=threads, vram=engine_flags.vram,
             fit=engine_flags.fit,
         )  # fmt: skip

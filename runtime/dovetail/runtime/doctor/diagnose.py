@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dovetail.runtime.doctor import estimate
-from dovetail.runtime.doctor.gpus import GpuModel
-from dovetail.runtime.doctor.predict import Prediction, predict
-from dovetail.runtime.drafter.cuda import Block, Device, keep_on_failed
-from dovetail.runtime.drafter.cuda_api import (
+from dovetail.runtime.devices.cuda import (
     INSTALL,
     CudaDevice,
     cuda_build,
@@ -24,9 +20,14 @@ from dovetail.runtime.drafter.cuda_api import (
     libraries,
     missing_libraries,
 )
-from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, gpu_facts
-from dovetail.runtime.drafter.ort import call, failures, open_session, session_options
-from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, adapters, plugin_version
+from dovetail.runtime.devices.memory import Block, Device, keep_on_failed
+from dovetail.runtime.devices.openvino import OpenVinoDevice, gpu_facts
+from dovetail.runtime.devices.ort import call, failures, open_session, session_options
+from dovetail.runtime.devices.webgpu import WebGpuDevice, adapters, plugin_version
+from dovetail.runtime.doctor import estimate
+from dovetail.runtime.doctor.gpus import GpuModel
+from dovetail.runtime.doctor.predict import Prediction, predict
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system import machine
 
@@ -192,7 +193,7 @@ def try_cuda() -> tuple[Cuda, str | None]:
     free = total = captures = None
     if problem is None:
         try:
-            with closing(CudaDevice()) as device:
+            with closing(CudaDevice(DRAFTING)) as device:
                 free, total = (size >> 20 for size in device.memory())
                 problem = capture_problem(device)
                 captures = problem is None
@@ -208,7 +209,7 @@ def try_webgpu() -> WebGpu:
     version = plugin_version()
     names = tuple(map(str, adapters() or ())) if version else ()
     try:
-        problem = probe_problem(WebGpuDevice(software=False))
+        problem = probe_problem(WebGpuDevice(DRAFTING, software=False))
     except DeviceError as error:
         problem = str(error)
     return WebGpu(version, names, problem)
@@ -217,7 +218,7 @@ def try_webgpu() -> WebGpu:
 def try_openvino_gpu() -> OpenVinoGpu:
     """Return facts about OpenVINO's GPU."""
     try:
-        problem = openvino_probe_problem(OpenVinoDevice())
+        problem = openvino_probe_problem(OpenVinoDevice(DRAFTING))
     except DeviceError as error:
         problem = str(error)
     return OpenVinoGpu(gpu_facts(), problem)
@@ -243,13 +244,13 @@ def probe_problem(device: WebGpuDevice) -> str | None:
     options = session_options(ort)
     device.add_to(options, capture=False)
     try:
-        session = open_session(ort, PROBE_MODEL, options, [], remedy="update the GPU's driver")
+        session = open_session(ort, PROBE_MODEL, options, [], DRAFTING, "update the GPU's driver")
         x, y = (device.allocate(session, ((1,), np.float32)) for _ in range(2))
         binding, got = session.io_binding(), np.zeros(1, np.float32)
         binding.bind_ortvalue_input("x", x)
         binding.bind_ortvalue_output("y", y)
         device.upload(x, np.ones(1, np.float32))
-        call(session, binding)
+        call(session, binding, DRAFTING)
         device.download({"y": got}, {"y": y})
     except DeviceError as error:
         return str(error)
@@ -264,7 +265,7 @@ def capture_problem(device: Device) -> str | None:
     session = binding = None
     try:
         provider = (device.provider, device.provider_options(None))
-        session = open_session(ort, PROBE_MODEL, session_options(ort), [provider])
+        session = open_session(ort, PROBE_MODEL, session_options(ort), [provider], DRAFTING)
         if device.provider not in session.get_providers():
             return f"ONNX Runtime could not load its {device.provider}: {INSTALL}"
         block = Block.allocate(device, {name: ((1,), np.float32) for name in ("x", "y")})

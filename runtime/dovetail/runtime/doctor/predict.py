@@ -13,15 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from dovetail.runtime.devices.cuda import runs_on
+from dovetail.runtime.devices.ort import CPU, open_session, session_options
 from dovetail.runtime.doctor.estimate import CONTEXT, Speed, Vram, estimate_vram, measured_speed, tune_command
 from dovetail.runtime.doctor.gpus import GpuModel
-from dovetail.runtime.drafter.cuda_api import runs_on
-from dovetail.runtime.drafter.graph_io import nbytes, row_specs
-from dovetail.runtime.drafter.ort import CPU, open_session, session_options
+from dovetail.runtime.drafter.graph_io import row_specs
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, HALF, VramPlan, plan_pair
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.policy.costs import Curve
+from dovetail.runtime.system.arrays import nbytes
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
 
 
@@ -121,7 +123,7 @@ def count_kernels(file: Path, slots: int) -> int:
     options = session_options(ort)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_free_dimension_override_by_name("slots", slots)
-    parts = open_session(ort, file, options, [CPU]).get_provider_graph_assignment_info()
+    parts = open_session(ort, file, options, [CPU], DRAFTING).get_provider_graph_assignment_info()
     return sum(node.op_type not in VIEWS for part in parts for node in part.get_nodes())
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dovetail.runtime.drafter.graph_io import CHUNK, Runner
-from dovetail.runtime.drafter.onnx import OnnxDrafter, TokenDrafter
+from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.session import Ask, DraftNoise, check_keep
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import DrafterFacts
@@ -153,10 +153,3 @@ class BlockDrafter(OnnxDrafter):
         for row in range(min(depth, len(out))):
             out[row] = noise(row + 1, ids)
         return out
-
-
-def session_of(facts: DrafterFacts) -> type[OnnxDrafter]:
-    """Return the class of the session for a drafter's graphs."""
-    if facts.reads_tokens:
-        return TokenDrafter
-    return BlockDrafter if facts.positions else OnnxDrafter

@@ -12,7 +12,6 @@ from __future__ import annotations
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +20,12 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.system.arrays import Array, Spec
 from dovetail.runtime.tree.growth import Candidates
 
 CHUNK = 128  # the most rows of a call
 BLOCKED = -1e4  # additive mask: not attended to; float16 holds it
 
-Array = NDArray[Any]
 INDEXES = (
     "input_ids", "position_ids", "feature_rows", "kv_slots", "bank_slots", "context_begin", "context_end", "queries",
 )  # fmt: skip
@@ -86,9 +85,6 @@ class BlockRows:
         self.features[n:] = 0
 
 
-Spec = tuple[tuple[int, ...], type[np.generic]]  # shape and dtype
-
-
 def row_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -> dict[str, Spec]:
     """Return shape and dtype of every array of a call: inputs first, features the last input."""
     specs: dict[str, Spec]
@@ -112,12 +108,6 @@ def input_specs(facts: DrafterFacts, rows: int, dtype: type[np.floating[Any]]) -
 def noise_spec(facts: DrafterFacts) -> Spec:
     """Return shape and dtype of the noise: a row for all rows of a call, or one for each position."""
     return (facts.positions or 1, facts.draft_vocab_size), np.float32
-
-
-def nbytes(spec: Spec) -> int:
-    """Return the bytes of an array."""
-    shape, kind = spec
-    return prod(shape) * np.dtype(kind).itemsize
 
 
 def rows_of(facts: DrafterFacts, arrays: Mapping[str, Any]) -> Rows | BlockRows:

@@ -1,4 +1,4 @@
-"""The drafter: one exported graph, whose rows a runner holds (cpu.py, cuda.py, webgpu, openvino).
+"""The drafter: one exported graph, whose rows a runner of runners/ holds.
 
 Axes: T tree slots, V draft vocabulary, t texts at a time. KV row i < T belongs to tree node i, row
 T + j to pair j. Each text has a part of the pairs for itself. Bank row i < t is the root's feature
@@ -10,28 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.cpu import CpuRunner
-from dovetail.runtime.drafter.cuda import CudaRunner, Device
-from dovetail.runtime.drafter.cuda_api import CudaDevice, cuda_problem, driver_cuda
 from dovetail.runtime.drafter.graph_io import BLOCKED, CHUNK, Runner
-from dovetail.runtime.drafter.openvino.device import OpenVinoDevice, openvino_gpu_problem
-from dovetail.runtime.drafter.openvino.runner import OpenVinoRunner
-from dovetail.runtime.drafter.session import GPUS, KEPT, Ask, DeviceReport, DraftNoise, check_device, check_keep
-from dovetail.runtime.drafter.vram import check_limit, plan_openvino, plan_pair, plan_webgpu
-from dovetail.runtime.drafter.webgpu.device import WebGpuDevice, webgpu_expected
-from dovetail.runtime.drafter.webgpu.graph import rewrite
-from dovetail.runtime.drafter.webgpu.runner import WebGpuRunner
+from dovetail.runtime.drafter.session import (
+    KEPT,
+    Ask,
+    DeviceReport,
+    DraftNoise,
+    check_keep,
+)
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
-from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
+from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
-from dovetail.runtime.system.machine import usable_cores
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_together, levels
 from dovetail.runtime.tree.limits import TreeLimits
@@ -91,131 +86,6 @@ class OnnxDrafter:
         self._part = part  # rows of each text
         self._feature_size = 0 if facts.reads_tokens else facts.feature_size
         self._texts: dict[SequenceId, _Text] = {}
-
-    @classmethod
-    def open(
-        cls,
-        pair: Path,
-        manifest: Manifest,
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        vram: int | None = None,
-        fit: bool = False,
-        texts: int = 1,
-    ) -> OnnxDrafter:
-        """Load a drafter; see Engine.from_pretrained. threads: default one per usable core.
-
-        "auto" takes the first of GPUS that works. A log warning says why none does, if there is a
-        GPU, or if `vram` is given.
-        Raises PairError (no drafter), InputError, DeviceError.
-        """
-        facts = manifest.needed_drafter
-        check_device(device)
-        check_limit(vram, fit, device)
-        if device == "cpu":
-            return cls.open_cpu(pair, facts, "asked for", threads=threads, texts=texts)
-        problems, counted = list[str](), vram is not None  # whether somebody counts on a GPU
-        for gpu in GPUS if device == "auto" else (device,):
-            try:
-                return cls.open_gpu(gpu, pair, manifest, vram=vram, fit=fit, texts=texts, asked=device == gpu)
-            except DeviceError as error:
-                if device == gpu:
-                    raise DeviceError(f"the drafter cannot run on {GPUS[gpu]}: {error}") from error
-                problems.append(f"no {GPUS[gpu]}: {error}")
-                counted = counted or gpu_expected(gpu)
-        note = "; ".join(problems)
-        if counted:
-            log.warning("the drafter runs on the CPU: %s", note)
-        return cls.open_cpu(pair, facts, note, threads=threads, texts=texts)
-
-    @classmethod
-    def open_gpu(
-        cls, gpu: str, pair: Path, manifest: Manifest, *, vram: int | None, fit: bool, texts: int, asked: bool
-    ) -> OnnxDrafter:
-        """Return the drafter on one of GPUS. asked: whether the user named this GPU. Raises DeviceError."""
-        if gpu == "cuda":
-            return cls.open_cuda(pair, manifest, vram=vram, fit=fit, texts=texts)
-        if gpu == "webgpu":
-            return cls.open_webgpu(pair, manifest, vram=vram, fit=fit, texts=texts, software=asked)
-        return cls.open_openvino(pair, manifest, vram=vram, fit=fit, texts=texts)
-
-    @classmethod
-    def open_cpu(
-        cls, pair: Path, facts: DrafterFacts, note: str, *, threads: int | None, texts: int = 1
-    ) -> OnnxDrafter:
-        """Return the INT8 drafter. note: why the drafter runs on the CPU. Raises DeviceError.
-
-        Every call attends to the pairs of all texts. Several texts therefore get few pairs each.
-        """
-        pairs = None if texts == 1 else texts * min(2 * KEPT, facts.max_context)
-        runner = CpuRunner(Path(pair) / facts.files["cpu"], facts, threads or usable_cores(), pairs)
-        return cls(facts, runner, device="CPU (int8)", note=note, texts=texts)
-
-    @classmethod
-    def open_cuda(
-        cls,
-        pair: Path,
-        manifest: Manifest,
-        *,
-        vram: int | None = None,
-        fit: bool = False,
-        texts: int = 1,
-        new_device: Callable[[], Device] | None = None,
-    ) -> OnnxDrafter:
-        """Return the float16 drafter. new_device: in place of CUDA's. Raises DeviceError."""
-        facts = manifest.needed_drafter
-        if new_device is None and (problem := cuda_problem()):
-            raise DeviceError(problem)
-        plan, limit = plan_pair(manifest, vram, fit=fit), facts.vram if vram is None else vram
-        device = (new_device or CudaDevice)()
-        runner = CudaRunner(Path(pair) / facts.files["cuda"], facts, plan, device, limit=limit)
-        drafter = cls(facts, runner, device="CUDA (fp16)", note="a CUDA device was found", texts=texts)
-        if runner.refused:
-            drafter.caveat = f"kernels are launched one by one, because no call is captured: {runner.refused}"
-            log.warning("the drafter on CUDA is slower than it should be: %s", drafter.caveat)
-        return drafter
-
-    @classmethod
-    def open_webgpu(
-        cls,
-        pair: Path,
-        manifest: Manifest,
-        *,
-        vram: int | None = None,
-        fit: bool = False,
-        texts: int = 1,
-        software: bool = False,
-        new_device: Callable[[], WebGpuDevice] | None = None,
-    ) -> OnnxDrafter:
-        """Return the INT8 drafter on WebGPU. new_device: in place of the plugin's. Raises DeviceError.
-
-        software: see webgpu_problem.
-        """
-        facts = manifest.needed_drafter
-        device = new_device() if new_device else WebGpuDevice(software=software)
-        file = Path(pair) / facts.files["cpu"]
-        graph = rewrite(file)
-        plan = plan_webgpu(manifest, graph.embedding.nbytes if graph.embedding else 0, vram, fit=fit)
-        runner = WebGpuRunner(file, graph, facts, plan, device)
-        return cls(facts, runner, device="WebGPU (int8)", note=f"{device.name} was found", texts=texts)
-
-    @classmethod
-    def open_openvino(
-        cls,
-        pair: Path,
-        manifest: Manifest,
-        *,
-        vram: int | None = None,
-        fit: bool = False,
-        texts: int = 1,
-        new_device: Callable[[], OpenVinoDevice] | None = None,
-    ) -> OnnxDrafter:
-        """Return the INT8 drafter on OpenVINO's GPU. new_device: in place of the GPU. Raises DeviceError."""
-        facts = manifest.needed_drafter
-        device, plan = (new_device or OpenVinoDevice)(), plan_openvino(manifest, vram, fit=fit)
-        runner = OpenVinoRunner(Path(pair) / facts.files["cpu"], facts, plan, device)
-        return cls(facts, runner, device="OpenVINO GPU (int8)", note=f"{device.name} was found", texts=texts)
 
     def length(self, seq: SequenceId) -> int:
         return max(self._texts[seq].length - self._before, 0) if seq in self._texts else 0
@@ -425,13 +295,6 @@ class OnnxDrafter:
             )
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
             raise InputError(f"token ids {int(tokens.min())}..{int(tokens.max())} leave the vocabulary of {vocabulary}")
-
-
-def gpu_expected(gpu: str) -> bool:
-    """Return whether one of GPUS should work here, as far as its driver or its plugin tells."""
-    if gpu == "cuda":
-        return driver_cuda() is not None
-    return webgpu_expected() if gpu == "webgpu" else openvino_gpu_problem() is None
 
 
 class TokenDrafter(OnnxDrafter):

@@ -12,16 +12,23 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.runtime.devices.gpus import GPUS
+from dovetail.runtime.devices.ort import Work
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 
-# Ways to a GPU, in the order that "auto" tries them, and their names.
-GPUS = {"cuda": "CUDA", "webgpu": "WebGPU", "openvino-gpu": "OpenVINO's GPU"}
 DEVICES = ("auto", "cpu", *GPUS)  # what a user may ask for
 
+DRAFTING = Work(
+    name="the drafter",
+    again="export the drafter again",
+    off="use --drafter-device cpu",
+    without="generate without speculation",
+    less="shorten the drafter's context on a GPU with --vram SIZE --fit",
+)
 KEPT = 256  # pairs of a text that are kept for a drafter: as many as it is trained on at once
 
 # For sampled tokens: (depth, ids [K]) -> [K] float32 to add to a drafter's logits of tokens `ids`,

@@ -13,10 +13,11 @@ from math import prod
 
 import numpy as np
 
-from dovetail.runtime.drafter.graph_io import CHUNK, nbytes, noise_spec, row_specs, state_shapes
-from dovetail.runtime.drafter.session import GPUS
+from dovetail.runtime.devices.gpus import GPUS
+from dovetail.runtime.drafter.graph_io import CHUNK, noise_spec, row_specs, state_shapes
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
+from dovetail.runtime.system.arrays import nbytes
 from dovetail.runtime.system.machine import mib
 
 BUCKETS = (8, 16, CHUNK)  # rows of a captured graph: tree levels and accepted tokens, wider levels, prompts

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.drafter.cpu import SPIN_US
-from dovetail.runtime.drafter.cuda_api import driver_cuda, gpu_name
-from dovetail.runtime.drafter.openvino.device import gpu_facts
-from dovetail.runtime.drafter.webgpu.device import adapter_name, plugin_version
+from dovetail.runtime.devices.cuda import driver_cuda, gpu_name
+from dovetail.runtime.devices.openvino import gpu_facts
+from dovetail.runtime.devices.webgpu import adapter_name, plugin_version
+from dovetail.runtime.drafter.runners.cpu import SPIN_US
 from dovetail.runtime.errors import InputError, ManifestError
 from dovetail.runtime.pair.files import cache_file, write_cache
 from dovetail.runtime.pair.layout import TARGET_WEIGHTS

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dovetail.runtime.drafter import cuda_api as cuda
+from dovetail.runtime.devices import cuda as cuda
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError
 
 pytest.importorskip("onnxruntime")
@@ -156,7 +157,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 
 def test_a_device_copies_in_order_on_its_stream_and_gives_all_back(runtime: Runtime) -> None:
-    device = cuda.CudaDevice()
+    device = cuda.CudaDevice(DRAFTING)
     options = device.provider_options(1000)
     assert options["user_compute_stream"] == "4321" and options["gpu_mem_limit"] == "1000"
     assert options["enable_cuda_graph"] == "1" and "gpu_mem_limit" not in device.provider_options(None)
@@ -174,7 +175,7 @@ def test_a_device_copies_in_order_on_its_stream_and_gives_all_back(runtime: Runt
 
 
 def test_a_full_device_and_a_failed_one_are_told_apart(runtime: Runtime) -> None:
-    device = cuda.CudaDevice()
+    device = cuda.CudaDevice(DRAFTING)
     runtime.code, runtime.good = 2, 1
     with pytest.raises(DeviceError, match=r"cudaMalloc: out of memory \(code 2\): free VRAM, or give --vram"):
         device.allocate(16)

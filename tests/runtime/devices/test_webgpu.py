@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from dovetail.runtime.drafter.webgpu import device as webgpu
-from dovetail.runtime.drafter.webgpu.device import SOFTWARE, Adapter, webgpu_problem
+from dovetail.runtime.devices import webgpu
+from dovetail.runtime.devices.webgpu import SOFTWARE, Adapter, webgpu_problem
 
 DISCRETE, INTEGRATED, CPU = 2, 1, 4
 ARC, IRIS, LLVMPIPE = (DISCRETE, "Intel Arc A770"), (INTEGRATED, "Intel Iris Xe"), (CPU, "llvmpipe")

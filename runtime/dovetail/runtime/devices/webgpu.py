@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.graph_io import Spec
-from dovetail.runtime.drafter.ort import failures, run_failed
+from dovetail.runtime.devices.ort import Work, failures, run_failed
 from dovetail.runtime.errors import DeviceError, install_extra, one_line
+from dovetail.runtime.system.arrays import Spec
 from dovetail.runtime.system.machine import package_versions
 
 PROVIDER = "WebGpuExecutionProvider"
 PACKAGE = "onnxruntime-ep-webgpu"
-MODULES = {PACKAGE: "onnxruntime_ep_webgpu", "onnx": "onnx"}  # of the extra; graph.py uses onnx
+MODULES = {PACKAGE: "onnxruntime_ep_webgpu", "onnx": "onnx"}  # of the extra; the drafter's graph is rewritten with onnx
 SOFTWARE = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"  # environment variable of the plugin, "1" allows CPU adapters
 LOADER = "libvulkan.so.1"
 KIND = "webgpu"  # ONNX Runtime's name for the memory
@@ -109,7 +109,7 @@ def register() -> None:
     import onnxruntime as ort
     import onnxruntime_ep_webgpu as plugin
 
-    import_module("onnx")  # find out here whether graph.py can use it
+    import_module("onnx")  # find out here whether it loads
     ort.set_default_logger_severity(4)  # it warns of SOFTWARE
     try:
         ort.register_execution_provider_library(KIND, plugin.get_library_path())
@@ -172,11 +172,11 @@ class WebGpuDevice:
 
     provider = PROVIDER
 
-    def __init__(self, *, software: bool):
-        """software: see webgpu_problem."""
+    def __init__(self, work: Work, *, software: bool):
+        """work: for the words of errors. software: see webgpu_problem."""
         if problem := webgpu_problem(software=software):
             raise DeviceError(problem)
-        self.name = adapter_name() or PROVIDER
+        self.name, self._work = adapter_name() or PROVIDER, work
 
     def add_to(self, options: Any, *, capture: bool) -> None:
         """Let a session with these options run on the device. capture: whether it captures its calls."""
@@ -190,7 +190,7 @@ class WebGpuDevice:
         try:
             value = session.create_ortvalue_from_shape_and_type(shape, dtype, KIND)
         except failures() as error:
-            raise run_failed(error) from error
+            raise run_failed(error, self._work) from error
         self.upload(value, np.zeros(shape, dtype))
         return value
 
@@ -199,7 +199,7 @@ class WebGpuDevice:
         try:
             to.update_inplace(source)
         except failures() as error:
-            raise run_failed(error) from error
+            raise run_failed(error, self._work) from error
 
     def download(self, to: Mapping[str, NDArray[Any]], sources: Mapping[str, Any]) -> None:
         """Wait for the queued work, and copy the device's arrays into those of the same names."""
@@ -208,4 +208,4 @@ class WebGpuDevice:
         try:
             ort.copy_tensors([*sources.values()], [ort.OrtValue.ortvalue_from_numpy(to[name]) for name in sources])
         except failures() as error:
-            raise run_failed(error) from error
+            raise run_failed(error, self._work) from error

@@ -14,9 +14,10 @@ from io import StringIO
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dovetail.runtime.devices.ort import Work
 from dovetail.runtime.errors import DeviceError, install_extra
+from dovetail.runtime.system.arrays import Bytes
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = f"for CUDA and cuDNN, {install_extra('cuda')}"
@@ -46,8 +47,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "cudaGetErrorString": [ctypes.c_int],
     "cudaGetLastError": [],
 }
-
-Bytes = NDArray[np.uint8]
 
 
 def cuda_problem() -> str | None:
@@ -171,12 +170,14 @@ def _loads(name: str) -> bool:
 
 
 class CudaDevice:
-    """Device 0; implements Device of cuda.py. Pinned memory is valid until `close`."""
+    """Device 0; implements Device of memory.py. Pinned memory is valid until `close`."""
 
     kind = "cuda"  # ONNX Runtime's name for the memory
     provider = PROVIDER
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
+        """work: for the words of errors."""
+        self._work = work
         preload()
         try:
             self._cuda = ctypes.CDLL(libraries()[0])
@@ -256,4 +257,4 @@ class CudaDevice:
         said = (self._cuda.cudaGetErrorString(code) or b"unknown error").decode(errors="replace")
         full = "free VRAM" if function == "cudaMalloc" else "free memory"
         remedy = f"{full}, or give --vram SIZE --fit" if code == _OUT_OF_MEMORY else "check nvidia-smi"
-        raise DeviceError(f"{function}: {said} (code {code}): {remedy}, or use --drafter-device cpu")
+        raise DeviceError(f"{function}: {said} (code {code}): {remedy}, or {self._work.off}")

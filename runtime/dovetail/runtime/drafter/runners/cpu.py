@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from dovetail.runtime.devices.ort import CPU, call, open_session, session_options
 from dovetail.runtime.drafter.graph_io import (
     CHUNK,
     NOISE,
     OUTPUTS,
     STATE,
-    Array,
     check_ports,
     input_specs,
     noise_spec,
@@ -26,9 +26,10 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
-from dovetail.runtime.drafter.ort import CPU, call, open_session, session_options
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.system.arrays import Array
 from dovetail.runtime.system.page_release import LookupMapping
 from dovetail.runtime.tree.growth import Candidates
 
@@ -55,7 +56,7 @@ class CpuRunner:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         self._embedding = LookupMapping(file.with_name(file.name + ".data"))
         with self._embedding:
-            self._session = open_session(ort, file, options, [CPU])
+            self._session = open_session(ort, file, options, [CPU], DRAFTING)
         check_ports(self._session, file, facts, np.float32)
         self.max_context, self._slots, self._facts = pairs or facts.max_context, facts.tree_slots, facts
         specs = row_specs(facts, CHUNK, np.float32)
@@ -95,7 +96,7 @@ class CpuRunner:
         bound, binding = self._lanes.get((n, answers), (0, None))
         if bound != kv_rows:
             binding = self._bind(n, answers, kv_rows, binding)
-        call(self._session, binding)
+        call(self._session, binding, DRAFTING)
         self._embedding.add(n)
         return Candidates(self._rows.top_logprobs[:answers], self._rows.top_ids[:answers])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system.files import open_regular
@@ -23,6 +23,16 @@ _NO_MEMORY = (
 _LOOP = b'"\x04Loop'  # an operator's type as protobuf writes it; only a Loop may never end
 
 
+class Work(NamedTuple):
+    """What a graph computes for a user, in the words of errors."""
+
+    name: str  # such as "the drafter"
+    again: str  # the remedy for a faulty file
+    off: str  # the remedy for a device that does not fit
+    without: str  # the remedy for a call that fails
+    less: str  # one of the remedies for a lack of memory
+
+
 def session_options(ort: Any) -> Any:
     """Return options of a session that reports errors as exceptions and not also on stderr."""
     options = ort.SessionOptions()
@@ -30,17 +40,27 @@ def session_options(ort: Any) -> Any:
     return options
 
 
+def placed_options(ort: Any, **sizes: int) -> Any:
+    """Return options of a session on a GPU that records where nodes run. sizes: of the graph's named axes."""
+    options = session_options(ort)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for axis, size in sizes.items():
+        options.add_free_dimension_override_by_name(axis, size)
+    return options
+
+
 def open_session(
-    ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any], *, remedy: str = "export the drafter again"
+    ort: Any, model: Path | bytes, options: Any, providers: Sequence[Any], work: Work, remedy: str | None = None
 ) -> Any:
     """Load a graph. Raises DeviceError.
 
-    providers: none if the options have one. remedy: for a graph that the provider does not load.
+    providers: none if the options have one. remedy: for a graph that the provider does not load,
+    None to say that the file is at fault.
     A provider that does not start is an error, or missing in the session. For any provider except
     the CPU's, ONNX Runtime's own log is silent meanwhile and then back at its default.
     """
     if isinstance(model, Path):
-        check_endless(model)
+        check_endless(model, work)
     source, what = (str(model), model) if isinstance(model, Path) else (model, "a graph")
     quiet = providers != [CPU]
     if quiet:
@@ -48,13 +68,13 @@ def open_session(
     try:
         return ort.InferenceSession(source, options, providers=list(providers) or None, enable_fallback=0)
     except failures() as error:
-        raise failed(f"ONNX Runtime cannot load {what}", error, remedy) from error
+        raise failed(f"ONNX Runtime cannot load {what}", error, work, remedy or work.again) from error
     finally:
         if quiet:
             ort.set_default_logger_severity(2)
 
 
-def check_endless(file: Path) -> None:
+def check_endless(file: Path, work: Work) -> None:
     """Raise DeviceError for a graph with a Loop, or for an unreadable file."""
     try:
         with open_regular(file) as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
@@ -62,29 +82,49 @@ def check_endless(file: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise DeviceError(f"{file} cannot be read ({error}): export the drafter again") from None
+        raise DeviceError(f"{file} cannot be read ({error}): {work.again}") from None
     if endless:
-        raise DeviceError(f"{file} holds a Loop, which may never end: export the drafter again")
+        raise DeviceError(f"{file} holds a Loop, which may never end: {work.again}")
 
 
-def call(session: Any, binding: Any, run_options: Any = None) -> None:
+def check_placement(session: Any, provider: str, work: Work) -> None:
+    """Raise DeviceError unless every node runs on `provider`. The message names the other nodes.
+
+    session: with placed_options.
+    """
+    if session.get_providers()[0] != provider:
+        raise DeviceError(f"ONNX Runtime could not load its {provider}: run dovetail-run doctor for the reason")
+    elsewhere = [
+        f"{node.op_type} {node.name!r} on {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+    ]
+    if elsewhere:
+        more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
+        raise DeviceError(
+            f"{len(elsewhere)} nodes would not run on {provider}: {', '.join(elsewhere[:3])}{more}: {work.off}"
+        )
+
+
+def call(session: Any, binding: Any, work: Work, run_options: Any = None) -> None:
     """Run a bound graph. Raises DeviceError."""
     try:
         session.run_with_iobinding(binding, run_options)
     except failures() as error:
-        raise run_failed(error) from error
+        raise run_failed(error, work) from error
 
 
-def run_failed(error: Exception) -> DeviceError:
+def run_failed(error: Exception, work: Work) -> DeviceError:
     """Return the error for a call that failed, or for a copy around it."""
-    return failed("the drafter failed", error, "generate without speculation")
+    return failed(f"{work.name} failed", error, work, work.without)
 
 
-def failed(what: str, error: Exception, remedy: str) -> DeviceError:
+def failed(what: str, error: Exception, work: Work, remedy: str) -> DeviceError:
     """Return the error for a failed call. remedy: for failures other than a lack of memory."""
     said = one_line(error)[:300]
     if any(word in said.lower() for word in _NO_MEMORY):
-        remedy = "free memory, or shorten the drafter's context on a GPU with --vram SIZE --fit"
+        remedy = f"free memory, or {work.less}"
     return DeviceError(f"{what}: {said}: {remedy}")
 
 

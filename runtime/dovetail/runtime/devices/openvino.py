@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.drafter.ort import failed, run_failed
+from dovetail.runtime.devices.ort import Work, failed, run_failed
 from dovetail.runtime.errors import DeviceError
 
 GPU = "GPU"  # OpenVINO's name for the first Intel GPU, which is the integrated one if there is one
@@ -38,13 +38,14 @@ def gpu_facts(device: str = GPU) -> str | None:
 class OpenVinoDevice:
     """A device of OpenVINO. Its methods raise DeviceError."""
 
-    def __init__(self, device: str = GPU, properties: Mapping[str, str] | None = None):
-        """device: OpenVINO's name. properties: more of OpenVINO's properties."""
+    def __init__(self, work: Work, device: str = GPU, properties: Mapping[str, str] | None = None):
+        """work: for the words of errors. device: OpenVINO's name. properties: more of OpenVINO's properties."""
         import openvino as ov
 
         if device == GPU and (problem := openvino_gpu_problem()):
             raise DeviceError(problem)
         self.name, self._device, self._core = gpu_facts(device) or device, device, ov.Core()
+        self._work = work
         self._properties = {"PERFORMANCE_HINT": "LATENCY", **(properties or {})}
 
     def read(self, graph: Path | bytes) -> Any:
@@ -53,14 +54,15 @@ class OpenVinoDevice:
             return self._core.read_model(graph)
         except RuntimeError as error:
             what = graph if isinstance(graph, Path) else "a graph"
-            raise failed(f"OpenVINO cannot read {what}", error, "export the drafter again") from error
+            raise failed(f"OpenVINO cannot read {what}", error, self._work, self._work.again) from error
 
     def request(self, model: Any) -> Any:
         """Compile a model, and return its request for calls, with variables of zeros."""
         try:
             return self._core.compile_model(model, self._device, self._properties).create_infer_request()
         except RuntimeError as error:
-            raise failed(f"OpenVINO cannot compile the graph for {self.name}", error, "update its driver") from error
+            what = f"OpenVINO cannot compile the graph for {self.name}"
+            raise failed(what, error, self._work, "update its driver") from error
 
     def call(self, request: Any, inputs: Mapping[str, Any]) -> None:
         """Run a request with tensors as its inputs."""
@@ -69,11 +71,11 @@ class OpenVinoDevice:
                 request.set_tensor(name, tensor)
             request.infer()
         except RuntimeError as error:
-            raise run_failed(error) from error
+            raise run_failed(error, self._work) from error
 
     def clear(self, request: Any) -> None:
         """Fill a request's variables with zeros."""
         try:
             request.reset_state()
         except RuntimeError as error:
-            raise run_failed(error) from error
+            raise run_failed(error, self._work) from error

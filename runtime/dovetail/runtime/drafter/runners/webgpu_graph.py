@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.ort import check_endless
+from dovetail.runtime.devices.ort import check_endless
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system.page_release import LookupMapping
 
@@ -67,7 +68,7 @@ def rewrite(file: Path) -> WebGpuGraph:
     import onnx
     from google.protobuf.message import Error
 
-    check_endless(file)
+    check_endless(file, DRAFTING)
     try:
         model = onnx.load(file, "protobuf", load_external_data=False)
         if not model.graph.node:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dovetail.runtime.devices.openvino import OpenVinoDevice
+from dovetail.runtime.devices.ort import check_endless
 from dovetail.runtime.drafter.graph_io import (
     DRAFT_IDS,
     NOISE,
     OUTPUTS,
     TYPES,
-    Array,
     BlockRows,
     Rows,
     check_ports,
@@ -33,11 +34,11 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
-from dovetail.runtime.drafter.openvino.device import OpenVinoDevice
-from dovetail.runtime.drafter.ort import check_endless
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.system.arrays import Array
 from dovetail.runtime.tree.growth import Candidates
 
 _METADATA = "framework"  # where OpenVINO keeps the metadata of an ONNX file
@@ -62,7 +63,7 @@ class OpenVinoRunner:
         """plan: the context, and bytes for the message of an error."""
         self.max_context, self.bus_bytes, self._device, self._facts = plan.context, 0, device, facts
         try:
-            check_endless(file)
+            check_endless(file, DRAFTING)
             model = device.read(file)
             graph = _Ports.of(model)
             check_ports(graph, file, facts, np.float32)

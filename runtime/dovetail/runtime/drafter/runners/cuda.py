@@ -9,27 +9,25 @@ all calls, so that an engine may be used from any thread.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.runtime.devices.memory import Block, Device, keep_on_failed
+from dovetail.runtime.devices.ort import call, check_placement, open_session, placed_options
 from dovetail.runtime.drafter.graph_io import (
     NOISE,
     OUTPUTS,
     BlockRows,
     Rows,
-    Spec,
     check_ports,
     input_specs,
-    nbytes,
     noise_spec,
     output_name,
     read_draft_ids,
@@ -37,75 +35,11 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
-from dovetail.runtime.drafter.ort import call, open_session, session_options
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.tree.growth import Candidates
-
-ALIGNMENT = 256  # bytes, of each array in a block, as in cudaMalloc
-
-Bytes = NDArray[np.uint8]
-
-
-class Device(Protocol):
-    """A device for captured graphs. All methods except `close` raise DeviceError."""
-
-    kind: str  # ONNX Runtime's name for the memory
-    provider: str  # the execution provider of the device
-
-    def provider_options(self, arena: int | None, *, capture: bool = True) -> dict[str, str]:
-        """Return options to capture, to use the stream, and to limit the arena to `arena` bytes."""
-
-    def allocate(self, size: int) -> int:
-        """Return the address of `size` bytes of zeros."""
-
-    def clear(self, address: int, size: int) -> None:
-        """Queue `size` bytes of zeros to an allocated address."""
-
-    def pinned(self, size: int) -> Bytes:
-        """Return `size` bytes of zeros on the host."""
-
-    def upload(self, to: int, source: Bytes) -> None:
-        """Queue a copy of pinned bytes to the address `to`."""
-
-    def download(self, to: Bytes, source: int) -> None:
-        """Queue a copy from the address `source` to pinned bytes."""
-
-    def wait(self) -> None:
-        """Wait until all queued work is done."""
-
-    def close(self) -> None:
-        """Free all memory and the stream."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Arrays side by side, on the device and on the host."""
-
-    specs: Mapping[str, Spec]
-    offsets: Mapping[str, int]  # bytes
-    address: int  # on the device
-    host: Bytes
-
-    @classmethod
-    def allocate(cls, device: Device, specs: Mapping[str, Spec]) -> Block:
-        offsets, size = {}, 0
-        for name, spec in specs.items():
-            offsets[name] = size
-            size += -(-nbytes(spec) // ALIGNMENT) * ALIGNMENT
-        return cls(specs, offsets, device.allocate(size), device.pinned(size))
-
-    def array(self, name: str) -> NDArray[Any]:
-        """Return the host's side of one array."""
-        shape, dtype = self.specs[name]
-        begin = self.offsets[name]
-        return self.host[begin : begin + nbytes(self.specs[name])].view(dtype).reshape(shape)
-
-    def bind(self, to: Any, name: str, kind: str) -> None:
-        """Bind the device's side of one array as the graph's `name`."""
-        shape, dtype = self.specs[name]
-        to(name, kind, 0, dtype, shape, self.address + self.offsets[name])
 
 
 @dataclass(frozen=True)
@@ -200,7 +134,7 @@ class CudaRunner:
 
     def _call(self, binding: Any, run_options: Any) -> None:
         """Run a bound graph on the runner's own thread. Raises DeviceError."""
-        done = self._thread.submit(call, self._session, binding, run_options)
+        done = self._thread.submit(call, self._session, binding, DRAFTING, run_options)
         try:
             done.result()
         finally:
@@ -215,21 +149,19 @@ class CudaRunner:
         """Open a session, if possible one that captures. Raises DeviceError, which names unsuitable nodes."""
         provider, slots = self._device.provider, self._facts.tree_slots + plan.context
 
-        def options() -> Any:
-            made = session_options(self._ort)
-            made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            made.add_free_dimension_override_by_name("slots", slots)
-            return made
+        def session(*, capture: bool) -> Any:
+            options = placed_options(self._ort, slots=slots)
+            chosen = self._device.provider_options(arena, capture=capture)
+            return open_session(self._ort, file, options, [(provider, chosen)], DRAFTING)
 
         try:
-            session = open_session(self._ort, file, options(), [(provider, self._device.provider_options(arena))])
+            opened = session(capture=True)
         except DeviceError as error:
             self.refused = str(error)
         if self.refused:  # outside the handler, because a traceback would keep what the first session allocated
-            plain = (provider, self._device.provider_options(arena, capture=False))
-            session = open_session(self._ort, file, options(), [plain])
-        check_placement(session, provider)  # ONNX Runtime does not name the nodes that it cannot capture
-        return session
+            opened = session(capture=False)
+        check_placement(opened, provider, DRAFTING)  # ONNX Runtime does not name the nodes that it cannot capture
+        return opened
 
     def _capture(self, number: int, bucket: int) -> Captured:
         """Allocate and bind one bucket. The first runs capture its graph under this number, if it is captured."""
@@ -280,36 +212,3 @@ def _release(held: list[Any], device: Device, thread: ThreadPoolExecutor) -> Non
         device.close()
     else:
         weakref.finalize(alive, device.close).atexit = False
-
-
-def keep_on_failed(device: Device, *held: Any) -> bool:
-    """Return whether the device failed. If so, keep `held` until the process ends.
-
-    held: a session and its bindings. ONNX Runtime would end the process at once if it destroyed a
-    captured graph on a failed device.
-    """
-    try:
-        device.wait()
-    except DeviceError:
-        for kept in held:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-        return True
-    return False
-
-
-def check_placement(session: Any, provider: str) -> None:
-    """Raise DeviceError unless every node runs on `provider`. The message names the other nodes."""
-    if session.get_providers()[0] != provider:
-        raise DeviceError(f"ONNX Runtime could not load its {provider}: run dovetail-run doctor for the reason")
-    elsewhere = [
-        f"{node.op_type} {node.name!r} on {part.ep_name}"
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name != provider
-        for node in part.get_nodes()
-    ]
-    if elsewhere:
-        more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
-        raise DeviceError(
-            f"the graph cannot be captured: {len(elsewhere)} nodes would not run on {provider}: "
-            f"{', '.join(elsewhere[:3])}{more}: use --drafter-device cpu"
-        )

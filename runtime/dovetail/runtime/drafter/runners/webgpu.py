@@ -4,9 +4,9 @@ The design is that of cuda.py: a bucket of rows has buffers of its own and one c
 bank have one buffer each, which is both input and output of the graph: the plugin's ScatterND
 copies nothing then.
 
-The graph is the CPU's INT8 graph, rewritten in memory by graph.py. It runs on each adapter, and the
-float16 graph only on those with `shader-f16`. Its weights are half as many bytes, which counts on a
-GPU that shares the memory of the CPU. The embedding stays on the host.
+The graph is the CPU's INT8 graph, rewritten in memory by webgpu_graph.py. It runs on each adapter,
+and the float16 graph only on those with `shader-f16`. Its weights are half as many bytes, which
+counts on a GPU that shares the memory of the CPU. The embedding stays on the host.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.cuda import check_placement
+from dovetail.runtime.devices.ort import call, check_placement, open_session, placed_options
+from dovetail.runtime.devices.webgpu import WebGpuDevice
 from dovetail.runtime.drafter.graph_io import (
     NOISE,
     OUTPUTS,
-    Array,
     BlockRows,
     Rows,
-    Spec,
     check_ports,
     noise_spec,
     output_name,
@@ -35,12 +34,12 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
-from dovetail.runtime.drafter.ort import call, open_session, session_options
+from dovetail.runtime.drafter.runners.webgpu_graph import EMBEDDED, WebGpuGraph
+from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
-from dovetail.runtime.drafter.webgpu.device import WebGpuDevice
-from dovetail.runtime.drafter.webgpu.graph import EMBEDDED, WebGpuGraph
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
+from dovetail.runtime.system.arrays import Array, Spec
 from dovetail.runtime.tree.growth import Candidates
 
 SKIP_CAPTURE = -1  # the number of a plain call
@@ -129,19 +128,17 @@ class WebGpuRunner:
         slots = self._facts.tree_slots + self.max_context
 
         def session(*, capture: bool) -> Any:
-            options = session_options(self._ort)
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            options = placed_options(self._ort, slots=slots)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-            options.add_free_dimension_override_by_name("slots", slots)
             self._device.add_to(options, capture=capture)
-            return open_session(self._ort, model, options, [], remedy="use --drafter-device cpu")
+            return open_session(self._ort, model, options, [], DRAFTING, DRAFTING.off)
 
         try:
             opened = session(capture=True)
         except DeviceError:  # ONNX Runtime does not name the nodes that it cannot capture
-            check_placement(session(capture=False), self._device.provider)
+            check_placement(session(capture=False), self._device.provider, DRAFTING)
             raise
-        check_placement(opened, self._device.provider)
+        check_placement(opened, self._device.provider, DRAFTING)
         return opened
 
     def _embedded(self, rows: int) -> Spec:
@@ -188,7 +185,7 @@ class WebGpuRunner:
         (logprobs, ids), (wanted, wanted_ids) = found
         if not (np.isfinite(wanted).all() and np.allclose(logprobs, wanted, atol=1e-3) and (ids == wanted_ids).all()):
             raise DeviceError(
-                f"{self._device.name} does not repeat a captured call: update its driver, or use --drafter-device cpu"
+                f"{self._device.name} does not repeat a captured call: update its driver, or {DRAFTING.off}"
             )
 
     def _fill(self, bucket: Bucket) -> None:
@@ -213,7 +210,7 @@ class WebGpuRunner:
             self._embedding.look_up(ids, bucket.arrays[EMBEDDED])
         for name, value in inputs.items():
             self._upload(value, bucket.arrays[name])
-        call(self._session, bucket.binding, bucket.run_options)
+        call(self._session, bucket.binding, DRAFTING, bucket.run_options)
         self._device.download(bucket.arrays, bucket.outputs)
         self.bus_bytes += sum(bucket.arrays[name].nbytes for name in OUTPUTS)
 

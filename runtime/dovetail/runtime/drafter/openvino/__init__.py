@@ -1,1 +1,0 @@
-"""The drafter on Intel GPUs, by OpenVINO."""

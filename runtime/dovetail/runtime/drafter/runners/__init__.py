@@ -1,0 +1,1 @@
+"""Runners: the drafter's graph on one kind of device each."""

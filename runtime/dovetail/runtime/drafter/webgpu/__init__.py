@@ -1,1 +1,0 @@
-"""The drafter on GPUs of any make, by the WebGPU plugin of ONNX Runtime."""
