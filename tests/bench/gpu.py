@@ -47,18 +47,18 @@ def latencies(drafter: OnnxDrafter, repeats: int = REPEATS) -> dict[str, dict[st
     runner = drafter._runner
     assert isinstance(runner, CudaRunner)
     out = {}
-    for bucket, graph in sorted(runner._graphs.items()):
+    for bucket, graph in sorted(runner._buckets.items()):
         launched = runner._ort.RunOptions()
         launched.add_run_config_entry("gpu_graph_id", "-1")  # ONNX Runtime's word for: neither capture nor replay
         ways = {"captured": graph, "uncaptured": replace(graph, run_options=launched)}
         took: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, chosen in ways.items():
-                runner._graphs[bucket] = chosen
+                runner._buckets[bucket] = chosen
                 begin = perf_counter()
                 runner.run(bucket, 64, None, upload_features=False)
                 took[way].append((perf_counter() - begin) * 1e3)
-        runner._graphs[bucket] = graph
+        runner._buckets[bucket] = graph
         out[str(bucket)] = {way: round(median(times), 4) for way, times in took.items()}
     return out
 

@@ -379,11 +379,11 @@ def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
     monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
     manifest = read_manifest(tiny_full_pair)
     drafter = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
-    graphs = dict(drafter._runner._graphs)  # type: ignore[attr-defined]  # a CudaRunner's
+    graphs = dict(drafter._runner._buckets)  # type: ignore[attr-defined]  # a CudaRunner's
     found = gpu.report(lambda: drafter, manifest.target.feature_size)
     assert list(found["call_ms"]) == ["8", "16", "128"]
     assert all(ms["captured"] > 0 and ms["uncaptured"] > 0 for ms in found["call_ms"].values())
-    assert drafter._runner._graphs == graphs  # type: ignore[attr-defined]  # as above
+    assert drafter._runner._buckets == graphs  # type: ignore[attr-defined]  # as above
     assert 0 < found["bytes_per_round"] < 64 * 1024
     json.dumps(found)
 

@@ -105,12 +105,12 @@ def test_every_bucket_has_its_own_graph_and_memory(HostDevice, pairs, stream) ->
     runner = session._runner
     assert isinstance(runner, CudaRunner)
     assert [len(runner.rows(n).input_ids) for n in (1, 8, 9, 16, 17, 128)] == [8, 8, 16, 16, 128, 128]
-    before = {bucket: (graph.inputs.address, graph.outputs.address) for bucket, graph in runner._graphs.items()}
+    before = {bucket: (graph.inputs.address, graph.outputs.address) for bucket, graph in runner._buckets.items()}
     assert sorted(before) == list(BUCKETS) and len({address for pair in before.values() for address in pair}) == 6
-    ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._graphs.items()}
+    ids = {b: graph.run_options.get_run_config_entry("gpu_graph_id") for b, graph in runner._buckets.items()}
     assert ids == {8: "1", 16: "2", 128: "3"}
     session.extend(SEQ, stream[0][:150], stream[1][:150])
-    assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._graphs.items()}
+    assert before == {b: (graph.inputs.address, graph.outputs.address) for b, graph in runner._buckets.items()}
 
 
 def test_after_a_nan_the_device_is_as_new(HostDevice, pairs, stream) -> None:

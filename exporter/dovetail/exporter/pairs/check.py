@@ -15,7 +15,7 @@ from dovetail.exporter.target.graph_probe import EXACT, stateful_logits
 from dovetail.exporter.target.sources import IR_GRAPH
 from dovetail.exporter.target.tokenizer_copy import probe_tokenizer
 from dovetail.runtime.devices.ort import CPU, failures, open_session, session_options
-from dovetail.runtime.drafter.graph_io import NOISE, check_ports, noise_spec, read_draft_ids, state_shapes
+from dovetail.runtime.drafter.graph_io import NOISE, Ports, check_ports, noise_spec, read_draft_ids, state_shapes
 from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError, DovetailError, IntegrityError, MismatchError, PairError, one_line
 from dovetail.runtime.pair.check import check_pair, verify_files
@@ -27,7 +27,7 @@ from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, read_model
 
 if TYPE_CHECKING:
-    import onnxruntime as ort
+    pass
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
@@ -146,12 +146,13 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
 
     try:
         session = open_session(ort, path, session_options(ort), [CPU], DRAFTING)
-        check_ports(session, path, facts, kind)
-        drafted = read_draft_ids(session, path, facts)
+        ports = Ports.of(session, path)
+        check_ports(ports, path, facts, kind)
+        drafted = read_draft_ids(ports, path, facts)
     except DeviceError as error:  # the file is at fault, not a device
         raise IntegrityError(str(error)) from error
     try:
-        logprobs, ids = session.run(["top_logprobs", "top_ids"], _drafter_inputs(session, facts, kind))
+        logprobs, ids = session.run(["top_logprobs", "top_ids"], _drafter_inputs(ports, facts, kind))
     except failures() as error:
         reason = one_line(error)[:300]
         raise MismatchError(f"{path.name} fails with the manifest's sizes ({reason}): export it again") from error
@@ -167,11 +168,11 @@ def _run_drafter(path: Path, facts: DrafterFacts, kind: Activations) -> NDArray[
     return logprobs
 
 
-def _drafter_inputs(session: ort.InferenceSession, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
+def _drafter_inputs(ports: Ports, facts: DrafterFacts, kind: Activations) -> dict[str, Any]:
     """Inputs of a call: two context pairs with random features, in a context of four slots."""
     slots, size = facts.tree_slots, facts.feature_size
     features = np.random.default_rng(0).standard_normal((2, size)).astype(kind)
-    given = {port.name for port in session.get_inputs()}
+    given = ports.given
     noise = {NOISE: np.zeros(*noise_spec(facts))} if NOISE in given else {}
     state = {name: np.zeros(shape, kind) for name, shape in state_shapes(facts, 4).items()}
     rows = {"features": features, "kv_slots": slots + np.arange(2)}

@@ -10,7 +10,7 @@ children per row or position, D feature size, V draft vocabulary, g KV heads, d 
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,12 +159,42 @@ class Runner(Protocol):
         """Free the device's memory. No further run is possible."""
 
 
+class Port(Protocol):
+    """An input or output of a graph, as ONNX Runtime describes one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str: ...  # one of TYPES' values, or another
+    @property
+    def shape(self) -> list[int | str]: ...  # a text for any size
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The inputs, the outputs and the metadata of a graph."""
+
+    inputs: Sequence[Port]
+    outputs: Sequence[Port]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def of(cls, session: Any, file: Path) -> Ports:
+        """Return those of a session of ONNX Runtime. Raises DeviceError."""
+        try:
+            inputs, outputs = session.get_inputs(), session.get_outputs()
+        except ValueError as error:  # a name that is not UTF-8
+            raise DeviceError(f"{file} has inputs without readable names ({error}): export the drafter again") from None
+        return cls(inputs, outputs, session.get_modelmeta().custom_metadata_map)
+
+    @property
+    def given(self) -> set[str]:
+        """The names of the inputs, of which an older pair's graph has fewer."""
+        return {port.name for port in self.inputs}
+
+
 def check_ports(
-    session: Any,
-    file: Path,
-    facts: DrafterFacts,
-    dtype: type[np.floating[Any]],
-    more: Mapping[str, Spec] | None = None,
+    ports: Ports, file: Path, facts: DrafterFacts, dtype: type[np.floating[Any]], more: Mapping[str, Spec] | None = None
 ) -> None:
     """Check names, dtypes and fixed sizes of a graph's inputs and outputs. Raises DeviceError.
 
@@ -176,17 +206,13 @@ def check_ports(
     inputs |= {name: (shape, dtype) for name, shape in state.items()}
     outputs: dict[str, Spec] = {name: rows[name] for name in OUTPUTS}
     outputs |= {output_name(name): (shape, dtype) for name, shape in state.items()}
-    try:
-        given, returned = session.get_inputs(), session.get_outputs()
-    except ValueError as error:  # a name that is not UTF-8
-        raise DeviceError(f"{file} has inputs without readable names ({error}): export the drafter again") from None
-    lacking = {*inputs} - {port.name for port in given} - {*LATER, NOISE}
-    lacking |= {*outputs} - {port.name for port in returned}
-    odd = {port.name for port in given} - {*inputs}
+    lacking = {*inputs} - ports.given - {*LATER, NOISE}
+    lacking |= {*outputs} - {port.name for port in ports.outputs}
+    odd = ports.given - {*inputs}
     if lacking or odd:
         found = f"no {min(lacking)!r}" if lacking else f"an unknown input {min(odd)!r}"
         raise DeviceError(f"{file} has {found}: export the drafter again")
-    for port in (*given, *returned):
+    for port in (*ports.inputs, *ports.outputs):
         if port.name not in inputs | outputs:
             continue
         shape, kind = (inputs | outputs)[port.name]
@@ -199,12 +225,12 @@ def check_ports(
             )
 
 
-def read_draft_ids(session: Any, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
+def read_draft_ids(ports: Ports, file: Path, facts: DrafterFacts) -> NDArray[np.int32] | None:
     """Return [V], target ids of the draft vocabulary; None without noise. Raises DeviceError."""
-    if NOISE not in {port.name for port in session.get_inputs()}:
+    if NOISE not in ports.given:
         return None
     try:
-        ids = np.frombuffer(b64decode(session.get_modelmeta().custom_metadata_map[DRAFT_IDS], validate=True), "<i4")
+        ids = np.frombuffer(b64decode(ports.metadata[DRAFT_IDS], validate=True), "<i4")
         if len(ids) != facts.draft_vocab_size or not 0 <= ids.min() <= ids.max() < facts.target_vocab_size:
             raise ValueError(f"{len(ids)} ids")
     except (KeyError, ValueError) as error:

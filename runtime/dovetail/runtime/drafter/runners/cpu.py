@@ -17,15 +17,16 @@ from dovetail.runtime.drafter.graph_io import (
     NOISE,
     OUTPUTS,
     STATE,
+    Ports,
     check_ports,
     input_specs,
-    noise_spec,
     output_name,
     read_draft_ids,
     row_specs,
     rows_of,
     state_shapes,
 )
+from dovetail.runtime.drafter.runners.buckets import Noise
 from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
@@ -57,7 +58,8 @@ class CpuRunner:
         self._embedding = LookupMapping(file.with_name(file.name + ".data"))
         with self._embedding:
             self._session = open_session(ort, file, options, [CPU], DRAFTING)
-        check_ports(self._session, file, facts, np.float32)
+        ports = Ports.of(self._session, file)
+        check_ports(ports, file, facts, np.float32)
         self.max_context, self._slots, self._facts = pairs or facts.max_context, facts.tree_slots, facts
         specs = row_specs(facts, CHUNK, np.float32)
         self._arrays: dict[str, Array] = {name: np.zeros(*spec) for name, spec in specs.items()}
@@ -72,13 +74,11 @@ class CpuRunner:
                 f"the drafter's context of {self.max_context} tokens does not fit into memory: free memory, or "
                 "generate without speculation"
             ) from None
-        given = {port.name for port in self._session.get_inputs()}
         # An older pair's graph without queries answers for every row.
-        self.many_texts = "context_begin" in given
-        self._inputs = [name for name in input_specs(facts, 0, np.float32) if name in given]
-        self.draft_ids = read_draft_ids(self._session, file, facts)
-        self._noise = np.zeros(*noise_spec(facts))
-        self._noisy = False
+        self.many_texts = "context_begin" in ports.given
+        self._inputs = [name for name in input_specs(facts, 0, np.float32) if name in ports.given]
+        self.draft_ids = read_draft_ids(ports, file, facts)
+        self._noise = Noise(facts)
         self._lanes: dict[tuple[int, int], tuple[int, Any]] = {}  # (rows, answers) -> (bound KV rows, binding)
 
     def rows(self, n: int) -> Any:
@@ -87,10 +87,7 @@ class CpuRunner:
     def run(
         self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
     ) -> Candidates:
-        if noise is not None or self._noisy:
-            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
-            self._noise[:] = 0 if noise is None else noise
-            self._noisy = noise is not None
+        self._noise.write(noise)
         kv_rows = self._slots + min(-(-context // PREFIX_STEP) * PREFIX_STEP, self.max_context)
         answers = self._facts.positions or (answers if answers and "queries" in self._inputs else n)
         bound, binding = self._lanes.get((n, answers), (0, None))
@@ -124,7 +121,7 @@ class CpuRunner:
             for name in OUTPUTS:
                 _bind_array(binding.bind_output, name, self._arrays[name][:answers])
             if self.draft_ids is not None:
-                _bind_array(binding.bind_input, NOISE, self._noise)
+                _bind_array(binding.bind_input, NOISE, self._noise.array)
             if self._bank.size:
                 _bind_array(binding.bind_input, STATE, self._bank)
                 _bind_array(binding.bind_output, output_name(STATE), self._bank)

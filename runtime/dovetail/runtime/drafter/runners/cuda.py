@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dovetail.runtime.devices.memory import Block, Device, keep_on_failed
 from dovetail.runtime.devices.ort import call, check_placement, open_session, placed_options
@@ -25,6 +24,7 @@ from dovetail.runtime.drafter.graph_io import (
     NOISE,
     OUTPUTS,
     BlockRows,
+    Ports,
     Rows,
     check_ports,
     input_specs,
@@ -35,11 +35,12 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
+from dovetail.runtime.drafter.runners.buckets import BucketRunner, Noise
 from dovetail.runtime.drafter.session import DRAFTING
-from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
-from dovetail.runtime.tree.growth import Candidates
+from dovetail.runtime.system.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Captured:
     run_options: Any
 
 
-class CudaRunner:
+class CudaRunner(BucketRunner[Captured]):
     """Runner on a GPU. Raises DeviceError if device, libraries or graph do not permit running there.
 
     A graph that ONNX Runtime refuses to capture is run node by node, if every node is on the GPU.
-    ONNX Runtime replays a graph by its id without checking shapes; `_graphs` is the registry.
+    ONNX Runtime replays a graph by its id without checking shapes; `_buckets` is the registry.
     """
 
     device_key = "cuda"
@@ -68,62 +69,32 @@ class CudaRunner:
         import onnxruntime as ort
 
         self.max_context, self.bus_bytes = plan.context, 0
-        self._ort, self._device, self._slots, self._facts = ort, device, facts.tree_slots, facts
-        self._graphs: dict[int, Captured] = {}
+        self._ort, self._device, self._facts = ort, device, facts
+        self._buckets: dict[int, Captured] = {}
         self.refused: str | None = None  # why ONNX Runtime does not capture; calls are then launched one by one
-        self._held: list[Any] = [self._graphs]  # freed before the device; no other object may hold these references
+        self._held: list[Any] = [self._buckets]  # freed before the device; no other object may hold these references
         self._thread = ThreadPoolExecutor(1, "drafter")
         self._release = weakref.finalize(self, _release, self._held, device, self._thread)
         problem = None
         try:
             self._held.append(self._open(file, plan, plan.arena(limit) if limit else None))
-            check_ports(self._session, file, facts, np.float16)
-            self.draft_ids = read_draft_ids(self._session, file, facts)
-            self.many_texts = "context_begin" in {port.name for port in self._session.get_inputs()}
-            self._noise = None if self.draft_ids is None else Block.allocate(device, {NOISE: noise_spec(facts)})
-            self._noisy = False
+            ports = Ports.of(self._session, file)
+            check_ports(ports, file, facts, np.float16)
+            self.draft_ids = read_draft_ids(ports, file, facts)
+            self.many_texts = "context_begin" in ports.given
+            self._noise = self._noise_block = None
+            if self.draft_ids is not None:
+                self._noise_block = Block.allocate(device, {NOISE: noise_spec(facts)})
+                self._noise = Noise(facts, self._noise_block.array(NOISE))
             shapes = state_shapes(facts, plan.context)
             self._state = {name: (shape, device.allocate(prod(shape) * 2)) for name, shape in shapes.items()}
             for number, bucket in reversed([*enumerate(BUCKETS, 1)]):  # largest first: the others reuse its memory
-                self._graphs[bucket] = self._capture(number, bucket)
+                self._buckets[bucket] = self._capture(number, bucket, ports.given)
         except DeviceError as error:
             problem = str(error)
         if problem:  # outside the handler, because a traceback would keep the session longer than its stream
             self.close()
             raise DeviceError(f"{problem} (planned: {plan})")
-
-    def rows(self, n: int) -> Any:
-        return self._graphs[bucket_of(n)].rows
-
-    def run(
-        self,
-        n: int,
-        context: int,
-        noise: NDArray[np.float32] | None,
-        *,
-        upload_features: bool,
-        answers: int | None = None,
-    ) -> Candidates:
-        """The mask limits each row, so `context` needs no binding. Not after `close`."""
-        graph, device = self._graphs[bucket_of(n)], self._device
-        graph.rows.pad(n, self._slots)
-        sent = graph.inputs.host if upload_features else graph.inputs.host[: graph.short]
-        if self._noise and (noise is not None or self._noisy):
-            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
-            self._noise.array(NOISE)[:] = 0 if noise is None else noise
-            device.upload(self._noise.address, self._noise.host)
-            self._noisy = noise is not None
-            self.bus_bytes += self._noise.host.nbytes
-        device.upload(graph.inputs.address, sent)
-        self._call(graph.binding, graph.run_options)
-        device.download(graph.outputs.host, graph.outputs.address)
-        device.wait()
-        self.bus_bytes += sent.nbytes + graph.outputs.host.nbytes
-        found = self._facts.positions or n
-        return Candidates(graph.rows.top_logprobs[:found], graph.rows.top_ids[:found])
-
-    def touch(self, context: int) -> None:
-        """Do nothing: device memory exists from the start."""
 
     def clear(self) -> None:
         for shape, address in self._state.values():
@@ -132,7 +103,22 @@ class CudaRunner:
     def close(self) -> None:
         self._release()
 
-    def _call(self, binding: Any, run_options: Any) -> None:
+    def _call(self, bucket: Captured, *, upload_features: bool) -> None:
+        """Queue the copy up, the graph and the copy down, and wait for all. Raises DeviceError."""
+        device, outputs = self._device, bucket.outputs
+        sent = bucket.inputs.host if upload_features else bucket.inputs.host[: bucket.short]
+        device.upload(bucket.inputs.address, sent)
+        self._launch(bucket.binding, bucket.run_options)
+        device.download(outputs.host, outputs.address)
+        device.wait()
+        self.bus_bytes += sent.nbytes + outputs.host.nbytes
+
+    def _send_noise(self, noise: Array) -> None:
+        assert self._noise_block
+        self._device.upload(self._noise_block.address, self._noise_block.host)
+        self.bus_bytes += self._noise_block.host.nbytes
+
+    def _launch(self, binding: Any, run_options: Any) -> None:
         """Run a bound graph on the runner's own thread. Raises DeviceError."""
         done = self._thread.submit(call, self._session, binding, DRAFTING, run_options)
         try:
@@ -163,7 +149,7 @@ class CudaRunner:
         check_placement(opened, provider, DRAFTING)  # ONNX Runtime does not name the nodes that it cannot capture
         return opened
 
-    def _capture(self, number: int, bucket: int) -> Captured:
+    def _capture(self, number: int, bucket: int, given: set[str]) -> Captured:
         """Allocate and bind one bucket. The first runs capture its graph under this number, if it is captured."""
         specs = row_specs(self._facts, bucket, np.float16)
         inputs = Block.allocate(self._device, input_specs(self._facts, bucket, np.float16))
@@ -171,11 +157,10 @@ class CudaRunner:
         arrays = {name: (outputs if name in OUTPUTS else inputs).array(name) for name in specs}
         binding = self._session.io_binding()
         kind = self._device.kind
-        given = {port.name for port in self._session.get_inputs()}
         for name in given.intersection(inputs.specs):  # an older pair's graph has no queries
             inputs.bind(binding.bind_input, name, kind)
-        if self._noise:
-            self._noise.bind(binding.bind_input, NOISE, kind)
+        if self._noise_block:
+            self._noise_block.bind(binding.bind_input, NOISE, kind)
         for name in OUTPUTS:
             outputs.bind(binding.bind_output, name, kind)
         for name, (shape, address) in self._state.items():
@@ -186,10 +171,10 @@ class CudaRunner:
         # `run` itself waits, after its copy down.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         rows = rows_of(self._facts, arrays)
-        rows.pad(0, self._slots)
+        rows.pad(0, self._facts.tree_slots)
         self._device.upload(inputs.address, inputs.host)
         for _ in range(3):  # memory patterns, capture, first replay
-            self._call(binding, run_options)
+            self._launch(binding, run_options)
         self._device.wait()
         return Captured(rows, inputs, outputs, inputs.offsets["features"], binding, run_options)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,21 +24,21 @@ from dovetail.runtime.drafter.graph_io import (
     OUTPUTS,
     TYPES,
     BlockRows,
+    Ports,
     Rows,
     check_ports,
-    noise_spec,
     output_name,
     read_draft_ids,
     row_specs,
     rows_of,
     state_shapes,
 )
+from dovetail.runtime.drafter.runners.buckets import BucketRunner, Noise
 from dovetail.runtime.drafter.session import DRAFTING
-from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.system.arrays import Array
-from dovetail.runtime.tree.growth import Candidates
 
 _METADATA = "framework"  # where OpenVINO keeps the metadata of an ONNX file
 
@@ -54,7 +53,7 @@ class Bucket:
     bus_bytes: int  # of a call
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(BucketRunner[Bucket]):
     """Runner on a GPU of Intel. Raises DeviceError if OpenVINO does not run the graph there."""
 
     device_key = "openvino-gpu"
@@ -65,45 +64,20 @@ class OpenVinoRunner:
         try:
             check_endless(file, DRAFTING)
             model = device.read(file)
-            graph = _Ports.of(model)
-            check_ports(graph, file, facts, np.float32)
-            self.draft_ids = read_draft_ids(graph, file, facts)
-            given = {port.name for port in graph.get_inputs()}
-            self.many_texts = "context_begin" in given
-            self._noise = np.zeros(*noise_spec(facts))
-            self._noisy = False
+            ports = _ports(model)
+            check_ports(ports, file, facts, np.float32)
+            self.draft_ids = read_draft_ids(ports, file, facts)
+            self.many_texts = "context_begin" in ports.given
+            self._noise = None if self.draft_ids is None else Noise(facts)
             self._request: Any = device.request(_with_variables(model, state_shapes(facts, plan.context)))
-            self._buckets = {bucket: self._bucket(bucket, given) for bucket in BUCKETS}
+            self._buckets = {bucket: self._bucket(bucket, ports.given) for bucket in BUCKETS}
             for bucket in self._buckets.values():  # OpenVINO prepares its kernels now
                 bucket.rows.pad(0, facts.tree_slots)
-                self._call(bucket)
+                self._call(bucket, upload_features=True)
             self.clear()
         except DeviceError as error:
             raise DeviceError(f"{error} (planned: {plan})") from error
         self.bus_bytes = 0
-
-    def rows(self, n: int) -> Any:
-        return self._buckets[bucket_of(n)].rows
-
-    def run(
-        self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
-    ) -> Candidates:
-        """The mask limits each row, and OpenVINO copies each input, so that only the first two arguments count.
-
-        Not after `close`.
-        """
-        bucket = self._buckets[bucket_of(n)]
-        bucket.rows.pad(n, self._facts.tree_slots)
-        if noise is not None or self._noisy:
-            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
-            self._noise[:] = 0 if noise is None else noise
-            self._noisy = noise is not None
-        self._call(bucket)
-        found = self._facts.positions or n
-        return Candidates(bucket.rows.top_logprobs[:found], bucket.rows.top_ids[:found])
-
-    def touch(self, context: int) -> None:
-        """Do nothing: the variables have their full size from the first call on."""
 
     def clear(self) -> None:
         self._device.clear(self._request)
@@ -119,14 +93,14 @@ class OpenVinoRunner:
         specs = row_specs(self._facts, rows, np.float32)
         arrays: dict[str, Array] = {name: np.zeros(*spec) for name, spec in specs.items()}
         read = {name: array for name, array in arrays.items() if name in given}  # an older pair's graph has no queries
-        if self.draft_ids is not None:
-            read[NOISE] = self._noise
+        if self._noise:
+            read[NOISE] = self._noise.array
         inputs = {name: ov.Tensor(array, shared_memory=True) for name, array in read.items()}
         moved = sum(array.nbytes for array in (*read.values(), *(arrays[name] for name in OUTPUTS)))
         return Bucket(rows_of(self._facts, arrays), arrays, inputs, moved)
 
-    def _call(self, bucket: Bucket) -> None:
-        """Run the graph on a bucket's inputs, and copy its outputs. Raises DeviceError."""
+    def _call(self, bucket: Bucket, *, upload_features: bool) -> None:
+        """Run the graph. OpenVINO copies each input, also if the call reads no features."""
         self._device.call(self._request, bucket.inputs)
         for name in OUTPUTS:
             bucket.arrays[name][:] = self._request.get_tensor(name).data
@@ -159,25 +133,7 @@ class _Port(NamedTuple):
         return cls(port.any_name, kind, sizes)
 
 
-@dataclass(frozen=True)
-class _Ports:
-    """What the checks of a graph ask a session of ONNX Runtime, from a model of OpenVINO."""
-
-    inputs: list[_Port]
-    outputs: list[_Port]
-    metadata: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: Any) -> _Ports:
-        path = [_METADATA, DRAFT_IDS]
-        metadata = {DRAFT_IDS: str(model.get_rt_info(path).value)} if model.has_rt_info(path) else {}
-        return cls([*map(_Port.of, model.inputs)], [*map(_Port.of, model.outputs)], metadata)
-
-    def get_inputs(self) -> list[_Port]:
-        return self.inputs
-
-    def get_outputs(self) -> list[_Port]:
-        return self.outputs
-
-    def get_modelmeta(self) -> SimpleNamespace:
-        return SimpleNamespace(custom_metadata_map=self.metadata)
+def _ports(model: Any) -> Ports:
+    path = [_METADATA, DRAFT_IDS]
+    metadata = {DRAFT_IDS: str(model.get_rt_info(path).value)} if model.has_rt_info(path) else {}
+    return Ports([*map(_Port.of, model.inputs)], [*map(_Port.of, model.outputs)], metadata)

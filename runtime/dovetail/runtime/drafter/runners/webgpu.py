@@ -25,6 +25,7 @@ from dovetail.runtime.drafter.graph_io import (
     NOISE,
     OUTPUTS,
     BlockRows,
+    Ports,
     Rows,
     check_ports,
     noise_spec,
@@ -34,13 +35,13 @@ from dovetail.runtime.drafter.graph_io import (
     rows_of,
     state_shapes,
 )
+from dovetail.runtime.drafter.runners.buckets import BucketRunner, Noise
 from dovetail.runtime.drafter.runners.webgpu_graph import EMBEDDED, WebGpuGraph
 from dovetail.runtime.drafter.session import DRAFTING
-from dovetail.runtime.drafter.vram import BUCKETS, VramPlan, bucket_of
+from dovetail.runtime.drafter.vram import BUCKETS, VramPlan
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.system.arrays import Array, Spec
-from dovetail.runtime.tree.growth import Candidates
 
 SKIP_CAPTURE = -1  # the number of a plain call
 
@@ -62,7 +63,7 @@ class Bucket:
         return {name: value for name, value in self.inputs.items() if name != "features"}
 
 
-class WebGpuRunner:
+class WebGpuRunner(BucketRunner[Bucket]):
     """Runner on a GPU of any make. Raises DeviceError if the adapter does not run or capture the graph."""
 
     device_key = "webgpu"
@@ -76,12 +77,13 @@ class WebGpuRunner:
         try:
             self._session: Any = self._open(file, graph.model)
             extra = {EMBEDDED: self._embedded(0)} if graph.embedding else {}
-            check_ports(self._session, file, facts, np.float32, extra)
-            given = {port.name for port in self._session.get_inputs()}
+            ports = Ports.of(self._session, file)
+            given = ports.given
+            check_ports(ports, file, facts, np.float32, extra)
             self.many_texts = "context_begin" in given
-            self.draft_ids = read_draft_ids(self._session, file, facts)
-            self._noise = None if self.draft_ids is None else device.allocate(self._session, noise_spec(facts))
-            self._noisy = False
+            self.draft_ids = read_draft_ids(ports, file, facts)
+            self._noise = None if self.draft_ids is None else Noise(facts)
+            self._noise_there = device.allocate(self._session, noise_spec(facts)) if self._noise else None
             self._shapes = state_shapes(facts, plan.context)
             self._state = {
                 name: device.allocate(self._session, (shape, np.float32)) for name, shape in self._shapes.items()
@@ -94,34 +96,13 @@ class WebGpuRunner:
             raise DeviceError(f"{error} (planned: {plan})") from error
         self.bus_bytes = 0
 
-    def rows(self, n: int) -> Any:
-        return self._buckets[bucket_of(n)].rows
-
-    def run(
-        self, n: int, context: int, noise: Array | None, *, upload_features: bool, answers: int | None = None
-    ) -> Candidates:
-        """The mask limits each row, so `context` needs no binding. Not after `close`."""
-        bucket = self._buckets[bucket_of(n)]
-        bucket.rows.pad(n, self._facts.tree_slots)
-        if self._noise and (noise is not None or self._noisy):
-            self._noisy = True  # assume noise until the buffer is written: an interrupt may come in between
-            shape, dtype = noise_spec(self._facts)
-            self._upload(self._noise, np.zeros(shape, dtype) if noise is None else noise.reshape(shape))
-            self._noisy = noise is not None
-        self._call(bucket, bucket.inputs if upload_features else bucket.levels)
-        found = self._facts.positions or n
-        return Candidates(bucket.rows.top_logprobs[:found], bucket.rows.top_ids[:found])
-
-    def touch(self, context: int) -> None:
-        """Do nothing: device memory exists from the start."""
-
     def clear(self) -> None:
         for name, value in self._state.items():
             self._upload(value, np.zeros(self._shapes[name], np.float32))
 
     def close(self) -> None:
         """Free buffers, captured calls and session. The plugin keeps freed buffers for a later session."""
-        self._buckets, self._state, self._noise, self._session = {}, {}, None, None
+        self._buckets, self._state, self._noise_there, self._session = {}, {}, None, None
 
     def _open(self, file: Path, model: bytes) -> Any:
         """Open a session that captures. Raises DeviceError, which names unsuitable nodes."""
@@ -159,7 +140,7 @@ class WebGpuRunner:
         for name, value in values.items():
             (binding.bind_ortvalue_output if name in OUTPUTS else binding.bind_ortvalue_input)(name, value)
         if self._noise:
-            binding.bind_ortvalue_input(NOISE, self._noise)
+            binding.bind_ortvalue_input(NOISE, self._noise_there)
         for name, value in self._state.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(output_name(name), value)
@@ -167,7 +148,7 @@ class WebGpuRunner:
         made = Bucket(rows, arrays, inputs, {name: values[name] for name in OUTPUTS}, binding, self._options(number))
         rows.pad(0, self._facts.tree_slots)
         for _ in range(2):  # capture, first replay
-            self._call(made, inputs)
+            self._call(made, upload_features=True)
         self._check_replay(made)
         inputs.pop("queries", None)  # the same in each call
         return made
@@ -180,7 +161,7 @@ class WebGpuRunner:
             bucket.rows.top_logprobs[:], bucket.rows.top_ids[:] = np.nan, 0
             for name in OUTPUTS:  # so that nothing passes which the call did not write
                 self._upload(bucket.outputs[name], bucket.arrays[name])
-            self._call(replace(bucket, run_options=options), bucket.inputs)
+            self._call(replace(bucket, run_options=options), upload_features=True)
             found.append([bucket.arrays[name].copy() for name in OUTPUTS])
         (logprobs, ids), (wanted, wanted_ids) = found
         if not (np.isfinite(wanted).all() and np.allclose(logprobs, wanted, atol=1e-3) and (ids == wanted_ids).all()):
@@ -203,16 +184,19 @@ class WebGpuRunner:
         made.add_run_config_entry("gpu_graph_id", str(graph))
         return made
 
-    def _call(self, bucket: Bucket, inputs: Mapping[str, Any]) -> None:
+    def _call(self, bucket: Bucket, *, upload_features: bool) -> None:
         """Copy the inputs up, run, and copy the outputs down. Raises DeviceError."""
         if self._embedding:
             ids = bucket.rows.token if isinstance(bucket.rows, BlockRows) else bucket.rows.input_ids
             self._embedding.look_up(ids, bucket.arrays[EMBEDDED])
-        for name, value in inputs.items():
+        for name, value in (bucket.inputs if upload_features else bucket.levels).items():
             self._upload(value, bucket.arrays[name])
         call(self._session, bucket.binding, DRAFTING, bucket.run_options)
         self._device.download(bucket.arrays, bucket.outputs)
         self.bus_bytes += sum(bucket.arrays[name].nbytes for name in OUTPUTS)
+
+    def _send_noise(self, noise: Array) -> None:
+        self._upload(self._noise_there, noise)
 
     def _upload(self, to: Any, array: Array) -> None:
         self._device.upload(to, array)
