@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread, get_ident
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,30 @@ def test_calls_of_all_threads_run_on_one(HostDevice, pairs, stream, monkeypatch:
         user.start()
         user.join()
     assert session.length(SEQ) == 18 and len(threads) == 1 and get_ident() not in threads
+
+
+def test_an_interrupt_waits_for_the_call_that_runs(HostDevice, pairs, stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes after the call was handed to the runner's thread, and before anybody waits for the call."""
+    session = pairs.on(HostDevice())
+    runner, returned = session._runner, list[bool]()
+    assert isinstance(runner, CudaRunner)
+    submit = runner._thread.submit
+
+    def interrupted(work: Any, *arguments: Any) -> None:
+        monkeypatch.undo()
+
+        def slow() -> None:
+            sleep(0.2)
+            work(*arguments)
+            returned.append(True)
+
+        submit(slow)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._thread, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.extend(SEQ, stream[0][:9], stream[1][:9])
+    assert returned
 
 
 def test_a_failed_capture_frees_the_device_at_once(HostDevice, pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ all calls, so that an engine may be used from any thread.
 from __future__ import annotations
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -120,12 +120,11 @@ class CudaRunner(BucketRunner[Captured]):
 
     def _launch(self, binding: Any, run_options: Any) -> None:
         """Run a bound graph on the runner's own thread. Raises DeviceError."""
-        done = self._thread.submit(call, self._session, binding, DRAFTING, run_options)
         try:
-            done.result()
-        finally:
-            wait([done])  # an interrupt must not leave a call that reads the rows
-            del done  # a failed call's traceback would keep it, and it the traceback with the session
+            self._thread.submit(call, self._session, binding, DRAFTING, run_options).result()
+        except BaseException:
+            self._thread.submit(int).result()  # an interrupt must not leave a call that reads the rows
+            raise
 
     @property
     def _session(self) -> Any:
