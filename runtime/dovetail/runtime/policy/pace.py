@@ -11,26 +11,32 @@ OUTLIER = 3.0  # a longer time counts as this multiple of the expected time: tes
 
 
 @dataclass
+class _Width:
+    """What passes of one width have shown."""
+
+    ratio: Estimate  # over the ratio of all passes
+    age: int = 0  # rounds since the last such pass, of several texts
+
+
+@dataclass
 class Pace:
     """Predicts milliseconds after `context` tokens."""
 
     costs: Costs
     _target: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))  # real over predicted ms
-    # (texts, width) -> its ratio over that of all passes
-    _width: dict[tuple[int, int], Estimate] = field(default_factory=dict)
-    _ages: dict[tuple[int, int], int] = field(default_factory=dict)  # its rounds since the last pass, of several texts
+    _widths: dict[tuple[int, int], _Width] = field(default_factory=dict)  # by (texts, width)
     _draft: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0))
 
     def target_ms(self, context: int, width: int, texts: int = 1) -> float:
         """Return the ms of a pass of the target after a pass of the same width."""
         # Of several texts, a width without a pass is as wrong in the table as their plain passes.
         known = width if texts == 1 or self.knows(width, texts) else texts
-        alone = self._width[texts, known].value if (texts, known) in self._width else 1.0
+        alone = self._widths[texts, known].ratio.value if (texts, known) in self._widths else 1.0
         return self.costs.target.at(context, width) * self._target.value * alone
 
     def knows(self, width: int, texts: int) -> bool:
         """Whether a pass of this width has lately been seen after another one of it."""
-        return (texts, width) in self._width and self._width[texts, width].seen > 0
+        return (texts, width) in self._widths and self._widths[texts, width].ratio.seen > 0
 
     @property
     def switch_ms(self) -> float:
@@ -72,23 +78,22 @@ class Pace:
             self._forget(texts)
         new = texts > 1 and not self.knows(width, texts)
         target = self._target
-        alone = self._width.setdefault((texts, width), Estimate(1.0, PRIOR if texts == 1 else 0.0))
+        alone = self._widths.setdefault((texts, width), _Width(Estimate(1.0, PRIOR if texts == 1 else 0.0)))
         if not new:
             verify_ms = min(verify_ms, OUTLIER * (self.target_ms(context, width, texts) + extra_ms * target.value))
         ratio = verify_ms / (self.costs.target.at(context, width) + extra_ms)
         if not changed:
-            if texts > 1:
-                self._ages[texts, width] = 0
-            alone.fade()
-            alone.add(ratio / target.value)
+            alone.age = 0
+            alone.ratio.fade()
+            alone.ratio.add(ratio / target.value)
         if not new:
             target.fade()
-            target.add(ratio / alone.value)
+            target.add(ratio / alone.ratio.value)
         return verify_ms
 
     def _forget(self, texts: int) -> None:
         """Count a round of several texts. Forget widths without a recent pass: it may have been a busy moment's."""
-        for key in [key for key in self._ages if key[0] == texts]:
-            self._ages[key] += 1
-            if self._ages[key] > HALF_LIFE:
-                del self._ages[key], self._width[key]
+        for key in [key for key in self._widths if key[0] == texts]:
+            self._widths[key].age += 1
+            if self._widths[key].age > HALF_LIFE:
+                del self._widths[key]
