@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dovetail.runtime.devices import webgpu
 from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.policy.calibration import Calibration, DepthCalibration
@@ -51,14 +53,26 @@ def test_json_holds_facts_sizes_and_memory(invoke, pair: Path) -> None:
 
 
 def test_what_a_gpu_would_be_asked_for_is_shown_with_and_without_a_limit(invoke, tiny_full_pair: Path) -> None:
-    plan = json.loads(invoke("inspect", str(tiny_full_pair), "--json").stdout)["vram"]
-    parts = ("weights_mb", "state_mb", "rows_mb", "workspace_mb", "cuda_mb")
-    assert sum(plan[part] for part in parts) == pytest.approx(plan["total_mb"], abs=0.3)
-    assert f"drafter on a GPU      {plan['text']}" in invoke("inspect", str(tiny_full_pair)).stdout
-    small = json.loads(invoke("inspect", str(tiny_full_pair), "--vram", "100MB", "--json").stdout)["vram"]
-    assert "does not fit 95.4 MiB" in small["problem"] and plan["text"] in small["problem"]
+    plans = json.loads(invoke("inspect", str(tiny_full_pair), "--json").stdout)["vram"]
+    said = invoke("inspect", str(tiny_full_pair)).stdout
+    small = json.loads(invoke("inspect", str(tiny_full_pair), "--vram", "50MB", "--json").stdout)["vram"]
+    ways = {"cuda": ("CUDA", "cuda"), "webgpu": ("WebGPU", "webgpu"), "openvino-gpu": ("OpenVINO's GPU", "opencl")}
+    assert plans.keys() == small.keys() == ways.keys()
+    for gpu, (name, itself) in ways.items():
+        plan, parts = plans[gpu], ("weights", "state", "rows", "workspace", itself)
+        assert sum(plan[f"{part}_mb"] for part in parts) == pytest.approx(plan["total_mb"], abs=0.3)
+        assert re.search(rf"^drafter on {name} +{re.escape(plan['text'])}$", said, re.MULTILINE)
+        assert "does not fit 47.7 MiB" in small[gpu]["problem"] and plan["text"] in small[gpu]["problem"]
     result = invoke("inspect", str(tiny_full_pair), "--vram", "big")
     assert result.exit_code == 2 and result.stderr == "error: size 'big' is unknown: give e.g. 3GB or 512MiB\n"
+
+
+def test_without_the_packages_the_sum_for_webgpu_says_what_to_install(
+    invoke, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webgpu, "find_spec", lambda _: None)
+    facts = json.loads(invoke("inspect", str(tiny_full_pair), "--json").stdout)
+    assert "pip install" in facts["vram"]["webgpu"]["problem"] and "text" in facts["vram"]["openvino-gpu"]
 
 
 def test_text_names_the_pair_and_its_tree(invoke, pair: Path) -> None:

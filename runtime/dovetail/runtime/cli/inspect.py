@@ -12,8 +12,10 @@ import click
 
 from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
+from dovetail.runtime.devices.gpus import GPUS
 from dovetail.runtime.doctor.memory import estimate_memory
-from dovetail.runtime.drafter.vram import check_limit, plan_pair
+from dovetail.runtime.drafter.open import plan_gpu
+from dovetail.runtime.drafter.vram import check_limit
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.known import resolve_pair
@@ -46,12 +48,7 @@ def inspect(pair: str | None, as_json: bool, plot: Path | None, vram: int | None
     check_pair(manifest)
     verify_files(folder, manifest, remember=False)
     measured = read_costs(manifest)
-    try:
-        plan = plan_pair(manifest, vram, fit=fit)
-        memory = {**plan.as_dict(), "text": str(plan)}
-    except DeviceError as error:
-        memory = {"problem": str(error)}
-    facts = describe(folder, manifest, measured, memory)
+    facts = describe(folder, manifest, measured, _gpu_memory(folder, manifest, vram, fit))
     if plot is not None:
         if measured is None:
             command = shlex.join(["dovetail-run", "tune", str(folder)])
@@ -67,8 +64,7 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
     """Return everything about a verified pair as JSON.
 
     calibration: None if the drafter has no calibration file. costs: None if this machine measured
-    none. vram: the drafter's GPU memory in MiB, or {"problem": the reason why it cannot run on a
-    GPU}.
+    none. vram: see _gpu_memory.
     """
     calibration = pair_calibration(folder, manifest)
     return {
@@ -88,6 +84,18 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
         "vram": vram,
         "provenance": manifest.provenance,
     }
+
+
+def _gpu_memory(folder: Path, manifest: Manifest, vram: int | None, fit: bool) -> dict[str, dict[str, Any]]:
+    """Return the drafter's memory on each of GPUS in MiB, or {"problem": the reason why it cannot run there}."""
+    found: dict[str, dict[str, Any]] = {}
+    for gpu in GPUS if manifest.drafter else ():
+        try:
+            plan = plan_gpu(gpu, folder, manifest, vram, fit=fit)
+            found[gpu] = {**plan.as_dict(), "text": str(plan)}
+        except DeviceError as error:
+            found[gpu] = {"problem": str(error)}
+    return found
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
@@ -115,7 +123,8 @@ def render(facts: dict[str, Any]) -> str:
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
           for name, size in facts["memory"].items()),
-        ("drafter on a GPU", facts["vram"].get("text") or f"not possible: {facts['vram']['problem']}"),
+        *((f"drafter on {GPUS[gpu]}", plan.get("text") or f"not possible: {plan['problem']}")
+          for gpu, plan in facts["vram"].items()),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

@@ -54,8 +54,8 @@ def webgpu_problem(*, software: bool) -> str | None:
 
     software: whether an adapter may compute on the CPU if SOFTWARE allows that too.
     """
-    if missing := _not_installed():
-        return f"packages for WebGPU are not installed ({', '.join(missing)}): {install_extra('webgpu')}"
+    if problem := packages_problem():
+        return problem
     if sys.platform == "linux" and (problem := _vulkan_problem(software)):
         return problem
     refused: tuple[type[Exception], ...] = (ImportError, *failures())
@@ -79,11 +79,15 @@ def adapter_name() -> str | None:
 
 def webgpu_expected() -> bool:
     """Return whether the packages are installed and a GPU is there, so that WebGPU should work."""
-    return not _not_installed() and any(not adapter.software for adapter in adapters() or ())
+    return not packages_problem() and any(not adapter.software for adapter in adapters() or ())
 
 
-def _not_installed() -> list[str]:
-    return [package for package, module in MODULES.items() if find_spec(module) is None]
+def packages_problem() -> str | None:
+    """Return which packages are not installed, with the remedy, or None."""
+    missing = [package for package, module in MODULES.items() if find_spec(module) is None]
+    return (
+        f"packages for WebGPU are not installed ({', '.join(missing)}): {install_extra('webgpu')}" if missing else None
+    )
 
 
 def _vulkan_problem(software: bool) -> str | None:

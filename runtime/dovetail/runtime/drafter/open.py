@@ -10,7 +10,7 @@ from dovetail.runtime.devices.cuda import CudaDevice, cuda_problem
 from dovetail.runtime.devices.gpus import GPUS, gpu_expected
 from dovetail.runtime.devices.memory import Device
 from dovetail.runtime.devices.openvino import OpenVinoDevice
-from dovetail.runtime.devices.webgpu import WebGpuDevice
+from dovetail.runtime.devices.webgpu import WebGpuDevice, packages_problem
 from dovetail.runtime.drafter.block import BlockDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter, TokenDrafter
 from dovetail.runtime.drafter.runners.cpu import CpuRunner
@@ -19,7 +19,7 @@ from dovetail.runtime.drafter.runners.openvino import OpenVinoRunner
 from dovetail.runtime.drafter.runners.webgpu import WebGpuRunner
 from dovetail.runtime.drafter.runners.webgpu_graph import rewrite
 from dovetail.runtime.drafter.session import DRAFTING, KEPT, check_device
-from dovetail.runtime.drafter.vram import check_limit, plan_openvino, plan_pair, plan_webgpu
+from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_openvino, plan_pair, plan_webgpu
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.machine import usable_cores
@@ -125,7 +125,7 @@ def open_webgpu(
     device = new_device() if new_device else WebGpuDevice(DRAFTING, software=software)
     file = Path(pair) / facts.files["cpu"]
     graph = rewrite(file)
-    plan = plan_webgpu(manifest, graph.embedding.nbytes if graph.embedding else 0, vram, fit=fit)
+    plan = plan_webgpu(manifest, graph.on_host, vram, fit=fit)
     runner = WebGpuRunner(file, graph, facts, plan, device)
     return _session(facts)(facts, runner, device="WebGPU (int8)", note=f"{device.name} was found", texts=texts)
 
@@ -145,6 +145,18 @@ def open_openvino(
     plan = plan_openvino(manifest, vram, fit=fit)
     runner = OpenVinoRunner(Path(pair) / facts.files["cpu"], facts, plan, device)
     return _session(facts)(facts, runner, device="OpenVINO GPU (int8)", note=f"{device.name} was found", texts=texts)
+
+
+def plan_gpu(gpu: str, pair: Path, manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
+    """Return the plan of a drafter on one of GPUS, without a GPU; see plan_pair. Raises PairError, DeviceError."""
+    facts = manifest.needed_drafter
+    if gpu == "cuda":
+        return plan_pair(manifest, vram, fit=fit)
+    if gpu == "openvino-gpu":
+        return plan_openvino(manifest, vram, fit=fit)
+    if problem := packages_problem():
+        raise DeviceError(problem)
+    return plan_webgpu(manifest, rewrite(pair / facts.files["cpu"]).on_host, vram, fit=fit)
 
 
 def _session(facts: DrafterFacts) -> type[OnnxDrafter]:

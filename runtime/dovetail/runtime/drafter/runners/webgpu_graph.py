@@ -62,6 +62,11 @@ class WebGpuGraph:
     model: bytes  # ONNX; large weights stay in the file beside the original
     embedding: Embedding | None  # None if the graph has no int8 embedding
 
+    @property
+    def on_host(self) -> int:
+        """Bytes of weights that stay on the host."""
+        return self.embedding.nbytes if self.embedding else 0
+
 
 def rewrite(file: Path) -> WebGpuGraph:
     """Return the graph of an ONNX file for WebGPU. Raises DeviceError for another file."""
