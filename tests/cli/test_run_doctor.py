@@ -302,15 +302,27 @@ def test_openvino_s_gpu_is_one_line(invoke, gpu_pair: Path, monkeypatch: pytest.
     assert "drafter       GPU (OpenVINO's GPU)" in lines
     assert "No GPU can be used" not in invoke("doctor").stdout
     facts = json.loads(invoke("doctor", str(gpu_pair), "--json").stdout)
-    assert facts["openvino_gpu"] == {"name": "Intel(R) Arc(TM) A770, driver 25.1", "problem": None}
+    assert facts["openvino_gpu"] == {"name": "Intel(R) Arc(TM) A770, driver 25.1", "gpus": {}, "problem": None}
     assert facts["drafter_device"] == facts["pair"]["drafter_device"] == "openvino-gpu"
-    monkeypatch.setattr(doctor, "try_openvino_gpu", lambda: OpenVinoGpu(None, "OpenVINO finds no Intel GPU: install"))
+    monkeypatch.setattr(
+        doctor, "try_openvino_gpu", lambda: OpenVinoGpu(None, {}, "OpenVINO finds no Intel GPU: install")
+    )
     assert "OpenVINO GPU  not usable: OpenVINO finds no Intel GPU: install" in invoke("doctor").stdout.splitlines()
 
 
+@pytest.mark.usefixtures("engines")
+def test_several_gpus_of_openvino_are_listed_by_its_names(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = {"GPU.0": "Intel(R) UHD Graphics", "GPU.1": "Intel(R) Arc(TM) A770"}
+    monkeypatch.setattr(doctor, "try_openvino_gpu", lambda: OpenVinoGpu(gpus["GPU.1"], gpus))
+    listed = "GPU.0 is Intel(R) UHD Graphics; GPU.1 is Intel(R) Arc(TM) A770"
+    lines = invoke("doctor").stdout.splitlines()
+    assert f"OpenVINO GPU  works: Intel(R) Arc(TM) A770; {listed}" in lines
+    assert json.loads(invoke("doctor", "--json").stdout)["openvino_gpu"]["gpus"] == gpus
+
+
 def test_a_machine_without_an_intel_gpu_is_told_which_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_gpu, "gpu_facts", lambda: None)
-    monkeypatch.setattr(doctor, "gpu_facts", lambda: None)
+    for module in (openvino_gpu, doctor):
+        monkeypatch.setattr(module, "openvino_gpus", dict)
     facts = doctor.try_openvino_gpu()
     assert facts.name is None and facts.problem and "intel-opencl-icd" in facts.problem
 

@@ -109,7 +109,7 @@ def test_costs_are_kept_for_each_gpu_and_driver_of_openvino(
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
     keys = []
     for facts in ("Intel(R) Arc(TM) A770, driver 25.1", "Intel(R) Arc(TM) A770, driver 25.2"):
-        monkeypatch.setattr(cost_cache, "gpu_facts", lambda facts=facts: facts)
+        monkeypatch.setattr(cost_cache, "gpu_facts", lambda _, facts=facts: facts)
         keys.append(CostKey.of(pairs.manifest, "openvino-gpu", None))
     assert len({key.file for key in keys}) == 2 and keys[0].gpu == "Intel(R) Arc(TM) A770, driver 25.1"
     assert keys[0].drafter == CostKey.of(pairs.manifest, "cpu", None).drafter

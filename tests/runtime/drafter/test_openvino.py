@@ -40,7 +40,7 @@ def test_auto_takes_it_after_the_other_gpus(
 
 
 def test_a_machine_without_an_intel_gpu_drafts_on_the_cpu(pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_gpu, "gpu_facts", lambda *_: None)
+    monkeypatch.setattr(openvino_gpu, "openvino_gpus", dict)
     with Engine.from_pretrained(pairs.pair, tree=pairs.limits) as engine:
         assert engine.drafter_device == "CPU (int8)"
         assert f"no OpenVINO's GPU: OpenVINO finds no Intel GPU: {INSTALL}" in str(engine.drafter_note)

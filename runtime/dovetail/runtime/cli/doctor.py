@@ -79,7 +79,9 @@ def _webgpu(facts: WebGpu) -> str:
 
 
 def _openvino_gpu(facts: OpenVinoGpu) -> str:
-    return f"not usable: {facts.problem}" if facts.problem else f"works: {facts.name}"
+    seen = "; ".join(f"{device} is {name}" for device, name in facts.gpus.items())
+    listed = f"; {seen}" if len(facts.gpus) > 1 else ""
+    return f"not usable: {facts.problem}{listed}" if facts.problem else f"works: {facts.name}{listed}"
 
 
 def _engine(versions: dict[str, str], package: str, built: str, devices: tuple[str, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dovetail.runtime.devices.cuda import driver_cuda
-from dovetail.runtime.devices.openvino import openvino_gpu_problem
+from dovetail.runtime.devices.openvino import openvino_gpu_expected
 from dovetail.runtime.devices.webgpu import webgpu_expected
 
 # In the order that "auto" tries them, with their names.
@@ -14,4 +14,4 @@ def gpu_expected(gpu: str) -> bool:
     """Return whether one of GPUS should work here, as far as its driver or its plugin tells."""
     if gpu == "cuda":
         return driver_cuda() is not None
-    return webgpu_expected() if gpu == "webgpu" else openvino_gpu_problem() is None
+    return webgpu_expected() if gpu == "webgpu" else openvino_gpu_expected()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -11,18 +12,40 @@ from dovetail.runtime.devices.ort import Work, failed, run_failed
 from dovetail.runtime.errors import DeviceError
 
 GPU = "GPU"  # OpenVINO's name for the first Intel GPU, which is the integrated one if there is one
+CHOICE = "DOVETAIL_OPENVINO_GPU"  # environment variable: OpenVINO's name for another one, such as GPU.1
 INSTALL = "install the system's package intel-opencl-icd"
 
 
+def chosen_gpu() -> str:
+    """Return OpenVINO's name for the GPU that the user wants."""
+    return os.environ.get(CHOICE) or GPU
+
+
+def openvino_gpus() -> dict[str, str]:
+    """Return OpenVINO's GPUs: names such as GPU.0, and their facts."""
+    import openvino as ov
+
+    names = [name for name in ov.Core().available_devices if name.split(".")[0] == GPU]
+    return {name: gpu_facts(name) or name for name in names}
+
+
 def openvino_gpu_problem() -> str | None:
-    """Return why OpenVINO has no GPU, with the remedy, or None if it has one."""
-    if gpu_facts():
+    """Return why OpenVINO does not have the chosen GPU, with the remedy, or None if it has."""
+    chosen, found = chosen_gpu(), openvino_gpus()
+    if not found:
+        return f"OpenVINO finds no Intel GPU: {INSTALL} if there is one, or use --drafter-device cpu"
+    if chosen in {GPU, f"{GPU}.0", *found}:
         return None
-    return f"OpenVINO finds no Intel GPU: {INSTALL} if there is one, or use --drafter-device cpu"
+    return f"{CHOICE} is {chosen!r}, but OpenVINO's GPUs are {', '.join(found)}: name one of these, or unset it"
+
+
+def openvino_gpu_expected() -> bool:
+    """Return whether OpenVINO has a GPU, or the user has chosen one."""
+    return CHOICE in os.environ or not openvino_gpu_problem()
 
 
 @cache
-def gpu_facts(device: str = GPU) -> str | None:
+def gpu_facts(device: str) -> str | None:
     """Return the full name of a device, and its driver if OpenVINO knows that; None without the device."""
     import openvino as ov
 
@@ -38,12 +61,17 @@ def gpu_facts(device: str = GPU) -> str | None:
 class OpenVinoDevice:
     """A device of OpenVINO. Its methods raise DeviceError."""
 
-    def __init__(self, work: Work, device: str = GPU, properties: Mapping[str, str] | None = None):
-        """work: for the words of errors. device: OpenVINO's name. properties: more of OpenVINO's properties."""
+    def __init__(self, work: Work, device: str | None = None, properties: Mapping[str, str] | None = None):
+        """work: for the words of errors. device: OpenVINO's name, None for the chosen GPU.
+
+        properties: more of OpenVINO's properties.
+        """
         import openvino as ov
 
-        if device == GPU and (problem := openvino_gpu_problem()):
-            raise DeviceError(problem)
+        if device is None:
+            if problem := openvino_gpu_problem():
+                raise DeviceError(problem)
+            device = chosen_gpu()
         self.name, self._device, self._core = gpu_facts(device) or device, device, ov.Core()
         self._work = work
         self._properties = {"PERFORMANCE_HINT": "LATENCY", **(properties or {})}

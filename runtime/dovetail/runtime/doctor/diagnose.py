@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from dovetail.runtime.devices.cuda import (
     missing_libraries,
 )
 from dovetail.runtime.devices.memory import Block, Device, keep_on_failed
-from dovetail.runtime.devices.openvino import OpenVinoDevice, gpu_facts
+from dovetail.runtime.devices.openvino import OpenVinoDevice, chosen_gpu, gpu_facts, openvino_gpus
 from dovetail.runtime.devices.ort import call, failures, open_session, session_options
 from dovetail.runtime.devices.webgpu import WebGpuDevice, adapters, plugin_version
 from dovetail.runtime.doctor import estimate
@@ -72,7 +72,8 @@ class WebGpu:
 class OpenVinoGpu:
     """Facts about OpenVINO's GPU on this machine."""
 
-    name: str | None = None  # and its driver
+    name: str | None = None  # of the chosen GPU, and its driver
+    gpus: dict[str, str] = field(default_factory=dict)  # all, by OpenVINO's names
     problem: str | None = None  # why the drafter cannot use it, with the remedy
 
 
@@ -221,7 +222,7 @@ def try_openvino_gpu() -> OpenVinoGpu:
         problem = openvino_probe_problem(OpenVinoDevice(DRAFTING))
     except DeviceError as error:
         problem = str(error)
-    return OpenVinoGpu(gpu_facts(), problem)
+    return OpenVinoGpu(gpu_facts(chosen_gpu()), openvino_gpus(), problem)
 
 
 def openvino_probe_problem(device: OpenVinoDevice) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.runtime.devices.cuda import driver_cuda, gpu_name
-from dovetail.runtime.devices.openvino import gpu_facts
+from dovetail.runtime.devices.openvino import chosen_gpu, gpu_facts
 from dovetail.runtime.devices.webgpu import adapter_name, plugin_version
 from dovetail.runtime.drafter.runners.cpu import SPIN_US
 from dovetail.runtime.errors import InputError, ManifestError
@@ -88,7 +88,7 @@ def _gpu(device: str | None) -> str | None:
         return f"{gpu_name()}, {driver_cuda()}"
     if device == "webgpu":
         return f"{adapter_name()}, plugin {plugin_version()}"
-    return gpu_facts() if device == "openvino-gpu" else None
+    return gpu_facts(chosen_gpu()) if device == "openvino-gpu" else None
 
 
 def _now() -> str:
