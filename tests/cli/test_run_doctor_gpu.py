@@ -216,7 +216,8 @@ def test_every_line_of_the_text_says_that_it_is_a_prediction(invoke, measured_pa
     assert "acceptance length of" in more[3] and "plain decoding 62.5" in more[4]
 
 
-WEBGPU = "the drafter would run on the CPU, or there with --drafter-device webgpu (no time is predicted for it)"
+OTHERWISE = "the drafter would run on the CPU, or there with --drafter-device {} (no time is predicted for it)"
+WEBGPU, INTEL = (OTHERWISE.format(ways) for ways in ("webgpu", "webgpu or openvino-gpu"))
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,7 @@ WEBGPU = "the drafter would run on the CPU, or there with --drafter-device webgp
     [
         ("GTX 1060", (), f"no code for compute capability 6.1: {WEBGPU}"),
         ("RX 7600", (), f"the GPU has no CUDA: {WEBGPU}"),
+        ("Arc B580", (), f"the GPU has no CUDA: {INTEL}"),
         ("L4", ("--vram", "100MB"), "does not fit 95.4 MiB of VRAM"),
     ],
 )

@@ -25,6 +25,7 @@ _KINDS = {
     "hbm3": "sxm",
 }
 _MEMORY = re.compile(r"(?:^|(?<=[\s(])|(?<=\w-))(\d{1,4}) *gi?b?\b")
+_INTEL = "Arc "  # how the names of Intel's GPUs begin
 _NEAR = 5  # names that an error lists
 
 
@@ -38,6 +39,11 @@ class GpuModel:
     pcie: tuple[int, int]  # generation, lanes
     capability: tuple[int, int] | None  # of CUDA, None without CUDA
     source: str  # URL of the figures
+
+    @property
+    def without_cuda(self) -> tuple[str, ...]:
+        """Values of --drafter-device that may work there without CUDA."""
+        return ("webgpu", "openvino-gpu") if self.name.startswith(_INTEL) else ("webgpu",)
 
     @property
     def label(self) -> str:

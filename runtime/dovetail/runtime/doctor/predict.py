@@ -48,7 +48,6 @@ HOST_US = Range(55.0, 130.0)
 # GB/s of a lane in one direction, by PCIe generation: 8, 16 and 32 GT/s with 128 bits of data in 130.
 LANE_GB_S = {generation: rate * 128 / 130 / 8 for generation, rate in {3: 8, 4: 16, 5: 32}.items()}
 VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}  # nodes that start no kernel
-WITHOUT_CUDA = "the drafter would run on the CPU, or there with --drafter-device webgpu (no time is predicted for it)"
 LENGTHS = (2, 3)  # acceptance lengths for which the report gives a speed; the smallest tree has 4 nodes
 
 
@@ -105,11 +104,13 @@ def _problem(manifest: Manifest, gpu: GpuModel, vram: Vram | None) -> str | None
         return "the pair has no drafter"
     if vram is None:
         return "the pair has no drafter for a GPU: export the drafter again"
+    ways = f"--drafter-device {' or '.join(gpu.without_cuda)} (no time is predicted for it)"
+    otherwise = f"the drafter would run on the CPU, or there with {ways}"
     if gpu.capability is None:
-        return f"the GPU has no CUDA: {WITHOUT_CUDA}"
+        return f"the GPU has no CUDA: {otherwise}"
     if not runs_on(gpu.capability):
         major, minor = gpu.capability
-        return f"onnxruntime-gpu has no code for compute capability {major}.{minor}: {WITHOUT_CUDA}"
+        return f"onnxruntime-gpu has no code for compute capability {major}.{minor}: {otherwise}"
     return None if vram.fits else vram.said
 
 
