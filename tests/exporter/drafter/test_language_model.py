@@ -170,6 +170,20 @@ def renamed(folder: Path) -> None:
     file.write_text(json.dumps(content))
 
 
+def test_a_changed_tokenizer_is_no_longer_the_same_drafter(
+    tiny_pair: Path, soft_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair, checkpoint = shutil.copytree(tiny_pair, tmp_path / "pair"), shutil.copytree(soft_llama, tmp_path / "small")
+    add = ["drafter", str(pair), "--checkpoint", str(checkpoint)]
+    for _ in range(2):  # the second is a no-op
+        assert main(add) == 0
+    assert "tokenizer.json" in read_manifest(pair).provenance["drafter"]["files"]
+    renamed(checkpoint)
+    capsys.readouterr()
+    assert main([*add, "--force"]) == SourceError.exit_code
+    assert "the same ids are other tokens" in capsys.readouterr().err
+
+
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = load_file(folder / "model.safetensors")
@@ -190,13 +204,13 @@ def config(**changes: Any) -> Callable[[Path], None]:
 Q = "model.layers.1.self_attn.q_proj.weight"
 OTHERWISE = "give the model to dovetail-run --draft-model"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another tokenizer": (renamed, f"has another tokenizer than the target in /target: {OTHERWISE}"),
+    "another tokenizer": (renamed, f"does not fit the target in /target: the same ids are other tokens: {OTHERWISE}"),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
-        f"has no tokenizer.json to compare with the target's: {OTHERWISE}",
+        f"/target: the checkpoint has no tokenizer.json to compare: {OTHERWISE}",
     ),
     "a tokenizer that is no JSON": (
-        lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be compared with /target"
+        lambda folder: (folder / "tokenizer.json").write_text("{"), "does not fit the target in /target: "
     ),
     "another architecture": (config(architectures=["Gemma2ForCausalLM"]), OTHERWISE),
     "a tensor is missing": (tensors(lambda held: held.pop(Q)), f"{Q.removeprefix('model.')} is missing"),

@@ -76,7 +76,7 @@ def test_a_drafter_that_fits(target: Path, tmp_path: Path, capsys: pytest.Captur
     assert any("count outputs" in line for line in fits)
     assert any("norm_output is missing" in line for line in fits)
     assert any(line.startswith("context 64 and") and "reads the end alone" in line for line in said["differs"])
-    assert "tokenizer the checkpoint has none to compare" in said["unknown"]
+    assert "tokenizer the checkpoint has no tokenizer.json to compare" in said["unknown"]
     assert any(line.startswith("acceptance the checkpoint does not say") for line in said["unknown"])
 
 

@@ -20,13 +20,13 @@ from dovetail.exporter.drafter.block_parity import check_block_parity
 from dovetail.exporter.drafter.int8 import quantize
 from dovetail.exporter.drafter.parity import TOLERANCES, Parity, Tolerance, check_parity, check_static
 from dovetail.exporter.drafter.shrink import narrowed, workspace
+from dovetail.exporter.drafter.tokenizers import compare_tokenizers
 from dovetail.exporter.target.configuration import read_config, sizes_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.models.checkpoint import CONFIG
 from dovetail.models.dflash import DFlash
 from dovetail.models.drafter import DraftBase, DraftModel
 from dovetail.models.formats.format import TargetParts
-from dovetail.models.formats.language_model import OTHERWISE
 from dovetail.models.formats.registry import find_checkpoint
 from dovetail.models.fusion import TapMix
 from dovetail.runtime.drafter.vram import LEAST_CONTEXT, plan, plan_within
@@ -37,7 +37,6 @@ from dovetail.runtime.pair.manifest import DrafterFacts
 from dovetail.runtime.policy.calibration import Calibration
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.features import FeatureMix
-from dovetail.runtime.text.tokenizer import Tokenizer
 
 TREE_SLOTS = 64  # T: KV rows for tree nodes
 TOP_K = 10  # children that the graph returns per row; the paper's largest
@@ -94,7 +93,11 @@ def load_drafter(checkpoint: Path, target_dir: Path, *, allow_pickle: bool = Fal
     found = find_checkpoint(checkpoint, allow_pickle=allow_pickle)
     config = sizes_config(read_config(target_dir), target_dir / CONFIG, SourceError)
     if found.format.reads_tokens:
-        check_tokenizer(checkpoint, target_dir)
+        texts = compare_tokenizers(checkpoint, target_dir)
+        if not texts.same:
+            raise SourceError(
+                f"the tokenizer of {checkpoint} does not fit the target in {target_dir}: {texts.said}: {texts.remedy}"
+            )
         embed = head = torch.zeros(0)
     else:
         embed, head = map(torch.from_numpy, read_embedding_and_head(target_dir / IR_GRAPH))
@@ -102,19 +105,6 @@ def load_drafter(checkpoint: Path, target_dir: Path, *, allow_pickle: bool = Fal
         return found.read(TargetParts(config, embed, head)).eval()
     except ValueError as error:  # rows of another shape than the config says
         raise SourceError(f"drafter {checkpoint} does not fit the target in {target_dir}: {error}") from error
-
-
-def check_tokenizer(checkpoint: Path, target_dir: Path) -> None:
-    """Raise SourceError unless the checkpoint's tokenizer has the target's tokens by the same ids."""
-    if not (checkpoint / TOKENIZER).is_file():
-        raise SourceError(f"{checkpoint} has no {TOKENIZER} to compare with the target's: {OTHERWISE}")
-    try:
-        same = Tokenizer.from_folder(target_dir).has_ids_of(Tokenizer.from_folder(checkpoint))
-    except PairError as error:
-        said = str(error).partition(": export the target")[0]
-        raise SourceError(f"{checkpoint} cannot be compared with {target_dir}: {said}: download it again") from error
-    if not same:
-        raise SourceError(f"{checkpoint} has another tokenizer than the target in {target_dir}: {OTHERWISE}")
 
 
 def drafter_facts(drafter: DraftBase, target_dir: Path, folder: str, tree_slots: int, top_k: int) -> DrafterFacts:

@@ -20,7 +20,7 @@ from dovetail.exporter.target.export import (
 )
 from dovetail.runtime.pair.check import check_pair
 from dovetail.runtime.pair.files import cache_dir, sha256_file
-from dovetail.runtime.pair.layout import CALIBRATION_NAME
+from dovetail.runtime.pair.layout import CALIBRATION_NAME, TOKENIZER
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, parse_record
 from dovetail.runtime.system.progress import Progress, silent
 
@@ -141,5 +141,6 @@ def _find_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
 
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.folder
-    calibration = [CALIBRATION_NAME] if (folder / CALIBRATION_NAME).is_file() else []
-    return {name: sha256_file(folder / name) for name in (*checkpoint.files, *calibration)}
+    read = [CALIBRATION_NAME, *([TOKENIZER] if checkpoint.format.reads_tokens else ())]
+    found = [name for name in read if (folder / name).is_file()]
+    return {name: sha256_file(folder / name) for name in (*checkpoint.files, *found)}

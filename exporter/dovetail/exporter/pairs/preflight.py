@@ -21,7 +21,6 @@ from dovetail.runtime.errors import DovetailError, SourceError
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TOKENIZER
 from dovetail.runtime.system.bounds import check_number
 from dovetail.runtime.system.files import read_object
-from dovetail.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
@@ -168,22 +167,14 @@ def _sizes(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
 
 def _texts(checkpoint: Checkpoint, target: TargetFiles) -> Iterator[Finding]:
     """Tokenizer and chat template of the checkpoint's folder, where it has them."""
-    from dovetail.models.formats.language_model import OTHERWISE
+    from dovetail.exporter.drafter.tokenizers import compare_tokenizers  # torch, which --help does without
 
-    folder, needed = checkpoint.folder, checkpoint.format.reads_tokens
-    unknown = Fit.REFUSED if needed else Fit.UNKNOWN
-    remedy = OTHERWISE if needed else Finding.remedy
-    if not (folder / TOKENIZER).is_file():
-        yield Finding("tokenizer", unknown, "the checkpoint has none to compare", remedy)
+    needed, found = checkpoint.format.reads_tokens, compare_tokenizers(checkpoint.folder, target.folder)
+    fits = {True: Fit.FITS, False: Fit.REFUSED, None: Fit.REFUSED if needed else Fit.UNKNOWN}
+    yield Finding("tokenizer", fits[found.same], found.said, found.remedy if needed else Finding.remedy)
+    if not found.tokenizers:
         return
-    try:
-        ours, theirs = Tokenizer.from_folder(folder), Tokenizer.from_folder(target.folder)
-    except DovetailError as error:
-        yield Finding("tokenizer", unknown, str(error).partition(": export the target")[0], remedy)
-        return
-    same = theirs.has_ids_of(ours)
-    said = f"{ours.vocab_size} tokens" if same else "the same ids are other tokens"
-    yield Finding("tokenizer", Fit.FITS if same else Fit.REFUSED, said, remedy)
+    ours, theirs = found.tokenizers
     if not (ours.has_chat_template and theirs.has_chat_template):
         return
     texts = []
