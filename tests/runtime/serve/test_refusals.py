@@ -60,7 +60,10 @@ def chat(server: Any, **fields: Any) -> Any:
           "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a"}}], "response_format": {"type": "json_object"}},
          "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}},
+         "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "odd"}}}],
+          "tool_choice": "required"}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
@@ -73,6 +76,7 @@ def test_a_field_that_cannot_be_used(parrot: Any, fields: dict[str, Any], param:
     error = error_of(reply)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param, error
+    assert ": " in error["message"].removeprefix(f"{param}: ")  # what is wrong, and what to do
 
 
 @pytest.mark.parametrize("given", [{"content": b"{}", "headers": {"content-type": "text/plain"}}, {"content": b""}])
@@ -85,14 +89,27 @@ def test_a_body_that_is_not_sent_as_json(parrot: Any, given: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ([-1], "prompt.0: Input should be greater than or equal to 0"),
-        ([1.5], "prompt.0: Input should be a valid string"),
-        ([], "prompt: List should have at least 1 item after validation, not 0"),
-        (5, "prompt: Input should be a valid string"),
+        ([-1], "prompt.0: Input should be greater than or equal to 0: send another value"),
+        ([1.5], "prompt.0: Input should be a valid string: send another value"),
+        ([], "prompt: List should have at least 1 item after validation, not 0: send another value"),
+        (5, "prompt: Input should be a valid string: send another value"),
     ],
 )
 def test_a_prompt_of_another_kind_names_the_fitting_branch(parrot: Any, prompt: Any, said: str) -> None:
     assert error_of(parrot.post("/v1/completions", {"prompt": prompt}))["message"] == said
+
+
+def test_a_field_that_is_missing(parrot: Any) -> None:
+    error = error_of(parrot.post("/v1/completions", {}))
+    assert (error["param"], error["code"]) == ("prompt", "missing_required_parameter")
+    assert error["message"] == "the field prompt is missing: send it"
+
+
+@pytest.mark.parametrize("tools", [[], [{"type": "function", "name": "a"}]])
+def test_the_form_of_a_response_that_cannot_be_used(parrot: Any, tools: list[Any]) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "odd"}}
+    reply = parrot.post("/v1/responses", {"input": "say hi", "text": {"format": form}, "tools": tools})
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "text.format")
 
 
 def test_a_load_balancer_may_ask_for_the_head_alone(parrot: Any) -> None:
@@ -115,7 +132,7 @@ def test_stream_options_without_a_stream(parrot: Any, path: str, stream: dict[st
     prompt = {"/v1/completions": {"prompt": "abc"}, "/v1/responses": {"input": "say hi"}}.get(path, SAY)
     reply = parrot.post(path, {**prompt, **stream, "stream_options": {"include_obfuscation": False}})
     assert reply.status_code == 400, reply.text
-    assert error_of(reply)["message"] == "stream_options: needs stream: true"
+    assert error_of(reply)["message"] == "stream_options: needs stream: true: send that too, or leave it out"
     reply = parrot.post(path, {**prompt, **stream, "stream_options": None})
     assert reply.status_code == 200, reply.text
 
@@ -296,7 +313,7 @@ def test_a_key(serve: Callable[..., Any]) -> None:
             assert "<title>" in client.get("/").text
     with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
-    assert caught.value.code == "invalid_api_key"
+    assert caught.value.code == "invalid_api_key" and caught.value.response.headers["www-authenticate"] == "Bearer"
     with server.client(api_key="s3cret") as client:
         assert [model.id for model in client.models.list()] == ["parrot"]
     reply = server.post("/v1/completions", content=b"a" * 10, headers={"authorization": b"Bearer \xff"})

@@ -31,6 +31,7 @@ class Conversation:
     choice: Choice | NamedFunction | None = None  # None: "auto" with tools
     parallel: bool = True  # whether an answer may call more than once
     schema: Mapping[str, Any] | None = None  # of the answer's JSON
+    schema_field: str = "response_format"  # the request's field that has it
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -43,11 +44,11 @@ class Conversation:
         if self.choice not in (None, "none") and not names:
             raise ApiError(400, "tool_choice needs tools: give some, or leave it out", param="tool_choice")
         if isinstance(self.choice, NamedFunction) and self.choice.name not in names:
-            raise ApiError(400, f"tool_choice names {self.choice.name!r}, which is none of the tools",
+            raise ApiError(400, f"tool_choice names {self.choice.name!r}, which is none of the tools: name one of them",
                            param="tool_choice")  # fmt: skip
         if self.schema is not None and self.callable:
             raise ApiError(400, "a format of the answer cannot be held with tools: set tool_choice to none",
-                           param="response_format")  # fmt: skip
+                           param=self.schema_field)  # fmt: skip
 
     @property
     def callable(self) -> Sequence[Function]:

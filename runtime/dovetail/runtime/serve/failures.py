@@ -98,5 +98,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
     param = shown(".".join(place), 100) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"the field {param} is unknown: leave it out", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"the field {param} is missing: send it", param=param, code="missing_required_parameter")
     message = shown(str(first["msg"]).removeprefix("Value error, "), 300)  # pydantic's, before our own words
+    if first["type"] != "value_error":  # whose words have a remedy
+        message += ": send another value"
     return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")

@@ -36,13 +36,15 @@ class Body(BaseModel):
     @classmethod
     def _check_size(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > len(cls.model_fields):
-            raise ValueError(f"at most {len(cls.model_fields)} fields are known, and {len(value)} are given")
+            raise ValueError(
+                f"at most {len(cls.model_fields)} fields are known, and {len(value)} are given: leave out the others"
+            )
         if (
             isinstance(value, dict)
             and isinstance(biases := value.get("logit_bias"), dict)
             and len(biases) > MOST_BIASES
         ):
-            raise ValueError(f"logit_bias has {len(biases)} tokens, and may have {MOST_BIASES}")
+            raise ValueError(f"logit_bias has {len(biases)} tokens, and may have {MOST_BIASES}: name fewer")
         return value
 
 
@@ -101,7 +103,7 @@ class Sampling(Hints):
     @classmethod
     def _check_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
-            raise ValueError("needs stream: true")
+            raise ValueError("needs stream: true: send that too, or leave it out")
         return value
 
 

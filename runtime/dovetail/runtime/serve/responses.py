@@ -71,6 +71,7 @@ def conversation_of(asked: ResponseRequest) -> Conversation:
         choice=asked.tool_choice,
         parallel=asked.parallel_tool_calls is not False,
         schema=schema,
+        schema_field="text.format",
         template=asked.chat_template_kwargs or {},
     )
 

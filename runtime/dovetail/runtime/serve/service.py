@@ -101,7 +101,11 @@ class Service:
         style = await asyncio.to_thread(self.tokenizer.answer_style, options)
         constraint = None
         if schema is not None:
-            constraint = await asyncio.to_thread(self.engine.constraint, json_schema=schema)
+            try:
+                constraint = await asyncio.to_thread(self.engine.constraint, json_schema=schema)
+            except InputError as error:
+                field = "tools" if conversation.forced else conversation.schema_field
+                raise ApiError(400, str(error), param=field) from None
         return Talk(style, constraint)
 
     async def ask(self, prompt: Prompt, request: Sampling, *, most: int, **options: Any) -> Ask:
