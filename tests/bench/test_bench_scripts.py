@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tests.bench.scripts import ALPHABET, Opener, script
 
 from dovetail.runtime.batch_engine import BatchEngine
-from dovetail.runtime.drafter.open import open_cuda
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError, PairError
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.\n "
-LOGITS = MarkovLogits(len(ALPHABET), seed=3)
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec and spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 acceptance, curve = script("acceptance"), script("curve")
-
-
-class Opener:
-    """Stands in for Engine.from_pretrained; counts the answers, and is killed before number `last` + 1."""
-
-    def __init__(self, drafter: bool = True, last: int = 10**6) -> None:
-        self.drafter, self.last, self.answers, self.opened = drafter, last, 0, 0
-
-    def __call__(self, pair: Path, /, **options: Any) -> Engine:
-        self.opened += 1
-        opener = self
-
-        class Counting(Engine):
-            def generate(self, *args: Any, **kwargs: Any) -> Any:
-                opener.answers += 1
-                if opener.answers > opener.last:
-                    raise SystemExit(137)
-                return super().generate(*args, **kwargs)
-
-        drafter = ScriptedDrafter.copy_of(LOGITS, noise=1.0) if self.drafter else None
-        tokenizer = ScriptedTokenizer(ALPHABET, has_chat_template=True)
-        return Counting(ScriptedTarget(LOGITS), drafter, tokenizer, tree=options["tree"])
 
 
 @pytest.fixture
@@ -215,134 +179,6 @@ def test_a_peer_that_does_not_start_is_named(tmp_path: Path) -> None:
         peers.Worker.start(sys.executable, "dovetail", tmp_path)
 
 
-@pytest.fixture
-def measure(tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs table.py on a tiny pair; gives its result and what `dovetail-run` was asked for, which scripts answer."""
-    from dovetail.runtime.cli.main import cli
-
-    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "cache"))
-    table, prompts = script("table"), tmp_path / "prompts"
-    (tmp_path / "long.txt").write_text("One Two Three " * 200)
-    monkeypatch.setattr(table, "OWN_TEXT", tmp_path / "long.txt")
-    prompts.mkdir()
-    for task in table.TASKS:
-        talks = [{"question_id": f"{task}-{turn}", "turns": [turn]} for turn in ("One", "Two", "Three")]
-        (prompts / f"{task}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-
-    def measure(*flags: str) -> tuple[Result, list[list[str]]]:
-        asked: list[list[str]] = []
-
-        def dovetail_run(*arguments: str) -> str:
-            asked.append(list(arguments))
-            if arguments[0] == "bench":
-                monkeypatch.setattr(sys, "argv", ["dovetail-run", *arguments])
-                result = CliRunner().invoke(cli, list(arguments), obj=Opener())
-                assert result.exit_code == 0, result.output
-            return "{}"
-
-        monkeypatch.setattr(table, "dovetail_run", dovetail_run)
-        folders = ["--prompts", str(prompts), "--out", str(tmp_path / "out"), "-n", "12"]
-        return CliRunner().invoke(table.table, [str(tiny_full_pair), *folders, *flags]), asked
-
-    return measure
-
-
-def made_up(file: Path, every: float = 1.5, **first: Any) -> None:
-    """Put made-up ratios into a benchmark's results, so that no clock decides; `first`: facts of the first prompt."""
-    report = json.loads(file.read_text())
-    for prompt in report["prompts"]:
-        prompt["speedup"] = every
-    report["prompts"][0].update(first)
-    file.write_text(json.dumps(report))
-
-
-def test_a_table_has_a_row_for_every_benchmark_and_goes_on_where_one_is_missing(measure, tmp_path: Path) -> None:
-    flags = ("--limit", "2", "--sampled-limit", "1", "--no-repeat-slow")
-    result, asked = measure(*flags)
-    assert result.exit_code == 0, result.output
-    assert [arguments[0] for arguments in asked] == ["tune", *["bench"] * 9]
-    assert ["--temperature" in arguments for arguments in asked] == [False] * 5 + [True] * 4 + [False]
-    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| tiny |")]
-    tasks = ("HumanEval", "GSM8K", "MT-bench", "Alpaca")
-    assert [(row[1], row[8]) for row in rows] == [
-        *((f"2 of {task}", "0 of 24") for task in tasks),
-        *((f"1 of {task}, temperature 1", "0 of 12") for task in tasks),
-        ("3 of own text, 128 tokens", "0 of 36"),  # of those that the tiny pair's context has room for
-    ]
-    assert "Note" not in result.stdout
-
-    again, asked = measure(*flags)
-    assert asked == [] and [line for line in again.stdout.splitlines() if line.startswith("| ")] == [
-        line for line in result.stdout.splitlines() if line.startswith("| ")
-    ]
-    (tmp_path / "out" / "tiny.gsm8k.t0.json").unlink()
-    _, asked = measure(*flags)
-    assert [arguments[arguments.index("-o") + 1] for arguments in asked] == [str(tmp_path / "out/tiny.gsm8k.t0.json")]
-
-
-def test_a_kept_row_of_another_command_is_told_and_one_of_other_prompts_refused(measure, tmp_path: Path) -> None:
-    measure("--limit", "2", "--no-repeat-slow")
-    result, asked = measure("--no-repeat-slow")
-    assert asked == [] and result.stdout.count("was measured with another command: delete it") == 8
-    made_up(tmp_path / "out" / "tiny.alpaca.t0.json", name="another")
-    refused, _ = measure("--no-repeat-slow")
-    assert isinstance(refused.exception, InputError) and "tiny.alpaca.t0.json" in str(refused.exception)
-
-
-def test_what_lost_or_differs_is_listed_and_losses_are_measured_again(measure, tmp_path: Path) -> None:
-    measure("--no-repeat-slow")
-    out = tmp_path / "out"
-    for file in out.glob("*[0-9].json"):
-        made_up(file)
-    differs: dict[str, Any] = {"other_tokens": 3, "new_tokens": 12, "largest_margin": 0.25}
-    made_up(out / "tiny.humaneval.t0.json", speedup=0.9)
-    made_up(out / "tiny.gsm8k.t0.json", every=0.96, **differs)
-    made_up(out / "tiny.mt_bench.t0.json", **{**differs, "other_tokens": 0, "largest_margin": None})
-    made_up(out / "tiny.alpaca.t0.json", every=0.98)
-    made_up(out / "tiny.humaneval.t1.json", every=0.5, **differs)  # of temperature 1: in the table alone
-    result, asked = measure()
-    assert [arguments[-1] for arguments in asked] == [
-        str(out / f"tiny.{task}.t0.slow.json") for task in ("humaneval", "gsm8k")
-    ]
-    names = [[row["name"] for row in json.loads(Path(each[-1]).read_text())["prompts"]] for each in asked]
-    assert names == [["humaneval-One"], ["gsm8k-One", "gsm8k-Two", "gsm8k-Three"]]
-    for each in asked:
-        made_up(Path(each[-1]), every=1.25)
-
-    result, asked = measure()
-    assert asked == [] and "Note" not in result.stdout
-    lines = [line for line in result.stdout.splitlines() if "prompt " in line]
-    assert lines == [
-        "- tiny, HumanEval, prompt 0 (`humaneval-One`): 0.90x, again 1.25x",
-        "- tiny, GSM8K, prompt 0 (`gsm8k-One`): 0.96x, again 1.25x",
-        "- tiny, GSM8K, prompt 1 (`gsm8k-Two`): 0.96x, again 1.25x",
-        "- tiny, GSM8K, prompt 2 (`gsm8k-Three`): 0.96x, again 1.25x",
-        "- tiny, GSM8K, prompt 0 (`gsm8k-One`): 3 of 12 tokens, at most 0.25 logits below the best",
-    ]  # fmt: skip
-    assert "| 0.90x, 1.50x |" in result.stdout  # the table keeps the first
-
-
-def test_shares_and_memory_are_of_what_passes_and_files_allow(measure, tiny_full_pair: Path, tmp_path: Path) -> None:
-    table = script("table")
-    facts = {"speedup": 1.8, "acceptance_length": 3.0, "plain_verify_ms": 20.0, "verify_ms": 25.0, "draft_ms": 5.0,
-             "plain_tokens_per_second": 40.0, "tokens_per_second": 76.0}  # fmt: skip
-    assert table.shares(facts) == pytest.approx((0.95, 0.9))  # 3 tokens in the time of one and a half steps
-    assert all(share != share for share in table.shares({**facts, "verify_ms": 0.0, "draft_ms": 0.0}))
-    report = {"drafter_device": "CPU (int8)", "settings": {"max_new_tokens": 2**20}}
-    talks = [table.PromptTurns("a", ("One",)), table.PromptTurns("b", ("One", "Two"))]
-    row = table.Row(str(tiny_full_pair), "gsm8k", 0, tmp_path, report, talks)
-    kv_mb = 2 * 2 * (2 * 2 * 8 * 2)  # two turns of 2**20 tokens; layers, keys and values, heads of 8, 16 bits
-    files_mb = table.needed_mb(row) - kv_mb
-    sizes = [file.stat().st_size for file in tiny_full_pair.glob("target/*.bin")]
-    sizes += [file.stat().st_size for file in tiny_full_pair.glob("drafter/drafter.int8.onnx*")]
-    assert sum(sizes) / 2**20 == pytest.approx(files_mb, abs=0.2)  # rounded, and the prompt's own KV
-
-
-def test_a_benchmark_that_fails_stops_the_table() -> None:
-    with pytest.raises(InputError, match="dovetail-run bench --nonsense ended with exit code 2"):
-        script("table").dovetail_run("bench", "--nonsense")
-
-
 def test_a_gguf_at_eight_bits_keeps_metadata_and_weights(tmp_path: Path) -> None:
     import numpy as np
     from gguf import GGUFReader, GGUFWriter
@@ -366,87 +202,6 @@ def test_a_gguf_at_eight_bits_keeps_metadata_and_weights(tmp_path: Path) -> None
     assert matrix.tensor_type.name == "Q8_0"
     assert np.abs(dequantize(matrix.data, matrix.tensor_type) - weights).max() < 0.02
     assert (by_name["norm.weight"].data == weights[0]).all()
-
-
-def test_the_gpu_s_figures_come_from_calls_of_every_bucket(
-    tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a host device the two ways cost the same; what is checked is that both ran, and what was counted."""
-    from dovetail.runtime.pair.manifest import read_manifest
-
-    gpu = script("gpu")
-    monkeypatch.setattr(gpu, "used_vram_mb", lambda: None)
-    monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
-    manifest = read_manifest(tiny_full_pair)
-    drafter = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
-    graphs = dict(drafter._runner._buckets)  # type: ignore[attr-defined]  # a CudaRunner's
-    found = gpu.report(lambda: drafter, manifest.target.feature_size)
-    assert list(found["call_ms"]) == ["8", "16", "128"]
-    assert all(ms["captured"] > 0 and ms["uncaptured"] > 0 for ms in found["call_ms"].values())
-    assert drafter._runner._buckets == graphs  # type: ignore[attr-defined]  # as above
-    assert 0 < found["bytes_per_round"] < 64 * 1024
-    json.dumps(found)
-
-
-def test_the_gpu_script_ends_with_a_block_to_paste(
-    tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All figures of the JSON on stdout, in tables on stderr, without a path."""
-    from dovetail.runtime.doctor.diagnose import Gpu
-    from dovetail.runtime.drafter.onnx import OnnxDrafter
-
-    gpu = script("gpu")
-    monkeypatch.setattr(gpu, "used_vram_mb", lambda: 700)
-    monkeypatch.setattr(gpu.latencies, "__defaults__", (3,))
-    monkeypatch.setattr(gpu, "nvidia_gpus", lambda: (Gpu("NVIDIA L4", "23034 MiB", "580.95"),))
-    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA L4 8.9")
-    monkeypatch.setattr(gpu, "driver_cuda", lambda: (13, 0))
-
-    def opened(pair: Path, manifest: Any, *, device: str, vram: int) -> OnnxDrafter:
-        assert (device, vram) == ("cuda", 3 * 10**9)
-        return open_cuda(pair, manifest, vram=vram, new_device=HostDevice)
-
-    monkeypatch.setattr(gpu, "open_drafter", opened)
-    result = CliRunner().invoke(gpu.main, [str(tiny_full_pair)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    found, said = json.loads(result.stdout), result.stderr
-    for fact in (
-        "| GPU | NVIDIA L4 8.9 (nvidia-smi: NVIDIA L4, 23034 MiB) |",
-        "| driver | 580.95, supports CUDA 13.0 |",
-        f"| pair | {found['pair']} |",
-        f"| commit | {found['commit'] or 'unknown'} |",
-        f"onnxruntime-gpu {found['versions']['onnxruntime-gpu']}",
-        found["machine"]["cpu"],
-        "| VRAM | 700 MiB by nvidia-smi, limit 2861 MiB |",
-        f"| bytes of a round on the bus | {found['bytes_per_round']} |",
-        *(f"| {rows} | {ms['captured']} | {ms['uncaptured']} |" for rows, ms in found["call_ms"].items()),
-    ):
-        assert fact in said
-    assert str(tiny_full_pair) not in said
-    assert said.startswith("\nPaste into a report:\n\n| fact | value |\n|---|---|\n")
-
-
-def test_the_block_to_paste_says_what_nobody_tells(
-    tiny_full_pair: Path, HostDevice: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dovetail.runtime.pair.manifest import read_manifest
-
-    gpu = script("gpu")
-    for name, value in (("used_vram_mb", None), ("nvidia_gpus", ()), ("gpu_name", None), ("driver_cuda", None)):
-        monkeypatch.setattr(gpu, name, lambda value=value: value)
-    monkeypatch.setattr(gpu.latencies, "__defaults__", (1,))
-    monkeypatch.setattr(gpu, "ROOT", tiny_full_pair)  # no clone
-    manifest = read_manifest(tiny_full_pair)
-    drafter = open_cuda(tiny_full_pair, manifest, new_device=HostDevice)
-    found = gpu.report(lambda: drafter, manifest.target.feature_size)
-    said = gpu.block({"pair": "tiny", "vram_limit_mb": 1, **found})
-    assert "| GPU | unknown (nvidia-smi: unknown) |" in said and "| commit | unknown |" in said
-    assert "| driver | unknown, supports CUDA unknown |" in said and "| VRAM | unknown by nvidia-smi" in said
-
-
-def test_the_gpu_script_says_in_one_line_what_it_cannot_do(tiny_full_pair: Path) -> None:
-    result = CliRunner().invoke(script("gpu").main, [str(tiny_full_pair), "--vram", "much"], catch_exceptions=False)
-    assert result.exit_code == 2 and "much" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_answers_are_compared_token_by_token_and_with_an_earlier_run(tmp_path: Path, monkeypatch) -> None:
