@@ -2,149 +2,27 @@
 
 from __future__ import annotations
 
-from collections import abc
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from tests.runtime.policy.timed import LIMITS, Clock, TimedDrafter, TimedTarget, answer, costs, plain_seconds, undrafted
 
-from dovetail.runtime.drafter.session import DraftNoise
 from dovetail.runtime.loop.generate import decode
 from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.policy import choose, estimates, pace, policy
 from dovetail.runtime.policy.choose import FEW_WIDTHS, WIDTHS, Scheduler
-from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.policy.estimates import ABOVE, START, Estimate
 from dovetail.runtime.policy.pace import OUTLIER
-from dovetail.runtime.policy.policy import Choice, Draft, Growth, Plan, Policy, Round
-from dovetail.runtime.sampling.params import SamplingParams
-from dovetail.runtime.system.arrays import FloatArray, TokenArray
-from dovetail.runtime.target.session import TargetPass
+from dovetail.runtime.policy.policy import Draft, Growth, Plan, Round
 from dovetail.runtime.testing.policy import ScriptedPolicy
-from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget
+from dovetail.runtime.testing.scripted import MarkovLogits
 from dovetail.runtime.tree.draft_tree import DraftTree, graft
 from dovetail.runtime.tree.forest import Forest
-from dovetail.runtime.tree.growth import Judge
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import Repeat
-
-LIMITS = TreeLimits(width=32, depth=8, top_k=4, lookup=0)
-
-
-def costs(
-    pass_ms: float = 20.0,
-    node_ms: float = 0.5,
-    call_ms: float = 1.5,
-    row_ms: float = 0.1,
-    switch_ms: float = 0.0,
-) -> Costs:
-    """Straight lines: a pass of n nodes takes pass_ms + (n - 1) * node_ms, a call of n rows call_ms + n * row_ms."""
-    target = Curve((0, 4096), (1, 64), ((pass_ms, pass_ms + 63 * node_ms),) * 2)
-    draft = Curve((0, 4096), (1, 128), ((call_ms + row_ms, call_ms + 128 * row_ms),) * 2)
-    return Costs(target, draft, switch_ms)
-
-
-@dataclass
-class Clock:
-    """Seconds that the sessions' calls took; `slow` machines take a multiple."""
-
-    costs: Costs
-    now: float = 0.0
-    slow: float = 1.0
-    nodes: list[int] = field(default_factory=list)
-    stall: float = 0.0  # seconds that the next call of the drafter takes more
-
-    def __call__(self) -> float:
-        return self.now
-
-    def verify(self, nodes: int) -> None:
-        change = 0.0 if self.nodes and self.nodes[-1] == nodes else self.costs.switch_ms  # a prompt has another width
-        self.nodes.append(nodes)
-        self.now += self.slow * (self.costs.target.at(0, nodes) + change) / 1e3
-
-    def draft(self, rows: int) -> None:
-        self.now += self.slow * self.costs.call_ms(0, rows) / 1e3 + self.stall
-        self.stall = 0.0
-
-
-class TimedTarget(ScriptedTarget):
-    def __init__(self, logits: Any, clock: Clock):
-        super().__init__(logits)
-        self.clock = clock
-
-    def verify(self, offers: abc.Mapping[int, DraftTree], *prompts: Any, rows: int = 0) -> dict[int, TargetPass]:
-        (tree,) = offers.values()
-        self.clock.verify(max(len(tree), rows))
-        return super().verify(offers, *prompts)
-
-
-class TimedDrafter(ScriptedDrafter):
-    clock: Clock
-    deaf = False  # does without the noise of sampled answers
-
-    def extend(self, seq: int, tokens: TokenArray, features: FloatArray, noise: DraftNoise | None = None) -> None:
-        self.clock.draft(len(tokens))
-        super().extend(seq, tokens, features, noise)
-
-    def propose(
-        self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
-    ) -> DraftTree:
-        timed = TimedJudge(judge, self.clock) if judge else None
-        return super().propose(seq, limits, timed, None if self.deaf else noise)
-
-
-@dataclass
-class TimedJudge:
-    """Every level that is run takes its time."""
-
-    judge: Judge
-    clock: Clock
-
-    def believe(self, depth: int, logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.judge.believe(depth, logprobs)
-
-    def pays(self, depth: int, frontier: abc.Sequence[float]) -> bool:
-        if not self.judge.pays(depth, frontier):
-            return False
-        self.clock.draft(len(frontier))
-        return True
-
-
-def answer(
-    kind: str,
-    true: Costs,
-    believed: Costs | None = None,
-    *,
-    tokens: int = 400,
-    limits: TreeLimits = LIMITS,
-    scheduler: Policy | None = None,
-    slow: float = 1.0,
-    noise: float = 0.0,
-    sharpness: float = 3.0,
-    temperature: float = 0.0,
-    stall: float = 0.0,
-    deaf: bool = False,
-) -> tuple[Clock, Any, list[int]]:
-    """Decode `tokens` tokens; returns the clock, the scheduler and the text."""
-    logits = MarkovLogits(50, order=3, sharpness=sharpness)
-    clock = Clock(true, slow=slow, stall=stall)
-    made = TimedDrafter.copy_of(logits, noise) if kind == "copy" else TimedDrafter.hostile_to(logits)
-    assert isinstance(made, TimedDrafter)
-    made.clock, made.deaf = clock, deaf
-    scheduler = scheduler or Scheduler(believed or true)
-    request = Request(
-        (1, 2, 3), tokens, SamplingParams(temperature=temperature, seed=3), limits=limits, scheduler=scheduler
-    )
-    steps = list(decode(Sequence(TimedTarget(logits, clock), made), request, Meter(clock=clock)))
-    return clock, scheduler, [token for step in steps for token in step.tokens]
-
-
-def plain_seconds(true: Costs, tokens: int = 400) -> float:
-    return ((tokens - 1) * true.target.at(0, 1) + true.switch_ms) / 1e3
 
 
 @pytest.mark.parametrize("switch_ms", [0.0, 16.0])
@@ -188,13 +66,6 @@ def test_a_poor_drafter_is_not_slower_than_plain_decoding(noise: float, node_ms:
 def everything() -> ScriptedPolicy:
     """Drafts as far as the limits go, and verifies all of it."""
     return ScriptedPolicy(draft=1.0, expand=1.0, whole=True)
-
-
-def undrafted(scheduler: Scheduler, proposed: DraftTree) -> tuple[Plan, Choice]:
-    """A round without the drafter, after 100 tokens."""
-    forest = Forest((proposed,))
-    plan = replace(scheduler.plan(100, 32, forest, 1), draft=False)
-    return plan, scheduler.choose(plan, forest)
 
 
 def test_the_text_is_that_of_plain_decoding() -> None:
@@ -435,62 +306,6 @@ def test_the_policy_has_at_most_twelve_constants() -> None:
     named = [name for module in (choose, estimates, pace, policy) for name in vars(module) if name.isupper()]
     own = {name for name in named if name not in ("TYPE_CHECKING",)}
     assert len(own) <= 12, sorted(own)
-
-
-PROMISE = tuple(float(np.log(0.7) + i * np.log(0.85)) for i in range(10))
-REPEAT = graft(DraftTree.root(1), [Repeat(tuple(range(2, 12)), PROMISE, (4, 0))], 24)
-
-
-def repeats_alone(
-    often: float, first: float, later: float, seed: int, scheduler: Scheduler | None = None
-) -> tuple[float, Scheduler]:
-    """How many times as fast as plain decoding 3,000 tokens are with repeats alone, which promise more than they keep.
-
-    often: probability of one after none.  first, later: that its first token comes true, and each one after it.
-    """
-    true, rng = costs(10.0, 0.2, switch_ms=7.0), np.random.default_rng(seed)
-    scheduler, clock, tokens, going_on = scheduler or Scheduler(true), Clock(true), 0, False
-    scheduler.start(sampled=True)
-    while tokens < 3000:
-        here = rng.random() < (0.5 if going_on else often)
-        going_on = here and rng.random() < first
-        found = 1 + going_on * min(int(rng.geometric(1 - later)), 10)
-        plan, choice = undrafted(scheduler, REPEAT if here else DraftTree.root(1))
-        begin, came = clock.now, list(range(2, 2 + found))[: choice.width]
-        clock.verify(choice.width)
-        scheduler.learn(Round(plan, choice, [None], [came], 0.0, (clock.now - begin) * 1e3))
-        tokens += len(came)
-    return (tokens * 10.0 + 7.0) / 1e3 / clock.now, scheduler
-
-
-@pytest.mark.parametrize(("first", "later"), [(0.2, 0.6), (0.3, 0.6)])
-def test_leaps_for_repeats_that_do_not_pay_for_the_way_back_become_rare(first: float, later: float) -> None:
-    assert np.median([repeats_alone(0.1, first, later, seed)[0] for seed in range(5)]) > 0.987
-
-
-def test_leaps_for_repeats_that_pay_are_made() -> None:
-    for often, least in ((0.1, 1.5), (1.0, 2.8)):
-        assert np.median([repeats_alone(often, 0.9, 0.9, seed)[0] for seed in range(5)]) > least
-
-
-def test_leaps_are_made_again_when_they_pay() -> None:
-    scheduler = repeats_alone(0.1, 0.2, 0.6, 0)[1]
-    assert [repeats_alone(0.1, 0.9, 0.9, seed, scheduler)[0] for seed in range(3)][-1] > 1.4
-
-
-def test_repeats_save_the_drafter_its_work() -> None:
-    """Text in a loop: what repeats propose is as good, and free."""
-    logits = MarkovLogits(3, order=1, sharpness=60.0)
-    clock = Clock(costs())
-    drafter = TimedDrafter.copy_of(logits)
-    assert isinstance(drafter, TimedDrafter)
-    drafter.clock = clock
-    limits = TreeLimits(width=16, depth=6, top_k=2, lookup=12)
-    request = Request((1, 2, 0), 300, limits=limits, scheduler=Scheduler(costs()))
-    list(decode(Sequence(TimedTarget(logits, clock), drafter), request, Meter(clock=clock)))
-    rounds = len(clock.nodes)
-    assert sum(call == "propose" for call, _ in drafter.calls) < rounds / 2
-    assert 300 / rounds > 8
 
 
 def test_calibration_is_applied_before_anything_is_believed() -> None:
