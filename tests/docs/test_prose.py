@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ROOT / "docs" / "reference" / "options.md"
 TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "bench" / "README.md"]
 PROSE = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
-LINKED = [*PROSE, ROOT / "CHANGELOG.md", *sorted((ROOT / "models").rglob("README.md"))]
+CHANGELOG = ROOT / "CHANGELOG.md"
+LINKED = [*PROSE, CHANGELOG, *sorted((ROOT / "models").rglob("README.md"))]
 CODE = [file for room in ("runtime", "exporter", "models", "tests") for file in sorted((ROOT / room).rglob("*.py"))]
 
 MOST_WORDS = 30
@@ -173,6 +174,10 @@ def test_sentences_are_short_and_lines_fit(page: Path) -> None:
     assert not long_sentences(text)
     assert not odd_beginnings(text)
     assert not long_lines(text)
+
+
+def test_lines_of_the_changelog_fit() -> None:
+    assert not long_lines(CHANGELOG.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name)
