@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.runtime.devices.ort import Work
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError, install_extra
 from dovetail.runtime.system.arrays import Bytes
 

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dovetail.runtime.devices.ort import Work, failed, run_failed
+from dovetail.runtime.devices.ort import failed, run_failed
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError
 
 GPU = "GPU"  # OpenVINO's name for the first Intel GPU, which is the integrated one if there is one

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError, one_line
 from dovetail.runtime.system.files import open_regular
 from dovetail.runtime.system.telemetry import decline_telemetry
@@ -21,16 +22,6 @@ _NO_MEMORY = (
     "out of gpu resources", "exceeded max size of memory", "allocation_failure",
 )  # fmt: skip
 _LOOP = b'"\x04Loop'  # an operator's type as protobuf writes it; only a Loop may never end
-
-
-class Work(NamedTuple):
-    """What a graph computes for a user, in the words of errors."""
-
-    name: str  # such as "the drafter"
-    again: str  # the remedy for a faulty file
-    off: str  # the remedy for a device that does not fit
-    without: str  # the remedy for a call that fails
-    less: str  # one of the remedies for a lack of memory
 
 
 def session_options(ort: Any) -> Any:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.devices.ort import Work, failures, run_failed
+from dovetail.runtime.devices.ort import failures, run_failed
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError, install_extra, one_line
 from dovetail.runtime.system.arrays import Spec
 from dovetail.runtime.system.machine import package_versions

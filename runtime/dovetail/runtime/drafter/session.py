@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.devices.gpus import GPUS
-from dovetail.runtime.devices.ort import Work
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
