@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, read_manifest
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import FEATURES, LOGITS, find_head, has_tap, read_model
-
-if TYPE_CHECKING:
-    pass
 
 PROBE_TOKENS = 8
 LOGIT_TOLERANCE = 0.05  # one pass against two, in float32
