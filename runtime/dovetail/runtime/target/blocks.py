@@ -37,6 +37,10 @@ class BlockPool:
         self._count += 1
         return self._count
 
+    def follow(self, other: BlockPool) -> None:
+        """Number new owners after those of another pool, which may then own blocks here by the same numbers."""
+        self._count = max(self._count, other._count)
+
     def grow(self, blocks: int) -> None:
         """Grow the pool to `blocks` blocks in all."""
         new = np.zeros(blocks - len(self.owners), np.int32)

@@ -5,6 +5,7 @@ Axes: D feature size, H hidden size (the same), L further blocks that the drafte
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import ExportError, IntegrityError
+from dovetail.runtime.errors import ExportError, InputError, IntegrityError
 from dovetail.runtime.system.files import read_arrays
-from dovetail.runtime.target.graph import FEATURES, find_head
+from dovetail.runtime.target.graph import FEATURES, MIXED, find_head
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -38,6 +39,12 @@ class FeatureMix:
     eps: float
     norm: str = "each"
     adds_last: bool = True
+
+    def of_layers(self, begin: int, end: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Return the layers from `begin` up to `end`, and the columns of the weight [D, L * H] that they have."""
+        taken = [index for index, layer in enumerate(self.layers) if begin <= layer < end]
+        columns = self.weight.reshape(len(self.weight), len(self.layers), -1)[:, taken]
+        return [self.layers[index] for index in taken], columns.reshape(len(self.weight), -1)
 
     def save(self, file: Path) -> None:
         """Write an .npz file with the weight in float16."""
@@ -103,19 +110,36 @@ def widen_tap(model: ov.Model, layers: Sequence[int]) -> None:
     _replace_tap(model, ops.concat(parts, -1).output(0))
 
 
-def mix_tap(model: ov.Model, mix: FeatureMix) -> None:
-    """Make "features" [.., D] the `mix` of the target's layers."""
+def mix_tap(model: ov.Model, mix: FeatureMix, first: int = 0) -> None:
+    """Make "features" [.., D] the `mix` of the target's layers.
+
+    first: layers that run elsewhere; the input MIXED is their share of the features. Raises InputError if the mix has
+    no such share.
+    """
     from openvino import opset13 as ops
 
-    outputs = [ops.convert(output, "f32") for output in _layers(model, mix.layers)]
-    if mix.norm == "each":
-        outputs = [_normed(output, mix.weight.shape[1] // len(outputs), mix.eps) for output in outputs]
-    row = ops.concat(outputs, -1)
-    if mix.norm == "all":
-        row = _normed(row, mix.weight.shape[1], mix.eps)
-    values, scales = quantize_rows(mix.weight)  # INT8 like the target's own: every pass reads it
-    weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
-    mixed = ops.matmul(row, weight, False, True)
+    if mix.norm == "all" and min(mix.layers) < first:
+        raise InputError(
+            f"the drafter reads layer {min(mix.layers)} together with others: give --gpu-layers {min(mix.layers)} or less"
+        )
+    layers, columns = mix.of_layers(first, sys.maxsize)
+    mixed = None
+    if layers:
+        outputs = [ops.convert(output, "f32") for output in _layers(model, layers)]
+        if mix.norm == "each":
+            outputs = [_normed(output, mix.weight.shape[1] // len(mix.layers), mix.eps) for output in outputs]
+        row = ops.concat(outputs, -1)
+        if mix.norm == "all":
+            row = _normed(row, mix.weight.shape[1], mix.eps)
+        values, scales = quantize_rows(columns)  # INT8 like the target's own: every pass reads it
+        weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
+        mixed = ops.matmul(row, weight, False, True)
+    if len(layers) < len(mix.layers):
+        share = ops.parameter([-1, -1, len(mix.weight)], np.float32, name=MIXED)
+        share.output(0).get_tensor().set_names({MIXED})
+        model.add_parameters([share])
+        mixed = ops.add(mixed, share) if mixed else share
+    assert mixed
     if mix.adds_last:
         mixed = ops.add(ops.convert(find_head(model).input_value(0), "f32"), mixed)
     _replace_tap(model, mixed.output(0))

@@ -21,6 +21,8 @@ LOGITS = "logits"
 SAMPLED = "sampled_tokens_indices"
 PATH_ROWS = "path_rows"
 NODE_ROWS = "node_rows"
+# Inputs of a graph whose first layers run elsewhere: the hidden states behind them, and their share of the features.
+HIDDEN, MIXED = "hidden", "mixed"
 # Operations between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
 _AFTER_HEAD = {"Convert", "Add", "Multiply", "Divide", "Tanh"}
 

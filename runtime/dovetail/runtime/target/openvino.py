@@ -12,9 +12,11 @@ is quicker and adds in another order. Which tokens were prompt is thus a part of
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -27,6 +29,7 @@ from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.system.arrays import SequenceId, TokenArray
 from dovetail.runtime.target.blocks import BlockIds
 from dovetail.runtime.target.features import FeatureMix
+from dovetail.runtime.target.front import Front, FrontPass, Take
 from dovetail.runtime.target.paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -36,7 +39,10 @@ from dovetail.runtime.tree.draft_tree import DraftTree
 _SMALL_PROMPTS = (2, 4, 8)
 _STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
+_AGAIN = 256  # tokens of a pass that reads a text again
 _SHARED_SPARE_BLOCKS = 191  # for the trees of many texts, and the block that each of them ends in
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,9 +74,14 @@ class OpenVINOTarget:
         exact: bool = True,
         sequences: int = 1,
         kv_cache: int | None = None,
+        open_whole: Callable[[], PagedModel] | None = None,
     ):
-        """Raises DeviceError, InputError for a kv_cache that is too small for one context."""
-        self.model = model
+        """open_whole: opens the model with all layers, if the first ones run elsewhere and that fails.
+
+        Raises DeviceError, InputError for a kv_cache that is too small for one context.
+        """
+        self.model, self._open_whole = model, open_whole
+        self._left_bytes = 0  # that a front moved which has failed
         self.max_context = max_context
         self.exact = exact
         self._texts: dict[SequenceId, _Text] = {}
@@ -99,10 +110,12 @@ class OpenVINOTarget:
         exact: bool = True,
         sequences: int = 1,
         kv_cache: int | None = None,
+        take: Take | None = None,
     ) -> OpenVINOTarget:
         """Load the target of a pair, with the features that its drafter reads mixed in.
 
         threads: default OpenVINO's own choice. ov_config: properties of OpenVINO's CPU plugin.
+        take: takes the first layers out, which run elsewhere.
         Raises IntegrityError, InputError (a property that verification depends on), DeviceError.
         """
         if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
@@ -111,12 +124,17 @@ class OpenVINOTarget:
         facts, xml = manifest.drafter, pair / TARGET_GRAPH
         mix = facts.files.get("features") if facts else None
         features = FeatureMix.load(pair / mix, facts) if facts and mix else None
-        model = PagedModel(xml, threads=threads, properties=ov_config, mix=features)
-        return cls(model, manifest.target.max_context, exact=exact, sequences=sequences, kv_cache=kv_cache)
+        opened = partial(PagedModel, xml, threads=threads, properties=ov_config, mix=features)
+        return cls(
+            opened(take=take), manifest.target.max_context, exact=exact, sequences=sequences, kv_cache=kv_cache,
+            open_whole=opened if take else None,
+        )  # fmt: skip
 
     def open(self) -> SequenceId:
         seq = self.model.pool.new_owner()  # the number of the sequence and of its blocks
         self._reserve(len(self._texts) + 1)
+        if self._front:
+            self._front.open(seq)
         self._texts[seq] = _Text()
         return seq
 
@@ -130,6 +148,8 @@ class OpenVINOTarget:
         blocks = source.blocks[:shared].copy()
         self.model.pool.share(blocks)
         source.shared = max(source.shared, shared)
+        if self._front:
+            self._front.fork(seq, new, shared * BLOCK)
         self._texts[new] = _Text(blocks, shared * BLOCK, shared)
         return new
 
@@ -160,6 +180,8 @@ class OpenVINOTarget:
         found = text.verified.find(path) if text.verified else None
         if found is None:
             raise DeviceError(f"commit of {len(path)} nodes, not a path of a verified tree: verify the tree first")
+        if self._front:  # first: it can go back
+            self._front.commit(seq, path)
         full = text.length // BLOCK
         if found.start > full:  # not the first path, whose blocks are in place
             others = np.delete(text.blocks[full:], slice(found.start - full, found.stop - full))
@@ -173,6 +195,8 @@ class OpenVINOTarget:
         text = self._text(seq)
         text.length = min(text.length, keep)
         text.verified = None
+        if self._front:
+            self._front.rewind(seq, text.length)
         if text.shared > text.length // BLOCK:
             self._unshare(seq, text)
         text.blocks = text.blocks[: _blocks_for(text.length)]
@@ -193,6 +217,8 @@ class OpenVINOTarget:
             self.rewind(seq, 0)
             text.blocks = np.zeros(0, np.int32)
             self.model.pool.keep(seq, text.blocks)
+            if self._front:
+                self._front.close(seq)
             del self._texts[seq]
 
     def pretend_length(self, seq: SequenceId, tokens: int) -> None:
@@ -200,6 +226,8 @@ class OpenVINOTarget:
         text, blocks = self._text(seq), _blocks_for(tokens)
         self._hold(seq, blocks)
         self.model.fault_in(text.blocks[:blocks])
+        if self._front:
+            self._front.pretend_length(seq, tokens)
         text.length, text.verified = tokens, None
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
@@ -228,6 +256,7 @@ class OpenVINOTarget:
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
     ) -> dict[SequenceId, TargetPass]:
         """Run one pass of `rows` rows. The lm_head computes at least `least`."""
+        fronts = self._run_front(offers, prompts)
         parts = dict[SequenceId, Part]()
         for seq, tokens in prompts.items():
             order = np.arange(len(tokens))
@@ -241,7 +270,8 @@ class OpenVINOTarget:
         # of the number would cost as much as 5% of a small target's pass.
         sequences = 2 * rows if rows > TOGETHER and not prompts else 0
         surplus = self.model.surplus(sequences) if self.exact or sequences else ()
-        logits, features = self.model.run(Batch.of([*parts.values()], rows, least, surplus))
+        read = [replace(part, front=fronts.get(seq)) for seq, part in parts.items()]
+        logits, features = self.model.run(Batch.of(read, rows, least, surplus))
         for seq, tokens in prompts.items():
             self._texts[seq].length += len(tokens)
         results, row, wanted = dict[SequenceId, TargetPass](), 0, 0
@@ -250,6 +280,46 @@ class OpenVINOTarget:
             results[seq] = TargetPass(logits[wanted:last], features[row:end])
             row, wanted = end, last
         return results
+
+    @property
+    def _front(self) -> Front | None:
+        return self.model.front
+
+    @property
+    def bus_bytes(self) -> int:
+        """See Target."""
+        return self._left_bytes + (self._front.bus_bytes if self._front else 0)
+
+    def _run_front(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray]
+    ) -> dict[SequenceId, FrontPass]:
+        """Run the first layers, if they run elsewhere. If that fails, let all layers run here from now on."""
+        if (front := self._front) is None:
+            return {}
+        try:
+            found = {seq: front.read(seq, self.length(seq), tokens) for seq, tokens in prompts.items()}
+            return found | {seq: front.verify(seq, self.length(seq), tree) for seq, tree in offers.items()}
+        except DeviceError as error:
+            problem = str(error)
+        # Outside the handler: the traceback's frames hold objects of the device.
+        self._take_back(front, problem)
+        return {}
+
+    def _take_back(self, front: Front, problem: str) -> None:
+        """Open the whole model, and read all texts again. Raises DeviceError."""
+        assert self._open_whole
+        log.warning("the first %d layers move from %s to the CPU: %s", front.count, front.device, problem)
+        texts = {seq: front.tokens(seq)[: text.length] for seq, text in self._texts.items()}
+        model = self._open_whole()
+        model.pool.follow(self.model.pool)
+        model.reserve(self.model.blocks)
+        self._left_bytes += front.bus_bytes
+        self.model = model
+        front.release()
+        self._texts = {seq: _Text() for seq in texts}
+        for seq, tokens in texts.items():
+            for begin in range(0, len(tokens), _AGAIN):
+                self.prefill(seq, tokens[begin : begin + _AGAIN])
 
     def _part(
         self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths,

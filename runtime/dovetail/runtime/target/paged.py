@@ -23,8 +23,19 @@ from dovetail.runtime.system import machine
 from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
-from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
-from dovetail.runtime.target.graph import FEATURES, LOGITS, NODE_ROWS, PATH_ROWS, SAMPLED, read_model, to_paged
+from dovetail.runtime.target.features import FeatureMix, layer_outputs, mix_tap, widen_tap
+from dovetail.runtime.target.front import Front, FrontPass, Take
+from dovetail.runtime.target.graph import (
+    FEATURES,
+    HIDDEN,
+    LOGITS,
+    MIXED,
+    NODE_ROWS,
+    PATH_ROWS,
+    SAMPLED,
+    read_model,
+    to_paged,
+)
 
 decline_telemetry()  # the commands do so too, but an embedding program may not
 
@@ -67,6 +78,7 @@ class Part:
     tables: Sequence[BlockIds]  # each path's KV blocks
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
     split: bool = False  # whether the attention takes each row of a path as a sequence, or the whole path
+    front: FrontPass | None = None  # what the first layers gave for the rows, if they run elsewhere
 
     def sequences(self) -> Iterator[tuple[NDArray[np.int64], int, BlockIds]]:
         """Yield the attention's sequences: rows, tokens before them, KV blocks.
@@ -102,6 +114,7 @@ class Batch:
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
     path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row takes; None: the same rows
     node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
+    front: FrontPass | None = None  # [T, H] and [T, D] if the first layers run elsewhere
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: int, least: int, surplus: Sequence[BlockIds] = ()) -> Batch:
@@ -129,6 +142,7 @@ class Batch:
             wanted=_filled(wanted, least),
             path_rows=path_rows,
             node_rows=node_rows,
+            front=_joined([part.front for part in parts if part.front], rows),
         )
 
 
@@ -136,6 +150,15 @@ def _filled(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Return `values`, with the last value repeated up to `count` values."""
     missing = count - len(values)
     return np.concatenate([values, np.repeat(values[-1:], missing)]) if missing > 0 else values
+
+
+def _joined(parts: Sequence[FrontPass], count: int) -> FrontPass | None:
+    """Return the rows of all parts, with the last row repeated up to `count` rows."""
+    if not parts:
+        return None
+    mixed = [part.mixed for part in parts if part.mixed is not None]
+    whole = FrontPass(np.concatenate([part.hidden for part in parts]), np.concatenate(mixed) if mixed else None)
+    return whole.at(np.minimum(np.arange(count), len(whole.hidden) - 1))
 
 
 @dataclass
@@ -161,7 +184,7 @@ class PagedModel:
 
     properties: of OpenVINO's CPU plugin, by name; they override the defaults, but not REQUIRED.
     mix: a drafter's addition to the last feature. layers: blocks whose outputs precede the last
-    feature, for training.
+    feature, for training. take: takes the first layers out, which then run as `front`.
     """
 
     def __init__(
@@ -172,6 +195,7 @@ class PagedModel:
         properties: Mapping[str, Any] | None = None,
         mix: FeatureMix | None = None,
         layers: Sequence[int] = (),
+        take: Take | None = None,
     ):
         import openvino as ov
 
@@ -180,7 +204,7 @@ class PagedModel:
         with self._embedding:
             model = read_model(xml)
         if mix:
-            mix_tap(model, mix)
+            mix_tap(model, mix, take.count if take else 0)
         if layers:
             widen_tap(model, layers)
         settings: dict[str, Any] = {**default_properties(), **(properties or {}), **REQUIRED}
@@ -188,8 +212,13 @@ class PagedModel:
             settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
+        self.front: Front | None = None
         try:
+            outputs = layer_outputs(model) if take else []
             to_paged(model)
+            if take:
+                with releasing_pages(weights):
+                    self.front = take(model, outputs, mix)
             self.compiled = ov.Core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
@@ -288,7 +317,7 @@ class PagedModel:
         longest = int((batch.past + np.diff(batch.begins)).max())
         same = np.arange(len(batch.tokens), dtype=np.int32)
         inputs: dict[str, NDArray[Any]] = {
-            "input_ids": batch.tokens,
+            **self._read(batch),
             "position_ids": batch.positions,
             "past_lens": batch.past,
             "subsequence_begins": batch.begins,
@@ -319,6 +348,13 @@ class PagedModel:
                 "in the supported range"
             )
         return logits[:, 0], features[:, 0]
+
+    def _read(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Return what the first layer here reads."""
+        if batch.front is None:
+            return {"input_ids": batch.tokens}
+        found = {HIDDEN: batch.front.hidden[:, None]}
+        return found if batch.front.mixed is None else {**found, MIXED: batch.front.mixed[:, None]}
 
     def _give(self, name: str, array: NDArray[Any]) -> None:
         """Set an input, by a copy into the request's memory if the shape is that of the last pass.

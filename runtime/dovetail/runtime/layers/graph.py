@@ -1,0 +1,123 @@
+"""Take the first layers out of a target's OpenVINO graph, as an ONNX graph.
+
+What is left in OpenVINO begins with an input, the hidden states behind these layers.
+
+Axes: R rows of a call, n rows that a call returns, H hidden size, D feature size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, Heads, add_rows, slots_for
+from dovetail.runtime.layers.builder import Builder, nbytes
+from dovetail.runtime.layers.translate import Translator
+from dovetail.runtime.layers.weights import REMEDY, Compressed, multiply
+from dovetail.runtime.target.features import FeatureMix, quantize_rows
+from dovetail.runtime.target.graph import HIDDEN, MIXED
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """The first layers as an ONNX graph."""
+
+    model: bytes  # without the weights
+    weights: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, int]  # HIDDEN, and MIXED if features are mixed of these layers: their sizes
+    heads: tuple[Heads, ...]  # of each layer
+    capacity: int  # tokens of a text
+    kv_type: type[np.floating]
+
+    @property
+    def weight_bytes(self) -> int:
+        return nbytes(self.weights)
+
+    @property
+    def kv_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each layer's keys and values, for one text."""
+        slots = slots_for(self.capacity)
+        return {f"kv.{i}": (slots, 2, heads.kv, heads.size) for i, heads in enumerate(self.heads)}
+
+
+def translate(
+    outputs: list[ov.Output], count: int, mix: FeatureMix | None, *, capacity: int,
+    kv_type: type[np.floating], compressed: bool,
+) -> LayerGraph:  # fmt: skip
+    """Return the first `count` layers of a paged graph. outputs: the residual stream after each layer.
+
+    mix: of a drafter that reads features, which the graph returns in part. capacity: tokens of a text.
+    kv_type: of keys and values. compressed: see `multiply`. Raises InputError for a target with operators that
+    are not known.
+    """
+    graph = Builder()
+    call = graph.input(CALL, np.int32, [sum(FIELDS.values())])
+    parts = graph.split(call, [*FIELDS.values()], 0)
+    rows = add_rows(graph, parts, graph.input(PREFIX, np.int64, [1]), capacity)
+    translator = Translator(
+        graph, {"input_ids": parts[0], "position_ids": parts[1]}, rows,
+        capacity=capacity, kv_type=kv_type, compressed=compressed,
+    )  # fmt: skip
+    stream = [translator.value(output) for output in outputs[:count]]
+    answers = graph.input(ANSWERS, np.int32, ["answers"])
+    size = int(outputs[count - 1].get_partial_shape()[-1].get_length())
+    sizes = {HIDDEN: size}
+    returned = {HIDDEN: stream[-1]}
+    low, columns = mix.of_layers(0, count) if mix else ((), None)
+    if mix and low:
+        assert columns is not None
+        values = [_normed(graph, stream[layer], mix.eps) if mix.norm == "each" else stream[layer] for layer in low]
+        returned[MIXED] = _mixed(graph, values, columns, compressed=compressed)
+        sizes[MIXED] = len(columns)
+    for name, value in returned.items():
+        rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
+        graph.output(name, rows_of, np.float32, ["answers", sizes[name]])
+    return LayerGraph(graph.model(), graph.weights, sizes, tuple(translator.heads), capacity, kv_type)
+
+
+def _mixed(graph: Builder, layers: list[str], columns: NDArray[np.float32], *, compressed: bool) -> str:
+    """Add the share of the first layers in a drafter's features, [R, D]. columns: [D, L * H]."""
+    row = graph.op("Concat", *layers, axis=-1) if len(layers) > 1 else layers[0]
+    values, scales = quantize_rows(columns)
+    matrix = Compressed(8, values.view(np.uint8) ^ 0x80, scales, np.full(scales.shape, 128, np.uint8))
+    return multiply(graph, row, matrix, compressed=compressed)
+
+
+def _normed(graph: Builder, x: str, eps: float) -> str:
+    """Divide rows by their root mean square."""
+    square = graph.op("ReduceMean", graph.op("Mul", x, x), graph.ints(-1), keepdims=1)
+    root = graph.op("Sqrt", graph.op("Add", square, graph.constant(np.array(eps, np.float32))))
+    return graph.op("Div", x, root)
+
+
+def cut(model: ov.Model, output: ov.Output) -> None:
+    """Make the input HIDDEN take the place of `output` in a paged graph, which then has no layer before it.
+
+    Raises InputError if anything else of these layers is read later.
+    """
+    from openvino import opset13 as ops
+
+    hidden = ops.parameter(output.get_partial_shape(), np.float32, name=HIDDEN).output(0)
+    hidden.get_tensor().set_names({HIDDEN})
+    for reader in output.get_target_inputs():
+        reader.replace_source_output(hidden)
+    model.add_parameters([hidden.get_node()])
+    reached = {node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() != "Parameter"}
+    read = set[str]()
+    for node in model.get_ordered_ops():
+        if node.get_friendly_name() in reached:
+            read |= {source.get_node().get_friendly_name() for source in node.input_values()}
+    for parameter in model.get_parameters():
+        if parameter.get_friendly_name() not in read:
+            model.remove_parameter(parameter)
+    if any("input_ids" in parameter.output(0).get_names() for parameter in model.get_parameters()):
+        raise InputError(f"later layers of this target read the tokens again: {REMEDY}")
+    model.validate_nodes_and_infer_types()

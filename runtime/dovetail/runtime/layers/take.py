@@ -1,0 +1,46 @@
+"""Take the first layers out of a target, and open them on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dovetail.runtime.errors import InputError
+from dovetail.runtime.layers.device import LayerDevice
+from dovetail.runtime.layers.graph import cut, translate
+from dovetail.runtime.layers.session import LayerSession
+from dovetail.runtime.layers.texts import FirstLayers
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+    from dovetail.runtime.target.features import FeatureMix
+
+
+@dataclass(frozen=True)
+class TakeLayers:
+    """Opens the first `count` layers on a device; implements Take."""
+
+    count: int
+    device: LayerDevice
+    capacity: int  # tokens of a text
+    texts: int = 1  # that the device holds at once
+    compressed: bool = True  # whether the device multiplies compressed matrices
+    kv_type: type[np.floating] = np.float16
+    threads: int | None = None
+
+    def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> FirstLayers:
+        """See Take. Raises InputError for layers that cannot be translated, DeviceError."""
+        if self.count >= len(outputs):
+            raise InputError(
+                f"--gpu-layers {self.count} leaves no layer to the CPU: this target has {len(outputs)}, give "
+                f"{len(outputs) - 1} or fewer"
+            )
+        graph = translate(
+            outputs, self.count, mix, capacity=self.capacity, kv_type=self.kv_type, compressed=self.compressed
+        )
+        session = LayerSession(graph, self.device, self.texts, self.threads)
+        cut(model, outputs[self.count - 1])
+        return FirstLayers(session, self.count, self.device.name)
