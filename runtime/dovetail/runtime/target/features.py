@@ -120,7 +120,7 @@ def mix_tap(model: ov.Model, mix: FeatureMix, first: int = 0) -> None:
 
     if mix.norm == "all" and min(mix.layers) < first:
         raise InputError(
-            f"the drafter reads layer {min(mix.layers)} together with others: give --gpu-layers {min(mix.layers)} or less"
+            f"the drafter reads layer {min(mix.layers)} normed with others: give --gpu-layers {min(mix.layers)} or less"
         )
     layers, columns = mix.of_layers(first, sys.maxsize)
     mixed = None

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, Heads, add_rows, slots_for
-from dovetail.runtime.layers.builder import Builder, nbytes
-from dovetail.runtime.layers.translate import Translator
-from dovetail.runtime.layers.weights import REMEDY, Compressed, multiply
 from dovetail.runtime.target.features import FeatureMix, quantize_rows
 from dovetail.runtime.target.graph import HIDDEN, MIXED
+from dovetail.runtime.target.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, Heads, add_rows, slots_for
+from dovetail.runtime.target.layers.builder import Builder, total_bytes
+from dovetail.runtime.target.layers.translate import Translator
+from dovetail.runtime.target.layers.weights import REMEDY, Compressed, multiply
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -39,7 +39,7 @@ class LayerGraph:
 
     @property
     def weight_bytes(self) -> int:
-        return nbytes(self.weights)
+        return total_bytes(self.weights)
 
     @property
     def kv_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,7 +87,7 @@ def _mixed(graph: Builder, layers: list[str], columns: NDArray[np.float32], *, c
     """Add the share of the first layers in a drafter's features, [R, D]. columns: [D, L * H]."""
     row = graph.op("Concat", *layers, axis=-1) if len(layers) > 1 else layers[0]
     values, scales = quantize_rows(columns)
-    matrix = Compressed(8, values.view(np.uint8) ^ 0x80, scales, np.full(scales.shape, 128, np.uint8))
+    matrix = Compressed(8, values.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
     return multiply(graph, row, matrix, compressed=compressed)
 
 

@@ -6,19 +6,20 @@ Axes: N outputs, C inputs, G groups of inputs with a scale of their own, g input
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.layers.builder import CONTRIB, Builder
+from dovetail.runtime.target.layers.builder import CONTRIB, Builder
+from dovetail.runtime.target.layers.device import WORK
 
 if TYPE_CHECKING:
     import openvino as ov
 
 BLOCKS = (128, 64, 32, 16)  # inputs with one scale, as ONNX Runtime's kernels take them; the largest that divides
-REMEDY = "leave out --gpu-layers, or give --gpu-layers 0"
+REMEDY = WORK.off
 _BITS = {"u8": 8, "i8": 8, "u4": 4, "i4": 4}
 _SIGNED = {"i8": 128, "i4": 8}  # what makes the values unsigned
 
@@ -71,9 +72,9 @@ def _compressed(packed: ov.Node, scale: ov.Node, zero: ov.Node | None, shape: li
     if zero is not None:
         zeros = _unpacked(zero, scales.shape)
     if kind in _SIGNED:  # a copy; unsigned values stay where they are
-        values = values ^ (0x80 if bits == 8 else 0x88)
+        values = values ^ np.uint8(0x80 if bits == 8 else 0x88)
     if zero is not None and kind in _SIGNED:
-        zeros = zeros ^ _SIGNED[kind]
+        zeros = zeros ^ np.uint8(_SIGNED[kind])
     if values.shape[1] * 8 != width * bits or width % scales.shape[1]:
         raise InputError(f"weights {packed.get_friendly_name()!r} have {scales.shape[1]} groups: {REMEDY}")
     return Compressed(bits, values, scales, zeros)
@@ -118,7 +119,7 @@ class _Blocks:
     @classmethod
     def of(cls, matrix: Compressed) -> _Blocks | None:
         """None if no block fits the matrix's groups."""
-        (rows, width), groups = matrix.shape, matrix.scales.shape[1]
+        width, groups = matrix.shape[1], matrix.scales.shape[1]
         size = next((size for size in BLOCKS if (width // groups) % size == 0), 0)
         if not size:
             return None
@@ -126,7 +127,7 @@ class _Blocks:
         zeros = np.repeat(matrix.zeros, times, 1)
         if matrix.bits == 4:
             zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
-            zeros = zeros[:, ::2] | (zeros[:, 1::2] << 4)
+            zeros = zeros[:, ::2] | (zeros[:, 1::2] << np.uint8(4))
         return cls(size, matrix.values, np.repeat(matrix.scales, times, 1), zeros)
 
 
@@ -138,11 +139,11 @@ def multiply(graph: Builder, x: str, matrix: Compressed | NDArray[np.float32], *
             rows, width = matrix.shape
             count = blocks.scales.shape[1]
             values = blocks.values.reshape(rows, count, blocks.size * matrix.bits // 8)
-            attributes: dict[str, Any] = {
-                "N": rows, "K": width, "bits": matrix.bits, "block_size": blocks.size, "accuracy_level": 1,
-            }  # fmt: skip
             inputs = (graph.constant(values), graph.constant(blocks.scales), graph.constant(blocks.zeros))
-            return graph.op("MatMulNBits", x, *inputs, domain=CONTRIB, **attributes)
+            return graph.op(
+                "MatMulNBits", x, *inputs, domain=CONTRIB,
+                N=rows, K=width, bits=matrix.bits, block_size=blocks.size, accuracy_level=1,
+            )  # fmt: skip
         matrix = as_float32(matrix)
     return graph.op("MatMul", x, graph.constant(np.ascontiguousarray(matrix.T)))
 
@@ -152,7 +153,9 @@ def look_up(graph: Builder, matrix: Compressed | NDArray[np.float32], ids: str) 
     if isinstance(matrix, Compressed):
         if blocks := _Blocks.of(matrix):
             inputs = graph.constant(blocks.values), ids, graph.constant(blocks.scales), graph.constant(blocks.zeros)
-            attributes = {"bits": matrix.bits, "block_size": blocks.size, "gather_axis": 0, "quantize_axis": 1}
-            return graph.op("GatherBlockQuantized", *inputs, domain=CONTRIB, **attributes)
+            return graph.op(
+                "GatherBlockQuantized", *inputs, domain=CONTRIB,
+                bits=matrix.bits, block_size=blocks.size, gather_axis=0, quantize_axis=1,
+            )  # fmt: skip
         matrix = as_float32(matrix)
     return graph.op("Gather", graph.constant(matrix), ids, axis=0)

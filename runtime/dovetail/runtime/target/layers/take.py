@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.layers.device import LayerDevice
-from dovetail.runtime.layers.graph import cut, translate
-from dovetail.runtime.layers.session import LayerSession
-from dovetail.runtime.layers.texts import FirstLayers
+from dovetail.runtime.target.layers.device import LayerDevice
+from dovetail.runtime.target.layers.graph import cut, translate
+from dovetail.runtime.target.layers.session import LayerSession
+from dovetail.runtime.target.layers.texts import FirstLayers
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -27,8 +25,6 @@ class TakeLayers:
     device: LayerDevice
     capacity: int  # tokens of a text
     texts: int = 1  # that the device holds at once
-    compressed: bool = True  # whether the device multiplies compressed matrices
-    kv_type: type[np.floating] = np.float16
     threads: int | None = None
 
     def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> FirstLayers:
@@ -39,8 +35,9 @@ class TakeLayers:
                 f"{len(outputs) - 1} or fewer"
             )
         graph = translate(
-            outputs, self.count, mix, capacity=self.capacity, kv_type=self.kv_type, compressed=self.compressed
-        )
+            outputs, self.count, mix, capacity=self.capacity,
+            kv_type=self.device.kv_type, compressed=self.device.compressed,
+        )  # fmt: skip
         session = LayerSession(graph, self.device, self.texts, self.threads)
         cut(model, outputs[self.count - 1])
         return FirstLayers(session, self.count, self.device.name)

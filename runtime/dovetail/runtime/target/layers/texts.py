@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.layers.attention import DEPTH, NODES, ROWS, begin, prefixes
-from dovetail.runtime.layers.session import Call, LayerSession
 from dovetail.runtime.system.arrays import SequenceId, TokenArray, common_prefix
 from dovetail.runtime.target.front import FrontPass
 from dovetail.runtime.target.graph import HIDDEN, MIXED
+from dovetail.runtime.target.layers.attention import DEPTH, NODES, ROWS, begin, prefixes
+from dovetail.runtime.target.layers.session import Call, LayerSession
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 

@@ -1,4 +1,4 @@
-"""Run the first layers of the target on a device. Keys and values stay there, those of each text in buffers of its own.
+"""Run the first layers on a device. Keys and values stay there, those of each text in buffers of its own.
 
 Axes: R rows of a call, n rows that a call returns.
 """
@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.drafter.cuda import check_placement
-from dovetail.runtime.drafter.ort import call, open_session, session_options
+from dovetail.runtime.devices.ort import call, check_placement, open_session, placed_options
 from dovetail.runtime.errors import DeviceError
-from dovetail.runtime.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, slots_for
-from dovetail.runtime.layers.device import LayerDevice, OrtDevice
-from dovetail.runtime.layers.graph import LayerGraph
-
-REMEDY = "leave out --gpu-layers"
+from dovetail.runtime.system.arrays import FloatArray
+from dovetail.runtime.target.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, slots_for
+from dovetail.runtime.target.layers.device import WORK, LayerDevice
+from dovetail.runtime.target.layers.graph import LayerGraph
 
 
 @dataclass
@@ -37,11 +35,12 @@ class Call:
 
     @classmethod
     def empty(cls, capacity: int) -> Call:
+        """Return a call whose rows write to the slot that nobody reads."""
         data = np.zeros(sum(FIELDS.values()), np.int32)
         ends = np.cumsum([*FIELDS.values()])[:-1]
         made = cls(data, *np.split(data, ends))
         for slots in (made.slots, made.sources, made.targets):
-            slots[:] = slots_for(capacity) - 1  # the slot that nobody reads
+            slots[:] = slots_for(capacity) - 1
         return made
 
 
@@ -52,28 +51,24 @@ class LayerSession:
         """texts: whose keys and values the device holds at once. Raises DeviceError."""
         import onnxruntime as ort
 
-        options = session_options(ort)
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options = placed_options(ort)
         if threads is not None:
             options.intra_op_num_threads = threads
         held = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.weights.values()]
         options.add_external_initializers([*graph.weights], held)
         device.add_to(options, capture=False)
-        providers = device.providers if isinstance(device, OrtDevice) else []
-        self._session = open_session(ort, graph.model, options, providers, remedy=REMEDY)
-        check_placement(self._session, device.provider)
-        self._ort, self._device, self._graph = ort, device, graph
+        self._session: Any = open_session(ort, graph.model, options, device.providers, WORK)
+        check_placement(self._session, device.provider, WORK)
+        self._device, self._graph = device, graph
         self.texts, self.capacity, self.bus_bytes = texts, graph.capacity, 0
         specs = {name: (shape, graph.kv_type) for name, shape in graph.kv_shapes.items()}
-        self._kv = [
-            {name: device.allocate(self._session, spec) for name, spec in specs.items()} for _ in range(texts)
-        ]
+        self._kv = [{name: device.allocate(self._session, spec) for name, spec in specs.items()} for _ in range(texts)]
         self._call = device.allocate(self._session, ((sum(FIELDS.values()),), np.int32))
         self._outputs: dict[int, dict[str, Any]] = {}  # n -> values on the device
         self._answers: dict[int, Any] = {}
         self._bindings: dict[tuple[int, int, int, int], Any] = {}
 
-    def run(self, text: int, given: Call, prefix: int, count: int) -> Mapping[str, NDArray[np.float32]]:
+    def run(self, text: int, given: Call, prefix: int, count: int) -> Mapping[str, FloatArray]:
         """Run a call for a text. Return the outputs of its first `count` rows. Raises DeviceError."""
         return self._run(text, text, given, prefix, count)
 
@@ -89,17 +84,15 @@ class LayerSession:
         self._kv.clear()
         self._session = self._call = None
 
-    def _run(
-        self, source: int, target: int, given: Call, prefix: int, count: int
-    ) -> Mapping[str, NDArray[np.float32]]:
+    def _run(self, source: int, target: int, given: Call, prefix: int, count: int) -> Mapping[str, FloatArray]:
         binding = self._binding(source, target, prefix, count)
         self._device.upload(self._call, given.data)
-        call(self._session, binding)
+        call(self._session, binding, WORK)
         found = {name: np.empty((count, size), np.float32) for name, size in self._graph.outputs.items()}
         self._device.download(found, self._outputs[count])
         self.bus_bytes += given.data.nbytes + sum(array.nbytes for array in found.values())
         if not all(np.isfinite(array).all() for array in found.values()):
-            raise DeviceError(f"the layers on {self._device.name} returned values that are no numbers: {REMEDY}")
+            raise DeviceError(f"the layers on {self._device.name} returned values that are no numbers: {WORK.off}")
         return found
 
     def _binding(self, source: int, target: int, prefix: int, count: int) -> Any:

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.layers.attention import ROWS, Heads, Rows, attend
-from dovetail.runtime.layers.builder import Builder
-from dovetail.runtime.layers.weights import REMEDY, look_up, multiply, read_matrix
 from dovetail.runtime.target.graph import NODE_ROWS, PATH_ROWS
+from dovetail.runtime.target.layers.attention import ROWS, Heads, Rows, attend
+from dovetail.runtime.target.layers.builder import Builder
+from dovetail.runtime.target.layers.weights import REMEDY, look_up, multiply, read_matrix
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -157,7 +157,9 @@ class Translator:
 
     def _reduce_mean(self, node: ov.Node) -> str:
         axes = self._graph.ints(*_numbers(node.input_value(1)))
-        return self._graph.op("ReduceMean", self._input(node, 0), axes, keepdims=int(node.get_attributes()["keep_dims"]))
+        return self._graph.op(
+            "ReduceMean", self._input(node, 0), axes, keepdims=int(node.get_attributes()["keep_dims"])
+        )
 
     def _swish(self, node: ov.Node) -> str:
         if node.get_input_size() > 1 and [*_numbers(node.input_value(1))] != [1]:
@@ -211,7 +213,7 @@ def read_shape(value: ov.Output) -> list[int] | None:
 
 
 def _copies_rows(node: ov.Node) -> bool:
-    """Return whether the node copies rows for the paths of trees (see to_paged), which the attention here does not need."""
+    """Return whether the node copies rows for the paths of trees (see to_paged), which the layers here do without."""
     if node.get_type_name() != "Gather":
         return False
     return node.input_value(1).get_node().get_friendly_name() in (PATH_ROWS, NODE_ROWS)
@@ -253,7 +255,9 @@ def _shape(value: ov.Output) -> list[int]:
     """Return a shape with ROWS in place of the unknown size."""
     sizes = [ROWS if dim.is_dynamic else dim.get_length() for dim in value.get_partial_shape()]
     if sum(dim.is_dynamic for dim in value.get_partial_shape()) > 1:
-        raise InputError(f"layers on the GPU do not know the shape of {value.get_node().get_friendly_name()!r}: {REMEDY}")
+        raise InputError(
+            f"layers on the GPU do not know the shape of {value.get_node().get_friendly_name()!r}: {REMEDY}"
+        )
     return sizes
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.layers.builder import Builder
+from dovetail.runtime.target.layers.builder import Builder
 
 ROWS = 32  # of each call: as many as the scheduler's trees have nodes
 NODES = 128  # of a tree, root included
@@ -32,10 +32,18 @@ TAIL = 2 * STEP  # tokens
 DEPTH = STEP - 1  # levels of a tree below its root
 MOVES = 32  # rows of KV that a call moves
 LEAST_PREFIX = 256  # slots of the first part
-HIDDEN_AWAY = np.float32(-1e30)  # added to scores of slots that a row may not see
+AWAY = -1e30  # added to scores of slots that a row may not see
 
 # The inputs of a call in one array of int32, in this order.
-FIELDS = {"ids": ROWS, "positions": ROWS, "slots": ROWS, "parents": NODES, "sources": MOVES, "targets": MOVES, "length": 1}
+FIELDS = {
+    "ids": ROWS,
+    "positions": ROWS,
+    "slots": ROWS,
+    "parents": NODES,
+    "sources": MOVES,
+    "targets": MOVES,
+    "length": 1,
+}
 CALL, PREFIX, ANSWERS = "call", "prefix", "answers"  # names of the inputs
 
 
@@ -73,10 +81,10 @@ def add_rows(graph: Builder, call: Sequence[str], prefix: str, capacity: int) ->
     """Add what layers share. call: the parts of the input CALL, as in FIELDS. prefix: the input PREFIX."""
     _, positions, slots, parents, sources, targets, length = call
     i32 = np.int32
+    one, step, none = (graph.constant(np.array(number, i32)) for number in (1, STEP, 0))
     at = graph.reshape(positions, ROWS, 1)
-    quotient = graph.op("Div", at, graph.constant(np.array(STEP, i32)))  # integers: rounded down
-    back = graph.op("Sub", quotient, graph.constant(np.array(1, i32)))
-    begins = graph.op("Mul", graph.op("Max", back, graph.constant(np.array(0, i32))), graph.constant(np.array(STEP, i32)))
+    back = graph.op("Sub", graph.op("Div", at, step), one)  # integers: rounded down
+    begins = graph.op("Mul", graph.op("Max", back, none), step)
     places = graph.op("Add", begins, graph.constant(np.arange(TAIL, dtype=i32)[None]))  # [R, W] positions
     distance = graph.op("Sub", at, places)
     # The k-th ancestor of every node, by doubling: rows of the table at the m-th ancestor are the ancestors from m on.
@@ -91,7 +99,7 @@ def add_rows(graph: Builder, call: Sequence[str], prefix: str, capacity: int) ->
     tail = graph.op("Where", committed, places, graph.op("Add", ancestors, length))
     # A place after the row itself has any slot, masked.
     tail = _clipped(graph, tail, slots_for(capacity) - 1)
-    zero, away = graph.constant(np.array(0, np.float32)), graph.constant(HIDDEN_AWAY)
+    zero, away = graph.constant(np.array(0, np.float32)), graph.constant(np.array(AWAY, np.float32))
     later = graph.op("Greater", places, at)
     tail_mask = graph.reshape(graph.op("Where", later, away, zero), ROWS, 1, 1, TAIL)
     every = graph.constant(np.arange(slots_for(capacity), dtype=i32))

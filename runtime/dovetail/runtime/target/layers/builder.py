@@ -51,9 +51,7 @@ class Builder:
         """Return a value under the name that it has."""
         self._graph.output.append(self._port(value, dtype, shape))
 
-    def op(
-        self, kind: str, *inputs: str, name: str = "", outputs: int = 1, domain: str = "", **attributes: Any
-    ) -> str:
+    def op(self, kind: str, *inputs: str, name: str = "", outputs: int = 1, domain: str = "", **attributes: Any) -> str:
         """Add a node and return its first output. name: of the output. outputs: how many, NAME, NAME:1, ..."""
         self._count += 1
         name = name or f"{kind}.{self._count}"
@@ -67,7 +65,7 @@ class Builder:
             self._count += 1
             name = f"weight.{self._count}"
             self.weights[name] = array = np.ascontiguousarray(array)
-            tensor = self._onnx.TensorProto(name=name, dims=array.shape, data_location=1)
+            tensor = self._onnx.TensorProto(name=name, dims=array.shape, data_location="EXTERNAL")
             tensor.data_type = self._onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.external_data.add(key="location", value="memory")
             self._graph.initializer.append(tensor)
@@ -113,5 +111,6 @@ class Builder:
         return self._onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
-def nbytes(weights: Mapping[str, NDArray[Any]]) -> int:
+def total_bytes(weights: Mapping[str, NDArray[Any]]) -> int:
+    """Return the bytes of all weights."""
     return sum(array.nbytes for array in weights.values())
