@@ -292,7 +292,7 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
 class ReplayTarget:
     """Target that goes on with the recorded answer, in one sequence."""
 
-    device, max_context, room = "record", 1 << 20, 1 << 20
+    device, max_context, room, bus_bytes = "record", 1 << 20, 1 << 20, 0
 
     def __init__(self, each: Record, clock: Clock) -> None:
         self.text, self.clock = (*each.prompt, *each.answer, 0), clock

@@ -75,7 +75,7 @@ class BatchEngine:
         self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
         self._batch = SequenceBatch(target, slots, drafter, scheduler, share_prefixes=True)
         self._memory = target.room
-        self.target_device, self._drafter, self.slots, self.queue = target.device, drafter, slots, queue
+        self._target, self._drafter, self.slots, self.queue = target, drafter, slots, queue
         self._jobs: dict[Ticket, Job] = {}
         self._requests, self._totals = 0, (0, 0, 0)
         self._accepted_per_position = list[int]()
@@ -97,6 +97,7 @@ class BatchEngine:
         exact: bool = True,
         max_slowdown: float = Scheduler.max_slowdown,
         draft_model: str | Path | None = None,
+        gpu_layers: int | str | None = None,
         progress: Progress = silent,
     ) -> Self:
         """Open a pair folder. slots: answers at a time. queue: requests that may wait.
@@ -113,7 +114,7 @@ class BatchEngine:
             memory = machine.ram_mb()[0] * 2**20 // 4
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown, draft_model,
-            slots=slots, kv_cache=memory,
+            slots=slots, kv_cache=memory, gpu_layers=gpu_layers,
         )  # fmt: skip
         return cls(**vars(load(Path(path), options, progress)), slots=slots, queue=queue)
 
@@ -129,6 +130,11 @@ class BatchEngine:
     @property
     def stop_tokens(self) -> frozenset[int]:
         return self._front.stop_tokens
+
+    @property
+    def target_device(self) -> str:
+        """Where the target runs now."""
+        return self._target.device
 
     @property
     def drafter_device(self) -> str | None:

@@ -52,8 +52,7 @@ class Engine:
         check_lookup_cache(lookup_cache)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
         self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
-        self.target_device = target.device
-        self._drafter = drafter
+        self._target, self._drafter = target, drafter
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)
         self._busy = Lock()
 
@@ -72,6 +71,7 @@ class Engine:
         max_slowdown: float = Scheduler.max_slowdown,
         draft_model: str | Path | None = None,
         lookup_cache: int = 0,
+        gpu_layers: int | str | None = None,
         progress: Progress = silent,
     ) -> Self:
         """Open a pair folder. Every file is checked before a weight is loaded.
@@ -92,6 +92,8 @@ class Engine:
         lookup_cache: tokens of earlier prompts and answers, kept in memory, that repeated text may
         continue too. No answer changes, but its time then tells something of earlier texts: leave
         0 where an engine answers for several people. `reset` and `choices` forget these texts.
+        gpu_layers: first layers of the target that run on the GPU, or "auto" for as many as `vram` has room for
+        beside the drafter; None for the pair's own number. If the GPU fails later, they move to the CPU.
         Raises PairError, DeviceError, InputError.
         """
         from dovetail.runtime.drafter.vram import parse_size
@@ -101,7 +103,7 @@ class Engine:
         room = parse_size(vram) if isinstance(vram, str) else vram
         options = LoadOptions(
             drafter_device, room, fit, threads, tree, ov_config or {}, exact, max_slowdown,
-            draft_model,
+            draft_model, gpu_layers=gpu_layers,
         )  # fmt: skip
         parts = load(Path(path), options, progress)
         return cls(**vars(parts), lookup_cache=lookup_cache)
@@ -132,6 +134,11 @@ class Engine:
     @property
     def stop_tokens(self) -> frozenset[int]:
         return self._front.stop_tokens
+
+    @property
+    def target_device(self) -> str:
+        """Where the target runs now."""
+        return self._target.device
 
     @property
     def drafter_device(self) -> str | None:

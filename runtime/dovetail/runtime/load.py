@@ -14,10 +14,10 @@ from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
 from dovetail.runtime.drafter.open import open_cpu, open_drafter
 from dovetail.runtime.drafter.session import check_device
-from dovetail.runtime.drafter.vram import check_draft_model, check_limit
+from dovetail.runtime.drafter.vram import check_draft_model, check_limit, drafter_bytes
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import read_sound
-from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET
+from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TARGET_GRAPH
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.policy.choose import BOUNDS, Scheduler
@@ -25,6 +25,9 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
+from dovetail.runtime.target.layers.choose import check_layers, layer_device, read_count
+from dovetail.runtime.target.layers.plan import check_room, planned_for, within
+from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
 from dovetail.runtime.text.vocabularies import translation
@@ -52,6 +55,7 @@ class LoadOptions:
     draft_model: str | Path | None = None
     slots: int = 1  # texts at a time
     kv_cache: int | None = None  # bytes for the KV of all texts; None for no limit
+    gpu_layers: int | str | None = None  # of the target, or "auto"; None for the pair's own number
 
     def __post_init__(self) -> None:
         check_device(self.drafter_device)
@@ -61,7 +65,9 @@ class LoadOptions:
             check_whole("kv_cache", self.kv_cache, InputError, "give bytes, or e.g. 4GB", most=2**50)
         check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
-        check_draft_model(self.draft_model, self.drafter_device, self.vram)
+        check_layers(self.gpu_layers, self.drafter_device, self.vram)
+        if not self.gpu_layers or read_count(self.gpu_layers) == 0:  # else these flags are those of the layers
+            check_draft_model(self.draft_model, self.drafter_device, self.vram)
         if self.draft_model is not None and not isinstance(self.draft_model, str | Path):
             raise InputError(f"draft model {self.draft_model!r:.80} is no path: give the folder of a pair")
 
@@ -86,7 +92,11 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
-    if options.draft_model is None and (options.drafter_device in GPUS or options.vram is not None):
+    take, vram = first_layers(
+        pair, manifest, options.gpu_layers, drafter_device=options.drafter_device, vram=options.vram, fit=options.fit,
+        texts=options.slots, threads=options.threads,
+    )  # fmt: skip
+    if not take and options.draft_model is None and (options.drafter_device in GPUS or options.vram is not None):
         _ = manifest.needed_drafter  # raises before seconds of loading
     own, model = None, None
     if options.draft_model is not None:
@@ -95,7 +105,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
     target = OpenVINOTarget.load(
         pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
-        sequences=options.slots, kv_cache=options.kv_cache,
+        sequences=options.slots, kv_cache=options.kv_cache, take=take,
     )  # fmt: skip
     tree = options.tree or manifest.tree
     measure = partial(
@@ -111,7 +121,9 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
 
     def kept(device: str) -> Costs | None:
         """Return the costs of a drafter's device from the cache."""
-        known = recall(CostKey.of(manifest, device, options.threads, options.ov_config, target.exact))
+        known = recall(
+            CostKey.of(manifest, device, options.threads, options.ov_config, target.exact, layers=target.layers)
+        )
         return known.costs if known else None
 
     compared = options.drafter_device == "auto" and options.tree is None
@@ -119,7 +131,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         drafter = on_cpu(slower)
     else:
         drafter = open_drafter(
-            pair, manifest, device=options.drafter_device, threads=options.threads, vram=options.vram,
+            pair, manifest, device=options.drafter_device, threads=options.threads, vram=vram,
             fit=options.fit, texts=options.slots,
         )  # fmt: skip
     scheduler = None
@@ -131,6 +143,43 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         tree = replace(BOUNDS, top_k=min(BOUNDS.top_k, drafter.top_k), depth=facts.positions or BOUNDS.depth)
     second = on_cpu if drafter.device_key in GPUS else None
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
+
+
+def first_layers(
+    pair: Path, manifest: Manifest, given: int | str | None, *, drafter_device: str, vram: int | None,
+    fit: bool, texts: int, threads: int | None,
+) -> tuple[TakeLayers | None, int | None]:  # fmt: skip
+    """Return what opens the target's first layers on a GPU, None without them, and the VRAM left for the drafter.
+
+    given: number of layers or "auto"; None for the pair's own number, which a missing GPU makes 0.
+    Raises InputError, DeviceError.
+    """
+    wished = manifest.target.gpu_layers if given is None else given
+    if (count := read_count(wished)) == 0 or (given is None and drafter_device in ("cpu", "openvino-gpu")):
+        return None, vram
+    try:
+        device = layer_device(drafter_device)
+    except DeviceError as error:
+        if given is not None and count is not None:
+            raise
+        log.warning("all layers of the target run on the CPU: %s", error)
+        return None, vram
+    capacity = manifest.target.max_context
+    if vram is not None or count is None:
+        check_layers(wished, drafter_device, vram)
+        assert vram is not None
+        drafter = drafter_bytes(manifest, device.key, vram, fit=fit)
+        found = planned_for(pair / TARGET_GRAPH, device, capacity, texts)
+        if count is None:
+            best = within(found, vram - drafter)
+            if best is None:
+                log.warning("all layers of the target run on the CPU: no layer fits beside the drafter")
+                return None, vram
+            count = best.count
+        elif count <= len(found):
+            check_room(found, count, vram - drafter, " beside the drafter")
+        vram -= found[min(count, len(found)) - 1].total
+    return TakeLayers(count, device, capacity, texts, threads), vram
 
 
 def open_draft_model(

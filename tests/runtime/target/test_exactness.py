@@ -28,6 +28,9 @@ from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import blocks, openvino, paged
 from dovetail.runtime.target.blocks import BlockPool
 from dovetail.runtime.target.exactness import largest_difference
+from dovetail.runtime.target.layers import session, texts
+from dovetail.runtime.target.layers.device import OrtDevice
+from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, Batch
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -41,9 +44,10 @@ def grown(seed: int, nodes: int) -> DraftTree:
     return DraftTree(rng.integers(0, 200, nodes), parents, np.zeros(nodes, np.float32))
 
 
-@pytest.fixture
-def target(tiny_pair: Path) -> OpenVINOTarget:
-    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair))
+@pytest.fixture(params=[0, 1], ids=["whole", "first-layer-elsewhere"])
+def target(tiny_pair: Path, request: pytest.FixtureRequest) -> OpenVINOTarget:
+    take = TakeLayers(1, OrtDevice.cpu(), 256) if request.param else None
+    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), take=take)
 
 
 @pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])
@@ -196,11 +200,15 @@ PROMPTS = ("the cat", "a b a b a b", "Thaaaat")
 TREES = {"scheduled": None, "wide": TreeLimits(24, 4, 4), "chain": TreeLimits(6, 5, 1), "root": TreeLimits(1, 0, 1, 0)}
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_full_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[0, 1], ids=["whole", "first-layer-elsewhere"])
+def engine(
+    tiny_full_pair: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOVETAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with Engine.from_pretrained(tiny_full_pair, drafter_device="cpu") as engine:
+        patch.setattr("dovetail.runtime.load.layer_device", lambda _: OrtDevice.cpu())
+        with Engine.from_pretrained(tiny_full_pair, gpu_layers=request.param) as engine:
+            assert engine.drafter_device == "CPU (int8)"
             yield engine
 
 
@@ -260,7 +268,9 @@ def test_answers_that_lost_their_memory_go_on_with_the_bits_that_they_had(target
     np.testing.assert_array_equal(features(dropped=True), features(dropped=False))
 
 
-MODULES = (blocks, cpu, failover, generate, graph_io, onnx, openvino, ort, paged, rescore, sequence, window)
+MODULES = (
+    blocks, cpu, failover, generate, graph_io, onnx, openvino, ort, paged, rescore, sequence, session, texts, window,
+)  # fmt: skip
 FILES = {str(module.__file__) for module in MODULES}
 
 

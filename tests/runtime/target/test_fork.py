@@ -12,6 +12,8 @@ pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.target.layers.device import OrtDevice
+from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK
 from dovetail.runtime.target.session import opened
@@ -21,8 +23,14 @@ TEXT = np.random.default_rng(0).integers(5, 90, 150)
 TREE = DraftTree(np.array([7, 8, 9, 11, 12]), np.array([-1, 0, 1, 0, 3]), np.zeros(5, np.float32))
 
 
-def load(pair: Path, **options: Any) -> OpenVINOTarget:
-    return OpenVINOTarget.load(pair, read_manifest(pair), threads=1, **options)
+@pytest.fixture(params=[0, 1, 4], ids=["whole", "one-buffer-elsewhere", "buffers-elsewhere"])
+def take(request: pytest.FixtureRequest) -> TakeLayers | None:
+    """The first layer on a device that holds this many texts at once."""
+    return TakeLayers(1, OrtDevice.cpu(), 256, request.param) if request.param else None
+
+
+def load(pair: Path, take: TakeLayers | None = None, **options: Any) -> OpenVINOTarget:
+    return OpenVINOTarget.load(pair, read_manifest(pair), threads=1, take=take, **options)
 
 
 def rows_after(target: OpenVINOTarget, text: np.ndarray) -> np.ndarray:
@@ -33,8 +41,8 @@ def rows_after(target: OpenVINOTarget, text: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("keep", [31, 32, 100, 150])
-def test_a_fork_goes_on_with_the_bits_of_its_own_text(tiny_pair: Path, keep: int) -> None:
-    target, new = load(tiny_pair), np.array([60, 61, 62])
+def test_a_fork_goes_on_with_the_bits_of_its_own_text(tiny_pair: Path, take: TakeLayers | None, keep: int) -> None:
+    target, new = load(tiny_pair, take), np.array([60, 61, 62])
     source = target.open()
     target.prefill(source, TEXT)
     used = np.count_nonzero(target.model.pool.owners)
@@ -69,8 +77,10 @@ def test_texts_that_share_end_in_any_order_and_free_every_block(tiny_pair: Path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 32, 50, 64, 90])
-def test_a_text_that_goes_back_into_shared_blocks_leaves_them_to_the_others(tiny_pair: Path, keep: int) -> None:
-    target = load(tiny_pair)
+def test_a_text_that_goes_back_into_shared_blocks_leaves_them_to_the_others(
+    tiny_pair: Path, take: TakeLayers | None, keep: int
+) -> None:
+    target = load(tiny_pair, take)
     source = target.open()
     target.prefill(source, TEXT)
     fork = target.fork(source, 128)
@@ -86,8 +96,10 @@ def test_a_text_that_goes_back_into_shared_blocks_leaves_them_to_the_others(tiny
 
 
 @pytest.mark.parametrize("keep", [0, 1, 32, 33, 150])
-def test_a_text_that_goes_back_gives_up_the_memory_behind_it(tiny_pair: Path, keep: int) -> None:
-    target = load(tiny_pair)
+def test_a_text_that_goes_back_gives_up_the_memory_behind_it(
+    tiny_pair: Path, take: TakeLayers | None, keep: int
+) -> None:
+    target = load(tiny_pair, take)
     with opened(target) as seq:
         target.prefill(seq, TEXT)
         target.verify({seq: TREE})

@@ -28,6 +28,7 @@ from dovetail.runtime.sampling.constraint import Constraint, grammar_source
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
+from dovetail.runtime.target.layers.choose import check_layers, read_count
 from dovetail.runtime.text.prompts import read_text
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
@@ -67,12 +68,15 @@ class EngineFlags:
     max_slowdown: float | None = None
     draft_model: str | None = None
     lookup_cache: int = 0
+    gpu_layers: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         check_limit(self.vram, self.fit, self.drafter_device)
-        check_draft_model(self.draft_model, self.drafter_device, self.vram)
+        check_layers(self.gpu_layers, self.drafter_device, self.vram)
+        if not self.gpu_layers or read_count(self.gpu_layers) == 0:  # else these flags are those of the layers
+            check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
         check_lookup_cache(self.lookup_cache)
         if self.lookup_cache and self.lookup == 0:
@@ -109,6 +113,7 @@ class EngineFlags:
             exact=self.exact,
             max_slowdown=Scheduler.max_slowdown if self.max_slowdown is None else self.max_slowdown,
             draft_model=None if self.draft_model is None else resolve_draft_model(self.draft_model),
+            gpu_layers=self.gpu_layers,
             progress=announce,
             **more,
         )
@@ -205,6 +210,9 @@ def device_options(command: Command) -> Command:
         click.option("--drafter-device", type=click.Choice(DEVICES), default="auto", show_default=True,
                      help="Where the drafter runs; auto takes a GPU that is quicker than the CPU."),
         vram_options,
+        click.option("-ngl", "--gpu-layers", metavar="K|auto",
+                     help="First layers of the target that run on the GPU through ONNX Runtime; auto takes as many as "
+                     "--vram has room for beside the drafter.  [default: what the pair says, usually 0]"),
         click.option("--ov-config", multiple=True, metavar="NAME=VALUE", callback=_parse_properties,
                      help="Property of OpenVINO's CPU plugin for the target; repeatable."),
         click.option("--exact/--no-exact", default=True, show_default=True,

@@ -72,7 +72,7 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     """
     from dovetail.runtime.drafter.model import ModelDrafter
     from dovetail.runtime.drafter.onnx import OnnxDrafter
-    from dovetail.runtime.load import open_draft_model
+    from dovetail.runtime.load import first_layers, open_draft_model
     from dovetail.runtime.target.openvino import OpenVINOTarget
 
     check_seconds(seconds)
@@ -107,6 +107,10 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
         report = {"pair": manifest.name, "threads": threads, "ov_config": dict(ov_config)}
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
+    take, vram = first_layers(
+        folder, manifest, engine_flags.gpu_layers, drafter_device=engine_flags.drafter_device, vram=engine_flags.vram,
+        fit=engine_flags.fit, texts=1, threads=threads,
+    )  # fmt: skip
     drafter: OnnxDrafter | ModelDrafter | None = None
     own: Manifest | None = None
     if draft_model is not None:
@@ -114,17 +118,20 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
         own, drafter = open_draft_model(resolve_draft_model(draft_model), tokenizer, manifest, threads)
     elif manifest.drafter:
         drafter = open_drafter(
-            folder, manifest, device=engine_flags.drafter_device, threads=threads, vram=engine_flags.vram,
+            folder, manifest, device=engine_flags.drafter_device, threads=threads, vram=vram,
             fit=engine_flags.fit,
         )  # fmt: skip
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
-    target = open_target(ov_config={**chosen_properties(manifest, threads), **ov_config})
+    target = open_target(ov_config={**chosen_properties(manifest, threads), **ov_config}, take=take)
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
     with progress_bar() as progress:
         costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(manifest, drafter.device_key if drafter else None, threads, ov_config, engine_flags.exact, own)
+    key = CostKey.of(
+        manifest, drafter.device_key if drafter else None, threads, ov_config, engine_flags.exact, own,
+        target.layers,
+    )  # fmt: skip
     measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with storing():

@@ -31,7 +31,7 @@ class GenerationMetrics:
     time_to_first_token_ms: float  # decode_ms begins there
     decode_ms: float
     tokens_per_second: float  # tokens after the first, over decode_ms; 0 without such tokens
-    bus_bytes: int = 0  # moved between host and drafter's device in all rounds, both ways; 0 on the CPU
+    bus_bytes: int = 0  # moved between host and GPU in all rounds, both ways; 0 on the CPU
     queue_ms: float = 0.0  # from the request to its first pass, in no other time; 0 for an answer that runs alone
 
 

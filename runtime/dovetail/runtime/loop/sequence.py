@@ -276,7 +276,7 @@ class Sequence:
 
     @property
     def bus_bytes(self) -> int:
-        return self.window.drafter.report.bus_bytes if self.window else 0
+        return self.target.bus_bytes + (self.window.drafter.report.bus_bytes if self.window else 0)
 
     def flush(self) -> None:
         if self.window and self.speculates:

@@ -56,9 +56,12 @@ class TargetFacts:
     taps: tuple[str, ...]  # friendly names of the tapped nodes, in the order of the features
     eos_token_ids: tuple[int, ...]
     tokenizer_sha256: str  # digest of tokenizer.json
+    gpu_layers: str = field(default="0", metadata=_MAY_BE_MISSING)  # first layers to run on a GPU, or "auto"
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.gpu_layers != "auto" and not (self.gpu_layers.isascii() and self.gpu_layers.isdigit()):
+            raise ManifestError(f"target.gpu_layers {self.gpu_layers!r:.40} is no number and not auto: {_AGAIN}")
         if not self.taps:
             raise ManifestError("target.taps is empty: export the target again, a drafter needs a feature output")
 

@@ -40,11 +40,12 @@ class FeatureMix:
     norm: str = "each"
     adds_last: bool = True
 
-    def of_layers(self, begin: int, end: int) -> tuple[list[int], NDArray[np.float32]]:
-        """Return the layers from `begin` up to `end`, and the columns of the weight [D, L * H] that they have."""
+    def quantized(self, begin: int, end: int) -> tuple[list[int], NDArray[np.int8], NDArray[np.float32]]:
+        """Return the layers from `begin` up to `end`, and their part of the weight as in `quantize_rows`."""
         taken = [index for index, layer in enumerate(self.layers) if begin <= layer < end]
-        columns = self.weight.reshape(len(self.weight), len(self.layers), -1)[:, taken]
-        return [self.layers[index] for index in taken], columns.reshape(len(self.weight), -1)
+        values, scales = quantize_rows(self.weight)
+        columns = values.reshape(len(values), len(self.layers), -1)[:, taken].reshape(len(values), -1)
+        return [self.layers[index] for index in taken], columns, scales
 
     def save(self, file: Path) -> None:
         """Write an .npz file with the weight in float16."""
@@ -122,7 +123,7 @@ def mix_tap(model: ov.Model, mix: FeatureMix, first: int = 0) -> None:
         raise InputError(
             f"the drafter reads layer {min(mix.layers)} normed with others: give --gpu-layers {min(mix.layers)} or less"
         )
-    layers, columns = mix.of_layers(first, sys.maxsize)
+    layers, values, scales = mix.quantized(first, sys.maxsize)  # INT8 like the target's own: every pass reads it
     mixed = None
     if layers:
         outputs = [ops.convert(output, "f32") for output in _layers(model, layers)]
@@ -131,7 +132,6 @@ def mix_tap(model: ov.Model, mix: FeatureMix, first: int = 0) -> None:
         row = ops.concat(outputs, -1)
         if mix.norm == "all":
             row = _normed(row, mix.weight.shape[1], mix.eps)
-        values, scales = quantize_rows(columns)  # INT8 like the target's own: every pass reads it
         weight = ops.multiply(ops.convert(ops.constant(values), "f32"), ops.constant(scales))
         mixed = ops.matmul(row, weight, False, True)
     if len(layers) < len(mix.layers):

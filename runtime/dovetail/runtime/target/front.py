@@ -35,8 +35,12 @@ class Front(Protocol):
     """The first layers with the keys and values of the target's sequences. A row depends on the tokens before it."""
 
     count: int  # layers
-    device: str
-    bus_bytes: int  # moved so far between host and device, both ways
+    device: str  # its name
+    device_key: str  # "cuda", "webgpu" or "cpu"
+
+    @property
+    def bus_bytes(self) -> int:
+        """Return the bytes moved so far between host and device, both ways."""
 
     def open(self, seq: SequenceId) -> None:
         """Begin an empty sequence with a number of the target's."""
@@ -72,7 +76,9 @@ class Front(Protocol):
 class Take(Protocol):
     """Takes the first layers out of a target's graph."""
 
-    count: int  # layers
+    @property
+    def count(self) -> int:
+        """Return how many layers."""
 
     def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> Front:
         """Return the first layers, cut off a paged graph. outputs: the residual stream after each layer.

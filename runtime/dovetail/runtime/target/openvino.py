@@ -64,8 +64,6 @@ class OpenVINOTarget:
     kv_cache: bytes for the KV of all texts, which then never grows; None for no limit.
     """
 
-    device = "CPU"
-
     def __init__(
         self,
         model: PagedModel,
@@ -284,6 +282,17 @@ class OpenVINOTarget:
     @property
     def _front(self) -> Front | None:
         return self.model.front
+
+    @property
+    def device(self) -> str:
+        """See Target."""
+        front = self._front
+        return f"CPU with the first {front.count} layers on {front.device}" if front else "CPU"
+
+    @property
+    def layers(self) -> tuple[int, str] | None:
+        """The number of layers that run elsewhere, and the key of their device; None if none does."""
+        return (self._front.count, self._front.device_key) if self._front else None
 
     @property
     def bus_bytes(self) -> int:

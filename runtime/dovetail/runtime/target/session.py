@@ -38,8 +38,15 @@ class TargetPass:
 class Target(Protocol):
     """The target LLM with the KV of several texts, each a sequence that `open` numbers."""
 
-    device: str  # e.g. "CPU"
     max_context: int  # tokens of a sequence
+
+    @property
+    def device(self) -> str:
+        """Return where the target runs now, e.g. "CPU"."""
+
+    @property
+    def bus_bytes(self) -> int:
+        """Return the bytes moved so far between host and a device of first layers, both ways; 0 without them."""
 
     def open(self) -> SequenceId:
         """Return the number of a new, empty sequence."""

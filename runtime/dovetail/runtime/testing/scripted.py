@@ -56,7 +56,7 @@ def _feature(prefix: Prefix) -> tuple[float, float, float]:
 class ScriptedTarget:
     """A target whose logits are a function of the tokens so far; implements Target."""
 
-    device = "scripted"
+    device, bus_bytes = "scripted", 0
 
     def __init__(self, logits_of: LogitsOf, max_context: int = 4096, memory: int = 1 << 30) -> None:
         """memory: tokens of all sequences."""

@@ -40,6 +40,7 @@ class CostKey:
     exact: bool = True  # whether a plain pass computes two rows
     spin_us: int = SPIN_US  # how long the drafter's threads wait for work
     gpu: str | None = None  # the drafter's: name, and versions of what it runs on
+    layers: str | None = None  # of the target that run elsewhere: how many, and on what; None if none does
 
     @classmethod
     def of(
@@ -50,10 +51,11 @@ class CostKey:
         ov_config: Mapping[str, str] | None = None,
         exact: bool = True,
         draft_model: Manifest | None = None,
+        layers: tuple[int, str] | None = None,
     ) -> CostKey:
         """Return a pair's key on this machine. The pair must have file digests.
 
-        draft_model: of the pair whose target drafts; `device` is then "model".
+        draft_model: of the pair whose target drafts; `device` is then "model". layers: see OpenVINOTarget.
         """
         cpu, versions = here.cpu(), here.versions()
         drafter = ""
@@ -73,13 +75,15 @@ class CostKey:
             ov_config={**default_properties(), **chosen_properties(manifest, threads), **(ov_config or {})},
             exact=exact,
             gpu=_gpu(device),
+            layers=f"{layers[0]} on {_gpu(layers[1]) or layers[1]}" if layers else None,
         )
 
     @property
     def file(self) -> Path:
         facts = asdict(self)
-        if self.gpu is None:  # the names of files without a GPU are older than this fact
-            del facts["gpu"]
+        for name in ("gpu", "layers"):  # the names of files without them are older than these facts
+            if facts[name] is None:
+                del facts[name]
         return cache_file("costs", json.dumps(facts, sort_keys=True))
 
 

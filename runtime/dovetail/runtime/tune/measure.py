@@ -66,14 +66,18 @@ def known_or_measured(
     A measurement is kept in the cache. A log warning says if rows are not equal on this machine.
     threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
-    key = CostKey.of(manifest, drafter.device_key if drafter else None, threads, ov_config, target.exact, draft_model)
-    known = recall(key)
+    device = drafter.device_key if drafter else None
+
+    def key() -> CostKey:
+        return CostKey.of(manifest, device, threads, ov_config, target.exact, draft_model, target.layers)
+
+    known = recall(key())
     if known is not None:
         warn_of_rows(known)
         return known.costs
     begin = perf_counter()
     costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
-    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
+    measured = Measured(manifest.name, key(), costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
     warn_of_rows(measured)
     with suppress(OSError):  # without a writable cache the next start measures again
         measured.store()

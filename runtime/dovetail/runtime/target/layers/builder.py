@@ -35,6 +35,7 @@ class Builder:
         self._onnx = onnx
         self._graph: GraphProto = onnx.GraphProto(name="layers")
         self.weights: dict[str, NDArray[Any]] = {}  # constants outside the graph
+        self.scratch = 0  # values of the largest compressed matrix
         self._small: dict[tuple[Any, ...], str] = {}
         self._count = 0
 

@@ -30,6 +30,7 @@ class LayerDevice(Protocol):
     """A device that runs the first layers. Its methods raise DeviceError."""
 
     name: str
+    key: str  # "cuda", "webgpu" or "cpu"
     provider: str  # the execution provider
     compressed: bool  # whether it multiplies compressed matrices; else weights are float32
     kv_type: type[np.floating[Any]]  # of keys and values
@@ -58,7 +59,7 @@ class OrtDevice:
 
     def __init__(self, kind: str, name: str, provider: str, *, compressed: bool, **options: str):
         """kind: ONNX Runtime's name for the memory. options: of the provider."""
-        self.kind, self.name, self.provider, self.compressed = kind, name, provider, compressed
+        self.key, self.name, self.provider, self.compressed = kind, name, provider, compressed
         self._options = options
 
     @classmethod
@@ -88,7 +89,7 @@ class OrtDevice:
 
         shape, dtype = spec
         try:
-            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.kind, 0)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.key, 0)
         except failures() as error:
             raise run_failed(error, WORK) from error
         self.upload(value, np.zeros(shape, dtype))
@@ -111,7 +112,7 @@ class OrtDevice:
 class WebGpuLayers(WebGpuDevice):
     """The adapter of the WebGPU plugin. Keys and values are float32, which every adapter has."""
 
-    compressed, kv_type, providers = True, np.float32, ()
+    key, compressed, kv_type, providers = "webgpu", True, np.float32, ()
 
     def __init__(self, *, software: bool):
         """software: see webgpu_problem."""

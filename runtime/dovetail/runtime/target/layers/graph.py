@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.target.features import FeatureMix, quantize_rows
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import HIDDEN, MIXED
 from dovetail.runtime.target.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, Heads, add_rows, slots_for
 from dovetail.runtime.target.layers.builder import Builder, total_bytes
@@ -34,6 +34,8 @@ class LayerGraph:
     weights: Mapping[str, NDArray[Any]]
     outputs: Mapping[str, int]  # HIDDEN, and MIXED if features are mixed of these layers: their sizes
     heads: tuple[Heads, ...]  # of each layer
+    layer_bytes: tuple[int, ...]  # of the weights of the first 1, 2, ... layers with the embedding
+    scratch: int  # values of the largest matrix, which a provider may expand for a call; 0 if none is compressed
     capacity: int  # tokens of a text
     kv_type: type[np.floating]
 
@@ -66,29 +68,30 @@ def translate(
         graph, {"input_ids": parts[0], "position_ids": parts[1]}, rows,
         capacity=capacity, kv_type=kv_type, compressed=compressed,
     )  # fmt: skip
-    stream = [translator.value(output) for output in outputs[:count]]
+    stream, sizes_so_far = list[str](), list[int]()
+    for output in outputs[:count]:
+        stream.append(translator.value(output))
+        sizes_so_far.append(total_bytes(graph.weights))
     answers = graph.input(ANSWERS, np.int32, ["answers"])
     size = int(outputs[count - 1].get_partial_shape()[-1].get_length())
     sizes = {HIDDEN: size}
     returned = {HIDDEN: stream[-1]}
-    low, columns = mix.of_layers(0, count) if mix else ((), None)
-    if mix and low:
-        assert columns is not None
-        values = [_normed(graph, stream[layer], mix.eps) if mix.norm == "each" else stream[layer] for layer in low]
-        returned[MIXED] = _mixed(graph, values, columns, compressed=compressed)
-        sizes[MIXED] = len(columns)
+    low, values, scales = mix.quantized(0, count) if mix else ([], None, None)
+    if mix and low and values is not None and scales is not None:
+        rows_of_layers = [stream[layer] for layer in low]
+        if mix.norm == "each":
+            rows_of_layers = [_normed(graph, row, mix.eps) for row in rows_of_layers]
+        matrix = Compressed(8, values.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
+        row = graph.op("Concat", *rows_of_layers, axis=-1) if len(low) > 1 else rows_of_layers[0]
+        returned[MIXED] = multiply(graph, row, matrix, compressed=compressed)
+        sizes[MIXED] = len(values)
     for name, value in returned.items():
         rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
         graph.output(name, rows_of, np.float32, ["answers", sizes[name]])
-    return LayerGraph(graph.model(), graph.weights, sizes, tuple(translator.heads), capacity, kv_type)
-
-
-def _mixed(graph: Builder, layers: list[str], columns: NDArray[np.float32], *, compressed: bool) -> str:
-    """Add the share of the first layers in a drafter's features, [R, D]. columns: [D, L * H]."""
-    row = graph.op("Concat", *layers, axis=-1) if len(layers) > 1 else layers[0]
-    values, scales = quantize_rows(columns)
-    matrix = Compressed(8, values.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
-    return multiply(graph, row, matrix, compressed=compressed)
+    return LayerGraph(
+        graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.scratch, capacity,
+        kv_type,
+    )  # fmt: skip
 
 
 def _normed(graph: Builder, x: str, eps: float) -> str:

@@ -40,4 +40,4 @@ class TakeLayers:
         )  # fmt: skip
         session = LayerSession(graph, self.device, self.texts, self.threads)
         cut(model, outputs[self.count - 1])
-        return FirstLayers(session, self.count, self.device.name)
+        return FirstLayers(session, self.count, self.device)

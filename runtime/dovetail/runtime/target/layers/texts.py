@@ -19,6 +19,7 @@ from dovetail.runtime.system.arrays import SequenceId, TokenArray, common_prefix
 from dovetail.runtime.target.front import FrontPass
 from dovetail.runtime.target.graph import HIDDEN, MIXED
 from dovetail.runtime.target.layers.attention import DEPTH, NODES, ROWS, begin, prefixes
+from dovetail.runtime.target.layers.device import LayerDevice
 from dovetail.runtime.target.layers.session import Call, LayerSession
 from dovetail.runtime.tree.draft_tree import DraftTree
 
@@ -38,9 +39,9 @@ class _Text:
 class FirstLayers:
     """The target's first layers on a device; implements Front."""
 
-    def __init__(self, session: LayerSession, count: int, name: str) -> None:
-        """count: of layers. name: of the device."""
-        self.count, self.device = count, name
+    def __init__(self, session: LayerSession, count: int, device: LayerDevice) -> None:
+        """count: of layers."""
+        self.count, self.device, self.device_key = count, device.name, device.key
         self._session = session
         self._prefixes = np.array(prefixes(session.capacity))
         self._texts: dict[SequenceId, _Text] = {}

@@ -137,6 +137,7 @@ def multiply(graph: Builder, x: str, matrix: Compressed | NDArray[np.float32], *
         blocks = _Blocks.of(matrix) if compressed else None
         if blocks:
             rows, width = matrix.shape
+            graph.scratch = max(graph.scratch, rows * width)
             count = blocks.scales.shape[1]
             values = blocks.values.reshape(rows, count, blocks.size * matrix.bits // 8)
             inputs = (graph.constant(values), graph.constant(blocks.scales), graph.constant(blocks.zeros))

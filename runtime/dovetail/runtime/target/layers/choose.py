@@ -1,0 +1,52 @@
+"""How many of the target's first layers run on which device."""
+
+from __future__ import annotations
+
+from dovetail.runtime.devices.cuda import cuda_problem
+from dovetail.runtime.devices.gpus import GPUS
+from dovetail.runtime.devices.webgpu import webgpu_problem
+from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.target.layers.device import LayerDevice, OrtDevice, WebGpuLayers
+
+AUTO = "auto"
+MOST = 10_000  # layers
+
+
+def read_count(given: int | str) -> int | None:
+    """Return a number of layers, None for "auto". Raises InputError."""
+    if given == AUTO:
+        return None
+    text = str(given)
+    if isinstance(given, bool) or not (text.isascii() and text.isdigit() and int(text) <= MOST):
+        raise InputError(f"gpu layers {given!r:.40} is no number of layers: give 0, 1, 2 ..., or auto")
+    return int(text)
+
+
+def check_layers(given: int | str | None, drafter_device: str, vram: int | None) -> None:
+    """Raise InputError for layers beside flags that allow none. given: None for the pair's own number."""
+    count = read_count(given) if given is not None else 0
+    if count == 0:
+        return
+    if drafter_device in ("cpu", "openvino-gpu"):
+        raise InputError(
+            f"--gpu-layers {given} runs on CUDA or WebGPU, not beside --drafter-device {drafter_device}: give "
+            "--drafter-device cuda or webgpu, or leave out --gpu-layers"
+        )
+    if count is None and vram is None:
+        raise InputError("--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or a number of layers")
+
+
+def layer_device(drafter_device: str) -> LayerDevice:
+    """Return the device for layers: the drafter's, or the first that works. Raises DeviceError."""
+    if drafter_device == "cuda":
+        return OrtDevice.cuda()
+    if drafter_device == "webgpu":
+        return WebGpuLayers(software=True)
+    problems = {"cuda": cuda_problem()}
+    if problems["cuda"] is None:
+        return OrtDevice.cuda()
+    problems["webgpu"] = webgpu_problem(software=False)
+    if problems["webgpu"] is None:
+        return WebGpuLayers(software=False)
+    reasons = "; ".join(f"no {GPUS[gpu]}: {problem}" for gpu, problem in problems.items())
+    raise DeviceError(f"--gpu-layers finds no GPU ({reasons}): leave it out, or give --gpu-layers 0")

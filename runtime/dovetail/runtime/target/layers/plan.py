@@ -1,0 +1,96 @@
+"""Plan the GPU memory of the target's first layers before they are opened.
+
+Axes: R rows of a call, S slots of a text, W tokens of a tail, H heads, k heads of keys and values, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.system.machine import mib
+from dovetail.runtime.target.features import layer_outputs
+from dovetail.runtime.target.graph import read_model, to_paged
+from dovetail.runtime.target.layers.attention import ROWS, TAIL, prefixes
+from dovetail.runtime.target.layers.device import LayerDevice
+from dovetail.runtime.target.layers.graph import LayerGraph, translate
+
+# Values of one kind that a call holds at once, in float32: what is read, converted and turned.
+COPIES = 3
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Bytes on the device for the embedding and the first layers."""
+
+    count: int  # layers
+    weights: int
+    state: int  # keys and values of all texts
+    workspace: int  # activations of the largest call
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.workspace
+
+    def __str__(self) -> str:
+        sizes = f"{mib(self.weights)} weights + {mib(self.state)} state + {mib(self.workspace)} workspace"
+        return f"{self.count} layer{'s' * (self.count != 1)}: {sizes} = {mib(self.total)} MiB"
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Return the JSON form, sizes in MiB."""
+        return {
+            "layers": self.count, "weights_mb": mib(self.weights), "state_mb": mib(self.state),
+            "workspace_mb": mib(self.workspace), "total_mb": mib(self.total),
+        }  # fmt: skip
+
+
+def plans(
+    xml: Path, capacity: int, texts: int, *, kv_type: type[np.floating] = np.float16, compressed: bool = True
+) -> list[LayerPlan]:
+    """Return the plan for 1, 2, ... layers of a target, all but the last.
+
+    capacity: tokens of a text. texts: that the device holds at once. kv_type, compressed: see LayerDevice. Raises
+    InputError for a target whose layers cannot be translated.
+    """
+    model = read_model(xml)
+    outputs = layer_outputs(model)
+    to_paged(model)
+    graph = translate(outputs, len(outputs) - 1, None, capacity=capacity, kv_type=kv_type, compressed=compressed)
+    return [plan(graph, count, texts) for count in range(1, len(outputs))]
+
+
+def plan(graph: LayerGraph, count: int, texts: int) -> LayerPlan:
+    """Return the plan for the first `count` layers of a graph."""
+    shapes = [*graph.kv_shapes.values()][:count]
+    state = texts * sum(map(prod, shapes)) * np.dtype(graph.kv_type).itemsize
+    last = prefixes(graph.capacity)[-1]
+    kv = [2 * heads.kv * heads.size for heads in graph.heads[:count]]
+    scores = [ROWS * heads.query * (last + TAIL) for heads in graph.heads[:count]]
+    values = COPIES * (max(kv) * (last + ROWS * TAIL) + max(scores)) + graph.scratch
+    return LayerPlan(count, graph.layer_bytes[count - 1], state, values * np.dtype(np.float32).itemsize)
+
+
+def within(found: Sequence[LayerPlan], room: int) -> LayerPlan | None:
+    """Return the plan of the most layers within `room` bytes, None if there is no room for one."""
+    return max((each for each in found if each.total <= room), key=lambda each: each.count, default=None)
+
+
+def planned_for(xml: Path, device: LayerDevice, capacity: int, texts: int) -> list[LayerPlan]:
+    """Return `plans` for a device."""
+    return plans(xml, capacity, texts, kv_type=device.kv_type, compressed=device.compressed)
+
+
+def check_room(found: Sequence[LayerPlan], count: int, room: int, taken: str) -> None:
+    """Raise DeviceError if `count` layers do not fit `room` bytes. taken: what else takes memory."""
+    wanted = found[count - 1]
+    if wanted.total > room:
+        most = within(found, room)
+        raise DeviceError(
+            f"{wanted} do not fit {mib(max(room, 0))} MiB of VRAM{taken}: give --gpu-layers "
+            f"{most.count if most else 0} or a larger --vram"
+        )

@@ -1,0 +1,257 @@
+"""Engines whose target has its first layer on a device: texts, a device that fails, flags, memory, costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="a pair is exported")
+
+from dovetail.runtime.batch_engine import BatchEngine
+from dovetail.runtime.engine import Engine
+from dovetail.runtime.errors import DeviceError, DovetailError, InputError
+from dovetail.runtime.load import first_layers
+from dovetail.runtime.pair.manifest import read_manifest, write_manifest
+from dovetail.runtime.system.arrays import Array
+from dovetail.runtime.target.layers.device import OrtDevice
+from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
+from dovetail.runtime.target.layers.session import LayerSession
+from dovetail.runtime.target.layers.take import TakeLayers
+from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import PagedModel
+from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tune.cost_cache import CostKey
+
+TREE = TreeLimits(12, 4, 3, lookup=0)
+PROMPT = "the quick brown fox"
+
+
+class Device(OrtDevice):
+    """The CPU, which fails from its n-th download on."""
+
+    def __init__(self, fail_at: int = 0) -> None:
+        made = OrtDevice.cpu()
+        super().__init__(made.key, "a GPU", made.provider, compressed=False)
+        self.fail_at, self.downloads, self.allocated = fail_at, 0, 0
+
+    def allocate(self, session: Any, spec: Any) -> Any:
+        self.allocated += int(np.prod(spec[0])) * np.dtype(spec[1]).itemsize
+        return super().allocate(session, spec)
+
+    def download(self, to: Mapping[str, Array], sources: Mapping[str, Any]) -> None:
+        self.downloads += 1
+        if 0 < self.fail_at <= self.downloads:
+            raise DeviceError("cudaStreamSynchronize: an illegal memory access was encountered (code 700)")
+        super().download(to, sources)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """The device that engines find."""
+    made = Device()
+    monkeypatch.setattr("dovetail.runtime.load.layer_device", lambda _: made)
+    return made
+
+
+def text(engine: Engine, prompt: Any, tokens: int, **options: Any) -> tuple[int, ...]:
+    engine.reset()
+    return engine.generate(prompt, tokens, raw=True, **options).token_ids
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_a_device_that_fails_in_the_middle_of_a_text_hands_its_layers_back(
+    device: Device, tiny_full_pair: Path, caplog: pytest.LogCaptureFixture, sampling: dict[str, Any]
+) -> None:
+    with Engine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1) as engine:
+        whole = text(engine, PROMPT, 60, **sampling)
+        assert engine.target_device == "CPU with the first 1 layers on a GPU"
+        engine.reset()
+        tokens, before = list[int](), 0
+        for number, chunk in enumerate(engine.stream(PROMPT, 60, raw=True, **sampling)):
+            tokens += chunk.token_ids
+            if number == 7:
+                assert not caplog.records
+                before, device.fail_at = len(tokens), 1
+            last = chunk
+        assert tokens[:before] == list(whole[:before]) and len(tokens) == 60
+        [record] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+        assert "the first 1 layers move from a GPU to the CPU: cudaStreamSynchronize" in record.message
+        assert engine.target_device == "CPU"
+        assert last.metrics is not None and last.metrics.bus_bytes > 0
+
+
+def test_a_pass_whose_first_layers_fail_is_repeated_by_the_whole_model(tiny_pair: Path) -> None:
+    """All texts are read again: those of the pass and another one."""
+    device, manifest = Device(), read_manifest(tiny_pair)
+    target = OpenVINOTarget.load(tiny_pair, manifest, take=TakeLayers(1, device, 256, texts=3))
+    whole = OpenVINOTarget.load(tiny_pair, manifest)
+    tokens, tree = np.arange(5, 75), DraftTree.chain(np.arange(3))
+    texts = {seq: whole.open() for seq in (target.open() for _ in range(3))}
+    for seq in texts:
+        target.prefill(seq, tokens[: 20 * seq])
+        target.verify({seq: tree})
+        target.commit(seq, np.arange(2))
+    device.fail_at = 1
+    first, second, other = texts
+    found = {seq: np.array(each.logits) for seq, each in target.verify({first: tree, second: tree}).items()}
+    found[other] = np.array(target.verify({other: tree})[other].logits)
+    for seq, same in texts.items():
+        whole.prefill(same, np.concatenate([tokens[: 20 * seq], tree.tokens[:2]]))
+        np.testing.assert_array_equal(found[seq], whole.verify({same: tree})[same].logits)
+        assert target.length(seq) == whole.length(same)
+
+
+def test_all_texts_of_a_batch_go_on_after_the_device_has_failed(
+    device: Device, tiny_full_pair: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with BatchEngine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1, slots=3) as engine:
+        jobs = [engine.submit(engine.ask(f"{PROMPT} {index}", 40, raw=True)) for index in range(4)]
+        counts = {id(job): 0 for job in jobs}
+        for step in range(200):
+            if step == 5:
+                device.fail_at = 1
+            for job, chunk in engine.step():
+                assert not isinstance(chunk, DovetailError)
+                counts[id(job)] += len(chunk.token_ids)
+            if engine.idle:
+                break
+        assert [*counts.values()] == [40] * 4
+        assert len([each for each in caplog.records if "layers move" in each.message]) == 1
+
+
+def test_texts_are_the_same_alone_and_beside_others(device: Device, tiny_full_pair: Path) -> None:
+    prompts = [f"{PROMPT} {index}" * (1 + index) for index in range(5)]
+    with Engine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1) as engine:
+        alone = [text(engine, prompt, 30, speculate=False) for prompt in prompts]
+    with BatchEngine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1, slots=3) as batch:
+        jobs = [batch.submit(batch.ask(prompt, 30, raw=True)) for prompt in prompts]
+        found = {id(job): list[int]() for job in jobs}
+        while not batch.idle:
+            for job, chunk in batch.step():
+                assert not isinstance(chunk, DovetailError)
+                found[id(job)] += chunk.token_ids
+    assert [tuple(found[id(job)]) for job in jobs] == alone
+
+
+def test_costs_with_layers_elsewhere_are_kept_apart(
+    device: Device, tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.01)
+    for layers, files in ((0, 1), (1, 2), (1, 2)):
+        Engine.from_pretrained(tiny_full_pair, gpu_layers=layers).close()
+        assert len([*(tmp_path / "costs").iterdir()]) == files
+    manifest = read_manifest(tiny_full_pair)
+    keys = {CostKey.of(manifest, "cpu", None, layers=each).file for each in (None, (1, "cpu"), (2, "cpu"), (1, "cuda"))}
+    assert len(keys) == 4
+
+
+def test_the_pair_s_own_number_is_the_default(device: Device, tiny_full_pair: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tiny_full_pair)
+    for name in ("target", "drafter"):
+        (tmp_path / name).symlink_to(tiny_full_pair / name)
+    write_manifest(tmp_path, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
+    for given, device_name in ((None, "CPU with the first 1 layers on a GPU"), (0, "CPU")):
+        with Engine.from_pretrained(tmp_path, tree=TREE, gpu_layers=given) as engine:
+            assert engine.target_device == device_name
+    with Engine.from_pretrained(tmp_path, tree=TREE, drafter_device="cpu") as engine:
+        assert engine.target_device == "CPU"  # the user wants no GPU
+
+
+def test_the_pair_s_own_number_needs_no_gpu(tiny_full_pair: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = read_manifest(tiny_full_pair)
+    wished = replace(manifest, target=replace(manifest.target, gpu_layers="1"))
+    take, _ = first_layers(
+        tiny_full_pair, wished, None, drafter_device="cuda", vram=None, fit=False, texts=1, threads=None
+    )
+    assert take is None and "all layers of the target run on the CPU: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"gpu_layers": "many"}, "gpu layers 'many' is no number of layers: give 0, 1, 2 ..., or auto"),
+        ({"gpu_layers": -1}, "gpu layers -1 is no number"),
+        ({"gpu_layers": True}, "gpu layers True is no number"),
+        ({"gpu_layers": 1, "drafter_device": "cpu"}, "runs on CUDA or WebGPU, not beside --drafter-device cpu: give"),
+        ({"gpu_layers": 1, "drafter_device": "openvino-gpu"}, "not beside --drafter-device openvino-gpu: give"),
+        ({"gpu_layers": "auto"}, "--gpu-layers auto takes what is left of a limit: give --vram SIZE too"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(
+    tiny_full_pair: Path, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        Engine.from_pretrained(tiny_full_pair, **flags)
+    assert "\n" not in str(told.value)
+
+
+def test_without_a_gpu_one_line_says_what_is_missing(tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = "dovetail.runtime.target.layers.choose"
+    monkeypatch.setattr(f"{choose}.cuda_problem", lambda: "no NVIDIA driver")
+    monkeypatch.setattr(f"{choose}.webgpu_problem", lambda software: "no Vulkan loader")
+    with pytest.raises(
+        DeviceError,
+        match=r"--gpu-layers finds no GPU \(no CUDA: no NVIDIA driver; no WebGPU: no Vulkan loader\): leave",
+    ):
+        Engine.from_pretrained(tiny_full_pair, gpu_layers=1)
+
+
+# --- memory
+
+
+def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path) -> None:
+    """Weights and buffers; the activations are ONNX Runtime's own."""
+    xml, device = tiny_target / "openvino_model.xml", Device()
+    weights = list[int]()
+    real = LayerSession.__init__
+
+    def spied(self: LayerSession, graph: Any, *arguments: Any) -> None:
+        weights.append(graph.weight_bytes)
+        real(self, graph, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerSession, "__init__", spied)
+        PagedModel(xml, take=TakeLayers(1, device, 256, texts=3))
+    [planned] = plans(xml, 256, 3, compressed=False)
+    assert planned.count == 1 and planned.weights == weights[0]
+    assert planned.state == pytest.approx(device.allocated, rel=0.05)
+
+
+def test_auto_takes_what_the_drafter_leaves(
+    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_manifest(tiny_full_pair)
+    monkeypatch.setattr("dovetail.runtime.load.drafter_bytes", lambda *_, **__: 10**9)
+    found = plans(tiny_full_pair / "target/openvino_model.xml", 256, 1, compressed=False)[0].total
+
+    def taken(gpu_layers: int | str, vram: int) -> tuple[int, int | None]:
+        take, left = first_layers(
+            tiny_full_pair, manifest, gpu_layers, drafter_device="auto", vram=vram, fit=False, texts=1, threads=None
+        )
+        return take.count if take else 0, left
+
+    assert taken("auto", 10**9 + found) == (1, 10**9) == taken(1, 10**9 + found)
+    assert taken("auto", 10**9 + found - 1) == (0, 10**9 + found - 1)
+    assert "no layer fits beside the drafter" in caplog.text
+    with pytest.raises(DeviceError, match=r"1 layer: .* do not fit .* beside the drafter: give --gpu-layers 0 or a"):
+        taken(1, 10**9 + found - 1)
+
+
+def test_the_most_layers_that_fit_are_taken() -> None:
+    found = [LayerPlan(count, 100 * count, 10, 5) for count in (1, 2, 3)]
+    assert [each and each.count for each in (within(found, room) for room in (114, 115, 314, 315, 999))] == [
+        None, 1, 2, 3, 3,
+    ]  # fmt: skip
+
+
+def test_a_target_alone_can_have_layers_elsewhere(tiny_pair: Path) -> None:
+    target = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), take=TakeLayers(1, Device(), 256))
+    assert target.layers == (1, "cpu") and target.bus_bytes == 0
