@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="a pair is exported")
 
+from dovetail.runtime.devices.cuda import cuda_problem
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.exactness import largest_difference
@@ -18,7 +19,7 @@ from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import HIDDEN
 from dovetail.runtime.target.layers import attention
 from dovetail.runtime.target.layers.attention import DEPTH, NODES, ROWS, TAIL, begin, prefixes, slots_for
-from dovetail.runtime.target.layers.device import OrtDevice
+from dovetail.runtime.target.layers.device import LayerDevice, OrtDevice, WebGpuLayers
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
@@ -45,11 +46,26 @@ def target(tiny_pair: Path) -> OpenVINOTarget:
     return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1, take=take())
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_hidden_states_are_those_of_openvino(tiny_target: Path, compressed: bool) -> None:
+CUDA = cuda_problem()
+DEVICES = [
+    "cpu", "compressed", "webgpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(CUDA is not None, reason=f"no GPU: {CUDA}")]),
+]  # fmt: skip
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> LayerDevice:
+    if request.param == "webgpu":
+        request.getfixturevalue("swiftshader")
+        return WebGpuLayers(software=True)
+    return OrtDevice.cuda() if request.param == "cuda" else OrtDevice.cpu(compressed=request.param == "compressed")
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_hidden_states_are_those_of_openvino(tiny_target: Path, device: LayerDevice) -> None:
     xml = tiny_target / "openvino_model.xml"
     whole = OpenVINOTarget(PagedModel(xml, properties=EXACT, layers=[0]), CONTEXT)
-    cut = PagedModel(xml, properties=EXACT, take=take(compressed=compressed))
+    cut = PagedModel(xml, properties=EXACT, take=TakeLayers(1, device, CONTEXT))
     assert cut.front
     cut.front.open(1)
     seq = whole.open()
@@ -59,6 +75,27 @@ def test_hidden_states_are_those_of_openvino(tiny_target: Path, compressed: bool
         expected = whole.prefill(seq, part).features[:, : hidden.shape[1]]
         assert np.abs(expected).max() > 10  # which a difference of 1e-3 is small against
         np.testing.assert_allclose(hidden, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+@pytest.mark.parametrize("context", [20, 97])
+def test_a_row_has_the_same_bits_on_every_device(tiny_pair: Path, device: LayerDevice, context: int) -> None:
+    take = TakeLayers(1, device, CONTEXT)
+    target = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1, take=take)
+    assert largest_difference(target, context) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES[2:], indirect=True)
+def test_a_fork_on_a_gpu_copies_what_the_text_had(tiny_pair: Path, device: LayerDevice) -> None:
+    take = TakeLayers(1, device, CONTEXT, texts=2)
+    target = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), threads=1, take=take)
+    source, tree = target.open(), grown(1, 8)
+    target.prefill(source, TEXT[:70])
+    found = []
+    for seq in (target.fork(source, 64), target.open()):
+        target.prefill(seq, TEXT[target.length(seq) : 70])
+        found.append(np.array(target.verify({seq: tree})[seq].logits))
+    assert (found[0] == found[1]).all()
 
 
 @pytest.mark.parametrize("context", [8, 31, 95, 97, 127, 128, 130, 200])

@@ -94,7 +94,10 @@ def add_rows(graph: Builder, call: Sequence[str], prefix: str, capacity: int) ->
         jump, known = graph.op("Gather", jump, jump, axis=0), 2 * known
     nodes = _clipped(graph, graph.op("Sub", slots, length), NODES - 1)
     own = graph.op("Gather", table, nodes, axis=0)  # [R, STEP]
-    ancestors = graph.op("GatherElements", own, _clipped(graph, distance, STEP - 1), axis=1)
+    # WebGPU has no GatherElements: the table as a list, and each row's first place in it.
+    firsts = graph.constant(STEP * np.arange(ROWS, dtype=i32)[:, None])
+    index = graph.op("Add", _clipped(graph, distance, STEP - 1), firsts)
+    ancestors = graph.op("Gather", graph.reshape(own, ROWS * STEP), index, axis=0)
     committed = graph.op("Less", places, length)
     tail = graph.op("Where", committed, places, graph.op("Add", ancestors, length))
     # A place after the row itself has any slot, masked.
@@ -102,8 +105,8 @@ def add_rows(graph: Builder, call: Sequence[str], prefix: str, capacity: int) ->
     zero, away = graph.constant(np.array(0, np.float32)), graph.constant(np.array(AWAY, np.float32))
     later = graph.op("Greater", places, at)
     tail_mask = graph.reshape(graph.op("Where", later, away, zero), ROWS, 1, 1, TAIL)
-    every = graph.constant(np.arange(slots_for(capacity), dtype=i32))
-    seen = graph.op("Less", _cut(graph, every, prefix), begins)  # [R, E]
+    every = graph.constant(np.arange(slots_for(capacity), dtype=np.float32))  # WebGPU slices no integers
+    seen = graph.op("Less", _cut(graph, every, prefix), graph.cast(begins, np.float32))  # [R, E]
     prefix_mask = graph.op("Unsqueeze", graph.op("Where", seen, zero, away), graph.ints(0, 2))
     written = graph.reshape(graph.op("Concat", targets, slots, axis=0), MOVES + ROWS, 1)
     return Rows(written, sources, tail, tail_mask, prefix, prefix_mask)
@@ -129,7 +132,8 @@ def attend(
     held = graph.input(f"kv.{layer}", kv_type, shape)
     new = graph.op("Concat", *(graph.reshape(each, ROWS, 1, k, d) for each in (key, value)), axis=1)
     moved = graph.op("Gather", held, rows.sources, axis=0)
-    new = graph.op("Concat", moved, graph.cast(new, kv_type) if kv_type != np.float32 else new, axis=0)
+    new = _rounded(graph, new) if kv_type == np.float32 else graph.cast(new, kv_type)
+    new = graph.op("Concat", moved, new, axis=0)
     written = graph.op("ScatterND", held, _int64(graph, rows.slots), new, name=f"kv.{layer}.out")
     graph.returns(written, kv_type, shape)
     query = graph.op("Mul", graph.reshape(query, ROWS, k, g, d), graph.constant(np.array(heads.scale, np.float32)))
@@ -154,6 +158,15 @@ def attend(
     first = graph.transpose(graph.reshape(first, k, ROWS, g, d), 1, 0, 2, 3)
     tail = graph.op("MatMul", graph.transpose(tail, 1, 0, 2, 3), tail_v)
     return graph.reshape(graph.op("Add", first, tail), ROWS, heads.query * d)
+
+
+def _rounded(graph: Builder, value: str) -> str:
+    """Round float32 to the 11 bits of float16, in which OpenVINO keeps keys and values.
+
+    Source: Dekker's splitting (Numerische Mathematik 18, 1971).
+    """
+    whole = graph.op("Mul", value, graph.constant(np.array(2**13 + 1, np.float32)))
+    return graph.op("Add", graph.op("Sub", value, whole), whole)
 
 
 def _pair(graph: Builder, kv: str, kv_type: type[np.floating], axis: int) -> tuple[str, str]:

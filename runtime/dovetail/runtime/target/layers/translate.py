@@ -6,7 +6,7 @@ one is the number of rows, which is ROWS here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Operators of equal meaning, and their names in ONNX.
 _SAME = {
-    "Add": "Add", "Subtract": "Sub", "Multiply": "Mul", "Divide": "Div", "Power": "Pow", "Sqrt": "Sqrt",
-    "Sin": "Sin", "Cos": "Cos", "Tanh": "Tanh", "Sigmoid": "Sigmoid", "Exp": "Exp", "Negative": "Neg",
+    "Add": "Add", "Subtract": "Sub", "Multiply": "Mul", "Divide": "Div", "Sqrt": "Sqrt",
+    "Tanh": "Tanh", "Sigmoid": "Sigmoid", "Exp": "Exp", "Negative": "Neg",
     "Relu": "Relu", "Abs": "Abs",
 }  # fmt: skip
 _SHAPES = ("Reshape", "Unsqueeze", "Squeeze")
@@ -46,7 +46,8 @@ class Translator:
         self.heads: list[Heads] = []  # of each layer
         self._special: Mapping[str, Callable[[ov.Node], str]] = {
             "Constant": self._constant, "Convert": self._convert, "MatMul": self._matmul, "Gather": self._gather,
-            "ReduceMean": self._reduce_mean, "Swish": self._swish, "Gelu": self._gelu, "Concat": self._concat,
+            "ReduceMean": self._reduce_mean, "Power": self._power, "Sin": self._table, "Cos": self._table,
+            "Swish": self._swish, "Gelu": self._gelu, "Concat": self._concat,
             "Transpose": self._transpose, "Slice": self._slice, "PagedAttentionExtension": self._attention,
         }  # fmt: skip
 
@@ -75,6 +76,8 @@ class Translator:
             return [values[0]]
         if kind in ("MatMul", "Gather") and node.get_output_element_type(0).get_type_name() == "f32":
             return [value for value in values[:2] if read_shape(value) is None]
+        if kind in ("Sin", "Cos"):
+            return []
         if kind in ("Add", "Subtract", "Multiply", "Divide", "Power", "Concat"):
             return list(values)
         return list(values[:1])
@@ -155,6 +158,25 @@ class Translator:
         ids = self._graph.cast(self._graph.reshape(self._input(node, 1), ROWS), np.int32)
         return self._graph.reshape(look_up(self._graph, matrix, ids), *_shape(node.output(0)))
 
+    def _table(self, node: ov.Node) -> str:
+        """Look an angle's sine or cosine up, as OpenVINO computes it: those of GPUs err by up to 1e-3."""
+        import openvino as ov
+
+        parameters = [each for each in _sources(node.output(0)) if each.get_type_name() == "Parameter"]
+        named = [each.get_friendly_name() for each in parameters]
+        if named != ["position_ids"] or _shape(node.output(0))[0] != ROWS:
+            raise InputError(f"angles {node.get_friendly_name()!r} depend on more than positions: {REMEDY}")
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = ov.Core().compile_model(ov.Model([node.output(0)], parameters), "CPU", settings)
+        table = np.array(compiled(np.arange(self._capacity, dtype=np.int64))[0])
+        return self._graph.op("Gather", self._graph.constant(table), self._inputs["position_ids"], axis=0)
+
+    def _power(self, node: ov.Node) -> str:
+        base, exponent = self._input(node, 0), node.input_value(1).get_node()
+        if exponent.get_type_name() == "Constant" and np.all(np.asarray(exponent.data) == 2):
+            return self._graph.op("Mul", base, base)  # quicker, and WebGPU's Pow fails
+        return self._graph.op("Pow", base, self._input(node, 1))
+
     def _reduce_mean(self, node: ov.Node) -> str:
         axes = self._graph.ints(*_numbers(node.input_value(1)))
         return self._graph.op(
@@ -201,15 +223,20 @@ class Translator:
 
 def read_shape(value: ov.Output) -> list[int] | None:
     """Return the shape of a value that depends on constants alone, None of any other."""
+    if any(node.get_type_name() == "Parameter" for node in _sources(value)):
+        return None
+    return [*value.get_partial_shape().to_shape()]
+
+
+def _sources(value: ov.Output) -> Iterator[ov.Node]:
+    """Yield the node of a value and all nodes before it."""
     pending, seen = [value.get_node()], set[str]()
     while pending:
         node = pending.pop()
-        if node.get_type_name() == "Parameter":
-            return None
         if node.get_friendly_name() not in seen:
             seen.add(node.get_friendly_name())
             pending += [source.get_node() for source in node.input_values()]
-    return [*value.get_partial_shape().to_shape()]
+            yield node
 
 
 def _copies_rows(node: ov.Node) -> bool:
