@@ -20,6 +20,7 @@ from dovetail.runtime.target.graph import HIDDEN
 from dovetail.runtime.target.layers import attention
 from dovetail.runtime.target.layers.attention import DEPTH, NODES, ROWS, TAIL, begin, prefixes, slots_for
 from dovetail.runtime.target.layers.device import LayerDevice, OrtDevice, WebGpuLayers
+from dovetail.runtime.target.layers.session import LayerSession
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
@@ -151,6 +152,47 @@ def test_a_text_whose_buffer_another_took_is_read_again(tiny_pair: Path) -> None
     again = {seq: np.array(each.logits) for seq, each in target.verify(trees).items()}
     for seq in texts:
         assert (np.array(target.verify({seq: trees[seq]})[seq].logits) == again[seq]).all()
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["after the call", "before the call"])
+def test_a_call_with_moves_that_is_interrupted_is_made_up_for(
+    target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    """Moves made twice would take rows of the next tree."""
+    seq, tree, star = target.open(), grown(4, 12), DraftTree(np.arange(30), np.array([-1, *[0] * 29]), np.zeros(30))
+    path = max((path for path in tree.paths() if not np.array_equal(path, np.arange(len(path)))), key=len)
+
+    def committed() -> None:
+        target.rewind(seq, 0)
+        target.prefill(seq, TEXT[:40])
+        target.verify({seq: tree})
+        target.commit(seq, path)
+
+    committed()
+    expected = np.array(target.verify({seq: star})[seq].logits)
+    committed()
+    run = LayerSession.run
+
+    def interrupted(self: LayerSession, *arguments: Any) -> Any:
+        if made:
+            run(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerSession, "run", interrupted)
+        target.verify({seq: star})
+    assert (np.array(target.verify({seq: star})[seq].logits) == expected).all()
+
+
+def test_tokens_that_an_interrupted_pass_had_committed_are_dropped(target: OpenVINOTarget) -> None:
+    front = target.model.front
+    assert front
+    front.open(7)
+    expected = front.read(7, 0, TEXT[:50]).hidden
+    front.rewind(7, 0)
+    front.read(7, 0, TEXT[100:140])  # OpenVINO's part of this pass did not come to its end
+    np.testing.assert_array_equal(front.read(7, 0, TEXT[:50]).hidden, expected)
+    assert front.tokens(7).tolist() == TEXT[:50].tolist()
 
 
 @pytest.mark.parametrize("norm", ["none", "each"])

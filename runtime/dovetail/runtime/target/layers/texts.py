@@ -29,8 +29,8 @@ class _Text:
     """One text. `held` grows after a call and shrinks before one, so that an interrupt leaves it right."""
 
     tokens: list[int] = field(default_factory=list)  # committed
+    buffer: int | None = None  # without one the next two say nothing
     held: int = 0  # first tokens whose keys and values the buffer has
-    buffer: int | None = None
     moves: list[tuple[int, int]] = field(default_factory=list)  # (slot, slot) of rows that the next call moves
     offer: DraftTree | None = None  # verified, until `commit`
     turn: int = 0  # of its last call
@@ -148,7 +148,7 @@ class FirstLayers:
         free = {*range(self._session.texts)} - {other.buffer for other in holders}
         if not free:
             left = min(holders, key=lambda other: (other is other_than, other.turn))
-            free, left.buffer, left.held, left.moves = {left.buffer}, None, 0, []
+            free, left.buffer = {left.buffer}, None
         text.buffer, text.held, text.moves = min(number for number in free if number is not None), 0, []
 
     # --- calls
