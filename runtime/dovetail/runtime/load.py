@@ -12,9 +12,9 @@ from dovetail.runtime.devices.gpus import GPUS, gpu_expected
 from dovetail.runtime.drafter.failover import FailoverDrafter
 from dovetail.runtime.drafter.model import ModelDrafter
 from dovetail.runtime.drafter.onnx import OnnxDrafter
-from dovetail.runtime.drafter.open import open_cpu, open_drafter
+from dovetail.runtime.drafter.open import drafter_bytes, open_cpu, open_drafter
 from dovetail.runtime.drafter.session import check_device
-from dovetail.runtime.drafter.vram import check_draft_model, check_limit, drafter_bytes
+from dovetail.runtime.drafter.vram import check_draft_model, check_limit
 from dovetail.runtime.errors import DeviceError, InputError, PairError
 from dovetail.runtime.pair.check import read_sound
 from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET, TARGET_GRAPH
@@ -26,7 +26,7 @@ from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.layers.choose import check_layers, layer_device, read_count
-from dovetail.runtime.target.layers.plan import check_room, planned_for, within
+from dovetail.runtime.target.layers.plan import check_room, plans, within
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -168,8 +168,8 @@ def first_layers(
     if vram is not None or count is None:
         check_layers(wished, drafter_device, vram)
         assert vram is not None
-        drafter = drafter_bytes(manifest, device.key, vram, fit=fit)
-        found = planned_for(pair / TARGET_GRAPH, device, capacity, texts)
+        drafter = drafter_bytes(device.key, pair, manifest, vram, fit=fit)
+        found = plans(pair / TARGET_GRAPH, device, capacity, texts)
         if count is None:
             best = within(found, vram - drafter)
             if best is None:

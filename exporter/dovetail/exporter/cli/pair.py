@@ -27,6 +27,13 @@ from dovetail.exporter.target.export import TargetOptions
 @click.option(
     "--drafter", "checkpoint", type=click.Path(path_type=Path), help="A checkpoint in place of the shipped drafter."
 )
+@click.option(
+    "--gpu-layers",
+    default="0",
+    metavar="K|auto",
+    help="First layers of the target that dovetail-run shall run on a GPU if there is one; see dovetail-run "
+    "--gpu-layers.",
+)
 @click.option("--resume", is_flag=True, help="Continue after an interruption and skip the finished stages.")
 @click.option("--force", is_flag=True, help="Replace a finished pair at OUT.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what optimum, nncf and transformers print.")

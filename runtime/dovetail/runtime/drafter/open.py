@@ -19,7 +19,15 @@ from dovetail.runtime.drafter.runners.openvino import OpenVinoRunner
 from dovetail.runtime.drafter.runners.webgpu import WebGpuRunner
 from dovetail.runtime.drafter.runners.webgpu_graph import rewrite
 from dovetail.runtime.drafter.session import DRAFTING, KEPT, check_device
-from dovetail.runtime.drafter.vram import VramPlan, check_limit, plan_openvino, plan_pair, plan_webgpu
+from dovetail.runtime.drafter.vram import (
+    CUDA_ITSELF,
+    WEBGPU_ITSELF,
+    VramPlan,
+    check_limit,
+    plan_openvino,
+    plan_pair,
+    plan_webgpu,
+)
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.system.machine import usable_cores
@@ -157,6 +165,16 @@ def plan_gpu(gpu: str, pair: Path, manifest: Manifest, vram: int | None = None, 
     if problem := packages_problem():
         raise DeviceError(problem)
     return plan_webgpu(manifest, rewrite(pair / facts.files["cpu"]).on_host, vram, fit=fit)
+
+
+def drafter_bytes(gpu: str, pair: Path, manifest: Manifest, vram: int, *, fit: bool) -> int:
+    """Return what a drafter takes of `vram` bytes on one of GPUS, or the GPU itself if the pair has no drafter.
+
+    Raises DeviceError: see plan_gpu.
+    """
+    if manifest.drafter is None:
+        return CUDA_ITSELF if gpu == "cuda" else WEBGPU_ITSELF
+    return plan_gpu(gpu, pair, manifest, vram, fit=fit).total
 
 
 def _session(facts: DrafterFacts) -> type[OnnxDrafter]:

@@ -138,18 +138,6 @@ def plan_webgpu(manifest: Manifest, on_host: int, vram: int | None = None, *, fi
     return _plan_int8(manifest, on_host, vram, fit, plan_on_webgpu)
 
 
-def drafter_bytes(manifest: Manifest, gpu: str, vram: int, *, fit: bool) -> int:
-    """Return what a pair's drafter takes of `vram` bytes on a GPU, or the GPU itself if the pair has no drafter.
-
-    Raises DeviceError: see plan_within.
-    """
-    if manifest.drafter is None:
-        return CUDA_ITSELF if gpu == "cuda" else WEBGPU_ITSELF
-    if gpu == "cuda":
-        return plan_pair(manifest, vram, fit=fit).total
-    return plan_webgpu(manifest, 0, vram, fit=fit).total
-
-
 def plan_openvino(manifest: Manifest, vram: int | None = None, *, fit: bool = False) -> VramPlan:
     """Return the plan of a pair's drafter on OpenVINO's GPU within `vram` bytes; see plan_pair."""
     return _plan_int8(manifest, 0, vram, fit, plan_on_openvino)

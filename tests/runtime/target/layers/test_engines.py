@@ -220,7 +220,7 @@ def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayerSession, "__init__", spied)
         PagedModel(xml, take=TakeLayers(1, device, 256, texts=3))
-    [planned] = plans(xml, 256, 3, compressed=False)
+    [planned] = plans(xml, device, 256, 3)
     assert planned.count == 1 and planned.weights == weights[0]
     assert planned.state == pytest.approx(device.allocated, rel=0.05)
 
@@ -230,7 +230,7 @@ def test_auto_takes_what_the_drafter_leaves(
 ) -> None:
     manifest = read_manifest(tiny_full_pair)
     monkeypatch.setattr("dovetail.runtime.load.drafter_bytes", lambda *_, **__: 10**9)
-    found = plans(tiny_full_pair / "target/openvino_model.xml", 256, 1, compressed=False)[0].total
+    found = plans(tiny_full_pair / "target/openvino_model.xml", device, 256, 1)[0].total
 
     def taken(gpu_layers: int | str, vram: int) -> tuple[int, int | None]:
         take, left = first_layers(

@@ -36,6 +36,9 @@ def take(**options: Any) -> TakeLayers:
     return TakeLayers(1, OrtDevice.cpu(**options), CONTEXT)
 
 
+STAR = DraftTree(np.arange(30), np.array([-1, *[0] * 29]), np.zeros(30, np.float32))
+
+
 def grown(seed: int, nodes: int) -> DraftTree:
     rng = np.random.default_rng(seed)
     parents = np.array([-1, *(int(rng.integers(max(0, node - 4), node)) for node in range(1, nodes))])
@@ -159,7 +162,7 @@ def test_a_call_with_moves_that_is_interrupted_is_made_up_for(
     target: OpenVINOTarget, monkeypatch: pytest.MonkeyPatch, made: bool
 ) -> None:
     """Moves made twice would take rows of the next tree."""
-    seq, tree, star = target.open(), grown(4, 12), DraftTree(np.arange(30), np.array([-1, *[0] * 29]), np.zeros(30))
+    seq, tree, star = target.open(), grown(4, 12), STAR
     path = max((path for path in tree.paths() if not np.array_equal(path, np.arange(len(path)))), key=len)
 
     def committed() -> None:

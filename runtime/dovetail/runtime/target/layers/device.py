@@ -33,6 +33,7 @@ class LayerDevice(Protocol):
     key: str  # "cuda", "webgpu" or "cpu"
     provider: str  # the execution provider
     compressed: bool  # whether it multiplies compressed matrices; else weights are float32
+    expands: bool  # whether it does so by a float32 copy for the call
     kv_type: type[np.floating[Any]]  # of keys and values
 
     @property
@@ -55,11 +56,13 @@ class LayerDevice(Protocol):
 class OrtDevice:
     """A device of ONNX Runtime's own."""
 
+    compressed = expands = True
     kv_type = np.float16  # as OpenVINO's, so that both compute alike
 
     def __init__(self, kind: str, name: str, provider: str, *, compressed: bool, **options: str):
         """kind: ONNX Runtime's name for the memory. options: of the provider."""
-        self.key, self.name, self.provider, self.compressed = kind, name, provider, compressed
+        self.key, self.name, self.provider = kind, name, provider
+        self.compressed = self.expands = compressed
         self._options = options
 
     @classmethod
@@ -112,8 +115,11 @@ class OrtDevice:
 class WebGpuLayers(WebGpuDevice):
     """The adapter of the WebGPU plugin. Keys and values are float32, which every adapter has."""
 
-    key, compressed, kv_type, providers = "webgpu", True, np.float32, ()
+    key, compressed, expands, kv_type, providers = "webgpu", True, False, np.float32, ()
 
     def __init__(self, *, software: bool):
         """software: see webgpu_problem."""
         super().__init__(WORK, software=software)
+
+
+KINDS: Mapping[str, type[OrtDevice | WebGpuLayers]] = {"cuda": OrtDevice, "webgpu": WebGpuLayers}  # on GPUs

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from dovetail.runtime.system.machine import mib
 from dovetail.runtime.target.features import layer_outputs
 from dovetail.runtime.target.graph import read_model, to_paged
 from dovetail.runtime.target.layers.attention import ROWS, TAIL, prefixes
-from dovetail.runtime.target.layers.device import LayerDevice
 from dovetail.runtime.target.layers.graph import LayerGraph, translate
 
 # Values of one kind that a call holds at once, in float32: what is read, converted and turned.
@@ -49,40 +49,42 @@ class LayerPlan:
         }  # fmt: skip
 
 
-def plans(
-    xml: Path, capacity: int, texts: int, *, kv_type: type[np.floating] = np.float16, compressed: bool = True
-) -> list[LayerPlan]:
+class Kind(Protocol):
+    """What a plan needs of a LayerDevice, or of its class."""
+
+    compressed: bool
+    expands: bool
+    kv_type: type[np.floating[Any]]
+
+
+def plans(xml: Path, kind: Kind, capacity: int, texts: int) -> list[LayerPlan]:
     """Return the plan for 1, 2, ... layers of a target, all but the last.
 
-    capacity: tokens of a text. texts: that the device holds at once. kv_type, compressed: see LayerDevice. Raises
-    InputError for a target whose layers cannot be translated.
+    capacity: tokens of a text. texts: that the device holds at once. Raises InputError for a target whose layers
+    cannot be translated.
     """
     model = read_model(xml)
     outputs = layer_outputs(model)
     to_paged(model)
-    graph = translate(outputs, len(outputs) - 1, None, capacity=capacity, kv_type=kv_type, compressed=compressed)
-    return [plan(graph, count, texts) for count in range(1, len(outputs))]
+    count = len(outputs) - 1
+    graph = translate(outputs, count, None, capacity=capacity, kv_type=kind.kv_type, compressed=kind.compressed)
+    return [_plan(graph, layers, texts, graph.scratch if kind.expands else 0) for layers in range(1, count + 1)]
 
 
-def plan(graph: LayerGraph, count: int, texts: int) -> LayerPlan:
+def _plan(graph: LayerGraph, count: int, texts: int, scratch: int) -> LayerPlan:
     """Return the plan for the first `count` layers of a graph."""
     shapes = [*graph.kv_shapes.values()][:count]
     state = texts * sum(map(prod, shapes)) * np.dtype(graph.kv_type).itemsize
     last = prefixes(graph.capacity)[-1]
     kv = [2 * heads.kv * heads.size for heads in graph.heads[:count]]
     scores = [ROWS * heads.query * (last + TAIL) for heads in graph.heads[:count]]
-    values = COPIES * (max(kv) * (last + ROWS * TAIL) + max(scores)) + graph.scratch
+    values = COPIES * (max(kv) * (last + ROWS * TAIL) + max(scores)) + scratch
     return LayerPlan(count, graph.layer_bytes[count - 1], state, values * np.dtype(np.float32).itemsize)
 
 
 def within(found: Sequence[LayerPlan], room: int) -> LayerPlan | None:
     """Return the plan of the most layers within `room` bytes, None if there is no room for one."""
     return max((each for each in found if each.total <= room), key=lambda each: each.count, default=None)
-
-
-def planned_for(xml: Path, device: LayerDevice, capacity: int, texts: int) -> list[LayerPlan]:
-    """Return `plans` for a device."""
-    return plans(xml, capacity, texts, kv_type=device.kv_type, compressed=device.compressed)
 
 
 def check_room(found: Sequence[LayerPlan], count: int, room: int, taken: str) -> None:
