@@ -62,7 +62,7 @@ class OrtDevice:
     def __init__(self, kind: str, name: str, provider: str, *, compressed: bool, **options: str):
         """kind: ONNX Runtime's name for the memory. options: of the provider."""
         self.key, self.name, self.provider = kind, name, provider
-        self.compressed = self.expands = compressed
+        self.compressed, self.expands = compressed, kind == "cuda"
         self._options = options
 
     @classmethod

@@ -89,8 +89,8 @@ def translate(
         rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
         graph.output(name, rows_of, np.float32, ["answers", sizes[name]])
     return LayerGraph(
-        graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.scratch, capacity,
-        kv_type,
+        graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.scratch,
+        capacity, kv_type,
     )  # fmt: skip
 
 

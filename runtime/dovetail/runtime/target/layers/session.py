@@ -59,7 +59,7 @@ class LayerSession:
         device.add_to(options, capture=False)
         self._session: Any = open_session(ort, graph.model, options, device.providers, WORK)
         check_placement(self._session, device.provider, WORK)
-        self._device, self._graph = device, graph
+        self._device, self._sizes = device, graph.outputs  # not the graph: its weights are on the device now
         self.texts, self.capacity, self.bus_bytes = texts, graph.capacity, 0
         specs = {name: (shape, graph.kv_type) for name, shape in graph.kv_shapes.items()}
         self._kv = [{name: device.allocate(self._session, spec) for name, spec in specs.items()} for _ in range(texts)]
@@ -88,7 +88,7 @@ class LayerSession:
         binding = self._binding(source, target, prefix, count)
         self._device.upload(self._call, given.data)
         call(self._session, binding, WORK)
-        found = {name: np.empty((count, size), np.float32) for name, size in self._graph.outputs.items()}
+        found = {name: np.empty((count, size), np.float32) for name, size in self._sizes.items()}
         self._device.download(found, self._outputs[count])
         self.bus_bytes += given.data.nbytes + sum(array.nbytes for array in found.values())
         if not all(np.isfinite(array).all() for array in found.values()):
@@ -101,7 +101,7 @@ class LayerSession:
             if count not in self._outputs:
                 self._outputs[count] = {
                     name: self._device.allocate(self._session, ((count, size), np.float32))
-                    for name, size in self._graph.outputs.items()
+                    for name, size in self._sizes.items()
                 }
                 self._answers[count] = self._device.allocate(self._session, ((count,), np.int32))
                 self._device.upload(self._answers[count], np.arange(count, dtype=np.int32))
