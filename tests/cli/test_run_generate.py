@@ -168,7 +168,7 @@ def test_every_sampling_flag_reaches_the_engine(invoke, pair, opener) -> None:
 
 
 def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
-    flags = "-t 3 --drafter-device auto --vram 3GB --fit --width 5 --tree-top-k 1 -n 2"
+    flags = "-t 3 --drafter-device auto --vram 3GB --fit --width 5 --tree-top-k 1 --gpu-layers auto -n 2"
     assert ask(invoke, pair, opener, "Hello", *flags.split()).exit_code == 0
     tree = TreeLimits(width=5, depth=TreeLimits().depth, top_k=1)  # depth is the pair's
     device = {
@@ -180,6 +180,7 @@ def test_every_engine_flag_reaches_the_opener(invoke, pair, opener) -> None:
         "exact": True,
         "max_slowdown": 0.01,
         "draft_model": None,
+        "gpu_layers": "auto",
         "lookup_cache": 0,
     }
     assert opener.calls == [(pair, {**device, "tree": tree})]
@@ -196,9 +197,27 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
         "exact": True,
         "max_slowdown": 0.01,
         "draft_model": None,
+        "gpu_layers": None,
         "lookup_cache": 0,
     }
     assert opener.calls == [(pair, {**device, "tree": None})]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu-layers some", "gpu layers 'some' is no number of layers: give 0, 1, 2 ..., or auto"),
+        ("-ngl auto", "--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or a number of layers"),
+        ("-ngl 3 --drafter-device cpu", "--gpu-layers 3 runs on CUDA or WebGPU, not beside --drafter-device cpu: give "
+         "--drafter-device cuda or webgpu, or leave out --gpu-layers"),
+    ],
+)  # fmt: skip
+def test_layers_that_cannot_be_are_refused_before_a_pair_is_opened(
+    invoke, pair, opener, flags: str, message: str
+) -> None:
+    result = ask(invoke, pair, opener, "Hello", *flags.split())
+    assert result.exit_code == 2 and not opener.calls
+    assert result.stderr == f"error: {message}\n"
 
 
 @pytest.mark.parametrize(("given", "share"), [("2%", 0.02), ("0.02", 0.02), ("0", 0.0), ("100%", 1.0), ("0.5", 0.5)])

@@ -40,6 +40,9 @@ from dovetail.runtime.errors import ExportError, InputError, SourceError
 from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system.progress import silent
+from dovetail.runtime.target.exactness import largest_difference
+from dovetail.runtime.target.layers.device import OrtDevice
+from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -254,6 +257,33 @@ def test_a_target_writes_the_models_text_and_verifies_trees(name: str, tmp_path:
         text = greedy(target, prompt, NEW_TOKENS)
         assert margins(model, prompt, text).max() < NEAR_TIE, (length, text)
         assert_tree_equals_chains(target, prompt, random.integers(1, 250, len(PARENTS)))
+
+
+# Families whose first layer can run in ONNX Runtime; any other says why not.
+TRANSLATED = {
+    "arcee", "cohere", "gemma", "granite", "hunyuan_v1_dense", "llama", "llama, Llama 3's RoPE", "llama, YaRN",
+    "mistral", "olmo", "olmo2", "persimmon", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HERE)
+def test_a_first_layer_elsewhere_computes_the_same_or_is_refused(name: str, tmp_path: Path) -> None:
+    make_model(HERE[name], tmp_path / "hf")
+    export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
+    manifest, tokens = read_manifest(tmp_path / "pair"), np.random.default_rng(0).integers(1, 250, 80)
+    take = TakeLayers(1, OrtDevice.cpu(), manifest.target.max_context)
+    try:
+        target = OpenVINOTarget.load(tmp_path / "pair", manifest, ov_config=EXACT, take=take)
+    except InputError as error:
+        assert name not in TRANSLATED, error
+        assert str(error).endswith(": leave out --gpu-layers, or give --gpu-layers 0") and "\n" not in str(error)
+        return
+    assert name in TRANSLATED
+    whole = open_target(tmp_path / "pair")
+    found, expected = (np.array(each.prefill(each.open(), tokens).logits) for each in (target, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert largest_difference(target) == 0
 
 
 def test_enough_families_work() -> None:

@@ -80,8 +80,11 @@ class Take(Protocol):
     def count(self) -> int:
         """Return how many layers."""
 
+    def outputs(self, model: ov.Model) -> list[ov.Output]:
+        """Return the residual stream after each layer of a graph, before it is paged. Raises InputError."""
+
     def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> Front:
-        """Return the first layers, cut off a paged graph. outputs: the residual stream after each layer.
+        """Return the first layers, cut off a paged graph. outputs: found before.
 
         mix: how a drafter's features are made. Raises InputError for a graph that cannot be cut, DeviceError.
         """

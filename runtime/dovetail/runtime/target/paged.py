@@ -23,7 +23,7 @@ from dovetail.runtime.system import machine
 from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
 from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
-from dovetail.runtime.target.features import FeatureMix, layer_outputs, mix_tap, widen_tap
+from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
 from dovetail.runtime.target.front import Front, FrontPass, Take
 from dovetail.runtime.target.graph import (
     FEATURES,
@@ -214,7 +214,7 @@ class PagedModel:
             settings["INFERENCE_NUM_THREADS"] = threads
         self.front: Front | None = None
         try:
-            outputs = layer_outputs(model) if take else []
+            outputs = take.outputs(model) if take else []
             to_paged(model)
             if take:
                 with releasing_pages(weights):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import InputError
-from dovetail.runtime.target.features import FeatureMix
+from dovetail.runtime.errors import ExportError, InputError
+from dovetail.runtime.target.features import FeatureMix, layer_outputs
 from dovetail.runtime.target.graph import HIDDEN, MIXED
 from dovetail.runtime.target.layers.attention import ANSWERS, CALL, FIELDS, PREFIX, Heads, add_rows, slots_for
 from dovetail.runtime.target.layers.builder import Builder, total_bytes
@@ -50,6 +50,18 @@ class LayerGraph:
         return {f"kv.{i}": (slots, 2, heads.kv, heads.size) for i, heads in enumerate(self.heads)}
 
 
+def stream(model: ov.Model) -> list[ov.Output]:
+    """Return the residual stream after each layer of a graph that is not paged. Raises InputError."""
+    attentions = sum(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops())
+    try:
+        found = layer_outputs(model)
+    except ExportError:  # its remedy is that of a drafter
+        found = []
+    if len(found) != attentions:
+        raise InputError(f"this target's graph does not show where its {attentions} layers end: {REMEDY}")
+    return found
+
+
 def translate(
     outputs: list[ov.Output], count: int, mix: FeatureMix | None, *, capacity: int,
     kv_type: type[np.floating], compressed: bool,
@@ -68,23 +80,23 @@ def translate(
         graph, {"input_ids": parts[0], "position_ids": parts[1]}, rows,
         capacity=capacity, kv_type=kv_type, compressed=compressed,
     )  # fmt: skip
-    stream, sizes_so_far = list[str](), list[int]()
+    values, sizes_so_far = list[str](), list[int]()
     for output in outputs[:count]:
-        stream.append(translator.value(output))
+        values.append(translator.value(output))
         sizes_so_far.append(total_bytes(graph.weights))
     answers = graph.input(ANSWERS, np.int32, ["answers"])
     size = int(outputs[count - 1].get_partial_shape()[-1].get_length())
     sizes = {HIDDEN: size}
-    returned = {HIDDEN: stream[-1]}
-    low, values, scales = mix.quantized(0, count) if mix else ([], None, None)
-    if mix and low and values is not None and scales is not None:
-        rows_of_layers = [stream[layer] for layer in low]
+    returned = {HIDDEN: values[-1]}
+    low, columns, scales = mix.quantized(0, count) if mix else ([], None, None)
+    if mix and low and columns is not None and scales is not None:
+        rows_of_layers = [values[layer] for layer in low]
         if mix.norm == "each":
             rows_of_layers = [_normed(graph, row, mix.eps) for row in rows_of_layers]
-        matrix = Compressed(8, values.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
+        matrix = Compressed(8, columns.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
         row = graph.op("Concat", *rows_of_layers, axis=-1) if len(low) > 1 else rows_of_layers[0]
         returned[MIXED] = multiply(graph, row, matrix, compressed=compressed)
-        sizes[MIXED] = len(values)
+        sizes[MIXED] = len(columns)
     for name, value in returned.items():
         rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
         graph.output(name, rows_of, np.float32, ["answers", sizes[name]])

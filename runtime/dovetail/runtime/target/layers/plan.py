@@ -15,10 +15,9 @@ import numpy as np
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.machine import mib
-from dovetail.runtime.target.features import layer_outputs
 from dovetail.runtime.target.graph import read_model, to_paged
 from dovetail.runtime.target.layers.attention import ROWS, TAIL, prefixes
-from dovetail.runtime.target.layers.graph import LayerGraph, translate
+from dovetail.runtime.target.layers.graph import LayerGraph, stream, translate
 
 # Arrays of scores, and of tails, that ONNX Runtime's arena holds at once, in float32. Measured on the CPU provider
 # with an arena that takes what is asked for, 2026-11-30: within 6% of 45 to 570 MiB for SmolLM2 with contexts of
@@ -67,7 +66,7 @@ def plans(xml: Path, kind: Kind, capacity: int, texts: int) -> list[LayerPlan]:
     cannot be translated.
     """
     model = read_model(xml)
-    outputs = layer_outputs(model)
+    outputs = stream(model)
     to_paged(model)
     count = len(outputs) - 1
     graph = translate(outputs, count, None, capacity=capacity, kv_type=kind.kv_type, compressed=kind.compressed)

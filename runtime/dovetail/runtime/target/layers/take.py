@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.target.layers.device import LayerDevice
-from dovetail.runtime.target.layers.graph import cut, translate
+from dovetail.runtime.target.layers.graph import cut, stream, translate
 from dovetail.runtime.target.layers.session import LayerSession
 from dovetail.runtime.target.layers.texts import FirstLayers
 
@@ -27,13 +27,18 @@ class TakeLayers:
     texts: int = 1  # that the device holds at once
     threads: int | None = None
 
+    def outputs(self, model: ov.Model) -> list[ov.Output]:
+        """See Take. Raises InputError, also for more layers than the target has."""
+        found = stream(model)
+        if self.count >= len(found):
+            raise InputError(
+                f"--gpu-layers {self.count} leaves no layer to the CPU: this target has {len(found)}, give "
+                f"{len(found) - 1} or fewer"
+            )
+        return found
+
     def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> FirstLayers:
         """See Take. Raises InputError for layers that cannot be translated, DeviceError."""
-        if self.count >= len(outputs):
-            raise InputError(
-                f"--gpu-layers {self.count} leaves no layer to the CPU: this target has {len(outputs)}, give "
-                f"{len(outputs) - 1} or fewer"
-            )
         graph = translate(
             outputs, self.count, mix, capacity=self.capacity,
             kv_type=self.device.kv_type, compressed=self.device.compressed,

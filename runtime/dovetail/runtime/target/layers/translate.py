@@ -29,6 +29,7 @@ _SAME = {
 }  # fmt: skip
 _SHAPES = ("Reshape", "Unsqueeze", "Squeeze")
 _TYPES: Mapping[str, type[np.generic]] = {"f32": np.float32, "i32": np.int32, "i64": np.int64}
+_FEW = 16  # positions of a short text
 _OPTIONS = 9  # inputs of paged attention before its scale
 _SCALE, _LONGEST = 9, 12  # the scale, and the input that tells the longest context
 
@@ -47,6 +48,7 @@ class Translator:
         self._special: Mapping[str, Callable[[ov.Node], str]] = {
             "Constant": self._constant, "Convert": self._convert, "MatMul": self._matmul, "Gather": self._gather,
             "ReduceMean": self._reduce_mean, "Power": self._power, "Sin": self._table, "Cos": self._table,
+            "MVN": self._norm,
             "Swish": self._swish, "Gelu": self._gelu, "Concat": self._concat,
             "Transpose": self._transpose, "Slice": self._slice, "PagedAttentionExtension": self._attention,
         }  # fmt: skip
@@ -168,7 +170,9 @@ class Translator:
             raise InputError(f"angles {node.get_friendly_name()!r} depend on more than positions: {REMEDY}")
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = ov.Core().compile_model(ov.Model([node.output(0)], parameters), "CPU", settings)
-        table = np.array(compiled(np.arange(self._capacity, dtype=np.int64))[0])
+        table, few = (np.array(compiled(np.arange(count))[0]) for count in (self._capacity, _FEW))
+        if not np.array_equal(table[:_FEW], few):
+            raise InputError(f"angles {node.get_friendly_name()!r} change with the length of the text: {REMEDY}")
         return self._graph.op("Gather", self._graph.constant(table), self._inputs["position_ids"], axis=0)
 
     def _power(self, node: ov.Node) -> str:
@@ -182,6 +186,16 @@ class Translator:
         return self._graph.op(
             "ReduceMean", self._input(node, 0), axes, keepdims=int(node.get_attributes()["keep_dims"])
         )
+
+    def _norm(self, node: ov.Node) -> str:
+        """Add a layer norm; its scale and shift follow as operators of their own."""
+        attributes, size = node.get_attributes(), _shape(node.output(0))[-1]
+        axes = [axis % _rank(node.output(0)) for axis in _numbers(node.input_value(1))]
+        inside = str(attributes["eps_mode"]).upper() == "INSIDE_SQRT"
+        if axes != [_rank(node.output(0)) - 1] or not attributes["normalize_variance"] or not inside:
+            raise InputError(f"layers on the GPU cannot compute the norm {node.get_friendly_name()!r}: {REMEDY}")
+        ones = self._graph.constant(np.ones(size, np.float32))
+        return self._graph.op("LayerNormalization", self._input(node, 0), ones, epsilon=float(attributes["eps"]))
 
     def _swish(self, node: ov.Node) -> str:
         if node.get_input_size() > 1 and [*_numbers(node.input_value(1))] != [1]:
