@@ -75,7 +75,7 @@ class BatchEngine:
         self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
         self._batch = SequenceBatch(target, slots, drafter, scheduler, share_prefixes=True)
         self._memory = target.room
-        self._target, self._drafter, self.slots, self.queue = target, drafter, slots, queue
+        self._drafter, self.slots, self.queue = drafter, slots, queue
         self._jobs: dict[Ticket, Job] = {}
         self._requests, self._totals = 0, (0, 0, 0)
         self._accepted_per_position = list[int]()
@@ -134,7 +134,7 @@ class BatchEngine:
     @property
     def target_device(self) -> str:
         """Where the target runs now."""
-        return self._target.device
+        return self._batch.target.device
 
     @property
     def drafter_device(self) -> str | None:

@@ -52,7 +52,8 @@ class Engine:
         check_lookup_cache(lookup_cache)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
         self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
-        self._target, self._drafter = target, drafter
+        self._drafter = drafter
+        self._closed_device = target.device  # once closed
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)
         self._busy = Lock()
 
@@ -138,7 +139,7 @@ class Engine:
     @property
     def target_device(self) -> str:
         """Where the target runs now."""
-        return self._target.device
+        return self._sequence.target.device if self._sequence else self._closed_device
 
     @property
     def drafter_device(self) -> str | None:
@@ -256,6 +257,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the sessions and their memory. A running stream keeps them until it ends."""
+        self._closed_device = self.target_device
         (sequence, self._sequence), (drafter, self._drafter) = (self._sequence, None), (self._drafter, None)
         if sequence and self._busy.acquire(blocking=False):
             try:

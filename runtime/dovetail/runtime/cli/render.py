@@ -82,7 +82,8 @@ def stream_answer(
                     click.echo(chunk.text, nl=False)
     except KeyboardInterrupt:
         answer.interrupted = True
-    answer.drafter = _drafter(engine, request)  # it may have moved to the CPU
+    # Both may have moved to the CPU.
+    answer.drafter, answer.target_device = _drafter(engine, request), engine.target_device
     if not answer.text.endswith("\n"):
         click.echo()
     return answer
