@@ -81,11 +81,11 @@ def test_reference_pair_from_the_package_index(
     monkeypatch.setattr(subprocess, "run", None)
     before = {p: p.stat().st_mtime_ns for p in pair.rglob("*")}
     assert build_reference_pair("tiny", checkpoint=tiny_drafter, resume=True) == manifest
+    assert {p: p.stat().st_mtime_ns for p in pair.rglob("*")} == before
     with_layers = build_reference_pair("tiny", checkpoint=tiny_drafter, gpu_layers="auto", resume=True)
     assert (manifest.target.gpu_layers, with_layers.target.gpu_layers) == ("0", "auto")
     with pytest.raises(InputError, match="gpu layers 'some' is no number of layers"):
         build_reference_pair("tiny", checkpoint=tiny_drafter, gpu_layers="some", resume=True)
-    assert {p: p.stat().st_mtime_ns for p in pair.rglob("*")} == before
 
 
 def test_wheel_that_was_not_pinned_is_refused(index: Path, tiny_drafter: Path, own_cache: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from dovetail.runtime.devices.cuda import PROVIDER, cuda_problem, gpu_name, preload
-from dovetail.runtime.devices.ort import CPU, Work, failures, run_failed
+from dovetail.runtime.devices.ort import CPU, failures, run_failed
 from dovetail.runtime.devices.webgpu import WebGpuDevice
+from dovetail.runtime.devices.work import Work
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import Array, Spec
 
