@@ -67,6 +67,25 @@ def test_what_a_gpu_would_be_asked_for_is_shown_with_and_without_a_limit(invoke,
     assert result.exit_code == 2 and result.stderr == "error: size 'big' is unknown: give e.g. 3GB or 512MiB\n"
 
 
+def test_first_layers_of_the_target_fill_what_a_limit_leaves(invoke, tiny_full_pair: Path, tiny_pair: Path) -> None:
+    found = json.loads(invoke("inspect", str(tiny_full_pair), "--vram", "7GB", "--json").stdout)["vram"]
+    said = invoke("inspect", str(tiny_full_pair), "--vram", "7GB").stdout
+    for gpu, name in (("cuda", "CUDA"), ("webgpu", "WebGPU")):
+        layers = found[gpu]["layers"]
+        parts = (layers[f"{part}_mb"] for part in ("weights", "state", "workspace"))
+        assert layers["layers"] == 1 and sum(parts) == pytest.approx(layers["total_mb"], abs=0.2)
+        assert re.search(f"first layers on {name} +1 layer: .* = {layers['total_mb']} MiB", said)
+    assert "layers" not in found["openvino-gpu"]
+    small = invoke("inspect", str(tiny_full_pair), "--vram", "516MiB").stdout
+    assert re.search(
+        r"first layers on CUDA +not possible: no layer fits the \d\.\d MiB beside the drafter: give", small
+    )
+    alone = json.loads(invoke("inspect", str(tiny_pair), "--vram", "7GB", "--json").stdout)["vram"]
+    assert alone["cuda"]["layers"]["layers"] == 1 and "text" not in alone["cuda"]
+    assert "first layers on WebGPU" in invoke("inspect", str(tiny_pair), "--vram", "7GB").stdout
+    assert "first layers" not in invoke("inspect", str(tiny_full_pair)).stdout
+
+
 def test_without_the_packages_the_sum_for_webgpu_says_what_to_install(
     invoke, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
