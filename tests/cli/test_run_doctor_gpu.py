@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from dovetail.runtime.devices.cuda import PROVIDER
-from dovetail.runtime.doctor import diagnose, predict
+from dovetail.runtime.doctor import diagnose, predict, predict_layers
+from dovetail.runtime.doctor.estimate import CONTEXT
 from dovetail.runtime.doctor.gpus import GPUS, find_gpu
+from dovetail.runtime.doctor.ranges import Range
 from dovetail.runtime.drafter.vram import plan_pair
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.pair.manifest import DrafterFacts, file_entry, read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system import machine
+from dovetail.runtime.target.layers.plan import LayerPlan
 from dovetail.runtime.tune.cost_cache import CostKey, Measured
 
 GRAPH = "drafter/drafter.fp16.onnx"
@@ -327,3 +330,48 @@ def test_the_guide_states_the_constants() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "gpu.md").read_text(encoding="utf-8")
     for part, constant in (("a kernel", predict.KERNEL_US), ("host and wait", predict.HOST_US)):
         assert f"| {part} | {constant.least:g} us | {constant.most:g} us |" in page
+
+
+@pytest.mark.parametrize(("gpu", "way", "most"), [("RTX 4060 8GB", "cuda", 9), ("RX 7600", "webgpu", 1)])
+def test_layers_of_the_target_are_predicted_within_a_limit(
+    invoke, tiny_full_pair: Path, gpu: str, way: str, most: int
+) -> None:
+    """The share of the layers in a pass of the CPU is left out, and a call of the GPU comes in its place."""
+    ask = ("doctor", str(tiny_full_pair), "--gpu", gpu, "--vram", "7GB")
+    without = json.loads(invoke(*ask, "--json").stdout)["prediction"]["layers"]
+    assert without["pass_ms"] is None and without["call_ms"]["least"] > 0
+    Measured("tiny", CostKey.of(read_manifest(tiny_full_pair), "cpu", None), COSTS, 4.0, DATE).store()
+    found = json.loads(invoke(*ask, "--json").stdout)["prediction"]["layers"]
+    plain, call, passes, plan = (found[name] for name in ("plain_ms", "call_ms", "pass_ms", "plan"))
+    assert found["way"] == way and plan["count"] == 1 and plan["kernels"] > 40
+    least, longest = predict_layers.LAUNCH_US
+    for bound, launch, moved in (("least", least, 1), ("most", longest, most)):
+        reading = plan["weights"] * moved / (find_gpu(gpu).bandwidth * 1e6)
+        assert -0.005 <= call[bound] - plan["kernels"] * launch / 1e3 <= reading + 0.005
+        assert 0 < passes[bound] - call[bound] < plain  # what stays on the CPU
+    told = invoke(*ask).stdout
+    assert f"by {way} beside the drafter, first layers: 1 layer: " in told
+    assert f"a plain pass then {passes['least']:g} to {passes['most']:g} ms; {plain:g} ms without a GPU" in told
+    assert json.loads(invoke(*ask[:4], "--json").stdout)["prediction"]["layers"] is None
+
+
+def test_a_larger_layer_takes_longer_the_more_it_is_copied(
+    monkeypatch: pytest.MonkeyPatch, tiny_full_pair: Path
+) -> None:
+    """Ten of twenty layers of 100 MB, after an embedding of 100 MB, at 100 GB/s."""
+    megabytes = [LayerPlan(count, (100 + 100 * count) * 10**6, 0, 0, 10**8, 0) for count in range(1, 20)]
+    monkeypatch.setattr(predict_layers, "plans", lambda *_: megabytes)
+    monkeypatch.setattr(predict_layers, "drafter_bytes", lambda *_, **__: 0)
+    manifest = read_manifest(tiny_full_pair)
+    manifest = replace(manifest, target=replace(manifest.target, num_layers=20))
+    slow = replace(find_gpu("RTX 4060 8GB"), bandwidth=100.0)
+    found = predict_layers.predict_layers(tiny_full_pair, manifest, slow, 1100 * 10**6, COSTS)
+    assert found.plan == megabytes[9] and found.call_ms == Range(10.0, 90.0)
+    plain = COSTS.target.at(CONTEXT, 1)
+    left = plain * (1 - 1000 / 2100)  # the head reads 100 MB too
+    assert found.pass_ms == Range(round(left + 10, 2), round(left + 90, 2))
+
+
+def test_layers_that_do_not_fit_are_told_so(invoke, tiny_full_pair: Path) -> None:
+    told = invoke("doctor", str(tiny_full_pair), "--gpu", "RTX 4060 8GB", "--vram", "516MiB").stdout
+    assert "no first layer of the target runs there by cuda: no layer fits beside the drafter" in told

@@ -13,12 +13,12 @@ from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.target.layers.device import OrtDevice
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROMPTS = ("Write a Python function that returns the mean of a list.", "Name three fruits.")
 TREES = TreeLimits(12, 4, 3), TreeLimits(24, 6, 3, lookup=0), TreeLimits(6, 5, 1)
 HIDDEN = 576
-TOKENS = 12
+TOKENS = 10
 
 
 @pytest.mark.parametrize(("layers", "trees"), [(1, 3), (15, 2), (29, 1)])  # a CPU takes 0.5 s for a call of 29

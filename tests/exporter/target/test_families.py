@@ -257,32 +257,30 @@ def test_a_target_writes_the_models_text_and_verifies_trees(name: str, tmp_path:
         text = greedy(target, prompt, NEW_TOKENS)
         assert margins(model, prompt, text).max() < NEAR_TIE, (length, text)
         assert_tree_equals_chains(target, prompt, random.integers(1, 250, len(PARENTS)))
+    assert_first_layer_elsewhere_is_the_same(name, tmp_path / "pair")
 
 
 # Families whose first layer can run in ONNX Runtime; any other says why not.
 TRANSLATED = {
     "arcee", "cohere", "gemma", "granite", "hunyuan_v1_dense", "llama", "llama, Llama 3's RoPE", "llama, YaRN",
-    "mistral", "olmo", "olmo2", "persimmon", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+    "llama, dynamic RoPE", "mistral", "olmo", "olmo2", "qwen2", "qwen2, window", "qwen3", "smollm3", "starcoder2",
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HERE)
-def test_a_first_layer_elsewhere_computes_the_same_or_is_refused(name: str, tmp_path: Path) -> None:
-    make_model(HERE[name], tmp_path / "hf")
-    export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)
-    manifest, tokens = read_manifest(tmp_path / "pair"), np.random.default_rng(0).integers(1, 250, 80)
+def assert_first_layer_elsewhere_is_the_same(name: str, pair: Path) -> None:
+    """It computes the same in ONNX Runtime, or is refused."""
+    manifest, tokens = read_manifest(pair), np.random.default_rng(0).integers(1, 250, 80)
     take = TakeLayers(1, OrtDevice.cpu(), manifest.target.max_context)
     try:
-        target = OpenVINOTarget.load(tmp_path / "pair", manifest, ov_config=EXACT, take=take)
+        target = OpenVINOTarget.load(pair, manifest, ov_config=EXACT, take=take)
     except InputError as error:
         assert name not in TRANSLATED, error
         assert str(error).endswith(": leave out --gpu-layers, or give --gpu-layers 0") and "\n" not in str(error)
         return
     assert name in TRANSLATED
-    whole = open_target(tmp_path / "pair")
+    whole = open_target(pair)
     found, expected = (np.array(each.prefill(each.open(), tokens).logits) for each in (target, whole))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=0.01)  # float16 keys move them
     assert largest_difference(target) == 0
 
 

@@ -15,8 +15,11 @@ import numpy as np
 
 from dovetail.runtime.devices.cuda import runs_on
 from dovetail.runtime.devices.ort import CPU, open_session, session_options
+from dovetail.runtime.doctor import predict_layers
 from dovetail.runtime.doctor.estimate import CONTEXT, Speed, Vram, estimate_vram, measured_speed, tune_command
 from dovetail.runtime.doctor.gpus import GpuModel
+from dovetail.runtime.doctor.predict_layers import LayersPrediction
+from dovetail.runtime.doctor.ranges import Range as Range
 from dovetail.runtime.drafter.graph_io import row_specs
 from dovetail.runtime.drafter.session import DRAFTING
 from dovetail.runtime.drafter.vram import BUCKETS, HALF, VramPlan, plan_pair
@@ -25,18 +28,6 @@ from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 from dovetail.runtime.policy.costs import Curve
 from dovetail.runtime.system.arrays import nbytes
 from dovetail.runtime.tune.cost_cache import CostKey, Measured, recall
-
-
-@dataclass(frozen=True)
-class Range:
-    """A predicted figure: the least and the most that the constants allow."""
-
-    least: float
-    most: float
-
-    def __str__(self) -> str:
-        return f"{self.least:g} to {self.most:g}"
-
 
 # A kernel of a captured chain, in microseconds. The least: CUDA.jl's manual has a graph of 80 small kernels
 # in 70 us (https://cuda.juliagpu.org/dev/usage/graphs/). The most: NVIDIA's measurement of short kernels in a
@@ -71,11 +62,21 @@ class Prediction:
     slowest: Speed | None = None  # None without measured costs of the target
     fastest: Speed | None = None
     tokens_per_s: Mapping[int, Range] | None = None  # by acceptance length
+    layers: LayersPrediction | None = None  # of the target, with a limit
     predicted: bool = True
 
 
 def predict(folder: Path, manifest: Manifest, gpu: GpuModel, limit: int | None) -> Prediction:
-    """Return the prediction. limit: bytes that the drafter may take, None for the pair's own limit."""
+    """Return the prediction. limit: bytes that drafter and first layers may take, None for the pair's own limit."""
+    found = _predict_drafter(folder, manifest, gpu, limit)
+    if limit is None:
+        return found
+    known = _measured(manifest)
+    layers = predict_layers.predict_layers(folder, manifest, gpu, limit, known.costs if known else None)
+    return replace(found, layers=layers)
+
+
+def _predict_drafter(folder: Path, manifest: Manifest, gpu: GpuModel, limit: int | None) -> Prediction:
     vram = estimate_vram(manifest, gpu.memory_gb << 10, limit, where="on this GPU")
     problem = _problem(manifest, gpu, vram)
     if problem:
@@ -150,7 +151,9 @@ def call_ms(facts: DrafterFacts, gpu: GpuModel, rows: int, chain_us: float, read
 
 def _measured(manifest: Manifest) -> Measured | None:
     """Return the kept costs of this machine, of which the target's part counts."""
-    devices = (device for device in ("cpu", "cuda") if device in manifest.needed_drafter.files)
+    files = manifest.drafter.files if manifest.drafter else {}
+    devices: list[str | None] = [device for device in ("cpu", "cuda") if device in files]
+    devices = devices or [None]
     return next(filter(None, (recall(CostKey.of(manifest, device, None)) for device in devices)), None)
 
 
@@ -188,4 +191,4 @@ def rows(found: Prediction, pair: str) -> list[tuple[str, str]]:
         )
         speeds = (f"{speed} at acceptance length {length}" for length, speed in found.tokens_per_s.items())
         said.append(f"tokens/s: {', '.join(speeds)}; plain decoding {found.slowest.plain_tokens_per_s:g}, as measured")
-    return [("prediction", line) for line in said]
+    return [("prediction", line) for line in said] + (predict_layers.rows(found.layers) if found.layers else [])

@@ -246,7 +246,7 @@ def test_auto_takes_what_the_drafter_leaves(
 
 
 def test_the_most_layers_that_fit_are_taken() -> None:
-    found = [LayerPlan(count, 100 * count, 10, 5) for count in (1, 2, 3)]
+    found = [LayerPlan(count, 100 * count, 10, 5, 0, 70) for count in (1, 2, 3)]
     assert [each and each.count for each in (within(found, room) for room in (114, 115, 314, 315, 999))] == [
         None, 1, 2, 3, 3,
     ]  # fmt: skip

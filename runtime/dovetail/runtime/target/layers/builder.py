@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OPSET = 20  # the first with Gelu
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 IR_VERSION = 10
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity")  # operators that only name another shape
 SMALL = 1024  # bytes; a larger constant stays outside the graph
 
 
@@ -36,6 +37,8 @@ class Builder:
         self._graph: GraphProto = onnx.GraphProto(name="layers")
         self.weights: dict[str, NDArray[Any]] = {}  # constants outside the graph
         self.scratch = 0  # values of the largest compressed matrix
+        self.embedding = 0  # bytes of the table in which tokens are looked up
+        self.kernels = 0  # nodes that start one
         self._small: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -55,6 +58,7 @@ class Builder:
     def op(self, kind: str, *inputs: str, name: str = "", outputs: int = 1, domain: str = "", **attributes: Any) -> str:
         """Add a node and return its first output. name: of the output. outputs: how many, NAME, NAME:1, ..."""
         self._count += 1
+        self.kernels += kind not in VIEWS
         name = name or f"{kind}.{self._count}"
         names = [name, *(f"{name}:{index}" for index in range(1, outputs))]
         self._graph.node.append(self._onnx.helper.make_node(kind, inputs, names, name, domain=domain, **attributes))

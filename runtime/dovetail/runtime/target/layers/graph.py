@@ -35,6 +35,8 @@ class LayerGraph:
     outputs: Mapping[str, int]  # HIDDEN, and MIXED if features are mixed of these layers: their sizes
     heads: tuple[Heads, ...]  # of each layer
     layer_bytes: tuple[int, ...]  # of the weights of the first 1, 2, ... layers with the embedding
+    embedding: int  # bytes of these
+    layer_kernels: tuple[int, ...]  # nodes of the first 1, 2, ... layers that start a kernel
     scratch: int  # values of the largest matrix, which a provider may expand for a call; 0 if none is compressed
     capacity: int  # tokens of a text
     kv_type: type[np.floating]
@@ -80,10 +82,11 @@ def translate(
         graph, {"input_ids": parts[0], "position_ids": parts[1]}, rows,
         capacity=capacity, kv_type=kv_type, compressed=compressed,
     )  # fmt: skip
-    values, sizes_so_far = list[str](), list[int]()
+    values, sizes_so_far, kernels = list[str](), list[int](), list[int]()
     for output in outputs[:count]:
         values.append(translator.value(output))
         sizes_so_far.append(total_bytes(graph.weights))
+        kernels.append(graph.kernels)
     answers = graph.input(ANSWERS, np.int32, ["answers"])
     size = int(outputs[count - 1].get_partial_shape()[-1].get_length())
     sizes = {HIDDEN: size}
@@ -101,8 +104,8 @@ def translate(
         rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
         graph.output(name, rows_of, np.float32, ["answers", sizes[name]])
     return LayerGraph(
-        graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.scratch,
-        capacity, kv_type,
+        graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.embedding,
+        tuple(kernels), graph.scratch, capacity, kv_type,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class LayerPlan:
     weights: int
     state: int  # keys and values of all texts
     workspace: int  # activations of the largest call
+    embedding: int  # of the weights
+    kernels: int  # that a call starts
 
     @property
     def total(self) -> int:
@@ -81,7 +83,14 @@ def _plan(graph: LayerGraph, count: int, texts: int, scratch: int) -> LayerPlan:
     kv = [2 * heads.kv * heads.size for heads in graph.heads[:count]]
     scores = [ROWS * heads.query * (last + TAIL) for heads in graph.heads[:count]]
     values = SCORES * max(scores) + TAILS * ROWS * TAIL * max(kv) + scratch
-    return LayerPlan(count, graph.layer_bytes[count - 1], state, values * np.dtype(np.float32).itemsize)
+    return LayerPlan(
+        count,
+        graph.layer_bytes[count - 1],
+        state,
+        values * np.dtype(np.float32).itemsize,
+        graph.embedding,
+        graph.layer_kernels[count - 1],
+    )
 
 
 def within(found: Sequence[LayerPlan], room: int) -> LayerPlan | None:

@@ -6,7 +6,7 @@ Axes: N outputs, C inputs, G groups of inputs with a scale of their own, g input
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,10 @@ class _Blocks:
     scales: NDArray[np.float32]  # [N, blocks]
     zeros: NDArray[np.uint8]  # [N, blocks], packed if 4 bits
 
+    @property
+    def parts(self) -> list[NDArray[Any]]:
+        return [self.values, self.scales, self.zeros]
+
     @classmethod
     def of(cls, matrix: Compressed) -> _Blocks | None:
         """None if no block fits the matrix's groups."""
@@ -153,10 +157,12 @@ def look_up(graph: Builder, matrix: Compressed | NDArray[np.float32], ids: str) 
     """Add rows of a matrix [N, C] for ids [R]."""
     if isinstance(matrix, Compressed):
         if blocks := _Blocks.of(matrix):
-            inputs = graph.constant(blocks.values), ids, graph.constant(blocks.scales), graph.constant(blocks.zeros)
+            values, scales, zeros = map(graph.constant, blocks.parts)
+            graph.embedding = sum(part.nbytes for part in blocks.parts)
             return graph.op(
-                "GatherBlockQuantized", *inputs, domain=CONTRIB,
+                "GatherBlockQuantized", values, ids, scales, zeros, domain=CONTRIB,
                 bits=matrix.bits, block_size=blocks.size, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
         matrix = as_float32(matrix)
+    graph.embedding = matrix.nbytes
     return graph.op("Gather", graph.constant(matrix), ids, axis=0)
