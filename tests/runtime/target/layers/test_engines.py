@@ -140,6 +140,15 @@ def test_texts_are_the_same_alone_and_beside_others(device: Device, tiny_full_pa
     assert [tuple(found[id(job)]) for job in jobs] == alone
 
 
+@pytest.mark.usefixtures("swiftshader")
+def test_drafter_and_layers_share_a_gpu(tiny_full_pair: Path) -> None:
+    with Engine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1, drafter_device="webgpu") as engine:
+        plain = text(engine, PROMPT, 40, speculate=False)
+        assert text(engine, PROMPT, 40) == plain
+        assert engine.drafter_device == "WebGPU (int8)"
+        assert engine.target_device.startswith("CPU with the first 1 layers on SwiftShader")
+
+
 def test_costs_with_layers_elsewhere_are_kept_apart(
     device: Device, tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
