@@ -26,6 +26,7 @@ def test_arguments_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ({"cpus": "0"}, "cpus '0'"),
         ({"kv_cache": "much"}, "size 'much' is unknown"),
         ({"timeout": "-1"}, "timeout -1"),
+        ({"gpu_layers": "auto"}, "--gpu-layers auto takes what is left of a limit"),
     ],
 )
 def test_a_bad_setting_is_one_line(given: dict[str, str], said: str) -> None:

@@ -12,6 +12,7 @@ from dovetail.runtime.batch_engine import MOST, QUEUE, SLOTS
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.serve.service import Limits
+from dovetail.runtime.target.layers.choose import check_layers
 
 PREFIX = "DOVETAIL_RAY_"  # of the variable for each field, such as DOVETAIL_RAY_MAX_REPLICAS
 
@@ -19,7 +20,7 @@ PREFIX = "DOVETAIL_RAY_"  # of the variable for each field, such as DOVETAIL_RAY
 class Settings(BaseModel):
     """The settings of all replicas. Names and defaults are those of `dovetail-run serve`.
 
-    cpus: cores of a replica, which its engine uses all. gpus: a share of a GPU for the drafter.
+    cpus: cores of a replica, which its engine uses all. gpus: a share of a GPU for the drafter and first layers.
     fronts: processes that take requests in. Ray runs from min_replicas to max_replicas replicas.
     """
 
@@ -37,6 +38,7 @@ class Settings(BaseModel):
     kv_cache: str | None = None
     draft_model: str | None = None
     vram: str | None = None
+    gpu_layers: str | None = None
     api_key: str | None = None
     timeout: float | None = None
     max_new_tokens: int | None = None
@@ -61,6 +63,7 @@ class Settings(BaseModel):
         for size in (self.kv_cache, self.vram):
             if size is not None:
                 parse_size(size)
+        check_layers(self.gpu_layers, "auto", None if self.vram is None else parse_size(self.vram))
         _ = self.limits
         return self
 
