@@ -37,6 +37,8 @@ from dovetail.runtime.tune.measure import QUICK_CONTEXTS, known_or_measured
 
 LEVEL_ROWS = 8  # of the call by which a GPU is compared with the CPU: a usual level of a tree
 
+_ALL_HERE = "all layers of the target run on the CPU: %s"
+
 log = logging.getLogger(__name__)
 
 
@@ -103,10 +105,11 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         own, model = open_draft_model(Path(options.draft_model), tokenizer, manifest, options.threads)
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
     read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
-    target = OpenVINOTarget.load(
-        pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
-        sequences=options.slots, kv_cache=options.kv_cache, take=take,
+    open_target = partial(
+        OpenVINOTarget.load, pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
+        sequences=options.slots, kv_cache=options.kv_cache,
     )  # fmt: skip
+    target = open_target(take=take) if options.gpu_layers is not None else _opened(open_target, take)
     tree = options.tree or manifest.tree
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
@@ -145,6 +148,18 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
+def _opened(open_target: Callable[..., OpenVINOTarget], take: TakeLayers | None) -> OpenVINOTarget:
+    """Return the target with the layers elsewhere that the pair wishes, or with all layers here if that fails."""
+    try:
+        return open_target(take=take)
+    except (DeviceError, InputError) as error:
+        if take is None:
+            raise
+        problem = str(error)
+    log.warning(_ALL_HERE, problem)  # outside the handler, because a traceback would keep the session
+    return open_target()
+
+
 def first_layers(
     pair: Path, manifest: Manifest, given: int | str | None, *, drafter_device: str, vram: int | None,
     fit: bool, texts: int, threads: int | None,
@@ -162,7 +177,7 @@ def first_layers(
     except DeviceError as error:
         if given is not None and count is not None:
             raise
-        log.warning("all layers of the target run on the CPU: %s", error)
+        log.warning(_ALL_HERE, error)
         return None, vram
     capacity = manifest.target.max_context
     if vram is not None or count is None:
@@ -173,7 +188,7 @@ def first_layers(
         if count is None:
             best = within(found, vram - drafter)
             if best is None:
-                log.warning("all layers of the target run on the CPU: no layer fits beside the drafter")
+                log.warning(_ALL_HERE, "no layer fits beside the drafter")
                 return None, vram
             count = best.count
         elif count <= len(found):

@@ -254,7 +254,6 @@ class OpenVINOTarget:
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
     ) -> dict[SequenceId, TargetPass]:
         """Run one pass of `rows` rows. The lm_head computes at least `least`."""
-        fronts = self._run_front(offers, prompts)
         parts = dict[SequenceId, Part]()
         for seq, tokens in prompts.items():
             order = np.arange(len(tokens))
@@ -264,6 +263,9 @@ class OpenVINOTarget:
             paths = _Paths(tree.paths(), self.length(seq))
             parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
+        fronts = self._run_front(offers, prompts)
+        if fronts is None:  # the blocks above are those of the model that was left
+            return self._run(offers, prompts, rows, least)
         # Passes of one size get one number of sequences, unless their trees have more paths: a change
         # of the number would cost as much as 5% of a small target's pass.
         sequences = 2 * rows if rows > TOGETHER and not prompts else 0
@@ -301,8 +303,8 @@ class OpenVINOTarget:
 
     def _run_front(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray]
-    ) -> dict[SequenceId, FrontPass]:
-        """Run the first layers, if they run elsewhere. If that fails, let all layers run here from now on."""
+    ) -> dict[SequenceId, FrontPass] | None:
+        """Run the first layers, if they run elsewhere. None if that fails: all layers then run here from now on."""
         if (front := self._front) is None:
             return {}
         try:
@@ -312,7 +314,7 @@ class OpenVINOTarget:
             problem = str(error)
         # Outside the handler: the traceback's frames hold objects of the device.
         self._take_back(front, problem)
-        return {}
+        return None
 
     def _take_back(self, front: Front, problem: str) -> None:
         """Open the whole model, and read all texts again. Raises DeviceError."""

@@ -183,6 +183,23 @@ def test_the_pair_s_own_number_needs_no_gpu(tiny_full_pair: Path, caplog: pytest
     assert take is None and "all layers of the target run on the CPU: " in caplog.text
 
 
+def test_the_pair_s_own_number_needs_no_gpu_that_opens(
+    device: Device, tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    def full(*_: Any) -> Any:
+        raise DeviceError("a call of the target's first layers failed: out of memory: give fewer --gpu-layers")
+
+    monkeypatch.setattr(device, "allocate", full)
+    manifest = read_manifest(tiny_full_pair)
+    for name in ("target", "drafter"):
+        (tmp_path / name).symlink_to(tiny_full_pair / name)
+    write_manifest(tmp_path, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
+    with Engine.from_pretrained(tmp_path, tree=TREE) as engine:
+        assert engine.target_device == "CPU" and "all layers of the target run on the CPU: a call" in caplog.text
+    with pytest.raises(DeviceError, match="out of memory: give fewer --gpu-layers"):
+        Engine.from_pretrained(tmp_path, tree=TREE, gpu_layers=1)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.devices.cuda import cuda_problem
-from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.exactness import largest_difference
 from dovetail.runtime.target.features import FeatureMix
@@ -138,6 +138,20 @@ def test_a_tree_beyond_the_bounds_is_refused(target: OpenVINOTarget, nodes: int)
     tree = DraftTree(np.arange(len(parents)), parents, np.zeros(len(parents), np.float32))
     with pytest.raises(InputError, match=r"is too large for layers on the GPU, .* lower --width or --depth"):
         target.verify({seq: tree})
+
+
+def test_a_context_that_is_full_is_the_user_s_error_and_not_the_device_s(target: OpenVINOTarget) -> None:
+    seq = target.open()
+    target.prefill(seq, TEXT)
+    for _ in range(2):
+        with pytest.raises(ContextOverflow, match="257 tokens exceed the context of 256"):
+            target.prefill(seq, TEXT[:17])
+    with pytest.raises(ContextOverflow):
+        target.verify({seq: DraftTree.chain(TEXT[:17])})
+    target.prefill(seq, TEXT[:12])
+    star = DraftTree(np.arange(40), np.array([-1, 0, 1, 2, *[0] * 36]), np.zeros(40, np.float32))
+    assert len(target.verify({seq: star})[seq].logits) == 40  # more slots than the context has
+    assert target.layers == (1, "cpu")
 
 
 def test_a_text_whose_buffer_another_took_is_read_again(tiny_pair: Path) -> None:
