@@ -26,7 +26,7 @@ from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.layers.choose import check_layers, layer_device, read_count
-from dovetail.runtime.target.layers.plan import check_room, plans, within
+from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.text.tokenizer import Tokenizer
@@ -166,35 +166,27 @@ def first_layers(
 ) -> tuple[TakeLayers | None, int | None]:  # fmt: skip
     """Return what opens the target's first layers on a GPU, None without them, and the VRAM left for the drafter.
 
-    given: number of layers or "auto"; None for the pair's own number, which a missing GPU makes 0.
+    given: number of layers or "auto"; None for the pair's own, which is 0 wherever it cannot be.
     Raises InputError, DeviceError.
     """
     wished = manifest.target.gpu_layers if given is None else given
     if (count := read_count(wished)) == 0 or (given is None and drafter_device in ("cpu", "openvino-gpu")):
         return None, vram
     try:
-        device = layer_device(drafter_device)
-    except DeviceError as error:
-        if given is not None and count is not None:
+        check_layers(wished, drafter_device, vram)
+        device, found = layer_device(drafter_device), list[LayerPlan]()
+        if vram is not None:
+            found = plans(pair / TARGET_GRAPH, device, manifest.target.max_context, texts)
+            room = vram - drafter_bytes(device.key, pair, manifest, vram, fit=fit)
+            count = fitting(found, count, room, " beside the drafter")
+    except (DeviceError, InputError) as error:
+        if given is not None:
             raise
         log.warning(_ALL_HERE, error)
         return None, vram
-    capacity = manifest.target.max_context
-    if vram is not None or count is None:
-        check_layers(wished, drafter_device, vram)
-        assert vram is not None
-        drafter = drafter_bytes(device.key, pair, manifest, vram, fit=fit)
-        found = plans(pair / TARGET_GRAPH, device, capacity, texts)
-        if count is None:
-            best = within(found, vram - drafter)
-            if best is None:
-                log.warning(_ALL_HERE, "no layer fits beside the drafter")
-                return None, vram
-            count = best.count
-        elif count <= len(found):
-            check_room(found, count, vram - drafter, " beside the drafter")
-        vram -= found[min(count, len(found)) - 1].total
-    return TakeLayers(count, device, capacity, texts, threads), vram
+    assert count is not None  # check_layers has seen to it
+    left = vram - found[count - 1].total if vram is not None and count <= len(found) else vram
+    return TakeLayers(count, device, manifest.target.max_context, texts, threads), left
 
 
 def open_draft_model(

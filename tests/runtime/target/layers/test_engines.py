@@ -174,13 +174,16 @@ def test_the_pair_s_own_number_is_the_default(device: Device, tiny_full_pair: Pa
         assert engine.target_device == "CPU"  # the user wants no GPU
 
 
-def test_the_pair_s_own_number_needs_no_gpu(tiny_full_pair: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("layers", "vram"), [("1", None), ("auto", None), ("auto", 10**9), ("1", 10**9)])
+def test_the_pair_s_own_number_needs_no_gpu(
+    tiny_full_pair: Path, caplog: pytest.LogCaptureFixture, layers: str, vram: int | None
+) -> None:
     manifest = read_manifest(tiny_full_pair)
-    wished = replace(manifest, target=replace(manifest.target, gpu_layers="1"))
-    take, _ = first_layers(
-        tiny_full_pair, wished, None, drafter_device="cuda", vram=None, fit=False, texts=1, threads=None
+    wished = replace(manifest, target=replace(manifest.target, gpu_layers=layers))
+    found = first_layers(
+        tiny_full_pair, wished, None, drafter_device="cuda", vram=vram, fit=False, texts=1, threads=None
     )
-    assert take is None and "all layers of the target run on the CPU: " in caplog.text
+    assert found == (None, vram) and "all layers of the target run on the CPU: " in caplog.text
 
 
 def test_the_pair_s_own_number_needs_no_gpu_that_opens(
@@ -252,7 +255,7 @@ def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path) -> None:
 
 
 def test_auto_takes_what_the_drafter_leaves(
-    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(tiny_full_pair)
     monkeypatch.setattr("dovetail.runtime.load.drafter_bytes", lambda *_, **__: 10**9)
@@ -265,10 +268,11 @@ def test_auto_takes_what_the_drafter_leaves(
         return take.count if take else 0, left
 
     assert taken("auto", 10**9 + found) == (1, 10**9) == taken(1, 10**9 + found)
-    assert taken("auto", 10**9 + found - 1) == (0, 10**9 + found - 1)
-    assert "no layer fits beside the drafter" in caplog.text
-    with pytest.raises(DeviceError, match=r"1 layer: .* do not fit .* beside the drafter: give --gpu-layers 0 or a"):
-        taken(1, 10**9 + found - 1)
+    for given in ("auto", 1):
+        with pytest.raises(
+            DeviceError, match=r"1 layer: .* do not fit .* beside the drafter: give --gpu-layers 0 or a"
+        ):
+            taken(given, 10**9 + found - 1)
 
 
 def test_the_most_layers_that_fit_are_taken() -> None:

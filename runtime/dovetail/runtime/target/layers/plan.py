@@ -98,12 +98,16 @@ def within(found: Sequence[LayerPlan], room: int) -> LayerPlan | None:
     return max((each for each in found if each.total <= room), key=lambda each: each.count, default=None)
 
 
-def check_room(found: Sequence[LayerPlan], count: int, room: int, taken: str) -> None:
-    """Raise DeviceError if `count` layers do not fit `room` bytes. taken: what else takes memory."""
-    wanted = found[count - 1]
-    if wanted.total > room:
-        most = within(found, room)
-        raise DeviceError(
-            f"{wanted} do not fit {mib(max(room, 0))} MiB of VRAM{taken}: give --gpu-layers "
-            f"{most.count if most else 0} or a larger --vram"
-        )
+def fitting(found: Sequence[LayerPlan], count: int | None, room: int, taken: str) -> int:
+    """Return `count`, or the most layers that fit `room` bytes. taken: what else takes memory.
+
+    Raises DeviceError if not so many fit, or none. More layers than the target has are left to others.
+    """
+    best = within(found, room)
+    wanted = best if count is None else found[min(count, len(found)) - 1]
+    if wanted and wanted.total <= room:
+        return count or wanted.count
+    raise DeviceError(
+        f"{wanted or found[0]} do not fit {mib(max(room, 0))} MiB of VRAM{taken}: give --gpu-layers "
+        f"{best.count if best else 0} or a larger --vram"
+    )
