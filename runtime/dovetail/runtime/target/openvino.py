@@ -289,7 +289,7 @@ class OpenVINOTarget:
     def device(self) -> str:
         """See Target."""
         front = self._front
-        return f"CPU with the first {front.count} layers on {front.device}" if front else "CPU"
+        return f"CPU with the {_first(front.count)} on {front.device}" if front else "CPU"
 
     @property
     def layers(self) -> tuple[int, str] | None:
@@ -319,7 +319,7 @@ class OpenVINOTarget:
     def _take_back(self, front: Front, problem: str) -> None:
         """Open the whole model, and read all texts again. Raises DeviceError."""
         assert self._open_whole
-        log.warning("the first %d layers move from %s to the CPU: %s", front.count, front.device, problem)
+        log.warning("from now on the CPU runs the %s instead of %s: %s", _first(front.count), front.device, problem)
         texts = {seq: front.tokens(seq)[: text.length] for seq, text in self._texts.items()}
         model = self._open_whole()
         model.pool.follow(self.model.pool)
@@ -391,6 +391,10 @@ class _Paths:
             if np.array_equal(rows[: len(path)], path):
                 return blocks
         return None
+
+
+def _first(layers: int) -> str:
+    return "first layer" if layers == 1 else f"first {layers} layers"
 
 
 def _blocks_for(tokens: int) -> int:

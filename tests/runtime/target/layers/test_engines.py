@@ -71,7 +71,7 @@ def test_a_device_that_fails_in_the_middle_of_a_text_hands_its_layers_back(
 ) -> None:
     with Engine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1) as engine:
         whole = text(engine, PROMPT, 60, **sampling)
-        assert engine.target_device == "CPU with the first 1 layers on a GPU"
+        assert engine.target_device == "CPU with the first layer on a GPU"
         engine.reset()
         tokens, before = list[int](), 0
         for number, chunk in enumerate(engine.stream(PROMPT, 60, raw=True, **sampling)):
@@ -82,7 +82,7 @@ def test_a_device_that_fails_in_the_middle_of_a_text_hands_its_layers_back(
             last = chunk
         assert tokens[:before] == list(whole[:before]) and len(tokens) == 60
         [record] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-        assert "the first 1 layers move from a GPU to the CPU: cudaStreamSynchronize" in record.message
+        assert "from now on the CPU runs the first layer instead of a GPU: cudaStreamSynchronize" in record.message
         assert engine.target_device == "CPU"
         assert last.metrics is not None and last.metrics.bus_bytes > 0
 
@@ -123,7 +123,7 @@ def test_all_texts_of_a_batch_go_on_after_the_device_has_failed(
             if engine.idle:
                 break
         assert [*counts.values()] == [40] * 4
-        assert len([each for each in caplog.records if "layers move" in each.message]) == 1
+        assert len([each for each in caplog.records if "from now on" in each.message]) == 1
 
 
 def test_texts_are_the_same_alone_and_beside_others(device: Device, tiny_full_pair: Path) -> None:
@@ -146,7 +146,7 @@ def test_drafter_and_layers_share_a_gpu(tiny_full_pair: Path) -> None:
         plain = text(engine, PROMPT, 40, speculate=False)
         assert text(engine, PROMPT, 40) == plain
         assert engine.drafter_device == "WebGPU (int8)"
-        assert engine.target_device.startswith("CPU with the first 1 layers on SwiftShader")
+        assert engine.target_device.startswith("CPU with the first layer on SwiftShader")
 
 
 def test_costs_with_layers_elsewhere_are_kept_apart(
@@ -167,7 +167,7 @@ def test_the_pair_s_own_number_is_the_default(device: Device, tiny_full_pair: Pa
     for name in ("target", "drafter"):
         (tmp_path / name).symlink_to(tiny_full_pair / name)
     write_manifest(tmp_path, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
-    for given, device_name in ((None, "CPU with the first 1 layers on a GPU"), (0, "CPU")):
+    for given, device_name in ((None, "CPU with the first layer on a GPU"), (0, "CPU")):
         with Engine.from_pretrained(tmp_path, tree=TREE, gpu_layers=given) as engine:
             assert engine.target_device == device_name
     with Engine.from_pretrained(tmp_path, tree=TREE, drafter_device="cpu") as engine:
