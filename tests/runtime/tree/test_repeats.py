@@ -109,8 +109,9 @@ def test_earlier_texts_are_searched_as_far_as_they_are_kept(
     for size in (size for size in SIZES if size <= len(text)):
         paths = followed([text], text[-size:])  # own ones loop at their end, earlier ones stop
         paths = [tuple((path * 5)[:5]) for path in paths]
+        far = 0 if paths else 2
         for path in paths or (followed(kept, text[-size:]) if not expected else ()):
-            expected.setdefault(path[0], (path, (size, min(len(expected), 1))))
+            expected.setdefault(path[0], (path, (size, min(len(expected), 1) + far)))
     found = RepeatIndex().find(text, 5, earlier)
     assert [(repeat.tokens, repeat.kind) for repeat in found] == list(expected.values())
     assert all(len(repeat.logprobs) == len(repeat.tokens) for repeat in found)
@@ -133,8 +134,39 @@ def test_a_text_comes_before_earlier_ones_unless_their_run_is_longer() -> None:
     assert [each.tokens for each in RepeatIndex().find([4, 8, 9], 2, earlier)] == [(1, 2)]
     assert [each.tokens for each in RepeatIndex().find([8, 9, 5, 6, 8, 9], 2, earlier)] == [(5, 6)]
     longer = RepeatIndex().find([9, 5, 6, 8, 9], 2, earlier)
-    assert [(each.tokens, each.kind) for each in longer] == [((1, 2), (2, 0)), ((5, 6), (1, 1))]
+    assert [(each.tokens, each.kind) for each in longer] == [((1, 2), (2, 2)), ((5, 6), (1, 1))]
     assert [each.tokens for each in RepeatIndex().find([2], 9, earlier)] == [(3,)]  # a text ends where it ended
+
+
+def test_the_record_of_earlier_texts_is_one_apart() -> None:
+    """Earlier texts are right less often, and their failures say nothing about the text's own repeats."""
+    earlier, index = EarlierTexts(100), RepeatIndex()
+    earlier.add([7, 8, 9, 1])
+    far, own = [4, 8, 9], [8, 9, 5, 6, 8, 9]
+    [before], [mine] = index.find(far, 1, earlier), index.find(own, 1, earlier)
+    assert exp(before.logprobs[0]) == pytest.approx(PRIOR[2, 2][0]) and PRIOR[2, 2] < PRIOR[2, 0]
+    for _ in range(40):
+        index.learn(before, [2])
+    assert index.find(own, 1, earlier) == [mine]
+    assert exp(index.find(far, 1, earlier)[0].logprobs[0]) < 0.05
+
+
+def test_earlier_texts_are_searched_where_the_text_repeats_in_vain() -> None:
+    """The least probability leaves out repeats of the text itself, not those of earlier texts with a better rate."""
+    earlier, index = EarlierTexts(100), RepeatIndex()
+    earlier.add([7, 8, 9, 1])
+    own = [8, 9, 5, 6, 8, 9]
+    for _ in range(40):
+        index.learn(index.find(own, 1)[0], [2])
+    assert [repeat.kind for repeat in index.find(own, 1, least=0.1)] == [(1, 0)]
+    assert [repeat.kind for repeat in index.find([4, 8, 9], 1, earlier, 0.1)] == [(2, 2)]
+    assert index.find([4, 8, 9], 1, earlier, 0.3) == []
+
+
+def test_every_kind_of_path_has_a_rate() -> None:
+    """Later tokens of a path are right at least as often as its first one."""
+    assert PRIOR.keys() == {(size, place) for size in SIZES for place in range(4)}
+    assert all(0 < first <= later < 1 for first, later in PRIOR.values())
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6 + 1, 1.5, True, "many"])
