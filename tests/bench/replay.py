@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
@@ -85,9 +85,10 @@ def main() -> None:
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--draft-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Pair that drafts.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Children of a node.  [default: the scheduler's]")
 def record(
     pair: str, prompts: Path, out: Path, max_new_tokens: int, limit: int | None, temperature: float, seed: int,
-    draft_model: Path | None,
+    draft_model: Path | None, top_k: int | None,
 ) -> None:  # fmt: skip
     """Decode the first turn of each prompt plainly, and draft at every place."""
     try:
@@ -105,6 +106,7 @@ def record(
         talk = Sequence(OpenVINOTarget.load(folder, manifest), drafter)
         longest = drafter.capacity if drafter else manifest.target.max_context
         widest, records = replace(limits_of(manifest), width=64, lookup=0), []
+        widest = replace(widest, top_k=top_k or widest.top_k)
         for number, asked in enumerate(talks, 1):
             prompt = tokenizer.encode_chat([{"role": "user", "content": asked.turns[0]}])
             room = len(prompt) + max_new_tokens <= longest
@@ -275,7 +277,13 @@ def plain_ms(each: Record, costs: Costs) -> float:
     return clock.ms
 
 
-def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits = BOUNDS) -> tuple[int, float]:
+def replay(
+    each: Record,
+    costs: Costs,
+    scheduler: Scheduler,
+    limits: TreeLimits = BOUNDS,
+    new: Callable[[ReplayTarget, ReplayDrafter | None], Sequence] = Sequence,
+) -> tuple[int, float]:
     """Rounds and ms that the answer takes.  Raises InputError where it is not the recorded one."""
     clock = Clock(costs)
     target = ReplayTarget(each, clock)
@@ -283,7 +291,7 @@ def replay(each: Record, costs: Costs, scheduler: Scheduler, limits: TreeLimits 
     sampling = SamplingParams(temperature=DRAWN if each.sampled else 0.0, seed=0)
     request = Request(each.prompt, len(each.answer), sampling, limits=limits, scheduler=scheduler)
     drafter = ReplayDrafter(each, target, clock) if costs.draft else None
-    steps = decode(Sequence(target, drafter), request, Meter(clock=clock))
+    steps = decode(new(target, drafter), request, Meter(clock=clock))
     if tuple(token for step in steps for token in step.tokens) != each.answer:
         raise InputError("the record does not replay to its own text: record it again with this version")
     return target.rounds, clock.ms
@@ -376,10 +384,11 @@ class ReplayDrafter:
         self._ran = []
 
         def found(node: int) -> tuple[FloatArray, TokenArray]:
-            held = sorted(children.get(node, ()), key=lambda child: -tree.logprobs[child])[: limits.top_k]
+            held = children.get(node, [])
+            claims = self.claims(tree.tokens[held], tree.logprobs[held] - tree.logprobs[node])
+            best = np.argsort(-claims, kind="stable")[: limits.top_k]
             logprobs, ids = np.full(limits.top_k, -np.inf, np.float32), np.zeros(limits.top_k, np.int64)
-            logprobs[: len(held)] = tree.logprobs[held] - tree.logprobs[node]
-            ids[: len(held)] = tree.tokens[held]
+            logprobs[: len(best)], ids[: len(best)] = claims[best], tree.tokens[held][best]
             return logprobs, ids
 
         def expand(level: Level) -> Candidates:
@@ -396,6 +405,10 @@ class ReplayDrafter:
         logprobs, ids = found(0)
         first, breadth = Candidates(logprobs[None], ids[None]), 1 if self._chain else None
         return grow_tree(self._known, first, expand, limits, breadth=breadth, judge=judge)
+
+    def claims(self, tokens: TokenArray, logprobs: FloatArray) -> FloatArray:
+        """Log-probabilities that the drafter gives the children of a node."""
+        return logprobs
 
     def rewind(self, seq: int, keep: int) -> None:
         self.held = min(self.held, keep)
