@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
 from dovetail.runtime.target.layers.session import LayerSession
 from dovetail.runtime.target.layers.take import TakeLayers
+from dovetail.runtime.target.layers.texts import FirstLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -106,6 +109,29 @@ def test_a_pass_whose_first_layers_fail_is_repeated_by_the_whole_model(tiny_pair
         whole.prefill(same, np.concatenate([tokens[: 20 * seq], tree.tokens[:2]]))
         np.testing.assert_array_equal(found[seq], whole.verify({same: tree})[same].logits)
         assert target.length(seq) == whole.length(same)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_a_failed_device_holds_is_kept_until_the_process_ends(tiny_pair: Path, lasting: bool) -> None:
+    """ONNX Runtime may end the process if a session on a failed device is destroyed."""
+    device = Device(fail_at=1)
+    target = OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), take=TakeLayers(1, device, 256))
+    front = target.model.front
+    assert isinstance(front, FirstLayers)
+    session, seq = weakref.ref(front._session._session), target.open()
+    if lasting:
+        upload = device.upload
+
+        def broken(to: Any, source: Array) -> None:
+            if device.downloads:
+                raise DeviceError("cudaMemcpy: an illegal memory access was encountered (code 700)")
+            upload(to, source)
+
+        device.upload = broken  # type: ignore[method-assign]
+    target.prefill(seq, np.arange(5, 25))
+    del front
+    gc.collect()
+    assert target.device == "CPU" and (session() is not None) == lasting
 
 
 def test_all_texts_of_a_batch_go_on_after_the_device_has_failed(

@@ -5,6 +5,7 @@ Axes: R rows of a call, n rows that a call returns.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,12 +78,14 @@ class LayerSession:
         self._run(source, target, given, prefix, 1)
 
     def close(self) -> None:
-        """Free the device's memory."""
-        self._bindings.clear()
-        self._outputs.clear()
-        self._answers.clear()
-        self._kv.clear()
+        """Free the device's memory, unless the device has failed: see keep_on_failed."""
+        try:
+            self._device.upload(self._call, np.zeros(sum(FIELDS.values()), np.int32))
+        except DeviceError:
+            held = [self._session, self._call, self._kv, self._outputs, self._answers, self._bindings]
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
         self._session = self._call = None
+        self._kv, self._outputs, self._answers, self._bindings = [], {}, {}, {}
 
     def _run(self, source: int, target: int, given: Call, prefix: int, count: int) -> Mapping[str, FloatArray]:
         binding = self._binding(source, target, prefix, count)
