@@ -50,9 +50,10 @@ class _Text:
     """The target's record of one sequence."""
 
     blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
-    length: int = 0  # committed tokens
+    length: int = 0  # committed tokens that the blocks hold
     shared: int = 0  # first blocks that other texts may have too: full, and never written to
     verified: _Paths | None = None  # paths of the verified tree, until `commit`
+    lost: TokenArray | None = None  # all committed tokens, if the blocks do not hold all of them
 
 
 class OpenVINOTarget:
@@ -83,19 +84,17 @@ class OpenVINOTarget:
         self.max_context = max_context
         self.exact = exact
         self._texts: dict[SequenceId, _Text] = {}
-        self._limited = kv_cache is not None
+        self._kv_cache = kv_cache
         if kv_cache is None:
             self._reserve(sequences)
             return
-        spare = _SHARED_SPARE_BLOCKS + 1  # the model takes one for surplus sequences
-        least = _blocks_for(max_context) + spare
-        blocks = min(kv_cache // model.block_bytes, sequences * _blocks_for(max_context) + spare)
-        if blocks < least:
+        least = self._limited_blocks(1)
+        if kv_cache < least * model.block_bytes:
             raise InputError(
                 f"kv_cache of {kv_cache} bytes is too small for a context of {max_context} tokens: give "
                 f"{least * model.block_bytes} bytes or more, or export the target with a smaller --max-context"
             )
-        model.reserve(blocks)
+        model.reserve(min(kv_cache // model.block_bytes, self._limited_blocks(sequences)))
 
     @classmethod
     def load(
@@ -137,10 +136,12 @@ class OpenVINOTarget:
         return seq
 
     def length(self, seq: SequenceId) -> int:
-        return self._text(seq).length
+        text = self._text(seq)
+        return text.length if text.lost is None else len(text.lost)
 
     def fork(self, seq: SequenceId, keep: int) -> SequenceId:
         """See Target. Both texts have the same full blocks; the new text begins after them."""
+        self._read_again(seq)
         source, new = self._text(seq), self.open()
         shared = min(keep, source.length) // BLOCK
         blocks = source.blocks[:shared].copy()
@@ -154,12 +155,15 @@ class OpenVINOTarget:
     @property
     def room(self) -> int:
         """See Target."""
-        if not self._limited:  # the pool grows
+        if self._kv_cache is None:  # the pool grows
             return sys.maxsize
-        return BLOCK * max(self.model.pool.free - _SHARED_SPARE_BLOCKS, 0)
+        lost = sum(
+            _blocks_for(len(text.lost)) - len(text.blocks) for text in self._texts.values() if text.lost is not None
+        )
+        return BLOCK * max(self.model.pool.free - lost - _SHARED_SPARE_BLOCKS, 0)
 
     def prefill(self, seq: SequenceId, tokens: TokenArray) -> TargetPass:
-        return self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
+        return self._pass({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)[seq]
 
     def verify(
         self,
@@ -171,7 +175,7 @@ class OpenVINOTarget:
         rows = max(rows, sum(map(len, offers.values())))
         if prompts:
             rows = prompt_rows(rows + sum(map(len, prompts.values())))
-        return self._run(offers, prompts, max(rows, self.least_rows), self.least_rows)
+        return self._pass(offers, prompts, max(rows, self.least_rows), self.least_rows)
 
     def commit(self, seq: SequenceId, path: NDArray[np.int64]) -> None:
         text = self._text(seq)
@@ -191,10 +195,12 @@ class OpenVINOTarget:
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
         text = self._text(seq)
+        if text.lost is not None:
+            text.lost = text.lost[:keep]
         text.length = min(text.length, keep)
         text.verified = None
         if self._front:
-            self._front.rewind(seq, text.length)
+            self._front.rewind(seq, self.length(seq))
         if text.shared > text.length // BLOCK:
             self._unshare(seq, text)
         text.blocks = text.blocks[: _blocks_for(text.length)]
@@ -226,7 +232,7 @@ class OpenVINOTarget:
         self.model.fault_in(text.blocks[:blocks])
         if self._front:
             self._front.pretend_length(seq, tokens)
-        text.length, text.verified = tokens, None
+        text.length, text.lost, text.verified = tokens, None, None
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
         """Return the ms of a pass over a chain of `rows` nodes."""
@@ -241,7 +247,7 @@ class OpenVINOTarget:
 
     def _reserve(self, sequences: int) -> None:
         """Reserve blocks for `sequences` whole contexts, and for the trees of one sequence."""
-        if self._limited:
+        if self._kv_cache is not None:
             return
         self.model.reserve(sequences * _blocks_for(self.max_context) + _SPARE_BLOCKS)
 
@@ -250,22 +256,48 @@ class OpenVINOTarget:
             raise InputError(f"sequence {seq!r} is not open on this target: take the number that its open() gives")
         return self._texts[seq]
 
-    def _run(
+    def _limited_blocks(self, sequences: int) -> int:
+        """Return the blocks of `sequences` whole contexts under a limit of memory, and of trees."""
+        return sequences * _blocks_for(self.max_context) + _SHARED_SPARE_BLOCKS + 1  # the model takes one for surplus
+
+    def _pass(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
     ) -> dict[SequenceId, TargetPass]:
-        """Run one pass of `rows` rows. The lm_head computes at least `least`."""
+        """Run one pass, after what its texts have lost. It runs twice if the first layers move to the CPU meanwhile."""
+        while True:
+            for seq in (*prompts, *offers):
+                self._read_again(seq)
+            if (found := self._run(offers, prompts, rows, least)) is not None:
+                return found
+
+    def _read_again(self, seq: SequenceId) -> None:
+        """Read the tokens again that a text has lost. An interrupt leaves the rest of them lost."""
+        while (text := self._text(seq)).lost is not None:
+            if text.length >= len(text.lost):
+                text.lost = None
+                return
+            tokens = text.lost[text.length : text.length + _AGAIN]
+            self._run({}, {seq: tokens}, prompt_rows(len(tokens)), TOGETHER)
+
+    def _run(
+        self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
+    ) -> dict[SequenceId, TargetPass] | None:
+        """Run one pass of `rows` rows, of which the lm_head computes at least `least`.
+
+        None if the first layers failed, which now run here: all texts have lost their KV.
+        """
         parts = dict[SequenceId, Part]()
         for seq, tokens in prompts.items():
             order = np.arange(len(tokens))
             path = order if len(order) >= TOGETHER else np.repeat(order, TOGETHER)
-            parts[seq] = self._part(seq, tokens, order, _Paths([path], self.length(seq)), order[-1:], split=False)
+            parts[seq] = self._part(seq, tokens, order, _Paths([path], self._text(seq).length), order[-1:], split=False)
         for seq, tree in offers.items():
-            paths = _Paths(tree.paths(), self.length(seq))
+            paths = _Paths(tree.paths(), self._text(seq).length)
             parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
         fronts = self._run_front(offers, prompts)
-        if fronts is None:  # the blocks above are those of the model that was left
-            return self._run(offers, prompts, rows, least)
+        if fronts is None:
+            return None
         # Passes of one size get one number of sequences, unless their trees have more paths: a change
         # of the number would cost as much as 5% of a small target's pass.
         sequences = 2 * rows if rows > TOGETHER and not prompts else 0
@@ -308,8 +340,8 @@ class OpenVINOTarget:
         if (front := self._front) is None:
             return {}
         try:
-            found = {seq: front.read(seq, self.length(seq), tokens) for seq, tokens in prompts.items()}
-            return found | {seq: front.verify(seq, self.length(seq), tree) for seq, tree in offers.items()}
+            found = {seq: front.read(seq, self._texts[seq].length, tokens) for seq, tokens in prompts.items()}
+            return found | {seq: front.verify(seq, self._texts[seq].length, tree) for seq, tree in offers.items()}
         except DeviceError as error:
             problem = str(error)
         # Outside the handler: the traceback's frames hold objects of the device.
@@ -317,20 +349,20 @@ class OpenVINOTarget:
         return None
 
     def _take_back(self, front: Front, problem: str) -> None:
-        """Open the whole model, and read all texts again. Raises DeviceError."""
+        """Open the whole model, in which all texts are lost. Raises DeviceError."""
         assert self._open_whole
         log.warning("from now on the CPU runs the %s instead of %s: %s", _first(front.count), front.device, problem)
-        texts = {seq: front.tokens(seq)[: text.length] for seq, text in self._texts.items()}
         model = self._open_whole()
         model.pool.follow(self.model.pool)
-        model.reserve(self.model.blocks)
-        self._left_bytes += front.bus_bytes
+        if self._kv_cache is None:
+            model.reserve(self.model.blocks)
+        else:  # its blocks are larger; one context has room in any case
+            model.reserve(max(min(self._kv_cache // model.block_bytes, self.model.blocks), self._limited_blocks(1)))
+        # The texts first: an interrupt in between leaves the old model, which reads them again.
+        self._texts = {seq: _Text(lost=front.tokens(seq)[: self.length(seq)]) for seq in self._texts}
         self.model = model
+        self._left_bytes += front.bus_bytes
         front.release()
-        self._texts = {seq: _Text() for seq in texts}
-        for seq, tokens in texts.items():
-            for begin in range(0, len(tokens), _AGAIN):
-                self.prefill(seq, tokens[begin : begin + _AGAIN])
 
     def _part(
         self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths,
@@ -362,7 +394,7 @@ class OpenVINOTarget:
         if (missing := blocks - len(text.blocks)) > 0:
             pool = self.model.pool
             pool.keep(seq, text.blocks)
-            if self._limited and missing > pool.free:
+            if self._kv_cache is not None and missing > pool.free:
                 raise DeviceError(
                     f"the memory for KV is full: {missing} blocks of {self.model.block_bytes} bytes are needed and "
                     f"{pool.free} free: give the engine a larger kv_cache"

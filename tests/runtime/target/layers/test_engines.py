@@ -134,6 +134,54 @@ def test_what_a_failed_device_holds_is_kept_until_the_process_ends(tiny_pair: Pa
     assert target.device == "CPU" and (session() is not None) == lasting
 
 
+@pytest.mark.parametrize("where", ["release", "run"])
+def test_an_interrupt_while_the_layers_move_leaves_a_text_right(
+    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Ctrl-C as the device's memory is freed, and as the text is read again: the next answer knows what is lost."""
+    prompt, plain = [*range(5, 105)], TreeLimits(1, 0, 1, lookup=0)
+    with Engine.from_pretrained(tiny_full_pair, tree=plain) as engine:
+        right = engine.generate(prompt, 20, raw=True).token_ids
+    with Engine.from_pretrained(tiny_full_pair, tree=plain, gpu_layers=1) as engine:
+        engine.generate(prompt, 2, raw=True)
+        owner: Any = FirstLayers if where == "release" else PagedModel
+        real = getattr(owner, where)
+
+        def interrupted(self: Any, *given: Any) -> Any:
+            if where == "run" and self.front is not None:
+                return real(self, *given)
+            monkeypatch.setattr(owner, where, real)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, where, interrupted)
+        device.fail_at = 1
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([*prompt, 7], 5, raw=True)
+        again = engine.generate(prompt, 20, raw=True)
+        assert (again.token_ids, engine.target_device) == (right, "CPU")
+        assert again.metrics.cached_tokens == len(prompt) - 1
+
+
+def test_the_limit_of_kv_holds_after_the_device_has_failed(tiny_pair: Path) -> None:
+    """The whole model has larger blocks. Texts that are read again count as memory that is taken."""
+    manifest, device = read_manifest(tiny_pair), Device()
+    limit = 900_000
+    target = OpenVINOTarget.load(
+        tiny_pair, manifest, threads=1, sequences=4, kv_cache=limit,
+        take=TakeLayers(1, device, manifest.target.max_context, texts=4),
+    )  # fmt: skip
+    texts = [target.open() for _ in range(3)]
+    for seq in texts:
+        target.prefill(seq, np.arange(5, 205))
+    device.fail_at = 1
+    target.verify({texts[0]: DraftTree.chain(np.arange(3))})
+    assert target.device == "CPU" and [target.length(seq) for seq in texts] == [200] * 3
+    assert target.model.blocks * target.model.block_bytes <= limit
+    before = target.room
+    target.verify({texts[1]: DraftTree.chain(np.arange(1))})  # read again now
+    assert before - 32 <= target.room <= before
+
+
 def test_all_texts_of_a_batch_go_on_after_the_device_has_failed(
     device: Device, tiny_full_pair: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

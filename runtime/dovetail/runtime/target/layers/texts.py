@@ -88,7 +88,8 @@ class FirstLayers:
         text.offer = None
 
     def rewind(self, seq: SequenceId, keep: int) -> None:
-        text = self._texts[seq]
+        if (text := self._texts.get(seq)) is None:  # an interrupted `close` may come twice
+            return
         text.held, text.offer = min(text.held, keep), None
         text.moves = [(source, target) for source, target in text.moves if target < keep]
         del text.tokens[keep:]
