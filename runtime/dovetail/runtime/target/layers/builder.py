@@ -31,7 +31,8 @@ class Builder:
             import onnx
         except ImportError:
             raise DeviceError(
-                f"--gpu-layers needs the package onnx, which is not installed: {install_extra('webgpu')}"
+                f"--gpu-layers needs the package onnx, which is not installed: {install_extra('cuda')}, or "
+                "'.[webgpu]' for WebGPU"
             ) from None
         self._onnx = onnx
         self._graph: GraphProto = onnx.GraphProto(name="layers")
