@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from dovetail.runtime.cli import tune
-from dovetail.runtime.pair.manifest import parse_record, read_manifest
+from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.pair.manifest import parse_record, read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs
+from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen, CostKey, recall
 from dovetail.runtime.tune.properties import Compared, Property
 
@@ -181,3 +183,29 @@ def test_a_refused_property_that_was_given_is_one_line(invoke, tiny_pair: Path) 
 @pytest.mark.parametrize(("times", "cell"), [((0.9, 1.1, 1.2), "~1.10x"), ((1.05, 1.1, 1.2), "1.10x")])
 def test_a_speedup_that_is_not_told_from_none_is_marked(times: tuple[float, float, float], cell: str) -> None:
     assert tune.times(*times) == cell
+
+
+def test_properties_are_compared_without_first_layers_elsewhere(invoke, real_pair: Path) -> None:
+    result = invoke("tune", str(real_pair), "--properties", "--gpu-layers", "1")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "without --gpu-layers 1: leave out one of them" in result.stderr
+
+
+def test_the_pair_s_own_layers_need_no_gpu_that_opens(
+    invoke, real_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise DeviceError("a call of the target's first layers failed: out of memory: give fewer --gpu-layers")
+
+    device, manifest = OrtDevice.cpu(), read_manifest(real_pair)
+    monkeypatch.setattr(device, "allocate", full)
+    monkeypatch.setattr("dovetail.runtime.load.layer_device", lambda _: device)
+    for name in ("target", "drafter"):
+        (tmp_path / name).symlink_to(real_pair / name)
+    write_manifest(tmp_path, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
+    tune = ("tune", str(tmp_path), "--seconds", "0.05", "--json")
+    result = invoke(*tune)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["key"]["layers"] is None
+    assert "all layers of the target run on the CPU: a call" in caplog.text
+    assert invoke(*tune, "--gpu-layers", "1").exit_code == DeviceError.exit_code

@@ -94,8 +94,9 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     manifest = read_sound(pair, options.tree)
     tokenizer = Tokenizer.from_folder(pair / TARGET)
     stop_tokens = frozenset({*tokenizer.eos_token_ids, *manifest.target.eos_token_ids})
+    read = manifest if options.draft_model is None else replace(manifest, drafter=None)  # its own is not opened
     take, vram = first_layers(
-        pair, manifest, options.gpu_layers, drafter_device=options.drafter_device, vram=options.vram, fit=options.fit,
+        pair, read, options.gpu_layers, drafter_device=options.drafter_device, vram=options.vram, fit=options.fit,
         texts=options.slots, threads=options.threads,
     )  # fmt: skip
     if not take and options.draft_model is None and (options.drafter_device in GPUS or options.vram is not None):
@@ -104,12 +105,11 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     if options.draft_model is not None:
         own, model = open_draft_model(Path(options.draft_model), tokenizer, manifest, options.threads)
     properties = {**chosen_properties(manifest, options.threads), **options.ov_config}
-    read = manifest if model is None else replace(manifest, drafter=None)  # a draft model reads no features
     open_target = partial(
         OpenVINOTarget.load, pair, read, threads=options.threads, ov_config=properties, exact=options.exact,
         sequences=options.slots, kv_cache=options.kv_cache,
     )  # fmt: skip
-    target = open_target(take=take) if options.gpu_layers is not None else _opened(open_target, take)
+    target = open_with_layers(open_target, take, wished=options.gpu_layers is not None)
     tree = options.tree or manifest.tree
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
@@ -148,12 +148,17 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     return Parts(target, FailoverDrafter(drafter, second), tokenizer, tree, scheduler, stop_tokens)
 
 
-def _opened(open_target: Callable[..., OpenVINOTarget], take: TakeLayers | None) -> OpenVINOTarget:
-    """Return the target with the layers elsewhere that the pair wishes, or with all layers here if that fails."""
+def open_with_layers(
+    open_target: Callable[..., OpenVINOTarget], take: TakeLayers | None, *, wished: bool
+) -> OpenVINOTarget:
+    """Return the target with its first layers elsewhere, or with all layers here if that fails.
+
+    wished: whether the user gave the number. Then a failure is raised: DeviceError, InputError.
+    """
     try:
         return open_target(take=take)
     except (DeviceError, InputError) as error:
-        if take is None:
+        if take is None or wished:
             raise
         problem = str(error)
     log.warning(_ALL_HERE, problem)  # outside the handler, because a traceback would keep the session
@@ -166,7 +171,8 @@ def first_layers(
 ) -> tuple[TakeLayers | None, int | None]:  # fmt: skip
     """Return what opens the target's first layers on a GPU, None without them, and the VRAM left for the drafter.
 
-    given: number of layers or "auto"; None for the pair's own, which is 0 wherever it cannot be.
+    manifest: without the pair's drafter if that is not opened. given: number of layers or "auto"; None for the
+    pair's own, which is 0 wherever it cannot be.
     Raises InputError, DeviceError.
     """
     wished = manifest.target.gpu_layers if given is None else given

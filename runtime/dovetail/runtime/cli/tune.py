@@ -32,12 +32,11 @@ from dovetail.runtime.tune.cost_cache import (
     CHOOSABLE,
     Chosen,
     CostKey,
-    Measured,
     chosen_properties,
     properties_line,
     target_properties,
 )
-from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure, rows_apart, warn_of_rows
+from dovetail.runtime.tune.measure import ALL_WIDTHS, CONTEXTS, check_seconds, measure, measured_alike, warn_of_rows
 from dovetail.runtime.tune.properties import CONTEXT, NODES, PROMPT, Compared, Property, candidates, choose, compare
 
 CHOICE = 0.25  # the choice's part of the time
@@ -65,17 +64,23 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     the same in a few seconds. The result of tune is more exact and replaces it, as long as weights,
     machine and flags stay the same. Leave the machine idle meanwhile.
 
-    With --properties flags for the drafter have no effect. All the time
+    With --properties flags for the drafter have no effect, and --gpu-layers is refused. All the time
     goes to the choice. A table lists properties of OpenVINO's CPU plugin that are worth a try.
     Columns show how many times as fast passes are, the part of a text's tokens with the same best
     token, and whether rows are equal.
     """
     from dovetail.runtime.drafter.model import ModelDrafter
     from dovetail.runtime.drafter.onnx import OnnxDrafter
-    from dovetail.runtime.load import first_layers, open_draft_model
+    from dovetail.runtime.load import first_layers, open_draft_model, open_with_layers
+    from dovetail.runtime.target.layers.choose import read_count
     from dovetail.runtime.target.openvino import OpenVINOTarget
 
     check_seconds(seconds)
+    if properties and engine_flags.gpu_layers and read_count(engine_flags.gpu_layers) != 0:
+        raise InputError(
+            f"--properties compares properties of the CPU's plugin, without --gpu-layers {engine_flags.gpu_layers}: "
+            "leave out one of them"
+        )
     threads, ov_config, draft_model = engine_flags.threads, engine_flags.ov_config, engine_flags.draft_model
     if not (properties and ov_config):  # otherwise tune keeps nothing
         cached = cache_dir() / ("properties" if properties else "costs")
@@ -108,7 +113,7 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
         show_properties({**report, "chosen": asdict(chosen) if chosen else None}, rows, as_json)
         return
     take, vram = first_layers(
-        folder, manifest, engine_flags.gpu_layers, drafter_device=engine_flags.drafter_device, vram=engine_flags.vram,
+        folder, read, engine_flags.gpu_layers, drafter_device=engine_flags.drafter_device, vram=engine_flags.vram,
         fit=engine_flags.fit, texts=1, threads=threads,
     )  # fmt: skip
     drafter: OnnxDrafter | ModelDrafter | None = None
@@ -124,15 +129,18 @@ def tune(engine_flags: EngineFlags, seconds: float, properties: bool, as_json: b
     begin = perf_counter()
     if not ov_config:
         compared([each for each in tried if each.name in CHOOSABLE], seconds * CHOICE)
-    target = open_target(ov_config={**chosen_properties(manifest, threads), **ov_config}, take=take)
+    target = open_with_layers(
+        partial(open_target, ov_config={**chosen_properties(manifest, threads), **ov_config}),
+        take,
+        wished=engine_flags.gpu_layers is not None,
+    )
     left = max(begin + seconds - perf_counter(), seconds * (1 - CHOICE))
+    key = partial(
+        CostKey.of, manifest, drafter.device_key if drafter else None, threads, ov_config, engine_flags.exact, own
+    )
     with progress_bar() as progress:
-        costs = measure(target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
-    key = CostKey.of(
-        manifest, drafter.device_key if drafter else None, threads, ov_config, engine_flags.exact, own,
-        target.layers,
-    )  # fmt: skip
-    measured = Measured(manifest.name, key, costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
+        time = partial(measure, target, drafter, contexts=CONTEXTS, widths=ALL_WIDTHS, seconds=left, progress=progress)
+        measured = measured_alike(manifest.name, target, key, time, perf_counter() - begin)
     warn_of_rows(measured)
     with storing():
         measured.store()

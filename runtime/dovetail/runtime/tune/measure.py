@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from random import Random
 from statistics import median
@@ -67,21 +68,38 @@ def known_or_measured(
     threads, ov_config: as passed to open target and drafter. Raises DeviceError.
     """
     device = drafter.device_key if drafter else None
-
-    def key() -> CostKey:
-        return CostKey.of(manifest, device, threads, ov_config, target.exact, draft_model, target.layers)
-
-    known = recall(key())
+    key = partial(CostKey.of, manifest, device, threads, ov_config, target.exact, draft_model)
+    known = recall(key(target.layers))
     if known is not None:
         warn_of_rows(known)
         return known.costs
-    begin = perf_counter()
-    costs = measure(target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress)
-    measured = Measured(manifest.name, key(), costs, round(perf_counter() - begin, 2), rows_apart=rows_apart(target))
+    time = partial(
+        measure, target, drafter, contexts=QUICK_CONTEXTS, widths=WIDTHS, seconds=QUICK_SECONDS, progress=progress
+    )
+    measured = measured_alike(manifest.name, target, key, time)
     warn_of_rows(measured)
     with suppress(OSError):  # without a writable cache the next start measures again
         measured.store()
-    return costs
+    return measured.costs
+
+
+def measured_alike(
+    pair: str,
+    target: OpenVINOTarget,
+    key: Callable[[tuple[int, str] | None], CostKey],
+    time: Callable[[], Costs],
+    earlier: float = 0.0,
+) -> Measured:
+    """Return costs whose times all hold for the target's layers as they lie now.
+
+    The target is timed again if the device of its first layers has failed meanwhile. key: by layers. earlier:
+    seconds that the measurement has taken before.
+    """
+    begin = perf_counter()
+    while True:
+        layers, costs, apart = target.layers, time(), rows_apart(target)
+        if target.layers == layers:
+            return Measured(pair, key(layers), costs, round(earlier + perf_counter() - begin, 2), rows_apart=apart)
 
 
 def rows_apart(target: OpenVINOTarget) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import sys
+import tomllib
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,7 @@ from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError, DovetailError, InputError
 from dovetail.runtime.load import first_layers
-from dovetail.runtime.pair.manifest import read_manifest, write_manifest
+from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_manifest
 from dovetail.runtime.system.arrays import Array
 from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
@@ -30,8 +34,10 @@ from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tune import measure
 from dovetail.runtime.tune.cost_cache import CostKey
 
+ROOT = Path(__file__).parents[4]
 TREE = TreeLimits(12, 4, 3, lookup=0)
 PROMPT = "the quick brown fox"
 
@@ -236,6 +242,33 @@ def test_costs_with_layers_elsewhere_are_kept_apart(
     assert len(keys) == 4
 
 
+@pytest.mark.parametrize("between", [True, False], ids=["while rows are compared", "while passes are timed"])
+def test_times_of_a_device_that_fails_are_not_kept_as_the_cpu_s(
+    device: Device, tiny_full_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: bool
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    monkeypatch.setattr("dovetail.runtime.tune.measure.QUICK_SECONDS", 0.01)
+    download, compare = device.download, measure.rows_apart
+
+    def slow(to: Mapping[str, Array], sources: Mapping[str, Any]) -> None:
+        sleep(0.06)
+        download(to, sources)
+
+    def failing(target: OpenVINOTarget) -> float:
+        device.fail_at = 1
+        return compare(target)
+
+    monkeypatch.setattr(device, "download", slow)
+    if between:
+        monkeypatch.setattr(measure, "rows_apart", failing)
+    else:
+        device.fail_at = 35  # of about 40 calls
+    with Engine.from_pretrained(tiny_full_pair, gpu_layers=1) as engine:
+        assert engine.target_device == "CPU" and device.downloads > 34
+    [kept] = (json.loads(file.read_text()) for file in (tmp_path / "costs").iterdir())
+    assert kept["key"]["layers"] is None and np.max(kept["costs"]["target"]["ms"]) < 60
+
+
 def test_the_pair_s_own_number_is_the_default(device: Device, tiny_full_pair: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tiny_full_pair)
     for name in ("target", "drafter"):
@@ -307,6 +340,19 @@ def test_without_a_gpu_one_line_says_what_is_missing(tiny_full_pair: Path, monke
         Engine.from_pretrained(tiny_full_pair, gpu_layers=1)
 
 
+def test_without_onnx_one_line_names_the_extras_that_have_it(
+    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)  # "not installed" to import
+    with pytest.raises(
+        DeviceError, match=r"onnx, which is not installed: run pip install '.\[cuda\]' .*, or '.\[webgpu\]' for WebGPU"
+    ):
+        Engine.from_pretrained(tiny_full_pair, gpu_layers=1)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {tuple(each for each in extras[name] if each.startswith("onnx>")) for name in ("cuda", "webgpu")}
+    assert len(wanted) == 1 and len(wanted.pop()) == 1
+
+
 # --- memory
 
 
@@ -347,6 +393,23 @@ def test_auto_takes_what_the_drafter_leaves(
             DeviceError, match=r"1 layer: .* do not fit .* beside the drafter: give --gpu-layers 0 or a"
         ):
             taken(given, 10**9 + found - 1)
+
+
+def test_beside_a_draft_model_the_limit_is_the_layers_alone(
+    device: Device, tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = list[bool]()
+
+    def room(gpu: str, pair: Path, manifest: Manifest, vram: int, *, fit: bool) -> int:
+        counted.append(manifest.drafter is not None)
+        return 0
+
+    monkeypatch.setattr("dovetail.runtime.load.drafter_bytes", room)
+    for model in (None, tiny_full_pair):
+        Engine.from_pretrained(
+            tiny_full_pair, tree=TREE, gpu_layers=1, vram=10**9, draft_model=model, drafter_device="auto"
+        ).close()
+    assert counted == [True, False]
 
 
 def test_the_most_layers_that_fit_are_taken() -> None:
