@@ -23,6 +23,7 @@ from dovetail.runtime.pair import known as pairs
 from dovetail.runtime.pair.manifest import read_manifest, write_manifest
 from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system import machine
+from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.tune.cost_cache import CostKey, Measured
 
 CPUINFO = """processor\t: 0
@@ -169,6 +170,16 @@ def test_measured_costs_give_plain_speed_and_when_trees_pay(invoke, pair: Path) 
     }  # fmt: skip
     assert any("5.1 ms, 22% of a round" in note for note in report["notes"])
     assert "on 2026-11-22" in invoke("doctor", str(pair)).stdout
+
+
+@pytest.mark.usefixtures("engines")
+def test_costs_of_a_pair_s_own_layers_give_the_speed(invoke, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.runtime.target.layers.choose.layer_device", lambda _: OrtDevice.cpu())
+    manifest = read_manifest(pair)
+    write_manifest(pair, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
+    key = CostKey.of(manifest, "cpu", None, layers=(1, "cpu"))
+    Measured("tiny", key, COSTS, 4.0, "2026-11-22T14:35:47+00:00").store()
+    assert json.loads(invoke("doctor", str(pair), "--json").stdout)["pair"]["speed"]["plain_tokens_per_s"] == 62.5
 
 
 @pytest.mark.usefixtures("engines")

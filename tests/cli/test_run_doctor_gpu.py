@@ -207,7 +207,8 @@ def test_without_costs_the_report_says_how_to_measure_them(invoke, gpu_pair: Pat
     result = invoke("doctor", str(gpu_pair), "--gpu", "L4", "--json")
     found = json.loads(result.stdout)["prediction"]
     assert found["call"]["ms"]["least"] > 0 and found["fastest"] is found["slowest"] is found["tokens_per_s"] is None
-    assert f"dovetail-run tune {gpu_pair} measures them" in invoke("doctor", str(gpu_pair), "--gpu", "L4").stdout
+    said = f"{gpu_pair} --gpu-layers 0 measures them"
+    assert f"dovetail-run tune {said}" in invoke("doctor", str(gpu_pair), "--gpu", "L4").stdout
 
 
 def test_every_line_of_the_text_says_that_it_is_a_prediction(invoke, measured_pair: Path) -> None:

@@ -18,10 +18,12 @@ from xml.etree import ElementTree
 import pytest
 
 from dovetail.runtime.devices import webgpu
+from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.pair.known import DEFAULT_PAIR
 from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
 from dovetail.runtime.policy.calibration import Calibration, DepthCalibration
 from dovetail.runtime.policy.costs import Costs, Curve
+from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tune.cost_cache import CostKey, Measured
 
@@ -168,6 +170,26 @@ def test_what_was_measured_is_a_line_per_context_and_bars_within_80_columns(invo
     bars = {line.split()[0]: line.count("█") for line in lines if "█" in line}
     assert list(bars) == ["1", "8", "32", "4", "128"] and bars["32"] == bars["128"] == 4 * bars["1"] * 2.5
     assert max(map(len, lines[lines.index("") :])) <= 80
+
+
+def test_costs_of_a_pair_s_own_layers_are_found(invoke, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all layers on the CPU hold if no GPU opens."""
+    choose, manifest = "dovetail.runtime.target.layers.choose.layer_device", read_manifest(pair)
+    monkeypatch.setattr(choose, lambda _: OrtDevice.cpu())
+    assert "gpu layers" not in invoke("inspect", str(pair)).stdout
+    write_manifest(pair, replace(manifest, target=replace(manifest.target, gpu_layers="1")))
+    for layers, said in ((None, "for 4 s, below"), ((1, "cpu"), "for 4 s, first layers: 1 on cpu, below")):
+        key = CostKey.of(manifest, "cpu", None, layers=layers)
+        Measured("tiny", key, COSTS, 4.0, "2026-11-22T14:35:47+00:00").store()
+        lines = invoke("inspect", str(pair)).stdout.splitlines()
+        assert any(line.startswith("gpu layers ") and line.endswith(" 1, the pair's own number") for line in lines)
+        assert any(line.startswith("costs ") and line.endswith(said) for line in lines)
+
+    def missing(_: str) -> OrtDevice:
+        raise DeviceError("no GPU")
+
+    monkeypatch.setattr(choose, missing)
+    assert "for 4 s, below" in invoke("inspect", str(pair)).stdout
 
 
 def test_bars_need_no_unicode(pair: Path, measured) -> None:

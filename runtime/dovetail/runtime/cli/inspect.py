@@ -25,7 +25,7 @@ from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.system.machine import mib
 from dovetail.runtime.target.layers.device import KINDS
 from dovetail.runtime.target.layers.plan import Kind, plans, within
-from dovetail.runtime.tune.cost_cache import CostKey, Measured, properties_line, recall, target_properties
+from dovetail.runtime.tune.cost_cache import Measured, properties_line, recall_default, target_properties
 
 
 @click.command(short_help="Show what a pair holds and check its files.")
@@ -117,11 +117,11 @@ def _layer_memory(folder: Path, manifest: Manifest, gpu: str, kind: Kind, vram: 
 
 
 def read_costs(manifest: Manifest) -> Measured | None:
-    """Return the costs measured with default threads; CUDA's if both devices have costs."""
+    """Return the costs measured with default flags; CUDA's if both devices have costs."""
     if TARGET_WEIGHTS not in manifest.files:
         return None
     devices = [device for device in DEVICES if device in manifest.drafter.files] if manifest.drafter else [None]
-    return next(filter(None, (recall(CostKey.of(manifest, device, None)) for device in devices)), None)
+    return next(filter(None, (recall_default(manifest, device) for device in devices)), None)
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -136,7 +136,8 @@ def render(facts: dict[str, Any]) -> str:
         ("OpenVINO", properties_line(facts["properties"])),
         ("drafter", _drafter_line(drafter) if drafter else "none: repeated text alone is drafted"),
         *_calibration_rows(facts["calibration"]),
-        *([("costs", f"measured {costs['date'][:10]} for {costs['seconds']:.0f} s, below")] if costs else ()),
+        *([("gpu layers", f"{target['gpu_layers']}, the pair's own number")] if target["gpu_layers"] != "0" else ()),
+        *([("costs", _costs_line(costs))] if costs else ()),
         ("tree", f"width {tree['width']}, depth {tree['depth']}, top-k {tree['top_k']}, lookup {tree['lookup']}"),
         ("files", f"{len(facts['files'])}, {facts['size_mb']} MiB, all digests correct"),
         *((name.removesuffix("_mb").replace("_", " "), "unknown" if size is None else f"{size} MiB")
@@ -164,6 +165,12 @@ def _drafter_line(drafter: dict[str, Any]) -> str:
     kind = f"{drafter['kind']}, " if drafter["kind"] else ""
     return (f"{kind}{drafter['blocks']} block(s), hidden {drafter['hidden_size']}, "
             f"reads {read}, draft vocabulary {drafter['draft_vocab_size']}, for {devices}{told}")  # fmt: skip
+
+
+def _costs_line(costs: dict[str, Any]) -> str:
+    layers = costs["key"]["layers"]
+    elsewhere = f", first layers: {layers}" if layers else ""
+    return f"measured {costs['date'][:10]} for {costs['seconds']:.0f} s{elsewhere}, below"
 
 
 def _calibration_rows(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from dovetail.runtime.pair.layout import MANIFEST_NAME, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.choose import widths
 from dovetail.runtime.policy.costs import Costs
-from dovetail.runtime.tune.cost_cache import CostKey, properties_line, recall, target_properties
+from dovetail.runtime.tune.cost_cache import properties_line, recall_default, target_properties
 
 RUNTIMES_MB = 150.0  # Python, both engines and a tokenizer; an allowance, not a measurement
 CONTEXT = 128  # context in tokens for the estimated speed
@@ -175,7 +175,7 @@ def estimate_vram(manifest: Manifest, free_mb: int | None, limit: int | None, *,
 
 def estimate_speed(manifest: Manifest, device: str | None, bandwidth: float) -> Speed:
     """Return the speed from costs measured with default flags, else plain decoding's bound."""
-    known = recall(CostKey.of(manifest, device, None))
+    known = recall_default(manifest, device)
     if known is None:
         return Speed(round(bandwidth * 1e9 / manifest.files[TARGET_WEIGHTS].size, 1))
     return measured_speed(known.costs, known.date, manifest)

@@ -150,7 +150,7 @@ def call_ms(facts: DrafterFacts, gpu: GpuModel, rows: int, chain_us: float, read
 
 
 def _measured(manifest: Manifest) -> Measured | None:
-    """Return the kept costs of this machine, of which the target's part counts."""
+    """Return the kept costs of this CPU alone, of which the target's part counts."""
     files = manifest.drafter.files if manifest.drafter else {}
     devices: list[str | None] = [device for device in ("cpu", "cuda") if device in files]
     devices = devices or [None]
@@ -182,7 +182,7 @@ def rows(found: Prediction, pair: str) -> list[tuple[str, str]]:
         said.append(f"the drafter {found.vram.said}")
         said.append(f"a call takes {call.ms} ms ({call.kernels} kernels, {call.read_mb} MiB read)")
     if found.call and not (found.slowest and found.fastest):
-        said.append(f"a speed needs the target's costs on this machine: {tune_command(pair)} measures them")
+        said.append(f"a speed needs the target's costs on this CPU: {tune_command(pair)} --gpu-layers 0 measures them")
     if found.slowest and found.fastest and found.slowest.tree and found.fastest.tree and found.tokens_per_s:
         slow, fast = found.slowest.tree, found.fastest.tree
         draft, pays = Range(fast.draft_ms, slow.draft_ms), Range(fast.acceptance_length, slow.acceptance_length)

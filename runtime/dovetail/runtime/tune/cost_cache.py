@@ -19,6 +19,7 @@ from dovetail.runtime.pair.layout import TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, parse_record
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
+from dovetail.runtime.target.layers.choose import own_layers
 from dovetail.runtime.target.paged import REQUIRED, default_properties
 
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
@@ -182,6 +183,16 @@ def _choice_file(manifest: Manifest, threads: int | None) -> Path:
     weights = manifest.files[TARGET_WEIGHTS].sha256 if TARGET_WEIGHTS in manifest.files else manifest.name
     facts = [weights, threads, cpu.model, cpu.usable, list(cpu.instruction_sets), here.versions().get("openvino")]
     return cache_file("properties", json.dumps(facts))
+
+
+def recall_default(manifest: Manifest, device: str | None) -> Measured | None:
+    """Return the costs measured with default flags and this device of the drafter, or None.
+
+    If the pair's own number of layers does not open on the GPU, costs of all layers on the CPU hold.
+    """
+    layers = own_layers(manifest.target.gpu_layers)
+    kept = (recall(CostKey.of(manifest, device, None, layers=each)) for each in dict.fromkeys((layers, None)))
+    return next(filter(None, kept), None)
 
 
 def recall(key: CostKey) -> Measured | None:

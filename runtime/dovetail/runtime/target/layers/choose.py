@@ -36,6 +36,16 @@ def check_layers(given: int | str | None, drafter_device: str, vram: int | None)
         raise InputError("--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or a number of layers")
 
 
+def own_layers(own: str) -> tuple[int, str] | None:
+    """Return how many first layers default flags put on which device by a pair's own number; None for none."""
+    if not (count := read_count(own)):  # "auto" needs a limit
+        return None
+    try:
+        return count, layer_device(AUTO).key
+    except DeviceError:
+        return None
+
+
 def layer_device(drafter_device: str) -> LayerDevice:
     """Return the device for layers: the drafter's, or the first that works. Raises DeviceError."""
     if drafter_device == "cuda":
