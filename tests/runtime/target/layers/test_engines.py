@@ -266,7 +266,7 @@ def test_times_of_a_device_that_fails_are_not_kept_as_the_cpu_s(
     with Engine.from_pretrained(tiny_full_pair, gpu_layers=1) as engine:
         assert engine.target_device == "CPU" and device.downloads > 34
     [kept] = (json.loads(file.read_text()) for file in (tmp_path / "costs").iterdir())
-    assert kept["key"]["layers"] is None and np.max(kept["costs"]["target"]["ms"]) < 60
+    assert kept["key"]["layers"] is None and np.median(kept["costs"]["target"]["ms"]) < 60
 
 
 def test_the_pair_s_own_number_is_the_default(device: Device, tiny_full_pair: Path, tmp_path: Path) -> None:
