@@ -300,7 +300,7 @@ def replay(
 class ReplayTarget:
     """Target that goes on with the recorded answer, in one sequence."""
 
-    device, max_context, room, bus_bytes = "record", 1 << 20, 1 << 20, 0
+    device, max_context, room, bus_bytes, largest_tree = "record", 1 << 20, 1 << 20, 0, None
 
     def __init__(self, each: Record, clock: Clock) -> None:
         self.text, self.clock = (*each.prompt, *each.answer, 0), clock

@@ -72,7 +72,7 @@ class BatchEngine:
         check_whole("slots", slots, InputError, "give answers at a time, e.g. 8", most=MOST)
         check_whole("queue", queue, InputError, "give requests that may wait, e.g. 64", least=0, most=MOST)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
-        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
+        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter, target.largest_tree)
         self._batch = SequenceBatch(target, slots, drafter, scheduler, share_prefixes=True)
         self._memory = target.room
         self._drafter, self.slots, self.queue = drafter, slots, queue

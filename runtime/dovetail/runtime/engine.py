@@ -51,7 +51,7 @@ class Engine:
         """
         check_lookup_cache(lookup_cache)
         limits = tree or (BOUNDS if scheduler else TreeLimits())
-        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter)
+        self._front = Front(tokenizer, target.max_context, limits, scheduler, stop_tokens, drafter, target.largest_tree)
         self._drafter = drafter
         self._closed_device = target.device  # once closed
         self._sequence: Sequence | None = Sequence(target, drafter, lookup_cache=lookup_cache)

@@ -23,7 +23,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.text.encoding import Prompt, TextTokenizer, encode_prompt
 from dovetail.runtime.text.stop_strings import StopFilter, check_stop_strings
 from dovetail.runtime.text.tokenizer import Tokenizer
-from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.limits import LargestTree, TreeLimits
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -116,8 +116,10 @@ class Front:
         scheduler: Policy | None,
         stop_tokens: Iterable[int] | None,
         drafter: Drafter | None,
+        largest_tree: LargestTree | None,
     ) -> None:
-        self._most_children = drafter.top_k if drafter else None
+        """largest_tree: that the target takes, None for any."""
+        self._most_children, self._largest_tree = drafter.top_k if drafter else None, largest_tree
         self.tokenizer, self.max_context, self.tree, self.scheduler = tokenizer, max_context, tree, scheduler
         self.stop_tokens = frozenset(tokenizer.eos_token_ids if stop_tokens is None else stop_tokens)
         self._constraints: Constraints | None = None  # made when the first grammar comes
@@ -145,6 +147,9 @@ class Front:
             raise InputError(f"tree top_k {tree.top_k} exceeds the drafter's {self._most_children}: lower it")
         if tree and tree.width > MOST_WIDTH:
             raise InputError(f"tree width {tree.width} is out of range: give {MOST_WIDTH} or less")
+        limits = (tree or self.tree) if speculate else None
+        if limits and self._largest_tree:
+            self._largest_tree.check(limits)
         stops, params = check_stop_strings(stop), SamplingParams(**sampling).seeded()
         for token in dict(params.logit_bias):
             if not self.tokenizer.has_token(token):
@@ -154,7 +159,7 @@ class Front:
             max_new_tokens=max_new_tokens,
             sampling=params,
             stop_tokens=self.stop_tokens,
-            limits=(tree or self.tree) if speculate else None,
+            limits=limits,
             scheduler=self.scheduler if speculate and tree is None else None,
             constraint=self._checked(constraint),
             logprobs=logprobs,

@@ -25,6 +25,7 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
+from dovetail.runtime.target.layers.attention import LARGEST_TREE
 from dovetail.runtime.target.layers.choose import check_layers, layer_device, read_count
 from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans
 from dovetail.runtime.target.layers.take import TakeLayers
@@ -99,6 +100,8 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
         pair, read, options.gpu_layers, drafter_device=options.drafter_device, vram=options.vram, fit=options.fit,
         texts=options.slots, threads=options.threads,
     )  # fmt: skip
+    if take and options.tree:
+        LARGEST_TREE.check(options.tree)
     if not take and options.draft_model is None and (options.drafter_device in GPUS or options.vram is not None):
         _ = manifest.needed_drafter  # raises before seconds of loading
     own, model = None, None

@@ -166,6 +166,7 @@ def test_forced_tokens_join_below_any_node_and_are_certain_there() -> None:
     assert constrained(tree, matcher, 4).tokens.tolist() == [0, 1, 2, 3]
     endless = ScriptedConstraint(lambda text: [2]).begin()
     assert constrained(DraftTree.root(7), endless, 6).tokens.tolist() == [7, 2, 2, 2, 2, 2]
+    assert constrained(DraftTree.root(7), endless, 6, deepest=3).tokens.tolist() == [7, 2, 2, 2]
     assert matcher.text == endless.text == ()
 
 

@@ -6,11 +6,11 @@ from dovetail.runtime.sampling.constraint import Matcher
 from dovetail.runtime.tree.draft_tree import DraftTree, best_tree
 
 
-def constrained(tree: DraftTree, matcher: Matcher, width: int) -> DraftTree:
+def constrained(tree: DraftTree, matcher: Matcher, width: int, deepest: int | None = None) -> DraftTree:
     """Return the best `width` nodes of `tree` without tokens that the grammar refuses, and with those that it forces.
 
     A forced token is as probable as the node above it. Forced tokens join the tree below any node.
-    matcher: stands at the root, and returns there.
+    matcher: stands at the root, and returns there. deepest: the most levels below the root, None for any.
     """
     tokens, own = tree.tokens.tolist(), tree.logprobs.tolist()
     children: list[list[int]] = [[] for _ in tokens]
@@ -42,5 +42,6 @@ def constrained(tree: DraftTree, matcher: Matcher, width: int) -> DraftTree:
             kept.append(child)
             parents.append(place)
             logprobs.append(logprob)
-            path.append((len(kept) - 1, iter(candidates(len(kept) - 1))))
+            ends = deepest is not None and len(path) >= deepest  # the child's depth is len(path)
+            path.append((len(kept) - 1, iter(() if ends else candidates(len(kept) - 1))))
     return best_tree([tokens[node] for node in kept], parents, logprobs, width - 1)

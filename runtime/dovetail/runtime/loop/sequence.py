@@ -358,14 +358,15 @@ class Sequence:
             return self._constrained(graft(tree, self._found, 2 * limits.width), limits.width)
         root = DraftTree.root(int(tree.tokens[0]))
         chains = [tree, *(graft(root, [found], limits.width) for found in self._found)]
-        chains = [self._constrained(chain, limits.width) for chain in chains] if self.matcher else chains
+        chains = [self._constrained(chain, limits.width, chain=True) for chain in chains] if self.matcher else chains
         return max(chains, key=lambda chain: chain.expected_length)  # a chain stays a chain: the best of all
 
-    def _constrained(self, tree: DraftTree, width: int) -> DraftTree:
+    def _constrained(self, tree: DraftTree, width: int, *, chain: bool = False) -> DraftTree:
         """Return `tree` as the grammar allows and forces it, the root alone if the grammar fails on a path."""
         assert self.matcher and self.request and self.request.constraint
         try:
-            return constrained(tree, self.matcher, width)
+            largest = None if chain else self.target.largest_tree  # a chain may be longer
+            return constrained(tree, self.matcher, width, largest.depth if largest else None)
         except InputError:  # the target may take another path
             self.matcher = self.request.constraint.begin()
             for token in self.tokens[len(self.request.prompt) :]:

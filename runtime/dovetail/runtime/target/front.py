@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.system.arrays import SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import LargestTree
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -37,6 +38,7 @@ class Front(Protocol):
     count: int  # layers
     device: str  # its name
     device_key: str  # "cuda", "webgpu" or "cpu"
+    largest_tree: LargestTree
 
     @property
     def bus_bytes(self) -> int:

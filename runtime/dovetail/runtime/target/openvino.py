@@ -33,6 +33,7 @@ from dovetail.runtime.target.front import Front, FrontPass, Take
 from dovetail.runtime.target.paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import LargestTree
 
 # OpenVINO prepares its kernels for each size of a pass and keeps them. Prompts therefore use few
 # sizes.
@@ -327,6 +328,11 @@ class OpenVINOTarget:
     def layers(self) -> tuple[int, str] | None:
         """The number of layers that run elsewhere, and the key of their device; None if none does."""
         return (self._front.count, self._front.device_key) if self._front else None
+
+    @property
+    def largest_tree(self) -> LargestTree | None:
+        """See Target."""
+        return self._front.largest_tree if self._front else None
 
     @property
     def bus_bytes(self) -> int:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
+from dovetail.runtime.tree.limits import LargestTree
 
 NO_PROMPTS: Mapping[SequenceId, TokenArray] = MappingProxyType({})
 
@@ -47,6 +48,10 @@ class Target(Protocol):
     @property
     def bus_bytes(self) -> int:
         """Return the bytes moved so far between host and a device of first layers, both ways; 0 without them."""
+
+    @property
+    def largest_tree(self) -> LargestTree | None:
+        """Return the largest tree that passes take now, None for any."""
 
     def open(self) -> SequenceId:
         """Return the number of a new, empty sequence."""

@@ -22,7 +22,7 @@ from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
-from dovetail.runtime.tree.limits import TreeLimits
+from dovetail.runtime.tree.limits import LargestTree, TreeLimits
 
 Prefix = tuple[int, ...]
 LogitsOf = Callable[[Prefix], FloatArray]  # token ids so far -> [V]
@@ -57,6 +57,7 @@ class ScriptedTarget:
     """A target whose logits are a function of the tokens so far; implements Target."""
 
     device, bus_bytes = "scripted", 0
+    largest_tree: LargestTree | None = None
 
     def __init__(self, logits_of: LogitsOf, max_context: int = 4096, memory: int = 1 << 30) -> None:
         """memory: tokens of all sequences."""

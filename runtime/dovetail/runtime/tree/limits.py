@@ -1,4 +1,4 @@
-"""Limits for the growth of a draft tree."""
+"""Limits for draft trees: of their growth, and of what a target takes."""
 
 from __future__ import annotations
 
@@ -24,3 +24,21 @@ class TreeLimits:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise InputError(f"tree {name} {value!r} is out of range: give a whole number, {low} or more")
+
+
+@dataclass(frozen=True)
+class LargestTree:
+    """The largest tree that a target takes. A chain may be longer."""
+
+    nodes: int
+    depth: int
+
+    def check(self, limits: TreeLimits) -> None:
+        """Raise InputError for limits that let trees grow larger."""
+        depth = min(max(limits.depth, limits.lookup), limits.width - 1)
+        if limits.top_k > 1 and (limits.width > self.nodes or depth > self.depth):
+            raise InputError(
+                f"trees of {limits.width} nodes and depth {depth} are too large for layers on the GPU, which take "
+                f"{self.nodes} nodes and a depth of {self.depth}: lower --width, --depth or --lookup, or give "
+                "--gpu-layers 0"
+            )

@@ -353,6 +353,34 @@ def test_without_onnx_one_line_names_the_extras_that_have_it(
     assert len(wanted) == 1 and len(wanted.pop()) == 1
 
 
+@pytest.mark.parametrize("tree", [TreeLimits(33, 32, 3), TreeLimits(40, 4, 3, lookup=32)])
+def test_trees_that_may_grow_too_large_are_refused_before_a_text(
+    device: Device, tiny_full_pair: Path, tree: TreeLimits
+) -> None:
+    with pytest.raises(InputError, match=r"trees of .* are too large for layers on the GPU, .* or give --gpu-layers 0"):
+        Engine.from_pretrained(tiny_full_pair, tree=tree, gpu_layers=1)
+    with Engine.from_pretrained(tiny_full_pair, tree=TREE, gpu_layers=1) as engine:
+        with pytest.raises(InputError, match="are too large for layers on the GPU"):
+            engine.stream(PROMPT, 4, raw=True, tree=tree)
+        engine.tree = tree
+        with pytest.raises(InputError, match="are too large for layers on the GPU"):
+            engine.stream(PROMPT, 4, raw=True)
+        assert len(text(engine, PROMPT, 4, tree=TreeLimits(32, 40, 3, lookup=40))) == 4  # 32 nodes are no deeper
+        assert len(text(engine, PROMPT, 4, tree=TreeLimits(40, 40, 1))) == 4  # a chain
+    with pytest.raises(InputError, match="trees of 129 nodes and depth 4 are too large"):  # without a drafter
+        FirstLayers.largest_tree.check(TreeLimits(129, 4, 3, lookup=0))
+    assert device.downloads
+
+
+def test_trees_that_a_grammar_makes_deep_fit_the_layers(device: Device, tiny_full_pair: Path) -> None:
+    with Engine.from_pretrained(tiny_full_pair, tree=TreeLimits(60, 3, 5, lookup=0), gpu_layers=1) as engine:
+        grammar = engine.constraint(regex="[ -~]{3}X{50}[a-z]{5}")
+        plain = text(engine, PROMPT, 60, constraint=grammar, speculate=False)
+        assert text(engine, PROMPT, 60, constraint=grammar) == plain
+        assert text(engine, PROMPT, 60, constraint=grammar, tree=TreeLimits(60, 3, 1, lookup=0)) == plain
+    assert device.downloads
+
+
 # --- memory
 
 

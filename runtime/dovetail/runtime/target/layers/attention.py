@@ -24,12 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.target.layers.builder import Builder
+from dovetail.runtime.tree.limits import LargestTree
 
 ROWS = 32  # of each call: as many as the scheduler's trees have nodes
 NODES = 128  # of a tree, root included
 STEP = 32  # positions by which `begin` moves
 TAIL = 2 * STEP  # tokens
 DEPTH = STEP - 1  # levels of a tree below its root
+LARGEST_TREE = LargestTree(NODES, DEPTH)
 MOVES = 32  # rows of KV that a call moves
 LEAST_PREFIX = 256  # slots of the first part
 AWAY = -1e30  # added to scores of slots that a row may not see

@@ -18,7 +18,7 @@ from dovetail.runtime.errors import InputError
 from dovetail.runtime.system.arrays import SequenceId, TokenArray, common_prefix
 from dovetail.runtime.target.front import FrontPass
 from dovetail.runtime.target.graph import HIDDEN, MIXED
-from dovetail.runtime.target.layers.attention import DEPTH, NODES, ROWS, begin, prefixes
+from dovetail.runtime.target.layers.attention import LARGEST_TREE, ROWS, begin, prefixes
 from dovetail.runtime.target.layers.device import LayerDevice
 from dovetail.runtime.target.layers.session import Call, LayerSession
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -38,6 +38,8 @@ class _Text:
 
 class FirstLayers:
     """The target's first layers on a device; implements Front."""
+
+    largest_tree = LARGEST_TREE
 
     def __init__(self, session: LayerSession, count: int, device: LayerDevice) -> None:
         """count: of layers."""
@@ -166,10 +168,11 @@ class FirstLayers:
 
     def _tree(self, text: _Text, length: int, tree: DraftTree) -> FrontPass:
         depths = tree.depths()
-        if len(tree) > NODES or depths.max() > DEPTH:
+        if len(tree) > LARGEST_TREE.nodes or depths.max() > LARGEST_TREE.depth:
             raise InputError(
                 f"a tree of {len(tree)} nodes and depth {depths.max()} is too large for layers on the GPU, which take "
-                f"{NODES} nodes and a depth of {DEPTH}: lower --width or --depth, or leave out --gpu-layers"
+                f"{LARGEST_TREE.nodes} nodes and a depth of {LARGEST_TREE.depth}: lower --width or --depth, or "
+                "leave out --gpu-layers"
             )
         parents = np.maximum(tree.parents, 0)
         positions, slots = length + depths, length + np.arange(len(tree))
