@@ -207,7 +207,7 @@ def test_without_flags_the_pair_decides(invoke, pair, opener) -> None:
     ("flags", "message"),
     [
         ("--gpu-layers some", "gpu layers 'some' is no number of layers: give 0, 1, 2 ..., or auto"),
-        ("-ngl auto", "--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or a number of layers"),
+        ("-ngl auto", "--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or --gpu-layers K"),
         ("-ngl 3 --drafter-device cpu", "--gpu-layers 3 runs on CUDA or WebGPU, not beside --drafter-device cpu: give "
          "--drafter-device cuda or webgpu, or leave out --gpu-layers"),
     ],

@@ -26,7 +26,7 @@ from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
 from dovetail.runtime.target.layers.attention import LARGEST_TREE
-from dovetail.runtime.target.layers.choose import check_layers, layer_device, read_count
+from dovetail.runtime.target.layers.choose import FLAG, check_layers, layer_device, read_count, takes_layers
 from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -69,7 +69,7 @@ class LoadOptions:
         check_slowdown(self.max_slowdown)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_layers(self.gpu_layers, self.drafter_device, self.vram)
-        if not self.gpu_layers or read_count(self.gpu_layers) == 0:  # else these flags are those of the layers
+        if not takes_layers(self.gpu_layers):  # else these flags are those of the layers
             check_draft_model(self.draft_model, self.drafter_device, self.vram)
         if self.draft_model is not None and not isinstance(self.draft_model, str | Path):
             raise InputError(f"draft model {self.draft_model!r:.80} is no path: give the folder of a pair")
@@ -182,7 +182,7 @@ def first_layers(
     if (count := read_count(wished)) == 0 or (given is None and drafter_device in ("cpu", "openvino-gpu")):
         return None, vram
     try:
-        check_layers(wished, drafter_device, vram)
+        check_layers(wished, drafter_device, vram, "the pair's gpu_layers" if given is None else FLAG)
         device, found = layer_device(drafter_device), list[LayerPlan]()
         if vram is not None:
             found = plans(pair / TARGET_GRAPH, device, manifest.target.max_context, texts)

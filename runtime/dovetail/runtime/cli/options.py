@@ -28,7 +28,7 @@ from dovetail.runtime.sampling.constraint import Constraint, grammar_source
 from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
-from dovetail.runtime.target.layers.choose import check_layers, read_count
+from dovetail.runtime.target.layers.choose import check_layers, takes_layers
 from dovetail.runtime.text.prompts import read_text
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
@@ -75,7 +75,7 @@ class EngineFlags:
             check_whole("threads", self.threads, InputError, "give another number, or none", most=THREADS_MOST)
         check_limit(self.vram, self.fit, self.drafter_device)
         check_layers(self.gpu_layers, self.drafter_device, self.vram)
-        if not self.gpu_layers or read_count(self.gpu_layers) == 0:  # else these flags are those of the layers
+        if not takes_layers(self.gpu_layers):  # else these flags are those of the layers
             check_draft_model(self.draft_model, self.drafter_device, self.vram)
         TreeLimits(**self.tree_values())
         check_lookup_cache(self.lookup_cache)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.runtime.devices.work import Work
+from dovetail.runtime.devices.work import CPU_ALONE, Work
 from dovetail.runtime.errors import DeviceError, install_extra
 from dovetail.runtime.system.arrays import Bytes
 
@@ -49,10 +49,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-def cuda_problem() -> str | None:
+def cuda_problem(off: str = CPU_ALONE) -> str | None:
     """Return why CUDA cannot be used, with the remedy, or None if a device and all libraries work.
 
-    ONNX Runtime itself reports missing libraries only in its log.
+    off: the remedy without CUDA. ONNX Runtime itself reports missing libraries only in its log.
     """
     import onnxruntime as ort
 
@@ -61,7 +61,7 @@ def cuda_problem() -> str | None:
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
-        return f"no NVIDIA driver ({DRIVER} not found): install it, or let the drafter run on the CPU"
+        return f"no NVIDIA driver ({DRIVER} not found): install it, or {off}"
     count = ctypes.c_int(0)
     code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if code or not count.value:
@@ -72,7 +72,7 @@ def cuda_problem() -> str | None:
     if name and wanted == 13 and not runs_on(capability):
         return (
             f"{name} has compute capability {capability[0]}.{capability[1]}, for which this onnxruntime-gpu has no "
-            f"code (it has for {_supported()}): use --drafter-device cpu"
+            f"code (it has for {_supported()}): {off}"
         )
     if newest is not None and newest[0] < wanted:
         return f"the NVIDIA driver supports CUDA {newest[0]}, this onnxruntime-gpu needs {wanted}: update the driver"

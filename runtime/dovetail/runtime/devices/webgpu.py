@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.devices.ort import failures, run_failed
-from dovetail.runtime.devices.work import Work
+from dovetail.runtime.devices.work import CPU_ALONE, Work
 from dovetail.runtime.errors import DeviceError, install_extra, one_line
 from dovetail.runtime.system.arrays import Spec
 from dovetail.runtime.system.machine import package_versions
@@ -50,21 +50,21 @@ class Adapter(NamedTuple):
         return f"{self.name} (software)" if self.software else self.name
 
 
-def webgpu_problem(*, software: bool) -> str | None:
+def webgpu_problem(*, software: bool, off: str = CPU_ALONE) -> str | None:
     """Return why WebGPU cannot be used, with the remedy, or None if the plugin has an adapter.
 
-    software: whether an adapter may compute on the CPU if SOFTWARE allows that too.
+    software: whether an adapter may compute on the CPU if SOFTWARE allows that too. off: the remedy without WebGPU.
     """
     if problem := packages_problem():
         return problem
-    if sys.platform == "linux" and (problem := _vulkan_problem(software)):
+    if sys.platform == "linux" and (problem := _vulkan_problem(software, off)):
         return problem
     refused: tuple[type[Exception], ...] = (ImportError, *failures())
     try:
         register()
     except refused as error:
         return f"packages for WebGPU do not load ({one_line(error):.300}): {install_extra('webgpu')}"
-    return None if ep_devices() else "ONNX Runtime finds no GPU in this system: use --drafter-device cpu"
+    return None if ep_devices() else f"ONNX Runtime finds no GPU in this system: {off}"
 
 
 def plugin_version() -> str | None:
@@ -91,7 +91,7 @@ def packages_problem() -> str | None:
     )
 
 
-def _vulkan_problem(software: bool) -> str | None:
+def _vulkan_problem(software: bool, off: str) -> str | None:
     found = adapters()
     if found is None:
         return f"there is no Vulkan loader ({LOADER} not found): install libvulkan1 and the GPU's Vulkan driver"
@@ -99,7 +99,7 @@ def _vulkan_problem(software: bool) -> str | None:
         return "Vulkan shows no adapter: install the GPU's Vulkan driver, such as mesa-vulkan-drivers"
     if found[0].software and not (software and os.environ.get(SOFTWARE) == "1"):
         return (
-            f"{found[0].name} is no GPU, but computes on the CPU: use --drafter-device cpu; for a test, set "
+            f"{found[0].name} is no GPU, but computes on the CPU: {off}; for a test, set "
             f"{SOFTWARE}=1 and give --drafter-device webgpu"
         )
     return None
@@ -179,7 +179,7 @@ class WebGpuDevice:
 
     def __init__(self, work: Work, *, software: bool):
         """work: for the words of errors. software: see webgpu_problem."""
-        if problem := webgpu_problem(software=software):
+        if problem := webgpu_problem(software=software, off=work.off):
             raise DeviceError(problem)
         self.name, self._work = adapter_name() or PROVIDER, work
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+CPU_ALONE = "use --drafter-device cpu"  # the remedy of a drafter for a device that does not fit
+
 
 class Work(NamedTuple):
     """What a graph computes for a user, in the words of errors."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.devices.gpus import GPUS
-from dovetail.runtime.devices.work import Work
+from dovetail.runtime.devices.work import CPU_ALONE, Work
 from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray
 from dovetail.runtime.tree.draft_tree import DraftTree
@@ -25,7 +25,7 @@ DEVICES = ("auto", "cpu", *GPUS)  # what a user may ask for
 DRAFTING = Work(
     name="the drafter",
     again="export the drafter again",
-    off="use --drafter-device cpu",
+    off=CPU_ALONE,
     without="generate without speculation",
     less="shorten the drafter's context on a GPU with --vram SIZE --fit",
 )

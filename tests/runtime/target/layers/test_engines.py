@@ -20,13 +20,14 @@ import pytest
 pytest.importorskip("torch", reason="a pair is exported")
 
 from dovetail.runtime.batch_engine import BatchEngine
+from dovetail.runtime.devices.webgpu import Adapter
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import DeviceError, DovetailError, InputError
 from dovetail.runtime.load import first_layers
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_manifest
 from dovetail.runtime.system.arrays import Array
 from dovetail.runtime.target.layers.device import OrtDevice
-from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
+from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans, within
 from dovetail.runtime.target.layers.session import LayerSession
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.layers.texts import FirstLayers
@@ -291,6 +292,9 @@ def test_the_pair_s_own_number_needs_no_gpu(
         tiny_full_pair, wished, None, drafter_device="cuda", vram=vram, fit=False, texts=1, threads=None
     )
     assert found == (None, vram) and "all layers of the target run on the CPU: " in caplog.text
+    assert "--gpu-layers auto" not in caplog.text  # nobody gave the flag
+    if layers == "auto" and vram is None:
+        assert "the pair's gpu_layers auto takes what is left of a limit: give --vram SIZE too" in caplog.text
 
 
 def test_the_pair_s_own_number_needs_no_gpu_that_opens(
@@ -315,10 +319,15 @@ def test_the_pair_s_own_number_needs_no_gpu_that_opens(
     [
         ({"gpu_layers": "many"}, "gpu layers 'many' is no number of layers: give 0, 1, 2 ..., or auto"),
         ({"gpu_layers": -1}, "gpu layers -1 is no number"),
+        ({"gpu_layers": 10001}, "gpu layers 10001 are more than any target has: give 10000 or less, or auto"),
+        ({"gpu_layers": "9" * 5000}, "gpu layers 9{40} are more than any target has"),
         ({"gpu_layers": True}, "gpu layers True is no number"),
         ({"gpu_layers": 1, "drafter_device": "cpu"}, "runs on CUDA or WebGPU, not beside --drafter-device cpu: give"),
         ({"gpu_layers": 1, "drafter_device": "openvino-gpu"}, "not beside --drafter-device openvino-gpu: give"),
-        ({"gpu_layers": "auto"}, "--gpu-layers auto takes what is left of a limit: give --vram SIZE too"),
+        (
+            {"gpu_layers": "auto"},
+            "--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or --",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(
@@ -329,13 +338,27 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("device_name", ["cuda", "webgpu"])
+def test_a_gpu_that_is_missing_for_layers_has_a_remedy_for_layers(
+    tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch, device_name: str
+) -> None:
+    monkeypatch.setattr("dovetail.runtime.devices.cuda.DRIVER", "libnone.so")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("dovetail.runtime.devices.webgpu.adapters", lambda: (Adapter("llvmpipe", software=True),))
+    monkeypatch.setattr("dovetail.runtime.devices.webgpu.packages_problem", lambda: None)
+    monkeypatch.delenv("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", raising=False)
+    with pytest.raises(DeviceError, match="leave out --gpu-layers, or give --gpu-layers 0") as told:
+        Engine.from_pretrained(tiny_full_pair, gpu_layers=1, drafter_device=device_name)
+    assert "let the drafter" not in str(told.value) and "--drafter-device cpu" not in str(told.value)
+
+
 def test_without_a_gpu_one_line_says_what_is_missing(tiny_full_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = "dovetail.runtime.target.layers.choose"
-    monkeypatch.setattr(f"{choose}.cuda_problem", lambda: "no NVIDIA driver")
-    monkeypatch.setattr(f"{choose}.webgpu_problem", lambda software: "no Vulkan loader")
+    monkeypatch.setattr(f"{choose}.cuda_problem", lambda off: f"no NVIDIA driver: install it, or {off}")
+    monkeypatch.setattr(f"{choose}.webgpu_problem", lambda software, off: f"no Vulkan loader: install it, or {off}")
     with pytest.raises(
         DeviceError,
-        match=r"--gpu-layers finds no GPU \(no CUDA: no NVIDIA driver; no WebGPU: no Vulkan loader\): leave",
+        match=r"no GPU for the target's first layers \(no CUDA: .*leave out --gpu-layers, .*; no WebGPU: .*\): give",
     ):
         Engine.from_pretrained(tiny_full_pair, gpu_layers=1)
 
@@ -417,9 +440,7 @@ def test_auto_takes_what_the_drafter_leaves(
 
     assert taken("auto", 10**9 + found) == (1, 10**9) == taken(1, 10**9 + found)
     for given in ("auto", 1):
-        with pytest.raises(
-            DeviceError, match=r"1 layer: .* do not fit .* beside the drafter: give --gpu-layers 0 or a"
-        ):
+        with pytest.raises(DeviceError, match=r"1 layer: .* exceed .* beside the drafter: give --gpu-layers 0 or a"):
             taken(given, 10**9 + found - 1)
 
 
@@ -445,6 +466,12 @@ def test_the_most_layers_that_fit_are_taken() -> None:
     assert [each and each.count for each in (within(found, room) for room in (114, 115, 314, 315, 999))] == [
         None, 1, 2, 3, 3,
     ]  # fmt: skip
+
+
+def test_a_target_of_one_layer_has_none_for_a_gpu() -> None:
+    with pytest.raises(DeviceError, match="this target has one layer, which the CPU runs: give --gpu-layers 0"):
+        fitting([], None, 10**9, "")
+    assert fitting([], 1, 10**9, "") == 1  # TakeLayers refuses it
 
 
 def test_a_target_alone_can_have_layers_elsewhere(tiny_pair: Path) -> None:

@@ -6,9 +6,9 @@ from dovetail.runtime.devices.cuda import cuda_problem
 from dovetail.runtime.devices.gpus import GPUS
 from dovetail.runtime.devices.webgpu import webgpu_problem
 from dovetail.runtime.errors import DeviceError, InputError
-from dovetail.runtime.target.layers.device import LayerDevice, OrtDevice, WebGpuLayers
+from dovetail.runtime.target.layers.device import WORK, LayerDevice, OrtDevice, WebGpuLayers
 
-AUTO = "auto"
+AUTO, FLAG = "auto", "--gpu-layers"
 MOST = 10_000  # layers
 
 
@@ -17,23 +17,32 @@ def read_count(given: int | str) -> int | None:
     if given == AUTO:
         return None
     text = str(given)
-    if isinstance(given, bool) or not (text.isascii() and text.isdigit() and int(text) <= MOST):
+    if isinstance(given, bool) or not (text.isascii() and text.isdigit()):
         raise InputError(f"gpu layers {given!r:.40} is no number of layers: give 0, 1, 2 ..., or auto")
+    if len(text.lstrip("0")) > len(str(MOST)) or int(text) > MOST:
+        raise InputError(f"gpu layers {text:.40} are more than any target has: give {MOST} or less, or auto")
     return int(text)
 
 
-def check_layers(given: int | str | None, drafter_device: str, vram: int | None) -> None:
-    """Raise InputError for layers beside flags that allow none. given: None for the pair's own number."""
+def takes_layers(given: int | str | None) -> bool:
+    """Return whether a user asks for layers on a GPU. Raises InputError."""
+    return given is not None and read_count(given) != 0
+
+
+def check_layers(
+    given: int | str | None, drafter_device: str, vram: int | None, name: str = FLAG
+) -> None:  # fmt: skip
+    """Raise InputError for layers beside flags that allow none. given: None for the pair's own number. name: its."""
     count = read_count(given) if given is not None else 0
     if count == 0:
         return
     if drafter_device in ("cpu", "openvino-gpu"):
         raise InputError(
-            f"--gpu-layers {given} runs on CUDA or WebGPU, not beside --drafter-device {drafter_device}: give "
+            f"{name} {given} runs on CUDA or WebGPU, not beside --drafter-device {drafter_device}: give "
             "--drafter-device cuda or webgpu, or leave out --gpu-layers"
         )
     if count is None and vram is None:
-        raise InputError("--gpu-layers auto takes what is left of a limit: give --vram SIZE too, or a number of layers")
+        raise InputError(f"{name} auto takes what is left of a limit: give --vram SIZE too, or --gpu-layers K")
 
 
 def own_layers(own: str) -> tuple[int, str] | None:
@@ -52,11 +61,11 @@ def layer_device(drafter_device: str) -> LayerDevice:
         return OrtDevice.cuda()
     if drafter_device == "webgpu":
         return WebGpuLayers(software=True)
-    problems = {"cuda": cuda_problem()}
+    problems = {"cuda": cuda_problem(WORK.off)}
     if problems["cuda"] is None:
         return OrtDevice.cuda()
-    problems["webgpu"] = webgpu_problem(software=False)
+    problems["webgpu"] = webgpu_problem(software=False, off=WORK.off)
     if problems["webgpu"] is None:
         return WebGpuLayers(software=False)
     reasons = "; ".join(f"no {GPUS[gpu]}: {problem}" for gpu, problem in problems.items())
-    raise DeviceError(f"--gpu-layers finds no GPU ({reasons}): leave it out, or give --gpu-layers 0")
+    raise DeviceError(f"no GPU for the target's first layers ({reasons}): give --gpu-layers 0")

@@ -74,7 +74,7 @@ class OrtDevice:
     @classmethod
     def cuda(cls) -> OrtDevice:
         """Return the first CUDA device. Raises DeviceError."""
-        if problem := cuda_problem():
+        if problem := cuda_problem(WORK.off):
             raise DeviceError(problem)
         preload()
         options = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}  # TF32 rounds to 10 bits

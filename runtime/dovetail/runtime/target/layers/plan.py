@@ -103,11 +103,15 @@ def fitting(found: Sequence[LayerPlan], count: int | None, room: int, taken: str
 
     Raises DeviceError if not so many fit, or none. More layers than the target has are left to others.
     """
+    if not found:
+        if count is None:
+            raise DeviceError("this target has one layer, which the CPU runs: give --gpu-layers 0")
+        return count
     best = within(found, room)
     wanted = best if count is None else found[min(count, len(found)) - 1]
     if wanted and wanted.total <= room:
         return count or wanted.count
     raise DeviceError(
-        f"{wanted or found[0]} do not fit {mib(max(room, 0))} MiB of VRAM{taken}: give --gpu-layers "
+        f"{wanted or found[0]} exceed {mib(max(room, 0))} MiB of VRAM{taken}: give --gpu-layers "
         f"{best.count if best else 0} or a larger --vram"
     )
