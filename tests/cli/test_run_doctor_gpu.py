@@ -356,21 +356,22 @@ def test_layers_of_the_target_are_predicted_within_a_limit(
     assert json.loads(invoke(*ask[:4], "--json").stdout)["prediction"]["layers"] is None
 
 
+@pytest.mark.parametrize(("weights", "most"), [("int8", 90.0), ("int4", 170.0), ("fp32", 10.0)])
 def test_a_larger_layer_takes_longer_the_more_it_is_copied(
-    monkeypatch: pytest.MonkeyPatch, tiny_full_pair: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_full_pair: Path, weights: str, most: float
 ) -> None:
     """Ten of twenty layers of 100 MB, after an embedding of 100 MB, at 100 GB/s."""
     megabytes = [LayerPlan(count, (100 + 100 * count) * 10**6, 0, 0, 10**8, 0) for count in range(1, 20)]
     monkeypatch.setattr(predict_layers, "plans", lambda *_: megabytes)
     monkeypatch.setattr(predict_layers, "drafter_bytes", lambda *_, **__: 0)
     manifest = read_manifest(tiny_full_pair)
-    manifest = replace(manifest, target=replace(manifest.target, num_layers=20))
+    manifest = replace(manifest, target=replace(manifest.target, num_layers=20, weight_format=weights))
     slow = replace(find_gpu("RTX 4060 8GB"), bandwidth=100.0)
     found = predict_layers.predict_layers(tiny_full_pair, manifest, slow, 1100 * 10**6, COSTS)
-    assert found.plan == megabytes[9] and found.call_ms == Range(10.0, 90.0)
+    assert found.plan == megabytes[9] and found.call_ms == Range(10.0, most)
     plain = COSTS.target.at(CONTEXT, 1)
     left = plain * (1 - 1000 / 2100)  # the head reads 100 MB too
-    assert found.pass_ms == Range(round(left + 10, 2), round(left + 90, 2))
+    assert found.pass_ms == Range(round(left + 10, 2), round(left + most, 2))
 
 
 def test_layers_that_do_not_fit_are_told_so(invoke, tiny_full_pair: Path) -> None:

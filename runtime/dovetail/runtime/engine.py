@@ -79,7 +79,7 @@ class Engine:
 
         drafter_device: "cuda", "webgpu", "openvino-gpu", "cpu", or "auto" for a GPU that is quicker than the CPU.
         If the GPU fails later, the drafter moves to the CPU, with a warning in the log. vram: bytes
-        of the GPU that the drafter may take, or "3GB"; None for the pair's own limit. fit: its
+        of the GPU for the drafter and the gpu_layers, or "3GB"; None for the pair's own limit. fit: its
         context may shrink to that. threads: of each engine, None for the engines' choice.
         tree: every tree grows to these limits. None shapes each tree by its cost and worth here.
         The first opening then measures the machine for some seconds, and reports to `progress`.

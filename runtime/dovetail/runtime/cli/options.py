@@ -225,11 +225,11 @@ def device_options(command: Command) -> Command:
 
 
 def vram_options(command: Command) -> Command:
-    """Flags of the drafter's GPU memory: vram in bytes, fit."""
+    """Flags of GPU memory: vram in bytes, fit."""
     return _apply(
         command,
         click.option("--vram", callback=read_size, metavar="SIZE",
-                     help="GPU memory that the drafter may take, e.g. 3GB.  [default: what the pair says]"),
+                     help="GPU memory for the drafter and the --gpu-layers, e.g. 3GB.  [default: what the pair says]"),
         click.option("--fit", is_flag=True, help="Shorten the drafter's context on the GPU to fit --vram."),
     )  # fmt: skip
 

@@ -26,8 +26,8 @@ from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
 # and with a wait after each (https://developer.nvidia.com/blog/cuda-graphs/).
 LAUNCH_US = Range(3.8, 9.6)
 # Bytes that a call moves for a byte of weights: the kernels read them as they are, or CUDA's kernel writes and
-# reads a float32 copy of each INT8 matrix.
-MOVED = {"cuda": Range(1, 9), "webgpu": Range(1, 1)}
+# reads a float32 copy of each matrix: 8 bytes for a weight of 8 or 4 bits.
+COPIED = {"int8": 9, "int4": 17}
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def predict_layers(
     if best is None:
         return LayersPrediction(way, "no layer fits beside the drafter")
     read = best.weights - best.embedding  # rows of the embedding hardly count
+    moved = Range(1, COPIED.get(manifest.target.weight_format, 1) if way == "cuda" else 1)
     times = [
-        best.kernels * launch / 1e3 + read * moved / (gpu.bandwidth * 1e6)
-        for launch, moved in zip(LAUNCH_US, MOVED[way], strict=True)
+        best.kernels * launch / 1e3 + read * bytes_moved / (gpu.bandwidth * 1e6)
+        for launch, bytes_moved in zip(LAUNCH_US, moved, strict=True)
     ]
     call = Range(*(round(ms, 2) for ms in times))
     if costs is None:
