@@ -25,6 +25,7 @@ from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.policy.estimates import check_slowdown
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.system.progress import Progress
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.layers.attention import LARGEST_TREE
 from dovetail.runtime.target.layers.choose import FLAG, check_layers, layer_device, read_count, takes_layers
 from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans
@@ -185,7 +186,8 @@ def first_layers(
         check_layers(wished, drafter_device, vram, "the pair's gpu_layers" if given is None else FLAG)
         device, found = layer_device(drafter_device), list[LayerPlan]()
         if vram is not None:
-            found = plans(pair / TARGET_GRAPH, device, manifest.target.max_context, texts)
+            mix = FeatureMix.of_pair(pair, manifest)
+            found = plans(pair / TARGET_GRAPH, device, manifest.target.max_context, texts, mix)
             room = vram - drafter_bytes(device.key, pair, manifest, vram, fit=fit)
             count = fitting(found, count, room, " beside the drafter")
     except (DeviceError, InputError) as error:

@@ -86,6 +86,8 @@ def test_reference_pair_from_the_package_index(
     assert (manifest.target.gpu_layers, with_layers.target.gpu_layers) == ("0", "auto")
     with pytest.raises(InputError, match="gpu layers 'some' is no number of layers"):
         build_reference_pair("tiny", checkpoint=tiny_drafter, gpu_layers="some", resume=True)
+    with pytest.raises(InputError, match="--gpu-layers 2 leaves no layer to the CPU: this target has 2, give 1 or"):
+        build_reference_pair("tiny", checkpoint=tiny_drafter, gpu_layers="2", resume=True)
 
 
 def test_wheel_that_was_not_pinned_is_refused(index: Path, tiny_drafter: Path, own_cache: Path) -> None:

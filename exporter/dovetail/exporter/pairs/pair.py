@@ -23,7 +23,7 @@ from dovetail.runtime.pair.files import cache_dir, sha256_file
 from dovetail.runtime.pair.layout import CALIBRATION_NAME, TOKENIZER
 from dovetail.runtime.pair.manifest import DrafterFacts, Manifest, parse_record
 from dovetail.runtime.system.progress import Progress, silent
-from dovetail.runtime.target.layers.choose import read_count
+from dovetail.runtime.target.layers.choose import check_count, read_count
 
 if TYPE_CHECKING:
     from dovetail.models.formats.registry import Checkpoint
@@ -51,12 +51,14 @@ def build_reference_pair(
     Raises InputError (unknown name), SourceError, IntegrityError or ExportError, and leaves `out`
     unchanged.
     """
-    read_count(gpu_layers)  # raises before minutes of work
+    layers = read_count(gpu_layers)  # raises before minutes of work
     reference, options = find_reference(name), options or TargetOptions()
     checkpoint = checkpoint or shipped_drafter(reference)
     with PairBuild(out or default_folder(name), resume=resume, force=force, progress=progress) as build:
         source, came_from = fetch_target(reference, origin, progress)
         target = build_target(build, source, options)
+        if layers is not None:
+            check_count(layers, target.num_layers)
         found = _find_checkpoint(checkpoint)
         drafter = build_drafter(build, found)
         provenance = {

@@ -23,6 +23,7 @@ from dovetail.runtime.pair.layout import DEVICES, TARGET_GRAPH, TARGET_WEIGHTS
 from dovetail.runtime.pair.manifest import Manifest, read_manifest
 from dovetail.runtime.policy.calibration import pair_calibration
 from dovetail.runtime.system.machine import mib
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.layers.device import KINDS
 from dovetail.runtime.target.layers.plan import Kind, plans, within
 from dovetail.runtime.tune.cost_cache import Measured, properties_line, recall_default, target_properties
@@ -108,7 +109,8 @@ def _gpu_memory(folder: Path, manifest: Manifest, vram: int | None, fit: bool) -
 def _layer_memory(folder: Path, manifest: Manifest, gpu: str, kind: Kind, vram: int, fit: bool) -> dict[str, Any]:
     try:
         room = vram - drafter_bytes(gpu, folder, manifest, vram, fit=fit)
-        best = within(plans(folder / TARGET_GRAPH, kind, manifest.target.max_context, 1), room)
+        mix = FeatureMix.of_pair(folder, manifest)
+        best = within(plans(folder / TARGET_GRAPH, kind, manifest.target.max_context, 1, mix), room)
     except DovetailError as error:
         return {"problem": str(error)}
     if best is None:

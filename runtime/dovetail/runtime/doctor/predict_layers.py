@@ -19,6 +19,7 @@ from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.pair.layout import TARGET_GRAPH
 from dovetail.runtime.pair.manifest import Manifest
 from dovetail.runtime.policy.costs import Costs
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.layers.device import KINDS
 from dovetail.runtime.target.layers.plan import LayerPlan, plans, within
 
@@ -49,7 +50,9 @@ def predict_layers(
     way = "cuda" if gpu.capability and runs_on(gpu.capability) else "webgpu"
     try:
         room = limit - drafter_bytes(way, folder, manifest, limit, fit=fit)
-        found = plans(folder / TARGET_GRAPH, KINDS[way], manifest.target.max_context, 1)
+        found = plans(
+            folder / TARGET_GRAPH, KINDS[way], manifest.target.max_context, 1, FeatureMix.of_pair(folder, manifest)
+        )
     except DovetailError as error:
         return LayersPrediction(way, str(error))
     best = within(found, room)

@@ -21,7 +21,7 @@ from dovetail.runtime.target.graph import FEATURES, MIXED, find_head
 if TYPE_CHECKING:
     import openvino as ov
 
-    from dovetail.runtime.pair.manifest import DrafterFacts
+    from dovetail.runtime.pair.manifest import DrafterFacts, Manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,13 @@ class FeatureMix:
         values, scales = quantize_rows(self.weight)
         columns = values.reshape(len(values), len(self.layers), -1)[:, taken].reshape(len(values), -1)
         return [self.layers[index] for index in taken], columns, scales
+
+    @classmethod
+    def of_pair(cls, pair: Path, manifest: Manifest) -> FeatureMix | None:
+        """Read the mix of a pair's drafter, None if it has none. Raises IntegrityError."""
+        facts = manifest.drafter
+        name = facts.files.get("features") if facts else None
+        return cls.load(pair / name, facts) if facts and name else None
 
     def save(self, file: Path) -> None:
         """Write an .npz file with the weight in float16."""

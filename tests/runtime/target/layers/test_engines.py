@@ -26,6 +26,7 @@ from dovetail.runtime.errors import DeviceError, DovetailError, InputError
 from dovetail.runtime.load import first_layers
 from dovetail.runtime.pair.manifest import Manifest, read_manifest, write_manifest
 from dovetail.runtime.system.arrays import Array
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.target.layers.plan import LayerPlan, fitting, plans, within
 from dovetail.runtime.target.layers.session import LayerSession
@@ -407,9 +408,11 @@ def test_trees_that_a_grammar_makes_deep_fit_the_layers(device: Device, tiny_ful
 # --- memory
 
 
-def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path, mixed: bool) -> None:
     """Weights and buffers; the activations are ONNX Runtime's own."""
     xml, device = tiny_target / "openvino_model.xml", Device()
+    mix = FeatureMix((0,), np.ones((32, 32), np.float32), 1e-5) if mixed else None
     weights = list[int]()
     real = LayerSession.__init__
 
@@ -419,8 +422,8 @@ def test_the_plan_is_what_a_device_is_asked_for(tiny_target: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LayerSession, "__init__", spied)
-        PagedModel(xml, take=TakeLayers(1, device, 256, texts=3))
-    [planned] = plans(xml, device, 256, 3)
+        PagedModel(xml, take=TakeLayers(1, device, 256, texts=3), mix=mix)
+    [planned] = plans(xml, device, 256, 3, mix)
     assert planned.count == 1 and planned.weights == weights[0]
     assert planned.state == pytest.approx(device.allocated, rel=0.05)
 

@@ -24,6 +24,14 @@ def read_count(given: int | str) -> int | None:
     return int(text)
 
 
+def check_count(count: int, layers: int) -> None:
+    """Raise InputError if `count` first layers leave none of a target's `layers` to the CPU."""
+    if count >= layers:
+        raise InputError(
+            f"--gpu-layers {count} leaves no layer to the CPU: this target has {layers}, give {layers - 1} or fewer"
+        )
+
+
 def takes_layers(given: int | str | None) -> bool:
     """Return whether a user asks for layers on a GPU. Raises InputError."""
     return given is not None and read_count(given) != 0

@@ -91,15 +91,14 @@ def translate(
     size = int(outputs[count - 1].get_partial_shape()[-1].get_length())
     sizes = {HIDDEN: size}
     returned = {HIDDEN: values[-1]}
-    low, columns, scales = mix.quantized(0, count) if mix else ([], None, None)
-    if mix and low and columns is not None and scales is not None:
+    low, matrix = _mix_matrix(mix, count) if mix else ([], None)
+    if mix and matrix:
         rows_of_layers = [values[layer] for layer in low]
         if mix.norm == "each":
             rows_of_layers = [_normed(graph, row, mix.eps) for row in rows_of_layers]
-        matrix = Compressed(8, columns.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
         row = graph.op("Concat", *rows_of_layers, axis=-1) if len(low) > 1 else rows_of_layers[0]
         returned[MIXED] = multiply(graph, row, matrix, compressed=compressed)
-        sizes[MIXED] = len(columns)
+        sizes[MIXED] = matrix.shape[0]
     for name, value in returned.items():
         rows_of = graph.op("Gather", graph.reshape(value, -1, sizes[name]), answers, axis=0)
         graph.output(name, rows_of, np.float32, ["answers", sizes[name]])
@@ -107,6 +106,31 @@ def translate(
         graph.model(), graph.weights, sizes, tuple(translator.heads), tuple(sizes_so_far), graph.embedding,
         tuple(kernels), graph.scratch, capacity, kv_type,
     )  # fmt: skip
+
+
+def _mix_matrix(mix: FeatureMix, count: int) -> tuple[list[int], Compressed | None]:
+    """Return which of the first `count` layers a mix reads, and their part of it, None if it reads none."""
+    low, columns, scales = mix.quantized(0, count)
+    if not low:
+        return [], None
+    return low, Compressed(8, columns.view(np.uint8) ^ np.uint8(0x80), scales, np.full(scales.shape, 128, np.uint8))
+
+
+@dataclass(frozen=True)
+class MixSize:
+    """What a mix adds to a graph: bytes of weights, and `scratch` as in LayerGraph."""
+
+    weights: int = 0
+    scratch: int = 0
+
+    @classmethod
+    def of(cls, mix: FeatureMix, count: int, *, compressed: bool) -> MixSize:
+        """Return the size of a mix's part of the first `count` layers."""
+        graph = Builder()
+        _, matrix = _mix_matrix(mix, count)
+        if matrix:
+            multiply(graph, "x", matrix, compressed=compressed)
+        return cls(total_bytes(graph.weights), graph.scratch)
 
 
 def _normed(graph: Builder, x: str, eps: float) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.machine import mib
+from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.graph import read_model, to_paged
 from dovetail.runtime.target.layers.attention import ROWS, TAIL, prefixes
-from dovetail.runtime.target.layers.graph import LayerGraph, stream, translate
+from dovetail.runtime.target.layers.graph import LayerGraph, MixSize, stream, translate
 
 # Arrays of scores, and of tails, that ONNX Runtime's arena holds at once, in float32. Measured on the CPU provider
 # with an arena that takes what is asked for, 2026-11-30: within 6% of 45 to 570 MiB for SmolLM2 with contexts of
@@ -61,22 +62,30 @@ class Kind(Protocol):
     kv_type: type[np.floating[Any]]
 
 
-def plans(xml: Path, kind: Kind, capacity: int, texts: int) -> list[LayerPlan]:
+def plans(xml: Path, kind: Kind, capacity: int, texts: int, mix: FeatureMix | None = None) -> list[LayerPlan]:
     """Return the plan for 1, 2, ... layers of a target, all but the last.
 
-    capacity: tokens of a text. texts: that the device holds at once. Raises InputError for a target whose layers
-    cannot be translated.
+    capacity: tokens of a text. texts: that the device holds at once. mix: of a drafter that reads features.
+    Raises InputError for a target whose layers cannot be translated.
     """
     model = read_model(xml)
     outputs = stream(model)
     to_paged(model)
     count = len(outputs) - 1
     graph = translate(outputs, count, None, capacity=capacity, kv_type=kind.kv_type, compressed=kind.compressed)
-    return [_plan(graph, layers, texts, graph.scratch if kind.expands else 0) for layers in range(1, count + 1)]
+    parts = {0: MixSize()}  # by the number of layers that the mix reads
+    found = []
+    for layers in range(1, count + 1):
+        read = sum(layer < layers for layer in mix.layers) if mix else 0
+        if mix and read not in parts:
+            parts[read] = MixSize.of(mix, layers, compressed=kind.compressed)
+        scratch = max(graph.scratch, parts[read].scratch) if kind.expands else 0
+        found.append(_plan(graph, layers, texts, scratch, parts[read].weights))
+    return found
 
 
-def _plan(graph: LayerGraph, count: int, texts: int, scratch: int) -> LayerPlan:
-    """Return the plan for the first `count` layers of a graph."""
+def _plan(graph: LayerGraph, count: int, texts: int, scratch: int, features: int) -> LayerPlan:
+    """Return the plan for the first `count` layers of a graph. features: bytes of their mix."""
     shapes = [*graph.kv_shapes.values()][:count]
     state = texts * sum(map(prod, shapes)) * np.dtype(graph.kv_type).itemsize
     last = prefixes(graph.capacity)[-1]
@@ -85,7 +94,7 @@ def _plan(graph: LayerGraph, count: int, texts: int, scratch: int) -> LayerPlan:
     values = SCORES * max(scores) + TAILS * ROWS * TAIL * max(kv) + scratch
     return LayerPlan(
         count,
-        graph.layer_bytes[count - 1],
+        graph.layer_bytes[count - 1] + features,
         state,
         values * np.dtype(np.float32).itemsize,
         graph.embedding,

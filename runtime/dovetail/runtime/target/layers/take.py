@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dovetail.runtime.errors import InputError
+from dovetail.runtime.target.layers.choose import check_count
 from dovetail.runtime.target.layers.device import LayerDevice
 from dovetail.runtime.target.layers.graph import cut, stream, translate
 from dovetail.runtime.target.layers.session import LayerSession
@@ -30,11 +30,7 @@ class TakeLayers:
     def outputs(self, model: ov.Model) -> list[ov.Output]:
         """See Take. Raises InputError, also for more layers than the target has."""
         found = stream(model)
-        if self.count >= len(found):
-            raise InputError(
-                f"--gpu-layers {self.count} leaves no layer to the CPU: this target has {len(found)}, give "
-                f"{len(found) - 1} or fewer"
-            )
+        check_count(self.count, len(found))
         return found
 
     def __call__(self, model: ov.Model, outputs: list[ov.Output], mix: FeatureMix | None) -> FirstLayers:
