@@ -82,7 +82,12 @@ def keep_on_failed(device: Device, *held: Any) -> bool:
     try:
         device.wait()
     except DeviceError:
-        for kept in held:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        keep(*held)
         return True
     return False
+
+
+def keep(*held: Any) -> None:
+    """Keep objects until the process ends."""
+    for kept in held:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

@@ -63,7 +63,8 @@ class OpenVINOTarget:
     exact: let no matrix have one row, so that equal tokens give equal bits in every pass. Without
     `exact` a pass of one node runs through OpenVINO's kernels for single rows, which are quicker and add in
     another order. sequences: how many whole texts get memory at once; more texts can be opened.
-    kv_cache: bytes for the KV of all texts, which then never grows; None for no limit.
+    kv_cache: bytes for the KV of all texts, which then never grows; None for no limit. Only if first layers
+    move here, whose KV was elsewhere, it grows to the size of one context, if it is smaller than that.
     """
 
     def __init__(
@@ -303,8 +304,9 @@ class OpenVINOTarget:
         # of the number would cost as much as 5% of a small target's pass.
         sequences = 2 * rows if rows > TOGETHER and not prompts else 0
         surplus = self.model.surplus(sequences) if self.exact or sequences else ()
-        read = [replace(part, front=fronts.get(seq)) for seq, part in parts.items()]
-        logits, features = self.model.run(Batch.of(read, rows, least, surplus))
+        for seq, front in fronts.items():
+            parts[seq] = replace(parts[seq], front=front)
+        logits, features = self.model.run(Batch.of([*parts.values()], rows, least, surplus))
         for seq, tokens in prompts.items():
             self._texts[seq].length += len(tokens)
         results, row, wanted = dict[SequenceId, TargetPass](), 0, 0

@@ -37,9 +37,7 @@ def takes_layers(given: int | str | None) -> bool:
     return given is not None and read_count(given) != 0
 
 
-def check_layers(
-    given: int | str | None, drafter_device: str, vram: int | None, name: str = FLAG
-) -> None:  # fmt: skip
+def check_layers(given: int | str | None, drafter_device: str, vram: int | None, name: str = FLAG) -> None:
     """Raise InputError for layers beside flags that allow none. given: None for the pair's own number. name: its."""
     count = read_count(given) if given is not None else 0
     if count == 0:

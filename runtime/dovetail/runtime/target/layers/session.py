@@ -5,7 +5,6 @@ Axes: R rows of a call, n rows that a call returns.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.runtime.devices.memory import keep
 from dovetail.runtime.devices.ort import call, check_placement, open_session, placed_options
 from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system.arrays import FloatArray
@@ -82,8 +82,7 @@ class LayerSession:
         try:
             self._device.upload(self._call, np.zeros(sum(FIELDS.values()), np.int32))
         except DeviceError:
-            held = [self._session, self._call, self._kv, self._outputs, self._answers, self._bindings]
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+            keep(self._session, self._call, self._kv, self._outputs, self._answers, self._bindings)
         self._session = self._call = None
         self._kv, self._outputs, self._answers, self._bindings = [], {}, {}, {}
 
