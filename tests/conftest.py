@@ -144,22 +144,30 @@ def tiny_target(tiny_pair: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plain_ir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `optimum-cli export openvino --weight-format int8` makes of `tiny_llama`: read only."""
+def optimum_ir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes an IR of `tiny_llama` by `optimum-cli export openvino` with these arguments."""
     from dovetail.exporter.build.progress import quiet
 
-    folder = tmp_path_factory.mktemp("optimum") / "ir"
-    model = ["-m", str(tiny_llama), "--task", "text-generation-with-past"]  # local folders must name their task
-    arguments = ["optimum-cli", "export", "openvino", *model, "--weight-format", "int8", str(folder)]
-    before, sys.argv = sys.argv, arguments
-    try:
-        with quiet():
-            from optimum.commands.optimum_cli import main
+    def make(*arguments: str) -> Path:
+        folder = tmp_path_factory.mktemp("optimum") / "ir"
+        model = ["-m", str(tiny_llama), "--task", "text-generation-with-past"]  # local folders must name their task
+        before, sys.argv = sys.argv, ["optimum-cli", "export", "openvino", *model, *arguments, str(folder)]
+        try:
+            with quiet():
+                from optimum.commands.optimum_cli import main
 
-            main()
-    finally:
-        sys.argv = before
-    return folder
+                main()
+        finally:
+            sys.argv = before
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_ir(optimum_ir: Callable[..., Path]) -> Path:
+    """What `optimum-cli export openvino --weight-format int8` makes of `tiny_llama`: read only."""
+    return optimum_ir("--weight-format", "int8")
 
 
 @pytest.fixture(scope="session")

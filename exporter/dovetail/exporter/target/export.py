@@ -7,8 +7,10 @@ The stage "target" fuses projections, adds the tap, copies the tokenizer and che
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -225,15 +227,14 @@ def _facts(
 
 
 def detect_weight_format(model: ov.Model) -> str:
-    """The format that stores most bytes of a graph's constants, by optimum's name."""
+    """The format of most of a graph's weights, by optimum's name."""
     names = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "u8": "int8", "i8": "int8", "u4": "int4", "i4": "int4"}
-    sizes: dict[str, int] = {}
+    counts = Counter[str]()  # values, not bytes: embedding and head of a four-bit model have 8 bits
     for node in model.get_ops():
         if node.get_type_name() == "Constant":
             kind = node.get_element_type().get_type_name()
-            sizes[kind] = sizes.get(kind, 0) + node.get_byte_size()
-    largest = max(sizes, key=lambda kind: sizes[kind])
-    return names.get(largest, largest)
+            counts[names.get(kind, kind)] += math.prod(node.get_output_shape(0))
+    return max(counts, key=lambda name: counts[name])
 
 
 def save_ir(model: ov.Model, xml: Path) -> None:
