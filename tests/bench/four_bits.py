@@ -3,7 +3,7 @@
     python tests/bench/four_bits.py MODEL --work FOLDER --out four-bits.json
 
 Each format is exported from MODEL by `dovetail-export target` into FOLDER.  A format is named `int4-sym-128-0.8`: with
-or without --sym, the --group-size, and the --ratio of layers in 4 bits.
+or without --sym, the --group-size, and the --ratio of layers in 4 bits.  `-all` at its end stands for --all-layers.
 
 The INT8 target writes the texts of the kind `chat`, sampled at temperature 1 from its whole distribution; prose and
 code are this repository's own.  Every format reads the same tokens, as chains of a tree, and is compared with INT8.
@@ -49,7 +49,7 @@ REFERENCE = "int8"
 FORMATS = tuple(
     f"int4-{symmetry}-{group}-{ratio}" for ratio in ("1", "0.8") for symmetry in ("sym", "asym") for group in (128, 64)
 )
-FORMAT = re.compile(r"int4-(sym|asym)-(\d+)-(0\.\d+|1)")
+FORMAT = re.compile(r"int4-(sym|asym)-(\d+)-(0\.\d+|1)(-all)?")
 NODES = (1, 2, 4, 8, 16, 32)
 WINDOW = 256  # tokens of prose and code that are read at a time
 CHUNK = 64  # nodes of a pass that reads
@@ -116,9 +116,9 @@ def weight_options(name: str) -> list[str]:
         return ["--weight-format", "int8"]
     if not (found := FORMAT.fullmatch(name)):
         raise InputError(f"format {name!r} is unknown: write {REFERENCE}, or a name such as {FORMATS[0]}")
-    symmetry, group, ratio = found.groups()
-    sym = ["--sym"] if symmetry == "sym" else []
-    return ["--weight-format", "int4", "--group-size", group, "--ratio", ratio, *sym]
+    symmetry, group, ratio, every = found.groups()
+    flags = [*(["--sym"] if symmetry == "sym" else []), *(["--all-layers"] if every else [])]
+    return ["--weight-format", "int4", "--group-size", group, "--ratio", ratio, *flags]
 
 
 def exported(model: str, pair: Path, options: list[str]) -> Path:

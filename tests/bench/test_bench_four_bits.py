@@ -82,7 +82,9 @@ def test_formats_are_named_after_the_options_of_the_export(script: ModuleType) -
     assert len(set(asked.values())) == 8
     assert asked["int4-sym-128-1"] == "--weight-format int4 --group-size 128 --ratio 1 --sym"
     assert asked["int4-asym-64-0.8"] == "--weight-format int4 --group-size 64 --ratio 0.8"
-    for name in ("int4", "int4-sym-128-2", "int4-sym-x-1", "int4-sym-128-1.0"):
+    every = script.weight_options("int4-asym-64-1-all")
+    assert every == ["--weight-format", "int4", "--group-size", "64", "--ratio", "1", "--all-layers"]
+    for name in ("int4", "int4-sym-128-2", "int4-sym-x-1", "int4-sym-128-1.0", "int4-sym-128-1-al"):
         with pytest.raises(InputError, match="is unknown: write int8, or a name such as int4-sym-128-1"):
             script.weight_options(name)
 
