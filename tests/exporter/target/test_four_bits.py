@@ -35,13 +35,14 @@ def stored(pair: Path) -> Counter[str]:
 
 
 def assert_drafts_change_no_token(pair: Path) -> None:
-    with Engine.from_pretrained(pair, tree=TreeLimits(width=24, lookup=24)) as engine:
+    """The drafts are the plain answer before: a random model repeats itself too seldom."""
+    with Engine.from_pretrained(pair, tree=TreeLimits(width=24, lookup=24), lookup_cache=1000) as engine:
         for sampling in ({}, {"temperature": 1.0, "seed": 3}):
             asked: dict[str, Any] = {"raw": True, "logit_bias": {END: -100.0}, **sampling}
-            drafted = engine.generate(PROMPT, 120, **asked)
             plain = engine.generate(PROMPT, 120, speculate=False, **asked)
+            drafted = engine.generate(PROMPT, 120, **asked)
             assert drafted.token_ids == plain.token_ids and plain.metrics.drafted == 0
-            assert len(drafted.token_ids) == 120 and drafted.metrics.drafted > 60
+            assert len(drafted.token_ids) == 120 and drafted.metrics.accepted > 60
 
 
 @pytest.mark.parametrize(
