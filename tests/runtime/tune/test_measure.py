@@ -25,6 +25,7 @@ from dovetail.runtime.policy.costs import Costs, Curve
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.machine import Cpu
 from dovetail.runtime.target.openvino import OpenVINOTarget
+from dovetail.runtime.target.paged import Batch
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tune import cost_cache
 from dovetail.runtime.tune import measure as tune
@@ -163,6 +164,20 @@ def test_progress_rises_to_the_end(sessions: Sessions) -> None:
 
     measure(sessions.target, sessions.drafter, contexts=CONTEXTS, widths=WIDTHS, seconds=SECONDS, progress=progress)
     assert said == sorted(said) and said[0] == 0 and said[-1] == pytest.approx(1, abs=0.2)
+
+
+def test_the_nodes_of_a_timed_pass_are_different_tokens(sessions: Sessions, monkeypatch) -> None:
+    """As in a tree of real text: equal tokens would go to the same experts, so that wide passes seemed cheap."""
+    passes, run = list[np.ndarray](), sessions.target.model.run
+
+    def noted(batch: Batch) -> object:
+        passes.append(batch.tokens)
+        return run(batch)
+
+    monkeypatch.setattr(sessions.target.model, "run", noted)
+    measure(sessions.target, None, contexts=CONTEXTS, widths=(1, 4, 6), seconds=SECONDS)
+    different = {(len(tokens), len(np.unique(tokens))) for tokens in passes}
+    assert different == {(2, 1), (4, 4), (6, 6)}  # a pass of one node computes its row twice
 
 
 def test_sessions_end_empty_and_write_the_same_text(sessions: Sessions) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dovetail.runtime.drafter.session import DeviceReport, DraftNoise, check_keep
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix
+from dovetail.runtime.system.arrays import FloatArray, SequenceId, TokenArray, common_prefix, strange_tokens
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.growth import Candidates, Judge, Level, grow_tree
 from dovetail.runtime.tree.limits import TreeLimits
@@ -159,11 +159,12 @@ class ModelDrafter:
 
     def time_pass(self, seq: SequenceId, rows: int, *, clock: Callable[[], float] = perf_counter) -> float:
         """Return the ms of reading `rows` tokens; one row is a node of the chain."""
-        own, begin = self._texts[seq].own, clock()
+        own, tokens = self._texts[seq].own, strange_tokens(0, rows, self._rows)
+        begin = clock()
         if rows > 1:
-            self._model.prefill(own, np.zeros(rows, np.int64))
+            self._model.prefill(own, tokens)
         else:
-            self._model.verify({own: DraftTree.root(0)})
+            self._model.verify({own: DraftTree.root(int(tokens[0]))})
         return (clock() - begin) * 1e3
 
     def close(self) -> None:

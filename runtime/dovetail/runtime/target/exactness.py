@@ -10,14 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.system.arrays import SequenceId, TokenArray
+from dovetail.runtime.system.arrays import SequenceId, TokenArray, strange_tokens
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.session import TargetPass, opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 CONTEXT = 40  # tokens before the tree: more than a KV block, not a multiple of one
 _PARENTS = (-1, 0, 1, 2, 3, 4, 1, 6, 0, 8, 3, 0)  # five paths that branch at the root and below it
-_STRANGE = 0x9E3779B1  # a factor for positions that gives tokens without a pattern
 
 
 def largest_difference(target: OpenVINOTarget, context: int = CONTEXT) -> float:
@@ -27,9 +26,9 @@ def largest_difference(target: OpenVINOTarget, context: int = CONTEXT) -> float:
     20 passes, in a sequence of its own.
     """
     vocab_size = target.model.vocab_size
-    text = _tokens(0, context, vocab_size)
+    text = strange_tokens(0, context, vocab_size)
     nodes = len(_PARENTS)
-    tree = DraftTree(_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))
+    tree = DraftTree(strange_tokens(context, nodes, vocab_size), np.array(_PARENTS), np.zeros(nodes, np.float32))
     with opened(target) as seq:
         _read(target, seq, text, [context])
         found = _rows(target.verify({seq: tree})[seq])
@@ -55,7 +54,3 @@ def _read(target: OpenVINOTarget, seq: SequenceId, text: TokenArray, sizes: list
 
 def _rows(result: TargetPass) -> NDArray[np.float32]:
     return np.concatenate([result.logits, result.features], axis=1)
-
-
-def _tokens(begin: int, count: int, vocab_size: int) -> TokenArray:
-    return (np.arange(begin + 1, begin + count + 1, dtype=np.int64) * _STRANGE) % vocab_size
