@@ -118,7 +118,7 @@ def load(pair: Path, options: LoadOptions, progress: Progress) -> Parts:
     measure = partial(
         known_or_measured, manifest, target, threads=options.threads, ov_config=options.ov_config, progress=progress
     )
-    schedule = partial(Scheduler, plain_rows=target.least_rows, max_slowdown=options.max_slowdown)
+    schedule = partial(Scheduler, plain_rows=target.plain_rows, max_slowdown=options.max_slowdown)
     facts = manifest.drafter
     if model or facts is None:
         if options.tree is not None:

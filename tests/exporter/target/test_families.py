@@ -41,6 +41,7 @@ from dovetail.runtime.loop.sequence import Request
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.system.progress import silent
 from dovetail.runtime.target.exactness import largest_difference
+from dovetail.runtime.target.graph import EXPERT_ROWS
 from dovetail.runtime.target.layers.device import OrtDevice
 from dovetail.runtime.target.layers.take import TakeLayers
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -230,6 +231,28 @@ def margins(model: Any, prompt: list[int], text: list[int]) -> np.ndarray:
     return logits.max(axis=1) - logits[np.arange(len(text)), text]
 
 
+# Families whose experts are products over the experts of each row, and their number: three for each mixture.
+SPARSE = {"afmoe": 3, "mixtral": 6, "mixtral, window": 6, "qwen2_moe": 6, "qwen3_moe": 6}
+MULTIPLIED_AGAIN = {"afmoe"}  # whose copies of a row read its experts once more
+
+
+def assert_a_row_reads_its_own_experts(target: OpenVINOTarget, products: int, once: bool) -> None:
+    """No pass reads all experts. once: copies of a row read none."""
+    operations = target.model.compiled.get_runtime_model().get_ops()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in operations]
+    assert kinds.count("GatherMatmul") == products and target.plain_rows == (1 if once else 2)
+    if not once:
+        return
+    seq, computed = target.open(), list[int]()
+    target.prefill(seq, np.arange(1, 6))
+    computed.append(len(target.model.request.get_tensor(EXPERT_ROWS).data))
+    for nodes in (1, 2, 3):
+        target.verify({seq: DraftTree.chain(np.arange(nodes))}, rows=3)
+        computed.append(len(target.model.request.get_tensor(EXPERT_ROWS).data))
+    assert computed == [5, 1, 2, 3]
+    target.close(seq)
+
+
 def assert_tree_equals_chains(target: OpenVINOTarget, prompt: list[int], tokens: np.ndarray) -> None:
     """Every node's logits have the bits of its own path, read as a chain."""
     seq = target.open()
@@ -257,6 +280,8 @@ def test_a_target_writes_the_models_text_and_verifies_trees(name: str, tmp_path:
         text = greedy(target, prompt, NEW_TOKENS)
         assert margins(model, prompt, text).max() < NEAR_TIE, (length, text)
         assert_tree_equals_chains(target, prompt, random.integers(1, 250, len(PARENTS)))
+    if name in SPARSE:
+        assert_a_row_reads_its_own_experts(target, SPARSE[name], once=name not in MULTIPLIED_AGAIN)
     assert_first_layer_elsewhere_is_the_same(name, tmp_path / "pair")
 
 
@@ -445,7 +470,7 @@ def test_a_graph_that_leaves_the_window_out_is_caught_at_export(
     assert not (tmp_path / "pair").exists()
 
 
-@pytest.mark.parametrize("name", ["mistral, window", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mistral, window", "gpt_oss", "qwen3_moe"])
 def test_a_drafter_is_trained_on_a_family_and_changes_no_token(name: str, tmp_path: Path) -> None:
     make_model(HERE[name], tmp_path / "hf")
     export_target(str(tmp_path / "hf"), tmp_path / "pair", options=FLOAT32)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dovetail.runtime.errors import ExportError
+from dovetail.runtime.target.experts import find_mixtures
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -21,6 +22,7 @@ LOGITS = "logits"
 SAMPLED = "sampled_tokens_indices"
 PATH_ROWS = "path_rows"
 NODE_ROWS = "node_rows"
+EXPERT_ROWS, ROW_EXPERTS = "expert_rows", "row_experts"
 # Inputs of a graph whose first layers run elsewhere: the hidden states behind them, and their share of the features.
 HIDDEN, MIXED = "hidden", "mixed"
 # Operations between the lm_head's MatMul and the logits: casts, a bias, scaling, soft-capping.
@@ -83,14 +85,16 @@ def read_model(xml: Path) -> ov.Model:
 def to_paged(model: ov.Model) -> None:
     """Turn a stateful IR with a tap into a paged tree verifier, in place.
 
-    The new inputs are flat `input_ids` and `position_ids` [T], block tables, and three tables of
-    rows. `sampled_tokens_indices` [R] selects the rows that reach the lm_head: logits are [R, 1,
+    The new inputs are flat `input_ids` and `position_ids` [T], block tables, and tables of rows.
+    `sampled_tokens_indices` [R] selects the rows that reach the lm_head: logits are [R, 1,
     V], while features stay [T, 1, D]. `path_rows` [A] names the row of T that each attention row
     copies. `node_rows` [T] names the attention row whose output each row of T takes. A node that
     several paths share is thus one row everywhere except in the attention, where every path has a
-    copy. Dovetail converts at every load. A saved paged IR loses runtime information that the CPU
-    plugin needs, and the operator's inputs change between releases. Raises ExportError for a graph
-    without attention that can be paged.
+    copy. A mixture of experts has two more: `expert_rows` [U] names the rows of T whose experts are
+    computed, and `row_experts` [T] says which of the results each row of T takes. Dovetail converts
+    at every load. A saved paged IR loses runtime information that the CPU plugin needs, and the
+    operator's inputs change between releases. Raises ExportError for a graph without attention that
+    can be paged.
     """
     from openvino._offline_transformations import paged_attention_transformation
 
@@ -109,7 +113,17 @@ def to_paged(model: ov.Model) -> None:
         gathered = _rows_of(attention.output(0), node_rows)
         for reader in readers:
             reader.replace_source_output(gathered)
-    model.add_parameters([node.get_node() for node in (rows, path_rows, node_rows)])
+    added = [rows, path_rows, node_rows]
+    if mixtures := [*find_mixtures(model)]:
+        expert_rows, row_experts = _index_input(EXPERT_ROWS, np.int32), _index_input(ROW_EXPERTS, np.int32)
+        added += [expert_rows, row_experts]
+    for mixture in mixtures:
+        readers = mixture.output.get_target_inputs()
+        for each in mixture.inputs:
+            each.replace_source_output(_rows_of(each.get_source_output(), expert_rows))
+        for reader in readers:
+            reader.replace_source_output(_rows_of(mixture.output, row_experts))
+    model.add_parameters([node.get_node() for node in added])
     model.validate_nodes_and_infer_types()
 
 

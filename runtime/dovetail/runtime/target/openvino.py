@@ -250,6 +250,11 @@ class OpenVINOTarget:
     def least_rows(self) -> int:
         return TOGETHER if self.exact else ALONE
 
+    @property
+    def plain_rows(self) -> int:
+        """The number of nodes that take as long as one. A copy of a row is not free, but reads no experts."""
+        return ALONE if self.model.experts else self.least_rows
+
     def _reserve(self, sequences: int) -> None:
         """Reserve blocks for `sequences` whole contexts, and for the trees of one sequence."""
         if self._kv_cache is not None:

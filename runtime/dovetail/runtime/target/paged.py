@@ -26,12 +26,14 @@ from dovetail.runtime.target.blocks import BlockIds, BlockPool, untouched_zeros
 from dovetail.runtime.target.features import FeatureMix, mix_tap, widen_tap
 from dovetail.runtime.target.front import Front, FrontPass, Take
 from dovetail.runtime.target.graph import (
+    EXPERT_ROWS,
     FEATURES,
     HIDDEN,
     LOGITS,
     MIXED,
     NODE_ROWS,
     PATH_ROWS,
+    ROW_EXPERTS,
     SAMPLED,
     read_model,
     to_paged,
@@ -114,6 +116,7 @@ class Batch:
     wanted: NDArray[np.int64]  # [R] rows of T whose logits are wanted
     path_rows: NDArray[np.int32] | None = None  # [A] row of T that each attention row takes; None: the same rows
     node_rows: NDArray[np.int32] | None = None  # [T] attention row whose output each row takes
+    surplus_rows: int = 0  # the last rows of T, which copy the row before them
     front: FrontPass | None = None  # [T, H] and [T, D] if the first layers run elsewhere
 
     @classmethod
@@ -142,6 +145,7 @@ class Batch:
             wanted=_filled(wanted, least),
             path_rows=path_rows,
             node_rows=node_rows,
+            surplus_rows=rows - sum(len(part.tokens) for part in parts),
             front=_joined([part.front for part in parts if part.front], rows),
         )
 
@@ -235,6 +239,7 @@ class PagedModel:
         self._threads = int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
         self._groups = self._kv_groups()
         self._placed = False  # whether the request points to the memory of all groups
+        self.experts = any(EXPERT_ROWS in port.names for port in self.compiled.inputs)  # of rows that copy no other
         self.feature_size = int(self.compiled.output(FEATURES).partial_shape[-1].get_length())
         self.vocab_size = int(self.compiled.output(LOGITS).partial_shape[-1].get_length())
 
@@ -328,6 +333,9 @@ class PagedModel:
             PATH_ROWS: same if batch.path_rows is None else batch.path_rows,
             NODE_ROWS: same if batch.node_rows is None else batch.node_rows,
         }
+        if self.experts:
+            inputs[EXPERT_ROWS] = same[: len(same) - batch.surplus_rows]
+            inputs[ROW_EXPERTS] = np.minimum(same, len(same) - batch.surplus_rows - 1)
         if not self._placed:
             self._place()
         for name, array in inputs.items():
