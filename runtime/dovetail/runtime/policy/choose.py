@@ -35,6 +35,8 @@ BOUNDS = TreeLimits(width=32, depth=8, top_k=3, lookup=24)  # the replay has no 
 WIDTHS = (1, 4, 6, 8, 12, 16, 24, 32)  # few: OpenVINO prepares its kernels again for another width
 FEW_WIDTHS = (1, 6, 12)  # if changes are slow: 2% better in the replay than all widths
 DEAR = 0.1  # plain steps; a change that takes longer is slow
+STEEP_WIDTHS = (1, 2, 4)  # if nodes are slow, as in a mixture of experts: docs/results/moe.md
+STEEP = 2.5  # plain steps; nodes are slow if a pass of FEW_WIDTHS[1] nodes takes longer: docs/results/moe.md
 OPTIMISM = 0.4  # plain steps that a drafted round may seem to lose: the budget bounds real losses
 
 
@@ -282,4 +284,7 @@ class Scheduler:
 
 def widths(costs: Costs, context: int) -> tuple[int, ...]:
     """Return the numbers of nodes that trees may have at these `costs`, after `context` tokens."""
-    return WIDTHS if costs.switch_ms <= DEAR * costs.target.at(context, 1) else FEW_WIDTHS
+    plain, target = costs.target.at(context, 1), costs.target
+    if target.at(context, FEW_WIDTHS[1]) > STEEP * plain:
+        return STEEP_WIDTHS
+    return WIDTHS if costs.switch_ms <= DEAR * plain else FEW_WIDTHS
