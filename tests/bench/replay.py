@@ -376,7 +376,7 @@ class ReplayDrafter:
         self, seq: int, limits: TreeLimits, judge: Judge | None = None, noise: DraftNoise | None = None
     ) -> DraftTree:
         place = self.target.held - len(self.each.prompt)
-        tree = self.each.trees[place] if place < len(self.each.trees) else DraftTree.root(self._known)
+        tree = self.recorded(place) if place < len(self.each.trees) else DraftTree.root(self._known)
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(tree.parents.tolist()):
             children.setdefault(parent, []).append(node)
@@ -405,6 +405,10 @@ class ReplayDrafter:
         logprobs, ids = found(0)
         first, breadth = Candidates(logprobs[None], ids[None]), 1 if self._chain else None
         return grow_tree(self._known, first, expand, limits, breadth=breadth, judge=judge)
+
+    def recorded(self, place: int) -> DraftTree:
+        """What the drafter proposes below the answer's token at `place`."""
+        return self.each.trees[place]
 
     def claims(self, tokens: TokenArray, logprobs: FloatArray) -> FloatArray:
         """Log-probabilities that the drafter gives the children of a node."""
