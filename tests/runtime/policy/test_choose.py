@@ -284,7 +284,7 @@ def test_a_long_prompt_makes_no_later_draft_seem_slow() -> None:
         read_ms = -(-unread // 128) * true.call_ms(100, min(unread, 128))
         passed_ms = true.target.at(100, choice.width)
         scheduler.learn(Round(plan, choice, [Draft(tree, growth)], [[0, 1]], read_ms, passed_ms))
-        assert scheduler.pace.draft_pace == pytest.approx(1.0, abs=0.05)
+        assert scheduler.pace.draft_ms(100, 1) == pytest.approx(true.call_ms(100, 1), rel=0.05)
 
 
 def test_questions_change_nothing() -> None:

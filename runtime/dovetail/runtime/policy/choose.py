@@ -206,7 +206,6 @@ class Scheduler:
         drafts = [draft for draft in round.drafts if draft]
         tokens = sum(map(len, round.tokens)) / texts
         offered = choice.offered or forest
-        missed = self._missed(round) if drafts and choice.width == texts < len(offered) else None
         known.fade(repeats=not drafts and len(offered) > texts)
         predicted = 0.0
         for draft in drafts:
@@ -238,10 +237,8 @@ class Scheduler:
             if drafted:
                 self._learn_draft(drafted.tree, found)
         if drafts:
-            backlog = pace.backlog_ms(context, plan.unread) / plain
-            gave, steps = missed or (tokens, took - backlog)
-            known.tokens.add(gave)
-            known.steps.add(steps)
+            known.tokens.add(tokens)
+            known.steps.add(took - pace.backlog_ms(context, plan.unread) / plain)
 
     def _levels(self, round: Round) -> float:
         """Return the ms that the levels of the round's trees take by the cost table."""
@@ -250,14 +247,6 @@ class Scheduler:
         if round.plan.together > 1:
             calls = map(sum, zip_longest(*levels, fillvalue=0))
         return sum(self.costs.call_ms(round.plan.context, rows) for rows in calls)
-
-    def _missed(self, round: Round) -> tuple[float, float]:
-        """Return tokens of a text and plain steps to expect of the round, had its drafts been verified."""
-        plan, worth, pace = round.plan, round.choice.worth, self.pace
-        best = max((width for width in worth if width > plan.texts), key=worth.__getitem__)
-        verify = pace.target_ms(plan.context, best, plan.texts)
-        took = verify + pace.draft_ms(plan.context, 1) + pace.draft_pace * self._levels(round)
-        return (worth[best] + verify) / self._price(plan) / plan.texts, took / self._plain_ms(plan)
 
     def _learn_draft(self, tree: DraftTree, tokens: Sequence[int]) -> None:
         """Compare the drafter's own tree with the tokens that followed its root."""

@@ -43,11 +43,6 @@ class Pace:
         """Ms that a pass takes longer if the last pass had another width."""
         return self.costs.switch_ms * self._target.value
 
-    @property
-    def draft_pace(self) -> float:
-        """Real over predicted milliseconds of the drafter."""
-        return self._draft.value
-
     def draft_ms(self, context: int, rows: int) -> float:
         return self.costs.call_ms(context, rows) * self._draft.value
 
