@@ -217,7 +217,7 @@ class Scheduler:
         self._regret = choice.regret
         rows = max(choice.width, len(forest))
         nodes = rows if rows > self.plain_rows else texts
-        first, changed = not self._width, self._width != nodes
+        changed = self._width != nodes
         self._width = nodes
         if round.verify_ms is None:
             changed, verify_ms = False, pace.target_ms(context, nodes, texts)
@@ -227,8 +227,6 @@ class Scheduler:
 
         plain = self._plain_ms(plan)
         took, change = (draft_ms + verify_ms) / plain, changed * pace.switch_ms / plain
-        if first and texts > 1:  # plain decoding changes the width as well, after each prompt of another text
-            took, change = max(took - change, 0.0), 0.0
         known.price.add(took / tokens, tokens)
         known.budget.add(took, tokens - took if drafts or nodes > texts else -change)
         if nodes > texts and (expected := forest.expected_length - texts) > 0:
