@@ -131,6 +131,18 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tiny_llama: Path, t
     assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "pair").exists()
 
 
+def test_a_graph_that_cannot_be_written_asks_for_disk_space(tiny_llama: Path, tmp_path: Path) -> None:
+    """No file may pass 64 KiB: OpenVINO then says as little as it does on a full disk."""
+    code = "import resource, sys; from dovetail.exporter.cli.main import main"
+    code += "; resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)); sys.exit(main())"
+    command = [sys.executable, "-c", code, "target", str(tiny_llama), str(tmp_path / "pair"), "--weight-format", "int4"]
+    environment = {**os.environ, "PYTHONPATH": ROOTS}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == ExportError.exit_code
+    assert "OpenVINO cannot write the graph: free as much disk space as" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "pair").exists()
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from tests.exporter.target.refusals import ROOTS, assert_nothing_left, message
 
 from dovetail.exporter.build.progress import quiet
 from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.exporter.target import export
 from dovetail.exporter.target.convert import WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
+from dovetail.exporter.target.fuse_projections import fuse_projections
+from dovetail.exporter.target.graph_probe import ir_logits
 from dovetail.runtime.errors import DovetailError, ExportError, InputError
 from dovetail.runtime.pair.check import verify_files
 from dovetail.runtime.pair.layout import MANIFEST_NAME
@@ -40,6 +45,26 @@ def run_outputs(xml: Path, ids: list[int]) -> dict[str, np.ndarray]:
         }
     )
     return {name: request.get_tensor(name).data.copy() for name in ("logits", "features")}
+
+
+def test_the_weights_are_not_in_memory_twice_when_the_graph_is_compared(
+    tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph that was fused is gone before OpenVINO packs the weights of the written one."""
+    models = list[weakref.ref[Any]]()
+
+    def fused(model: Any, **options: Any) -> int:
+        models.append(weakref.ref(model))
+        return fuse_projections(model, **options)
+
+    def reference(*given: Any) -> Any:
+        assert [model() for model in models] == [None]
+        return ir_logits(*given)
+
+    monkeypatch.setattr(export, "fuse_projections", fused)
+    monkeypatch.setattr(export, "ir_logits", reference)
+    export_target(str(tiny_pair / "target"), tmp_path / "pair")
+    assert len(models) == 1
 
 
 def test_exported_target_has_facts_files_and_provenance(tiny_pair: Path, tiny_llama: Path) -> None:

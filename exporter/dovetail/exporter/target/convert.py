@@ -220,6 +220,11 @@ def _one_line_errors(source: Source) -> Iterator[None]:
     except _CONVERSION_ERRORS as error:
         if "PytorchStreamReader" in str(error):  # torch's reader of pytorch_model.bin
             raise unreadable("pytorch_model.bin is damaged") from error
+        if "iostream error" in str(error):  # all that OpenVINO says of a file that it cannot write
+            raise ExportError(
+                f"{source.location} could not be converted: OpenVINO cannot write the graph: free as much disk space "
+                "as the float weights and the exported weights take together"
+            ) from error
         raise ExportError(f"{source.location} could not be converted: {_first_line(error)}") from error
 
 

@@ -192,6 +192,7 @@ def _fill_target(
         encode = copy_tokenizer(tokenizer, folder, trust=options.trust_remote_code)
     probe_tokenizer(folder, encode)
     facts = _facts(model, tap, folder, source, options, eos_token_ids)
+    del model  # its fused weights are copies in memory, beside which the comparison packs weights of its own
     if original_context(read_config(folder)) == facts.max_context:
         progress(f"target: the context ends at {facts.max_context} tokens, where the factors of long RoPE change")
     progress("target: comparing the graph with the model")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from dovetail.exporter.target.architectures import context_of
 from dovetail.runtime.errors import ExportError
 from dovetail.runtime.system.arrays import SequenceId
+from dovetail.runtime.system.page_release import releasing_pages
 from dovetail.runtime.target.graph import LOGITS
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import PagedModel
@@ -75,8 +76,9 @@ def ir_logits(xml: Path, tokens: NDArray[np.int64]) -> FloatArray:
     """Logits [K, V] after the prompt, from a stateful IR without paged attention."""
     import openvino as ov
 
-    compiled = ov.Core().compile_model(xml, "CPU", {**EXACT, "KV_CACHE_PRECISION": "f16"})
-    return np.array(stateful_logits(compiled, [tokens])[-_FOLLOWING:], np.float32)
+    with releasing_pages(xml.with_suffix(".bin")):
+        compiled = ov.Core().compile_model(xml, "CPU", {**EXACT, "KV_CACHE_PRECISION": "f16"})
+        return np.array(stateful_logits(compiled, [tokens])[-_FOLLOWING:], np.float32)
 
 
 def stateful_logits(compiled: ov.CompiledModel, chunks: Sequence[NDArray[np.int64]]) -> FloatArray:
