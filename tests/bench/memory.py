@@ -6,9 +6,9 @@
 
 `pair` opens each pair in two fresh processes: one answers alone, one answers four prompts together.  The peak is the
 kernel's own record (VmHWM) over opening and all answers.  It stands beside what the run cannot do without: the
-target's weights as stored, the drafter's files for the CPU, and the KV of the longest text (together: of all texts,
-which stay for later prompts that begin alike).  Python, the engines and their buffers are in the peak alone.  Pages of
-mapped files count while they are mapped.
+target's weights as stored, the drafter's files for the CPU, and the KV of the longest text (together: of the four
+longest, though shorter ones stay too, for prompts that begin alike).  Python, the engines and their buffers are in the
+peak alone.  Pages of mapped files count while they are mapped.
 
 The pair's files leave the page cache before each process starts, so that the bytes read from disk are its own.
 `checkpoint` writes random bfloat16 weights in the shape of Qwen2.5-7B, one tensor at a time.
@@ -162,7 +162,7 @@ def worker(folder: Path, mode: str) -> None:
             engine.submit(engine.ask(each, ANSWER, temperature=0.0))
         while not engine.idle:
             engine.step()
-        tokens = sum(engine.count_tokens(each) + ANSWER for each in asked)
+        tokens = TEXTS * (size + ANSWER)
     facts |= {"tokens": tokens, "read": disk_bytes() - read, "hwm": held("VmHWM:")}
     print(json.dumps(facts), flush=True)
 
@@ -279,31 +279,36 @@ def watch(command: list[str]) -> Watched:
     Raises CalledProcessError.
     """
     found, stage = Watched(), ["start"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout and process.stderr
-    readers = [Thread(target=follow, args=(stream, stage, found)) for stream in (process.stdout, process.stderr)]
-    for reader in readers:
-        reader.start()
-    last, known = perf_counter(), {process.pid}
-    while process.poll() is None:
-        peak = found.stages.setdefault(stage[0], Peak())
-        anonymous = file = 0
-        now_there = {process.pid, *tree(process.pid)}
-        for each in now_there & known:  # a process that has just been forked has the memory of its parent
-            with suppress(OSError):  # it has just ended
-                anonymous += held("RssAnon:", each) + held("RssShmem:", each)
-                file += held("RssFile:", each)
-                found.hwm = max(found.hwm, held("VmHWM:", each))
-        peak.add(anonymous, file)
-        known = now_there
-        sleep(INTERVAL)
-        now = perf_counter()
-        peak.seconds, last = peak.seconds + now - last, now
-    for reader in readers:
-        reader.join()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        readers = [Thread(target=follow, args=(stream, stage, found)) for stream in (process.stdout, process.stderr)]
+        for reader in readers:
+            reader.start()
+        last, known = perf_counter(), {process.pid}
+        while process.poll() is None:
+            peak = found.stages.setdefault(stage[0], Peak())
+            there = {*tree(process.pid)}
+            peak.add(*sample(there & known, found))  # a process that has just been forked has its parent's memory
+            known = there
+            sleep(INTERVAL)
+            now = perf_counter()
+            peak.seconds, last = peak.seconds + now - last, now
+        for reader in readers:
+            reader.join()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return found
+
+
+def sample(processes: set[int], found: Watched) -> tuple[int, int]:
+    """Return the bytes of anonymous and of file pages of some processes."""
+    anonymous = file = 0
+    for process in processes:
+        with suppress(OSError):  # it has just ended
+            anonymous += held("RssAnon:", process) + held("RssShmem:", process)
+            file += held("RssFile:", process)
+            found.hwm = max(found.hwm, held("VmHWM:", process))
+    return anonymous, file
 
 
 def follow(stream: IO[str], stage: list[str], found: Watched) -> None:
