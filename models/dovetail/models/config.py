@@ -19,7 +19,7 @@ _AGAIN = "correct config.json"
 class DrafterConfig:
     """The sizes of Dovetail's drafter.
 
-    The target gives all but `fusion`, `blocks` and `draft_vocab_size`.
+    The target gives all but `fusion`, `blocks`, `draft_vocab_size` and, by choice, `intermediate_size`.
     hidden_size: H, width of the token embedding and of the blocks; the target's hidden size.
     feature_size: D, width of the target's feature (the input of its lm_head).
     feature_layers: blocks of the target (0 is the first) that the drafter reads too; () for none.
@@ -84,11 +84,19 @@ class DrafterConfig:
 
     @classmethod
     def for_target(
-        cls, target: dict[str, Any], draft_vocab_size: int, fusion: str, blocks: int, *, layers: bool = False
+        cls,
+        target: dict[str, Any],
+        draft_vocab_size: int,
+        fusion: str,
+        blocks: int,
+        *,
+        layers: bool = False,
+        intermediate_size: int | None = None,
     ) -> DrafterConfig:
         """Take widths, heads and RoPE from the target's `config.json`.
 
         layers: also read a low, a middle and a high block of the target, EAGLE-3's choice of three.
+        intermediate_size: width of the feed-forward layers, the target's if None.
         The drafter has plain RoPE, also when the target scales its RoPE (Llama 3's, YaRN).
         """
         target = target.get("text_config", target)
@@ -100,7 +108,7 @@ class DrafterConfig:
             draft_vocab_size=min(draft_vocab_size, target["vocab_size"]),
             hidden_size=target["hidden_size"],
             feature_size=target["hidden_size"],
-            intermediate_size=target["intermediate_size"],
+            intermediate_size=intermediate_size or target["intermediate_size"],
             num_attention_heads=heads,
             num_key_value_heads=target.get("num_key_value_heads") or heads,
             head_dim=target.get("head_dim") or target["hidden_size"] // heads,

@@ -363,6 +363,7 @@ def test_a_file_of_the_user_is_not_overwritten(bare_pair: Path, corpus: Path, tm
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"fusion": "fc"}, "--fusion fc"), ({"feature_layers": False}, "--last-feature"), ({"blocks": 2}, "--blocks 2"),
+     ({"intermediate_size": 8}, "--intermediate-size 8"),
      ({"fit": replace(FIT, regression=1.0)}, "--regression 1"), ({"format": "medusa"}, "format 'medusa' is unknown")],
 )  # fmt: skip
 def test_options_of_the_other_format_are_refused(changes: dict[str, Any], said: str) -> None:

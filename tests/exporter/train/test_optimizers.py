@@ -1,6 +1,8 @@
-"""Muon in float32 takes the steps of torch's, which computes them in bfloat16."""
+"""Muon takes the steps of torch's, which computes them in bfloat16, in float32 or in bfloat16."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -11,23 +13,26 @@ from dovetail.exporter.train.optimizers import Muon, orthogonal
 SHAPES = [(48, 48), (96, 48), (48, 96)]
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_orthogonal_keeps_its_vectors(shape: tuple[int, int]) -> None:
+def test_what_is_orthogonal_keeps_its_vectors(shape: tuple[int, int], dtype: Any, error: float) -> None:
     torch.manual_seed(0)
     u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     s = s.clamp(min=float(s.max()) / 20)
-    found = orthogonal(u @ torch.diag(s) @ v)
+    found = orthogonal(u @ torch.diag(s) @ v, dtype)
     values = torch.diag(u.T @ found @ v.T)
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
-    assert torch.allclose(found, u @ torch.diag(values) @ v, atol=1e-4)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, u @ torch.diag(values) @ v, atol=error)
 
 
-def test_steps_are_those_of_torch() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_those_of_torch(dtype: Any) -> None:
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in SHAPES]
     ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     optimizers = [
-        Muon([{"params": ours}], lr=0.02, weight_decay=0.1),
+        Muon([{"params": ours}], lr=0.02, weight_decay=0.1, dtype=dtype),
         torch.optim.Muon([{"params": theirs}], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(4):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dovetail.exporter.cli.main import main
@@ -20,6 +21,7 @@ from dovetail.exporter.train.plan import FitOptions, TrainPlan
 from dovetail.exporter.train.run import train
 from dovetail.exporter.train.text import TextWriter
 from dovetail.exporter.train.writer import BatchWriter, bare_prefix
+from dovetail.models.config import DrafterConfig
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import TrainError
 from dovetail.runtime.pair.manifest import file_entry, read_manifest, write_manifest
@@ -177,14 +179,41 @@ class BatchWriterThatStops(BatchWriter):
         FitOptions(unroll=2, teacher_top_k=4),
         FitOptions(unroll=1, regression=10.0),
         FitOptions(unroll=2, optimizer="muon", learning_rate=1e-2),
+        FitOptions(unroll=2, optimizer="muon", learning_rate=1e-2, bf16=True),
     ],
-    ids=["top-k teacher", "the paper's loss", "muon"],
+    ids=["top-k teacher", "the paper's loss", "muon", "muon in bfloat16"],
 )
 def test_every_recipe_learns(tiny_pair: Path, corpus_file: Path, tmp_path: Path, options: FitOptions) -> None:
     fit = replace(options, epochs=16, window=48, warmup=2, learning_rate=max(3e-3, options.learning_rate))
     train(tiny_pair, tmp_path / "out", replace(plan(corpus_file), fit=fit), silent)
     curve = json.loads((tmp_path / "out" / "training.json").read_text())["curve"]
     assert curve[-1]["agreement"][0] > 1.3 * curve[0]["agreement"][0]
+
+
+def test_bfloat16_rounds_products_and_no_more(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    curves = []
+    for bf16 in (False, True):
+        fit = FitOptions(epochs=1, unroll=2, window=48, batch=4, warmup=2, bf16=bf16)
+        train(tiny_pair, tmp_path / str(bf16), replace(plan(corpus_file), fit=fit), silent)
+        curves.append(json.loads((tmp_path / str(bf16) / "training.json").read_text())["curve"][-1]["loss"])
+    assert curves[0] != curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_drafter_has_the_width_that_was_asked_for(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    """Its feed-forward layers, also in the pair; a later run must ask for the same."""
+    pair, narrow = shutil.copytree(tiny_pair, tmp_path / "pair"), plan(corpus_file, intermediate_size=40)
+    brief = FitOptions(epochs=0.2, unroll=1, window=48)
+    train(pair, tmp_path / "first", replace(narrow, fit=brief), silent)
+    assert DrafterConfig.load(tmp_path / "first").intermediate_size == 40
+    train(pair, tmp_path / "second", replace(narrow, fit=brief, init=tmp_path / "first"), silent)
+    add_drafter(tmp_path / "second", pair)
+    with Engine.from_pretrained(pair, drafter_device="cpu", tree=TreeLimits(4, 3, 1, lookup=0)) as engine:
+        assert engine.generate("a", 8, raw=True).metrics.drafted > 0
+    with pytest.raises(TrainError, match=r"its intermediate-size is 40, not .*: give --intermediate-size 40"):
+        train(pair, tmp_path / "third", plan(corpus_file, init=tmp_path / "first"), silent)
+    with pytest.raises(TrainError, match="intermediate_size 0 is out of range"):
+        plan(corpus_file, intermediate_size=0)
 
 
 def test_a_drafter_goes_on_from_another(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:

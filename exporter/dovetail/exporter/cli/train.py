@@ -93,11 +93,16 @@ class _Bars:
     help="Read three blocks of the target and its last feature, or the last feature alone.",
 )  # fmt: skip
 @click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
+@click.option(
+    "--intermediate-size", type=click.IntRange(min=1),
+    help="Width of the drafter's feed-forward layers.  [default: the target's]",
+)  # fmt: skip
 @click.option("--unroll", type=click.IntRange(1, 8), help="Unrolled steps per update.  [default: 3; 7 for eagle3]")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
 @click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Most positions per text.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True)
+@click.option("--bf16", is_flag=True, help="Multiply matrices in bfloat16: faster with AVX512_BF16 or AMX.")
 @click.option("--teacher-top-k", type=click.IntRange(min=0), default=0, help="Learn the K best target tokens; 0: all.")
 @click.option("--regression", type=float, default=0.0, help="Weight of the features' distance in the loss.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import PickleError
@@ -90,10 +91,12 @@ class Fitting:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, share, group["peak"], options.warmup)
-        loss, report = unrolled_loss(self.trainee, windows.to(self.device), options)
-        if not torch.isfinite(loss):
-            raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
-        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        with matrix_products(bf16=options.bf16):
+            with torch.autocast(self.device, torch.bfloat16, enabled=options.bf16):
+                loss, report = unrolled_loss(self.trainee, windows.to(self.device), options)
+            if not torch.isfinite(loss):
+                raise TrainError(f"the loss is {float(loss)} at update {step}: lower --learning-rate")
+            loss.backward()  # type: ignore[no-untyped-call]  # torch
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), options.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -133,6 +136,17 @@ class Fitting:
         except _LOAD_FAILURES as error:
             reason = one_line(error)[:200]
             raise TrainError(f"{self.file} is damaged ({reason}): remove the file; --resume fits again") from error
+
+
+@contextmanager
+def matrix_products(*, bf16: bool) -> Iterator[None]:
+    """Products of float32 matrices, rounded to bfloat16 before they are multiplied if `bf16`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if bf16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _point(state: FitState, recent: list[StepReport]) -> dict[str, Any]:

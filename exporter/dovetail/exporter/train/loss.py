@@ -42,7 +42,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, head: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        logits = g @ head.T
+        with torch.autocast(g.device.type, enabled=False):
+            logits = g.float() @ head.T
         top = logits.argmax(-1)
         normaliser = torch.logsumexp(logits, -1)
         loss = normaliser - (teacher * logits).sum(-1)
@@ -55,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, d_top: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]  # torch types *grads
         gradient, head, g = ctx.saved_tensors
         d_head = gradient.T @ (g * d_loss.unsqueeze(-1)) if ctx.needs_input_grad[1] else None
-        return (gradient @ head) * d_loss.unsqueeze(-1), d_head, None
+        return ((gradient @ head) * d_loss.unsqueeze(-1)).to(g.dtype), d_head, None
 
 
 def unrolled_loss(trainee: Trainee, windows: Windows, options: FitOptions) -> tuple[Tensor, StepReport]:
@@ -89,7 +90,8 @@ def unrolled_loss(trainee: Trainee, windows: Windows, options: FitOptions) -> tu
 @torch.no_grad()
 def _teacher(head: Tensor, following: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The target's probabilities [rows, K] and best token [rows] over the draft vocabulary."""
-    logits = F.linear(following, head)
+    with torch.autocast(following.device.type, enabled=False):
+        logits = F.linear(following, head)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

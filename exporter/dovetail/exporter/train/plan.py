@@ -33,6 +33,7 @@ class FitOptions:
     teacher_top_k: number of the target's most probable draft tokens to learn from; 0 for all.
     regression: weight of the smooth L1 distance between output and the target's next feature.
     optimizer: "adamw", or "muon" for matrices with AdamW for other parameters.
+    bf16: multiply matrices in bfloat16; weights, sums and the optimizer's state stay in float32.
     """
 
     epochs: float = 4.0
@@ -47,6 +48,7 @@ class FitOptions:
     teacher_top_k: int = 0
     regression: float = 0.0
     optimizer: str = "adamw"
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class TrainPlan:
     prompts: the user's JSONL, or None. own_prompts: number of prompts that the target writes.
     openings: equally likely beginnings of the target's prompts; "" lets the target begin.
     feature_layers: read three blocks of the target and its last feature.
+    intermediate_size: width of the drafter's feed-forward layers; None for the target's.
     corpora: .npz files of conversations that the same target wrote earlier.
     exclude: JSONL files of benchmark prompts that no training text may repeat.
     minutes: time for the whole run, in place of `fit.epochs`. Without text, the target writes text
@@ -93,6 +96,7 @@ class TrainPlan:
     fusion: str = DEFAULT_FUSION
     feature_layers: bool = True
     blocks: int = 1
+    intermediate_size: int | None = None
     init: Path | None = None
     held_out: float = 0.05
     device: str = "cpu"
@@ -108,6 +112,8 @@ class TrainPlan:
                 check_number(name, value, TrainError, "give another", most=number)
         for name, most in (("max_new_tokens", CONTEXT_MOST), ("draft_vocab", LARGEST["vocab_size"]), ("blocks", None)):
             check_whole(name, getattr(self, name), TrainError, "give another", most=most)
+        if self.intermediate_size is not None:
+            check_whole("intermediate_size", self.intermediate_size, TrainError, "give another")
         check_whole("own_prompts", self.own_prompts, TrainError, "give another", least=0, most=OWN_PROMPTS_MOST)
         if self.format not in FORMATS:
             raise TrainError(f"format {self.format!r} is unknown: choose one of {', '.join(FORMATS)}")
@@ -116,6 +122,7 @@ class TrainPlan:
                 (f"--fusion {self.fusion}", self.fusion != DEFAULT_FUSION),
                 ("--last-feature", not self.feature_layers),
                 (f"--blocks {self.blocks}", self.blocks != 1),
+                (f"--intermediate-size {self.intermediate_size}", self.intermediate_size is not None),
                 (f"--regression {self.fit.regression:g}", self.fit.regression != 0),
             ):
                 if given:

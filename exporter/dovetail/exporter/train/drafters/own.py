@@ -27,7 +27,8 @@ class OwnFormat:
 
     def __init__(self, plan: TrainPlan, target: Config, name: str):
         self.plan = plan
-        self.layers = self._config(target, plan.draft_vocab).feature_layers
+        config = self._config(target, plan.draft_vocab)
+        self.layers, self.intermediate_size = config.feature_layers, config.intermediate_size
         if plan.init:
             self._read_initial(plan.init)
 
@@ -47,7 +48,12 @@ class OwnFormat:
         plan = self.plan
         try:
             return DrafterConfig.for_target(
-                dict(target), vocabulary, plan.fusion, plan.blocks, layers=plan.feature_layers
+                dict(target),
+                vocabulary,
+                plan.fusion,
+                plan.blocks,
+                layers=plan.feature_layers,
+                intermediate_size=plan.intermediate_size,
             )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise TrainError(f"cannot shape a drafter after this target: {error}") from error
@@ -66,7 +72,11 @@ class OwnFormat:
             config, tensors = own.read_checkpoint(folder)
         except CheckpointError as error:
             raise TrainError(f"cannot start from {folder}: {error}") from error
-        for name, found, asked in (("--fusion", config.fusion, plan.fusion), ("--blocks", config.blocks, plan.blocks)):
+        for name, found, asked in (
+            ("--fusion", config.fusion, plan.fusion),
+            ("--blocks", config.blocks, plan.blocks),
+            ("--intermediate-size", config.intermediate_size, self.intermediate_size),
+        ):
             if found != asked:
                 raise TrainError(
                     f"cannot start from {folder}: its {name[2:]} is {found}, not {asked}: give {name} {found}"
