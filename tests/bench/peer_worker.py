@@ -23,6 +23,7 @@ Answer = dict[str, Any]
 Ask = Callable[[list[int], int], Answer]
 # Activations in a group of the quantised matrices, if the environment says a number: 0 leaves them as they are.
 GROUPS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": size} if (size := os.environ.get("PEER_GROUP_SIZE")) else {}
+CONTEXT = int(os.environ.get("PEER_CONTEXT", "4096"))  # tokens that llama.cpp has room for
 # What Dovetail gives its target on an x86 CPU, in place of OpenVINO's defaults.
 SAME = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64", **GROUPS}
 
@@ -110,7 +111,7 @@ def llama(model: str, *, kind: str, sizes: tuple[int, int] | None = None, draft:
 
     params = x.CommonParams()
     params.model.path = model
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = 4096, 1, 0
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = CONTEXT, 1, 0
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.speculative.types = [getattr(x.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
     if draft:

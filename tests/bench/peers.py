@@ -10,6 +10,7 @@ speed after the first token, and the time to it.  `--chart FILE.svg` draws the t
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -55,10 +56,16 @@ class Worker:
     process: subprocess.Popen[str]
 
     @classmethod
-    def start(cls, python: str, engine: str, model: Path, draft: Path | None = None) -> Worker:
+    def start(cls, python: str, engine: str, model: Path, draft: Path | None = None, context: int = 4096) -> Worker:
+        """context: tokens that an engine which asks for their number has room for."""
         command = [python, str(WORKER), engine, str(model), *([str(draft)] if draft else [])]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PEER_CONTEXT": str(context)},
         )
         worker = cls(process)
         if worker._line() != {}:
@@ -120,6 +127,7 @@ def main(
     conversations = read_prompts(prompts, limit)
     tokenizer = Tokenizer.from_folder(pair / "target")
     asked = [list(tokenizer.encode_chat([{"role": "user", "content": talk.turns[0]}])) for talk in conversations]
+    context = max(4096, max(map(len, asked)) + max_new_tokens)
     if not gguf and set(engines) & {*LLAMA, LLAMA_DRAFT}:
         raise click.UsageError("llama.cpp needs the same weights as a GGUF: give --gguf")
     if not draft_model and set(engines) & set(DRAFT_MODEL):
@@ -136,7 +144,7 @@ def main(
             model = gguf if name in (*LLAMA, LLAMA_DRAFT) else pair
             assert model is not None
             draft = draft_model if name in DRAFT_MODEL else draft_gguf if name == LLAMA_DRAFT else None
-            workers[name] = stack.enter_context(Worker.start(python, name, model, draft))
+            workers[name] = stack.enter_context(Worker.start(python, name, model, draft, context))
             workers[name].ask(asked[0][::-1], WARM_UP_TOKENS)  # backwards: some keep the KV of what they have read
         rows = []
         for index, ids in enumerate(asked):

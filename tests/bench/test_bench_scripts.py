@@ -15,6 +15,7 @@ from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import InputError, PairError
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
+from dovetail.runtime.text.tokenizer import Tokenizer
 
 acceptance, curve = script("acceptance"), script("curve")
 
@@ -171,6 +172,32 @@ def test_peers_are_asked_in_turn_and_compared_by_prompt(
     assert scores["dovetail"]["to_plain"] == 2.0 == 2 * scores["openvino-genai, plain"]["to_plain"]
     assert all(row["same_text"] == row["prompts"] == 2 for row in scores.values())
     assert "| dovetail | 2000.0 | 2.00x | 2.00x | 5 | 7 | 2 of 2 |" in result.output
+
+
+def test_engines_are_told_how_long_the_prompts_are(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, worker, prompts, out = (script("peers"), *(tmp_path / name for name in ("worker.py", "prompts", "out")))
+    worker.write_text(
+        WORKER.replace('"rss_mb": 7', '"rss_mb": int(os.environ["PEER_CONTEXT"])').replace("json,", "json, os,")
+    )
+    monkeypatch.setattr(peers, "WORKER", worker)
+    for text, most in (("one", 4096), ("one " * 5000, 20_000)):
+        prompts.write_text(json.dumps({"prompt": text}) + "\n")
+        arguments = [str(tiny_target.parent), str(prompts), "--python", sys.executable, "--out", str(out)]
+        CliRunner().invoke(peers.main, [*arguments, "--engine", "dovetail"], catch_exceptions=False)
+        assert most <= json.loads(out.read_text())["scores"][0]["rss_mb"] < 1.1 * most
+
+
+def test_long_prompts_have_the_length_that_was_asked_for(tiny_target: Path) -> None:
+    tokenizer, made = Tokenizer.from_folder(tiny_target), []
+    for wanted in ("2", "1000"):
+        asked = [str(tiny_target.parent), "2000", "--count", wanted]
+        made.append(CliRunner().invoke(script("long_prompts").main, asked))
+    rows = [json.loads(line)["prompt"] for line in made[0].output.splitlines()]
+    assert len(set(rows)) == 2
+    assert all(abs(len(tokenizer.encode_chat([{"role": "user", "content": row}])) - 2000) <= 16 for row in rows)
+    assert made[1].exit_code == 1 and "has text for" in made[1].output.splitlines()[-1]
 
 
 def test_a_peer_that_does_not_start_is_named(tmp_path: Path) -> None:
