@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.runtime.pair.known import DEFAULT_PAIR
+from dovetail.runtime.pair.known import REFERENCE_PAIRS
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.tree.limits import TreeLimits
 
@@ -317,7 +317,7 @@ def test_unknown_pair_name_names_the_known_ones(invoke, opener, cache: Path, mak
     result = invoke("Hello", "--pair", "yours", obj=opener)
     assert (
         result.exit_code == 2
-        and f"'yours' is unknown: name a pair folder, or one of mine, qwen2.5-coder-0.5b, {DEFAULT_PAIR}"
+        and f"'yours' is unknown: name a pair folder, or one of mine, {', '.join(sorted(REFERENCE_PAIRS))}"
         in result.stderr
     )
     assert invoke("Hello", "--pair", "mine", "-n", "2", obj=opener).exit_code == 0

@@ -69,6 +69,12 @@ REFERENCE_PAIRS = {
         wheel=None,
         trained_on="gguf",
     ),
+    "qwen2.5-coder-1.5b": ReferencePair(
+        name="qwen2.5-coder-1.5b",
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        wheel=None,
+        trained_on="gguf",
+    ),
 }
 
 

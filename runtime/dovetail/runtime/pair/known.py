@@ -20,7 +20,8 @@ from dovetail.runtime.pair.files import cache_dir
 from dovetail.runtime.pair.layout import MANIFEST_NAME
 
 DEFAULT_PAIR = "smollm2-135m"
-REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b")  # names that `dovetail-export pair` builds
+# Names that `dovetail-export pair` builds.
+REFERENCE_PAIRS = (DEFAULT_PAIR, "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 EXPORT_EXTRA = ("torch", "transformers", "optimum")
 _EXPORTER = (sys.executable, "-m", "dovetail.exporter.cli.main")
 # owner/name, by the rule of huggingface_hub, which this package does not import
