@@ -149,7 +149,6 @@ def worker(folder: Path, mode: str) -> None:
     size = min(LONG, engine.max_context // 2 - ANSWER)
     long = [engine.tokenizer.decode(text[at * size :][:size]) for at in range(TEXTS)]
     if mode == "alone":
-        say("a short prompt")
         for stage, asked in (("short", prompts[:1]), ("long", long[:1]), ("others", prompts[1:])):
             say(f"prompts: {stage}")
             for prompt in asked:

@@ -320,3 +320,9 @@ def test_stale_options_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "options.md").write_text("# Options\n", encoding="utf-8")
     assert options.main(["--check"]) == 1
     assert options.main([]) == 0 and options.main(["--check"]) == 0
+
+
+def test_the_site_lists_every_page_of_results_and_every_card() -> None:
+    listed = (ROOT / "docs/site.yml").read_text(encoding="utf-8")
+    pages = [*ROOT.glob("docs/results/*.md"), *ROOT.glob("models/dovetail/models/data/*/README.md")]
+    assert not [page for page in pages if f" {page.relative_to(ROOT)}\n" not in listed]

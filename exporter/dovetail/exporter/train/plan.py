@@ -33,7 +33,8 @@ class FitOptions:
     teacher_top_k: number of the target's most probable draft tokens to learn from; 0 for all.
     regression: weight of the smooth L1 distance between output and the target's next feature.
     optimizer: "adamw", or "muon" for matrices with AdamW for other parameters.
-    bf16: multiply matrices in bfloat16; weights, sums and the optimizer's state stay in float32.
+    bf16: multiply matrices in bfloat16, which layers hand on; weights, the loss and the optimizer's
+    state stay in float32.
     """
 
     epochs: float = 4.0
@@ -70,7 +71,7 @@ class TrainPlan:
     """The drafter to train, and its training text.
 
     format: of the checkpoint, one of FORMATS. "eagle3" has EAGLE-3's drafter and layers; it takes no
-    other `fusion`, `feature_layers`, `blocks` and `fit.regression`.
+    other `fusion`, `feature_layers`, `blocks`, `intermediate_size` and `fit.regression`.
     prompts: the user's JSONL, or None. own_prompts: number of prompts that the target writes.
     openings: equally likely beginnings of the target's prompts; "" lets the target begin.
     feature_layers: read three blocks of the target and its last feature.
@@ -79,7 +80,7 @@ class TrainPlan:
     exclude: JSONL files of benchmark prompts that no training text may repeat.
     minutes: time for the whole run, in place of `fit.epochs`. Without text, the target writes text
     for a third of this time. disk_gb: largest size of the features on disk.
-    init: a checkpoint of the same format to start from, with the same fusion and blocks. An EAGLE-3
+    init: a checkpoint of the same format to start from, with the same fusion, blocks and width. An EAGLE-3
     drafter keeps its draft vocabulary.
     """
 

@@ -145,7 +145,7 @@ class Scheduler:
         some = (plan.draft or len(forest) > plan.texts) and not self._unknown(plan)
         worth = self._worth(plan, forest) if some else {plan.texts: 0.0}  # nothing to verify: plain
         width, regret = self._best_width(plan, worth)
-        return Choice(forest.best(max(width, self.plain_rows)), forest, width, worth, regret)
+        return Choice(forest.best(max(width, self.plain_rows)), forest, width, regret)
 
     def _best_width(self, plan: Plan, worth: Mapping[int, float]) -> tuple[int, Mapping[int, float]]:
         """Return the width to verify, and each width's regret if the width stays.

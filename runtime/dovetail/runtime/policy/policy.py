@@ -38,7 +38,6 @@ class Choice:
     forest: Forest
     offered: Forest | None = None  # the trees that they were chosen from
     width: int = 0  # rows that the pass computes at least, one for each text in plain decoding
-    worth: Mapping[int, float] = field(default_factory=dict)  # width -> ms that verifying that many nodes is worth
     regret: Mapping[int, float] = field(default_factory=dict)  # width -> ms lost so far by keeping the last width
 
 

@@ -61,7 +61,7 @@ class OwnFormat:
     def _read_initial(self, folder: Path) -> dict[str, Tensor]:
         """The weights in `folder`. Its draft vocabulary may differ, and it may read fewer blocks.
 
-        Raises TrainError if the checkpoint cannot be read or has another fusion or other blocks.
+        Raises TrainError if the checkpoint cannot be read or has another fusion, other blocks or another width.
         """
         plan = self.plan
         try:

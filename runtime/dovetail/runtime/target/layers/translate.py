@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.runtime.errors import InputError
-from dovetail.runtime.target.graph import NODE_ROWS, PATH_ROWS
+from dovetail.runtime.target.graph import EXPERT_ROWS, NODE_ROWS, PATH_ROWS, ROW_EXPERTS
 from dovetail.runtime.target.layers.attention import ROWS, Heads, Rows, attend
 from dovetail.runtime.target.layers.builder import Builder
 from dovetail.runtime.target.layers.weights import REMEDY, look_up, multiply, read_matrix
@@ -90,6 +90,8 @@ class Translator:
             self._split(node)
         elif kind == "Parameter":
             name = node.get_friendly_name()
+            if name in (EXPERT_ROWS, ROW_EXPERTS):
+                raise InputError(f"layers on the GPU cannot compute a mixture of experts: {REMEDY}")
             if name not in self._inputs:
                 raise InputError(f"layers on the GPU cannot read the graph's input {name!r}: {REMEDY}")
             self._known[_key(node.output(0))] = self._inputs[name]
