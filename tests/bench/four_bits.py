@@ -1,6 +1,6 @@
 """Four-bit formats of one target beside INT8: size, passes in turn, and three kinds of text read with each.
 
-    python tests/bench/four_bits.py MODEL --work FOLDER --out four-bits.json
+    python -m tests.bench.four_bits MODEL --work FOLDER --out four-bits.json
 
 Each format is exported from MODEL by `dovetail-export target` into FOLDER.  A format is named `int4-sym-128-0.8`: with
 or without --sym, the --group-size, and the --ratio of layers in 4 bits.  `-all` at its end stands for --all-layers.
@@ -28,6 +28,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
+from tests.bench import same_text
 
 from dovetail.runtime import BatchEngine
 from dovetail.runtime.cli.main import fail
@@ -178,18 +179,12 @@ def answers(pair: Path, tokens: int, most: int) -> list[Text]:
     with BatchEngine.from_pretrained(pair, slots=TOGETHER) as engine:
         for seed in count():
             asked = [list(tokenizer.encode_chat([{"role": "user", "content": prompt}])) for prompt in prompts]
-            jobs = [engine.submit(engine.ask(ids, most, speculate=False, temperature=1.0, seed=seed)) for ids in asked]
-            ids = {job: list[int]() for job in jobs}
-            while not engine.idle:
-                for job, chunk in engine.step():
-                    if isinstance(chunk, DovetailError):
-                        raise chunk
-                    ids[job] += chunk.token_ids
-            for prompt, job in zip(asked, jobs, strict=True):
+            written = same_text.answers(engine, [(ids, {"temperature": 1.0, "seed": seed}) for ids in asked], most)
+            for prompt, answer in zip(asked, written, strict=True):
                 if (left := tokens - counted(found, CHAT)) <= 0:
                     return found
-                if ids[job]:
-                    found.append(Text(CHAT, [*prompt, *ids[job][:left]], len(prompt) - 1))
+                if answer:
+                    found.append(Text(CHAT, [*prompt, *answer[:left]], len(prompt) - 1))
     raise AssertionError  # count() has no end
 
 

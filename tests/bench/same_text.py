@@ -25,6 +25,7 @@ import click
 
 from dovetail.runtime import BatchEngine, Engine
 from dovetail.runtime.errors import DovetailError, InputError
+from dovetail.runtime.text.encoding import Prompt
 from dovetail.runtime.text.prompts import read_prompts
 
 TASKS = ("humaneval", "gsm8k", "mt_bench", "alpaca")
@@ -144,7 +145,7 @@ def options(key: Key) -> dict[str, Any]:
     return {"temperature": 1.0, "seed": SEED} if key[2] else {}
 
 
-def answers(engine: BatchEngine, asks: Sequence[tuple[str, dict[str, Any]]], count: int) -> list[list[int]]:
+def answers(engine: BatchEngine, asks: Sequence[tuple[Prompt, dict[str, Any]]], count: int) -> list[list[int]]:
     """Write plain answers, all at once.  Returns their token ids."""
     jobs = [engine.submit(engine.ask(text, count, speculate=False, **given)) for text, given in asks]
     ids = {job: list[int]() for job in jobs}
