@@ -129,6 +129,27 @@ def test_between_calls_the_threads_of_the_drafter_sleep(pair: Path) -> None:
     assert min(taken) < 0.005  # one that spins on takes a core from the target
 
 
+BYTES_READ = """
+import sys
+from pathlib import Path
+from dovetail.runtime import Engine
+
+def count():
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+before = count()
+Engine.from_pretrained(sys.argv[1], drafter_device="cpu").generate("Hi", 2)
+print(count() - before)
+"""
+
+
+def test_weights_are_mapped_and_not_read_after_the_first_opening(pair: Path) -> None:
+    Engine.from_pretrained(pair, drafter_device="cpu").close()  # notes the digests, for which it reads all files
+    read = subprocess.run([sys.executable, "-c", BYTES_READ, str(pair)], capture_output=True, text=True, check=True)
+    weights = [file.stat().st_size for file in pair.rglob("*") if file.suffix in {".bin", ".data"}]
+    assert int(read.stdout) < 0.1 * sum(weights)
+
+
 def test_the_built_pair_passes_its_own_check(pair: Path) -> None:
     from dovetail.exporter.pairs.check import check_pair_folder
 
