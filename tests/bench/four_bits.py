@@ -153,20 +153,28 @@ def save(out: Path, kept: dict[str, Any]) -> None:
 def texts(pair: Path, tokens: int, answer: int) -> list[Text]:
     """Texts with `tokens` counted positions of each kind. Raises InputError where the repository has fewer."""
     tokenizer = Tokenizer.from_folder(pair / TARGET)
-    begin = tokenizer.encode("")  # the token, if any, with which every text begins
     found = list[Text]()
-    for kind, (folder, names) in FILES.items():
-        source = "\n".join(file.read_text("utf-8") for file in sorted((ROOT / folder).glob(names)))
-        ids = tokenizer.encode(source, add_special_tokens=False)
-        windows = [ids[at : at + WINDOW - len(begin)] for at in range(0, len(ids), WINDOW - len(begin))]
-        # Windows from everywhere in the files: one page has one subject.
-        picked = [windows[at] for at in Random(0).sample(range(len(windows)), len(windows))]
-        for text in picked:
-            if (left := tokens - counted(found, kind)) > 0 and len(text) > 1:
-                found.append(Text(kind, [*begin, *text][: left + 1], 0))
+    for kind in FILES:
+        for text in windows(tokenizer, kind):
+            if (left := tokens - counted(found, kind)) > 0:
+                found.append(Text(kind, text.tokens[: left + 1], 0))
         if counted(found, kind) < tokens:
-            raise InputError(f"{folder} has only {counted(found, kind)} tokens: give --tokens {len(ids) // 2}")
+            raise InputError(
+                f"{FILES[kind][0]} has only {counted(found, kind)} tokens: give --tokens {counted(found, kind)}"
+            )
     return [*found, *answers(pair, tokens, answer)]
+
+
+def windows(tokenizer: Tokenizer, kind: str, size: int = WINDOW) -> list[Text]:
+    """The repository's text of this kind in windows of `size` tokens, in an order of their own."""
+    folder, names = FILES[kind]
+    begin = tokenizer.encode("")  # the token, if any, with which every text begins
+    source = "\n".join(file.read_text("utf-8") for file in sorted((ROOT / folder).glob(names)))
+    ids, step = tokenizer.encode(source, add_special_tokens=False), size - len(begin)
+    cut = [ids[at : at + step] for at in range(0, len(ids), step)]
+    # From everywhere in the files: one page has one subject.
+    picked = [cut[at] for at in Random(0).sample(range(len(cut)), len(cut))]
+    return [Text(kind, [*begin, *text], 0) for text in picked if len(text) > 1]
 
 
 def answers(pair: Path, tokens: int, most: int) -> list[Text]:

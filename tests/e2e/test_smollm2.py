@@ -72,6 +72,16 @@ def test_chains_give_token_for_token_the_text_without_drafts(engine: Engine, sam
         assert tuple(choice.token for choice in choices) == drafted.token_ids
 
 
+def test_keys_and_values_in_8_bits_keep_the_text_exact(pair: Path) -> None:
+    properties = {"KV_CACHE_PRECISION": "u8"}
+    with Engine.from_pretrained(pair, drafter_device="cpu", tree=TreeLimits(), ov_config=properties) as engine:
+        for prompt in PROMPTS:
+            drafted = engine.generate(prompt, 64, temperature=0.0)
+            engine.reset()
+            plain = engine.generate(prompt, 64, temperature=0.0, speculate=False)
+            assert drafted.token_ids == plain.token_ids and drafted.metrics.rounds < 0.7 * plain.metrics.rounds
+
+
 def test_drafts_of_sampled_answers_know_the_noise(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same drafter, told the noise or not, in fixed trees."""
 

@@ -44,10 +44,11 @@ def grown(seed: int, nodes: int) -> DraftTree:
     return DraftTree(rng.integers(0, 200, nodes), parents, np.zeros(nodes, np.float32))
 
 
-@pytest.fixture(params=[0, 1], ids=["whole", "first-layer-elsewhere"])
+@pytest.fixture(params=[(0, "f16"), (0, "u8"), (1, "f16")], ids=["whole", "8-bit-kv", "first-layer-elsewhere"])
 def target(tiny_pair: Path, request: pytest.FixtureRequest) -> OpenVINOTarget:
-    take = TakeLayers(1, OrtDevice.cpu(), 256) if request.param else None
-    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), take=take)
+    layers, kv = request.param
+    take = TakeLayers(1, OrtDevice.cpu(), 256) if layers else None
+    return OpenVINOTarget.load(tiny_pair, read_manifest(tiny_pair), take=take, ov_config={"KV_CACHE_PRECISION": kv})
 
 
 @pytest.mark.parametrize("context", [8, 31, 32, 33, 95, 200])

@@ -330,8 +330,13 @@ def test_properties_of_the_target(sessions: Sessions, tiny_full_pair: Path) -> N
     other = OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"})
     sizes = [int(one.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) for one in (other.model.compiled, compiled)]
     assert sizes[0] == 128 != sizes[1]
-    with pytest.raises(InputError, match="KV_CACHE_PRECISION must stay f16"):
-        OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"KV_CACHE_PRECISION": "u8"})
+    for given, problem in (
+        ({"KV_CACHE_PRECISION": "u4"}, "KV_CACHE_PRECISION=u4 is not supported: give f16 or u8"),
+        ({"KEY_CACHE_PRECISION": "u8"}, "KEY_CACHE_PRECISION cannot be given"),
+        ({"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_CHANNEL"}, "KEY_CACHE_QUANT_MODE cannot be given"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config=given)
     with pytest.raises(DeviceError, match=r"cannot compile .*: correct NO_SUCH_PROPERTY or leave it out") as caught:
         OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"NO_SUCH_PROPERTY": "1"})
     assert "\n" not in str(caught.value)

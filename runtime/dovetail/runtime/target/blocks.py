@@ -72,16 +72,16 @@ class BlockPool:
         self.owners[blocks[self._sharers[blocks] == 0]] = _FREE
 
 
-def untouched_zeros(shape: Sequence[int]) -> NDArray[np.uint16]:
-    """Return zeros of `shape`, uint16. Linux provides each page of memory at its first write.
+def untouched_zeros(shape: Sequence[int]) -> NDArray[np.uint8]:
+    """Return zeros of `shape`, uint8. Linux provides each page of memory at its first write.
 
     numpy asks Linux for pages of 2 MiB, which would take memory for blocks that no text needs.
     Raises OSError if the process may not have a range of addresses of this size.
     """
-    size = 2 * prod(shape)
+    size = prod(shape)
     if size == 0 or sys.platform != "linux":
-        return np.zeros(shape, np.uint16)
+        return np.zeros(shape, np.uint8)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint16).reshape(shape)
+    return np.frombuffer(memory, np.uint8).reshape(shape)

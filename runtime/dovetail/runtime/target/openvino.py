@@ -30,7 +30,7 @@ from dovetail.runtime.system.arrays import SequenceId, TokenArray, strange_token
 from dovetail.runtime.target.blocks import BlockIds
 from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.front import Front, FrontPass, Take
-from dovetail.runtime.target.paged import ALONE, BLOCK, REQUIRED, TOGETHER, Batch, PagedModel, Part
+from dovetail.runtime.target.paged import ALONE, BLOCK, TOGETHER, Batch, PagedModel, Part
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import LargestTree
@@ -117,9 +117,6 @@ class OpenVINOTarget:
         take: takes the first layers out, which run elsewhere.
         Raises IntegrityError, InputError (a property that verification depends on), DeviceError.
         """
-        if taken := [name for name in ov_config or () if name.endswith("CACHE_PRECISION")]:
-            required = REQUIRED["KV_CACHE_PRECISION"]
-            raise InputError(f"{taken[0]} must stay {required}, which trees depend on: leave the property out")
         facts, xml = manifest.drafter, pair / TARGET_GRAPH
         mix = facts.files.get("features") if facts else None
         features = FeatureMix.load(pair / mix, facts) if facts and mix else None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError
+from dovetail.runtime.errors import DeviceError, InputError
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
@@ -45,12 +45,14 @@ BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 # For a matrix of one row, and for the attention of a sequence of one row, OpenVINO has other kernels.
 # Their sums differ.
 ALONE, TOGETHER = 1, 2
-_ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 256 16-bit words
+_ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 512 bytes
 
-# The KV cache is 16-bit floats. The plugin's default u8 is quantised over a whole block: its rows
-# cannot be moved, and a row's result depends on its neighbours.
-REQUIRED = {"KV_CACHE_PRECISION": "f16"}
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
+KV_PRECISION = "KV_CACHE_PRECISION"
+# Of the KV cache. By its own choice OpenVINO quantises keys of 8 bits over a whole block. Its rows could
+# not be moved, and a row's result would depend on its neighbours.
+KV_PRECISIONS: Mapping[str, dict[str, str]] = {"f16": {}, "u8": {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}}
+FIXED = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "KEY_CACHE_QUANT_MODE")
 # With INT8 weights bfloat16 only adds conversions. Passes in float32 are quicker and more exact.
 # The exactness pays for activations quantised in groups of 64 instead of OpenVINO's 32
 # (docs/results/passes.md; other weights were not measured).
@@ -67,6 +69,16 @@ def default_properties(instruction_sets: Collection[str] | None = None) -> dict[
     """
     have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
     return {**PROPERTIES, **(FLOAT32 if "avx2" in have else {})}
+
+
+def kv_properties(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the properties of the KV cache: 16 bits, or 8 bits where `given` asks for them. Raises InputError."""
+    precision = given.get(KV_PRECISION, "f16")
+    if precision not in KV_PRECISIONS:
+        raise InputError(f"{KV_PRECISION}={precision} is not supported: give {' or '.join(KV_PRECISIONS)}")
+    if fixed := [name for name in FIXED if name in given]:
+        raise InputError(f"{fixed[0]} cannot be given, since trees depend on it: give {KV_PRECISION}=u8 for 8 bits")
+    return {KV_PRECISION: precision, **KV_PRECISIONS[precision]}
 
 
 @dataclass(frozen=True)
@@ -167,17 +179,24 @@ def _joined(parts: Sequence[FrontPass], count: int) -> FrontPass | None:
 
 @dataclass
 class _KVGroup:
-    """All KV tensors of one shape: an array [tensors, blocks, heads, BLOCK, size] of 16 bits."""
+    """All KV tensors of one shape and type: bytes [tensors, blocks, heads, BLOCK, row].
+
+    A row of 8 bits a number begins with its scale and zero point, which count in `size`.
+    """
 
     names: list[str]
     element_type: Any
     heads: int
-    size: int
-    data: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    size: int  # numbers of a row
+    data: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def block_bytes(self) -> int:
+        return len(self.names) * self.heads * BLOCK * self.size * int(self.element_type.size)
 
     def grown(self, blocks: int, kept: BlockIds) -> _KVGroup:
         """Return the group with `blocks` blocks, `kept` ones with their content. Raises OSError."""
-        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size))
+        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size * self.element_type.size))
         if len(kept):
             data[:, kept] = self.data[:, kept]
         return replace(self, data=data)
@@ -186,7 +205,7 @@ class _KVGroup:
 class PagedModel:
     """One compiled model, one inference request, and the model's KV blocks.
 
-    properties: of OpenVINO's CPU plugin, by name; they override the defaults, but not REQUIRED.
+    properties: of OpenVINO's CPU plugin, by name; they override the defaults.
     mix: a drafter's addition to the last feature. layers: blocks whose outputs precede the last
     feature, for training. take: takes the first layers out, which then run as `front`.
     """
@@ -203,6 +222,11 @@ class PagedModel:
     ):
         import openvino as ov
 
+        settings: dict[str, Any] = {**default_properties(), **(properties or {}), **kv_properties(properties or {})}
+        if quota := machine.quota_threads():  # OpenVINO ignores quotas and pins all containers to the same cores
+            settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
         weights = xml.with_suffix(".bin")
         self._embedding = LookupMapping(weights)
         with self._embedding:
@@ -211,11 +235,6 @@ class PagedModel:
             mix_tap(model, mix, take.count if take else 0)
         if layers:
             widen_tap(model, layers)
-        settings: dict[str, Any] = {**default_properties(), **(properties or {}), **REQUIRED}
-        if quota := machine.quota_threads():  # OpenVINO ignores quotas and pins all containers to the same cores
-            settings = {"INFERENCE_NUM_THREADS": quota, "ENABLE_CPU_PINNING": False} | settings
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
         self.front: Front | None = None
         try:
             outputs = take.outputs(model) if take else []
@@ -249,24 +268,20 @@ class PagedModel:
 
     @property
     def block_bytes(self) -> int:
-        return sum(2 * len(group.names) * group.heads * BLOCK * group.size for group in self._groups)
+        return sum(group.block_bytes for group in self._groups)
 
     def _kv_groups(self) -> list[_KVGroup]:
-        by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)
+        alike: dict[tuple[Any, int, int], list[str]] = defaultdict(list)
         for port in self.compiled.inputs:
             if "_cache." in port.any_name:
                 _, heads, block, size = (dim.get_length() if dim.is_static else 0 for dim in port.partial_shape)
-                if block != BLOCK or port.element_type.size != 2:
+                if block != BLOCK:
                     raise DeviceError(
-                        f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected 16-bit "
-                        f"floats in blocks of {BLOCK}: leave out properties that change the KV cache, or use an "
-                        "OpenVINO release in the supported range"
+                        f"KV tensor {port.any_name} is {port.element_type} {port.partial_shape}: expected blocks of "
+                        f"{BLOCK} rows: use an OpenVINO release in the supported range"
                     )
-                by_shape[heads, size].append(port)
-        return [
-            _KVGroup([port.any_name for port in ports], ports[0].element_type, heads, size)
-            for (heads, size), ports in by_shape.items()
-        ]
+                alike[port.element_type, heads, size].append(port.any_name)
+        return [_KVGroup(names, *shape) for shape, names in alike.items()]
 
     def reserve(self, blocks: int) -> None:
         """Grow to at least `blocks` KV blocks. Owned blocks keep their KV. Raises DeviceError."""
@@ -301,7 +316,8 @@ class PagedModel:
 
         for group in self._groups:
             for name, array in zip(group.names, group.data, strict=True):
-                self.request.set_tensor(name, ov.Tensor(array, ov.Shape(array.shape), group.element_type))
+                shape = ov.Shape([*array.shape[:-1], group.size])
+                self.request.set_tensor(name, ov.Tensor(array, shape, group.element_type))
         self._placed = True
 
     def fault_in(self, blocks: BlockIds) -> None:

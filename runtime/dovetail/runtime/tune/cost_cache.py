@@ -20,7 +20,7 @@ from dovetail.runtime.pair.manifest import Manifest, parse_record
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
 from dovetail.runtime.target.layers.choose import own_layers
-from dovetail.runtime.target.paged import REQUIRED, default_properties
+from dovetail.runtime.target.paged import default_properties, kv_properties
 
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 
@@ -155,11 +155,11 @@ def target_properties(
     set: all properties by name. chosen: the choice of `tune`, None without one. given: properties
     from --ov-config.
     """
-    chosen = recall_choice(manifest, threads)
+    chosen, own = recall_choice(manifest, threads), given or {}
     return {
-        "set": {**default_properties(), **(chosen.properties if chosen else {}), **(given or {}), **REQUIRED},
+        "set": {**default_properties(), **(chosen.properties if chosen else {}), **own, **kv_properties(own)},
         "chosen": asdict(chosen) if chosen else None,
-        "given": dict(given or {}),
+        "given": dict(own),
     }
 
 
