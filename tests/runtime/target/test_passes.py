@@ -17,8 +17,9 @@ from dovetail.runtime.loop.metrics import Meter
 from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import openvino as openvino_target
-from dovetail.runtime.target.openvino import OpenVINOTarget, prompt_rows
+from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, FLOAT32, PROPERTIES, Batch, default_properties
+from dovetail.runtime.target.paths import prompt_rows
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 PROMPT = np.arange(5, 25)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,14 +31,11 @@ from dovetail.runtime.target.blocks import BlockIds
 from dovetail.runtime.target.features import FeatureMix
 from dovetail.runtime.target.front import Front, FrontPass, Take
 from dovetail.runtime.target.paged import ALONE, BLOCK, TOGETHER, Batch, PagedModel, Part
+from dovetail.runtime.target.paths import Paths, blocks_for, prompt_rows
 from dovetail.runtime.target.session import NO_PROMPTS, TargetPass
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tree.limits import LargestTree
 
-# OpenVINO prepares its kernels for each size of a pass and keeps them. Prompts therefore use few
-# sizes.
-_SMALL_PROMPTS = (2, 4, 8)
-_STEP, _LARGE, _LARGE_STEP = 8, 64, 16  # multiples of 8 up to 64, then of 16 (docs/results/memory.md)
 _SPARE_BLOCKS = 64  # on top of a full context: each path of a tree ends in blocks of its own
 _AGAIN = 256  # tokens of a pass that reads a text again
 _SHARED_SPARE_BLOCKS = 191  # for the trees of many texts, and the block that each of them ends in
@@ -53,7 +50,7 @@ class _Text:
     blocks: BlockIds = field(default_factory=lambda: np.zeros(0, np.int32))  # the text's in order, then for trees
     length: int = 0  # committed tokens that the blocks hold
     shared: int = 0  # first blocks that other texts may have too: full, and never written to
-    verified: _Paths | None = None  # paths of the verified tree, until `commit`
+    verified: Paths | None = None  # paths of the verified tree, until `commit`
     lost: TokenArray | None = None  # all committed tokens, if the blocks do not hold all of them
 
 
@@ -157,7 +154,7 @@ class OpenVINOTarget:
         if self._kv_cache is None:  # the pool grows
             return sys.maxsize
         lost = sum(
-            _blocks_for(len(text.lost)) - len(text.blocks) for text in self._texts.values() if text.lost is not None
+            blocks_for(len(text.lost)) - len(text.blocks) for text in self._texts.values() if text.lost is not None
         )
         return BLOCK * max(self.model.pool.free - lost - _SHARED_SPARE_BLOCKS, 0)
 
@@ -202,7 +199,7 @@ class OpenVINOTarget:
             self._front.rewind(seq, self.length(seq))
         if text.shared > text.length // BLOCK:
             self._unshare(seq, text)
-        text.blocks = text.blocks[: _blocks_for(text.length)]
+        text.blocks = text.blocks[: blocks_for(text.length)]
         self.model.pool.keep(seq, text.blocks)
 
     def _unshare(self, seq: SequenceId, text: _Text) -> None:
@@ -226,7 +223,7 @@ class OpenVINOTarget:
 
     def pretend_length(self, seq: SequenceId, tokens: int) -> None:
         """Act as if `tokens` tokens were committed, for timing only: KV content is arbitrary."""
-        text, blocks = self._text(seq), _blocks_for(tokens)
+        text, blocks = self._text(seq), blocks_for(tokens)
         self._hold(seq, blocks)
         self.model.fault_in(text.blocks[:blocks])
         if self._front:
@@ -256,7 +253,7 @@ class OpenVINOTarget:
         """Reserve blocks for `sequences` whole contexts, and for the trees of one sequence."""
         if self._kv_cache is not None:
             return
-        self.model.reserve(sequences * _blocks_for(self.max_context) + _SPARE_BLOCKS)
+        self.model.reserve(sequences * blocks_for(self.max_context) + _SPARE_BLOCKS)
 
     def _text(self, seq: SequenceId) -> _Text:
         if seq not in self._texts:
@@ -265,7 +262,7 @@ class OpenVINOTarget:
 
     def _limited_blocks(self, sequences: int) -> int:
         """Return the blocks of `sequences` whole contexts under a limit of memory, and of trees."""
-        return sequences * _blocks_for(self.max_context) + _SHARED_SPARE_BLOCKS + 1  # the model takes one for surplus
+        return sequences * blocks_for(self.max_context) + _SHARED_SPARE_BLOCKS + 1  # the model takes one for surplus
 
     def _pass(
         self, offers: Mapping[SequenceId, DraftTree], prompts: Mapping[SequenceId, TokenArray], rows: int, least: int
@@ -297,9 +294,9 @@ class OpenVINOTarget:
         for seq, tokens in prompts.items():
             order = np.arange(len(tokens))
             path = order if len(order) >= TOGETHER else np.repeat(order, TOGETHER)
-            parts[seq] = self._part(seq, tokens, order, _Paths([path], self._text(seq).length), order[-1:], split=False)
+            parts[seq] = self._part(seq, tokens, order, Paths([path], self._text(seq).length), order[-1:], split=False)
         for seq, tree in offers.items():
-            paths = _Paths(tree.paths(), self._text(seq).length)
+            paths = Paths(tree.paths(), self._text(seq).length)
             parts[seq] = self._part(seq, tree.tokens, tree.depths(), paths, np.arange(len(tree)), split=True)
             self._texts[seq].verified = paths
         fronts = self._run_front(offers, prompts)
@@ -378,7 +375,7 @@ class OpenVINOTarget:
         front.release()
 
     def _part(
-        self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: _Paths,
+        self, seq: SequenceId, tokens: TokenArray, depths: NDArray[np.int64], paths: Paths,
         wanted: NDArray[np.int64], *, split: bool,
     ) -> Part:  # fmt: skip
         """Return rows for `tokens` at `depths` after the committed text.
@@ -416,39 +413,5 @@ class OpenVINOTarget:
             text.blocks = np.concatenate([text.blocks, pool.take(seq, missing)])
 
 
-class _Paths:
-    """The paths of a tree, or the single path of a prompt, after a text of `length` tokens."""
-
-    def __init__(self, rows: Sequence[NDArray[np.int64]], length: int) -> None:
-        self.rows = rows  # of each path
-        self.ends: list[slice] = []  # each path's own part of the text's blocks, from the text's last block on
-        full, part = divmod(length, BLOCK)
-        at = full
-        for path in self.rows:
-            begin, at = at, at + _blocks_for(part + len(path))
-            self.ends.append(slice(begin, at))
-
-    def find(self, path: NDArray[np.int64]) -> slice | None:
-        """Return the blocks of a path that begins with `path`, or None."""
-        if not len(path):
-            return None
-        for rows, blocks in zip(self.rows, self.ends, strict=True):
-            if np.array_equal(rows[: len(path)], path):
-                return blocks
-        return None
-
-
 def _first(layers: int) -> str:
     return "first layer" if layers == 1 else f"first {layers} layers"
-
-
-def _blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK)
-
-
-def prompt_rows(count: int) -> int:
-    """Return the rows of the pass that reads `count` tokens of a prompt."""
-    if count <= _SMALL_PROMPTS[-1]:
-        return next(rows for rows in _SMALL_PROMPTS if rows >= count)
-    step = _STEP if count <= _LARGE else _LARGE_STEP
-    return -(-count // step) * step
