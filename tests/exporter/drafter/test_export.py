@@ -27,7 +27,8 @@ from openvino import opset13 as ops
 from dovetail.exporter.cli import drafter as cli_drafter
 from dovetail.exporter.drafter import export as exporting
 from dovetail.exporter.drafter import int8 as onnx_int8
-from dovetail.exporter.drafter.export import FILES, export_drafter, load_drafter
+from dovetail.exporter.drafter.export import FILES, export_drafter, load_drafter, save
+from dovetail.exporter.drafter.graph import to_onnx
 from dovetail.exporter.drafter.parity import DYNAMIC_OPS, TOLERANCES, check_parity, check_static, folded
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.models.config import DrafterConfig
@@ -154,6 +155,26 @@ def test_files_match_torch(pair: Path, drafter: Drafter, device: str, precision:
     report = check_parity(drafter, file, TOLERANCES[precision], tree_slots=exporting.TREE_SLOTS, seed=seed)
     assert report.failures == ()
     assert report.top1 >= (1.0 if device == "cuda" else 0.8)
+
+
+def test_a_drafter_that_magnifies_rounding_is_not_taken_for_a_mistake(
+    pair: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    sharp, tolerance = load_drafter(checkpoint, pair / "target"), TOLERANCES["int8"]
+    assert isinstance(sharp, DraftModel)
+    with torch.no_grad():
+        for module in sharp.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= 2
+    file = tmp_path / FILES["cpu"]
+    onnx_int8.quantize(model := to_onnx(sharp, torch.float32, tree_slots=64, top_k=10))
+    save(model, file)
+    assert check_parity(sharp, file, replace(tolerance, int8=False), tree_slots=64).failures
+    assert not check_parity(sharp, file, tolerance, tree_slots=64).failures
+    with torch.no_grad():
+        weight = sharp.get_parameter("layers.0.mlp.up_proj.weight")
+        weight.copy_(weight.flip(0))
+    assert check_parity(sharp, file, tolerance, tree_slots=64).failures
 
 
 @pytest.mark.parametrize("broken", ["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj", "fusion.wz"])

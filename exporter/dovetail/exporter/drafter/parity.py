@@ -10,6 +10,7 @@ Axes: n rows of a call, T tree slots, K draft vocabulary, k children per row, D 
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.exporter.drafter.graph import BLOCKED
+from dovetail.exporter.drafter.int8_torch import Int8Products
 from dovetail.models.drafter import DraftModel
 from dovetail.runtime.drafter.graph_io import NOISE
 from dovetail.runtime.errors import ExportError
@@ -35,18 +37,27 @@ class Tolerance:
     logprob: error of a child's log-probability or rank. The unit is the standard deviation of
     torch's log-probabilities over the draft vocabulary in that row, because errors grow with it.
     feature: relative L2 error of the output features of one call.
+    int8: torch rounds as the INT8 file does.
     """
 
     logprob: float
     feature: float
+    int8: bool = False
+
+    def rounding(self) -> AbstractContextManager[object]:
+        """In its context torch rounds as the file does."""
+        return Int8Products() if self.int8 else nullcontext()
 
 
 # Measured with random weights, H = 32 and 576, 1 and 2 blocks. float16 errs by up to 0.0021 sd and
-# 0.05%, and by 0.010 sd in a DFlash drafter that was trained until its logits were sharp. INT8 errs
-# by up to 0.11 sd and 3.1% in Dovetail's drafters, by up to 0.17 sd and 6.3% in EAGLE's. A weight
-# matrix with its rows reversed errs in INT8 by 0.27 to 4.4 sd, in EAGLE's drafters also by 30% to
-# 170%. The float16 file must show smaller mistakes.
-TOLERANCES = {"float16": Tolerance(logprob=0.03, feature=0.005), "int8": Tolerance(logprob=0.25, feature=0.12)}
+# 0.05%, and by 0.010 sd in a DFlash drafter that was trained until its logits were sharp. INT8 errs by
+# up to 0.016 sd and 0.13% from torch with the same rounding, by 0.11 sd in DFlash drafters. A drafter
+# trained for a target of 1.5B errs by 0.07 sd and 3.9%, but by 0.25 sd and 14% from torch in float32. A
+# weight matrix with its rows reversed errs by 0.27 to 4.4 sd. float16 must show smaller mistakes.
+TOLERANCES = {
+    "float16": Tolerance(logprob=0.03, feature=0.005),
+    "int8": Tolerance(logprob=0.2, feature=0.08, int8=True),
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,15 @@ def check_parity(drafter: DraftModel, file: Path, tolerance: Tolerance, *, tree_
     """
     script = Script(drafter, seed)
     graph = GraphRun(file, drafter, tree_slots, script.noise)
+    with tolerance.rounding():
+        extended, first, second, again = (
+            script.extended(0, 12), script.drafted(12, 1), script.drafted(12, 2), script.extended(19, 20),
+        )  # fmt: skip
     steps = [
-        ("extend", graph.extend(script.tokens[:12], script.features[:12]), script.extended(0, 12)),
-        ("level 1", graph.level([1, 2], [0, 0], script.level1, 1, [[1], [2]]), script.drafted(12, 1)),
-        ("level 2", graph.level([3, 4], [1, 2], script.level2, 2, [[1, 3], [2, 4]]), script.drafted(12, 2)),
-        ("extend again", graph.extend(script.tokens[12:], script.features[12:], last=True), script.extended(19, 20)),
+        ("extend", graph.extend(script.tokens[:12], script.features[:12]), extended),
+        ("level 1", graph.level([1, 2], [0, 0], script.level1, 1, [[1], [2]]), first),
+        ("level 2", graph.level([3, 4], [1, 2], script.level2, 2, [[1, 3], [2, 4]]), second),
+        ("extend again", graph.extend(script.tokens[12:], script.features[12:], last=True), again),
     ]
     top1, topk, worst_logprob, failures = [], [], 0.0, []
     worst_feature = None if drafter.reads_tokens else 0.0
