@@ -8,6 +8,7 @@ position counts, so that on average half a window of keys and values stands behi
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -16,6 +17,8 @@ import click
 import numpy as np
 from tests.bench.four_bits import FILES, Score, Text, nll, windows
 
+from dovetail.runtime.cli.main import fail
+from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
@@ -35,8 +38,11 @@ CHUNK = 64  # nodes of a pass that reads
 @click.option("--window", type=click.IntRange(CHUNK), default=2048, show_default=True, help="Tokens.")
 @click.option("--rounds", type=click.IntRange(0), default=11, show_default=True, help="Of passes.")
 @click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=CONTEXTS, show_default=True)
-def main(pair: Path, group: int, count: int, window: int, rounds: int, contexts: tuple[int, ...]) -> None:
-    """Print two Markdown tables. The last row has keys in groups, instead of one scale for a head's whole key."""
+def kv_bits(pair: Path, group: int, count: int, window: int, rounds: int, contexts: tuple[int, ...]) -> None:
+    """Print two Markdown tables, for contexts that PAIR has room for.
+
+    The last row has keys in groups, instead of one scale for a head's whole key.
+    """
     kinds: dict[str, dict[str, str]] = {
         "f16": {},
         "u8": {KV_PRECISION: "u8"},
@@ -57,7 +63,7 @@ def main(pair: Path, group: int, count: int, window: int, rounds: int, contexts:
         click.echo("| " + " | ".join(cells) + " |")
     click.echo("\n| context | nodes | " + " | ".join(f"{kv}, ms" for kv in kinds) + " |")
     click.echo("|---:|---:|" + "---:|" * len(kinds))
-    for context in contexts:
+    for context in (each for each in contexts if each + max(NODES) <= manifest.target.max_context):
         for nodes in NODES:
             times = (f"{median(each):.1f}" for each in timed(targets, context, nodes, rounds))
             click.echo("| " + " | ".join([f"{context:,}", str(nodes), *times]) + " |")
@@ -90,6 +96,13 @@ def timed(targets: dict[str, OpenVINOTarget], context: int, nodes: int, rounds: 
     for kv, target in targets.items():
         target.close(opened[kv])
     return [each[1:] for each in times.values()]
+
+
+def main() -> None:
+    try:
+        kv_bits()
+    except DovetailError as err:
+        sys.exit(fail(str(err), err.exit_code))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,21 @@ from click.testing import CliRunner
 
 
 def test_a_table_of_texts_and_a_table_of_times(tiny_pair: Path, bench_script: Callable[[str], ModuleType]) -> None:
-    options = ["--windows", "1", "--window", "128", "--rounds", "1", "--context", "100", "--group", "4"]
-    result = CliRunner().invoke(bench_script("kv_bits").main, [str(tiny_pair), *options])
+    options = [
+        "--windows",
+        "1",
+        "--window",
+        "128",
+        "--rounds",
+        "1",
+        "--context",
+        "100",
+        "--context",
+        "100000",
+        "--group",
+        "4",
+    ]
+    result = CliRunner().invoke(bench_script("kv_bits").kv_bits, [str(tiny_pair), *options])
     assert result.exit_code == 0, result.output
     texts, times = (
         [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[2:]]

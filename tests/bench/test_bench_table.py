@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from tests.bench.scripts import Opener, script
 
 from dovetail.runtime.errors import InputError
+from dovetail.runtime.text.prompts import read_prompts
 
 
 @pytest.fixture
@@ -53,6 +54,13 @@ def made_up(file: Path, every: float = 1.5, **first: Any) -> None:
         prompt["speedup"] = every
     report["prompts"][0].update(first)
     file.write_text(json.dumps(report))
+
+
+def test_the_repository_has_ten_prompts_of_its_own_for_each_task() -> None:
+    folder = Path(__file__).with_name("tasks")
+    talks = {task: read_prompts(folder / f"{task}.jsonl", None) for task in script("table").TASKS}
+    assert all(len(each) == len({talk.turns for talk in each}) == 10 for each in talks.values())
+    assert {len(talk.turns) for talk in talks["mt_bench"]} == {2}
 
 
 def test_a_table_has_a_row_for_every_benchmark_and_goes_on_where_one_is_missing(measure, tmp_path: Path) -> None:

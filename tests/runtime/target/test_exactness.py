@@ -44,7 +44,10 @@ def grown(seed: int, nodes: int) -> DraftTree:
     return DraftTree(rng.integers(0, 200, nodes), parents, np.zeros(nodes, np.float32))
 
 
-@pytest.fixture(params=[(0, "f16"), (0, "u8"), (1, "f16")], ids=["whole", "8-bit-kv", "first-layer-elsewhere"])
+@pytest.fixture(
+    params=[(0, "f16"), (0, "u8"), (1, "f16"), (1, "u8")],
+    ids=["whole", "8-bit-kv", "first-layer-elsewhere", "first-layer-elsewhere, 8-bit-kv"],
+)
 def target(tiny_pair: Path, request: pytest.FixtureRequest) -> OpenVINOTarget:
     layers, kv = request.param
     take = TakeLayers(1, OrtDevice.cpu(), 256) if layers else None

@@ -40,9 +40,12 @@ def rows_after(target: OpenVINOTarget, text: np.ndarray) -> np.ndarray:
         return np.array(target.verify({seq: TREE})[seq].logits)
 
 
+@pytest.mark.parametrize("kv", ["f16", "u8"])
 @pytest.mark.parametrize("keep", [31, 32, 100, 150])
-def test_a_fork_goes_on_with_the_bits_of_its_own_text(tiny_pair: Path, take: TakeLayers | None, keep: int) -> None:
-    target, new = load(tiny_pair, take), np.array([60, 61, 62])
+def test_a_fork_goes_on_with_the_bits_of_its_own_text(
+    tiny_pair: Path, take: TakeLayers | None, keep: int, kv: str
+) -> None:
+    target, new = load(tiny_pair, take, ov_config={"KV_CACHE_PRECISION": kv}), np.array([60, 61, 62])
     source = target.open()
     target.prefill(source, TEXT)
     used = np.count_nonzero(target.model.pool.owners)
@@ -58,9 +61,10 @@ def test_a_fork_goes_on_with_the_bits_of_its_own_text(tiny_pair: Path, take: Tak
     np.testing.assert_array_equal(got[source], rows_after(target, TEXT))
 
 
-def test_texts_that_share_end_in_any_order_and_free_every_block(tiny_pair: Path) -> None:
+@pytest.mark.parametrize("kv", ["f16", "u8"])
+def test_texts_that_share_end_in_any_order_and_free_every_block(tiny_pair: Path, kv: str) -> None:
     for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        target = load(tiny_pair)
+        target = load(tiny_pair, ov_config={"KV_CACHE_PRECISION": kv})
         texts = [target.open()]
         target.prefill(texts[0], TEXT)
         texts += [target.fork(texts[0], 100)]

@@ -334,6 +334,7 @@ def test_properties_of_the_target(sessions: Sessions, tiny_full_pair: Path) -> N
         ({"KV_CACHE_PRECISION": "u4"}, "KV_CACHE_PRECISION=u4 is not supported: give f16 or u8"),
         ({"KEY_CACHE_PRECISION": "u8"}, "KEY_CACHE_PRECISION cannot be given"),
         ({"KV_CACHE_PRECISION": "u8", "KEY_CACHE_QUANT_MODE": "BY_CHANNEL"}, "KEY_CACHE_QUANT_MODE cannot be given"),
+        ({"KEY_CACHE_GROUP_SIZE": "4"}, "KEY_CACHE_GROUP_SIZE is for numbers of 8 bits: give KV_CACHE_PRECISION=u8"),
     ):
         with pytest.raises(InputError, match=problem):
             OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config=given)

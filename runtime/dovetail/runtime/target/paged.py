@@ -2,7 +2,7 @@
 
 Axes: T rows of a pass (new tokens of all sequences), A attention rows, S sequences of the
 attention, R rows whose logits are wanted, V vocabulary, D feature size. KV tensors are [blocks,
-kv_heads, BLOCK, head_size], one key and one value per layer.
+kv_heads, BLOCK, head_size], one key and one value per layer. With 8 bits a row begins with its scales.
 """
 
 from __future__ import annotations
@@ -45,14 +45,18 @@ BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 # For a matrix of one row, and for the attention of a sequence of one row, OpenVINO has other kernels.
 # Their sums differ.
 ALONE, TOGETHER = 1, 2
-_ROWS_PER_PAGE = 8  # a page of 4 KiB holds 8 rows of up to 512 bytes
+_PAGE = 4096  # bytes
 
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
 KV_PRECISION = "KV_CACHE_PRECISION"
-# Of the KV cache. By its own choice OpenVINO quantises keys of 8 bits over a whole block. Its rows could
-# not be moved, and a row's result would depend on its neighbours.
+# By default OpenVINO quantises keys of 8 bits over a whole block. A key could then not be moved, and a
+# row's result would depend on its neighbours.
 KV_PRECISIONS: Mapping[str, dict[str, str]] = {"f16": {}, "u8": {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}}
-FIXED = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "KEY_CACHE_QUANT_MODE")
+FIXED = (
+    "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "KEY_CACHE_QUANT_MODE", "VALUE_CACHE_QUANT_MODE",
+    "ENABLE_SAGE_ATTN",
+)  # fmt: skip
+GROUPS = ("KEY_CACHE_GROUP_SIZE", "VALUE_CACHE_GROUP_SIZE")
 # With INT8 weights bfloat16 only adds conversions. Passes in float32 are quicker and more exact.
 # The exactness pays for activations quantised in groups of 64 instead of OpenVINO's 32
 # (docs/results/passes.md; other weights were not measured).
@@ -78,6 +82,8 @@ def kv_properties(given: Mapping[str, Any]) -> dict[str, str]:
         raise InputError(f"{KV_PRECISION}={precision} is not supported: give {' or '.join(KV_PRECISIONS)}")
     if fixed := [name for name in FIXED if name in given]:
         raise InputError(f"{fixed[0]} cannot be given, since trees depend on it: give {KV_PRECISION}=u8 for 8 bits")
+    if precision != "u8" and (groups := [name for name in GROUPS if name in given]):
+        raise InputError(f"{groups[0]} is for numbers of 8 bits: give {KV_PRECISION}=u8 too, or leave it out")
     return {KV_PRECISION: precision, **KV_PRECISIONS[precision]}
 
 
@@ -179,24 +185,25 @@ def _joined(parts: Sequence[FrontPass], count: int) -> FrontPass | None:
 
 @dataclass
 class _KVGroup:
-    """All KV tensors of one shape and type: bytes [tensors, blocks, heads, BLOCK, row].
-
-    A row of 8 bits a number begins with its scale and zero point, which count in `size`.
-    """
+    """All KV tensors of one shape and type: bytes [tensors, blocks, heads, BLOCK, row]."""
 
     names: list[str]
     element_type: Any
     heads: int
-    size: int  # numbers of a row
+    size: int  # elements of a row, with the scales and zero points of 8 bits
     data: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     @property
+    def row_bytes(self) -> int:
+        return self.size * int(self.element_type.size)
+
+    @property
     def block_bytes(self) -> int:
-        return len(self.names) * self.heads * BLOCK * self.size * int(self.element_type.size)
+        return len(self.names) * self.heads * BLOCK * self.row_bytes
 
     def grown(self, blocks: int, kept: BlockIds) -> _KVGroup:
         """Return the group with `blocks` blocks, `kept` ones with their content. Raises OSError."""
-        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.size * self.element_type.size))
+        data = untouched_zeros((len(self.names), blocks, self.heads, BLOCK, self.row_bytes))
         if len(kept):
             data[:, kept] = self.data[:, kept]
         return replace(self, data=data)
@@ -205,7 +212,8 @@ class _KVGroup:
 class PagedModel:
     """One compiled model, one inference request, and the model's KV blocks.
 
-    properties: of OpenVINO's CPU plugin, by name; they override the defaults.
+    properties: of OpenVINO's CPU plugin, by name; they override the defaults. Raises InputError for
+    some of the KV cache, see `kv_properties`.
     mix: a drafter's addition to the last feature. layers: blocks whose outputs precede the last
     feature, for training. take: takes the first layers out, which then run as `front`.
     """
@@ -326,7 +334,7 @@ class PagedModel:
         Linux maps all unwritten pages to one page of zeros, which a pass reads faster than real KV.
         """
         for group in self._groups:
-            group.data[:, blocks, :, ::_ROWS_PER_PAGE, 0] += 0
+            group.data[:, blocks, :, :: max(_PAGE // group.row_bytes, 1), 0] += 0
 
     def copy_rows(self, source: int, targets: BlockIds, rows: int) -> None:
         """Copy the first `rows` KV rows of block `source` to each of `targets`, in all layers."""

@@ -163,7 +163,7 @@ def attend(
 
 
 def _rounded(graph: Builder, value: str) -> str:
-    """Round float32 to the 11 bits of float16, in which OpenVINO keeps keys and values.
+    """Round float32 to the 11 bits of float16, in which OpenVINO keeps keys and values by default.
 
     Source: Dekker's splitting (Numerische Mathematik 18, 1971).
     """
