@@ -104,8 +104,8 @@ class DFlash(DraftBase):
 
     def block(self, token: Tensor) -> Tensor:
         """Embeddings [B, H] of a block. token: [1] int64, the last known token."""
-        masks = torch.full((self.config.block_size - 1,), self.config.mask_token, device=token.device)
-        return F.embedding(torch.cat([token, masks]), self.embed_tokens)
+        masks = self.embed_tokens[self.config.mask_token].expand(self.config.block_size - 1, -1)
+        return torch.cat([F.embedding(token, self.embed_tokens), masks])
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits over the draft vocabulary [P, K] from the last layer's output x [B, H]."""

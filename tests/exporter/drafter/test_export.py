@@ -157,6 +157,23 @@ def test_files_match_torch(pair: Path, drafter: Drafter, device: str, precision:
     assert report.top1 >= (1.0 if device == "cuda" else 0.8)
 
 
+@pytest.mark.parametrize(("name", "part"), [("block_quantize", 0), ("block_quantize", 1), ("quantize_rows", 0)])
+def test_parity_sees_a_mistake_of_the_quantiser(
+    pair: Path, drafter: Drafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: int
+) -> None:
+    right, file = getattr(onnx_int8, name), tmp_path / FILES["cpu"]
+
+    def wrong(*arguments: object) -> tuple[np.ndarray, ...]:
+        found = list(right(*arguments))
+        found[part] = found[part] * np.float32(2) if part else found[part][::-1].copy()
+        return tuple(found)
+
+    monkeypatch.setattr(onnx_int8, name, wrong)
+    onnx_int8.quantize(model := to_onnx(drafter, torch.float32, tree_slots=64, top_k=10))
+    save(model, file)
+    assert check_parity(drafter, file, TOLERANCES["int8"], tree_slots=64).failures
+
+
 def test_a_drafter_that_magnifies_rounding_is_not_taken_for_a_mistake(
     pair: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -32,13 +32,14 @@ def check_block_parity(drafter: DFlash, file: Path, tolerance: Tolerance, *, slo
     graph = BlockRun(file, drafter, slots, noise)
     context = np.zeros((0, shape.feature_size), np.float32)
     top1, topk, worst, failures = list[bool](), list[float](), 0.0, list[str]()
+    rounding = tolerance.rounding()
     for kept, new in STEPS:
         features = rng.standard_normal((new, shape.feature_size)).astype(np.float32)
         features[:, ::128] *= 15  # a target's features have such outliers: a few in hundreds of values
         context = np.concatenate([context[:kept], features])
         token = int(rng.integers(0, shape.vocab_size))
         got = graph.draft(kept, features, token)
-        with tolerance.rounding():
+        with rounding:
             want = _drafted(drafter, context, token, noise)
         error = children_error(got, want, columns)
         best = drafter.d2t.numpy()[np.argsort(-want.logprobs, axis=1)[:, : got.ids.shape[1]]]

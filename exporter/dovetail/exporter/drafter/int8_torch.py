@@ -1,7 +1,8 @@
 """Lets torch compute linear layers and lookups in INT8, as ONNX Runtime does with the file for the CPU.
 
 A trained drafter turns small changes of its input into large ones. INT8 may therefore differ much from
-float32 in the right file too. From torch with the same rounding the right file differs little.
+float32 in the right file too. From torch with the same rounding the right file differs little. Nothing
+here comes from `int8.py`, so that a mistake in its scales or values shows.
 """
 
 from __future__ import annotations
@@ -9,47 +10,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dovetail.exporter.drafter.int8 import BLOCK, block_quantize
-from dovetail.runtime.target.features import quantize_rows
+BLOCK = 32  # numbers with one scale in a linear layer
 
 
 class Int8Products(TorchFunctionMode):
-    """Rounds weights and activations of `F.linear`, and rows of `F.embedding`, as `int8.quantize` does."""
+    """Rounds weights and activations of `F.linear`, and rows of `F.embedding`, to 8 bits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._rounded: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}  # by address and shape: as it is, INT8
+        # By address and form: the weight, which keeps its address, and the weight in INT8.
+        self._rounded: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.linear:
             x, weight, *bias = args
-            return func(rounded(x), self._weight(weight), *bias, **(kwargs or {}))
-        if func is F.embedding:
-            ids, table = args[:2]
-            values, scales = quantize_rows(table[ids.flatten()].numpy())
-            return torch.from_numpy(values * scales).reshape(*ids.shape, -1)
-        return func(*args, **(kwargs or {}))
+            return func(rounded(x, BLOCK), self._weight(weight), *bias, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        return rounded(found, found.shape[-1]) if func is F.embedding else found
 
     def _weight(self, weight: Tensor) -> Tensor:
-        key = weight.data_ptr(), weight.shape
+        key = weight.data_ptr(), weight.shape, weight.stride()
         if key not in self._rounded:
-            values, scales = block_quantize(weight.detach().numpy(), BLOCK)
-            whole = (values.astype(np.float32) - 128) * scales[..., None]
-            self._rounded[key] = weight, torch.from_numpy(whole.reshape(len(values), -1)[:, : weight.shape[1]])
+            self._rounded[key] = weight, rounded(weight, BLOCK)
         return self._rounded[key][1]
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Return x [..., C], rounded to 8 bits with one scale for each row and block of BLOCK."""
+def rounded(x: Tensor, block: int) -> Tensor:
+    """Return x [..., C], rounded to 8 bits with one scale for each row and `block` numbers of it."""
     size = x.shape[-1]
-    blocks = F.pad(x, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scales = blocks.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    blocks = F.pad(x, (0, -size % block)).unflatten(-1, (-1, block))
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return ((blocks / scales).round() * scales).flatten(-2)[..., :size]

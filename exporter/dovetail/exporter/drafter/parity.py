@@ -51,12 +51,12 @@ class Tolerance:
 
 # Measured with random weights, H = 32 and 576, 1 and 2 blocks. float16 errs by up to 0.0021 sd and
 # 0.05%, and by 0.010 sd in a DFlash drafter that was trained until its logits were sharp. INT8 errs by
-# up to 0.016 sd and 0.13% from torch with the same rounding, by 0.11 sd in DFlash drafters. A drafter
-# trained for a target of 1.5B errs by 0.07 sd and 3.9%, but by 0.25 sd and 14% from torch in float32. A
-# weight matrix with its rows reversed errs by 0.27 to 4.4 sd. float16 must show smaller mistakes.
+# up to 0.016 sd and 0.13% from torch with the same rounding. Two drafters trained for a target of 1.5B
+# err by 0.07 sd and 3.9%, but by 0.25 sd and 14% from torch in float32. A weight matrix with its rows
+# reversed errs from torch in float32 by 0.27 to 4.4 sd. float16 must show smaller mistakes.
 TOLERANCES = {
     "float16": Tolerance(logprob=0.03, feature=0.005),
-    "int8": Tolerance(logprob=0.2, feature=0.08, int8=True),
+    "int8": Tolerance(logprob=0.15, feature=0.08, int8=True),
 }
 
 
