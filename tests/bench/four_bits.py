@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -100,10 +101,10 @@ def four_bits(
     for name in names:
         if name not in kept["scores"]:
             click.echo(f"reading with {name}", err=True)
-            kept["scores"][name] = {kind: asdict(score) for kind, score in scores(pairs[name], written).items()}
+            kept["scores"][name] = {kind: asdict(score) for kind, score in scores(opened(pairs[name]), written).items()}
             save(out, kept)
     if len(complete(kept["rounds"], names)) < rounds:
-        targets = {name: OpenVINOTarget.load(pair, read_manifest(pair)) for name, pair in pairs.items()}
+        targets = {name: opened(pair) for name, pair in pairs.items()}
         while (done := len(complete(kept["rounds"], names))) < rounds:
             kept["rounds"].append(timed(targets, context, seed=done))
             save(out, kept)
@@ -200,9 +201,12 @@ def counted(found: list[Text], kind: str) -> int:
     return sum(len(text.tokens) - 1 - text.begin for text in found if text.kind == kind)
 
 
-def scores(pair: Path, written: list[Text]) -> dict[str, Score]:
+def opened(pair: Path) -> OpenVINOTarget:
+    return OpenVINOTarget.load(pair, read_manifest(pair))
+
+
+def scores(target: OpenVINOTarget, written: list[Text]) -> dict[str, Score]:
     """Read every text as generation does: chains of up to CHUNK nodes, each committed."""
-    target = OpenVINOTarget.load(pair, read_manifest(pair))
     found = {kind: Score([], []) for kind in KINDS}
     for text in written:
         seq, score = target.open(), found[text.kind]
@@ -225,17 +229,19 @@ def nll(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.fl
     return total + most[:, 0] - logits[np.arange(len(tokens)), tokens].astype(np.float64)
 
 
-def timed(targets: dict[str, OpenVINOTarget], context: int, *, seed: int) -> dict[str, list[float]]:
-    """ms by format, of a pass of each number of NODES: all in shuffled order; of two in a row the second counts."""
-    points = [(name, nodes) for name in targets for nodes in NODES]
-    opened = {name: target.open() for name, target in targets.items()}
-    times = {name: [0.0] * len(NODES) for name in targets}
-    for name, nodes in Random(seed).sample(points, len(points)):
+def timed(
+    targets: dict[str, OpenVINOTarget], context: int, sizes: Sequence[int] = NODES, *, seed: int
+) -> dict[str, list[float]]:
+    """ms by target, of a pass of each size in nodes: all in shuffled order; of two in a row the second counts."""
+    points = [(name, at) for name in targets for at in range(len(sizes))]
+    texts = {name: target.open() for name, target in targets.items()}
+    times = {name: [0.0] * len(sizes) for name in targets}
+    for name, at in Random(seed).sample(points, len(points)):
         for _ in range(2):
-            targets[name].pretend_length(opened[name], context)
-            times[name][NODES.index(nodes)] = targets[name].time_pass(opened[name], nodes)
+            targets[name].pretend_length(texts[name], context)
+            times[name][at] = targets[name].time_pass(texts[name], sizes[at])
     for name, target in targets.items():
-        target.close(opened[name])
+        target.close(texts[name])
     return times
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from random import Random
 from statistics import median
 
 import click
 import numpy as np
-from tests.bench.four_bits import FILES, Score, Text, nll, windows
+from tests.bench.four_bits import CHUNK, FILES, scores, timed, windows
 
 from dovetail.runtime.cli.main import fail
 from dovetail.runtime.errors import DovetailError
@@ -24,11 +23,9 @@ from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
 from dovetail.runtime.target.paged import BLOCK, KV_PRECISION
 from dovetail.runtime.text.tokenizer import Tokenizer
-from dovetail.runtime.tree.draft_tree import DraftTree
 
 NODES = (1, 8)
 CONTEXTS = (128, 1024, 4096, 16384)
-CHUNK = 64  # nodes of a pass that reads
 
 
 @click.command()
@@ -36,7 +33,7 @@ CHUNK = 64  # nodes of a pass that reads
 @click.option("--group", type=click.IntRange(1), default=16, show_default=True, help="Numbers of a key with one scale.")
 @click.option("--windows", "count", type=click.IntRange(1), default=2, show_default=True, help="Of each kind of text.")
 @click.option("--window", type=click.IntRange(CHUNK), default=2048, show_default=True, help="Tokens.")
-@click.option("--rounds", type=click.IntRange(0), default=11, show_default=True, help="Of passes.")
+@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Of passes.")
 @click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=CONTEXTS, show_default=True)
 def kv_bits(pair: Path, group: int, count: int, window: int, rounds: int, contexts: tuple[int, ...]) -> None:
     """Print two Markdown tables, for contexts that PAIR has room for.
@@ -51,51 +48,24 @@ def kv_bits(pair: Path, group: int, count: int, window: int, rounds: int, contex
     manifest, tokenizer = read_manifest(pair), Tokenizer.from_folder(pair / TARGET)
     targets = {kv: OpenVINOTarget.load(pair, manifest, ov_config=given) for kv, given in kinds.items()}
     texts = [text for kind in FILES for text in windows(tokenizer, kind, window)[:count]]
-    found = {kv: read(target, texts) for kv, target in targets.items()}
+    found = {kv: scores(target, texts) for kv, target in targets.items()}
     reference = found["f16"]
     click.echo("| KV | bytes a token | " + " | ".join(f"{kind}: same best | perplexity" for kind in FILES) + " |")
     click.echo("|---|---:|" + "---:|---:|" * len(FILES))
-    for kv, scores in found.items():
+    for kv, by_kind in found.items():
         cells = [kv, f"{targets[kv].model.block_bytes // BLOCK:,}"]
-        for kind, score in scores.items():
+        for kind in FILES:
+            score = by_kind[kind]
             same = np.mean(np.equal(score.best, reference[kind].best))
             cells += [f"{same:.1%}", f"{np.exp(np.mean(score.nll)):.3f}"]
         click.echo("| " + " | ".join(cells) + " |")
     click.echo("\n| context | nodes | " + " | ".join(f"{kv}, ms" for kv in kinds) + " |")
     click.echo("|---:|---:|" + "---:|" * len(kinds))
     for context in (each for each in contexts if each + max(NODES) <= manifest.target.max_context):
-        for nodes in NODES:
-            times = (f"{median(each):.1f}" for each in timed(targets, context, nodes, rounds))
-            click.echo("| " + " | ".join([f"{context:,}", str(nodes), *times]) + " |")
-
-
-def read(target: OpenVINOTarget, texts: list[Text]) -> dict[str, Score]:
-    """The score by kind of text, of chains of up to CHUNK nodes, each committed."""
-    found = {kind: Score([], []) for kind in FILES}
-    for text in texts:
-        seq, score = target.open(), found[text.kind]
-        ids, following = np.array(text.tokens[:-1]), np.array(text.tokens[1:])
-        for at in range(0, len(ids), CHUNK):
-            chain = DraftTree.chain(ids[at : at + CHUNK])
-            logits = target.verify({seq: chain})[seq].logits
-            score.best += logits.argmax(1).tolist()
-            score.nll += nll(logits, following[at : at + CHUNK]).tolist()
-            target.commit(seq, np.arange(len(chain)))
-        target.close(seq)
-    return found
-
-
-def timed(targets: dict[str, OpenVINOTarget], context: int, nodes: int, rounds: int) -> list[list[float]]:
-    """ms of `rounds` passes of each target, in shuffled turns, after one that does not count."""
-    opened = {kv: target.open() for kv, target in targets.items()}
-    times: dict[str, list[float]] = {kv: [] for kv in targets}
-    for round_ in range(rounds + 1):
-        for kv in Random(round_).sample([*targets], len(targets)):
-            targets[kv].pretend_length(opened[kv], context)
-            times[kv].append(targets[kv].time_pass(opened[kv], nodes))
-    for kv, target in targets.items():
-        target.close(opened[kv])
-    return [each[1:] for each in times.values()]
+        times = [timed(targets, context, NODES, seed=seed) for seed in range(rounds)]
+        for at, nodes in enumerate(NODES):
+            medians = (f"{median(each[kv][at] for each in times):.1f}" for kv in kinds)
+            click.echo("| " + " | ".join([f"{context:,}", str(nodes), *medians]) + " |")
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def test_a_score_is_what_generation_sees(script: ModuleType, tiny_pair: Path) ->
         prompt = [5, 6, 7, 8] * 5
         result = engine.generate(prompt, 100, speculate=False, logprobs=0)
     text = script.Text("chat", [*prompt, *result.token_ids], len(prompt) - 1)
-    score = script.scores(tiny_pair, [text])["chat"]
+    score = script.scores(script.opened(tiny_pair), [text])["chat"]
     assert score.best == list(result.token_ids) and len(score.best) > script.CHUNK
     assert np.allclose(score.nll, [-each.logprob for each in result.logprobs], atol=1e-3)
 

@@ -81,9 +81,15 @@ def kv_properties(given: Mapping[str, Any]) -> dict[str, str]:
     if precision not in KV_PRECISIONS:
         raise InputError(f"{KV_PRECISION}={precision} is not supported: give {' or '.join(KV_PRECISIONS)}")
     if fixed := [name for name in FIXED if name in given]:
-        raise InputError(f"{fixed[0]} cannot be given, since trees depend on it: give {KV_PRECISION}=u8 for 8 bits")
+        raise InputError(
+            f"{fixed[0]}={given[fixed[0]]} cannot be given, because trees need keys and values stored as Dovetail "
+            f"asks: leave it out; {KV_PRECISION}=u8 alone gives 8 bits"
+        )
     if precision != "u8" and (groups := [name for name in GROUPS if name in given]):
-        raise InputError(f"{groups[0]} is for numbers of 8 bits: give {KV_PRECISION}=u8 too, or leave it out")
+        raise InputError(
+            f"{groups[0]}={given[groups[0]]} is for keys and values of 8 bits: give {KV_PRECISION}=u8 too, or leave "
+            f"{groups[0]} out"
+        )
     return {KV_PRECISION: precision, **KV_PRECISIONS[precision]}
 
 
