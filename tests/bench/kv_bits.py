@@ -21,7 +21,8 @@ from dovetail.runtime.errors import DovetailError
 from dovetail.runtime.pair.layout import TARGET
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.target.paged import BLOCK, KV_PRECISION
+from dovetail.runtime.target.paged import BLOCK
+from dovetail.runtime.target.properties import KV_PRECISION
 from dovetail.runtime.text.tokenizer import Tokenizer
 
 NODES = (1, 8)

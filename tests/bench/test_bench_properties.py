@@ -11,7 +11,7 @@ from click.testing import CliRunner
 pytest.importorskip("torch", reason="a corpus is the exporter's")
 
 from dovetail.exporter.train.corpus import Corpus
-from dovetail.runtime.target.paged import FLOAT32
+from dovetail.runtime.target.properties import FLOAT32
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -49,7 +49,7 @@ def run(command: list[str], pair: Path, config: dict[str, str]) -> dict[str, Any
 @pytest.mark.slow
 @pytest.mark.skipif(QEMU is None, reason="there is no qemu-x86_64 (Debian: apt-get install qemu-user)")
 def test_a_pair_computes_on_avx2_what_it_computes_here(tiny_full_pair: Path) -> None:
-    from dovetail.runtime.target.paged import default_properties
+    from dovetail.runtime.target.properties import default_properties
 
     assert QEMU
     old = run([QEMU, "-cpu", "Haswell"], tiny_full_pair, default_properties({"avx2"}))

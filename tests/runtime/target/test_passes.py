@@ -18,8 +18,9 @@ from dovetail.runtime.loop.sequence import Request, Sequence
 from dovetail.runtime.pair.manifest import read_manifest
 from dovetail.runtime.target import openvino as openvino_target
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.target.paged import BLOCK, FLOAT32, PROPERTIES, Batch, default_properties
+from dovetail.runtime.target.paged import BLOCK, Batch
 from dovetail.runtime.target.paths import prompt_rows
+from dovetail.runtime.target.properties import FLOAT32, PROPERTIES, default_properties
 from dovetail.runtime.tree.draft_tree import DraftTree
 
 PROMPT = np.arange(5, 25)

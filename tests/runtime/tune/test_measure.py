@@ -341,9 +341,19 @@ def test_properties_of_the_target(sessions: Sessions, tiny_full_pair: Path) -> N
             {"KEY_CACHE_GROUP_SIZE": "4"},
             "KEY_CACHE_GROUP_SIZE=4 is for keys and values of 8 bits: give KV_CACHE_PRECISION=u8",
         ),
+        *(
+            (
+                {"KV_CACHE_PRECISION": "u8", "VALUE_CACHE_GROUP_SIZE": size},
+                f"VALUE_CACHE_GROUP_SIZE={size} is no .*: give",
+            )
+            for size in ("-1", "a", "1.5", str(2**64 - 1))
+        ),
     ):
         with pytest.raises(InputError, match=problem):
             OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config=given)
     with pytest.raises(DeviceError, match=r"cannot compile .*: correct NO_SUCH_PROPERTY or leave it out") as caught:
         OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config={"NO_SUCH_PROPERTY": "1"})
     assert "\n" not in str(caught.value)
+    with pytest.raises(DeviceError, match=r"group_size 48: correct KEY_CACHE_GROUP_SIZE: give a number that divides"):
+        given = {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_GROUP_SIZE": "48"}
+        OpenVINOTarget.load(tiny_full_pair, sessions.manifest, ov_config=given)

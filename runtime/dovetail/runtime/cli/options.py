@@ -29,6 +29,7 @@ from dovetail.runtime.sampling.params import SamplingParams
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.system.bounds import THREADS_MOST, check_whole
 from dovetail.runtime.target.layers.choose import check_layers, takes_layers
+from dovetail.runtime.target.properties import parse_properties
 from dovetail.runtime.text.prompts import read_text
 from dovetail.runtime.tree.limits import TreeLimits
 from dovetail.runtime.tree.repeats import check_lookup_cache
@@ -240,10 +241,7 @@ def read_size(_context: click.Context, _option: click.Parameter, given: str | No
 
 
 def _parse_properties(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
-    for one in given:
-        if not all(one.partition("=")) or not one.isprintable():
-            raise InputError(f"--ov-config {one!r} is no property: give NAME=VALUE")
-    return dict(one.split("=", 1) for one in given)
+    return parse_properties("--ov-config", given)
 
 
 def _parse_bias(

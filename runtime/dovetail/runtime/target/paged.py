@@ -8,7 +8,7 @@ kv_heads, BLOCK, head_size], one key and one value per layer. With 8 bits a row 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.runtime.errors import DeviceError, InputError
+from dovetail.runtime.errors import DeviceError
 from dovetail.runtime.system import machine
 from dovetail.runtime.system.page_release import LookupMapping, releasing_pages
 from dovetail.runtime.system.telemetry import decline_telemetry
@@ -38,6 +38,7 @@ from dovetail.runtime.target.graph import (
     read_model,
     to_paged,
 )
+from dovetail.runtime.target.properties import default_properties, kv_properties, remedy
 
 decline_telemetry()  # the commands do so too, but an embedding program may not
 
@@ -46,51 +47,6 @@ BLOCK = 32  # tokens per KV block: the CPU plugin's fixed size
 # Their sums differ.
 ALONE, TOGETHER = 1, 2
 _PAGE = 4096  # bytes
-
-PROPERTIES = {"PERFORMANCE_HINT": "LATENCY"}
-KV_PRECISION = "KV_CACHE_PRECISION"
-# By default OpenVINO quantises keys of 8 bits over a whole block. A key could then not be moved, and a
-# row's result would depend on its neighbours.
-KV_PRECISIONS: Mapping[str, dict[str, str]] = {"f16": {}, "u8": {"KEY_CACHE_QUANT_MODE": "BY_TOKEN"}}
-FIXED = (
-    "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION", "KEY_CACHE_QUANT_MODE", "VALUE_CACHE_QUANT_MODE",
-    "ENABLE_SAGE_ATTN",
-)  # fmt: skip
-GROUPS = ("KEY_CACHE_GROUP_SIZE", "VALUE_CACHE_GROUP_SIZE")
-# With INT8 weights bfloat16 only adds conversions. Passes in float32 are quicker and more exact.
-# The exactness pays for activations quantised in groups of 64 instead of OpenVINO's 32
-# (docs/results/passes.md; other weights were not measured).
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
-
-
-def default_properties(instruction_sets: Collection[str] | None = None) -> dict[str, str]:
-    """Return OpenVINO's default properties for the target.
-
-    instruction_sets: of the CPU, by default this machine's. With AVX2 activations are float32, also
-    on CPUs with bfloat16 units (AMX). In bfloat16 a row's logits change with the number of rows in
-    its pass, and passes of a tree's size take longer. On other CPUs OpenVINO chooses precision and
-    groups.
-    """
-    have = machine.cpu().instruction_sets if instruction_sets is None else instruction_sets
-    return {**PROPERTIES, **(FLOAT32 if "avx2" in have else {})}
-
-
-def kv_properties(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the properties of the KV cache: 16 bits, or 8 bits where `given` asks for them. Raises InputError."""
-    precision = given.get(KV_PRECISION, "f16")
-    if precision not in KV_PRECISIONS:
-        raise InputError(f"{KV_PRECISION}={precision} is not supported: give {' or '.join(KV_PRECISIONS)}")
-    if fixed := [name for name in FIXED if name in given]:
-        raise InputError(
-            f"{fixed[0]}={given[fixed[0]]} cannot be given, because trees need keys and values stored as Dovetail "
-            f"asks: leave it out; {KV_PRECISION}=u8 alone gives 8 bits"
-        )
-    if precision != "u8" and (groups := [name for name in GROUPS if name in given]):
-        raise InputError(
-            f"{groups[0]}={given[groups[0]]} is for keys and values of 8 bits: give {KV_PRECISION}=u8 too, or leave "
-            f"{groups[0]} out"
-        )
-    return {KV_PRECISION: precision, **KV_PRECISIONS[precision]}
 
 
 @dataclass(frozen=True)
@@ -260,9 +216,9 @@ class PagedModel:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             given = f" with {', '.join(properties)}" if properties else ""
-            refused = [name for name in properties or () if name in reason]
-            remedy = f": correct {refused[0]} or leave it out" if refused else ""
-            raise DeviceError(f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}{remedy}") from error
+            raise DeviceError(
+                f"OpenVINO cannot compile {xml} for the CPU{given}: {reason}{remedy(reason, properties or {})}"
+            ) from error
         self.request = self.compiled.create_infer_request()
         self._unpacked: Path | None = weights  # until the first pass has packed the weights
         self._inputs: dict[str, NDArray[Any]] = {}  # name -> value that the request is known to hold

@@ -20,7 +20,7 @@ from dovetail.runtime.pair.manifest import Manifest, parse_record
 from dovetail.runtime.policy.costs import Costs
 from dovetail.runtime.system import machine as here
 from dovetail.runtime.target.layers.choose import own_layers
-from dovetail.runtime.target.paged import default_properties, kv_properties
+from dovetail.runtime.target.properties import default_properties, kv_properties
 
 CHOOSABLE = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")  # properties that `tune` may choose
 

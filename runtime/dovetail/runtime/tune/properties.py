@@ -20,7 +20,7 @@ from dovetail.runtime.system import machine
 from dovetail.runtime.system.progress import Progress, silent
 from dovetail.runtime.target.exactness import largest_difference
 from dovetail.runtime.target.openvino import OpenVINOTarget
-from dovetail.runtime.target.paged import default_properties
+from dovetail.runtime.target.properties import default_properties
 from dovetail.runtime.target.session import opened
 from dovetail.runtime.tree.draft_tree import DraftTree
 from dovetail.runtime.tune.cost_cache import CHOOSABLE, Chosen

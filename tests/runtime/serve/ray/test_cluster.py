@@ -31,7 +31,8 @@ from dovetail.runtime.serve.ray import app
 pair, port = sys.argv[1:]
 ray.init(num_cpus=2, include_dashboard=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-serve.run(app({"pair": pair, "min_replicas": 2, "max_replicas": 2, "cpus": 1, "slots": 3}))
+properties = "KV_CACHE_PRECISION=u8"  # changes most texts
+serve.run(app({"pair": pair, "min_replicas": 2, "max_replicas": 2, "cpus": 1, "slots": 3, "ov_config": properties}))
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -84,7 +85,7 @@ async def complete(client: httpx.AsyncClient, prompt: str) -> tuple[str, int]:
 @pytest.fixture(scope="module")
 def alone(tiny_full_pair: Path) -> dict[str, str]:
     """The texts of one engine."""
-    with Engine.from_pretrained(tiny_full_pair, threads=1) as engine:
+    with Engine.from_pretrained(tiny_full_pair, threads=1, ov_config={"KV_CACHE_PRECISION": "u8"}) as engine:
         return {prompt: engine.generate(prompt, TOKENS, raw=True).text for prompt in PROMPTS}
 
 

@@ -17,6 +17,14 @@ def test_arguments_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert found.limits.timeout_s == 2.5
 
 
+def test_properties_are_texts_or_a_mapping() -> None:
+    """`serve run` gives texts; a configuration file of Ray Serve gives a mapping."""
+    given = {"KV_CACHE_PRECISION": "u8", "KEY_CACHE_GROUP_SIZE": "16"}
+    for way in (",".join(f"{name}={value}" for name, value in given.items()), given):
+        assert Settings.of({"ov_config": way}).ov_config == given
+    assert Settings.of({}).ov_config == {}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -26,6 +34,8 @@ def test_arguments_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ({"cpus": "0"}, "cpus '0'"),
         ({"kv_cache": "much"}, "size 'much' is unknown"),
         ({"timeout": "-1"}, "timeout -1"),
+        ({"ov_config": "KV_CACHE_PRECISION"}, "ov_config 'KV_CACHE_PRECISION' is no property: give NAME=VALUE"),
+        ({"ov_config": "KV_CACHE_PRECISION=u4"}, "KV_CACHE_PRECISION=u4 is not supported: give f16 or u8"),
         ({"gpu_layers": "auto"}, "--gpu-layers auto takes what is left of a limit"),
     ],
 )

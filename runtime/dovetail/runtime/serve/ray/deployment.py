@@ -40,6 +40,7 @@ class Replica:
             threads=settings.cpus,
             vram=None if settings.vram is None else parse_size(settings.vram),
             gpu_layers=settings.gpu_layers,
+            ov_config=settings.ov_config,
             draft_model=None if settings.draft_model is None else resolve_draft_model(settings.draft_model),
         )
         name = settings.served_model_name or read_manifest(pair).name

@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dovetail.runtime.batch_engine import MOST, QUEUE, SLOTS
 from dovetail.runtime.drafter.vram import parse_size
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.serve.service import Limits
 from dovetail.runtime.target.layers.choose import check_layers
+from dovetail.runtime.target.properties import kv_properties, parse_properties
 
 PREFIX = "DOVETAIL_RAY_"  # of the variable for each field, such as DOVETAIL_RAY_MAX_REPLICAS
 
@@ -39,6 +40,7 @@ class Settings(BaseModel):
     draft_model: str | None = None
     vram: str | None = None
     gpu_layers: str | None = None
+    ov_config: dict[str, str] = Field(default_factory=dict)
     api_key: str | None = None
     timeout: float | None = None
     max_new_tokens: int | None = None
@@ -54,6 +56,12 @@ class Settings(BaseModel):
         variables = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in cls.model_fields}
         return {**{name: value for name, value in variables.items() if value is not None}, **given}
 
+    @field_validator("ov_config", mode="before")
+    @classmethod
+    def _parse_properties(cls, given: Any) -> Any:
+        """Take NAME=VALUE with commas between: arguments of `serve run`, and variables, are texts."""
+        return parse_properties("ov_config", given.split(",")) if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_replicas < self.min_replicas:
@@ -63,6 +71,7 @@ class Settings(BaseModel):
         for size in (self.kv_cache, self.vram):
             if size is not None:
                 parse_size(size)
+        kv_properties(self.ov_config)
         check_layers(self.gpu_layers, "auto", None if self.vram is None else parse_size(self.vram))
         _ = self.limits
         return self
