@@ -18,7 +18,13 @@ from dovetail.exporter.target.convert import WEIGHT_FORMATS
 @click.command("draft-model")
 @click.argument("source")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
-@click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int4", show_default=True)
+@click.option(
+    "--weight-format",
+    type=click.Choice(WEIGHT_FORMATS),
+    default="int4",
+    show_default=True,
+    help="How its weights are stored.",
+)
 def command(source: str, revision: str | None, weight_format: str) -> None:
     """Export the model at SOURCE as a draft model into the cache, and print its folder.
 

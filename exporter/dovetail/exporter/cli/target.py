@@ -25,17 +25,26 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @click.option("--allow-pickle", is_flag=True, help="Take pytorch_model*.bin where there are no safetensors.")
 # The weight flags of `optimum-cli export openvino`; each flag means the same here.
-@click.option("--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True)
+@click.option(
+    "--weight-format", type=click.Choice(WEIGHT_FORMATS), default="int8", show_default=True,
+    help="How the weights are stored.",
+)  # fmt: skip
 @click.option("--sym", is_flag=True, default=None, help="Symmetric quantisation.")
 @click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column.")
-@click.option("--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"]))
+@click.option(
+    "--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"]),
+    help="Layers that --group-size does not divide: fail (the default), leave them out, or take another size.",
+)  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the others are int8.")
 @click.option("--all-layers", is_flag=True, default=None, help="Embedding and head in 4 bits too.")
-@click.option("--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"]))
+@click.option(
+    "--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"]),
+    help="Layers that --ratio leaves out of 4 bits; none: as floats.",
+)  # fmt: skip
 @click.option("--awq", is_flag=True, default=None, help="Activation-aware 4-bit weights.")
-@click.option("--scale-estimation", is_flag=True, default=None)
-@click.option("--gptq", is_flag=True, default=None)
-@click.option("--lora-correction", is_flag=True, default=None)
+@click.option("--scale-estimation", is_flag=True, default=None, help="Choose scales by outputs; needs --dataset.")
+@click.option("--gptq", is_flag=True, default=None, help="GPTQ: choose weights by the outputs of layers.")
+@click.option("--lora-correction", is_flag=True, default=None, help="Add low-rank adapters; passes take longer.")
 @click.option("--sensitivity-metric", help="How nncf chooses the layers for 4 bits.")
 @click.option("--dataset", help="Data for data-aware compression, e.g. wikitext2 or auto.")
 @click.option("--num-samples", type=int, help="Samples to take from the dataset.")

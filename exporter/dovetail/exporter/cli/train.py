@@ -62,7 +62,10 @@ class _Bars:
 @click.option(
     "--target", "pair", type=FOLDER, required=True, help="Pair folder with the target that the drafter is for."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), help="[default: TARGET-drafter]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the checkpoint.  [default: TARGET-drafter]",
+)  # fmt: skip
 @click.option(
     "--format", type=click.Choice(FORMATS), default=TrainPlan.format, show_default=True,
     help="Of the checkpoint: Dovetail's, or EAGLE-3's for other engines as well.",
@@ -85,14 +88,20 @@ class _Bars:
 @click.option("--max-new-tokens", type=click.IntRange(min=8), default=320, show_default=True, help="Answer length.")
 @click.option("--epochs", type=float, default=4.0, show_default=True, help="Without --minutes: epochs over the text.")
 @click.option("--disk", "disk_gb", type=float, default=20.0, show_default=True, help="GB of disk for features.")
-@click.option("--from", "init", type=FOLDER, help="Base checkpoint.")
-@click.option("--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True)
-@click.option("--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True)
+@click.option("--from", "init", type=FOLDER, help="Checkpoint whose weights the fit begins with.")
+@click.option(
+    "--draft-vocab", type=click.IntRange(min=16), default=8192, show_default=True,
+    help="Tokens that the drafter can propose.",
+)  # fmt: skip
+@click.option(
+    "--fusion", type=click.Choice(FUSIONS), default=TrainPlan.fusion, show_default=True,
+    help="Join feature and embedding by dynamic gating, or by a linear layer.",
+)  # fmt: skip
 @click.option(
     "--feature-layers/--last-feature", default=True, show_default=True,
     help="Read three blocks of the target and its last feature, or the last feature alone.",
 )  # fmt: skip
-@click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True)
+@click.option("--blocks", type=click.IntRange(1, 6), default=1, show_default=True, help="Layers of the drafter.")
 @click.option(
     "--intermediate-size", type=click.IntRange(min=1),
     help="Width of the drafter's feed-forward layers.  [default: the target's]",
@@ -100,13 +109,18 @@ class _Bars:
 @click.option("--unroll", type=click.IntRange(1, 8), help="Unrolled steps per update.  [default: 3; 7 for eagle3]")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
 @click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Most positions per text.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True)
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest; it falls to zero.")
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
+    help="Muon is for matrices; AdamW then fits the other parameters.",
+)  # fmt: skip
 @click.option("--bf16", is_flag=True, help="Multiply matrices in bfloat16: faster with AVX512_BF16 or AMX.")
 @click.option("--teacher-top-k", type=click.IntRange(min=0), default=0, help="Learn the K best target tokens; 0: all.")
 @click.option("--regression", type=float, default=0.0, help="Weight of the features' distance in the loss.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws text and first weights.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where torch fits."
+)
 @click.option("--resume", is_flag=True, help="Continue a stopped run.")
 def command(pair: Path, output: Path | None, resume: bool, **options: Any) -> None:
     """Train a drafter for the target of a pair.

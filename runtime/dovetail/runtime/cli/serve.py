@@ -46,8 +46,8 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # as browsers send it
 )
 @click.option("--api-key", envvar=KEY_VARIABLE, metavar="KEY", help="Key that clients send; better in "
               f"{KEY_VARIABLE}.  [default: everybody may ask]")  # fmt: skip
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of this origin ask; '*' is any.  "
-              "[default: none]")  # fmt: skip
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of this origin ask; '*' is any; "
+              "repeatable.  [default: none]")  # fmt: skip
 @click.option("--timeout", type=float, metavar="SECONDS", help="Time of a request, its wait in the queue "
               "included.  [default: no limit]")  # fmt: skip
 @click.option("-n", "--max-new-tokens", type=int, help="Tokens that a request may ask for.  [default: the context]")
