@@ -225,6 +225,14 @@ def drop(*names: str) -> Callable[[dict[str, np.ndarray]], None]:
     return change
 
 
+def renamed(old: str, new: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.startswith(old)]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
 def add(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
     return lambda tensors: tensors.update({name: np.ones(shape, np.float32)})
 
@@ -246,6 +254,7 @@ def add(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], None]:
         ("phi3", add("rope_factors_long.weight", 2), "no tensor for rope_factors_long.weight"),
         ("gpt2", add(ROPE, 4), "no tensor for rope_freqs.weight"),
         ("qwen2", drop("blk.1.attn_k.bias"), "lacks blk.1.attn_k.bias"),
+        ("llama", renamed("blk.1.", "blk.\u00b2."), "block_count is 2, but the file holds 2 blocks"),
         ("qwen3moe", drop("blk.1.ffn_up_exps.weight"), "ffn_gate_exps.weight of shape"),
     ],
 )

@@ -230,7 +230,7 @@ def _token_id(header: GgufHeader, name: str, vocab_size: int) -> int | None:
 def _blocks(header: GgufHeader, facts: _Facts) -> int:
     count = facts.size("block_count")
     held = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-    if len(held) != count or not all(part.isdigit() and int(part) < count for part in held):
+    if len(held) != count or held != {str(block) for block in range(count)}:
         raise facts.error("block_count", f"is {count}, but the file holds {len(held)} blocks")
     return count
 
