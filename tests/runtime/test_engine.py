@@ -341,6 +341,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("options without a template", {"template_options": {"tools": []}}, "template options need"),
     ("no options", {"chat": True, "template_options": ["tools"]}, "template options \\['tools'\\]"),
     ("messages as an option", {"chat": True, "template_options": {"messages": []}}, "template option 'messages'"),
+    ("self as an option", {"chat": True, "template_options": {"self": 1}}, "template option 'self' cannot be set"),
     ("messages without template", {"prompt": [USER]}, "no chat template"),
 ]
 

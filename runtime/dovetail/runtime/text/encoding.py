@@ -77,8 +77,8 @@ def _check_options(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise InputError(f'template options {options!r:.60} cannot be used: give e.g. {{"enable_thinking": False}}')
-    if taken := {"messages", "parse_special"} & options.keys():
-        raise InputError(f"template option {min(taken)!r} is an argument of its own: leave it out")
+    if taken := {"messages", "parse_special", "self"} & options.keys():
+        raise InputError(f"template option {min(taken)!r} cannot be set: leave it out")
     return options
 
 
