@@ -76,6 +76,11 @@ def test_installed_sees_missing_parents() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match="'llama-9000' is unknown"):
         pairs.resolve_pair("llama-9000")
+    long = "word " * 60  # longer than a file's name may be
+    with pytest.raises(InputError, match=f"pair '{long}' is unknown: name a pair folder"):
+        pairs.resolve_pair(long)
+    with pytest.raises(InputError, match=f"draft model '{long}' is unknown: name one of the pairs"):
+        pairs.resolve_draft_model(long)
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(invoke, opener, built, monkeypatch: pytest.MonkeyPatch) -> None:

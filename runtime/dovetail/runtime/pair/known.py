@@ -44,11 +44,11 @@ def resolve_pair(named: str | None) -> Path:
 
     Raises InputError for an unknown name or missing packages; see build_pair for a failed build.
     """
-    if named and (os.sep in named or named in (".", "..") or Path(named).is_dir()):
+    if named and (os.sep in named or named in (".", "..") or os.path.isdir(named)):
         return Path(named)
     name = DEFAULT_PAIR if named is None else named
     pair = pairs_dir() / name
-    if (pair / MANIFEST_NAME).is_file():
+    if os.path.isfile(pair / MANIFEST_NAME):  # pathlib raises OSError for a long name
         return pair
     if name not in REFERENCE_PAIRS:
         raise InputError(f"pair {name!r} is unknown: name a pair folder, or one of {', '.join(known_pairs())}")
@@ -65,7 +65,7 @@ def resolve_draft_model(named: str) -> Path:
     Raises InputError for an unknown name or missing packages; see _check_export for a failed export.
     """
     path = Path(named)
-    if named and path.exists():
+    if named and os.path.exists(path):
         if (path / MANIFEST_NAME).exists():
             return path
     elif not is_hub_id(named):
