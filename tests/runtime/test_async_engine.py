@@ -88,6 +88,29 @@ def test_a_full_queue_refuses_at_once_and_later_takes_requests_again() -> None:
     run(work())
 
 
+def test_closing_a_stream_wakes_the_tasks_that_wait_for_its_chunks() -> None:
+    go = threading.Event()
+
+    class Held(ScriptedTarget):
+        def verify(self, *offers: Any, rows: int = 0) -> Any:
+            assert go.wait(30)
+            return super().verify(*offers, rows=rows)
+
+    async def work() -> None:
+        async with AsyncEngine(batch_engine(target=Held(LOGITS))) as engine:
+            stream = engine.stream("abc", raw=True)
+            waiting = [asyncio.create_task(anext(stream, None)) for _ in range(2)]
+            await asyncio.sleep(0)  # both wait for a chunk now
+            await stream.aclose()
+            try:
+                async with asyncio.timeout(5):
+                    assert await asyncio.gather(*waiting) == [None, None]
+            finally:
+                go.set()
+
+    run(work())
+
+
 def test_an_answer_that_nobody_reads_to_its_end_makes_room() -> None:
     async def work() -> None:
         async with AsyncEngine(batch_engine(slots=1, queue=0)) as engine:

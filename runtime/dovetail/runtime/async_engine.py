@@ -27,11 +27,11 @@ class AnswerStream(AsyncIterator[Chunk]):
     def __init__(self, ask: Ask, loop: asyncio.AbstractEventLoop, leave: Callable[[AnswerStream], None]) -> None:
         self.ask, self.job = ask, None  # type: tuple[Ask, Job | None]
         self._loop, self._leave = loop, leave
-        self._chunks: asyncio.Queue[Chunk | DovetailError] = asyncio.Queue()
+        self._chunks: asyncio.Queue[Chunk | DovetailError | None] = asyncio.Queue()  # None: closed
         self._ended = False
         self.has_place = True  # counts among the requests that run or wait
 
-    def put(self, item: Chunk | DovetailError) -> None:
+    def put(self, item: Chunk | DovetailError | None) -> None:
         """Hand a chunk over from the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._chunks.put_nowait, item)
@@ -44,6 +44,9 @@ class AnswerStream(AsyncIterator[Chunk]):
         except BaseException:  # the task is cancelled
             self.end()
             raise
+        if item is None:
+            self._chunks.put_nowait(None)  # for other tasks that wait
+            raise StopAsyncIteration
         if isinstance(item, DovetailError):
             self.end()
             raise item
@@ -52,8 +55,9 @@ class AnswerStream(AsyncIterator[Chunk]):
         return item
 
     async def aclose(self) -> None:
-        """End the answer; its request is freed within a round."""
+        """End the answer, also for a task that waits for a chunk; its request is freed within a round."""
         self.end()
+        self.put(None)
 
     def end(self) -> None:
         if not self._ended:
