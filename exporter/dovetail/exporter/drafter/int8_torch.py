@@ -43,8 +43,15 @@ class Int8Products(TorchFunctionMode):
 
 
 def rounded(x: Tensor, block: int) -> Tensor:
-    """Return x [..., C], rounded to 8 bits with one scale for each row and `block` numbers of it."""
+    """Return x [..., C], rounded to 8 bits with one scale for each row and `block` numbers of it.
+
+    One copy of x is all the memory that this takes: a head may have gigabytes.
+    """
     size = x.shape[-1]
-    blocks = F.pad(x, (0, -size % block)).unflatten(-1, (-1, block))
-    scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((blocks / scales).round() * scales).flatten(-2)[..., :size]
+    out = x.new_zeros((*x.shape[:-1], -(-size // block) * block))
+    out[..., :size] = x
+    blocks = out.unflatten(-1, (-1, block))
+    scales = torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True)) / 127
+    scales.clamp_(min=torch.finfo(torch.float32).tiny)
+    blocks.div_(scales).round_().mul_(scales)
+    return out[..., :size]
