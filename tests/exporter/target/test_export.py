@@ -16,7 +16,9 @@ import pytest
 from tests.exporter.target.refusals import ROOTS, assert_nothing_left, message
 
 from dovetail.exporter.build.progress import quiet
+from dovetail.exporter.cli.main import main
 from dovetail.exporter.pairs.check import check_pair_folder
+from dovetail.exporter.pairs.draft_model import export_draft_model, resolve_draft_source
 from dovetail.exporter.target import export
 from dovetail.exporter.target.convert import WeightOptions
 from dovetail.exporter.target.export import TargetOptions, export_target
@@ -234,6 +236,31 @@ def test_options_that_optimum_refuses_are_input_errors(tiny_llama: Path, tmp_pat
         export_target(str(tiny_llama), tmp_path / "pair", options=TargetOptions(WeightOptions("int8", ratio=0.5)))
     message(error)
     assert_nothing_left(tmp_path / "pair")
+
+
+def test_weight_options_cannot_change_an_ir(tiny_pair: Path, tmp_path: Path) -> None:
+    """They are refused; the default format of a draft model is no wish."""
+    ir = tiny_pair / "target"
+    for weights, flag in (
+        (WeightOptions("int4"), "--weight-format"),
+        (WeightOptions(ratio=0.5), "--ratio"),
+        (WeightOptions("int4", group_size=64), "--group-size"),
+    ):
+        with pytest.raises(InputError, match=f"{flag} cannot change {ir}, an OpenVINO IR.*: leave it out") as error:
+            export_target(str(ir), tmp_path / "pair", options=TargetOptions(weights))
+        message(error)
+        assert_nothing_left(tmp_path / "pair")
+    draft = export_draft_model(resolve_draft_source(str(ir), None), tmp_path / "draft", "int4")
+    assert draft.target.weight_format == "int8"
+
+
+def test_the_working_folder_becomes_a_pair(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its own name, although the export replaces it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main(["target", str(tiny_pair / "target"), "."]) == 0
+    assert check_pair_folder(folder).name == "mine"
 
 
 def tiny(kind: str, folder: Path, tokenizer: Path, **sizes: object) -> Path:

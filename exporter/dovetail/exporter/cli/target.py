@@ -61,6 +61,7 @@ def command(
     """
     weights = WeightOptions(**{field.name: given.pop(field.name) for field in fields(WeightOptions)})
     options = TargetOptions(weights, **given)
+    folder = out.absolute()  # now: the export may replace the working folder
     with show_progress("target") as progress:
         manifest = export_target(
             source, out, name=name, revision=revision, options=options, resume=resume, force=force, progress=progress
@@ -70,7 +71,7 @@ def command(
         f"{out}: {facts.model_type}, {facts.num_layers} layers, {facts.weight_format}, "
         f"vocabulary {facts.vocab_size}, context {facts.max_context}, tap {facts.taps[0]}"
     )
-    if not Tokenizer.from_folder(out / TARGET).has_chat_template:
+    if not Tokenizer.from_folder(folder / TARGET).has_chat_template:
         click.echo(
             f"note: {out} has no chat template, so the model continues texts and cannot chat: "
             "give --tokenizer FOLDER with a tokenizer that has a chat template",

@@ -88,7 +88,8 @@ def export_draft_model(source: Source, folder: Path, weight_format: str, progres
     Raises SourceError, InputError or ExportError, and leaves `folder` unchanged.
     """
     fallback = "adjust" if weight_format == "int4" else None  # widths that 128 does not divide
-    options = TargetOptions(WeightOptions(weight_format, group_size_fallback=fallback))
+    weights = WeightOptions() if source.kind == "ir" else WeightOptions(weight_format, group_size_fallback=fallback)
+    options = TargetOptions(weights)
     with PairBuild(folder, resume=True, force=True, progress=progress) as build:
         facts = build_target(build, source, options)
         provenance = {"target": describe_target(build, source, options)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -92,7 +93,8 @@ def export_target(
         provenance = {"target": describe_target(build, source, options)}
         if resume and not force and build.finished:
             return build.finish(_repaired(build, build.finished, facts, provenance, name))
-        return build.finish(Manifest(name or out.name, facts, None, {}, provenance=provenance))
+        own = name or Path(os.path.abspath(out)).name  # "." has no name
+        return build.finish(Manifest(own, facts, None, {}, provenance=provenance))
 
 
 def _repaired(
@@ -112,6 +114,12 @@ def _repaired(
 
 def build_target(build: PairBuild, source: Source, options: TargetOptions) -> TargetFacts:
     """Run the target's stages and return its facts. Raises SourceError, InputError, ExportError."""
+    if source.kind == "ir" and options.weights != WeightOptions():
+        flag = next(iter(options.weights.given()), "weight_format").replace("_", "-")
+        raise InputError(
+            f"--{flag} cannot change {source.location}, an OpenVINO IR, which keeps its weights: leave it out, or give "
+            "the checkpoint that the IR was made from"
+        )
     tokenizer = options.tokenizer or (source.path if source.kind == "gguf" else source.folder)
     if tokenizer.is_dir():
         check_json(tokenizer)
