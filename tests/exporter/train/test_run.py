@@ -252,6 +252,20 @@ def test_a_target_with_scaled_rope_gets_a_drafter(tiny_llama: Path, tmp_path: Pa
     assert drafted.token_ids == plain.token_ids and drafted.metrics.drafted > 0
 
 
+def test_two_runs_cannot_share_a_work_folder(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
+    """The second one would append to the first one's features."""
+    made = replace(plan(corpus_file), fit=FitOptions(epochs=0.2, unroll=1, window=48))
+    refused: list[str] = []
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(TrainError, match=r"another run is writing to .*work: wait for it") as caught:
+            train(tiny_pair, tmp_path / "out", made, silent, resume=True)
+        refused.append(str(caught.value))
+
+    train(tiny_pair, tmp_path / "out", made, lambda *_: None if refused else meanwhile())
+    assert len(refused) == 1
+
+
 def test_a_smaller_disk_is_no_other_run(tiny_pair: Path, corpus_file: Path, tmp_path: Path) -> None:
     """The remedy of a disk that is too small can be followed: the text stays."""
     with pytest.raises(TrainError, match="--disk"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,37 +101,38 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     for part in given:
         draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
     _claim(out, work.folder, format.files, plan.as_dict() | work.inputs(), resume)
-    work.progress = clock = Clock(work.folder / "seconds.json", progress)
-    try:
-        text = work.sort(given + work.write(prompts), forbidden)
-        trainee = work.trainee(text).to(plan.device)
-        features, held_out = work.features(text)
-    finally:
-        clock.book()
-    held_corpus = text.corpus.select(text.held_out)
-    drafter = trainee.drafter
-    batches = Batches(text.corpus, features, text.kept, trainee, plan.fit)
-    fitting = Fitting(trainee, batches, work.folder, plan.device, progress)
-    seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
-    glance = held_corpus.select(np.arange(min(GLANCED, len(held_corpus))))  # the store's first rows
-    state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
-    progress("evaluate", 0, 1, "")
-    result = evaluate(drafter, held_corpus, held_out)
-    progress("evaluate", 1, 1, "")
-    log = {
-        "plan": plan.as_dict(),
-        "corpus": text.describe(plan),
-        "parameters": sum(p.numel() for p in drafter.parameters()),
-        "updates": state.step,
-        "positions_seen": state.positions,
-        "minutes": {"text_and_features": round(clock.seconds / 60, 2), "fit": round(state.seconds / 60, 2)},
-        "held_out": {name: value for name, value in asdict(result).items() if name != "calibration"},
-        "curve": state.curve,
-    }
-    write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
-    result.calibration.save(out)
-    format.save(drafter, out, log)  # last, because weights mark a finished folder
-    return result
+    with _alone(work.folder):
+        work.progress = clock = Clock(work.folder / "seconds.json", progress)
+        try:
+            text = work.sort(given + work.write(prompts), forbidden)
+            trainee = work.trainee(text).to(plan.device)
+            features, held_out = work.features(text)
+        finally:
+            clock.book()
+        held_corpus = text.corpus.select(text.held_out)
+        drafter = trainee.drafter
+        batches = Batches(text.corpus, features, text.kept, trainee, plan.fit)
+        fitting = Fitting(trainee, batches, work.folder, plan.device, progress)
+        seconds = max(60 * plan.minutes - clock.seconds, 60 * plan.minutes * FIT_SHARE) if plan.minutes else None
+        glance = held_corpus.select(np.arange(min(GLANCED, len(held_corpus))))  # the store's first rows
+        state = fitting.run(seconds, lambda: evaluate(drafter, glance, held_out).acceptance_length)
+        progress("evaluate", 0, 1, "")
+        result = evaluate(drafter, held_corpus, held_out)
+        progress("evaluate", 1, 1, "")
+        log = {
+            "plan": plan.as_dict(),
+            "corpus": text.describe(plan),
+            "parameters": sum(p.numel() for p in drafter.parameters()),
+            "updates": state.step,
+            "positions_seen": state.positions,
+            "minutes": {"text_and_features": round(clock.seconds / 60, 2), "fit": round(state.seconds / 60, 2)},
+            "held_out": {name: value for name, value in asdict(result).items() if name != "calibration"},
+            "curve": state.curve,
+        }
+        write_atomically(out / "training.json", (json.dumps(log, indent=1) + "\n").encode())
+        result.calibration.save(out)
+        format.save(drafter, out, log)  # last, because weights mark a finished folder
+        return result
 
 
 @dataclass
@@ -255,6 +258,22 @@ class Clock:
         now = time.monotonic()
         self.seconds, self._mark = self.seconds + now - self._mark, now
         write_atomically(self.file, json.dumps(self.seconds).encode())
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Keep other runs out of the work folder. Raises TrainError while another run is in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: the user must avoid two runs in one folder
+        yield
+        return
+    with (work / "lock").open("w") as lock:  # the system frees it, also after a kill
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"another run is writing to {work}: wait for it to finish, or stop it") from None
+        yield
 
 
 def _claim(out: Path, work: Path, files: tuple[str, ...], plan: dict[str, Any], resume: bool) -> None:
