@@ -140,6 +140,14 @@ def test_text_that_repeats_a_benchmark_is_left_out(tiny_pair: Path, tmp_path: Pa
     assert forbidden.touches("x a prompt, of just -- seven words here y")
     assert not forbidden.touches(words.replace("seven", "sept"))
     assert not Forbidden(["hi there"]).touches("hi there")
+    for text in (  # scripts without spaces between words
+        "\u8bf7\u7528\u4e2d\u6587\u5199\u4e00\u7bc7\u5173\u4e8e\u6d77\u6d0b\u7684\u6587\u7ae0",
+        "\u6771\u4eac\u306e\u6b74\u53f2\u306b\u3064\u3044\u3066\u6559\u3048\u3066\u304f\u3060\u3055\u3044",
+        "\u0e40\u0e02\u0e35\u0e22\u0e19\u0e1a\u0e17\u0e04\u0e27\u0e32\u0e21\u0e40\u0e01\u0e35\u0e48\u0e22\u0e27\u0e01\u0e31\u0e1a\u0e17\u0e30\u0e40\u0e25",
+    ):
+        assert Forbidden([text]).touches(f"One {text}, two")
+        half = len(text) // 2
+        assert not Forbidden([text]).touches(f"One {text[:half]}x{text[half:]}, two")
     prompts, benchmark = tmp_path / "prompts.jsonl", tmp_path / "bench.jsonl"
     rows = [f"say {i}" for i in range(11)] + [f"please {words}"]
     prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))

@@ -2,7 +2,8 @@
 
 Training leaves out a conversation that shares a run of 13 words with a benchmark prompt. A prompt
 of 6 to 12 words is one run. A shorter prompt has no run, because chance alone repeats it. Words are
-letters and digits in lower case, so another layout does not hide a copy.
+letters and digits in lower case, so another layout does not hide a copy. In scripts without spaces
+between words, such as Chinese and Thai, each letter counts as a word.
 Source: the 13-gram rule of GPT-3's contamination study (arXiv 2005.14165, appendix C).
 """
 
@@ -14,7 +15,12 @@ from collections.abc import Iterable
 N = 13
 SHORTEST = 6
 
-_WORD = re.compile(r"[^\W_]+")
+# Thai, Lao, Myanmar, Khmer, kana, Chinese characters.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 class Forbidden:
