@@ -298,6 +298,7 @@ def test_bad_flags_are_one_line_before_anything_is_opened(invoke, pair, opener, 
         (["-"], b"\xff\xfe", "not UTF-8"),
         (["--file", "missing.txt"], None, "missing.txt"),
         (["--file", "."], None, "cannot be read"),
+        (["--file", "/dev/zero"], None, "/dev/zero has more than 1 GiB: name a smaller text"),
     ],
 )
 def test_no_usable_prompt(invoke, pair, opener, args: list[str], given: str | bytes | None, named: str) -> None:

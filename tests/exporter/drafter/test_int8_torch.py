@@ -15,7 +15,7 @@ class Storages(TorchDispatchMode):
     """Keeps what operations make, so that the bytes of all of it can be counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.made: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +42,7 @@ def test_values_have_eight_bits_and_a_scale_for_each_block(size: int) -> None:
 
 def test_rounding_a_weight_takes_the_memory_of_one_copy() -> None:
     weight = torch.ones(512, 1024)
-    with Storages() as storages:
+    with Storages() as storages:  # type: ignore[no-untyped-call]  # torch
         rounded(weight, 32)
     taken = sum(storage.nbytes() for key, storage in storages.made.items() if key != weight.data_ptr())
     assert weight.nbytes <= taken < 1.5 * weight.nbytes

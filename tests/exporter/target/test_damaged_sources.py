@@ -172,6 +172,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         (tmp_path / "bare", "no weights"),
         (tmp_path / "many", "name one of them"),
         ("model.gguf", "does not exist"),
+        ("", "'' does not exist: give a folder"),
         ("some-org/some-model", "unreachable"),
     ):
         with pytest.raises(SourceError, match=expected) as error:

@@ -86,7 +86,7 @@ def resolve_source(location: str, revision: str | None = None, allow_pickle: boo
 def local_path(location: str, revision: str | None) -> Path | None:
     """The file or folder at `location`; None for a Hub id. Raises SourceError if it is neither."""
     path = Path(os.path.expanduser(location))
-    if path.exists():
+    if location and path.exists():  # Path("") is the working folder
         if revision:
             raise SourceError(
                 f"--revision {revision!r} needs a Hub id, but {location!r} is a local path: drop --revision, or give a "

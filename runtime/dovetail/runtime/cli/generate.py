@@ -20,7 +20,7 @@ from dovetail.runtime.cli.render import result_json, speaks_unicode, stream_answ
 from dovetail.runtime.errors import INTERRUPTED, InputError
 from dovetail.runtime.settings import AnswerSettings
 from dovetail.runtime.text.encoding import Prompt
-from dovetail.runtime.text.prompts import decoded, read_text
+from dovetail.runtime.text.prompts import read_stream, read_text
 
 
 @click.command(short_help="Answer one prompt (the default command).")
@@ -92,11 +92,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def read_stdin() -> str:
-    """Return the text of standard input, as `decoded` reads it. Raises InputError."""
+    """Return the text of standard input, as `read_stream` reads it. Raises InputError."""
     if sys.stdin is None:  # stdin is closed
         return ""
     try:
-        return decoded(sys.stdin.buffer.read())
+        return read_stream(sys.stdin.buffer, "standard input")
     except UnicodeDecodeError:
         raise InputError("standard input is not UTF-8 text: convert the text first") from None
 

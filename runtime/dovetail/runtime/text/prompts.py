@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from dovetail.runtime.errors import InputError
 from dovetail.runtime.system.files import parse_json
+
+TEXT_MOST = 1 << 30  # bytes of a text: a device or a file of weights must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,24 @@ def read_prompts(path: Path, limit: int | None = None) -> list[PromptTurns]:
 
 
 def read_text(path: Path, kind: str) -> str:
-    """Return the text of `path`, as `decoded` reads it. kind: of the file. Raises InputError."""
+    """Return the text of `path`, as `read_stream` reads it. kind: of the file. Raises InputError."""
     try:
-        return decoded(path.read_bytes())
+        with path.open("rb") as stream:  # a pipe too, as the shell's <(COMMAND)
+            return read_stream(stream, str(path))
     except OSError as err:
         raise InputError(f"{path} cannot be read ({err.strerror}): name {kind}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: name {kind}") from None
 
 
-def decoded(content: bytes) -> str:
-    """Return UTF-8 text without byte order mark and final line break; line breaks become \\n."""
+def read_stream(stream: BinaryIO, name: str) -> str:
+    """Return UTF-8 text without byte order mark and final line break; line breaks become \\n.
+
+    Raises OSError, UnicodeDecodeError, and InputError for a long text.
+    """
+    content = stream.read(TEXT_MOST + 1)
+    if len(content) > TEXT_MOST:
+        raise InputError(f"{name} has more than {TEXT_MOST >> 30} GiB: name a smaller text")
     text = content.decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
