@@ -42,7 +42,7 @@ def test_values_have_eight_bits_and_a_scale_for_each_block(size: int) -> None:
 
 def test_rounding_a_weight_takes_the_memory_of_one_copy() -> None:
     weight = torch.ones(512, 1024)
-    with Storages() as storages:  # type: ignore[no-untyped-call]  # torch
+    with Storages() as storages:
         rounded(weight, 32)
     taken = sum(storage.nbytes() for key, storage in storages.made.items() if key != weight.data_ptr())
     assert weight.nbytes <= taken < 1.5 * weight.nbytes
