@@ -1,6 +1,6 @@
 # make run     set up, then stream an answer from SmolLM2 (PROMPT="..." asks something else)
 # make test    set up, then lint, types and tests (PYTEST_ARGS="-k tree" narrows them, WORKERS=0 runs one by one)
-# make benchmark PROMPTS=FOLDER OUT=FOLDER   measure the README's table anew (PAIR="ONE TWO", BENCH_ARGS="--limit 10")
+# make benchmark PROMPTS=FOLDER OUT=FOLDER   measure speed, rounds and long prompts (PAIR="ONE TWO", BENCH_ARGS="--limit 10")
 # make options   write docs/reference/options.md anew, from the commands
 # make site      the documents as a web site in build/site
 # make lock    resolve requirements.lock anew

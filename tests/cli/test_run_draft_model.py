@@ -53,6 +53,13 @@ def test_a_model_is_exported_once(
     assert capfd.readouterr().err == ""
 
 
+def test_an_ir_keeps_its_weight_format(plain_ir: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export_cli.main(["draft-model", str(plain_ir), "--weight-format", "fp16"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --weight-format cannot change {plain_ir}") and error.count("\n") == 1
+    assert not (cache / "draft-models").exists()
+
+
 @pytest.mark.parametrize("source", ["tiny_llama"], indirect=True)
 def test_another_content_is_another_draft_model(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = known.resolve_draft_model(str(source))

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from dovetail.runtime.pair.known import REFERENCE_PAIRS
 from dovetail.runtime.pair.manifest import read_manifest
+from dovetail.runtime.text.prompts import read_text
 from dovetail.runtime.tree.limits import TreeLimits
 
 KEYS = {
@@ -305,6 +307,17 @@ def test_no_usable_prompt(invoke, pair, opener, args: list[str], given: str | by
     result = ask(invoke, pair, opener, "generate", *args, input=given)
     assert (result.exit_code, result.stdout) == (2, "") and named in result.stderr
     assert opener.calls == []
+
+
+def test_a_short_file_takes_little_memory(tmp_path: Path) -> None:
+    """The bound on its length is no amount to reserve."""
+    (file := tmp_path / "prompt.txt").write_text("Hello")
+    tracemalloc.start()
+    try:
+        assert read_text(file, "a text file") == "Hello"
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_the_engine_refuses_is_one_line(invoke, pair, make_opener) -> None:

@@ -16,7 +16,7 @@ from dovetail.runtime.async_engine import AsyncEngine
 from dovetail.runtime.batch_engine import BatchEngine
 from dovetail.runtime.engine import Engine
 from dovetail.runtime.errors import ContextOverflow, DeviceError, InputError, QueueFull
-from dovetail.runtime.front import GenerationResult
+from dovetail.runtime.front import Chunk, GenerationResult
 from dovetail.runtime.testing.constraint import ScriptedConstraint
 from dovetail.runtime.testing.scripted import MarkovLogits, ScriptedDrafter, ScriptedTarget, ScriptedTokenizer
 from dovetail.runtime.tree.limits import TreeLimits
@@ -88,25 +88,36 @@ def test_a_full_queue_refuses_at_once_and_later_takes_requests_again() -> None:
     run(work())
 
 
-def test_closing_a_stream_wakes_the_tasks_that_wait_for_its_chunks() -> None:
+@pytest.mark.parametrize("end", ["closed", "cancelled", "failed", "last chunk"])
+def test_the_end_of_a_stream_wakes_the_tasks_that_wait_for_its_chunks(end: str) -> None:
     go = threading.Event()
 
     class Held(ScriptedTarget):
         def verify(self, *offers: Any, rows: int = 0) -> Any:
             assert go.wait(30)
+            if end == "failed":
+                raise DeviceError("the target failed on the CPU: open the engine again")
             return super().verify(*offers, rows=rows)
 
     async def work() -> None:
         async with AsyncEngine(batch_engine(target=Held(LOGITS))) as engine:
-            stream = engine.stream("abc", raw=True)
-            waiting = [asyncio.create_task(anext(stream, None)) for _ in range(2)]
-            await asyncio.sleep(0)  # both wait for a chunk now
-            await stream.aclose()
+            stream = engine.stream("abc", 1, raw=True)
+            waiting = [asyncio.create_task(anext(stream, None)) for _ in range(3)]
+            await asyncio.sleep(0)  # all wait for a chunk now
+            if end == "closed":
+                await stream.aclose()
+            elif end == "cancelled":
+                waiting[0].cancel()
+            else:
+                go.set()
             try:
                 async with asyncio.timeout(5):
-                    assert await asyncio.gather(*waiting) == [None, None]
+                    first, *others = await asyncio.gather(*waiting, return_exceptions=True)
             finally:
                 go.set()
+            assert others == [None, None]
+            kinds: dict[str, type] = {"cancelled": asyncio.CancelledError, "failed": DeviceError, "closed": type(None)}
+            assert isinstance(first, kinds.get(end, Chunk))
 
     run(work())
 

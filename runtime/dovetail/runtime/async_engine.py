@@ -27,7 +27,7 @@ class AnswerStream(AsyncIterator[Chunk]):
     def __init__(self, ask: Ask, loop: asyncio.AbstractEventLoop, leave: Callable[[AnswerStream], None]) -> None:
         self.ask, self.job = ask, None  # type: tuple[Ask, Job | None]
         self._loop, self._leave = loop, leave
-        self._chunks: asyncio.Queue[Chunk | DovetailError | None] = asyncio.Queue()  # None: closed
+        self._chunks: asyncio.Queue[Chunk | DovetailError | None] = asyncio.Queue()  # None: ended
         self._ended = False
         self.has_place = True  # counts among the requests that run or wait
 
@@ -57,12 +57,12 @@ class AnswerStream(AsyncIterator[Chunk]):
     async def aclose(self) -> None:
         """End the answer, also for a task that waits for a chunk; its request is freed within a round."""
         self.end()
-        self.put(None)
 
     def end(self) -> None:
         if not self._ended:
             self._ended = True
             self._leave(self)
+            self.put(None)  # wakes other tasks that wait
 
     def __del__(self) -> None:
         self.end()

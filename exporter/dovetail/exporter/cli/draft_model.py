@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
 from dovetail.exporter.build.progress import show_progress
 from dovetail.exporter.pairs.draft_model import (
@@ -13,6 +14,7 @@ from dovetail.exporter.pairs.draft_model import (
     resolve_draft_source,
 )
 from dovetail.exporter.target.convert import WEIGHT_FORMATS
+from dovetail.runtime.errors import InputError
 
 
 @click.command("draft-model")
@@ -33,6 +35,11 @@ def command(source: str, revision: str | None, weight_format: str) -> None:
     this command by itself. INT4 makes a draft's passes short, and drafts change no text.
     """
     found = resolve_draft_source(source, revision)
+    chosen = click.get_current_context().get_parameter_source("weight_format") is not ParameterSource.DEFAULT
+    if chosen and found.kind == "ir":
+        raise InputError(
+            f"--weight-format cannot change {source}, an OpenVINO IR, which keeps its weights: leave it out"
+        )
     folder = draft_model_folder(found, weight_format)
     if not is_exported(folder):
         check_no_drafter(source, revision, found.path)

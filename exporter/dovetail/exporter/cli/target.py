@@ -33,13 +33,14 @@ from dovetail.runtime.text.tokenizer import Tokenizer
 @click.option("--group-size", type=int, help="Weights per scale in 4-bit formats; -1: a scale per column.")
 @click.option(
     "--group-size-fallback", type=click.Choice(["error", "ignore", "adjust"]),
-    help="Layers that --group-size does not divide: fail (the default), leave them out, or take another size.",
+    help="What to do with layers that --group-size does not divide: fail (the default), leave them out, or take "
+    "another size.",
 )  # fmt: skip
 @click.option("--ratio", type=click.FloatRange(0, 1), help="Share of layers in 4 bits; the others are int8.")
 @click.option("--all-layers", is_flag=True, default=None, help="Embedding and head in 4 bits too.")
 @click.option(
     "--backup-precision", type=click.Choice(["none", "int8_sym", "int8_asym"]),
-    help="Layers that --ratio leaves out of 4 bits; none: as floats.",
+    help="Format of layers that --ratio leaves out of 4 bits; none: floats.",
 )  # fmt: skip
 @click.option("--awq", is_flag=True, default=None, help="Activation-aware 4-bit weights.")
 @click.option("--scale-estimation", is_flag=True, default=None, help="Choose scales by outputs; needs --dataset.")

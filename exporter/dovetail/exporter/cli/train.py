@@ -109,7 +109,7 @@ class _Bars:
 @click.option("--unroll", type=click.IntRange(1, 8), help="Unrolled steps per update.  [default: 3; 7 for eagle3]")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Conversations per update.")
 @click.option("--window", type=click.IntRange(min=16), default=384, show_default=True, help="Most positions per text.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The highest; it falls to zero.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Highest rate; it falls to zero.")
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
     help="Muon is for matrices; AdamW then fits the other parameters.",

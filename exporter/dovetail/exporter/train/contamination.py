@@ -3,7 +3,7 @@
 Training leaves out a conversation that shares a run of 13 words with a benchmark prompt. A prompt
 of 6 to 12 words is one run. A shorter prompt has no run, because chance alone repeats it. Words are
 letters and digits in lower case, so another layout does not hide a copy. In scripts without spaces
-between words, such as Chinese and Thai, each letter counts as a word.
+between words, such as Chinese and Thai, each letter counts as a word, so that shorter passages count.
 Source: the 13-gram rule of GPT-3's contamination study (arXiv 2005.14165, appendix C).
 """
 

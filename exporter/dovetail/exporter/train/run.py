@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,10 @@ def train(pair: Path, out: Path, plan: TrainPlan, progress: Progress, *, resume:
     format = work.format  # raises before the long stages
     for part in given:
         draft_vocabulary(part.corpus, 1, manifest.target.vocab_size)
-    _claim(out, work.folder, format.files, plan.as_dict() | work.inputs(), resume)
+    claim = partial(_claim, out, work.folder, format.files, plan.as_dict() | work.inputs(), resume)
+    claim()  # a refusal leaves nothing behind
     with _alone(work.folder):
+        claim(begin=True)  # another run may have begun or ended meanwhile
         work.progress = clock = Clock(work.folder / "seconds.json", progress)
         try:
             text = work.sort(given + work.write(prompts), forbidden)
@@ -262,7 +264,8 @@ class Clock:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Keep other runs out of the work folder. Raises TrainError while another run is in it."""
+    """Make the work folder and keep other runs out of it. Raises TrainError while another run is in it."""
+    work.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows has no flock: the user must avoid two runs in one folder
@@ -276,10 +279,12 @@ def _alone(work: Path) -> Iterator[None]:
         yield
 
 
-def _claim(out: Path, work: Path, files: tuple[str, ...], plan: dict[str, Any], resume: bool) -> None:
-    """Mark `out` as this plan's folder. Raises TrainError for a finished drafter or other plan.
+def _claim(
+    out: Path, work: Path, files: tuple[str, ...], plan: dict[str, Any], resume: bool, begin: bool = False
+) -> None:
+    """Check that `out` may be this plan's folder. Raises TrainError for a finished drafter or other plan.
 
-    files: what the finished run writes, weights first.
+    files: what the finished run writes, weights first. begin: marks the folder.
     """
     mine = work / "plan.json"
     if (out / files[0]).exists():
@@ -299,6 +304,5 @@ def _claim(out: Path, work: Path, files: tuple[str, ...], plan: dict[str, Any], 
                 f"{work} was started with other options or for another target (see its plan.json): repeat them or "
                 "give another folder"
             )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(mine, json.dumps(plan, indent=1).encode())
+    elif begin:
+        write_atomically(mine, json.dumps(plan, indent=1).encode())

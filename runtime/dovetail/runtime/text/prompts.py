@@ -47,9 +47,11 @@ def read_stream(stream: BinaryIO, name: str) -> str:
 
     Raises OSError, UnicodeDecodeError, and InputError for a long text.
     """
-    content = stream.read(TEXT_MOST + 1)
-    if len(content) > TEXT_MOST:
-        raise InputError(f"{name} has more than {TEXT_MOST >> 30} GiB: name a smaller text")
+    content = bytearray()
+    while part := stream.read(1 << 20):  # read(n) takes n bytes of memory also for a short text
+        content += part
+        if len(content) > TEXT_MOST:
+            raise InputError(f"{name} has more than {TEXT_MOST >> 30} GiB: name a smaller text")
     text = content.decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
