@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dovetail.exporter.build.exchange import disk_errors, exchange, link_tree, scratch_folder
+from dovetail.exporter.build.lock import lock_file
 from dovetail.runtime.errors import ExportError, ManifestError, PairError
 from dovetail.runtime.pair.files import sha256_file, write_atomically
 from dovetail.runtime.pair.layout import MANIFEST_NAME
@@ -240,23 +241,20 @@ class PairBuild:
             )
 
     def _acquire_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock: the user must avoid two exports into one folder
-            self.work.mkdir(exist_ok=True)
-            return
         while True:
             self.work.mkdir(exist_ok=True)
             path = self.work / "lock"
             with suppress(FileNotFoundError):  # the export with the lock has just removed its work folder
-                lock = path.open("w")
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock = lock_file(path)
+                except BlockingIOError:
+                    raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
+                if lock is None:
+                    return
+                try:
                     if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
                         self._lock = lock  # from here on the work folder is this export's to remove
                         return
-                except BlockingIOError:
-                    raise ExportError(f"another export is writing to {self.out}: wait for it to finish") from None
                 finally:
                     if self._lock is None:
                         lock.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dovetail.exporter.build.lock import lock_file
 from dovetail.exporter.target.configuration import read_config, sizes_config
 from dovetail.exporter.target.embedding_rows import read_embedding_and_head
 from dovetail.exporter.train.batches import Batches
@@ -267,15 +268,10 @@ def _alone(work: Path) -> Iterator[None]:
     """Make the work folder and keep other runs out of it. Raises TrainError while another run is in it."""
     work.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows has no flock: the user must avoid two runs in one folder
-        yield
-        return
-    with (work / "lock").open("w") as lock:  # the system frees it, also after a kill
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainError(f"another run is writing to {work}: wait for it to finish, or stop it") from None
+        lock = lock_file(work / "lock")
+    except BlockingIOError:
+        raise TrainError(f"another run is writing to {work}: wait for it to finish, or stop it") from None
+    with lock or nullcontext():
         yield
 
 
